@@ -1,0 +1,36 @@
+# `make demo` runs the method on a small built-in model; `make test` checks the code. Each sets up .venv if it is missing.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+
+.DEFAULT_GOAL := help
+.PHONY: help demo test test-all lint clean
+
+help:  ## Show the commands
+	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
+
+$(VENV)/installed: pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install --quiet --constraint constraints.txt --editable '.[plots]'
+	@touch $@
+
+$(VENV)/installed-dev: $(VENV)/installed
+	$(BIN)/pip install --quiet --constraint constraints.txt --editable '.[dev]'
+	@touch $@
+
+demo: $(VENV)/installed  ## Fine-tune the built-in model and compare all methods (under 3 minutes on 2 cores)
+	$(BIN)/python -m recipes.qwen_obqa $(ARGS)
+
+lint: $(VENV)/installed-dev  ## Ruff and mypy
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+test: lint  ## Ruff, mypy and the quick tests
+	$(BIN)/python -m pytest -m "not slow" $(ARGS)
+
+test-all: lint  ## The same with the slow tests
+	$(BIN)/python -m pytest $(ARGS)
+
+clean:  ## Remove the virtual environment and every cache
+	rm -rf $(VENV) .mypy_cache .pytest_cache .ruff_cache build *.egg-info

@@ -1,0 +1,1 @@
+"""Calibrated Mixture-of-Experts language models: a Laplace posterior on every expert, as a Lightning callback."""

@@ -1,0 +1,1 @@
+"""Baselines the Laplace posterior is compared with: one file a method, all of the same shape."""

@@ -1,0 +1,1 @@
+"""Low-rank Kronecker-factored curvature of expert layers, collected in one pass over data."""

@@ -1,0 +1,1 @@
+"""Multiple-choice data: tasks, prompts and the DataModule."""

@@ -1,0 +1,1 @@
+"""Expert layers: where they are in a model, and what flows through them."""

@@ -1,0 +1,1 @@
+"""The low-rank Kronecker Laplace posterior: its evidence, its prior, its predictions."""

@@ -1,0 +1,1 @@
+"""Calibration metrics: pure functions, and torchmetrics classes around them."""
