@@ -1,0 +1,169 @@
+"""Multiple-choice questions as plain values, and how they are divided without leaks.
+
+Everything that is measured later rests on two rules kept here: the questions that tune a prior or a temperature are
+neither trained on nor reported on, and a question never sits on two sides of a split, whatever its spelling.
+"""
+
+import random
+import re
+import unicodedata
+import warnings
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+
+LETTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
+
+
+@dataclass(frozen=True)
+class Question:
+    """One multiple-choice question.
+
+    Args:
+        id: name of the item, used in every message about it.
+        question: the text that is asked.
+        choices: the texts to choose from, in the order in which they are lettered. A list is turned into a tuple.
+        answer: position of the right choice, counted from 0.
+
+    Raises:
+        TypeError: if a text is not a string, `choices` is one string, or `answer` is not an integer.
+        ValueError: if a text is empty, there are fewer than 2 or more than 26 choices, or `answer` names none of them.
+    """
+
+    id: str
+    question: str
+    choices: tuple[str, ...]
+    answer: int
+
+    def __post_init__(self) -> None:
+        if isinstance(self.choices, str) or not isinstance(self.choices, Sequence):
+            raise TypeError(
+                f"question {self.id!r}: choices must be a tuple of texts, found {type(self.choices).__name__}."
+            )
+        object.__setattr__(self, "choices", tuple(self.choices))
+        _check_texts(self)
+        if not 2 <= len(self.choices) <= len(LETTERS):
+            raise ValueError(
+                f"question {self.id!r} has {len(self.choices)} choices; 2 to {len(LETTERS)} are supported."
+            )
+        if isinstance(self.answer, bool) or not isinstance(self.answer, int):
+            raise TypeError(f"question {self.id!r}: answer must be an integer position, found {self.answer!r}.")
+        if not 0 <= self.answer < len(self.choices):
+            raise ValueError(
+                f"question {self.id!r}: answer {self.answer} is outside its {len(self.choices)} choices; "
+                "positions count from 0."
+            )
+
+
+def _check_texts(question: Question) -> None:
+    named = [("id", question.id), ("question", question.question)]
+    named += [(f"choice {LETTERS[i % 26]}", text) for i, text in enumerate(question.choices)]
+    for name, text in named:
+        if not isinstance(text, str):
+            raise TypeError(f"question {question.id!r}: {name} must be a string, found {type(text).__name__}.")
+        if not text.strip():
+            raise ValueError(f"question {question.id!r}: {name} is empty; drop or repair the item.")
+
+
+@dataclass(frozen=True)
+class Splits:
+    """The three disjoint parts of a task.
+
+    Args:
+        train: what the weights are fitted on.
+        calibration: what prior precision and temperature may be tuned on; may be empty when nothing is tuned.
+        test: what is reported, and used for nothing else.
+    """
+
+    train: tuple[Question, ...]
+    calibration: tuple[Question, ...]
+    test: tuple[Question, ...]
+
+
+def question_key(question: Question) -> str:
+    """Return the text by which two questions count as the same one.
+
+    Compatibility characters, case, runs of white space and closing punctuation are levelled; anything inside the text
+    is kept, because `5 - 3` and `5 + 3` are different questions. The choices do not count: the same question with other
+    distractors still gives the answer away.
+    """
+    text = unicodedata.normalize("NFKC", question.question).casefold()
+    return re.sub(r"\s+", " ", text).strip().rstrip(" .,:;?!") or text.strip()
+
+
+def drop_overlap(
+    questions: Iterable[Question], held_out: Iterable[Question], *, name: str = "train", held_out_name: str = "test"
+) -> tuple[Question, ...]:
+    """Drop every question that is also asked in the held-out part, and warn with the count.
+
+    Args:
+        questions: the part that gives way.
+        held_out: the part that is kept whole.
+        name: what to call the first part in the warning.
+        held_out_name: what to call the second part in the warning.
+
+    Returns:
+        The questions that remain, in their order.
+    """
+    questions = tuple(questions)
+    keys = {question_key(question) for question in held_out}
+    kept = tuple(question for question in questions if question_key(question) not in keys)
+    dropped = len(questions) - len(kept)
+    if dropped:
+        warnings.warn(
+            f"{dropped} of {len(questions)} {name} questions are also asked in the {held_out_name} split; "
+            f"they were dropped from {name}.",
+            UserWarning,
+            stacklevel=2,
+        )
+    return kept
+
+
+def split_train(
+    questions: Sequence[Question], fraction: float = 0.2, *, seed: int = 0
+) -> tuple[tuple[Question, ...], tuple[Question, ...]]:
+    """Set a seeded random part of the training questions aside for calibration.
+
+    The draw is stratified by the position of the answer, and questions with the same text (`question_key`) stay
+    together, so no text lands on both sides. Bayesian LoRA takes the last 20 % in file order instead, which follows
+    whatever order the file happens to have.
+
+    Args:
+        questions: the training questions.
+        fraction: share to set aside, strictly between 0 and 1.
+        seed: seed of the draw; the global random state is not used.
+
+    Returns:
+        `(fit, calibration)`, each in the order of `questions`; calibration holds `fraction` of them up to rounding and
+        up to the size of the last group of equal texts in each stratum.
+
+    Raises:
+        ValueError: if `fraction` is outside (0, 1) or one side would be empty.
+    """
+    if not 0.0 < fraction < 1.0:
+        raise ValueError(f"fraction is {fraction}; it must lie strictly between 0 and 1.")
+    groups: dict[str, list[int]] = {}
+    for position, question in enumerate(questions):
+        groups.setdefault(question_key(question), []).append(position)
+    strata: dict[int, list[list[int]]] = {}
+    for group in groups.values():
+        strata.setdefault(questions[group[0]].answer, []).append(group)
+
+    generator = random.Random(seed)
+    chosen: set[int] = set()
+    seen = 0
+    for answer in sorted(strata):
+        generator.shuffle(strata[answer])
+        seen += sum(len(group) for group in strata[answer])
+        # A running target keeps the total right where each stratum by itself would round to nothing.
+        target = round(fraction * seen)
+        for group in strata[answer]:
+            if len(chosen) + len(group) <= target:
+                chosen.update(group)
+    if not chosen or len(chosen) == len(questions):
+        raise ValueError(
+            f"a fraction of {fraction} of {len(questions)} questions with {len(groups)} different texts leaves one side "
+            "empty; give more questions or another fraction."
+        )
+    fit = tuple(question for position, question in enumerate(questions) if position not in chosen)
+    calibration = tuple(question for position, question in enumerate(questions) if position in chosen)
+    return fit, calibration
