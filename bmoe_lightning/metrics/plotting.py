@@ -1,0 +1,58 @@
+"""Drawing of a reliability curve. matplotlib is optional and imported late; pyplot, which is global, is never used."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from bmoe_lightning.metrics.functional import ReliabilityCurve
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+
+
+def new_axes(width: float = 4.8, height: float = 4.8) -> Axes:
+    """Axes of a new figure on the Agg canvas, leaving the backend the user chose alone.
+
+    Args:
+        width: Inches.
+        height: Inches.
+
+    Raises:
+        ModuleNotFoundError: If matplotlib is not installed.
+    """
+    try:
+        from matplotlib.backends.backend_agg import FigureCanvasAgg
+        from matplotlib.figure import Figure
+    except ModuleNotFoundError as error:
+        raise ModuleNotFoundError(
+            "Drawing needs matplotlib, which is not installed: pip install 'bmoe-lightning[plots]'."
+        ) from error
+    figure = Figure(figsize=(width, height), dpi=120, layout="constrained")
+    FigureCanvasAgg(figure)
+    return figure.add_subplot()
+
+
+def draw_reliability_curve(
+    ax: Axes, curve: ReliabilityCurve, *, color: str = "#0072B2", marker: str = "o", label: str | None = None
+) -> None:
+    """Draw accuracy over mean confidence with the diagonal, on equal axes from 0 to 1; empty bins are left out.
+
+    The area of a marker follows the share of examples in its bin, so that a bin of two examples looks like one.
+
+    Args:
+        ax: Where to draw; what is there already stays, so that several curves overlay.
+        curve: What to draw.
+        color: Colour of line and markers.
+        marker: matplotlib marker.
+        label: Name in the legend.
+    """
+    filled = (curve.count > 0).cpu()
+    confidence = curve.confidence.cpu()[filled].tolist()
+    accuracy = curve.accuracy.cpu()[filled].tolist()
+    count = curve.count.cpu()[filled]
+    area = (12 + 160 * count / count.sum()).tolist() if len(count) else []
+    ax.plot([0, 1], [0, 1], color="#888888", linestyle="--", linewidth=1, zorder=1)
+    ax.plot(confidence, accuracy, color=color, linewidth=1.6, marker=marker, markersize=3, label=label, zorder=3)
+    ax.scatter(confidence, accuracy, s=area, color=color, marker=marker, alpha=0.35, zorder=2)
+    ax.set(xlim=(0, 1), ylim=(0, 1), xlabel="confidence", ylabel="accuracy")
+    ax.set_aspect("equal", adjustable="box")
