@@ -35,10 +35,7 @@ class Question:
     answer: int
 
     def __post_init__(self) -> None:
-        if isinstance(self.choices, str) or not isinstance(self.choices, Sequence):
-            raise TypeError(
-                f"question {self.id!r}: choices must be a tuple of texts, found {type(self.choices).__name__}."
-            )
+        _check_is_sequence(self.id, self.choices)
         object.__setattr__(self, "choices", tuple(self.choices))
         _check_texts(self)
         if not 2 <= len(self.choices) <= len(LETTERS):
@@ -54,8 +51,14 @@ class Question:
             )
 
 
+def _check_is_sequence(identity: str, choices: object) -> None:
+    # One string is a sequence too, and would pass as one choice a character.
+    if isinstance(choices, str) or not isinstance(choices, Sequence):
+        raise TypeError(f"question {identity!r}: choices must be a tuple of texts, found {type(choices).__name__}.")
+
+
 def _check_texts(question: Question) -> None:
-    named = [("id", question.id), ("question", question.question)]
+    named: list[tuple[str, object]] = [("id", question.id), ("question", question.question)]
     named += [(f"choice {LETTERS[i % 26]}", text) for i, text in enumerate(question.choices)]
     for name, text in named:
         if not isinstance(text, str):
@@ -70,7 +73,7 @@ class Splits:
 
     Args:
         train: what the weights are fitted on.
-        calibration: what prior precision and temperature may be tuned on; may be empty when nothing is tuned.
+        calibration: what prior precision and temperature may be tuned on.
         test: what is reported, and used for nothing else.
     """
 
@@ -161,9 +164,23 @@ def split_train(
                 chosen.update(group)
     if not chosen or len(chosen) == len(questions):
         raise ValueError(
-            f"a fraction of {fraction} of {len(questions)} questions with {len(groups)} different texts leaves one side "
-            "empty; give more questions or another fraction."
+            f"a fraction of {fraction} of {len(questions)} questions with {len(groups)} different texts leaves one "
+            "side empty; give more questions or another fraction."
         )
     fit = tuple(question for position, question in enumerate(questions) if position not in chosen)
     calibration = tuple(question for position, question in enumerate(questions) if position in chosen)
     return fit, calibration
+
+
+def draw(questions: Sequence[Question], limit: int | None, *, seed: int = 0) -> tuple[Question, ...]:
+    """Return a seeded random choice of at most `limit` questions in their order, or all of them if `limit` is None.
+
+    Raises:
+        ValueError: if `limit` is below 1.
+    """
+    if limit is not None and limit < 1:
+        raise ValueError(f"limit is {limit}; it must be at least 1.")
+    if limit is None or limit >= len(questions):
+        return tuple(questions)
+    positions = sorted(random.Random(seed).sample(range(len(questions)), limit))
+    return tuple(questions[position] for position in positions)

@@ -1,0 +1,247 @@
+"""Prompts that end right before a lettered answer, and the tokens that answer them.
+
+A question is answered by the next token after `Answer:`, among the letters of its choices. The answer token is the
+letter *with* its leading space (` A`), because that is what a model writes there; scoring the bare letter costs accuracy
+and calibration. The two formats follow the styles named in appendix C of arXiv 2511.08968, in our own words.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedTokenizerBase
+
+from bmoe_lightning.data.questions import LETTERS, Question
+
+
+@dataclass(frozen=True)
+class PromptFormat:
+    """How a question is written out: `head`, question, `before_choices`, lettered choices, `tail`.
+
+    Args:
+        name: the name under which it is chosen.
+        head: what stands before the question.
+        before_choices: what stands between the question and the first choice.
+        separator: what stands between two choices.
+        tail: the end; the answer token follows it directly, so it must not end in white space.
+
+    Raises:
+        ValueError: if `tail` is empty or ends in white space.
+    """
+
+    name: str
+    head: str
+    before_choices: str
+    separator: str
+    tail: str
+
+    def __post_init__(self) -> None:
+        if not self.tail or self.tail != self.tail.rstrip():
+            raise ValueError(
+                f"prompt {self.name!r} ends in {self.tail!r}; end it without white space, that is part of the answer."
+            )
+
+    def after_question(self, question: Question) -> str:
+        """Return what follows the question's text: the lettered choices and the tail."""
+        choices = (f"{letter}. {text.strip()}" for letter, text in zip(LETTERS, question.choices, strict=False))
+        return self.before_choices + self.separator.join(choices) + self.tail
+
+    def render(self, question: Question) -> str:
+        """Return the whole prompt of a question."""
+        return self.head + question.question.strip() + self.after_question(question)
+
+
+_FORMATS = {
+    prompt_format.name: prompt_format
+    for prompt_format in (
+        PromptFormat(name="letters", head="", before_choices="\n", separator="\n", tail="\nAnswer:"),
+        PromptFormat(
+            name="instruction",
+            head="Select one of the choices that answers the following question: ",
+            before_choices=" Choices: ",
+            separator=" ",
+            tail=" Answer:",
+        ),
+    )
+}
+PROMPT_NAMES = tuple(_FORMATS)
+
+
+def get_prompt_format(name: str) -> PromptFormat:
+    """Return the format of that name.
+
+    Raises:
+        ValueError: listing the names that exist, if `name` is not one of them.
+    """
+    if name not in _FORMATS:
+        raise ValueError(f"prompt {name!r} is not known; choose from {', '.join(PROMPT_NAMES)}.")
+    return _FORMATS[name]
+
+
+def _plain_ids(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
+    # A saved tokenizer may carry truncation and padding settings of its own.
+    return list(tokenizer(text, add_special_tokens=False, truncation=False, padding=False, verbose=False)["input_ids"])
+
+
+def leading_special_ids(tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    """Return the tokens that the tokenizer puts before a text, such as a beginning-of-sequence token.
+
+    Those that it puts after a text are left out on purpose: with an end-of-sequence token appended, the last position
+    no longer predicts the answer.
+
+    Raises:
+        ValueError: if the tokenizer encodes the text itself differently when it adds special tokens.
+    """
+    text = "Answer:"
+    plain = _plain_ids(tokenizer, text)
+    framed = list(tokenizer(text, truncation=False, padding=False, verbose=False)["input_ids"])
+    for start in range(len(framed) - len(plain) + 1):
+        if framed[start : start + len(plain)] == plain:
+            return framed[:start]
+    raise ValueError(
+        f"the tokenizer encodes {text!r} as {plain} without and as {framed} with special tokens; "
+        "a tokenizer that only puts special tokens around the text is needed."
+    )
+
+
+def encode_prompts(tokenizer: PreTrainedTokenizerBase, prompts: Sequence[str]) -> list[list[int]]:
+    """Encode prompts so that the last token is the last of the prompt's own.
+
+    Args:
+        tokenizer: any tokenizer; its settings are left as they are.
+        prompts: the texts.
+
+    Returns:
+        One list of token ids for each prompt: leading special tokens, then the text, and nothing after it.
+
+    Raises:
+        ValueError: if a prompt ends in white space, gives no token, or ends in a special token all the same.
+    """
+    for prompt in prompts:
+        if not prompt or prompt != prompt.rstrip():
+            raise ValueError(f"the prompt ends in {prompt[-12:]!r}; end it without white space.")
+    if not prompts:
+        return []
+    leading = leading_special_ids(tokenizer)
+    encoded = tokenizer(list(prompts), add_special_tokens=False, truncation=False, padding=False, verbose=False)
+    refused = set(tokenizer.all_special_ids) - {tokenizer.unk_token_id}
+    for prompt, ids in zip(prompts, encoded["input_ids"], strict=True):
+        if not ids or ids[-1] in refused:
+            shown = tokenizer.convert_ids_to_tokens(list(ids[-3:]))
+            raise ValueError(
+                f"the prompt that ends in {prompt[-12:]!r} is encoded with {shown} at its end; nothing may follow the "
+                "prompt's own text. Switch off the tokenizer's end-of-sequence token (add_eos_token=False)."
+            )
+    return [leading + list(ids) for ids in encoded["input_ids"]]
+
+
+def answer_token_ids(tokenizer: PreTrainedTokenizerBase, prompts: Sequence[str], num_choices: int) -> Tensor:
+    """Find the tokens that answer a prompt with a letter, by what the tokenizer really does after these prompts.
+
+    Encodes every prompt with and without ` A`, ` B`, ... appended; the difference must be one token. Word-level
+    tokenizers drop the space, and the difference is then the bare letter. No position is guessed, as in
+    `encode("A")[1]`, which presumes a beginning-of-sequence token.
+
+    Args:
+        tokenizer: any tokenizer; its settings are left as they are.
+        prompts: some prompts of the task, at least one; several show whether the tokens depend on the prompt.
+        num_choices: how many letters, from A on.
+
+    Returns:
+        `[num_choices]` int64, the id of each letter.
+
+    Raises:
+        ValueError: if a letter is not one token of its own, two letters share a token, or it changes between prompts.
+    """
+    if not prompts:
+        raise ValueError("no prompts were given; pass some prompts of the task.")
+    if not 2 <= num_choices <= len(LETTERS):
+        raise ValueError(f"num_choices is {num_choices}; 2 to {len(LETTERS)} are supported.")
+    letters = LETTERS[:num_choices]
+    first = [_answer_id(tokenizer, prompts[0], letter) for letter in letters]
+    for prompt in prompts[1:]:
+        ids = [_answer_id(tokenizer, prompt, letter) for letter in letters]
+        if ids != first:
+            raise ValueError(
+                f"the answer tokens depend on the prompt: {tokenizer.convert_ids_to_tokens(first)} and "
+                f"{tokenizer.convert_ids_to_tokens(ids)}; use a prompt format whose end is always the same."
+            )
+    tokens = dict(zip(letters, tokenizer.convert_ids_to_tokens(first), strict=True))
+    if len(set(first)) != num_choices:
+        raise ValueError(
+            f"some letters share a token: {tokens}; the tokenizer does not know them apart. "
+            f"Train or choose one whose vocabulary has the letters {letters[0]} to {letters[-1]}."
+        )
+    if tokenizer.unk_token_id in first:
+        raise ValueError(
+            f"a letter is unknown to the tokenizer: {tokens}; choose one whose vocabulary has {', '.join(letters)}."
+        )
+    return torch.tensor(first, dtype=torch.int64)
+
+
+def _answer_id(tokenizer: PreTrainedTokenizerBase, prompt: str, letter: str) -> int:
+    if prompt != prompt.rstrip():
+        raise ValueError(f"the prompt ends in {prompt[-12:]!r}; end it without white space.")
+    before, after = _plain_ids(tokenizer, prompt), _plain_ids(tokenizer, f"{prompt} {letter}")
+    answer = after[len(before) :]
+    if after[: len(before)] != before or len(answer) != 1:
+        shown = tokenizer.convert_ids_to_tokens(after[-4:])
+        raise ValueError(
+            f"' {letter}' after {prompt[-12:]!r} is not one token of its own: the text then ends in {shown}. "
+            "Use a tokenizer that has the space and the letter, or the letter, as one token."
+        )
+    return answer[0]
+
+
+def fit_prompts(
+    tokenizer: PreTrainedTokenizerBase, prompt_format: PromptFormat, questions: Sequence[Question], max_length: int
+) -> tuple[list[list[int]], int]:
+    """Encode questions in at most `max_length` tokens, cutting words from the front of the question's text only.
+
+    The choices and the end of the prompt always survive: a tokenizer's own truncation cuts off `Answer:`.
+
+    Args:
+        tokenizer: any tokenizer; its settings are left as they are.
+        prompt_format: how to write the question out.
+        questions: the questions.
+        max_length: most tokens a prompt may have, leading special tokens included.
+
+    Returns:
+        `(token ids of each prompt, number of prompts that were cut)`.
+
+    Raises:
+        ValueError: naming the item and both lengths, if not even the question's last word fits.
+    """
+    encoded = encode_prompts(tokenizer, [prompt_format.render(question) for question in questions])
+    long = [row for row, ids in enumerate(encoded) if len(ids) > max_length]
+    for row in long:
+        encoded[row] = _cut_question(tokenizer, prompt_format, questions[row], max_length)
+    return encoded, len(long)
+
+
+def _cut_question(
+    tokenizer: PreTrainedTokenizerBase, prompt_format: PromptFormat, question: Question, max_length: int
+) -> list[int]:
+    words = question.question.split()
+    rest = prompt_format.after_question(question)
+
+    def encode(kept: int) -> list[int]:
+        return encode_prompts(tokenizer, [prompt_format.head + " ".join(words[len(words) - kept :]) + rest])[0]
+
+    best = encode(1)
+    if len(best) > max_length:
+        raise ValueError(
+            f"question {question.id!r}: cut to the last word of its text, the prompt still has {len(best)} tokens, and "
+            f"max_length is {max_length}; raise max_length or drop the item."
+        )
+    # Bisection for the most words that fit; `low` words are always known to.
+    low, high = 1, len(words)
+    while high - low > 1:
+        middle = (low + high) // 2
+        ids = encode(middle)
+        if len(ids) <= max_length:
+            low, best = middle, ids
+        else:
+            high = middle
+    return best
