@@ -1,8 +1,8 @@
 """Prompts that end right before a lettered answer, and the tokens that answer them.
 
 A question is answered by the next token after `Answer:`, among the letters of its choices. The answer token is the
-letter *with* its leading space (` A`), because that is what a model writes there; scoring the bare letter costs accuracy
-and calibration. The two formats follow the styles named in appendix C of arXiv 2511.08968, in our own words.
+letter *with* its leading space (` A`), because that is what a model writes; scoring the bare letter costs accuracy and
+calibration. The two formats follow the styles named in appendix C of arXiv 2511.08968, in our own words.
 """
 
 from collections.abc import Sequence

@@ -20,7 +20,7 @@ def train_word_tokenizer(
     """Make a word-level tokenizer from the most frequent words of some texts.
 
     Train it on training text alone (rendered prompts, so that the prompt's own words are in), or words of the test
-    split leak into the vocabulary. White space is dropped, so ` A` and `A` are the same token. Case is kept, because the
+    split leak into the vocabulary. White space is dropped, so ` A` and `A` are the same token. Case is kept: the
     letter `A` and the article `a` differ in nothing else. No special token is ever added to a text. Ties are broken by
     the alphabet: the same texts always give the same vocabulary. It saves and loads with `save_pretrained` and
     `from_pretrained`, without a network.

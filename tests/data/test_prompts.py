@@ -1,0 +1,262 @@
+import pytest
+import torch
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
+from transformers import PreTrainedTokenizerFast
+
+from bmoe_lightning.data.prompts import (
+    PROMPT_NAMES,
+    PromptFormat,
+    answer_token_ids,
+    encode_prompts,
+    fit_prompts,
+    get_prompt_format,
+    leading_special_ids,
+)
+from bmoe_lightning.data.questions import LETTERS, Question
+from bmoe_lightning.data.tokenizer import train_word_tokenizer
+
+QUESTION = Question("q1", " What do bees make? ", ("wax", "honey", "silk.", "bread"), 1)
+PROMPTS = [get_prompt_format(name).render(QUESTION) for name in PROMPT_NAMES]
+CORPUS = [*PROMPTS * 3, " A A A B B B C C C D D D E E E", "Answer: A Answer: B Answer: C Answer: D Answer: E" * 5]
+
+
+def byte_level(*, bos=False, eos=False, corpus=CORPUS) -> PreTrainedTokenizerFast:
+    """A GPT-like tokenizer in which the space belongs to the word that follows it."""
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=600,
+        special_tokens=["<s>", "</s>"],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator(corpus, trainer)
+    if bos or eos:
+        tokenizer.post_processor = processors.TemplateProcessing(
+            single=f"{'<s> ' if bos else ''}$A{' </s>' if eos else ''}",
+            special_tokens=[("<s>", 0), ("</s>", 1)],
+        )
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token="<s>", eos_token="</s>")
+
+
+def word_level(vocabulary: list[str], pre_tokenizer=None) -> PreTrainedTokenizerFast:
+    tokenizer = Tokenizer(
+        models.WordLevel({"[UNK]": 0} | {w: i for i, w in enumerate(vocabulary, 1)}, unk_token="[UNK]")
+    )
+    tokenizer.pre_tokenizer = pre_tokenizer or pre_tokenizers.WhitespaceSplit()
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, unk_token="[UNK]")
+
+
+def test_letters_prompt():
+    assert get_prompt_format("letters").render(QUESTION) == (
+        "What do bees make?\nA. wax\nB. honey\nC. silk.\nD. bread\nAnswer:"
+    )
+
+
+def test_instruction_prompt():
+    assert get_prompt_format("instruction").render(QUESTION) == (
+        "Select one of the choices that answers the following question: What do bees make? "
+        "Choices: A. wax B. honey C. silk. D. bread Answer:"
+    )
+
+
+@pytest.mark.parametrize("name", PROMPT_NAMES)
+@pytest.mark.parametrize("count", [2, 3, 5])
+def test_every_choice_stands_after_its_own_letter(name, count):
+    question = Question("q", "Which?", tuple(f"text{i}" for i in range(count)), 0)
+    prompt = get_prompt_format(name).render(question)
+    for letter, text in zip(LETTERS, question.choices, strict=False):
+        assert prompt.count(f"{letter}. {text}") == 1
+    assert f"{LETTERS[count]}. " not in prompt
+    assert prompt.endswith("Answer:")
+
+
+def test_unknown_prompt_lists_the_names():
+    with pytest.raises(ValueError, match="prompt 'letter' is not known; choose from letters, instruction"):
+        get_prompt_format("letter")
+
+
+@pytest.mark.parametrize("tail", ["Answer: ", "Answer:\n", ""])
+def test_a_format_that_ends_in_white_space_is_refused(tail):
+    with pytest.raises(ValueError, match="without white space"):
+        PromptFormat(name="mine", head="", before_choices=" ", separator=" ", tail=tail)
+
+
+def test_byte_level_answer_is_the_letter_with_its_space():
+    tokenizer = byte_level()
+    ids = answer_token_ids(tokenizer, PROMPTS, 5)
+    assert ids.dtype == torch.int64
+    assert ids.shape == (5,)
+    assert tokenizer.convert_ids_to_tokens(ids.tolist()) == ["ĠA", "ĠB", "ĠC", "ĠD", "ĠE"]
+    bare = tokenizer.convert_tokens_to_ids(list("ABCDE"))
+    assert not set(bare) & set(ids.tolist())
+
+
+@pytest.mark.parametrize(("bos", "eos"), [(True, False), (False, True), (True, True)])
+def test_answer_tokens_do_not_depend_on_special_tokens(bos, eos):
+    plain = answer_token_ids(byte_level(), PROMPTS, 4)
+    assert torch.equal(answer_token_ids(byte_level(bos=bos, eos=eos), PROMPTS, 4), plain)
+
+
+def test_metaspace_answer_is_the_letter_with_its_mark():
+    words = ["▁Question", "▁Answer:", "▁A", "▁B", "▁C"]
+    tokenizer = word_level(words, pre_tokenizers.Metaspace())
+    ids = answer_token_ids(tokenizer, ["Question Answer:"], 3)
+    assert tokenizer.convert_ids_to_tokens(ids.tolist()) == ["\u2581A", "\u2581B", "\u2581C"]
+
+
+def test_word_level_answer_is_the_bare_letter():
+    tokenizer = train_word_tokenizer(PROMPTS, max_vocab=100)
+    ids = answer_token_ids(tokenizer, PROMPTS, 4)
+    assert tokenizer.convert_ids_to_tokens(ids.tolist()) == ["A", "B", "C", "D"]
+
+
+def test_two_token_answer_is_refused_and_shown():
+    tokenizer = byte_level(corpus=["nothing with capital letters"])
+    with pytest.raises(ValueError, match=r"' A' after .* is not one token of its own: .*'Ġ', 'A'.*Use a tokenizer"):
+        answer_token_ids(tokenizer, PROMPTS, 4)
+
+
+def test_an_answer_that_merges_with_the_prompt_is_refused():
+    tokenizer = word_level(["x Answer:", "A"], pre_tokenizers.Split("|", behavior="isolated"))
+    with pytest.raises(ValueError, match="is not one token of its own"):
+        answer_token_ids(tokenizer, ["x Answer:"], 2)
+
+
+def test_letters_that_share_a_token_are_refused_and_shown():
+    tokenizer = word_level(["Answer:", "A", "B"])
+    with pytest.raises(ValueError, match=r"share a token: .*'C': '\[UNK\]', 'D': '\[UNK\]'"):
+        answer_token_ids(tokenizer, ["Answer:"], 4)
+
+
+def test_one_unknown_letter_is_refused():
+    tokenizer = word_level(["Answer:", "A", "B", "C"])
+    with pytest.raises(ValueError, match=r"unknown to the tokenizer: .*'D': '\[UNK\]'"):
+        answer_token_ids(tokenizer, ["Answer:"], 4)
+
+
+def test_answer_tokens_that_change_with_the_prompt_are_refused():
+    class Fickle:
+        unk_token_id = None
+
+        def __call__(self, text, **_):
+            base = [7] if text.startswith("one") else [8]
+            letter = {"A": 1, "B": 2}.get(text[-1])
+            return {"input_ids": base + ([] if letter is None else [letter + 10 * base[0]])}
+
+        def convert_ids_to_tokens(self, ids):
+            return [str(i) for i in ids]
+
+    with pytest.raises(ValueError, match=r"depend on the prompt: \['71', '72'\] and \['81', '82'\]"):
+        answer_token_ids(Fickle(), ["one:", "two:"], 2)
+
+
+@pytest.mark.parametrize(
+    ("prompts", "count", "message"),
+    [
+        ([], 4, "no prompts"),
+        (["Answer:"], 1, "num_choices is 1"),
+        (["Answer:"], 27, "num_choices is 27"),
+        (["Answer: "], 4, "without white space"),
+    ],
+)
+def test_answer_token_arguments_are_checked(prompts, count, message):
+    with pytest.raises(ValueError, match=message):
+        answer_token_ids(byte_level(), prompts, count)
+
+
+@pytest.mark.parametrize(("bos", "eos"), [(False, False), (True, False), (False, True), (True, True)])
+def test_encoded_prompts_end_in_the_prompt_and_never_in_an_end_of_sequence_token(bos, eos):
+    tokenizer = byte_level(bos=bos, eos=eos)
+    assert leading_special_ids(tokenizer) == ([0] if bos else [])
+    for ids, prompt in zip(encode_prompts(tokenizer, PROMPTS), PROMPTS, strict=True):
+        assert 1 not in ids
+        assert (ids[0] == 0) == bos
+        assert tokenizer.decode(ids[bos:]) == prompt
+    assert encode_prompts(tokenizer, []) == []
+
+
+def test_a_tokenizer_that_always_ends_in_a_special_token_is_refused():
+    class Stubborn:
+        unk_token_id = None
+        all_special_ids = (9,)
+
+        def __call__(self, text, **_):
+            return {"input_ids": [3, 9] if isinstance(text, str) else [[3, 9] for _ in text]}
+
+        def convert_ids_to_tokens(self, ids):
+            return ["</s>" if i == 9 else "x" for i in ids]
+
+    with pytest.raises(ValueError, match=r"'</s>'\] at its end; .*add_eos_token=False"):
+        encode_prompts(Stubborn(), ["Answer:"])
+
+
+def test_a_tokenizer_that_rewrites_the_text_between_special_tokens_is_refused():
+    class Rewriting:
+        def __call__(self, text, add_special_tokens=True, **_):
+            return {"input_ids": [1, 5] if add_special_tokens else [3, 4]}
+
+    with pytest.raises(ValueError, match=r"as \[3, 4\] without and as \[1, 5\] with special tokens"):
+        leading_special_ids(Rewriting())
+
+
+@pytest.mark.parametrize("prompt", ["", "Answer: ", "Answer:\n"])
+def test_prompts_with_trailing_white_space_are_refused(prompt):
+    with pytest.raises(ValueError, match="without white space"):
+        encode_prompts(byte_level(), [prompt])
+
+
+def test_settings_saved_in_the_tokenizer_neither_truncate_nor_pad():
+    tokenizer = byte_level()
+    expected = encode_prompts(tokenizer, PROMPTS)
+    tokenizer.backend_tokenizer.enable_truncation(4)
+    tokenizer.backend_tokenizer.enable_padding(length=500)
+    assert encode_prompts(tokenizer, PROMPTS) == expected
+
+
+LONG = Question(
+    "long-1", " ".join(f"word{i}" for i in range(60)) + " so which one is it?", ("left", "right", "up", "down"), 2
+)
+
+
+@pytest.mark.parametrize("name", PROMPT_NAMES)
+def test_a_long_prompt_loses_words_from_the_front_of_its_question_only(name):
+    tokenizer = train_word_tokenizer([get_prompt_format(name).render(LONG)], max_vocab=200)
+    prompt_format = get_prompt_format(name)
+    whole = encode_prompts(tokenizer, [prompt_format.render(LONG)])[0]
+    max_length = len(whole) - 25
+    rows, cut = fit_prompts(tokenizer, prompt_format, [QUESTION, LONG], max_length)
+    assert cut == 1
+    assert rows[0] == encode_prompts(tokenizer, [prompt_format.render(QUESTION)])[0]
+    # Every word of this question is one token: exactly the first 25 are gone and not one more.
+    shorter = Question("s", " ".join(LONG.question.split()[25:]), LONG.choices, 2)
+    assert rows[1] == encode_prompts(tokenizer, [prompt_format.render(shorter)])[0]
+    assert len(rows[1]) == max_length
+    assert tokenizer.convert_ids_to_tokens(rows[1])[-1] == "Answer:"
+
+
+@pytest.mark.parametrize("spare", range(6))
+def test_cutting_with_sub_word_tokens_keeps_the_most_words_that_fit(spare):
+    tokenizer, prompt_format = byte_level(bos=True), get_prompt_format("letters")
+    words = LONG.question.split()
+
+    def length(kept: int) -> int:
+        question = Question("s", " ".join(words[len(words) - kept :]), LONG.choices, 2)
+        return len(encode_prompts(tokenizer, [prompt_format.render(question)])[0])
+
+    max_length = length(20) + spare
+    rows, _ = fit_prompts(tokenizer, prompt_format, [LONG], max_length)
+    most = max(kept for kept in range(1, len(words) + 1) if length(kept) <= max_length)
+    assert len(rows[0]) == length(most) <= max_length
+    assert tokenizer.decode(rows[0]).endswith("it?\nA. left\nB. right\nC. up\nD. down\nAnswer:")
+    assert rows[0][0] == tokenizer.bos_token_id
+
+
+def test_choices_that_do_not_fit_are_refused_with_both_lengths():
+    tokenizer, prompt_format = byte_level(), get_prompt_format("letters")
+    shortest = len(encode_prompts(tokenizer, ["it?" + prompt_format.after_question(LONG)])[0])
+    assert fit_prompts(tokenizer, prompt_format, [LONG], shortest)[1] == 1
+    message = rf"'long-1'.* still has {shortest} tokens, and max_length is {shortest - 1}; raise max_length or drop"
+    with pytest.raises(ValueError, match=message):
+        fit_prompts(tokenizer, prompt_format, [LONG], shortest - 1)
