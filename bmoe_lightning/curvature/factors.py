@@ -1,0 +1,120 @@
+"""Low-rank Kronecker factors of every expert: the result of a curvature pass."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class LayerFactors:
+    """Factors of one expert layer: `F_e ~ n_e (U_a diag(alpha) U_a^T) kron (U_g diag(gamma) U_g^T)`.
+
+    Attributes:
+        name: name of the expert layer.
+        index: its index among the model's expert layers.
+        slots: `[E]` float64, n_e: slots that counted, rescaled where only a part of the data was used.
+        a_basis: `[E, d_in, r_a]`, orthonormal columns.
+        a_eigenvalues: `[E, r_a]` of the mean of `a a^T`, largest first.
+        g_basis: `[E, d_out, r_g]`, orthonormal columns.
+        g_eigenvalues: `[E, r_g]` of the mean of `E_y[delta delta^T]`, largest first.
+        a_trace: `[E]` float64, trace of the full a-factor.
+        g_trace: `[E]` float64, trace of the full g-factor.
+    """
+
+    name: str
+    index: int
+    slots: Tensor
+    a_basis: Tensor
+    a_eigenvalues: Tensor
+    g_basis: Tensor
+    g_eigenvalues: Tensor
+    a_trace: Tensor
+    g_trace: Tensor
+
+    @property
+    def num_experts(self) -> int:
+        """E."""
+        return len(self.slots)
+
+    @property
+    def d_in(self) -> int:
+        """Width of the second linear layer's input."""
+        return self.a_basis.shape[1]
+
+    @property
+    def d_out(self) -> int:
+        """Width of the second linear layer's output."""
+        return self.g_basis.shape[1]
+
+    def curvature(self) -> Tensor:
+        """Eigenvalues of the Kronecker product, `[E, r_g, r_a]` float64: `s_qp = n_e gamma_q alpha_p`."""
+        products = self.g_eigenvalues.double().unsqueeze(2) * self.a_eigenvalues.double().unsqueeze(1)
+        return products * self.slots.to(products).view(-1, 1, 1)
+
+    def discarded_energy(self) -> Tensor:
+        """Share of the Kronecker product's trace outside the low-rank bases, `[E]`; 0 for an expert without slots."""
+        full = (self.a_trace * self.g_trace).cpu()
+        kept = (self.a_eigenvalues.double().sum(1) * self.g_eigenvalues.double().sum(1)).cpu()
+        return torch.where(full > 0, (1 - kept / full.clamp(min=torch.finfo(full.dtype).tiny)).clamp(0, 1), 0.0)
+
+    def tensors(self) -> dict[str, Tensor]:
+        """The tensors by field name."""
+        return {name: value for name, value in vars(self).items() if isinstance(value, Tensor)}
+
+
+@dataclass(frozen=True)
+class KroneckerFactors:
+    """The curvature of all tapped expert layers.
+
+    Attributes:
+        layers: one entry an expert layer.
+        rank: the rank asked for.
+        fisher: which labels: `exact`, `mc` or `empirical`.
+        approximation: `expand` or `reduce`.
+        sketch: the low-rank algorithm asked for.
+        num_examples: examples that the factors stand for.
+        num_examples_used: examples that were passed through the model.
+        fingerprint: of the model's MoE blocks at the time (see `weight_fingerprint`).
+    """
+
+    layers: tuple[LayerFactors, ...]
+    rank: int
+    fisher: str
+    approximation: str
+    sketch: str
+    num_examples: int
+    num_examples_used: int
+    fingerprint: str = field(default="")
+
+    def to(self, device: torch.device | str) -> KroneckerFactors:
+        """The same factors on another device."""
+        moved = tuple(
+            LayerFactors(layer.name, layer.index, **{k: v.to(device) for k, v in layer.tensors().items()})
+            for layer in self.layers
+        )
+        return KroneckerFactors(moved, **self.description())
+
+    def without(self, indices: Sequence[int]) -> KroneckerFactors:
+        """The factors without some layers, which then count as known exactly.
+
+        Raises:
+            ValueError: if an index does not exist, or no layer would be left.
+        """
+        unknown = set(indices) - {layer.index for layer in self.layers}
+        if unknown:
+            raise ValueError(
+                f"no expert layer with index {sorted(unknown)}; there are {[x.index for x in self.layers]}"
+            )
+        kept = tuple(layer for layer in self.layers if layer.index not in set(indices))
+        if not kept:
+            raise ValueError("leaving out every expert layer leaves no posterior")
+        return KroneckerFactors(kept, **self.description())
+
+    def description(self) -> dict[str, Any]:
+        """All fields but the layers."""
+        return {name: value for name, value in vars(self).items() if name != "layers"}

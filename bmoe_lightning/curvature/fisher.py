@@ -1,0 +1,68 @@
+"""Which labels the Fisher is taken over, as weights for backward passes.
+
+Every kind of Fisher is `E_y[delta delta^T]` with `delta = d log p(y|x) / d b`. Since `delta` is linear in the gradients
+of the logits, each is a sum over P backward passes of weighted sums of logits: weights `[P, B, K]` whose outer products
+over P add up to the wanted `K x K` matrix of every example. Shapes: `B` examples, `K` classes.
+"""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+FisherName = Literal["exact", "mc", "empirical"]
+FISHERS = ("exact", "mc", "empirical")
+
+
+def fisher_weights(
+    kind: FisherName, log_probs: Tensor, labels: Tensor | None = None, generator: torch.Generator | None = None
+) -> Tensor:
+    """Weights of the logits in each backward pass.
+
+    Args:
+        kind: `exact` (all classes, weighted by p: K - 1 passes), `mc` (one drawn label: 1 pass) or `empirical` (the
+            true label: 1 pass).
+        log_probs: `[B, K]` of the model, `-inf` for absent classes.
+        labels: `[B]`, needed by `empirical`.
+        generator: CPU generator, needed by `mc`.
+
+    Returns:
+        `[P, B, K]` float64.
+
+    Raises:
+        ValueError: if `empirical` gets no labels, or the kind is unknown.
+    """
+    if kind == "exact":
+        return _exact_weights(log_probs)
+    if kind == "mc":
+        drawn = torch.multinomial(log_probs.exp().cpu(), 1, generator=generator).squeeze(1)
+        return label_weights(log_probs, drawn.to(log_probs.device)).unsqueeze(0)
+    if kind == "empirical":
+        if labels is None:
+            raise ValueError("the empirical Fisher needs labels, but class_logits returned None for them")
+        return label_weights(log_probs, labels).unsqueeze(0)
+    raise ValueError(f"unknown Fisher {kind!r}; valid are {', '.join(FISHERS)}")
+
+
+def label_weights(log_probs: Tensor, labels: Tensor) -> Tensor:
+    """Derivative of `log p(label)` with respect to the logits: `[B, K]`, one-hot minus p.
+
+    The label's own entry is the sum of the other probabilities, which stays exact when p is nearly 1.
+    """
+    others = log_probs.exp().scatter(1, labels.unsqueeze(1), 0)
+    return (-others).scatter(1, labels.unsqueeze(1), others.sum(1, keepdim=True))
+
+
+def _exact_weights(log_probs: Tensor) -> Tensor:
+    """Columns of a square root of `diag(p) - p p^T`: `[K - 1, B, K]`."""
+    probs = log_probs.exp()
+    outer = probs.unsqueeze(2) * probs.unsqueeze(1)
+    outer = outer - torch.diag_embed(outer.diagonal(dim1=1, dim2=2))
+    # The diagonal p (1 - p) as a sum of products: no cancellation when p is nearly 1.
+    hessian = torch.diag_embed(outer.sum(2)) - outer
+    values, vectors = torch.linalg.eigh(hessian)
+    # The smallest eigenvalue belongs to the common shift of all logits and is zero.
+    root = vectors[..., 1:] * values[..., 1:].clamp(min=0).sqrt().unsqueeze(1)
+    return root.permute(2, 0, 1)

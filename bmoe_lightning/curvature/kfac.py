@@ -1,0 +1,208 @@
+"""The curvature pass: low-rank K-FAC factors of every expert's second linear layer, in one pass over data.
+
+K-FAC of the Fisher in its *expand* form keeps, per expert with n_e slots,
+
+    F_e ~ n_e (1/n_e sum a a^T) kron (1/n_e sum E_y[delta delta^T]),
+
+and in its *reduce* form (Eschenhagen et al. 2023, Kronecker-Factored Approximate Curvature for Modern Neural Network
+Architectures) first sums the deltas and averages the a's of each example and expert. A slot counts when its gradient is
+not exactly zero: padding, and positions that no logit can see, drop out by themselves.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from bmoe_lightning.curvature.factors import KroneckerFactors, LayerFactors
+from bmoe_lightning.curvature.fisher import FISHERS, FisherName, fisher_weights
+from bmoe_lightning.curvature.sketch import SKETCHES, SketchName, make_sketch
+from bmoe_lightning.experts.fingerprint import weight_fingerprint
+from bmoe_lightning.experts.grouped import ExpertGroups
+from bmoe_lightning.experts.layout import ExpertLayer, find_expert_layers
+from bmoe_lightning.experts.ownership import slot_owners
+from bmoe_lightning.experts.taps import ClassLogits, Slots, TappedBatch, tapped_batch
+
+ApproximationName = Literal["expand", "reduce"]
+APPROXIMATIONS = ("expand", "reduce")
+
+
+def collect_factors(
+    model: nn.Module,
+    class_logits: ClassLogits,
+    batches: Iterable[Any],
+    *,
+    rank: int = 10,
+    fisher: FisherName = "exact",
+    approximation: ApproximationName = "expand",
+    sketch: SketchName = "auto",
+    layers: Sequence[ExpertLayer] | None = None,
+    num_examples: int | None = None,
+    seed: int = 0,
+) -> KroneckerFactors:
+    """Collect the curvature of every expert's second linear layer.
+
+    The model runs in evaluation mode with frozen parameters; its modes, gradients and the global random state are as
+    before afterwards. One forward and, per batch, K - 1 (`exact`) or 1 (`mc`, `empirical`) backward passes to the
+    experts' outputs.
+
+    Args:
+        model: any module with expert layers.
+        class_logits: `(model, batch) -> (logits [B, K], labels [B] or None)`.
+        batches: the data; each element is handed to `class_logits` as it is.
+        rank: eigenpairs kept of each factor.
+        fisher: `exact` (all classes), `mc` (a drawn label) or `empirical` (the true label).
+        approximation: `expand` or `reduce`.
+        sketch: `auto`, `nystrom`, `rsvd` or `exact`; see `make_sketch`.
+        layers: which expert layers; by default all that `find_expert_layers` finds.
+        num_examples: how many examples the factors shall stand for, when `batches` is a part of the data; the curvature
+            is scaled by this over the number of examples seen. By default the number seen.
+        seed: of the drawn labels and the random test matrices.
+
+    Returns:
+        The factors, on the model's device, in float32 or, for a float64 model, float64.
+
+    Raises:
+        ValueError: for an unknown option, an empty `batches`, logits that are none, or a factor that is not finite (the
+            message names layer and expert).
+    """
+    _check_options(rank, fisher, approximation, sketch)
+    layers = find_expert_layers(model) if layers is None else list(layers)
+    generator = torch.Generator().manual_seed(seed)
+    sums: list[_LayerSums] | None = None
+    used = 0
+    with torch.random.fork_rng():
+        for batch in batches:
+            with tapped_batch(model, layers, class_logits, batch) as tapped, torch.no_grad():
+                slots = [tapped.taps.slots(position) for position in range(len(layers))]
+                if sums is None:
+                    sums = [
+                        _LayerSums(layer, s.inputs, rank, sketch, seed) for layer, s in zip(layers, slots, strict=True)
+                    ]
+                weights = fisher_weights(fisher, tapped.log_probs, tapped.labels, generator)
+                _add_batch(sums, tapped, slots, weights, approximation)
+                used += len(tapped.logits)
+    if sums is None:
+        raise ValueError("no batch to collect curvature from: `batches` is empty")
+    num_examples = used if num_examples is None else num_examples
+    return KroneckerFactors(
+        tuple(layer_sums.finish(num_examples / used) for layer_sums in sums),
+        rank=rank,
+        fisher=fisher,
+        approximation=approximation,
+        sketch=sketch,
+        num_examples=num_examples,
+        num_examples_used=used,
+        fingerprint=weight_fingerprint(model, layers),
+    )
+
+
+def _check_options(rank: int, fisher: str, approximation: str, sketch: str) -> None:
+    if rank < 1:
+        raise ValueError(f"rank must be at least 1, got {rank}")
+    for name, value, valid in (
+        ("fisher", fisher, FISHERS),
+        ("approximation", approximation, APPROXIMATIONS),
+        ("sketch", sketch, SKETCHES),
+    ):
+        if value not in valid:
+            raise ValueError(f"unknown {name} {value!r}; valid are {', '.join(valid)}")
+
+
+def _add_batch(
+    sums: Sequence[_LayerSums], tapped: TappedBatch, slots: Sequence[Slots], weights: Tensor, approximation: str
+) -> None:
+    """Add one batch's slots to every layer: the gradients pass by pass, then the inputs of the slots that counted."""
+    merges = None
+    if approximation == "reduce":
+        owners = slot_owners(tapped, slots)
+        merges = [
+            _Merge(s.experts, owner, x.layer.num_experts) for s, owner, x in zip(slots, owners, sums, strict=True)
+        ]
+    counted = [torch.zeros_like(layer_slots.experts, dtype=torch.bool) for layer_slots in slots]
+    for pass_weights in weights:
+        gradients = tapped.taps.gradients(tapped.logits, pass_weights.to(tapped.logits.device))
+        for position, gradient in enumerate(gradients):
+            moves = (gradient != 0).any(dim=1)
+            counted[position] |= moves
+            experts = slots[position].experts
+            if merges is not None:
+                gradient, experts = merges[position].sum(gradient), merges[position].experts
+                moves = (gradient != 0).any(dim=1)
+            sums[position].add_gradients(gradient[moves], experts[moves])
+    for position, (layer_slots, counts) in enumerate(zip(slots, counted, strict=True)):
+        inputs, experts = layer_slots.inputs[counts], layer_slots.experts[counts]
+        if merges is not None:
+            inputs, experts = merges[position].mean(layer_slots.inputs, counts)
+        sums[position].add_inputs(inputs, experts)
+
+
+class _LayerSums:
+    """The running sums of one layer."""
+
+    def __init__(self, layer: ExpertLayer, like: Tensor, rank: int, sketch: SketchName, seed: int) -> None:
+        self.layer = layer
+        self.dtype = torch.promote_types(like.dtype, torch.float32)
+        # A stream of its own for each layer: which other layers are tapped changes nothing.
+        generator = torch.Generator().manual_seed(seed * 1_000_003 + layer.index)
+        options = {"device": like.device, "dtype": self.dtype, "generator": generator}
+        self.inputs = make_sketch(sketch, layer.num_experts, layer.d_in, rank, **options)  # type: ignore[arg-type]
+        self.gradients = make_sketch(sketch, layer.num_experts, layer.d_out, rank, **options)  # type: ignore[arg-type]
+        self.slots = torch.zeros(layer.num_experts, device=like.device, dtype=torch.float64)
+
+    def add_gradients(self, gradients: Tensor, experts: Tensor) -> None:
+        groups = ExpertGroups(experts, self.layer.num_experts)
+        self.gradients.update(gradients[groups.order].to(self.dtype), groups)
+
+    def add_inputs(self, inputs: Tensor, experts: Tensor) -> None:
+        groups = ExpertGroups(experts, self.layer.num_experts)
+        self.inputs.update(inputs[groups.order].to(self.dtype), groups)
+        self.slots += groups.counts
+
+    def finish(self, scale: float) -> LayerFactors:
+        for kind, trace in (("a", self.inputs.trace), ("g", self.gradients.trace)):
+            broken = (~trace.isfinite()).nonzero().flatten().tolist()
+            if broken:
+                raise ValueError(
+                    f"the {kind}-factor of layer {self.layer.name!r} is not finite for expert {broken[0]}"
+                    + (f" and {len(broken) - 1} more" if len(broken) > 1 else "")
+                    + ": the model's activations or gradients overflow there; try bfloat16 or float32 weights"
+                )
+        a, g = self.inputs.finish(), self.gradients.finish()
+        mean = 1 / self.slots.clamp(min=1)
+        column = mean.to(self.dtype).unsqueeze(1)
+        return LayerFactors(
+            self.layer.name,
+            self.layer.index,
+            slots=self.slots * scale,
+            a_basis=a.basis,
+            a_eigenvalues=a.eigenvalues * column,
+            g_basis=g.basis,
+            g_eigenvalues=g.eigenvalues * column,
+            a_trace=self.inputs.trace * mean,
+            g_trace=self.gradients.trace * mean,
+        )
+
+
+class _Merge:
+    """Merges the slots of the same example and expert, for the reduce form."""
+
+    def __init__(self, experts: Tensor, owners: Tensor, num_experts: int) -> None:
+        # Slots without an owner move no logit; whichever group they join, they add nothing to it.
+        keys, self._group = torch.unique(owners.clamp(min=0) * num_experts + experts, return_inverse=True)
+        self.experts = keys % num_experts
+
+    def sum(self, values: Tensor) -> Tensor:
+        """Sum `[S, d]` over each group: `[groups, d]`, in float32 at least."""
+        values = values.to(torch.promote_types(values.dtype, torch.float32))
+        return values.new_zeros(len(self.experts), values.shape[1]).index_add_(0, self._group, values)
+
+    def mean(self, values: Tensor, counts: Tensor) -> tuple[Tensor, Tensor]:
+        """Average the counted rows of `[S, d]` over each group that has one: `[groups, d]` and experts `[groups]`."""
+        totals = self.sum(values * counts.unsqueeze(1))
+        sizes = self.sum(counts.unsqueeze(1))
+        present = sizes.squeeze(1) > 0
+        return (totals / sizes.clamp(min=1))[present], self.experts[present]

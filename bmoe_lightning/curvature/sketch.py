@@ -1,0 +1,200 @@
+"""Streaming low-rank factors of second moments, for all experts of a layer at once.
+
+Each accumulator takes slots `x [S, d]` batch after batch and ends with the leading eigenpairs of `sum_s x_s x_s^T` of
+every expert: an orthonormal basis `[E, d, r]` and eigenvalues `[E, r]`, largest first. The trace is kept beside them,
+so that the energy outside the basis is known. No expert is looped over, and nothing of size `d x d` is formed except in
+`ExactGram`.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from bmoe_lightning.experts.grouped import ExpertGroups
+
+SketchName = Literal["auto", "nystrom", "rsvd", "exact"]
+
+# Below this width the exact sum costs less than any sketch of it.
+EXACT_WIDTH = 512
+_OVERSAMPLING = 10
+
+
+@dataclass(frozen=True)
+class LowRank:
+    """Leading eigenpairs of a positive semi-definite matrix per expert.
+
+    Attributes:
+        basis: `[E, d, r]`, orthonormal columns.
+        eigenvalues: `[E, r]`, non-negative, largest first.
+    """
+
+    basis: Tensor
+    eigenvalues: Tensor
+
+
+class GramSketch(ABC):
+    """Accumulates `sum_s x_s x_s^T` for every expert.
+
+    Args:
+        num_experts: E.
+        width: d.
+        rank: r; at most `width` eigenpairs are returned.
+        device: where the state lives.
+        dtype: of the state, float32 or float64.
+        generator: source of the random test matrices, on the CPU, so that every device draws the same.
+    """
+
+    def __init__(
+        self,
+        num_experts: int,
+        width: int,
+        rank: int,
+        *,
+        device: torch.device,
+        dtype: torch.dtype,
+        generator: torch.Generator,
+    ) -> None:
+        self.rank = min(rank, width)
+        self.trace = torch.zeros(num_experts, device=device, dtype=torch.float64)
+        self._generator = generator
+        self._empty = torch.empty(0, device=device, dtype=dtype)
+        self._allocate(num_experts, width)
+
+    def update(self, x: Tensor, groups: ExpertGroups) -> None:
+        """Add slots `x [S, d]`, sorted by expert as `groups` says."""
+        self.trace += groups.sum(x.square().sum(1).double())
+        self._update(x, groups)
+
+    @abstractmethod
+    def _allocate(self, num_experts: int, width: int) -> None: ...
+
+    @abstractmethod
+    def _update(self, x: Tensor, groups: ExpertGroups) -> None: ...
+
+    @abstractmethod
+    def finish(self) -> LowRank:
+        """The leading eigenpairs of what was added."""
+
+
+class ExactGram(GramSketch):
+    """The full `d x d` sum, for small d and as a reference."""
+
+    def _allocate(self, num_experts: int, width: int) -> None:
+        self._gram = self._empty.new_zeros(num_experts, width, width)
+
+    def _update(self, x: Tensor, groups: ExpertGroups) -> None:
+        self._gram += groups.outer_sum(x, x)
+
+    def finish(self) -> LowRank:
+        """Exact to rounding: an eigendecomposition per expert."""
+        return _leading(self._gram, self.rank)
+
+
+class NystromGram(GramSketch):
+    """A linear sketch `Y_e = (sum_s x_s x_s^T) Omega` with one fixed test matrix.
+
+    Being linear, it gives the same result for any split and order of the slots. Recovery is the fixed-rank
+    reconstruction of Tropp, Yurtsever, Udell and Cevher (2017, Fixed-rank approximation of a positive-semidefinite
+    matrix from streaming data, Algorithm 3). The sketch is 4 r wide.
+    """
+
+    def _allocate(self, num_experts: int, width: int) -> None:
+        columns = min(4 * self.rank, width)
+        omega = torch.randn(width, columns, generator=self._generator, dtype=torch.float64)
+        self._omega = torch.linalg.qr(omega).Q.to(self._empty)
+        self._sketch = self._omega.new_zeros(num_experts, width, columns)
+
+    def _update(self, x: Tensor, groups: ExpertGroups) -> None:
+        self._sketch += groups.outer_sum(x, x @ self._omega)
+
+    def finish(self) -> LowRank:
+        """Reconstruct in float64: the small core is too ill-conditioned for less."""
+        sketch, omega = self._sketch.double(), self._omega.double()
+        norm = torch.linalg.matrix_norm(sketch, keepdim=True)
+        # The shift lifts the core above the rounding of the accumulated sketch; an expert without slots gets any.
+        shift = torch.where(norm > 0, norm * torch.finfo(self._sketch.dtype).eps, 1)
+        shifted = sketch + shift * omega
+        core = omega.mT @ shifted
+        values, vectors = torch.linalg.eigh((core + core.mT) / 2)
+        half = shifted @ vectors / values.clamp(min=shift[..., 0] / 2).sqrt().unsqueeze(-2)
+        left, singular, _ = torch.linalg.svd(half, full_matrices=False)
+        eigenvalues = (singular.square() - shift[..., 0]).clamp(min=0)
+        dtype = self._sketch.dtype
+        return LowRank(left[..., : self.rank].to(dtype), eigenvalues[..., : self.rank].to(dtype))
+
+
+class RandomizedGram(GramSketch):
+    """Incremental randomised SVD, the paper's Algorithm 1, for all experts at once.
+
+    Each batch updates the best rank-r factor `U diag(s)` of what came before to that of `B = [U diag(s), X^T]`. `B`
+    itself is never formed: its range is sampled with a Gaussian test matrix that has as many rows as `B` has columns
+    (the printed algorithm gives it another shape), and the small problem is solved through `Q^T B B^T Q`. What a batch
+    truncates is lost for good, so the result depends on the order of the batches.
+    """
+
+    def _allocate(self, num_experts: int, width: int) -> None:
+        self._columns = min(self.rank + _OVERSAMPLING, width)
+        self._factor = self._empty.new_zeros(num_experts, width, self.rank)  # U diag(s)
+
+    def _gaussian(self, rows: int) -> Tensor:
+        drawn = torch.randn(rows, self._columns, generator=self._generator, dtype=torch.float64)
+        return drawn.to(self._factor)
+
+    def _update(self, x: Tensor, groups: ExpertGroups) -> None:
+        sampled = self._factor @ self._gaussian(self.rank) + groups.outer_sum(x, self._gaussian(len(x)))
+        frame = torch.linalg.qr(sampled).Q
+        old, new = frame.mT @ self._factor, groups.matmul(x, frame)
+        small = _leading(old @ old.mT + groups.outer_sum(new, new), self.rank)
+        self._factor = frame @ small.basis * small.eigenvalues.sqrt().unsqueeze(-2)
+
+    def finish(self) -> LowRank:
+        """Split the factor into basis and eigenvalues."""
+        left, singular, _ = torch.linalg.svd(self._factor, full_matrices=False)
+        return LowRank(left, singular.square())
+
+
+_SKETCHES: dict[str, type[GramSketch]] = {"nystrom": NystromGram, "rsvd": RandomizedGram, "exact": ExactGram}
+SKETCHES = ("auto", *_SKETCHES)
+
+
+def make_sketch(
+    name: SketchName,
+    num_experts: int,
+    width: int,
+    rank: int,
+    *,
+    device: torch.device,
+    dtype: torch.dtype,
+    generator: torch.Generator,
+) -> GramSketch:
+    """Make an accumulator by name.
+
+    Args:
+        name: `nystrom`, `rsvd`, `exact`, or `auto`: `exact` up to a width of 512, where the full sum is the cheaper
+            one, and `nystrom` beyond.
+        num_experts: E.
+        width: d.
+        rank: r.
+        device: where the state lives.
+        dtype: float32 or float64.
+        generator: a CPU generator.
+
+    Raises:
+        ValueError: for an unknown name.
+    """
+    if name == "auto":
+        name = "exact" if width <= EXACT_WIDTH else "nystrom"
+    if name not in _SKETCHES:
+        raise ValueError(f"unknown sketch {name!r}; valid are {', '.join(SKETCHES)}")
+    return _SKETCHES[name](num_experts, width, rank, device=device, dtype=dtype, generator=generator)
+
+
+def _leading(gram: Tensor, rank: int) -> LowRank:
+    """The largest eigenpairs of symmetric matrices `[E, d, d]`, rounding below zero clipped."""
+    values, vectors = torch.linalg.eigh(gram)
+    return LowRank(vectors[..., -rank:].flip(-1), values[..., -rank:].flip(-1).clamp(min=0))

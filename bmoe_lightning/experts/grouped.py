@@ -1,0 +1,109 @@
+"""Matrix products over slots that are grouped by expert, without a loop over experts.
+
+One shape convention: `S` slots, sorted by expert; `E` experts; expert e owns the rows `offsets[e - 1]:offsets[e]`.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+_BLOCK_ROWS = 32
+_KERNEL_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+
+
+class ExpertGroups:
+    """The order that sorts slots by expert, and products that respect the groups.
+
+    Args:
+        experts: `[S]` int64, the expert of each slot, in `0 .. num_experts - 1`, in any order.
+        num_experts: number of experts, those without a slot included.
+
+    Attributes:
+        order: `[S]` int64; `x[order]` is sorted by expert.
+        experts: `[S]` int64, the sorted expert of each slot.
+        counts: `[E]` int64, slots of each expert.
+    """
+
+    def __init__(self, experts: Tensor, num_experts: int) -> None:
+        self.experts, self.order = torch.sort(experts, stable=True)
+        # scatter_add_ rather than bincount: bincount waits for the device to learn its output's length.
+        self.counts = torch.zeros(num_experts, dtype=torch.int64, device=experts.device)
+        self.counts.scatter_add_(0, self.experts, torch.ones_like(self.experts))
+        self._offsets = self.counts.cumsum(0).to(torch.int32)
+
+    def matmul(self, x: Tensor, weight: Tensor) -> Tensor:
+        """Multiply every slot with the matrix of its expert.
+
+        Args:
+            x: `[S, d]`, sorted by expert.
+            weight: `[E, d, k]`.
+
+        Returns:
+            `[S, k]`, row s being `x[s] @ weight[experts[s]]`; differentiable in both arguments.
+        """
+        if _kernel_fits(x, weight):
+            return F.grouped_mm(x, weight, offs=self._offsets)
+        rows, block_experts, num_rows = self._blocks()
+        padded = x.new_zeros(num_rows, x.shape[1]).index_copy(0, rows, x)
+        blocks = padded.view(-1, _BLOCK_ROWS, x.shape[1])
+        return torch.bmm(blocks, weight[block_experts]).flatten(0, 1)[rows]
+
+    def outer_sum(self, x: Tensor, z: Tensor) -> Tensor:
+        """Sum the outer products of two slot vectors over the slots of each expert.
+
+        Args:
+            x: `[S, d]`, sorted by expert.
+            z: `[S, k]`, sorted by expert.
+
+        Returns:
+            `[E, d, k]`, entry e being `x_e^T z_e`; zero for an expert without a slot.
+        """
+        if _kernel_fits(x, z):
+            return F.grouped_mm(x.t(), z, offs=self._offsets)
+        rows, block_experts, num_rows = self._blocks()
+        left = x.new_zeros(num_rows, x.shape[1]).index_copy(0, rows, x).view(-1, _BLOCK_ROWS, x.shape[1])
+        right = z.new_zeros(num_rows, z.shape[1]).index_copy(0, rows, z).view(-1, _BLOCK_ROWS, z.shape[1])
+        products = torch.bmm(left.transpose(1, 2), right)
+        return products.new_zeros(len(self.counts), *products.shape[1:]).index_add_(0, block_experts, products)
+
+    def sum(self, values: Tensor) -> Tensor:
+        """Sum slot values over the slots of each expert: `[S, ...]`, sorted by expert, to `[E, ...]`."""
+        return values.new_zeros(len(self.counts), *values.shape[1:]).index_add_(0, self.experts, values)
+
+    def _blocks(self) -> tuple[Tensor, Tensor, int]:
+        """Lay the groups out in blocks of equal height, each block of one expert.
+
+        Returns:
+            The padded row of each slot `[S]`, the expert of each block `[N]`, and the number of padded rows. `N` is an
+            upper bound that needs no word from the device.
+        """
+        num_slots, num_experts = len(self.experts), len(self.counts)
+        num_blocks = -(-num_slots // _BLOCK_ROWS) + num_experts
+        blocks_end = ((self.counts + _BLOCK_ROWS - 1) // _BLOCK_ROWS).cumsum(0)
+        blocks_start = torch.cat([blocks_end.new_zeros(1), blocks_end[:-1]])
+        first_slot = self._offsets.long() - self.counts
+        position = torch.arange(num_slots, device=self.experts.device) - first_slot[self.experts]
+        rows = blocks_start[self.experts] * _BLOCK_ROWS + position
+        block_index = torch.arange(num_blocks, device=self.experts.device)
+        block_experts = torch.searchsorted(blocks_end, block_index, right=True).clamp(max=num_experts - 1)
+        return rows, block_experts, num_blocks * _BLOCK_ROWS
+
+
+def _kernel_fits(x: Tensor, other: Tensor) -> bool:
+    """Whether torch's grouped matrix product takes these operands (it wants rows aligned to 16 bytes)."""
+    if not hasattr(F, "grouped_mm") or x.dtype not in _KERNEL_DTYPES or x.dtype != other.dtype:
+        return False
+    if x.is_cuda and (x.dtype != torch.bfloat16 or torch.cuda.get_device_capability(x.device) < (8, 0)):
+        return False
+    strides = [stride for tensor in (x, other) for stride in tensor.stride() if stride != 1]
+    return (
+        x.device.type in ("cpu", "cuda")
+        and len(x) > 0
+        and all(stride * x.element_size() % 16 == 0 for stride in strides)
+        and x.data_ptr() % 16 == 0
+        and other.data_ptr() % 16 == 0
+        and x.stride(-1) == 1
+        and 1 in other.stride()[-2:]
+    )

@@ -1,0 +1,112 @@
+"""Which example each slot belongs to.
+
+A model may lay its tokens out as it likes: one row an example, K rows an example, sorted rows, experts that are called
+on `x[tokens]`. What it cannot hide is which example's logits a slot moves. So ownership is read from gradients: the
+logits of example n are weighted by a power of two of its own, and the ratio of that gradient to the plain one names n.
+Powers of two scale floating-point numbers without rounding, so the ratio is exact.
+
+Where tokens carry a row, the last layer is enough to learn which row belongs to which example, and its gradients cost
+next to nothing. Otherwise all layers are asked, at the price of two backward passes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from bmoe_lightning.experts.taps import Slots, TappedBatch
+
+_UNKNOWN = -1
+_MIXED = -2
+
+
+def slot_owners(batch: TappedBatch, slots: Sequence[Slots]) -> list[Tensor]:
+    """Name the example of every slot that moves a logit.
+
+    Args:
+        batch: a tapped batch of B examples.
+        slots: the slots of each tapped layer.
+
+    Returns:
+        One `[S]` int64 tensor a layer: the example, or -1 where the slot moves no logit.
+
+    Raises:
+        RuntimeError: if a slot moves the logits of several examples.
+    """
+    num_examples = len(batch.logits)
+    if num_examples == 1:
+        return [torch.zeros_like(layer_slots.experts) for layer_slots in slots]
+    if all(layer_slots.rows is not None for layer_slots in slots):
+        examples = _examples_of_rows(batch, slots[-1])
+        if examples is not None:
+            return [examples[layer_slots.rows] for layer_slots in slots]
+    owners = _owners_by_gradient(batch, range(len(slots)))
+    if any(bool((layer_owners == _MIXED).any()) for layer_owners in owners):
+        raise RuntimeError(
+            "a token moves the logits of several examples (examples that share a sequence, or a layer that mixes the "
+            "batch): their covariance would not be a sum over examples. Give each example rows of its own."
+        )
+    return owners
+
+
+def _examples_of_rows(batch: TappedBatch, last: Slots) -> Tensor | None:
+    """The example of each row `[R]`, or None if the last layer does not settle it for every row."""
+    owners = _owners_by_gradient(batch, [len(batch.taps.layers) - 1])[0]
+    if bool((owners == _MIXED).any()):
+        return None
+    assert last.rows is not None
+    known = owners != _UNKNOWN
+    rows, owners = last.rows[known], owners[known]
+    lowest = owners.new_full((batch.taps.num_rows,), len(batch.logits)).scatter_reduce(0, rows, owners, "amin")
+    highest = owners.new_full((batch.taps.num_rows,), _UNKNOWN).scatter_reduce(0, rows, owners, "amax")
+    return highest if torch.equal(lowest, highest) else None
+
+
+def _owners_by_gradient(batch: TappedBatch, positions: Sequence[int]) -> list[Tensor]:
+    """Owners of the slots of some layers: an example, `_UNKNOWN` (moves no logit) or `_MIXED`."""
+    logits = batch.logits
+    num_examples, num_classes = logits.shape
+    # Uneven class weights: a slot that moves any logit moves their sum, short of an accident.
+    generator = torch.Generator().manual_seed(0)
+    class_weights = 1 + torch.rand(num_classes, generator=generator, dtype=torch.float64)
+    plain_weights = batch.present * class_weights.to(logits.device)
+    # Fewer examples a pass in float16, whose exponents have less room.
+    base = 8 if logits.dtype == torch.float16 else 32
+    digits = _digits(num_examples, base).to(logits.device)
+
+    plain = batch.taps.gradients(logits, plain_weights, positions)
+    strongest = [gradient.abs().max(dim=1) for gradient in plain]
+    owners = [torch.zeros_like(peak.indices) for peak in strongest]
+    mixed = [torch.zeros_like(peak.indices, dtype=torch.bool) for peak in strongest]
+    for place, digit in enumerate(digits):
+        scaled = batch.taps.gradients(logits, plain_weights * 2.0 ** digit.unsqueeze(1), positions)
+        for layer, (gradient, peak) in enumerate(zip(scaled, strongest, strict=True)):
+            ratio = gradient.gather(1, peak.indices.unsqueeze(1)).squeeze(1).double() / _signed_peak(plain[layer], peak)
+            exponent = ratio.abs().log2()
+            value = exponent.round()
+            mixed[layer] |= ~(((exponent - value).abs() < 1e-2) & (ratio > 0) & (value >= 0) & (value < base))
+            owners[layer] += value.nan_to_num(0, 0, 0).long().clamp(0, base - 1) * base**place
+    return [
+        torch.where(
+            peak.values == 0,
+            _UNKNOWN,
+            torch.where(layer_mixed | (layer_owners >= num_examples), _MIXED, layer_owners),
+        )
+        for layer_owners, layer_mixed, peak in zip(owners, mixed, strongest, strict=True)
+    ]
+
+
+def _signed_peak(gradient: Tensor, peak: torch.return_types.max) -> Tensor:
+    return gradient.gather(1, peak.indices.unsqueeze(1)).squeeze(1).double()
+
+
+def _digits(count: int, base: int) -> Tensor:
+    """The digits of 0 .. count - 1 in a base, lowest place first: `[places, count]`."""
+    numbers, places = torch.arange(count), []
+    while True:
+        places.append(numbers % base)
+        numbers = numbers // base
+        if not bool(numbers.any()):
+            return torch.stack(places)

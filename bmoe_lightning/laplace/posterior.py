@@ -1,0 +1,326 @@
+"""The posterior: a Gaussian over every expert's second weight, low-rank and Kronecker-factored.
+
+With the eigenvalues `s_qp = n_e gamma_q alpha_p` of an expert's curvature and `u_qp = u_q kron u_p`,
+
+    precision   = lambda I + sum_qp s_qp u_qp u_qp^T
+    covariance  = 1/lambda I - sum_qp s_qp / (lambda (lambda + s_qp)) u_qp u_qp^T
+    log det     = d_in d_out log lambda + sum_qp log(1 + s_qp / lambda).
+
+An expert that was never routed keeps the prior: variance 1/lambda in every direction.
+"""
+
+from __future__ import annotations
+
+import math
+import statistics
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from bmoe_lightning.curvature.factors import KroneckerFactors
+from bmoe_lightning.experts.fingerprint import weight_fingerprint
+from bmoe_lightning.experts.layout import ExpertLayer, find_expert_layers
+from bmoe_lightning.experts.taps import ClassLogits
+from bmoe_lightning.laplace.covariance import BatchTerms, batch_terms, covariance
+from bmoe_lightning.laplace.predictive import (
+    NUM_SAMPLES,
+    LinkName,
+    Prediction,
+    class_probabilities,
+    mean_variance,
+    predict_with_uncertainty,
+)
+from bmoe_lightning.laplace.prior import Scope, cache_terms, fit_evidence, fit_lpo, log_evidence_penalty
+from bmoe_lightning.laplace.storage import load_posterior, save_posterior
+
+_MIN_UNLABELLED = 100
+
+
+class WeightMismatchError(RuntimeError):
+    """A posterior meets a model with other weights than those it was fitted on."""
+
+
+@dataclass(frozen=True)
+class _Binding:
+    """A posterior's layers found in a model."""
+
+    layers: list[ExpertLayer]
+    factors: KroneckerFactors
+    curvature: list[Tensor]
+
+
+class LaplacePosterior:
+    """A Laplace posterior over the second linear layers of all experts.
+
+    Args:
+        factors: curvature, from `collect_factors`.
+        prior_precision: lambda: a number, a `[L]` tensor with one value a layer, or a mapping from layer names.
+        prior_mean: `"pretrained"` or `"zero"`: what the evidence measured distances from; kept for the record.
+
+    Attributes:
+        factors: as given.
+        prior_precision: `[L]` float64 on the CPU.
+
+    Raises:
+        ValueError: if a precision is not positive and finite, or their number is not that of the layers.
+    """
+
+    def __init__(
+        self,
+        factors: KroneckerFactors,
+        prior_precision: float | Tensor | Mapping[str, float] = 1.0,
+        *,
+        prior_mean: str = "pretrained",
+    ) -> None:
+        self.factors = factors
+        self.prior_precision = _precision_tensor(factors, prior_precision)
+        self.prior_mean = prior_mean
+        self._bound: tuple[int, torch.device, _Binding] | None = None
+
+    def with_prior_precision(self, prior_precision: float | Tensor | Mapping[str, float]) -> LaplacePosterior:
+        """The same curvature under another prior precision."""
+        return LaplacePosterior(self.factors, prior_precision, prior_mean=self.prior_mean)
+
+    def without_layers(self, indices: Sequence[int]) -> LaplacePosterior:
+        """The posterior with some expert layers taken as known exactly (the paper's ablation over layers).
+
+        Args:
+            indices: of the expert layers to leave out.
+
+        Raises:
+            ValueError: if an index does not exist or no layer is left.
+        """
+        kept = [i for i, layer in enumerate(self.factors.layers) if layer.index not in set(indices)]
+        return LaplacePosterior(self.factors.without(indices), self.prior_precision[kept], prior_mean=self.prior_mean)
+
+    def log_det(self) -> Tensor:
+        """Log-determinant of the posterior precision over all experts and layers: a float64 scalar."""
+        total = torch.zeros((), dtype=torch.float64)
+        for layer, s, precision in zip(self.factors.layers, self._curvature(), self.prior_precision, strict=True):
+            size = layer.num_experts * layer.d_in * layer.d_out
+            total = total + size * precision.log() + torch.log1p(s / precision).sum()
+        return total
+
+    def log_marginal_likelihood(self, log_likelihood: float, squared_distances: Sequence[Tensor]) -> Tensor:
+        """The Laplace evidence `log p(D | lambda)`.
+
+        Args:
+            log_likelihood: `log p(D | W*)`, summed over the data the curvature stands for.
+            squared_distances: `||W_e - M_e||^2` from the prior mean, `[E]` a layer (see `squared_distances`).
+
+        Returns:
+            A float64 scalar.
+        """
+        return log_likelihood + log_evidence_penalty(self._curvature(), squared_distances, self.prior_precision)
+
+    def fit_prior_evidence(self, squared_distances: Sequence[Tensor], scope: Scope = "global") -> LaplacePosterior:
+        """The posterior at the prior precision that maximises the evidence.
+
+        Args:
+            squared_distances: `||W_e - M_e||^2`, `[E]` a layer.
+            scope: `global` (one precision) or `layer`.
+        """
+        return self.with_prior_precision(fit_evidence(self._curvature(), squared_distances, scope))
+
+    def fit_prior_lpo(
+        self,
+        model: nn.Module,
+        class_logits: ClassLogits,
+        batches: Iterable[Any],
+        *,
+        scope: Scope = "layer",
+        num_samples: int = 1000,
+        seed: int = 0,
+    ) -> LaplacePosterior:
+        """The posterior at the prior precision that minimises the NLL of a validation set (Laplace prior optimisation).
+
+        The set is passed through the model once.
+
+        Args:
+            model: the model the curvature was collected on.
+            class_logits: `(model, batch) -> (logits [B, K], labels [B])`.
+            batches: the validation set.
+            scope: `layer` (the default: measured better) or `global`.
+            num_samples: Monte Carlo samples of the objective.
+            seed: of its noise.
+
+        Raises:
+            ValueError: if there are no examples or no labels.
+        """
+        terms = (self._terms(model, class_logits, batch, centred=True) for batch in batches)
+        cache = cache_terms(terms, self._bind(model).curvature)
+        return self.with_prior_precision(fit_lpo(cache, scope, num_samples=num_samples, seed=seed))
+
+    def logit_covariance(
+        self, model: nn.Module, class_logits: ClassLogits, batch: Any, *, centred: bool = False
+    ) -> tuple[Tensor, Tensor]:
+        """Logits and their posterior covariance under the linearised model.
+
+        Args:
+            model: the model the curvature was collected on.
+            class_logits: `(model, batch) -> (logits [B, K], labels [B] or None)`.
+            batch: whatever `class_logits` takes.
+            centred: True gives the covariance of the centred logits, which any softmax sees the same way, for one
+                backward pass less (K - 1 instead of K).
+
+        Returns:
+            Logits `[B, K]` and covariance `[B, K, K]`, float64. Absent classes have `-inf` and zero.
+
+        Raises:
+            WeightMismatchError: if the model's weights are not those the curvature was collected on.
+        """
+        terms = self._terms(model, class_logits, batch, centred=centred)
+        return terms.logits, covariance(terms, self._bind(model).curvature, self.prior_precision)
+
+    def predict(
+        self,
+        model: nn.Module,
+        class_logits: ClassLogits,
+        batch: Any,
+        link: LinkName = "mc",
+        *,
+        num_samples: int = NUM_SAMPLES,
+        seed: int = 0,
+    ) -> Tensor:
+        """Predictive log-probabilities `[B, K]`, float64.
+
+        Args:
+            model: the model the curvature was collected on.
+            class_logits: `(model, batch) -> (logits [B, K], labels [B] or None)`.
+            batch: whatever `class_logits` takes.
+            link: `mc`, `isotropic`, `probit` or `laplace_bridge`.
+            num_samples: Monte Carlo samples.
+            seed: of the noise.
+        """
+        logits, logit_covariance = self.logit_covariance(model, class_logits, batch, centred=True)
+        return class_probabilities(logits, logit_covariance, link, num_samples=num_samples, seed=seed)
+
+    def predict_with_uncertainty(
+        self, model: nn.Module, class_logits: ClassLogits, batch: Any, *, num_samples: int = NUM_SAMPLES, seed: int = 0
+    ) -> Prediction:
+        """The `mc` prediction with logit covariance, entropy and mutual information; arguments as in `predict`."""
+        logits, logit_covariance = self.logit_covariance(model, class_logits, batch, centred=True)
+        return predict_with_uncertainty(logits, logit_covariance, num_samples=num_samples, seed=seed)
+
+    def evidence_temperature(self, model: nn.Module, class_logits: ClassLogits, batches: Iterable[Any]) -> float:
+        """One temperature from the posterior, without labels: `sqrt(1 + pi/4 median_n v_n)`.
+
+        `v_n` is the mean variance of the centred logits. Meant for the exact Fisher and a prior precision from the
+        evidence. Serving then costs a plain forward: `softmax(f / T)`. Where fine-tuning moved the weights far without
+        the data being unclear, it comes out too large.
+
+        Args:
+            model: the model the curvature was collected on.
+            class_logits: `(model, batch) -> (logits [B, K], labels or None)`; labels are not looked at.
+            batches: at least 100 inputs in all.
+
+        Raises:
+            ValueError: for fewer than 100 inputs, or a Fisher other than `exact`.
+        """
+        if self.factors.fisher != "exact":
+            raise ValueError(
+                f"the evidence temperature needs the exact Fisher, this posterior has {self.factors.fisher!r}"
+            )
+        variances: list[float] = []
+        for batch in batches:
+            logits, logit_covariance = self.logit_covariance(model, class_logits, batch, centred=True)
+            variances += mean_variance(logits, logit_covariance).tolist()
+        if len(variances) < _MIN_UNLABELLED:
+            raise ValueError(
+                f"the evidence temperature needs at least {_MIN_UNLABELLED} unlabelled inputs, got {len(variances)}"
+            )
+        return math.sqrt(1 + math.pi / 4 * statistics.median(variances))
+
+    def check_weights(self, model: nn.Module) -> None:
+        """Compare the model's weights with those the curvature was collected on.
+
+        Raises:
+            WeightMismatchError: if they differ.
+        """
+        fingerprint = self.factors.fingerprint
+        if fingerprint and weight_fingerprint(model, find_expert_layers(model)) != fingerprint:
+            raise WeightMismatchError(
+                "this posterior was fitted on other weights than the model has. Load the checkpoint it was fitted on, "
+                "or fit it again (after training, trainer.test() without a model loads the best checkpoint, not the last)."
+            )
+
+    def save(self, path: str | Path) -> None:
+        """Write factors, prior and fingerprint as one safetensors file; an existing file is replaced only at the end.
+
+        Raises:
+            OSError: if it cannot be written; what was there before stays.
+        """
+        save_posterior(path, self.factors, self.prior_precision, self.prior_mean)
+
+    @classmethod
+    def load(cls, path: str | Path, device: torch.device | str = "cpu") -> LaplacePosterior:
+        """Read a posterior that `save` wrote.
+
+        Raises:
+            FileNotFoundError: if there is no such file.
+            ValueError: if it is truncated, foreign, or of another version.
+        """
+        factors, prior_precision, prior_mean = load_posterior(path)
+        return cls(factors.to(device), prior_precision, prior_mean=prior_mean)
+
+    def _curvature(self) -> list[Tensor]:
+        return [layer.curvature().cpu() for layer in self.factors.layers]
+
+    def _terms(self, model: nn.Module, class_logits: ClassLogits, batch: Any, *, centred: bool) -> BatchTerms:
+        bound = self._bind(model)
+        return batch_terms(model, bound.layers, bound.factors.layers, class_logits, batch, centred=centred)
+
+    def _bind(self, model: nn.Module) -> _Binding:
+        """Find the layers in a model, check its weights and bring the factors to its device; once a model."""
+        device = next(model.parameters()).device
+        if self._bound is None or self._bound[:2] != (id(model), device):
+            self.check_weights(model)
+            layers = _match_layers(self.factors, find_expert_layers(model))
+            factors = self.factors.to(device)
+            binding = _Binding(layers, factors, [layer.curvature() for layer in factors.layers])
+            self._bound = (id(model), device, binding)
+        return self._bound[2]
+
+
+def _precision_tensor(factors: KroneckerFactors, value: float | Tensor | Mapping[str, float]) -> Tensor:
+    names = [layer.name for layer in factors.layers]
+    if isinstance(value, Mapping):
+        missing = [name for name in names if name not in value]
+        if missing:
+            raise ValueError(f"no prior precision for the layers {missing}")
+        value = torch.tensor([value[name] for name in names], dtype=torch.float64)
+    precision = torch.as_tensor(value, dtype=torch.float64).detach().cpu()
+    if precision.dim() == 0:
+        precision = precision.expand(len(names)).clone()
+    if precision.shape != (len(names),):
+        raise ValueError(f"{len(names)} layers need one prior precision each, got shape {tuple(precision.shape)}")
+    if not bool((precision.isfinite() & (precision > 0)).all()):
+        raise ValueError(f"prior precisions must be positive and finite, got {precision.tolist()}")
+    return precision
+
+
+def _match_layers(factors: KroneckerFactors, layers: Sequence[ExpertLayer]) -> list[ExpertLayer]:
+    """The model's layer for each layer of the factors: by index, checked by shape and by the end of the name.
+
+    A posterior fitted on a LightningModule that holds the model names its layers `model.model.layers...`; the same
+    model by itself names them `model.layers...`.
+    """
+    by_index = {layer.index: layer for layer in layers}
+    matched = []
+    for layer_factors in factors.layers:
+        layer = by_index.get(layer_factors.index)
+        expected = (layer_factors.num_experts, layer_factors.d_in, layer_factors.d_out)
+        if layer is None or (layer.num_experts, layer.d_in, layer.d_out) != expected:
+            found = "nothing" if layer is None else f"{layer.name!r} {(layer.num_experts, layer.d_in, layer.d_out)}"
+            raise ValueError(
+                f"the posterior's layer {layer_factors.name!r} with (experts, d_in, d_out) = {expected} does not fit "
+                f"the model, which has {found} at index {layer_factors.index}"
+            )
+        if not (layer.name.endswith(layer_factors.name) or layer_factors.name.endswith(layer.name)):
+            raise ValueError(f"the posterior's layer {layer_factors.name!r} is called {layer.name!r} in this model")
+        matched.append(layer)
+    return matched

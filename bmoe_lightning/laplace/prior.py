@@ -1,0 +1,272 @@
+"""The prior precision: from the evidence, or from a validation set (LPO)."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from bmoe_lightning.laplace.covariance import BatchTerms
+from bmoe_lightning.laplace.predictive import standard_normal
+
+Scope = Literal["global", "layer"]
+
+LOG_PRECISION_RANGE = (math.log(1e-8), math.log(1e12))
+_NUM_BINS = 128
+_LPO_RANGE = (math.log(1e-4), math.log(1e8))
+
+
+def log_evidence_penalty(curvature: Sequence[Tensor], squared_distances: Sequence[Tensor], precision: Tensor) -> Tensor:
+    """`log p(D | lambda) - log p(D | W*)` of the Laplace approximation.
+
+    The terms `D log lambda` of the prior and of the determinant cancel. (Eq. 12 and Algorithm 2 of the paper have the
+    signs of both remaining terms the other way round, which is what one minimises.)
+
+    Args:
+        curvature: `s_qp` of each layer, `[E, r_g, r_a]` float64.
+        squared_distances: `||W_e - M_e||^2` of each layer, `[E]` float64.
+        precision: `[L]` float64.
+
+    Returns:
+        A float64 scalar, `-1/2 sum_e [lambda ||W_e - M_e||^2 + sum_qp log(1 + s_qp / lambda)]`.
+    """
+    total = precision.new_zeros(())
+    for s, distances, value in zip(curvature, squared_distances, precision, strict=True):
+        total = total - 0.5 * (value * distances.to(value).sum() + torch.log1p(s.to(value) / value).sum())
+    return total
+
+
+def fit_evidence(curvature: Sequence[Tensor], squared_distances: Sequence[Tensor], scope: Scope = "global") -> Tensor:
+    """The prior precision at which the evidence is stationary: `sum s / (lambda + s) = lambda ||W - M||^2`.
+
+    The left side falls in lambda and the right one rises, so the root is unique; it is found by bisection in log
+    lambda.
+
+    Args:
+        curvature: `s_qp` of each layer, `[E, r_g, r_a]` float64.
+        squared_distances: `||W_e - M_e||^2` of each layer, `[E]`.
+        scope: one precision for all layers, or one each.
+
+    Returns:
+        `[L]` float64.
+
+    Raises:
+        ValueError: if the weights equal the prior mean (the evidence then grows with lambda for ever), or there is no
+            curvature.
+    """
+    spectra = [s.double().flatten().cpu() for s in curvature]
+    distances = torch.stack([d.double().sum().cpu() for d in squared_distances])
+    if scope == "layer":
+        return torch.stack([_stationary(s, distance) for s, distance in zip(spectra, distances, strict=True)])
+    if scope == "global":
+        return _stationary(torch.cat(spectra), distances.sum()).expand(len(spectra)).clone()
+    raise ValueError(f"unknown scope {scope!r}; valid are global, layer")
+
+
+def _stationary(spectrum: Tensor, distance: Tensor) -> Tensor:
+    if not float(distance) > 0:
+        raise ValueError(
+            "the expert weights equal the prior mean, so the evidence has no maximum: was the model fine-tuned, and "
+            "was the prior mean taken before that? With prior_mean='zero' the distance is that of the weights from zero."
+        )
+    if not float(spectrum.sum()) > 0:
+        raise ValueError("the curvature is zero everywhere: no slot moved a logit")
+    low, high = LOG_PRECISION_RANGE
+    for _ in range(80):
+        middle = (low + high) / 2
+        precision = math.exp(middle)
+        if float((spectrum / (precision + spectrum)).sum()) > precision * float(distance):
+            low = middle
+        else:
+            high = middle
+    return torch.tensor(math.exp((low + high) / 2), dtype=torch.float64)
+
+
+@dataclass(frozen=True)
+class LPOCache:
+    """All that a validation set's predictions need to know, for any prior precision.
+
+    The projections enter a covariance only through `s / (lambda + s)`, a smooth function of log s. So their products
+    are summed in bins of log s, each shared between the two nearest bin centres.
+
+    Attributes:
+        logits: `[N, K]`, `-inf` for absent classes.
+        labels: `[N]` int64.
+        embedding: `[N, K, P]`.
+        prior: `[N, L, P, P]`, `<G_i, G_j>`.
+        binned: `[N, L, bins, P, P]`, sums of `R_i R_j`.
+        centres: `[L, bins]`, the s of each bin.
+    """
+
+    logits: Tensor
+    labels: Tensor
+    embedding: Tensor
+    prior: Tensor
+    binned: Tensor
+    centres: Tensor
+
+    def contrast_covariance(self, precision: Tensor) -> Tensor:
+        """The covariance of the contrasts at precisions `[L]`: `[N, P, P]`."""
+        shrinkage = self.centres / (precision.unsqueeze(1) + self.centres)
+        explained = torch.einsum("nlbij,lb->nlij", self.binned, shrinkage)
+        return ((self.prior - explained) / precision.view(1, -1, 1, 1)).sum(1)
+
+
+def cache_terms(batches: Iterable[BatchTerms], curvature: Sequence[Tensor]) -> LPOCache:
+    """Run through the validation set once and keep what `LPOCache` needs, on the CPU in float64.
+
+    Args:
+        batches: terms of each batch, centred.
+        curvature: `s_qp` of each layer, `[E, r_g, r_a]`.
+
+    Raises:
+        ValueError: if there is no batch, or a batch has no labels.
+    """
+    centres = torch.stack([_bin_centres(s) for s in curvature])
+    parts: dict[str, list[Tensor]] = {"logits": [], "labels": [], "embedding": [], "prior": [], "binned": []}
+    for terms in batches:
+        if terms.labels is None:
+            raise ValueError("LPO needs labels, but class_logits returned None for them")
+        parts["logits"].append(terms.logits.cpu())
+        parts["labels"].append(terms.labels.cpu())
+        parts["embedding"].append(terms.embedding.cpu())
+        parts["prior"].append(torch.stack([layer.prior for layer in terms.layers], dim=1).cpu())
+        binned = [
+            _bin_products(layer.projections, layer.examples, s[layer.experts], grid, len(terms.logits)).cpu()
+            for layer, s, grid in zip(terms.layers, curvature, centres, strict=True)
+        ]
+        parts["binned"].append(torch.stack(binned, dim=1))
+    if not parts["logits"]:
+        raise ValueError("no validation example: the prior precision cannot be fitted on an empty calibration split")
+    return LPOCache(**{name: torch.cat(values) for name, values in parts.items()}, centres=centres)
+
+
+def fit_lpo(
+    cache: LPOCache, scope: Scope = "layer", *, num_samples: int = 1000, seed: int = 0, max_iterations: int = 60
+) -> Tensor:
+    """Minimise the validation NLL of the MC predictive over the log prior precision.
+
+    Common random numbers make the objective smooth and repeatable, so a line search and a quasi-Newton method do what
+    takes 1000 Adam steps otherwise. A single precision is searched first; `layer` goes on from there, and the best
+    iterate is kept.
+
+    Args:
+        cache: of the validation set.
+        scope: one precision for all layers, or one each.
+        num_samples: Monte Carlo samples of the objective.
+        seed: of the noise.
+        max_iterations: of the quasi-Newton method.
+
+    Returns:
+        `[L]` float64.
+
+    Raises:
+        ValueError: for an unknown scope, or an objective that is not finite.
+    """
+    if scope not in ("global", "layer"):
+        raise ValueError(f"unknown scope {scope!r}; valid are global, layer")
+    objective = _Objective(cache, num_samples, seed)
+    num_layers = len(cache.centres)
+    start = _line_search(lambda x: float(objective(torch.full((num_layers,), x, dtype=torch.float64))))
+    log_precision = torch.full((num_layers,), start, dtype=torch.float64)
+    if scope == "layer" and num_layers > 1:
+        log_precision = _quasi_newton(objective, log_precision, max_iterations)
+    if not math.isfinite(float(objective(log_precision))):
+        raise ValueError("the validation NLL is not finite: check the calibration split's labels and logits")
+    return log_precision.exp()
+
+
+class _Objective:
+    """Mean validation NLL of the MC predictive as a function of the log precisions `[L]`."""
+
+    def __init__(self, cache: LPOCache, num_samples: int, seed: int) -> None:
+        self._cache = cache
+        self._noise = standard_normal(num_samples, cache.embedding.shape[2], seed)
+
+    def __call__(self, log_precision: Tensor) -> Tensor:
+        cache = self._cache
+        contrast = cache.contrast_covariance(log_precision.exp())
+        # A Cholesky factor rather than an eigendecomposition: its derivative exists where eigenvalues meet.
+        trace = contrast.diagonal(dim1=1, dim2=2).sum(1).clamp(min=1e-12).view(-1, 1, 1)
+        jitter = 1e-6 * trace * torch.eye(contrast.shape[1], dtype=contrast.dtype)
+        root = cache.embedding @ torch.linalg.cholesky(contrast + jitter)
+        samples = cache.logits.unsqueeze(1) + self._noise @ root.mT
+        chosen = samples.log_softmax(-1).gather(2, cache.labels.view(-1, 1, 1).expand(-1, len(self._noise), 1))
+        return -(torch.logsumexp(chosen.squeeze(2), dim=1) - math.log(len(self._noise))).mean()
+
+
+def _line_search(objective: Callable[[float], float]) -> float:
+    """Minimise over one log precision: a coarse grid, then golden sections around its best point."""
+    low, high = _LPO_RANGE
+    grid = torch.linspace(low, high, 25).tolist()
+    with torch.no_grad():
+        values = [objective(x) for x in grid]
+        best = min(range(len(grid)), key=lambda i: values[i] if math.isfinite(values[i]) else math.inf)
+        left, right = grid[max(best - 1, 0)], grid[min(best + 1, len(grid) - 1)]
+        ratio = (math.sqrt(5) - 1) / 2
+        for _ in range(20):
+            first, second = right - ratio * (right - left), left + ratio * (right - left)
+            if objective(first) < objective(second):
+                right = second
+            else:
+                left = first
+        candidates = [(values[best], grid[best]), (objective((left + right) / 2), (left + right) / 2)]
+    return min(candidates)[1]
+
+
+def _quasi_newton(objective: Callable[[Tensor], Tensor], start: Tensor, max_iterations: int) -> Tensor:
+    variable = start.clone().requires_grad_()
+    best = (float(objective(start)), start)
+    optimiser = torch.optim.LBFGS(
+        [variable], max_iter=max_iterations, line_search_fn="strong_wolfe", tolerance_change=1e-7
+    )
+
+    def closure() -> float:
+        nonlocal best
+        optimiser.zero_grad()
+        clamped = variable.clamp(*_LPO_RANGE)
+        value = objective(clamped)
+        value.backward()
+        if float(value) < best[0]:
+            best = (float(value), clamped.detach().clone())
+        return float(value)
+
+    with torch.enable_grad():
+        optimiser.step(closure)
+    return best[1]
+
+
+def _bin_centres(curvature: Tensor) -> Tensor:
+    """`[bins]` values of s, evenly spaced in log s over twelve decades below the largest."""
+    largest = max(float(curvature.max()), torch.finfo(torch.float32).tiny)
+    return torch.logspace(math.log10(largest) - 12, math.log10(largest), _NUM_BINS, dtype=torch.float64)
+
+
+def _bin_products(projections: Tensor, examples: Tensor, s: Tensor, centres: Tensor, num_examples: int) -> Tensor:
+    """Sum `R_i,qp R_j,qp` of each example in bins of s: `[B, bins, P, P]` float64.
+
+    Args:
+        projections: `[N, P, r_g, r_a]`.
+        examples: `[N]`.
+        s: `[N, r_g, r_a]`.
+        centres: `[bins]`.
+        num_examples: B.
+    """
+    num_groups, num_contrasts = projections.shape[:2]
+    rows = projections.double().flatten(2)  # [N, P, Q]
+    products = rows.unsqueeze(1) * rows.unsqueeze(2)  # [N, P, P, Q]
+    low, high = math.log(centres[0]), math.log(centres[-1])
+    # s = 0 shrinks nothing; the lowest bin's share of 1e-12 is the same to rounding.
+    position = (s.double().flatten(1).clamp(min=float(centres[0])).log() - low) / (high - low) * (len(centres) - 1)
+    lower = position.floor().clamp(0, len(centres) - 2)
+    upper_share = position - lower
+    sums = products.new_zeros(num_examples * len(centres), num_contrasts, num_contrasts)
+    for index, share in ((lower.long(), 1 - upper_share), (lower.long() + 1, upper_share)):
+        target = (examples.unsqueeze(1) * len(centres) + index).flatten()
+        values = (products * share.view(num_groups, 1, 1, -1)).permute(0, 3, 1, 2).flatten(0, 1)
+        sums.index_add_(0, target, values)
+    return sums.view(num_examples, len(centres), num_contrasts, num_contrasts)

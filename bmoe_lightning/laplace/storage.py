@@ -1,0 +1,122 @@
+"""A posterior on disk: one safetensors file, its description as JSON in the header.
+
+No pickle: nothing in the file is executed when it is read, and everything is checked before it is used.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import tempfile
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from bmoe_lightning.curvature.factors import KroneckerFactors, LayerFactors
+
+FORMAT = "bmoe_lightning.posterior"
+VERSION = 1
+_FIELDS = (
+    "slots", "a_basis", "a_eigenvalues", "g_basis", "g_eigenvalues", "a_trace", "g_trace",
+)  # fmt: skip
+
+
+def write_safetensors(path: str | Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> None:
+    """Write tensors to a temporary file beside `path`, then rename it: a full disk leaves the old file as it was.
+
+    Raises:
+        OSError: if the file cannot be written.
+    """
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".tmp")
+    os.close(handle)
+    try:
+        save_file({k: v.detach().cpu().contiguous() for k, v in tensors.items()}, temporary, dict(metadata))
+        with Path(temporary).open("rb+") as written:
+            os.fsync(written.fileno())
+        Path(temporary).replace(path)
+    except SafetensorError as error:
+        raise OSError(f"could not write {path}: {error}; the file that was there before is unchanged") from error
+    finally:
+        with contextlib.suppress(FileNotFoundError):
+            Path(temporary).unlink()
+
+
+def save_posterior(path: str | Path, factors: KroneckerFactors, prior_precision: Tensor, prior_mean: str) -> None:
+    """Write a posterior; see `LaplacePosterior.save`."""
+    tensors = {
+        f"{position}.{name}": value
+        for position, layer in enumerate(factors.layers)
+        for name, value in layer.tensors().items()
+    }
+    header = {
+        "format": FORMAT,
+        "version": VERSION,
+        **factors.description(),
+        "prior_mean": prior_mean,
+        "layers": [{"name": layer.name, "index": layer.index} for layer in factors.layers],
+    }
+    write_safetensors(path, {**tensors, "prior_precision": prior_precision}, {FORMAT: json.dumps(header)})
+
+
+def load_posterior(path: str | Path) -> tuple[KroneckerFactors, Tensor, str]:
+    """Read factors, prior precision `[L]` and the kind of prior mean; see `LaplacePosterior.load`."""
+    path = Path(path)
+    if not path.is_file():
+        raise FileNotFoundError(f"no posterior at {path}")
+    try:
+        with safe_open(path, framework="pt") as file:
+            metadata = file.metadata() or {}
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  (no mapping)
+    except SafetensorError as error:
+        raise ValueError(
+            f"{path} is no complete safetensors file ({error}); was the download or copy cut off?"
+        ) from error
+    header = _header(path, metadata)
+    layers = tuple(_layer(path, position, layer, tensors) for position, layer in enumerate(header.pop("layers")))
+    precision = tensors.get("prior_precision")
+    if precision is None or precision.shape != (len(layers),):
+        raise ValueError(f"{path} has no prior precision for its {len(layers)} layers")
+    prior_mean = header.pop("prior_mean")
+    return KroneckerFactors(layers, **header), precision, prior_mean
+
+
+def _header(path: Path, metadata: Mapping[str, str]) -> dict[str, Any]:
+    if FORMAT not in metadata:
+        raise ValueError(f"{path} is a safetensors file, but no posterior of bmoe_lightning")
+    header = json.loads(metadata[FORMAT])
+    version = header.pop("version", None)
+    header.pop("format", None)
+    if version != VERSION:
+        raise ValueError(f"{path} has version {version} of the posterior format; this release reads version {VERSION}")
+    required = {"rank", "fisher", "approximation", "sketch", "num_examples", "num_examples_used", "fingerprint"}
+    if set(header) != required | {"prior_mean", "layers"}:
+        raise ValueError(f"{path} has an incomplete header: {sorted(header)}")
+    return header
+
+
+def _layer(path: Path, position: int, described: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> LayerFactors:
+    missing = [name for name in _FIELDS if f"{position}.{name}" not in tensors]
+    if missing:
+        raise ValueError(f"{path} lacks {missing} of layer {described.get('name')!r}")
+    found = {name: tensors[f"{position}.{name}"] for name in _FIELDS}
+    num_experts, _, a_rank = found["a_basis"].shape
+    shapes = {
+        "slots": (num_experts,), "a_trace": (num_experts,), "g_trace": (num_experts,),
+        "a_eigenvalues": (num_experts, a_rank), "g_eigenvalues": (num_experts, found["g_basis"].shape[-1]),
+    }  # fmt: skip
+    for name, shape in shapes.items():
+        if tuple(found[name].shape) != shape:
+            raise ValueError(
+                f"{path}: {name} of layer {described['name']!r} has shape {tuple(found[name].shape)}, not {shape}"
+            )
+    if not all(bool(torch.isfinite(tensor).all()) for tensor in found.values()):
+        raise ValueError(f"{path}: layer {described['name']!r} holds values that are not finite")
+    return LayerFactors(described["name"], described["index"], **found)
