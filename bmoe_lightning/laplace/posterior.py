@@ -11,8 +11,6 @@ An expert that was never routed keeps the prior: variance 1/lambda in every dire
 
 from __future__ import annotations
 
-import math
-import statistics
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -33,11 +31,17 @@ from bmoe_lightning.laplace.predictive import (
     class_probabilities,
     mean_variance,
     predict_with_uncertainty,
+    temperature_from_variances,
 )
-from bmoe_lightning.laplace.prior import Scope, cache_terms, fit_evidence, fit_lpo, log_evidence_penalty
+from bmoe_lightning.laplace.prior import (
+    Scope,
+    ValidationCache,
+    cache_terms,
+    fit_evidence,
+    fit_lpo,
+    log_evidence_penalty,
+)
 from bmoe_lightning.laplace.storage import load_posterior, save_posterior
-
-_MIN_UNLABELLED = 100
 
 
 class WeightMismatchError(RuntimeError):
@@ -50,7 +54,6 @@ class _Binding:
 
     layers: list[ExpertLayer]
     factors: KroneckerFactors
-    curvature: list[Tensor]
 
 
 class LaplacePosterior:
@@ -79,6 +82,7 @@ class LaplacePosterior:
         self.factors = factors
         self.prior_precision = _precision_tensor(factors, prior_precision)
         self.prior_mean = prior_mean
+        self._curvature = [layer.curvature().cpu() for layer in factors.layers]
         self._bound: tuple[int, torch.device, _Binding] | None = None
 
     def with_prior_precision(self, prior_precision: float | Tensor | Mapping[str, float]) -> LaplacePosterior:
@@ -100,7 +104,7 @@ class LaplacePosterior:
     def log_det(self) -> Tensor:
         """Log-determinant of the posterior precision over all experts and layers: a float64 scalar."""
         total = torch.zeros((), dtype=torch.float64)
-        for layer, s, precision in zip(self.factors.layers, self._curvature(), self.prior_precision, strict=True):
+        for layer, s, precision in zip(self.factors.layers, self._curvature, self.prior_precision, strict=True):
             size = layer.num_experts * layer.d_in * layer.d_out
             total = total + size * precision.log() + torch.log1p(s / precision).sum()
         return total
@@ -115,7 +119,7 @@ class LaplacePosterior:
         Returns:
             A float64 scalar.
         """
-        return log_likelihood + log_evidence_penalty(self._curvature(), squared_distances, self.prior_precision)
+        return log_likelihood + log_evidence_penalty(self._curvature, squared_distances, self.prior_precision)
 
     def fit_prior_evidence(self, squared_distances: Sequence[Tensor], scope: Scope = "global") -> LaplacePosterior:
         """The posterior at the prior precision that maximises the evidence.
@@ -124,7 +128,7 @@ class LaplacePosterior:
             squared_distances: `||W_e - M_e||^2`, `[E]` a layer.
             scope: `global` (one precision) or `layer`.
         """
-        return self.with_prior_precision(fit_evidence(self._curvature(), squared_distances, scope))
+        return self.with_prior_precision(fit_evidence(self._curvature, squared_distances, scope))
 
     def fit_prior_lpo(
         self,
@@ -151,9 +155,32 @@ class LaplacePosterior:
         Raises:
             ValueError: if there are no examples or no labels.
         """
-        terms = (self._terms(model, class_logits, batch, centred=True) for batch in batches)
-        cache = cache_terms(terms, self._bind(model).curvature)
+        cache = self.validation_cache(model, class_logits, batches)
         return self.with_prior_precision(fit_lpo(cache, scope, num_samples=num_samples, seed=seed))
+
+    def validation_cache(self, model: nn.Module, class_logits: ClassLogits, batches: Iterable[Any]) -> ValidationCache:
+        """One pass over a labelled set, after which its predictions are known for every prior precision.
+
+        Raises:
+            ValueError: if there are no examples or no labels.
+        """
+        terms = (self.batch_terms(model, class_logits, batch) for batch in batches)
+        return cache_terms(terms, self._curvature)
+
+    def batch_terms(
+        self, model: nn.Module, class_logits: ClassLogits, batch: Any, *, centred: bool = True
+    ) -> BatchTerms:
+        """The parts of a batch's logit covariance that do not depend on the prior precision.
+
+        Posteriors that differ in their prior precision alone share them; see `covariance_of`.
+        """
+        bound = self._bind(model)
+        return batch_terms(model, bound.layers, bound.factors.layers, class_logits, batch, centred=centred)
+
+    def covariance_of(self, terms: BatchTerms) -> Tensor:
+        """The logit covariance `[B, K, K]` of a batch from its terms, at this posterior's prior precision."""
+        curvature = [s.to(terms.embedding.device) for s in self._curvature]
+        return covariance(terms, curvature, self.prior_precision)
 
     def logit_covariance(
         self, model: nn.Module, class_logits: ClassLogits, batch: Any, *, centred: bool = False
@@ -173,8 +200,8 @@ class LaplacePosterior:
         Raises:
             WeightMismatchError: if the model's weights are not those the curvature was collected on.
         """
-        terms = self._terms(model, class_logits, batch, centred=centred)
-        return terms.logits, covariance(terms, self._bind(model).curvature, self.prior_precision)
+        terms = self.batch_terms(model, class_logits, batch, centred=centred)
+        return terms.logits, self.covariance_of(terms)
 
     def predict(
         self,
@@ -225,15 +252,10 @@ class LaplacePosterior:
             raise ValueError(
                 f"the evidence temperature needs the exact Fisher, this posterior has {self.factors.fisher!r}"
             )
-        variances: list[float] = []
-        for batch in batches:
-            logits, logit_covariance = self.logit_covariance(model, class_logits, batch, centred=True)
-            variances += mean_variance(logits, logit_covariance).tolist()
-        if len(variances) < _MIN_UNLABELLED:
-            raise ValueError(
-                f"the evidence temperature needs at least {_MIN_UNLABELLED} unlabelled inputs, got {len(variances)}"
-            )
-        return math.sqrt(1 + math.pi / 4 * statistics.median(variances))
+        pairs = [self.logit_covariance(model, class_logits, batch, centred=True) for batch in batches]
+        if not pairs:
+            raise ValueError("the evidence temperature needs unlabelled inputs, got none")
+        return temperature_from_variances(torch.cat([mean_variance(*pair) for pair in pairs]))
 
     def check_weights(self, model: nn.Module) -> None:
         """Compare the model's weights with those the curvature was collected on.
@@ -245,7 +267,7 @@ class LaplacePosterior:
         if fingerprint and weight_fingerprint(model, find_expert_layers(model)) != fingerprint:
             raise WeightMismatchError(
                 "this posterior was fitted on other weights than the model has. Load the checkpoint it was fitted on, "
-                "or fit it again (after training, trainer.test() without a model loads the best checkpoint, not the last)."
+                "or fit it again (trainer.test() without a model loads the best checkpoint, not the last)."
             )
 
     def save(self, path: str | Path) -> None:
@@ -267,22 +289,13 @@ class LaplacePosterior:
         factors, prior_precision, prior_mean = load_posterior(path)
         return cls(factors.to(device), prior_precision, prior_mean=prior_mean)
 
-    def _curvature(self) -> list[Tensor]:
-        return [layer.curvature().cpu() for layer in self.factors.layers]
-
-    def _terms(self, model: nn.Module, class_logits: ClassLogits, batch: Any, *, centred: bool) -> BatchTerms:
-        bound = self._bind(model)
-        return batch_terms(model, bound.layers, bound.factors.layers, class_logits, batch, centred=centred)
-
     def _bind(self, model: nn.Module) -> _Binding:
         """Find the layers in a model, check its weights and bring the factors to its device; once a model."""
         device = next(model.parameters()).device
         if self._bound is None or self._bound[:2] != (id(model), device):
             self.check_weights(model)
             layers = _match_layers(self.factors, find_expert_layers(model))
-            factors = self.factors.to(device)
-            binding = _Binding(layers, factors, [layer.curvature() for layer in factors.layers])
-            self._bound = (id(model), device, binding)
+            self._bound = (id(model), device, _Binding(layers, self.factors.to(device)))
         return self._bound[2]
 
 

@@ -20,6 +20,10 @@ NUM_SAMPLES = 10_000
 """Default number of Monte Carlo samples: a standard deviation of .004 on a probability where logits vary by 3."""
 
 
+MIN_UNLABELLED = 100
+"""Inputs below which the evidence temperature is refused."""
+
+
 @dataclass(frozen=True)
 class Prediction:
     """A prediction with its uncertainty.
@@ -111,6 +115,21 @@ def mean_variance(logits: Tensor, covariance: Tensor) -> Tensor:
     present = logits != -torch.inf
     trace = centred(covariance, present).diagonal(dim1=1, dim2=2).sum(1)
     return trace / (present.sum(1) - 1)
+
+
+def temperature_from_variances(variances: Tensor) -> float:
+    """The evidence temperature `sqrt(1 + pi/4 median_n v_n)` from the mean variances `[N]` of at least 100 inputs.
+
+    The median, because a few inputs on which the logits are hardly determined pull a mean far up.
+
+    Raises:
+        ValueError: for fewer than 100 inputs.
+    """
+    if len(variances) < MIN_UNLABELLED:
+        raise ValueError(
+            f"the evidence temperature needs at least {MIN_UNLABELLED} unlabelled inputs, got {len(variances)}"
+        )
+    return math.sqrt(1 + math.pi / 4 * float(variances.double().quantile(0.5)))
 
 
 def centred(covariance: Tensor, present: Tensor) -> Tensor:

@@ -71,7 +71,7 @@ def _stationary(spectrum: Tensor, distance: Tensor) -> Tensor:
     if not float(distance) > 0:
         raise ValueError(
             "the expert weights equal the prior mean, so the evidence has no maximum: was the model fine-tuned, and "
-            "was the prior mean taken before that? With prior_mean='zero' the distance is that of the weights from zero."
+            "was the prior mean taken before that? A prior mean of zero needs no such weights."
         )
     if not float(spectrum.sum()) > 0:
         raise ValueError("the curvature is zero everywhere: no slot moved a logit")
@@ -87,7 +87,7 @@ def _stationary(spectrum: Tensor, distance: Tensor) -> Tensor:
 
 
 @dataclass(frozen=True)
-class LPOCache:
+class ValidationCache:
     """All that a validation set's predictions need to know, for any prior precision.
 
     The projections enter a covariance only through `s / (lambda + s)`, a smooth function of log s. So their products
@@ -115,9 +115,13 @@ class LPOCache:
         explained = torch.einsum("nlbij,lb->nlij", self.binned, shrinkage)
         return ((self.prior - explained) / precision.view(1, -1, 1, 1)).sum(1)
 
+    def covariance(self, precision: Tensor) -> Tensor:
+        """The covariance of the centred logits at precisions `[L]`: `[N, K, K]`."""
+        return self.embedding @ self.contrast_covariance(precision) @ self.embedding.mT
 
-def cache_terms(batches: Iterable[BatchTerms], curvature: Sequence[Tensor]) -> LPOCache:
-    """Run through the validation set once and keep what `LPOCache` needs, on the CPU in float64.
+
+def cache_terms(batches: Iterable[BatchTerms], curvature: Sequence[Tensor]) -> ValidationCache:
+    """Run through the validation set once and keep what `ValidationCache` needs, on the CPU in float64.
 
     Args:
         batches: terms of each batch, centred.
@@ -136,17 +140,19 @@ def cache_terms(batches: Iterable[BatchTerms], curvature: Sequence[Tensor]) -> L
         parts["embedding"].append(terms.embedding.cpu())
         parts["prior"].append(torch.stack([layer.prior for layer in terms.layers], dim=1).cpu())
         binned = [
-            _bin_products(layer.projections, layer.examples, s[layer.experts], grid, len(terms.logits)).cpu()
+            _bin_products(
+                layer.projections, layer.examples, s.to(layer.experts.device)[layer.experts], grid, len(terms.logits)
+            ).cpu()
             for layer, s, grid in zip(terms.layers, curvature, centres, strict=True)
         ]
         parts["binned"].append(torch.stack(binned, dim=1))
     if not parts["logits"]:
         raise ValueError("no validation example: the prior precision cannot be fitted on an empty calibration split")
-    return LPOCache(**{name: torch.cat(values) for name, values in parts.items()}, centres=centres)
+    return ValidationCache(**{name: torch.cat(values) for name, values in parts.items()}, centres=centres)
 
 
 def fit_lpo(
-    cache: LPOCache, scope: Scope = "layer", *, num_samples: int = 1000, seed: int = 0, max_iterations: int = 60
+    cache: ValidationCache, scope: Scope = "layer", *, num_samples: int = 1000, seed: int = 0, max_iterations: int = 60
 ) -> Tensor:
     """Minimise the validation NLL of the MC predictive over the log prior precision.
 
@@ -183,7 +189,7 @@ def fit_lpo(
 class _Objective:
     """Mean validation NLL of the MC predictive as a function of the log precisions `[L]`."""
 
-    def __init__(self, cache: LPOCache, num_samples: int, seed: int) -> None:
+    def __init__(self, cache: ValidationCache, num_samples: int, seed: int) -> None:
         self._cache = cache
         self._noise = standard_normal(num_samples, cache.embedding.shape[2], seed)
 
@@ -231,9 +237,9 @@ def _quasi_newton(objective: Callable[[Tensor], Tensor], start: Tensor, max_iter
         clamped = variable.clamp(*_LPO_RANGE)
         value = objective(clamped)
         value.backward()
-        if float(value) < best[0]:
-            best = (float(value), clamped.detach().clone())
-        return float(value)
+        if value.item() < best[0]:
+            best = (value.item(), clamped.detach().clone())
+        return value.item()
 
     with torch.enable_grad():
         optimiser.step(closure)

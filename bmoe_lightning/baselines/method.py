@@ -1,0 +1,197 @@
+"""The one shape of every method: what it needs from a batch, and what it says about it.
+
+A method turns a `BatchView` into log-probabilities. The view runs the model at most once for the plain logits and once
+for the covariance terms, however many methods ask. A method with several members (an ensemble) prepares the model for
+each in a context manager; members are looped over outside, batches inside, so that weights are loaded once a member and
+not once a batch.
+"""
+
+from __future__ import annotations
+
+import math
+from abc import ABC, abstractmethod
+from collections.abc import Iterable, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from bmoe_lightning.experts.taps import ClassLogits, check_logits, evaluation_mode
+from bmoe_lightning.laplace.covariance import BatchTerms
+from bmoe_lightning.laplace.posterior import LaplacePosterior
+
+
+class BatchView:
+    """One batch, seen through the model; everything is computed when first asked for, and once.
+
+    Args:
+        model: the model.
+        class_logits: `(model, batch) -> (logits [B, K], labels [B] or None)`.
+        batch: whatever `class_logits` takes.
+        posterior: shared curvature, where a method of this run needs covariances.
+    """
+
+    def __init__(
+        self, model: nn.Module, class_logits: ClassLogits, batch: Any, posterior: LaplacePosterior | None = None
+    ) -> None:
+        self.model = model
+        self._class_logits = class_logits
+        self._batch = batch
+        self._posterior = posterior
+
+    @cached_property
+    def terms(self) -> BatchTerms:
+        """What the covariance of the centred logits is made of.
+
+        Raises:
+            RuntimeError: if the view was made without a posterior.
+        """
+        if self._posterior is None:
+            raise RuntimeError("this method needs a posterior, and none has been fitted")
+        return self._posterior.batch_terms(self.model, self._class_logits, self._batch)
+
+    @property
+    def logits(self) -> Tensor:
+        """`[B, K]` float64, `-inf` for absent classes, of the model in evaluation mode."""
+        return self._output[0]
+
+    @property
+    def labels(self) -> Tensor | None:
+        """`[B]` int64, or None."""
+        return self._output[1]
+
+    def forward(self) -> tuple[Tensor, Tensor | None]:
+        """Run the model anew, in evaluation mode: logits `[B, K]` float64 and labels."""
+        with torch.no_grad(), evaluation_mode(self.model):
+            logits, labels = self._class_logits(self.model, self._batch)
+        check_logits(logits)
+        return logits.double(), labels
+
+    @cached_property
+    def _output(self) -> tuple[Tensor, Tensor | None]:
+        if self._posterior is not None:
+            return self.terms.logits, self.terms.labels  # the same forward serves both
+        return self.forward()
+
+
+class Method(ABC):
+    """A way to predict class probabilities.
+
+    Attributes:
+        name: short identifier, as in tables and TensorBoard runs.
+        label: what a person reads.
+        needs_posterior: whether `log_probs` looks at covariance terms.
+    """
+
+    name: str
+    label: str
+    needs_posterior: bool = False
+
+    @abstractmethod
+    def log_probs(self, view: BatchView) -> Tensor:
+        """Log-probabilities of one batch: `[B, K]` float64, `-inf` for absent classes."""
+
+    def members(self, model: nn.Module) -> Sequence[AbstractContextManager[None]]:  # noqa: ARG002
+        """Contexts that prepare the model for each member; one empty context unless the method is an ensemble."""
+        return [nullcontext()]
+
+    def hyperparameters(self) -> dict[str, float]:
+        """What was fitted or chosen, for the record."""
+        return {}
+
+
+@dataclass(frozen=True)
+class Predictions:
+    """What one method says about a data set.
+
+    Attributes:
+        log_probs: `[N, K]` float64 on the CPU.
+        labels: `[N]` int64 on the CPU.
+    """
+
+    log_probs: Tensor
+    labels: Tensor
+
+
+def evaluate(
+    methods: Sequence[Method],
+    model: nn.Module,
+    class_logits: ClassLogits,
+    batches: Iterable[Any],
+    posterior: LaplacePosterior | None = None,
+) -> dict[str, Predictions]:
+    """Predict a data set with several methods, passing over it once for all single-member methods together.
+
+    Args:
+        methods: with distinct names.
+        model: the model.
+        class_logits: `(model, batch) -> (logits [B, K], labels [B])`.
+        batches: the data; must allow being iterated over more than once (a list, a DataLoader) if a method has members.
+        posterior: shared curvature for methods that need it.
+
+    Returns:
+        Predictions by method name.
+
+    Raises:
+        ValueError: if there is no batch or a batch has no labels.
+    """
+    single = [method for method in methods if len(method.members(model)) == 1]
+    plain = [method for method in single if not method.needs_posterior]
+    result = {}
+    if single:
+        shared = posterior if len(plain) < len(single) else None
+        result = _one_pass(single, model, class_logits, batches, shared)
+    for method in methods:
+        if method not in single:
+            result[method.name] = _ensemble(method, model, class_logits, batches)
+    return {method.name: result[method.name] for method in methods}
+
+
+def average_log_probs(log_probs: Tensor) -> Tensor:
+    """Average probabilities over the first axis, in log space: `[M, ...]` to `[...]`."""
+    return torch.logsumexp(log_probs, dim=0) - math.log(len(log_probs))
+
+
+def _one_pass(
+    methods: Sequence[Method],
+    model: nn.Module,
+    class_logits: ClassLogits,
+    batches: Iterable[Any],
+    posterior: LaplacePosterior | None,
+) -> dict[str, Predictions]:
+    log_probs: dict[str, list[Tensor]] = {method.name: [] for method in methods}
+    labels: list[Tensor] = []
+    for batch in batches:
+        view = BatchView(model, class_logits, batch, posterior)
+        for method in methods:
+            with method.members(model)[0]:
+                log_probs[method.name].append(method.log_probs(view).cpu())
+        if view.labels is None:
+            raise ValueError("evaluation needs labels, but class_logits returned None for them")
+        labels.append(view.labels.cpu())
+    if not labels:
+        raise ValueError("no example to evaluate: the data are empty")
+    return {name: Predictions(torch.cat(values), torch.cat(labels)) for name, values in log_probs.items()}
+
+
+def _ensemble(method: Method, model: nn.Module, class_logits: ClassLogits, batches: Iterable[Any]) -> Predictions:
+    parts = []
+    for member in method.members(model):
+        with member:
+            parts.append(_one_pass([_Member(method)], model, class_logits, batches, None)["member"])
+    return Predictions(average_log_probs(torch.stack([part.log_probs for part in parts])), parts[0].labels)
+
+
+class _Member(Method):
+    """One member of an ensemble, its context already entered."""
+
+    name = "member"
+
+    def __init__(self, method: Method) -> None:
+        self._method = method
+
+    def log_probs(self, view: BatchView) -> Tensor:
+        return self._method.log_probs(view)
