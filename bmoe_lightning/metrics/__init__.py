@@ -33,6 +33,7 @@ from bmoe_lightning.metrics.functional import (
     top_label,
 )
 from bmoe_lightning.metrics.plotting import draw_reliability_curve, new_axes
+from bmoe_lightning.metrics.selective import selective_risk
 
 __all__ = [
     "METRIC_NAMES",
@@ -62,5 +63,6 @@ __all__ = [
     "new_axes",
     "percentile_interval",
     "reliability_curve",
+    "selective_risk",
     "top_label",
 ]

@@ -237,7 +237,7 @@ class ReliabilityDiagram(_OverConfidenceBins):
             ModuleNotFoundError: If matplotlib is not installed.
         """
         if ax is None:
-            ax = new_axes()
+            _, ax = new_axes()
         draw_reliability_curve(ax, curve_from_totals(self._totals()))
         return ax.figure, ax
 

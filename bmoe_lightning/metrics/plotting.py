@@ -8,10 +8,11 @@ from bmoe_lightning.metrics.functional import ReliabilityCurve
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
 
 
-def new_axes(width: float = 4.8, height: float = 4.8) -> Axes:
-    """Axes of a new figure on the Agg canvas, leaving the backend the user chose alone.
+def new_axes(width: float = 4.8, height: float = 4.8) -> tuple[Figure, Axes]:
+    """A new figure on the Agg canvas with one pair of axes, leaving the backend the user chose alone.
 
     Args:
         width: Inches.
@@ -29,7 +30,7 @@ def new_axes(width: float = 4.8, height: float = 4.8) -> Axes:
         ) from error
     figure = Figure(figsize=(width, height), dpi=120, layout="constrained")
     FigureCanvasAgg(figure)
-    return figure.add_subplot()
+    return figure, figure.add_subplot()
 
 
 def draw_reliability_curve(
@@ -50,9 +51,9 @@ def draw_reliability_curve(
     confidence = curve.confidence.cpu()[filled].tolist()
     accuracy = curve.accuracy.cpu()[filled].tolist()
     count = curve.count.cpu()[filled]
-    area = (12 + 160 * count / count.sum()).tolist() if len(count) else []
+    area = (10 + 600 * count / count.sum()).tolist() if len(count) else []
     ax.plot([0, 1], [0, 1], color="#888888", linestyle="--", linewidth=1, zorder=1)
-    ax.plot(confidence, accuracy, color=color, linewidth=1.6, marker=marker, markersize=3, label=label, zorder=3)
-    ax.scatter(confidence, accuracy, s=area, color=color, marker=marker, alpha=0.35, zorder=2)
+    ax.plot(confidence, accuracy, color=color, linewidth=1.2, marker=marker, markersize=3, label=label, zorder=3)
+    ax.scatter(confidence, accuracy, s=area, color=color, marker=marker, alpha=0.5, linewidths=0, zorder=2)
     ax.set(xlim=(0, 1), ylim=(0, 1), xlabel="confidence", ylabel="accuracy")
     ax.set_aspect("equal", adjustable="box")

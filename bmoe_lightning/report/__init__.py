@@ -1,1 +1,35 @@
-"""Results for people: tables, figures and TensorBoard sub-runs."""
+"""Results of several methods side by side: table, files, figures and TensorBoard."""
+
+from bmoe_lightning.report.figures import (
+    LabelBudgetPoint,
+    label_budget_figure,
+    matplotlib_available,
+    reliability_figure,
+    reliability_overlay,
+    save_figure,
+    write_figures,
+)
+from bmoe_lightning.report.files import library_versions, write_results
+from bmoe_lightning.report.results import MethodResult, MetricSummary, Row, SummarySettings, summarise
+from bmoe_lightning.report.table import results_markdown, results_table
+from bmoe_lightning.report.tensorboard import write_tensorboard
+
+__all__ = [
+    "LabelBudgetPoint",
+    "MethodResult",
+    "MetricSummary",
+    "Row",
+    "SummarySettings",
+    "label_budget_figure",
+    "library_versions",
+    "matplotlib_available",
+    "reliability_figure",
+    "reliability_overlay",
+    "results_markdown",
+    "results_table",
+    "save_figure",
+    "summarise",
+    "write_figures",
+    "write_results",
+    "write_tensorboard",
+]

@@ -1,0 +1,43 @@
+"""Selective prediction: how often the answers are wrong when only the most confident ones are given."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from bmoe_lightning.metrics.functional import check_predictions
+
+
+def selective_risk(log_probs: Tensor, target: Tensor, coverages: Sequence[float]) -> Tensor:
+    """Error rate among the most confident fraction of the examples (El-Yaniv and Wiener 2010).
+
+    At coverage c the ``ceil(c N)`` most confident examples are answered. Examples that are equally confident count with
+    their mean error, which is the expectation over their order.
+
+    Args:
+        log_probs: ``[N, K]``, normalised natural log-probabilities.
+        target: ``[N]``, class indices.
+        coverages: Fractions in (0, 1].
+
+    Returns:
+        ``[len(coverages)]`` float64 in [0, 1].
+
+    Raises:
+        TypeError: See :func:`~bmoe_lightning.metrics.functional.check_predictions`.
+        ValueError: See there, or if a coverage is out of range.
+    """
+    wanted = torch.tensor(list(coverages), dtype=torch.float64)
+    if not bool(((wanted > 0) & (wanted <= 1)).all()):
+        raise ValueError(f"coverages must lie in (0, 1], found {list(coverages)}.")
+    log_probs, target = check_predictions(log_probs, target)
+    score, predicted = log_probs.max(dim=1)
+    error = (predicted != target).double()
+    # Negated, so that the sorted unique values run from the most confident down.
+    _, group, size = torch.unique(-score, return_inverse=True, return_counts=True)
+    mean_error = torch.zeros_like(size, dtype=torch.float64).scatter_add_(0, group, error) / size
+    cumulative = mean_error.repeat_interleave(size).cumsum(0)
+    # The small term keeps a product such as 0.07 * 100 = 7.000000000000001 from answering one more.
+    answered = torch.ceil(wanted * len(target) - 1e-9).long().clamp(min=1).to(cumulative.device)
+    return cumulative[answered - 1] / answered

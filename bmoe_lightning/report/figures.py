@@ -1,0 +1,247 @@
+"""Figures: reliability diagrams and calibration against the number of labels. matplotlib is optional, pyplot unused."""
+
+from __future__ import annotations
+
+import importlib.util
+import io
+import zlib
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from bmoe_lightning.metrics import ReliabilityCurve, draw_reliability_curve, new_axes, reliability_curve
+from bmoe_lightning.report.files import check_rows_match, write_atomically
+from bmoe_lightning.report.results import MethodResult, Row, by_method
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+# Paul Tol's muted scheme: told apart with every common kind of colour blindness, in print too.
+_PALETTE = ("#332288", "#CC6677", "#117733", "#DDCC77", "#88CCEE", "#882255", "#44AA99", "#999933", "#AA4499")
+_MARKERS = ("s", "^", "D", "v", "P", "X", "<", ">", "h")
+_KNOWN = (
+    "laplace_evidence",
+    "temperature",
+    "mc_dropout",
+    "deep_ensemble",
+    "checkpoint_ensemble",
+    "laplace_lpo",
+    "evidence_temperature",
+    "shrunk_temperature",
+    "laplace_temperature",
+)
+_WELL_FILLED_SHARE = 0.02
+
+
+@dataclass(frozen=True)
+class MethodStyle:
+    """How a method is drawn, in every figure."""
+
+    color: str
+    marker: str
+
+
+@dataclass(frozen=True)
+class LabelBudgetPoint:
+    """Test NLL of a method that was given a number of labels.
+
+    Attributes:
+        method: Slug.
+        label: Name for people.
+        num_labels: How many labels; None for all there are.
+        mean: Mean test NLL in nats.
+        low: Lower end of its band.
+        high: Upper end of its band.
+    """
+
+    method: str
+    label: str
+    num_labels: int | None
+    mean: float
+    low: float
+    high: float
+
+
+def matplotlib_available() -> bool:
+    """Whether figures can be drawn."""
+    return importlib.util.find_spec("matplotlib") is not None
+
+
+def method_style(method: str) -> MethodStyle:
+    """Colour and marker of a method: near-black for ``map``, an own one for each known method.
+
+    Any other method gets one that depends on its name alone, so it keeps it from figure to figure.
+
+    Args:
+        method: Slug.
+    """
+    if method == "map":
+        return MethodStyle("#222222", "o")
+    if method in _KNOWN:
+        index = _KNOWN.index(method)
+        return MethodStyle(_PALETTE[index], _MARKERS[index])
+    code = zlib.crc32(method.encode())
+    return MethodStyle(_PALETTE[code % len(_PALETTE)], _MARKERS[code // len(_PALETTE) % len(_MARKERS)])
+
+
+def pooled_curve(group: Sequence[MethodResult], row: Row) -> ReliabilityCurve:
+    """Reliability curve of a method over the items of all its seeds.
+
+    Args:
+        group: Results of one method.
+        row: Its row, for the bins.
+    """
+    log_probs = torch.cat([result.log_probs.detach().cpu().double() for result in group])
+    target = torch.cat([result.target.cpu() for result in group])
+    return reliability_curve(log_probs, target, num_bins=row.settings.num_bins, convention=row.settings.convention)
+
+
+def well_filled(curve: ReliabilityCurve) -> ReliabilityCurve:
+    """The curve without the bins that hold less than 2 % of the items: counts there become zero, the rest NaN.
+
+    The accuracy of a bin of a few items is mostly noise, and lines through such bins hide those of other methods.
+
+    Args:
+        curve: Any reliability curve.
+    """
+    kept = curve.count >= _WELL_FILLED_SHARE * curve.count.sum()
+    nan = torch.full_like(curve.count, torch.nan)
+    return ReliabilityCurve(
+        curve.bin_edges,
+        torch.where(kept, curve.confidence, nan),
+        torch.where(kept, curve.accuracy, nan),
+        torch.where(kept, curve.count, torch.zeros_like(curve.count)),
+    )
+
+
+def reliability_figure(group: Sequence[MethodResult], row: Row) -> Figure:
+    """Reliability diagram of one method, with the number of items and the ECE in the title.
+
+    Args:
+        group: Results of one method, over its seeds.
+        row: Its row.
+
+    Raises:
+        ModuleNotFoundError: If matplotlib is not installed.
+    """
+    figure, ax = new_axes()
+    style = method_style(row.method)
+    draw_reliability_curve(ax, pooled_curve(group, row), color=style.color, marker=style.marker)
+    ax.set_title(f"{row.label}\nn = {_items(row)}, ECE = {row.metrics['ece'].mean:.3f}", fontsize=10)
+    return figure
+
+
+def reliability_overlay(results: Sequence[MethodResult], rows: Sequence[Row]) -> Figure:
+    """Reliability curves of all methods on one pair of axes, the ECE of each in the legend.
+
+    Only well-filled bins are drawn, see :func:`well_filled`.
+
+    Args:
+        results: What the rows were made from.
+        rows: From ``summarise``.
+
+    Raises:
+        ModuleNotFoundError: If matplotlib is not installed.
+        ValueError: If rows and results do not match.
+    """
+    check_rows_match(results, rows)
+    groups = by_method(results)
+    figure, ax = new_axes(8.6, 5.0)
+    for row in rows:
+        curve = well_filled(pooled_curve(groups[row.method], row))
+        style = method_style(row.method)
+        draw_reliability_curve(
+            ax,
+            curve,
+            color=style.color,
+            marker=style.marker,
+            label=f"{row.label} (ECE {row.metrics['ece'].mean:.3f})",
+        )
+    ax.set_title(f"n = {_items(rows[0])}; bins with at least {100 * _WELL_FILLED_SHARE:g} % of the items", fontsize=10)
+    figure.legend(loc="outside right upper", frameon=False, fontsize=9)
+    return figure
+
+
+def label_budget_figure(points: Sequence[LabelBudgetPoint]) -> Figure:
+    """Test NLL against the number of labels: one line a method, with its band. Budgets are equally spaced.
+
+    Args:
+        points: Any order; at most one a method and budget.
+
+    Raises:
+        ModuleNotFoundError: If matplotlib is not installed.
+        ValueError: If there are no points or a method has two for one budget.
+    """
+    if not points:
+        raise ValueError("There are no points to draw.")
+    counts = sorted({point.num_labels for point in points if point.num_labels is not None})
+    budgets: list[int | None] = [*counts, *([None] if any(point.num_labels is None for point in points) else [])]
+    figure, ax = new_axes(8.0, 4.4)
+    for method in dict.fromkeys(point.method for point in points):
+        own = sorted((p for p in points if p.method == method), key=lambda p: budgets.index(p.num_labels))
+        positions = [budgets.index(point.num_labels) for point in own]
+        if len(set(positions)) != len(positions):
+            raise ValueError(f"{method} has more than one point for a number of labels.")
+        style = method_style(method)
+        ax.fill_between(positions, [p.low for p in own], [p.high for p in own], color=style.color, alpha=0.15, lw=0)
+        ax.plot(positions, [p.mean for p in own], color=style.color, marker=style.marker, label=own[0].label)
+    ax.set_xticks(range(len(budgets)), ["all" if budget is None else str(budget) for budget in budgets])
+    ax.set(xlabel="labels for calibration", ylabel="test NLL (nats)")
+    figure.legend(loc="outside right upper", frameon=False, fontsize=9)
+    return figure
+
+
+def figure_image(figure: Figure) -> Tensor:
+    """Pixels of a figure: ``[3, H, W]`` uint8.
+
+    Args:
+        figure: Drawn on an Agg canvas, as those of this module are.
+    """
+    figure.canvas.draw()
+    pixels = torch.frombuffer(bytearray(figure.canvas.buffer_rgba()), dtype=torch.uint8)  # type: ignore[attr-defined]
+    width, height = figure.canvas.get_width_height()
+    return pixels.view(height, width, 4)[..., :3].permute(2, 0, 1)
+
+
+def save_figure(figure: Figure, path: str | Path) -> Path:
+    """Write a figure as PNG.
+
+    Args:
+        figure: What to write.
+        path: Where to; its folder exists.
+    """
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format="png")
+    write_atomically(Path(path), buffer.getvalue())
+    return Path(path)
+
+
+def write_figures(output_dir: str | Path, results: Sequence[MethodResult], rows: Sequence[Row]) -> list[Path]:
+    """Write ``reliability_<method>.png`` for every method, and ``reliability.png`` with all of them.
+
+    Args:
+        output_dir: Created if missing.
+        results: What the rows were made from.
+        rows: From ``summarise``.
+
+    Raises:
+        ModuleNotFoundError: If matplotlib is not installed.
+        ValueError: If rows and results do not match.
+    """
+    check_rows_match(results, rows)
+    folder = Path(output_dir)
+    folder.mkdir(parents=True, exist_ok=True)
+    groups = by_method(results)
+    paths = [
+        save_figure(reliability_figure(groups[row.method], row), folder / f"reliability_{row.method}.png")
+        for row in rows
+    ]
+    return [*paths, save_figure(reliability_overlay(results, rows), folder / "reliability.png")]
+
+
+def _items(row: Row) -> str:
+    return str(row.num_examples) if len(row.seeds) == 1 else f"{row.num_examples} items, {len(row.seeds)} seeds"

@@ -1,0 +1,180 @@
+"""The results as files: ``results.json``, ``results.csv``, ``results.md`` and ``predictions.jsonl``."""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+import math
+import os
+import platform
+from collections.abc import Mapping, Sequence
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+from bmoe_lightning.metrics import METRIC_NAMES
+from bmoe_lightning.report.results import MethodResult, Row, by_method, seed_values
+from bmoe_lightning.report.table import results_markdown
+
+_PACKAGES = ("torch", "lightning", "transformers", "torchmetrics", "bmoe-lightning")
+
+
+def library_versions() -> dict[str, str]:
+    """Versions of Python and of the libraries that the numbers depend on; "not installed" where there is none."""
+    versions = {"python": platform.python_version()}
+    for package in _PACKAGES:
+        try:
+            versions[package.replace("-", "_")] = metadata.version(package)
+        except metadata.PackageNotFoundError:
+            versions[package.replace("-", "_")] = "not installed"
+    return versions
+
+
+def write_results(
+    output_dir: str | Path,
+    results: Sequence[MethodResult],
+    rows: Sequence[Row],
+    *,
+    config: Mapping[str, Any],
+    versions: Mapping[str, str] | None = None,
+) -> dict[str, Path]:
+    """Write everything a reader needs to check or redo the comparison.
+
+    JSON has no infinity: a number that is not finite is written as the string ``inf``, ``-inf`` or ``nan``, and a
+    log-probability of ``-inf``, which an absent class has, as null.
+
+    Args:
+        output_dir: Created if missing; files of the same names are replaced.
+        results: What the rows were made from.
+        rows: From ``summarise``.
+        config: Settings of the run; plain values, lists, dictionaries and paths.
+        versions: Of the libraries; :func:`library_versions` if None.
+
+    Returns:
+        The paths by file name.
+
+    Raises:
+        TypeError: If ``config`` holds something JSON cannot.
+        ValueError: If results and rows are not of the same methods and seeds, or see ``by_method``.
+    """
+    check_rows_match(results, rows)
+    folder = Path(output_dir)
+    folder.mkdir(parents=True, exist_ok=True)
+    contents = {
+        "results.json": _results_json(results, rows, config, library_versions() if versions is None else versions),
+        "results.csv": _results_csv(rows),
+        "results.md": results_markdown(rows),
+        "predictions.jsonl": _predictions_jsonl(results),
+    }
+    for name, text in contents.items():
+        write_atomically(folder / name, text.encode())
+    return {name: folder / name for name in contents}
+
+
+def check_rows_match(results: Sequence[MethodResult], rows: Sequence[Row]) -> None:
+    """Refuse rows that were not made from these results.
+
+    Args:
+        results: Predictions.
+        rows: From ``summarise``.
+
+    Raises:
+        ValueError: If methods or seeds differ, or see ``by_method``.
+    """
+    found = {method: tuple(result.seed for result in group) for method, group in by_method(results).items()}
+    shown = {row.method: row.seeds for row in rows}
+    if found != shown:
+        raise ValueError(f"The rows show {shown}, but the results hold {found}: call summarise on these results.")
+
+
+def write_atomically(path: Path, content: bytes) -> None:
+    """Write a file so that a reader sees the old content or the new, never a part.
+
+    Args:
+        path: Where to; its folder exists.
+        content: The whole file.
+    """
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        temporary.write_bytes(content)
+        temporary.replace(path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def _results_json(
+    results: Sequence[MethodResult], rows: Sequence[Row], config: Mapping[str, Any], versions: Mapping[str, str]
+) -> str:
+    settings = rows[0].settings
+    content = {
+        "ece_convention": settings.ece_convention(),
+        "interval": settings.interval(),
+        "num_examples": rows[0].num_examples,
+        "config": _jsonable(config),
+        "versions": dict(versions),
+        "rows": [
+            {
+                "method": row.method,
+                "label": row.label,
+                "seeds": list(row.seeds),
+                **{
+                    name: _jsonable({"mean": m.mean, "std": m.std, "low": m.low, "high": m.high})
+                    for name, m in row.metrics.items()
+                },
+                "extra": _jsonable(row.extra),
+            }
+            for row in rows
+        ],
+        "runs": [
+            {
+                "method": result.method,
+                "seed": result.seed,
+                **_jsonable(seed_values(result, settings)),
+                "extra": _jsonable(result.extra),
+            }
+            for result in results
+        ],
+    }
+    return json.dumps(content, indent=2, allow_nan=False, ensure_ascii=False) + "\n"
+
+
+def _jsonable(value: Any) -> Any:
+    if isinstance(value, Mapping):
+        return {str(key): _jsonable(inner) for key, inner in value.items()}
+    if isinstance(value, list | tuple):
+        return [_jsonable(inner) for inner in value]
+    if isinstance(value, Path):
+        return str(value)
+    if isinstance(value, float) and not math.isfinite(value):
+        return str(value)
+    return value
+
+
+def _results_csv(rows: Sequence[Row]) -> str:
+    extra_names = list(dict.fromkeys(name for row in rows for name in row.extra))
+    parts = ("mean", "std", "low", "high")
+    text = io.StringIO()
+    writer = csv.writer(text, lineterminator="\n")
+    columns = [f"{name}_{part}" for name in METRIC_NAMES for part in parts]
+    writer.writerow(["method", "label", "num_seeds", "num_examples", *columns, *extra_names])
+    for row in rows:
+        numbers = [getattr(row.metrics[name], part) for name in METRIC_NAMES for part in parts]
+        extra = [row.extra.get(name) for name in extra_names]
+        writer.writerow([row.method, row.label, len(row.seeds), row.num_examples, *numbers, *extra])
+    return text.getvalue()
+
+
+def _predictions_jsonl(results: Sequence[MethodResult]) -> str:
+    lines = []
+    for result in results:
+        for item, label, log_probs in zip(result.ids, result.target.tolist(), result.log_probs.tolist(), strict=True):
+            line = {
+                "id": item,
+                "method": result.method,
+                "seed": result.seed,
+                "label": label,
+                "log_probs": [value if math.isfinite(value) else None for value in log_probs],
+            }
+            lines.append(json.dumps(line, allow_nan=False, ensure_ascii=False))
+    return "\n".join(lines) + "\n"

@@ -1,0 +1,239 @@
+"""Predictions of each method on the test items, and their summary: one row a method."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from bmoe_lightning.metrics import (
+    METRIC_NAMES,
+    BinConvention,
+    MetricName,
+    calibration_resamples,
+    calibration_values,
+    check_predictions,
+    percentile_interval,
+)
+
+_SLUG = re.compile(r"[a-z][a-z0-9_]*")
+
+METRIC_HEADERS: dict[MetricName, str] = {"acc": "ACC ↑", "ece": "ECE ↓", "nll": "NLL ↓", "brier": "Brier ↓"}
+"""Column titles; the arrow says which direction is better."""
+
+
+@dataclass(frozen=True, eq=False)
+class MethodResult:
+    """Predictions of one method, trained with one seed, on the test items.
+
+    Attributes:
+        method: Short slug such as ``deep_ensemble``; lower-case letters, digits and underscores.
+        label: Name for people.
+        seed: Training seed.
+        log_probs: ``[N, K]``, normalised natural log-probabilities; ``-inf`` for classes an item does not have.
+        target: ``[N]``, class indices.
+        ids: Name of each item, all different.
+        extra: Further numbers worth a column, such as a fitted temperature or seconds spent.
+
+    Raises:
+        TypeError: If the tensors have the wrong dtype.
+        ValueError: If the slug or the predictions are refused, or the ids do not name N different items.
+    """
+
+    method: str
+    label: str
+    seed: int
+    log_probs: Tensor
+    target: Tensor
+    ids: tuple[str, ...]
+    extra: Mapping[str, float] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        if not _SLUG.fullmatch(self.method):
+            raise ValueError(
+                f"method must be a slug of lower-case letters, digits and underscores, found {self.method!r}; "
+                "put the name for people in label."
+            )
+        try:
+            check_predictions(self.log_probs, self.target)
+        except (TypeError, ValueError) as error:
+            raise type(error)(f"Predictions of {self.method} (seed {self.seed}): {error}") from error
+        if len(self.ids) != len(self.target) or len(set(self.ids)) != len(self.ids):
+            raise ValueError(
+                f"{self.method} (seed {self.seed}) has {len(self.target)} predictions, but {len(self.ids)} ids, "
+                f"{len(set(self.ids))} of them different: every item needs an id of its own."
+            )
+
+
+@dataclass(frozen=True)
+class SummarySettings:
+    """How results are summarised; kept with every row, so that a table can say it.
+
+    Attributes:
+        num_bins: Number of ECE bins.
+        convention: Closed side of the ECE bins.
+        num_samples: Number of bootstrap resamples.
+        level: Coverage of the bootstrap intervals.
+        bootstrap_seed: Seed of the bootstrap.
+    """
+
+    num_bins: int = 15
+    convention: BinConvention = "right"
+    num_samples: int = 1000
+    level: float = 0.95
+    bootstrap_seed: int = 0
+
+    def ece_convention(self) -> str:
+        """The ECE convention in words."""
+        bins = "(lo, hi]" if self.convention == "right" else "[lo, hi)"
+        return f"top-label confidence, {self.num_bins} equal-width bins {bins}, weighted by the items in a bin"
+
+    def interval(self) -> str:
+        """The interval in words."""
+        return f"{100 * self.level:g} % percentile bootstrap over test items, {self.num_samples} resamples"
+
+
+@dataclass(frozen=True)
+class MetricSummary:
+    """One metric of one method.
+
+    Attributes:
+        mean: Mean over seeds.
+        std: Standard deviation over seeds (n - 1); None for a single seed.
+        low: Lower end of the bootstrap interval of the mean.
+        high: Upper end.
+    """
+
+    mean: float
+    std: float | None
+    low: float
+    high: float
+
+
+@dataclass(frozen=True)
+class Row:
+    """One method in the table.
+
+    Attributes:
+        method: Slug.
+        label: Name for people.
+        seeds: Training seeds, ascending.
+        num_examples: Number of test items N.
+        metrics: ``acc``, ``ece``, ``nll`` and ``brier``.
+        extra: Means over seeds of the further numbers.
+        settings: How the row was made.
+    """
+
+    method: str
+    label: str
+    seeds: tuple[int, ...]
+    num_examples: int
+    metrics: dict[MetricName, MetricSummary]
+    extra: dict[str, float]
+    settings: SummarySettings
+
+
+def by_method(results: Sequence[MethodResult]) -> dict[str, list[MethodResult]]:
+    """Group results by method, in order of first appearance; within a method by seed.
+
+    Args:
+        results: Any number of methods and seeds.
+
+    Raises:
+        ValueError: If there are no results, a method has one seed twice or two labels, or results do not cover the same
+            items with the same answers in the same order.
+    """
+    if not results:
+        raise ValueError("There are no results to report.")
+    groups: dict[str, list[MethodResult]] = {}
+    for result in results:
+        _check_same_items(results[0], result)
+        groups.setdefault(result.method, []).append(result)
+    for method, group in groups.items():
+        group.sort(key=lambda result: result.seed)
+        seeds = [result.seed for result in group]
+        if len(set(seeds)) != len(seeds):
+            raise ValueError(f"{method} has more than one result for a seed: seeds {seeds}.")
+        if len({result.label for result in group}) > 1:
+            raise ValueError(f"{method} goes by several labels: {sorted({result.label for result in group})}.")
+    return groups
+
+
+def _check_same_items(first: MethodResult, other: MethodResult) -> None:
+    if first.ids != other.ids or not torch.equal(first.target.cpu(), other.target.cpu()):
+        raise ValueError(
+            f"{other.method} (seed {other.seed}) was not evaluated on the same items, in the same order and with the "
+            f"same answers, as {first.method} (seed {first.seed}); a table compares only what was measured on one test "
+            "set. Summarise them apart."
+        )
+
+
+def seed_values(result: MethodResult, settings: SummarySettings) -> dict[MetricName, float]:
+    """The four metrics of one method and seed.
+
+    Args:
+        result: Predictions.
+        settings: ECE convention.
+    """
+    return calibration_values(
+        result.log_probs, result.target, num_bins=settings.num_bins, convention=settings.convention
+    )
+
+
+def summarise(results: Sequence[MethodResult], settings: SummarySettings | None = None) -> list[Row]:
+    """One row a method, in order of first appearance: mean and deviation over seeds, and a bootstrap interval.
+
+    The interval is of the mean over seeds: each resample of the items is the same for all seeds and all methods.
+    It speaks of the test items, the deviation of the training seeds.
+
+    Args:
+        results: Any number of methods and seeds, all on the same items.
+        settings: Defaults if None.
+
+    Raises:
+        ValueError: See :func:`by_method`.
+    """
+    chosen = settings or SummarySettings()
+    return [_row(group, chosen) for group in by_method(results).values()]
+
+
+def _row(group: list[MethodResult], settings: SummarySettings) -> Row:
+    values = [seed_values(result, settings) for result in group]
+    resamples = [
+        calibration_resamples(
+            result.log_probs,
+            result.target,
+            num_samples=settings.num_samples,
+            seed=settings.bootstrap_seed,
+            num_bins=settings.num_bins,
+            convention=settings.convention,
+        )
+        for result in group
+    ]
+    metrics: dict[MetricName, MetricSummary] = {}
+    for name in METRIC_NAMES:
+        per_seed = torch.tensor([value[name] for value in values], dtype=torch.float64)
+        interval = percentile_interval(torch.stack([sample[name] for sample in resamples]).mean(dim=0), settings.level)
+        std = float(per_seed.std()) if len(per_seed) > 1 else None
+        metrics[name] = MetricSummary(float(per_seed.mean()), std, interval.low, interval.high)
+    return Row(
+        method=group[0].method,
+        label=group[0].label,
+        seeds=tuple(result.seed for result in group),
+        num_examples=len(group[0].target),
+        metrics=metrics,
+        extra=_mean_extra(group),
+        settings=settings,
+    )
+
+
+def _mean_extra(group: list[MethodResult]) -> dict[str, float]:
+    names = list(dict.fromkeys(name for result in group for name in result.extra))
+    means = {}
+    for name in names:
+        found = [float(result.extra[name]) for result in group if name in result.extra]
+        means[name] = sum(found) / len(found)
+    return means

@@ -1,0 +1,165 @@
+"""The results as text: an aligned table for a terminal and a markdown table."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+from bmoe_lightning.metrics import METRIC_NAMES, MetricName
+from bmoe_lightning.report.results import METRIC_HEADERS, MetricSummary, Row
+
+_GAP = "  "
+
+
+def caption(rows: Sequence[Row]) -> str:
+    """What a reader needs to know to compare the numbers: items, seeds, ECE convention, interval.
+
+    Args:
+        rows: From ``summarise``.
+
+    Raises:
+        ValueError: If there are no rows.
+    """
+    if not rows:
+        raise ValueError("There are no rows to show.")
+    settings = rows[0].settings
+    parts = [
+        f"{rows[0].num_examples} test items, {_seed_words(rows)}.",
+        f"ECE: {settings.ece_convention()}. NLL in nats.",
+        f"In brackets: {settings.interval()}.",
+    ]
+    if any(len(row.seeds) > 1 for row in rows):
+        parts.append("±: standard deviation over seeds.")
+    if any(not row.metrics["ece"].low <= row.metrics["ece"].mean <= row.metrics["ece"].high for row in rows):
+        parts.append("An ECE interval may lie above its value: resampling adds noise to every bin.")
+    return " ".join(parts)
+
+
+def results_table(rows: Sequence[Row], *, width: int = 120) -> str:
+    """Aligned plain text: a row a method, then the caption.
+
+    Where a line would be wider than ``width``, intervals move to a line of their own below the means; a label that is
+    still too long is cut.
+
+    Args:
+        rows: From ``summarise``.
+        width: Columns of the terminal, at least 80.
+
+    Raises:
+        ValueError: If there are no rows or the terminal is too narrow.
+    """
+    if width < 80:
+        raise ValueError(f"width must be at least 80 columns, found {width}.")
+    note = caption(rows)
+    header = ["method", *METRIC_HEADERS.values()]
+    lines = [[row.label, *(f"{_mean(m)} {_interval(m)}" for m in _cells(row))] for row in rows]
+    if _total_width(_column_widths([header, *lines])) > width:
+        lines = [
+            line
+            for row in rows
+            for line in (
+                [row.label, *(_mean(m) for m in _cells(row))],
+                ["", *(_interval(m) for m in _cells(row))],
+            )
+        ]
+    widths = _column_widths([header, *lines])
+    widths[0] = max(len(header[0]), min(widths[0], width - _total_width(widths[1:]) - len(_GAP)))
+    rule = "─" * _total_width(widths)
+    body = [_aligned(line, widths) for line in lines]
+    return "\n".join([_aligned(header, widths), rule, *body, rule, *_wrapped(note, width)])
+
+
+def results_markdown(rows: Sequence[Row]) -> str:
+    """Markdown table of the four metrics, the best mean of each in bold, then further numbers if any, then the caption.
+
+    Args:
+        rows: From ``summarise``.
+
+    Raises:
+        ValueError: If there are no rows.
+    """
+    note = caption(rows)
+    best = {name: _best(rows, name) for name in METRIC_NAMES}
+    lines = [["method", *METRIC_HEADERS.values()]]
+    for row in rows:
+        cells = []
+        for name in METRIC_NAMES:
+            metric = row.metrics[name]
+            mean = f"**{_mean(metric)}**" if len(rows) > 1 and _number(metric.mean) == best[name] else _mean(metric)
+            cells.append(f"{mean} {_interval(metric)}")
+        lines.append([_escaped(row.label), *cells])
+    blocks = [_markdown_table(lines), note + (" Bold: best mean." if len(rows) > 1 else "")]
+    extra_names = list(dict.fromkeys(name for row in rows for name in row.extra))
+    if extra_names:
+        further = [["method", *map(_escaped, extra_names)]]
+        for row in rows:
+            further.append(
+                [_escaped(row.label), *(f"{row.extra[n]:.4g}" if n in row.extra else "" for n in extra_names)]
+            )
+        blocks.insert(1, _markdown_table(further))
+    return "\n\n".join(blocks) + "\n"
+
+
+def _best(rows: Sequence[Row], name: MetricName) -> str:
+    means = [row.metrics[name].mean for row in rows]
+    # As printed: a difference that the table does not show is no reason to prefer a method.
+    return _number(max(means) if name == "acc" else min(means))
+
+
+def _cells(row: Row) -> list[MetricSummary]:
+    return [row.metrics[name] for name in METRIC_NAMES]
+
+
+def _number(value: float) -> str:
+    return f"{value:.3f}" if math.isfinite(value) else str(value)
+
+
+def _mean(metric: MetricSummary) -> str:
+    return _number(metric.mean) if metric.std is None else f"{_number(metric.mean)} ± {_number(metric.std)}"
+
+
+def _interval(metric: MetricSummary) -> str:
+    return f"[{_number(metric.low)}, {_number(metric.high)}]"
+
+
+def _seed_words(rows: Sequence[Row]) -> str:
+    sets = {row.seeds for row in rows}
+    if len(sets) == 1:
+        seeds = next(iter(sets))
+        return f"{len(seeds)} seed{'s' if len(seeds) > 1 else ''} ({', '.join(map(str, seeds))})"
+    counts = sorted({len(seeds) for seeds in sets})
+    return f"{' or '.join(map(str, counts))} seeds (not the same for every method)"
+
+
+def _column_widths(lines: Sequence[Sequence[str]]) -> list[int]:
+    return [max(map(len, column)) for column in zip(*lines, strict=True)]
+
+
+def _total_width(widths: Sequence[int]) -> int:
+    return sum(widths) + len(_GAP) * (len(widths) - 1)
+
+
+def _aligned(cells: Sequence[str], widths: Sequence[int]) -> str:
+    label = cells[0] if len(cells[0]) <= widths[0] else cells[0][: widths[0] - 1] + "…"
+    padded = [label.ljust(widths[0]), *(cell.rjust(w) for cell, w in zip(cells[1:], widths[1:], strict=True))]
+    return _GAP.join(padded).rstrip()
+
+
+def _wrapped(text: str, width: int) -> list[str]:
+    lines = [""]
+    for word in text.split():
+        if lines[-1] and len(lines[-1]) + 1 + len(word) > width:
+            lines.append(word)
+        else:
+            lines[-1] = f"{lines[-1]} {word}".strip()
+    return lines
+
+
+def _markdown_table(lines: Sequence[Sequence[str]]) -> str:
+    header, *body = lines
+    rule = ["---", *["---:"] * (len(header) - 1)]
+    return "\n".join("| " + " | ".join(cells) + " |" for cells in (header, rule, *body))
+
+
+def _escaped(text: str) -> str:
+    return text.replace("|", "\\|")

@@ -1,0 +1,102 @@
+import dataclasses
+import statistics
+
+import pytest
+import torch
+
+from bmoe_lightning.metrics import brier_score, calibration_summary, expected_calibration_error
+from bmoe_lightning.report.results import SummarySettings, by_method, summarise
+
+SETTINGS = SummarySettings(num_samples=200)
+
+
+def test_one_row_a_method_in_order_of_appearance(results):
+    rows = summarise(list(reversed(results)), SETTINGS)
+    assert [row.method for row in rows] == ["laplace_evidence", "temperature", "map"]
+    assert all(row.seeds == (0, 1) and row.num_examples == 60 for row in rows)
+    assert rows[2].label == "MAP"
+
+
+def test_mean_and_deviation_over_seeds(results):
+    row = summarise(results, SETTINGS)[0]
+    own = [result for result in results if result.method == "map"]
+    briers = [brier_score(result.log_probs, result.target).item() for result in own]
+    assert briers[0] != briers[1]
+    assert row.metrics["brier"].mean == pytest.approx(statistics.mean(briers))
+    assert row.metrics["brier"].std == pytest.approx(statistics.stdev(briers))
+
+
+def test_interval_is_of_the_seed_mean_over_the_same_resamples(results):
+    row = summarise(results, SETTINGS)[0]
+    own = [result for result in results if result.method == "map"]
+    generator = torch.Generator().manual_seed(0)
+    indices = torch.randint(60, (200, 60), generator=generator)
+    means = sorted(sum(brier_score(r.log_probs[i], r.target[i]).item() for r in own) / 2 for i in indices)
+    # Percentiles 2.5 and 97.5 of 200 values, rounded outwards.
+    assert row.metrics["brier"].low == pytest.approx(means[4])
+    assert row.metrics["brier"].high == pytest.approx(means[195])
+
+
+def test_a_single_seed_is_the_plain_bootstrap(one_seed):
+    row = summarise(one_seed, SETTINGS)[1]
+    expected = calibration_summary(one_seed[1].log_probs, one_seed[1].target, num_samples=200)
+    for name, metric in row.metrics.items():
+        assert (metric.mean, metric.low, metric.high) == dataclasses.astuple(expected[name])
+        assert metric.std is None
+
+
+def test_settings_reach_the_metrics_and_are_told(one_seed):
+    settings = SummarySettings(num_bins=5, convention="left", num_samples=100, level=0.9)
+    row = summarise(one_seed, settings)[0]
+    first = one_seed[0]
+    ece = expected_calibration_error(first.log_probs, first.target, num_bins=5, convention="left")
+    assert row.metrics["ece"].mean == ece.item()
+    assert row.settings.ece_convention() == (
+        "top-label confidence, 5 equal-width bins [lo, hi), weighted by the items in a bin"
+    )
+    assert row.settings.interval() == "90 % percentile bootstrap over test items, 100 resamples"
+
+
+def test_extra_numbers_are_means_over_seeds(results):
+    assert [row.extra for row in summarise(results, SETTINGS)] == [{}, {"temperature": 2.5}, {}]
+
+
+def test_methods_may_have_different_seeds(results):
+    rows = summarise(results[:-1], SETTINGS)
+    assert [row.seeds for row in rows] == [(0, 1), (0, 1), (0,)]
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"ids": tuple(f"other-{i}" for i in range(60))}, r"map \(seed 1\) was not evaluated on the same items"),
+        ({"ids": tuple(f"item-{i}" for i in reversed(range(60)))}, "same order"),
+        ({"target": torch.zeros(60, dtype=torch.long)}, "same answers"),
+        ({"label": "Maximum"}, "several labels"),
+        ({"seed": 0}, "more than one result for a seed"),
+    ],
+)
+def test_what_cannot_be_compared_is_refused(make_result, changes, message):
+    with pytest.raises(ValueError, match=message):
+        summarise([make_result("map", 0), dataclasses.replace(make_result("map", 1), **changes)], SETTINGS)
+
+
+def test_no_results():
+    with pytest.raises(ValueError, match="no results"):
+        by_method([])
+
+
+@pytest.mark.parametrize(
+    ("changes", "error", "message"),
+    [
+        ({"method": "Deep ensemble"}, ValueError, "slug"),
+        ({"method": "../map"}, ValueError, "slug"),
+        ({"log_probs": torch.zeros(60, 4)}, ValueError, r"map \(seed 0\).*log_softmax"),
+        ({"target": torch.zeros(60)}, TypeError, r"map \(seed 0\).*class indices"),
+        ({"ids": ("a",) * 60}, ValueError, "60 ids, 1 of them different"),
+        ({"ids": ("a", "b")}, ValueError, "60 predictions, but 2 ids"),
+    ],
+)
+def test_result_refuses(make_result, changes, error, message):
+    with pytest.raises(error, match=message):
+        dataclasses.replace(make_result("map", 0), **changes)
