@@ -3,6 +3,7 @@ import json
 import os
 import warnings
 from pathlib import Path
+from types import SimpleNamespace
 
 import datasets
 import lightning
@@ -153,6 +154,16 @@ def test_training_order_follows_the_seed(tokenizer):
 
     assert order(1) == order(1) != order(2)
     assert order(1) != sorted(order(1))
+
+
+def test_a_loader_made_anew_in_a_later_epoch_has_another_order(tokenizer, monkeypatch):
+    data = module(tokenizer, batch_size=23)
+
+    def order(epoch):
+        monkeypatch.setattr(data, "trainer", SimpleNamespace(current_epoch=epoch))
+        return next(iter(data.train_dataloader()))["index"].tolist()
+
+    assert order(0) == order(0) != order(1)
 
 
 def test_a_second_pass_has_another_order(tokenizer):

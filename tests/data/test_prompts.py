@@ -124,6 +124,18 @@ def test_an_answer_that_merges_with_the_prompt_is_refused():
         answer_token_ids(tokenizer, ["x Answer:"], 2)
 
 
+def test_an_answer_that_changes_the_prompts_last_token_is_refused():
+    class Merging:
+        def __call__(self, text, **_):
+            return {"input_ids": [1, 2] if text.endswith(":") else [1, 7, 8]}
+
+        def convert_ids_to_tokens(self, ids):
+            return [f"t{i}" for i in ids]
+
+    with pytest.raises(ValueError, match=r"is not one token of its own: the text then ends in \['t1', 't7', 't8'\]"):
+        answer_token_ids(Merging(), ["Answer:"], 2)
+
+
 def test_letters_that_share_a_token_are_refused_and_shown():
     tokenizer = word_level(["Answer:", "A", "B"])
     with pytest.raises(ValueError, match=r"share a token: .*'C': '\[UNK\]', 'D': '\[UNK\]'"):
