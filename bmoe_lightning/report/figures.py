@@ -150,7 +150,7 @@ def reliability_overlay(results: Sequence[MethodResult], rows: Sequence[Row]) ->
     """
     check_rows_match(results, rows)
     groups = by_method(results)
-    figure, ax = new_axes(8.6, 5.0)
+    figure, ax = new_axes(5.2, 5.2 + 0.2 * len(rows))
     for row in rows:
         curve = well_filled(pooled_curve(groups[row.method], row))
         style = method_style(row.method)
@@ -162,7 +162,8 @@ def reliability_overlay(results: Sequence[MethodResult], rows: Sequence[Row]) ->
             label=f"{row.label} (ECE {row.metrics['ece'].mean:.3f})",
         )
     ax.set_title(f"n = {_items(rows[0])}; bins with at least {100 * _WELL_FILLED_SHARE:g} % of the items", fontsize=10)
-    figure.legend(loc="outside right upper", frameon=False, fontsize=9)
+    # Below, not beside: TensorBoard shrinks an image to the width of its card.
+    figure.legend(loc="outside lower center", frameon=False, fontsize=9)
     return figure
 
 
