@@ -262,6 +262,6 @@ def calibration_metrics(num_bins: int = 15, convention: BinConvention = "right")
 
 def _add(metric: Metric, state: str, value: Tensor) -> None:
     current: Tensor = getattr(metric, state)
-    # A module moved to bfloat16 takes its metrics' states along, where a count stops growing at 256; adding out of place
-    # promotes them back to float64.
+    # A module moved to bfloat16 takes its metrics' states along, where a count stops growing at 256; adding out of
+    # place promotes them back to float64.
     setattr(metric, state, current + value.to(current.device))
