@@ -66,10 +66,10 @@ def find_expert_layers(
         if is_fused_experts(module):
             found.append(_fused_layer(name, len(found), module))
         elif isinstance(module, nn.ModuleList) and len(module) > 1:
-            parent = modules[name.rpartition(".")[0]]
-            if experts is None and not _has_router(parent, module):
+            widths = _router_widths(modules[name.rpartition(".")[0]], module)
+            if experts is None and not widths:
                 continue
-            second = _second_linear_name(name, module, down_proj, named=experts is not None)
+            second = _second_linear_name(name, module, widths, down_proj, named=experts is not None)
             if second is not None:
                 found.append(_module_list_layer(name, len(found), module, second))
     if not found:
@@ -141,17 +141,16 @@ def _module_list_layer(name: str, index: int, experts: nn.ModuleList, down_proj:
     return ExpertLayer(name, index, len(experts), linear.in_features, linear.out_features, "modules", down_proj)
 
 
-def _has_router(parent: nn.Module, experts: nn.ModuleList) -> bool:
-    """Whether the module beside the experts holds a matrix with one row (or column) an expert."""
+def _router_widths(parent: nn.Module, experts: nn.ModuleList) -> set[int]:
+    """The widths that a router beside the experts may have: a matrix with one row (or column) an expert; maybe none."""
     own = {id(parameter) for parameter in experts.parameters()}
-    return any(
-        parameter.dim() == 2 and len(experts) in parameter.shape
-        for parameter in parent.parameters()
-        if id(parameter) not in own
-    )
+    shapes = [p.shape for p in parent.parameters() if p.dim() == 2 and id(p) not in own]
+    return {shape[1 - side] for shape in shapes for side in (0, 1) if shape[side] == len(experts)}
 
 
-def _second_linear_name(name: str, experts: nn.ModuleList, down_proj: str | None, *, named: bool) -> str | None:
+def _second_linear_name(
+    name: str, experts: nn.ModuleList, widths: set[int], down_proj: str | None, *, named: bool
+) -> str | None:
     """The name of the second linear layer inside every expert of a list, or None if the list holds no experts."""
     shapes = [{n: tuple(m.weight.shape) for n, m in e.named_modules() if isinstance(m, nn.Linear)} for e in experts]
     if any(shape != shapes[0] for shape in shapes[1:]):
@@ -172,14 +171,16 @@ def _second_linear_name(name: str, experts: nn.ModuleList, down_proj: str | None
         for n, (d_out, d_in) in linears.items()
         if all(shape == (d_in, d_out) for other, shape in linears.items() if other != n)
     ]
-    if len(candidates) == 1:
-        return candidates[0]
-    if candidates:
-        raise ValueError(
-            f"every linear layer of the experts in {name!r} is square, so which one comes second cannot be told from "
-            f"their shapes; name it: down_proj=one of {sorted(linears)}"
-        )
-    return None
+    if len(candidates) > 1:
+        # Of two layers each leads back to where the other starts; the router knows the model's width.
+        back = [n for n in candidates if linears[n][0] in widths and linears[n][1] not in widths]
+        if len(back) != 1:
+            raise ValueError(
+                f"the shapes of the linear layers of the experts in {name!r} do not tell which one comes second; name "
+                f"it: down_proj=one of {sorted(linears)}"
+            )
+        return back[0]
+    return candidates[0] if candidates else None
 
 
 def _nothing_found(model: nn.Module, modules: dict[str, nn.Module], experts: str | None) -> str:
