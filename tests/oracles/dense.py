@@ -14,7 +14,7 @@ from oracles.models import looped_experts
 
 @dataclass
 class ObservedSlots:
-    """Slots of one layer as the model's own loop saw them: `inputs [S, d_in]`, `gradients [K, S, d_out]` of each logit."""
+    """Slots of one layer as its own loop saw them: `inputs [S, d_in]`, `gradients [K, S, d_out]` of each logit."""
 
     experts: torch.Tensor
     tokens: torch.Tensor

@@ -1,8 +1,8 @@
 """Small mixture-of-experts models whose every operation is in float64, and ways to ask them for class logits.
 
-`ToyMoE` computes the same function with fused experts and with an `nn.ModuleList` of experts. The models of transformers
-take their norms and router probabilities in float32 whatever the weights' dtype, so agreement to rounding is asked of
-this one.
+`ToyMoE` computes the same function with fused experts and with an `nn.ModuleList` of experts. The models of
+transformers take their norms and router probabilities in float32 whatever the weights' dtype, so agreement to rounding
+is asked of this one.
 """
 
 from dataclasses import dataclass
