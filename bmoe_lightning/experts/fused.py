@@ -155,7 +155,7 @@ def tapped_experts_forward(self: Any, hidden_states: Tensor, top_k_index: Tensor
     weighted = output * top_k_weights.reshape(-1)[groups.order].unsqueeze(-1)
     restored = torch.empty_like(groups.order)
     restored[groups.order] = torch.arange(len(restored), device=restored.device)
-    return weighted[restored].view(num_tokens, top_k, -1).sum(dim=1).to(hidden_states.dtype)
+    return weighted[restored].view(num_tokens, top_k, output.shape[-1]).sum(dim=1).to(hidden_states.dtype)
 
 
 def _linear(module: Any, groups: ExpertGroups, x: Tensor, name: str) -> Tensor:
