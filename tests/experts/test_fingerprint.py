@@ -1,0 +1,63 @@
+import pytest
+import torch
+from oracles.models import as_modules, tiny_qwen, toy_model
+from torch import nn
+
+from bmoe_lightning.experts import find_expert_layers, weight_fingerprint
+
+
+def fingerprint(model):
+    return weight_fingerprint(model, find_expert_layers(model))
+
+
+def test_same_weights_same_fingerprint():
+    model, twin, other = toy_model(seed=1), toy_model(seed=1), toy_model(seed=2)
+    assert fingerprint(model) == fingerprint(twin) != fingerprint(other)
+    assert len(fingerprint(model)) == 64
+
+
+@pytest.mark.parametrize("layout", ["fused", "modules"])
+@pytest.mark.parametrize("part", ["second", "first", "router"])
+def test_every_matrix_of_every_expert_counts(layout, part):
+    model = toy_model() if layout == "fused" else as_modules(toy_model())
+    before = fingerprint(model)
+    mixture = model.layers[1].mixture
+    if part == "router":
+        weights = [mixture.router.weight]
+    elif layout == "fused":
+        weights = list(mixture.crew.down_proj if part == "second" else mixture.crew.gate_up_proj)
+    else:
+        weights = [(expert.fall if part == "second" else expert.valve).weight for expert in mixture.crew]
+    for weight in weights:
+        kept = weight.detach().clone()
+        with torch.no_grad():
+            weight.mul_(1.001)
+        assert fingerprint(model) != before
+        with torch.no_grad():
+            weight.copy_(kept)
+        assert fingerprint(model) == before
+
+
+def test_a_step_of_training_changes_large_matrices():
+    """Only a sample of a large matrix is read; an optimiser moves all of it."""
+    model = tiny_qwen(dtype=torch.float32, hidden_size=64, moe_intermediate_size=48)
+    before = fingerprint(model)
+    weights = [layer.mlp.experts.down_proj for layer in model.model.layers]
+    optimiser = torch.optim.AdamW(weights, lr=1e-5)
+    model(input_ids=torch.arange(1, 29).view(1, -1)).logits.sum().backward()
+    optimiser.step()
+    assert fingerprint(model) != before
+
+
+def test_wrapping_and_widening_do_not_matter_but_rounding_does():
+    model = tiny_qwen(dtype=torch.float32)
+    before = fingerprint(model)
+    assert fingerprint(nn.ModuleDict({"net": model})) == before
+    assert fingerprint(tiny_qwen(dtype=torch.float32).double()) == before
+    assert fingerprint(tiny_qwen(dtype=torch.float32).bfloat16()) != before
+
+
+def test_depends_on_which_layers():
+    model = toy_model()
+    layers = find_expert_layers(model)
+    assert len({weight_fingerprint(model, chosen) for chosen in (layers, layers[:1], layers[1:])}) == 3
