@@ -84,18 +84,20 @@ class Method(ABC):
         name: short identifier, as in tables and TensorBoard runs.
         label: what a person reads.
         needs_posterior: whether `log_probs` looks at covariance terms.
+        is_ensemble: whether the model has to be prepared for each of several members.
     """
 
     name: str
     label: str
     needs_posterior: bool = False
+    is_ensemble: bool = False
 
     @abstractmethod
     def log_probs(self, view: BatchView) -> Tensor:
         """Log-probabilities of one batch: `[B, K]` float64, `-inf` for absent classes."""
 
     def members(self, model: nn.Module) -> Sequence[AbstractContextManager[None]]:  # noqa: ARG002
-        """Contexts that prepare the model for each member; one empty context unless the method is an ensemble."""
+        """Contexts that prepare the model for each member of an ensemble."""
         return [nullcontext()]
 
     def hyperparameters(self) -> dict[str, float]:
@@ -116,6 +118,59 @@ class Predictions:
     labels: Tensor
 
 
+class Evaluation:
+    """Predicts a data set batch by batch with several methods; all single-member methods share one pass.
+
+    Args:
+        methods: with distinct names.
+        posterior: shared curvature for methods that need it.
+    """
+
+    def __init__(self, methods: Sequence[Method], posterior: LaplacePosterior | None = None) -> None:
+        self.methods = list(methods)
+        self._posterior = posterior if any(method.needs_posterior for method in methods) else None
+        self._log_probs: dict[str, list[Tensor]] = {method.name: [] for method in methods}
+        self._labels: list[Tensor] = []
+
+    def add(self, model: nn.Module, class_logits: ClassLogits, batch: Any) -> None:
+        """Predict one batch with every method that has one member.
+
+        Raises:
+            ValueError: if the batch has no labels.
+        """
+        view = BatchView(model, class_logits, batch, self._posterior)
+        if view.labels is None:
+            raise ValueError("evaluation needs labels, but class_logits returned None for them")
+        for method in self.methods:
+            if not method.is_ensemble:
+                self._log_probs[method.name].append(method.log_probs(view).cpu())
+        self._labels.append(view.labels.cpu())
+
+    def finish(self, model: nn.Module, class_logits: ClassLogits, batches: Iterable[Any]) -> dict[str, Predictions]:
+        """Let the ensembles predict the same data, and return what every method said.
+
+        Args:
+            model: the model; its weights are as before afterwards.
+            class_logits: as in `add`.
+            batches: the data that was added, once more; iterated over once a member.
+
+        Raises:
+            ValueError: if nothing was added.
+        """
+        if not self._labels:
+            raise ValueError("no example to evaluate: the data are empty")
+        labels = torch.cat(self._labels)
+        result = {}
+        for method in self.methods:
+            if method.is_ensemble:
+                members = [_member_log_probs(m, method, model, class_logits, batches) for m in method.members(model)]
+                log_probs = average_log_probs(torch.stack(members))
+            else:
+                log_probs = torch.cat(self._log_probs[method.name])
+            result[method.name] = Predictions(log_probs, labels)
+        return result
+
+
 def evaluate(
     methods: Sequence[Method],
     model: nn.Module,
@@ -123,13 +178,14 @@ def evaluate(
     batches: Iterable[Any],
     posterior: LaplacePosterior | None = None,
 ) -> dict[str, Predictions]:
-    """Predict a data set with several methods, passing over it once for all single-member methods together.
+    """Predict a data set with several methods.
 
     Args:
         methods: with distinct names.
         model: the model.
         class_logits: `(model, batch) -> (logits [B, K], labels [B])`.
-        batches: the data; must allow being iterated over more than once (a list, a DataLoader) if a method has members.
+        batches: the data; must allow being iterated over more than once (a list, a DataLoader) if a method is an
+            ensemble.
         posterior: shared curvature for methods that need it.
 
     Returns:
@@ -138,16 +194,10 @@ def evaluate(
     Raises:
         ValueError: if there is no batch or a batch has no labels.
     """
-    single = [method for method in methods if len(method.members(model)) == 1]
-    plain = [method for method in single if not method.needs_posterior]
-    result = {}
-    if single:
-        shared = posterior if len(plain) < len(single) else None
-        result = _one_pass(single, model, class_logits, batches, shared)
-    for method in methods:
-        if method not in single:
-            result[method.name] = _ensemble(method, model, class_logits, batches)
-    return {method.name: result[method.name] for method in methods}
+    evaluation = Evaluation(methods, posterior)
+    for batch in batches:
+        evaluation.add(model, class_logits, batch)
+    return evaluation.finish(model, class_logits, batches)
 
 
 def average_log_probs(log_probs: Tensor) -> Tensor:
@@ -155,43 +205,13 @@ def average_log_probs(log_probs: Tensor) -> Tensor:
     return torch.logsumexp(log_probs, dim=0) - math.log(len(log_probs))
 
 
-def _one_pass(
-    methods: Sequence[Method],
+def _member_log_probs(
+    member: AbstractContextManager[None],
+    method: Method,
     model: nn.Module,
     class_logits: ClassLogits,
     batches: Iterable[Any],
-    posterior: LaplacePosterior | None,
-) -> dict[str, Predictions]:
-    log_probs: dict[str, list[Tensor]] = {method.name: [] for method in methods}
-    labels: list[Tensor] = []
-    for batch in batches:
-        view = BatchView(model, class_logits, batch, posterior)
-        for method in methods:
-            with method.members(model)[0]:
-                log_probs[method.name].append(method.log_probs(view).cpu())
-        if view.labels is None:
-            raise ValueError("evaluation needs labels, but class_logits returned None for them")
-        labels.append(view.labels.cpu())
-    if not labels:
-        raise ValueError("no example to evaluate: the data are empty")
-    return {name: Predictions(torch.cat(values), torch.cat(labels)) for name, values in log_probs.items()}
-
-
-def _ensemble(method: Method, model: nn.Module, class_logits: ClassLogits, batches: Iterable[Any]) -> Predictions:
-    parts = []
-    for member in method.members(model):
-        with member:
-            parts.append(_one_pass([_Member(method)], model, class_logits, batches, None)["member"])
-    return Predictions(average_log_probs(torch.stack([part.log_probs for part in parts])), parts[0].labels)
-
-
-class _Member(Method):
-    """One member of an ensemble, its context already entered."""
-
-    name = "member"
-
-    def __init__(self, method: Method) -> None:
-        self._method = method
-
-    def log_probs(self, view: BatchView) -> Tensor:
-        return self._method.log_probs(view)
+) -> Tensor:
+    """What one member says about the whole data set: `[N, K]`."""
+    with member:
+        return torch.cat([method.log_probs(BatchView(model, class_logits, batch)).cpu() for batch in batches])

@@ -69,7 +69,7 @@ def collect_factors(
         ValueError: for an unknown option, an empty `batches`, logits that are none, or a factor that is not finite (the
             message names layer and expert).
     """
-    _check_options(rank, fisher, approximation, sketch)
+    check_options(rank, fisher, approximation, sketch)
     layers = find_expert_layers(model) if layers is None else list(layers)
     generator = torch.Generator().manual_seed(seed)
     sums: list[_LayerSums] | None = None
@@ -100,7 +100,12 @@ def collect_factors(
     )
 
 
-def _check_options(rank: int, fisher: str, approximation: str, sketch: str) -> None:
+def check_options(rank: int, fisher: str, approximation: str, sketch: str) -> None:
+    """Refuse options that `collect_factors` does not know.
+
+    Raises:
+        ValueError: naming the option and what is valid.
+    """
     if rank < 1:
         raise ValueError(f"rank must be at least 1, got {rank}")
     for name, value, valid in (

@@ -117,7 +117,8 @@ def squared_distances(model: nn.Module, layers: list[ExpertLayer], reference: di
             weight = weight.to(torch.promote_types(weight.dtype, torch.float32))
             if reference is not None:
                 # One parameter at a time: the prior mean never has a second full copy beside the weights.
-                weight = weight - reference[name].to(weight)
+                # Through the weight's own dtype: what rounding a wider mean costs is no movement.
+                weight = weight - reference[name].to(weight.device, parameter.dtype).to(weight.dtype)
             norms = torch.linalg.vector_norm(
                 weight.flatten(1) if weight.dim() == 3 else weight.reshape(1, -1), dim=1, dtype=torch.float64
             )

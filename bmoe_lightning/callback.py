@@ -1,0 +1,473 @@
+"""The callback: fit a posterior when training ends, and predict with it from then on."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import nullcontext, suppress
+from functools import partial
+from pathlib import Path
+from typing import Any, Literal
+
+import lightning as L
+from lightning.pytorch.callbacks import ModelPruning, StochasticWeightAveraging
+from lightning.pytorch.loggers import TensorBoardLogger
+from torch import Tensor, nn
+
+from bmoe_lightning.baselines import save_snapshot
+from bmoe_lightning.baselines.method import Predictions
+from bmoe_lightning.curvature.fisher import FisherName
+from bmoe_lightning.curvature.kfac import ApproximationName
+from bmoe_lightning.curvature.sketch import SketchName
+from bmoe_lightning.evaluation_run import EvaluationRun
+from bmoe_lightning.experts import ClassLogits, down_proj_parameters, find_expert_layers
+from bmoe_lightning.fitting import FitSettings, Fitted, fit
+from bmoe_lightning.laplace.predictive import (
+    NUM_SAMPLES,
+    LinkName,
+    class_probabilities,
+    predict_with_uncertainty,
+)
+from bmoe_lightning.laplace.prior import Scope
+from bmoe_lightning.passes import Pass, best_weights, training_examples, training_pass, validation_pass
+from bmoe_lightning.saved import POSTERIOR_FILE, has_fitted, load_fitted, save_fitted
+
+_SHARDED = ("FSDPStrategy", "DeepSpeedStrategy", "ModelParallelStrategy", "XLAFSDPStrategy")
+
+
+class BayesianMoECallback(L.Callback):
+    """Fit a Laplace posterior over the experts when training ends; validate, test and predict with it afterwards.
+
+    Works with any LightningModule that has `class_logits(batch) -> (logits [B, K], labels [B])`, or gets such a
+    function as an argument. At the end of `trainer.fit` it runs one curvature epoch over the training data and one pass
+    over the validation split, and writes `posterior.safetensors`. From then on every `trainer.validate` and
+    `trainer.test` logs `{method}/{val|test}/{acc|ece|nll|brier}` for each method asked for, and `trainer.predict`
+    returns probabilities with their uncertainty.
+
+    Example:
+        >>> trainer = L.Trainer(callbacks=[BayesianMoECallback()])    # doctest: +SKIP
+        >>> trainer.fit(module, datamodule=data)                      # doctest: +SKIP
+        >>> trainer.test(module, datamodule=data)                     # doctest: +SKIP
+
+    Args:
+        methods: which methods to fit and to log; names from `bmoe_lightning.fitting.METHODS`.
+        class_logits: `(module, batch) -> (logits [B, K], labels [B])`, if the module has no method of that name.
+        rank: eigenpairs kept of each Kronecker factor.
+        fisher: labels of the curvature: `exact`, `mc` or `empirical`.
+        approximation: K-FAC `expand` or `reduce`.
+        sketch: low-rank algorithm: `auto`, `nystrom`, `rsvd` or `exact`.
+        evidence_scope: one prior precision from the evidence (`global`), or one a layer (`layer`).
+        lpo_scope: the same for LPO.
+        prior_mean: `pretrained` (the weights before fine-tuning) or `zero`.
+        skip_layers: indices of expert layers that stay out of the posterior.
+        link: `mc`, `isotropic`, `probit` or `laplace_bridge`.
+        num_samples: Monte Carlo samples of a prediction.
+        curvature_batches: cap on the training batches of the curvature epoch; the curvature is scaled up to the whole.
+        fit_at: fit at the `last` weights, or at the `best` of the trainer's checkpoint callback (then test with
+            `ckpt_path="best"`; the module keeps its last weights).
+        dropout: probability of MC dropout.
+        dropout_samples: forward passes of MC dropout.
+        num_snapshots: members of the checkpoint ensemble: the weights after each of the last epochs.
+        ensemble_members: snapshot files of other seeds, for the deep ensemble.
+        dirpath: folder for what is written; by default `bayesian_moe` in the logger's folder.
+        name: prefix of logged names and of the folder, needed when a trainer has two of these callbacks.
+        seed: of drawn labels, test matrices and noise.
+
+    Raises:
+        ValueError: for an unknown name or a value out of range.
+    """
+
+    def __init__(
+        self,
+        methods: Sequence[str] = ("map", "laplace_lpo"),
+        class_logits: ClassLogits | None = None,
+        rank: int = 10,
+        fisher: FisherName = "exact",
+        approximation: ApproximationName = "expand",
+        sketch: SketchName = "auto",
+        evidence_scope: Scope = "global",
+        lpo_scope: Scope = "layer",
+        prior_mean: Literal["pretrained", "zero"] = "pretrained",
+        skip_layers: Sequence[int] = (),
+        link: LinkName = "mc",
+        num_samples: int = NUM_SAMPLES,
+        curvature_batches: int | None = None,
+        fit_at: Literal["last", "best"] = "last",
+        dropout: float = 0.1,
+        dropout_samples: int = 10,
+        num_snapshots: int = 5,
+        ensemble_members: Sequence[str] = (),
+        dirpath: str | None = None,
+        name: str = "",
+        seed: int = 0,
+    ) -> None:
+        self.settings = FitSettings(
+            methods=tuple(methods),
+            rank=rank,
+            fisher=fisher,
+            approximation=approximation,
+            sketch=sketch,
+            evidence_scope=evidence_scope,
+            lpo_scope=lpo_scope,
+            prior_mean=prior_mean,
+            skip_layers=tuple(skip_layers),
+            link=link,
+            num_samples=num_samples,
+            dropout=dropout,
+            dropout_samples=dropout_samples,
+            seed=seed,
+        )
+        if fit_at not in ("last", "best"):
+            raise ValueError(f"fit_at must be 'last' or 'best', got {fit_at!r}")
+        if curvature_batches is not None and curvature_batches < 1:
+            raise ValueError(f"curvature_batches must be at least 1, got {curvature_batches}")
+        if "deep_ensemble" in self.settings.methods and not ensemble_members:
+            raise ValueError("the deep ensemble needs ensemble_members: snapshot files of other seeds")
+        if num_snapshots < 2 and "checkpoint_ensemble" in self.settings.methods:
+            raise ValueError(f"a checkpoint ensemble needs at least 2 snapshots, got num_snapshots={num_snapshots}")
+        self.curvature_batches = curvature_batches
+        self.fit_at = fit_at
+        self.num_snapshots = num_snapshots
+        self.ensemble_members = [str(member) for member in ensemble_members]
+        self.name = name
+        self.fitted: Fitted | None = None
+        self.predictions: dict[str, dict[str, Predictions]] = {}
+        self._class_logits = class_logits
+        self._dirpath = Path(dirpath) if dirpath is not None else None
+        self._snapshots: list[Path] = []
+        self._prior_mean: dict[str, Tensor] | None = None
+        self._undo: list[Callable[[], None]] = []
+        self._run: EvaluationRun | None = None
+
+    @property
+    def state_key(self) -> str:
+        """Callbacks with other methods or another name keep their own state."""
+        return self._generate_state_key(methods=self.settings.methods, rank=self.settings.rank, name=self.name)
+
+    # -- before anything runs
+
+    def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
+        """Refuse what cannot work before time is spent; let evaluation loops keep gradients possible."""
+        _check_strategy(trainer)
+        self._check_neighbours(trainer)
+        if self._class_logits is None and not callable(getattr(pl_module, "class_logits", None)):
+            raise TypeError(
+                f"{type(pl_module).__name__} has no method class_logits(batch) -> (logits [B, K], labels [B]), and "
+                "BayesianMoECallback got no class_logits argument; give it one of the two"
+            )
+        self._restore()
+        # Inference tensors cannot enter a graph, and the linearised predictive needs one.
+        for loop in (trainer.validate_loop, trainer.test_loop, trainer.predict_loop):
+            self._undo.append(partial(setattr, loop, "inference_mode", loop.inference_mode))
+            loop.inference_mode = False
+        log_dir = trainer.log_dir  # read on every rank: it may be a collective
+        if self._dirpath is None and not _is_trial(trainer):
+            self._dirpath = Path(log_dir or trainer.default_root_dir) / "bayesian_moe" / self.name
+        if stage == "fit":
+            self._remember_prior_mean(pl_module)
+
+    def on_load_checkpoint(self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]) -> None:
+        """Take the prior mean of a module that was built after `setup`, before the checkpoint overwrites it."""
+        if trainer.state.fn == "fit":
+            self._remember_prior_mean(pl_module)
+
+    # -- training
+
+    def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """The model is complete now: find its experts, and remember where its weights start."""
+        layers = find_expert_layers(pl_module)
+        unknown = set(self.settings.skip_layers) - {layer.index for layer in layers}
+        if unknown:
+            raise ValueError(f"skip_layers names {sorted(unknown)}, but the model has {len(layers)} expert layers")
+        self._remember_prior_mean(pl_module)
+
+    def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Drop a posterior of earlier weights; check that the data allow fitting another one."""
+        self.fitted = None
+        self._snapshots = []
+        if self.settings.needs_posterior:
+            training_pass(trainer, "Curvature", self.curvature_batches)
+        if self.settings.needs_calibration and validation_pass(trainer, "Calibration") is None:
+            raise ValueError(
+                f"{list(self.settings.methods)} are fitted on a validation split, and the trainer has none (no "
+                "validation loader, no validation_step, or limit_val_batches=0). Add one, or ask for "
+                "methods=['map', 'laplace_evidence'], which need no held-out data."
+            )
+        if self.fit_at == "best" and getattr(trainer.checkpoint_callback, "monitor", None) is None:
+            raise ValueError("fit_at='best' needs a ModelCheckpoint with monitor=..., and the trainer has none")
+
+    def on_train_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Keep the trained weights of the last epochs for the checkpoint ensemble."""
+        if "checkpoint_ensemble" not in self.settings.methods or self._dirpath is None:
+            return
+        path = self._dirpath / "snapshots" / f"epoch-{trainer.current_epoch:04d}.safetensors"
+        save_snapshot(path, {n: p for n, p in pl_module.named_parameters() if p.requires_grad})
+        self._snapshots.append(path)
+        while len(self._snapshots) > self.num_snapshots:
+            self._snapshots.pop(0).unlink(missing_ok=True)
+
+    def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Fit everything, while the model is still on its device and the loaders are alive."""
+        curvature = calibration = None
+        if self.settings.needs_posterior:
+            curvature = training_pass(trainer, "Curvature", self.curvature_batches)
+        if self.settings.needs_calibration:
+            calibration = validation_pass(trainer, "Calibration")
+        with best_weights(trainer, pl_module) if self.fit_at == "best" else nullcontext():
+            self.fit_posterior(
+                pl_module,
+                curvature or [],
+                calibration,
+                num_examples=training_examples(trainer) if self.curvature_batches is not None else None,
+            )
+        if self._dirpath is not None:
+            save_fitted(self._dirpath, self._require_fitted(), self._snapshots)
+        scalars = {f"{self._prefix}{name}": value for name, value in self._require_fitted().scalars().items()}
+        for logger in trainer.loggers:  # self.log is not allowed in this hook
+            logger.log_metrics(scalars, step=trainer.fit_loop.epoch_loop._batches_that_stepped)
+
+    def on_fit_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Say so if training was over before it began (a finished run was resumed), so that nothing was fitted."""
+        if self.fitted is None and not self._load_saved():
+            warnings.warn(
+                "training ended without a fitted posterior (was a finished run resumed?); call "
+                "BayesianMoECallback.fit_posterior before testing",
+                stacklevel=2,
+            )
+
+    def fit_posterior(
+        self,
+        module: nn.Module,
+        curvature_batches: Iterable[Any],
+        calibration_batches: Iterable[Any] | None = None,
+        *,
+        prior_mean: Mapping[str, Tensor] | None = None,
+        num_examples: int | None = None,
+    ) -> None:
+        """Fit on a model that is already trained; `trainer.test` and `trainer.predict` then use the result.
+
+        Args:
+            module: the LightningModule (or whatever `class_logits` takes as its model), on its device.
+            curvature_batches: batches of the training data, on the model's device.
+            calibration_batches: batches of held-out data, for methods that need them.
+            prior_mean: weights before fine-tuning by parameter name, for methods that use the evidence; by default
+                those that this callback saw when training started.
+            num_examples: examples that the curvature shall stand for, if `curvature_batches` is a part of the data.
+
+        Raises:
+            ValueError: if a method lacks data, labels or the prior mean.
+        """
+        self.fitted = fit(
+            module,
+            self._engine_logits,
+            self.settings,
+            curvature_batches,
+            calibration_batches,
+            prior_mean=self._prior_mean if prior_mean is None else prior_mean,
+            num_examples=num_examples,
+        )
+
+    # -- validation and test
+
+    def on_validation_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Make the methods ready, unless this is a validation within training: nothing is fitted then."""
+        if trainer.state.fn == "validate":
+            self._begin(pl_module, "val")
+
+    def on_test_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Make the methods ready; refuse a posterior of other weights."""
+        self._begin(pl_module, "test")
+
+    def on_validation_batch_end(
+        self,
+        trainer: L.Trainer,
+        pl_module: L.LightningModule,
+        outputs: Any,
+        batch: Any,
+        batch_idx: int,
+        dataloader_idx: int = 0,
+    ) -> None:
+        """Predict the batch with every single-member method."""
+        self._add_batch(trainer, pl_module, batch, dataloader_idx)
+
+    def on_test_batch_end(
+        self,
+        trainer: L.Trainer,
+        pl_module: L.LightningModule,
+        outputs: Any,
+        batch: Any,
+        batch_idx: int,
+        dataloader_idx: int = 0,
+    ) -> None:
+        """Predict the batch with every single-member method."""
+        self._add_batch(trainer, pl_module, batch, dataloader_idx)
+
+    def on_validation_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Let the ensembles predict, then log the metrics of every method."""
+        self._finish(trainer, pl_module, trainer.val_dataloaders, trainer.num_val_batches)
+
+    def on_test_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Let the ensembles predict, then log the metrics of every method and write the TensorBoard comparison."""
+        self._finish(trainer, pl_module, trainer.test_dataloaders, trainer.num_test_batches)
+
+    # -- prediction
+
+    def on_predict_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Replace the module's predict step by one that returns probabilities with their uncertainty."""
+        posterior = self._ready(pl_module).posterior
+        if posterior is None:
+            raise RuntimeError(f"none of the methods {list(self.settings.methods)} has a posterior to predict with")
+        settings = self.settings
+
+        def predict_step(batch: Any, *_: Any) -> dict[str, Any]:
+            logits, covariance = posterior.logit_covariance(pl_module, self._engine_logits, batch, centred=True)
+            prediction = predict_with_uncertainty(
+                logits, covariance, num_samples=settings.num_samples, seed=settings.seed
+            )
+            log_probs = class_probabilities(
+                logits, covariance, settings.link, num_samples=settings.num_samples, seed=settings.seed
+            )
+            return {
+                "probs": log_probs.exp(),
+                "log_probs": log_probs,
+                "logits": logits,
+                "logit_covariance": covariance,
+                "entropy": prediction.entropy,
+                "mutual_information": prediction.mutual_information,
+            }
+
+        # On the instance, so that the class stays as it is.
+        pl_module.predict_step = predict_step  # type: ignore[method-assign]
+        self._undo.append(partial(delattr, pl_module, "predict_step"))
+
+    # -- afterwards
+
+    def teardown(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
+        """Put loops and module back as they were."""
+        self._restore()
+
+    def on_exception(self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException) -> None:
+        """Put loops and module back as they were: after an exception, `teardown` is never called."""
+        self._restore()
+
+    def state_dict(self) -> dict[str, Any]:
+        """A few numbers and a path; the factors are in a file of their own, not in every checkpoint."""
+        return {"dirpath": None if self._dirpath is None else str(self._dirpath)}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Remember where the posterior was written."""
+        if self._dirpath is None and state_dict.get("dirpath"):
+            self._dirpath = Path(state_dict["dirpath"])
+
+    # -- helpers, in the order in which they are used above
+
+    def _check_neighbours(self, trainer: L.Trainer) -> None:
+        """Refuse orders and names with which two callbacks would get in each other's way."""
+        callbacks = trainer.callbacks  # type: ignore[attr-defined]
+        mine = callbacks.index(self)
+        for other in callbacks[mine + 1 :]:
+            if (
+                isinstance(other, (StochasticWeightAveraging, ModelPruning))
+                or type(other).__name__ == "WeightAveraging"
+            ):
+                raise ValueError(
+                    f"{type(other).__name__} changes the weights when training ends, so it must come before "
+                    "BayesianMoECallback in the trainer's callbacks"
+                )
+            if isinstance(other, BayesianMoECallback) and other.name == self.name:
+                raise ValueError("two BayesianMoECallbacks would log under the same names; give them name='...'")
+
+    def _remember_prior_mean(self, module: nn.Module) -> None:
+        """Copy the second weights of all experts to the CPU, once, if a method will ask how far they moved."""
+        wanted = self.settings.needs_evidence and self.settings.prior_mean == "pretrained"
+        if not wanted or self._prior_mean is not None:
+            return
+        with suppress(ValueError):  # no experts yet: a module that is built in configure_model
+            layers = find_expert_layers(module)
+            self._prior_mean = {
+                name: parameter.detach().to("cpu", copy=True)
+                for layer in layers
+                for name, parameter in down_proj_parameters(module, layer).items()
+            }
+
+    def _engine_logits(self, model: Any, batch: Any) -> tuple[Tensor, Tensor | None]:
+        found = model.class_logits(batch) if self._class_logits is None else self._class_logits(model, batch)
+        if not isinstance(found, tuple) or len(found) != 2:
+            raise TypeError(f"class_logits must return (logits, labels or None), got {type(found).__name__}")
+        return found
+
+    def _require_fitted(self) -> Fitted:
+        if self.fitted is None:
+            raise RuntimeError(
+                "no fitted posterior: run trainer.fit with this callback, call fit_posterior, or give dirpath= the "
+                f"folder with the {POSTERIOR_FILE} of an earlier run"
+            )
+        return self.fitted
+
+    def _load_saved(self) -> bool:
+        """Read what an earlier process wrote, if there is something."""
+        if self._dirpath is None or not has_fitted(self._dirpath):
+            return False
+        self.fitted, self._snapshots = load_fitted(self._dirpath)
+        return True
+
+    def _ready(self, module: nn.Module) -> Fitted:
+        """What was fitted, here or by an earlier process, for exactly these weights."""
+        if self.fitted is None:
+            self._load_saved()
+        fitted = self._require_fitted()
+        if fitted.posterior is not None:
+            fitted.posterior.check_weights(module)
+        return fitted
+
+    def _begin(self, module: L.LightningModule, stage: str) -> None:
+        fitted = self._ready(module)
+        self._run = EvaluationRun(stage, self.settings, fitted, self._snapshots, self.ensemble_members)
+
+    def _add_batch(self, trainer: L.Trainer, module: L.LightningModule, batch: Any, loader: int) -> None:
+        if self._run is not None:
+            with trainer.precision_plugin.forward_context():
+                self._run.add(module, self._engine_logits, batch, loader)
+
+    def _finish(self, trainer: L.Trainer, module: L.LightningModule, loaders: Any, counts: Sequence[float]) -> None:
+        if self._run is None:
+            return
+        run, self._run = self._run, None
+        flat = list(loaders) if isinstance(loaders, (list, tuple)) else [loaders]
+        passes = [Pass(trainer, loader, int(n), "Ensembles") for loader, n in zip(flat, counts, strict=True)]
+        self.predictions = run.finish(module, self._engine_logits, passes)
+        module.log_dict({f"{self._prefix}{key}": value for key, value in run.metrics().items()})
+        if run.stage == "test" and not _is_trial(trainer) and trainer.is_global_zero:
+            folders = [logger.log_dir for logger in trainer.loggers if isinstance(logger, TensorBoardLogger)]
+            for folder in folders:
+                run.write_tensorboard(Path(folder) / self.name, trainer.fit_loop.epoch_loop._batches_that_stepped)
+
+    @property
+    def _prefix(self) -> str:
+        return f"{self.name}/" if self.name else ""
+
+    def _restore(self) -> None:
+        while self._undo:
+            self._undo.pop()()
+        self._run = None
+
+
+def _check_strategy(trainer: L.Trainer) -> None:
+    """Refuse strategies under which a plain forward and backward of the module do not do what they say."""
+    kinds = {kind.__name__ for kind in type(trainer.strategy).__mro__}
+    sharded = sorted(kinds & set(_SHARDED))
+    if sharded:
+        raise ValueError(
+            f"BayesianMoECallback does not support {sharded[0]} yet: its weights are sharded outside of the "
+            "training step. Use one device, or train first and call fit_posterior on the unsharded model"
+        )
+    if trainer.world_size > 1:
+        raise ValueError(
+            f"BayesianMoECallback runs in one process for now, and the trainer has {trainer.world_size}. Train with "
+            "all of them, then load the checkpoint in one process and call fit_posterior"
+        )
+
+
+def _is_trial(trainer: L.Trainer) -> bool:
+    """Whether this is a `fast_dev_run`: everything runs, nothing is written."""
+    return bool(getattr(trainer, "fast_dev_run", False))

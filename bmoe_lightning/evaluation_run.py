@@ -1,0 +1,124 @@
+"""One `trainer.validate` or `trainer.test`, as the callback sees it: predictions, metrics, TensorBoard."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from bmoe_lightning.baselines.method import Evaluation, Predictions
+from bmoe_lightning.experts import ClassLogits
+from bmoe_lightning.fitting import FitSettings, Fitted, build_methods
+from bmoe_lightning.metrics import calibration_metrics
+from bmoe_lightning.passes import Pass
+from bmoe_lightning.report import MethodResult, summarise, write_tensorboard
+
+
+class EvaluationRun:
+    """Predictions of every method on every loader of one run.
+
+    Args:
+        stage: `val` or `test`, as it appears in logged names.
+        settings: which methods, and how they predict.
+        fitted: what they were fitted to.
+        snapshots: files of the checkpoint ensemble.
+        ensemble_members: files of the deep ensemble.
+    """
+
+    def __init__(
+        self,
+        stage: str,
+        settings: FitSettings,
+        fitted: Fitted,
+        snapshots: Sequence[Path],
+        ensemble_members: Sequence[str],
+    ) -> None:
+        self.stage = stage
+        self._settings = settings
+        self._fitted = fitted
+        self._snapshots = snapshots
+        self._ensemble_members = ensemble_members
+        self._evaluations: dict[int, Evaluation] = {}
+        self._predictions: dict[str, dict[str, Predictions]] = {}
+
+    def add(self, module: nn.Module, class_logits: ClassLogits, batch: Any, loader: int) -> None:
+        """Predict one batch of a loader with every single-member method."""
+        if loader not in self._evaluations:
+            methods = build_methods(
+                module,
+                self._settings,
+                self._fitted,
+                snapshots=self._snapshots,
+                ensemble_members=self._ensemble_members,
+            )
+            self._evaluations[loader] = Evaluation(methods, self._fitted.posterior)
+        self._evaluations[loader].add(module, class_logits, batch)
+
+    def finish(
+        self, module: nn.Module, class_logits: ClassLogits, passes: Sequence[Pass]
+    ) -> dict[str, dict[str, Predictions]]:
+        """Let the ensembles predict, and return all predictions: by loader (`test`, or `test_0`, ...), then by method.
+
+        Args:
+            module: the model.
+            class_logits: as in `add`.
+            passes: each loader once more.
+        """
+        for loader, evaluation in self._evaluations.items():
+            name = self.stage if len(passes) == 1 else f"{self.stage}_{loader}"
+            self._predictions[name] = evaluation.finish(module, class_logits, passes[loader])
+        return self._predictions
+
+    def metrics(self) -> dict[str, float]:
+        """`{method}/{loader}/{acc|ece|nll|brier}` of every method."""
+        values: dict[str, float] = {}
+        for name, by_method in self._predictions.items():
+            for method, predictions in by_method.items():
+                metrics = calibration_metrics()
+                metrics.update(predictions.log_probs, predictions.labels)
+                values |= {f"{method}/{name}/{key}": float(value) for key, value in metrics.compute().items()}
+        return values
+
+    def results(self, loader: int = 0) -> list[MethodResult]:
+        """What the report package takes, one entry a method."""
+        name = list(self._predictions)[loader]
+        results = []
+        for method in self._evaluations[loader].methods:
+            predictions = self._predictions[name][method.name]
+            ids = tuple(str(index) for index in range(len(predictions.labels)))
+            numbers = method.hyperparameters()
+            results.append(
+                MethodResult(
+                    method.name,
+                    method.label,
+                    self._settings.seed,
+                    predictions.log_probs,
+                    predictions.labels,
+                    ids,
+                    numbers,
+                )
+            )
+        return results
+
+    def write_tensorboard(self, folder: Path, step: int) -> None:
+        """Write one sub-run a method, for each loader.
+
+        Args:
+            folder: the logger's own folder.
+            step: training steps so far, the axis that the training curves have.
+        """
+        for loader, name in enumerate(self._predictions):
+            results = self.results(loader)
+            write_tensorboard(
+                folder / ("methods" if name == self.stage else name),
+                results,
+                summarise(results),
+                hyperparameters={
+                    "rank": self._settings.rank,
+                    "fisher": self._settings.fisher,
+                    "link": self._settings.link,
+                },
+                step=step,
+            )

@@ -1,0 +1,423 @@
+"""From a trained model to fitted methods: curvature, posterior, prior precisions, temperatures. Plain PyTorch."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field, fields, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from bmoe_lightning.baselines import (
+    MAP,
+    CheckpointEnsemble,
+    DeepEnsemble,
+    EvidenceTemperature,
+    LaplaceMethod,
+    LaplaceTemperature,
+    MCDropout,
+    Method,
+    ShrunkTemperature,
+    TemperatureScaling,
+    fit_shrunk_temperature,
+    fit_temperature,
+)
+from bmoe_lightning.baselines.method import BatchView
+from bmoe_lightning.curvature.fisher import FisherName
+from bmoe_lightning.curvature.kfac import ApproximationName, check_options, collect_factors
+from bmoe_lightning.curvature.sketch import SketchName
+from bmoe_lightning.experts import ClassLogits, find_expert_layers, squared_distances
+from bmoe_lightning.laplace.posterior import LaplacePosterior
+from bmoe_lightning.laplace.predictive import (
+    LINKS,
+    NUM_SAMPLES,
+    LinkName,
+    class_probabilities,
+    mean_variance,
+    temperature_from_variances,
+)
+from bmoe_lightning.laplace.prior import Scope, ValidationCache, fit_lpo
+
+METHODS = (
+    "map",
+    "mc_dropout",
+    "checkpoint_ensemble",
+    "deep_ensemble",
+    "temperature",
+    "laplace_evidence",
+    "laplace_lpo",
+    "laplace_temperature",
+    "evidence_temperature",
+    "shrunk_temperature",
+)
+"""Every method by name."""
+
+NEEDS_EVIDENCE = frozenset({"laplace_evidence", "laplace_temperature", "evidence_temperature", "shrunk_temperature"})
+NEEDS_POSTERIOR = NEEDS_EVIDENCE | {"laplace_lpo"}
+NEEDS_LABELS = frozenset({"temperature", "laplace_lpo", "laplace_temperature", "shrunk_temperature"})
+NEEDS_CALIBRATION = NEEDS_LABELS | {"evidence_temperature"}
+
+
+@dataclass(frozen=True)
+class FitSettings:
+    """How methods are fitted and how they predict.
+
+    Attributes:
+        methods: names from `METHODS`.
+        rank: eigenpairs kept of each Kronecker factor.
+        fisher: `exact`, `mc` or `empirical`.
+        approximation: K-FAC `expand` or `reduce`.
+        sketch: `auto`, `nystrom`, `rsvd` or `exact`.
+        evidence_scope: one prior precision from the evidence (`global`), or one a layer (`layer`).
+        lpo_scope: the same for LPO.
+        prior_mean: `pretrained` (the weights before fine-tuning) or `zero`.
+        skip_layers: indices of expert layers that stay out of the posterior.
+        link: `mc`, `isotropic`, `probit` or `laplace_bridge`.
+        num_samples: Monte Carlo samples of a prediction.
+        dropout: probability of MC dropout.
+        dropout_samples: forward passes of MC dropout.
+        seed: of every random choice.
+
+    Raises:
+        ValueError: for an unknown name or a value out of range.
+    """
+
+    methods: tuple[str, ...] = ("map", "laplace_lpo")
+    rank: int = 10
+    fisher: FisherName = "exact"
+    approximation: ApproximationName = "expand"
+    sketch: SketchName = "auto"
+    evidence_scope: Scope = "global"
+    lpo_scope: Scope = "layer"
+    prior_mean: str = "pretrained"
+    skip_layers: tuple[int, ...] = ()
+    link: LinkName = "mc"
+    num_samples: int = NUM_SAMPLES
+    dropout: float = 0.1
+    dropout_samples: int = 10
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        unknown = [name for name in self.methods if name not in METHODS]
+        if unknown or not self.methods or len(set(self.methods)) < len(self.methods):
+            raise ValueError(f"methods must be distinct names out of {', '.join(METHODS)}; got {list(self.methods)}")
+        check_options(self.rank, self.fisher, self.approximation, self.sketch)
+        choices: dict[str, tuple[str, Iterable[str]]] = {
+            "evidence_scope": (self.evidence_scope, ("global", "layer")),
+            "lpo_scope": (self.lpo_scope, ("global", "layer")),
+            "prior_mean": (self.prior_mean, ("pretrained", "zero")),
+            "link": (self.link, LINKS),
+        }
+        for name, (value, valid) in choices.items():
+            if value not in valid:
+                raise ValueError(f"unknown {name} {value!r}; valid are {', '.join(valid)}")
+        if self.num_samples < 1 or self.dropout_samples < 1:
+            raise ValueError("num_samples and dropout_samples must be at least 1")
+        if "mc_dropout" in self.methods and not 0 < self.dropout < 1:
+            raise ValueError(f"MC dropout needs a probability in (0, 1), got {self.dropout}")
+        if self.needs_evidence and self.fisher != "exact" and self.evidence_temperatures:
+            raise ValueError(f"the evidence temperature needs fisher='exact', got {self.fisher!r}")
+
+    @property
+    def needs_posterior(self) -> bool:
+        """Whether a method looks at curvature."""
+        return bool(NEEDS_POSTERIOR & set(self.methods))
+
+    @property
+    def needs_evidence(self) -> bool:
+        """Whether a method takes its prior precision from the evidence."""
+        return bool(NEEDS_EVIDENCE & set(self.methods))
+
+    @property
+    def needs_calibration(self) -> bool:
+        """Whether a method looks at the calibration split."""
+        return bool(NEEDS_CALIBRATION & set(self.methods))
+
+    @property
+    def needs_labels(self) -> bool:
+        """Whether a method looks at the labels of the calibration split."""
+        return bool(NEEDS_LABELS & set(self.methods))
+
+    @property
+    def evidence_temperatures(self) -> bool:
+        """Whether a method needs the evidence temperature."""
+        return bool({"evidence_temperature", "shrunk_temperature"} & set(self.methods))
+
+
+@dataclass(frozen=True)
+class FittedState:
+    """All that was fitted beside the factors; a few numbers.
+
+    Attributes:
+        temperature: of temperature scaling.
+        evidence_temperature: from the posterior, without labels.
+        shrunk_temperature: fitted, shrunk towards the evidence temperature.
+        laplace_temperature: on top of the Laplace predictive.
+        evidence_precision: lambda of each layer, from the evidence.
+        lpo_precision: lambda of each layer, from validation.
+    """
+
+    temperature: float | None = None
+    evidence_temperature: float | None = None
+    shrunk_temperature: float | None = None
+    laplace_temperature: float | None = None
+    evidence_precision: tuple[float, ...] | None = None
+    lpo_precision: tuple[float, ...] | None = None
+
+    def scalars(self) -> dict[str, float]:
+        """Flat numbers for a logger; precisions that differ between layers get one entry each."""
+        flat: dict[str, float] = {}
+        for name, value in asdict(self).items():
+            if isinstance(value, tuple) and len(set(value)) > 1:
+                flat |= {f"posterior/{name}/layer_{i}": x for i, x in enumerate(value)}
+            elif value is not None:
+                flat[f"posterior/{name}"] = value[0] if isinstance(value, tuple) else value
+        return flat
+
+    @classmethod
+    def from_mapping(cls, values: Mapping[str, Any]) -> FittedState:
+        """From what `asdict` gave, or JSON made of it.
+
+        Raises:
+            ValueError: for an unknown entry, or one of another type.
+        """
+        unknown = set(values) - {f.name for f in fields(cls)}
+        if unknown:
+            raise ValueError(f"unknown entries {sorted(unknown)} in the fitted state")
+        checked: dict[str, Any] = {}
+        for name, value in values.items():
+            numbers = value if name.endswith("_precision") else [value]
+            if value is not None and not (
+                isinstance(numbers, (list, tuple)) and all(isinstance(x, (int, float)) and x > 0 for x in numbers)
+            ):
+                raise ValueError(f"{name} must hold positive numbers, got {value!r}")
+            checked[name] = tuple(value) if isinstance(value, list) else value
+        return cls(**checked)
+
+
+@dataclass(frozen=True)
+class Fitted:
+    """Fitted state with its curvature.
+
+    Attributes:
+        state: the numbers.
+        posterior: the curvature, its prior precision from LPO, else from the evidence; None if no method needs it.
+    """
+
+    state: FittedState = field(default_factory=FittedState)
+    posterior: LaplacePosterior | None = None
+
+    def scalars(self) -> dict[str, float]:
+        """Flat numbers for a logger: what was fitted, and how much of the curvature the factors hold."""
+        flat = self.state.scalars()
+        if self.posterior is not None:
+            layers = self.posterior.factors.layers
+            slots = torch.cat([layer.slots.cpu() for layer in layers])
+            discarded = torch.cat([layer.discarded_energy() for layer in layers])[slots > 0]
+            flat["curvature/slots_per_expert_min"] = float(slots.min())
+            flat["curvature/slots_per_expert_mean"] = float(slots.mean())
+            flat["curvature/idle_experts"] = float((slots == 0).sum())
+            flat["curvature/discarded_energy"] = float(discarded.mean()) if len(discarded) else 0.0
+        return flat
+
+
+def fit(
+    model: nn.Module,
+    class_logits: ClassLogits,
+    settings: FitSettings,
+    curvature_batches: Iterable[Any],
+    calibration_batches: Iterable[Any] | None,
+    *,
+    prior_mean: Mapping[str, Tensor] | None = None,
+    num_examples: int | None = None,
+) -> Fitted:
+    """Fit everything that the methods asked for need: one pass over the curvature data, one over the calibration split.
+
+    Args:
+        model: the trained model.
+        class_logits: `(model, batch) -> (logits [B, K], labels [B] or None)`.
+        settings: which methods, and how.
+        curvature_batches: training data; looked at only if a method needs a posterior.
+        calibration_batches: held-out data; looked at only if a method needs it.
+        prior_mean: weights before fine-tuning by qualified parameter name (see `down_proj_parameters`), needed for an
+            evidence with `prior_mean="pretrained"`.
+        num_examples: examples that the curvature shall stand for, if `curvature_batches` is a part of the data.
+
+    Raises:
+        ValueError: if data or the prior mean are missing.
+    """
+    if settings.needs_calibration and calibration_batches is None:
+        needy = sorted(NEEDS_CALIBRATION & set(settings.methods))
+        raise ValueError(f"{needy} are fitted on held-out data, and there is no calibration split")
+    if not settings.needs_posterior:
+        state = FittedState()
+        if settings.needs_labels:
+            logits, labels = plain_logits(model, class_logits, calibration_batches or [])
+            state = replace(state, temperature=fit_temperature(logits, labels))
+        return Fitted(state)
+
+    layers = find_expert_layers(model)
+    factors = collect_factors(
+        model,
+        class_logits,
+        curvature_batches,
+        rank=settings.rank,
+        fisher=settings.fisher,
+        approximation=settings.approximation,
+        sketch=settings.sketch,
+        layers=layers,
+        num_examples=num_examples,
+        seed=settings.seed,
+    )
+    posterior = LaplacePosterior(factors, prior_mean=settings.prior_mean)
+    if settings.skip_layers:
+        posterior = posterior.without_layers(settings.skip_layers)
+    state = FittedState()
+    if settings.needs_evidence:
+        reference = _reference(settings, prior_mean)
+        kept = [layer for layer in layers if layer.index not in settings.skip_layers]
+        posterior = posterior.fit_prior_evidence(squared_distances(model, kept, reference), settings.evidence_scope)
+        state = replace(state, evidence_precision=tuple(posterior.prior_precision.tolist()))
+    if settings.needs_labels:
+        cache = posterior.validation_cache(model, class_logits, calibration_batches or [])
+        state = _fit_on_cache(settings, state, cache)
+    elif settings.evidence_temperatures:
+        temperature = posterior.evidence_temperature(model, class_logits, calibration_batches or [])
+        state = replace(state, evidence_temperature=temperature)
+    if state.lpo_precision is not None:
+        posterior = posterior.with_prior_precision(torch.tensor(state.lpo_precision))
+    return Fitted(state, posterior)
+
+
+def _reference(settings: FitSettings, prior_mean: Mapping[str, Tensor] | None) -> dict[str, Tensor] | None:
+    if settings.prior_mean == "zero":
+        return None
+    if prior_mean is None:
+        raise ValueError(
+            "the evidence measures how far fine-tuning moved the experts, so it needs the weights from before: pass "
+            "prior_mean={parameter name: tensor}, or use prior_mean='zero'"
+        )
+    return dict(prior_mean)
+
+
+def _fit_on_cache(settings: FitSettings, state: FittedState, cache: ValidationCache) -> FittedState:
+    """Fit all that the calibration split decides, from its one pass."""
+    wanted = set(settings.methods)
+    if "temperature" in wanted:
+        state = replace(state, temperature=fit_temperature(cache.logits, cache.labels))
+    if "laplace_lpo" in wanted:
+        precision = fit_lpo(cache, settings.lpo_scope, seed=settings.seed)
+        state = replace(state, lpo_precision=tuple(precision.tolist()))
+    if not settings.needs_evidence:
+        return state
+    covariance = cache.covariance(torch.tensor(state.evidence_precision, dtype=torch.float64))
+    if settings.evidence_temperatures:
+        temperature = temperature_from_variances(mean_variance(cache.logits, covariance))
+        state = replace(state, evidence_temperature=temperature)
+        if "shrunk_temperature" in wanted:
+            shrunk = fit_shrunk_temperature(cache.logits, cache.labels, temperature)
+            state = replace(state, shrunk_temperature=shrunk)
+    if "laplace_temperature" in wanted:
+        log_probs = class_probabilities(
+            cache.logits, covariance, settings.link, num_samples=settings.num_samples, seed=settings.seed
+        )
+        state = replace(state, laplace_temperature=fit_temperature(log_probs, cache.labels))
+    return state
+
+
+def plain_logits(model: nn.Module, class_logits: ClassLogits, batches: Iterable[Any]) -> tuple[Tensor, Tensor]:
+    """Logits `[N, K]` float64 and labels `[N]` of a labelled data set, on the CPU.
+
+    Raises:
+        ValueError: if there is no example or no label.
+    """
+    views = (BatchView(model, class_logits, batch) for batch in batches)
+    pairs = [(view.logits.cpu(), view.labels) for view in views]
+    if not pairs:
+        raise ValueError("no calibration example: the calibration split is empty")
+    if any(labels is None for _, labels in pairs):
+        raise ValueError("temperatures are fitted on labels, but class_logits returned None for them")
+    return torch.cat([logits for logits, _ in pairs]), torch.cat(
+        [labels.cpu() for _, labels in pairs if labels is not None]
+    )
+
+
+def build_methods(
+    model: nn.Module,
+    settings: FitSettings,
+    fitted: Fitted,
+    *,
+    snapshots: Sequence[str | Path] = (),
+    ensemble_members: Sequence[str | Path] = (),
+) -> list[Method]:
+    """Make the methods that settings ask for, from what was fitted.
+
+    Args:
+        model: the model, for MC dropout's expert layers.
+        settings: which methods, and how they predict.
+        fitted: from `fit`.
+        snapshots: files of the checkpoint ensemble.
+        ensemble_members: files of the deep ensemble, beside the model's own weights.
+
+    Raises:
+        ValueError: if a method lacks what it needs.
+    """
+    makers = _makers(model, settings, fitted, snapshots, ensemble_members)
+    return [makers[name]() for name in settings.methods]
+
+
+def _makers(
+    model: nn.Module,
+    settings: FitSettings,
+    fitted: Fitted,
+    snapshots: Sequence[str | Path],
+    ensemble_members: Sequence[str | Path],
+) -> dict[str, Callable[[], Method]]:
+    state = fitted.state
+
+    def laplace(name: str, label: str, precision: tuple[float, ...] | None) -> Method:
+        return LaplaceMethod(
+            _posterior(fitted, name, precision),
+            name=name,
+            label=label,
+            link=settings.link,
+            num_samples=settings.num_samples,
+            seed=settings.seed,
+        )
+
+    return {
+        "map": MAP,
+        "mc_dropout": lambda: MCDropout(
+            find_expert_layers(model), p=settings.dropout, num_samples=settings.dropout_samples, seed=settings.seed
+        ),
+        "checkpoint_ensemble": lambda: CheckpointEnsemble(snapshots),
+        "deep_ensemble": lambda: DeepEnsemble(ensemble_members),
+        "temperature": lambda: TemperatureScaling(_fitted_value(state.temperature, "temperature")),
+        "laplace_evidence": lambda: laplace("laplace_evidence", "Bayesian-MoE (evidence)", state.evidence_precision),
+        "laplace_lpo": lambda: laplace("laplace_lpo", "Bayesian-MoE (LPO)", state.lpo_precision),
+        "laplace_temperature": lambda: LaplaceTemperature(
+            _posterior(fitted, "laplace_temperature", state.evidence_precision),
+            _fitted_value(state.laplace_temperature, "laplace_temperature"),
+            link=settings.link,
+            num_samples=settings.num_samples,
+            seed=settings.seed,
+        ),
+        "evidence_temperature": lambda: EvidenceTemperature(
+            _fitted_value(state.evidence_temperature, "evidence_temperature")
+        ),
+        "shrunk_temperature": lambda: ShrunkTemperature(_fitted_value(state.shrunk_temperature, "shrunk_temperature")),
+    }
+
+
+def _fitted_value(value: float | None, name: str) -> float:
+    if value is None:
+        raise ValueError(f"{name} has not been fitted; fit again with this method among `methods`")
+    return value
+
+
+def _posterior(fitted: Fitted, name: str, precision: tuple[float, ...] | None) -> LaplacePosterior:
+    if fitted.posterior is None or precision is None:
+        raise ValueError(f"{name} has not been fitted; fit again with this method among `methods`")
+    return fitted.posterior.with_prior_precision(torch.tensor(precision, dtype=torch.float64))

@@ -1,0 +1,167 @@
+"""Passes over a trainer's data outside of its loops, with its own devices, precision, limits and progress bar."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable, Iterator, Sized
+from contextlib import contextmanager
+from typing import Any
+
+import lightning as L
+import torch
+from lightning.pytorch.callbacks import RichProgressBar, TQDMProgressBar
+from torch.utils.data import DataLoader
+
+
+class Pass:
+    """A data set as the trainer's loops would see it; may be iterated over more than once.
+
+    Args:
+        trainer: a trainer whose strategy is set up.
+        loader: one loader of the trainer, or any iterable of batches.
+        num_batches: how many batches a pass takes.
+        description: for the progress bar.
+    """
+
+    def __init__(self, trainer: L.Trainer, loader: Iterable[Any], num_batches: int, description: str) -> None:
+        self._trainer = trainer
+        self._loader = loader
+        self._num_batches = num_batches
+        self._description = description
+
+    def __len__(self) -> int:
+        return self._num_batches
+
+    def __iter__(self) -> Iterator[Any]:
+        """Batches on the trainer's device, moved by the module's own transfer hooks."""
+        trainer = self._trainer
+        with unchanged_random_state(self._loader), progress(trainer, self._num_batches, self._description) as advance:
+            for index, batch in enumerate(self._loader):
+                if index >= self._num_batches:
+                    break
+                batch = trainer.precision_plugin.convert_input(batch)
+                batch = trainer.lightning_module._on_before_batch_transfer(batch, dataloader_idx=0)
+                with trainer.precision_plugin.forward_context():
+                    yield trainer.strategy.batch_to_device(batch, dataloader_idx=0)
+                advance()
+
+
+@contextmanager
+def unchanged_random_state(loader: Iterable[Any]) -> Iterator[None]:
+    """Leave torch's random state, and the loader's own generators, as they were.
+
+    Starting an iteration draws a base seed even where nothing is shuffled; a later training run would see other
+    batches.
+    """
+    owners = [loader, getattr(loader, "sampler", None)] if isinstance(loader, DataLoader) else []
+    generators = {id(g): g for g in (getattr(owner, "generator", None) for owner in owners) if g is not None}
+    states = [(generator, generator.get_state()) for generator in generators.values()]
+    with torch.random.fork_rng():
+        try:
+            yield
+        finally:
+            for generator, state in states:
+                generator.set_state(state)
+
+
+@contextmanager
+def progress(trainer: L.Trainer, total: int, description: str) -> Iterator[Callable[[], None]]:
+    """Show progress through the trainer's own bar; silent where there is none, and on all ranks but the first.
+
+    Yields:
+        A function to call after each step.
+    """
+    bar = trainer.progress_bar_callback
+    if bar is None or not trainer.is_global_zero or not getattr(bar, "is_enabled", True):
+        yield lambda: None
+    elif isinstance(bar, RichProgressBar) and bar.progress is not None:
+        rich = bar.progress
+        task = rich.add_task(description, total=total)
+        try:
+            yield lambda: rich.update(task, advance=1, refresh=True)
+        finally:
+            rich.remove_task(task)
+    elif isinstance(bar, TQDMProgressBar):
+        from lightning.pytorch.callbacks.progress.tqdm_progress import Tqdm
+
+        with Tqdm(total=total, desc=description, leave=True, dynamic_ncols=True) as tqdm:
+            yield lambda: tqdm.update(1) and None
+    else:
+        yield lambda: None
+
+
+def training_pass(trainer: L.Trainer, description: str, max_batches: int | None = None) -> Pass:
+    """The trainer's training data.
+
+    Raises:
+        RuntimeError: if the trainer has no training loader, has several, or one without an end and no `max_batches`.
+    """
+    loader = trainer.train_dataloader
+    if loader is None or isinstance(loader, (dict, list, tuple)):
+        raise RuntimeError(
+            f"curvature needs one training loader, found {type(loader).__name__}; combine the data in one loader, or "
+            "call fit_posterior with batches of your own"
+        )
+    limit = math.inf if max_batches is None else max_batches
+    total = min(trainer.num_training_batches, limit)
+    if math.isinf(total):
+        raise RuntimeError(
+            "the training loader has no length, so a curvature epoch has no end; give the callback curvature_batches=N "
+            "or the trainer limit_train_batches=N"
+        )
+    return Pass(trainer, loader, int(total), description)
+
+
+def validation_pass(trainer: L.Trainer, description: str) -> Pass | None:
+    """The trainer's validation data, or None if it has none.
+
+    Raises:
+        RuntimeError: if there are several validation loaders.
+    """
+    loop = trainer.fit_loop.epoch_loop.val_loop
+    loop.setup_data()
+    loaders = trainer.val_dataloaders
+    flat = list(loaders) if isinstance(loaders, (list, tuple)) else [] if loaders is None else [loaders]
+    if len(flat) > 1:
+        raise RuntimeError(
+            f"the callback calibrates on the validation loader, and there are {len(flat)}; give it one, or call "
+            "fit_posterior with batches of your own"
+        )
+    counts = trainer.num_val_batches
+    if not flat or sum(counts) == 0:
+        return None
+    if math.isinf(counts[0]):
+        raise RuntimeError("the validation loader has no length; give the trainer limit_val_batches=N")
+    return Pass(trainer, flat[0], int(counts[0]), description)
+
+
+def training_examples(trainer: L.Trainer) -> int | None:
+    """How many examples a whole training epoch has, or None where that is not known."""
+    loader = trainer.train_dataloader
+    batches = trainer.num_training_batches
+    if not isinstance(loader, DataLoader) or math.isinf(batches):
+        return None
+    if loader.batch_size is None:
+        return len(loader.dataset) if batches == len(loader) else None  # type: ignore[arg-type]
+    size = int(batches) * loader.batch_size
+    return min(size, len(loader.dataset)) if isinstance(loader.dataset, Sized) else size
+
+
+@contextmanager
+def best_weights(trainer: L.Trainer, module: L.LightningModule) -> Iterator[None]:
+    """Have the best checkpoint's weights in the module for a while; the last ones come back afterwards.
+
+    Raises:
+        RuntimeError: if the checkpoint callback has saved none.
+    """
+    path = getattr(trainer.checkpoint_callback, "best_model_path", "")
+    if not path:
+        raise RuntimeError("fit_at='best', but the checkpoint callback has saved no checkpoint")
+    best = torch.load(path, map_location="cpu", weights_only=True)["state_dict"]
+    current = {name: value for name, value in module.state_dict().items() if name in best}
+    last = {name: value.detach().to("cpu", copy=True) for name, value in current.items()}
+    module.load_state_dict(best, strict=False)
+    try:
+        yield
+    finally:
+        module.load_state_dict(last, strict=False)

@@ -1,0 +1,93 @@
+"""What was fitted, on disk: `posterior.safetensors` and `methods.json` in one folder."""
+
+from __future__ import annotations
+
+import json
+import os
+import tempfile
+from collections.abc import Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from bmoe_lightning.fitting import Fitted, FittedState
+from bmoe_lightning.laplace.posterior import LaplacePosterior
+
+POSTERIOR_FILE = "posterior.safetensors"
+STATE_FILE = "methods.json"
+_VERSION = 1
+
+
+def save_fitted(folder: Path, fitted: Fitted, snapshots: Sequence[Path] = ()) -> None:
+    """Write what was fitted; each file is replaced whole, the posterior first.
+
+    Args:
+        folder: created if missing.
+        fitted: from `fit`.
+        snapshots: files of the checkpoint ensemble, within `folder`.
+
+    Raises:
+        OSError: if a file cannot be written; the old one stays.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    fingerprint = ""
+    if fitted.posterior is not None:
+        fitted.posterior.save(folder / POSTERIOR_FILE)
+        fingerprint = fitted.posterior.factors.fingerprint
+    content = {
+        "version": _VERSION,
+        "fingerprint": fingerprint,
+        "fitted": asdict(fitted.state),
+        "snapshots": [str(path.relative_to(folder)) for path in snapshots],
+    }
+    write_text(folder / STATE_FILE, json.dumps(content, indent=2) + "\n")
+
+
+def has_fitted(folder: Path) -> bool:
+    """Whether `save_fitted` wrote into a folder."""
+    return (folder / STATE_FILE).is_file()
+
+
+def load_fitted(folder: Path) -> tuple[Fitted, list[Path]]:
+    """Read what `save_fitted` wrote: the fitted state and the snapshots.
+
+    Raises:
+        ValueError: if a file is damaged, of another version, or the two do not belong together.
+        FileNotFoundError: if the posterior or a snapshot is missing.
+    """
+    path = folder / STATE_FILE
+    content = _read(path)
+    posterior = None
+    if content["fingerprint"]:
+        posterior = LaplacePosterior.load(folder / POSTERIOR_FILE)
+        if posterior.factors.fingerprint != content["fingerprint"]:
+            raise ValueError(f"{path} and {POSTERIOR_FILE} beside it come from different fits; fit again")
+    snapshots = [folder / name for name in content["snapshots"]]
+    missing = [str(snapshot) for snapshot in snapshots if not snapshot.is_file()]
+    if missing:
+        raise FileNotFoundError(f"{path} names snapshots that are gone: {missing}")
+    return Fitted(FittedState.from_mapping(content["fitted"]), posterior), snapshots
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write a text file to a temporary name, then rename it."""
+    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".tmp")
+    try:
+        with os.fdopen(handle, "w", encoding="utf-8") as file:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
+        Path(temporary).replace(path)
+    finally:
+        Path(temporary).unlink(missing_ok=True)
+
+
+def _read(path: Path) -> dict[str, Any]:
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except json.JSONDecodeError as error:
+        raise ValueError(f"{path} is no JSON ({error}); fit again") from error
+    expected = {"version", "fingerprint", "fitted", "snapshots"}
+    if not isinstance(content, dict) or set(content) != expected or content["version"] != _VERSION:
+        raise ValueError(f"{path} is not of version {_VERSION} of bmoe_lightning's format; fit again")
+    return content
