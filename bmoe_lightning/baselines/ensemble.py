@@ -21,8 +21,8 @@ class WeightEnsemble(Method):
 
     Raises:
         FileNotFoundError: if a snapshot is missing.
-        ValueError: if there is no snapshot, a path is given twice, a file is no snapshot, or the snapshots hold different
-            tensors: members would then mix weights of different runs.
+        ValueError: if there is no snapshot, a path is given twice, a file is no snapshot, or the snapshots hold
+            different tensors: members would then mix weights of different runs.
     """
 
     is_ensemble = True
