@@ -5,7 +5,8 @@ A *slot* is one (token, expert) pair that the router chose. Shapes: `S` slots of
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+import copy
+from collections.abc import Callable, Iterator, MutableMapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -107,7 +108,15 @@ class Taps:
 
         Returns:
             One `[S, d_out]` tensor a layer, in the order of `slots`, in the model's dtype.
+
+        Raises:
+            RuntimeError: if the logits carry no graph.
         """
+        if not outputs.requires_grad:
+            raise RuntimeError(
+                "class_logits returned logits without a graph, so nothing can be said about their derivatives: it must "
+                "not detach them, nor run the model under torch.no_grad() or torch.inference_mode()"
+            )
         positions = range(len(self.layers)) if positions is None else positions
         chunks = [self._layer_taps[position].outputs for position in positions]
         flat = [output for outputs_of_layer in chunks for output in outputs_of_layer]
@@ -261,8 +270,12 @@ def _without_inference_tensors(batch: Any) -> Any:
     """Copy the inference tensors of nested lists, tuples and mappings; everything else stays the same object."""
     if isinstance(batch, Tensor):
         return batch.clone() if batch.is_inference() else batch
-    if isinstance(batch, dict):
-        return type(batch)({key: _without_inference_tensors(value) for key, value in batch.items()})
-    if isinstance(batch, (list, tuple)) and not hasattr(batch, "_fields"):
-        return type(batch)(_without_inference_tensors(value) for value in batch)
+    if isinstance(batch, MutableMapping):
+        copied = copy.copy(batch)  # rather than a new one: not every mapping is made from a mapping
+        for key, value in batch.items():
+            copied[key] = _without_inference_tensors(value)
+        return copied
+    if isinstance(batch, (list, tuple)):
+        values = [_without_inference_tensors(value) for value in batch]
+        return type(batch)(*values) if hasattr(batch, "_fields") else type(batch)(values)
     return batch
