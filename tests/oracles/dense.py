@@ -14,16 +14,25 @@ from oracles.models import looped_experts
 
 @dataclass
 class ObservedSlots:
-    """Slots of one layer as its own loop saw them: `inputs [S, d_in]`, `gradients [K, S, d_out]` of each logit."""
+    """Slots of one layer as its own loop saw them.
+
+    `inputs [S, d_in]`, `gradients [K, S, d_out]` of each logit, and `owners [S]`: the example whose logits the slot
+    moves, -1 for none, -2 for several.
+    """
 
     experts: torch.Tensor
     tokens: torch.Tensor
     inputs: torch.Tensor
     gradients: torch.Tensor
+    owners: torch.Tensor
 
     @property
     def moves(self):
         return (self.gradients != 0).any(dim=2).any(dim=0)
+
+    def counted(self):
+        """Experts, inputs and gradients of the slots that move a logit."""
+        return self.experts[self.moves], self.inputs[self.moves], self.gradients[:, self.moves]
 
 
 def experts_modules(model):
@@ -66,9 +75,30 @@ def observe(model, class_logits, batch):
                 torch.cat([seen.tokens for seen in trace]),
                 torch.cat([seen.inputs for seen in trace]),
                 torch.stack([torch.cat(g) for g in gradients]),
+                _owners(finite, outputs),
             )
         )
     return logits, layers
+
+
+def _owners(logits, outputs):
+    """One backward pass an example."""
+    weights = torch.linspace(1, 1.7, logits.shape[1], dtype=logits.dtype)
+    moved = torch.stack(
+        [
+            torch.cat(torch.autograd.grad(row @ weights, outputs, retain_graph=True, materialize_grads=True))
+            .ne(0)
+            .any(1)
+            for row in logits
+        ]
+    )
+    return torch.where(moved.sum(0) == 1, moved.int().argmax(0), -moved.sum(0).clamp(max=1) - 1)
+
+
+def canonical(experts, inputs, *others):
+    """Sort slots by expert and first input, so that two views of the same slots can be compared."""
+    keys = sorted(range(len(experts)), key=lambda s: (int(experts[s]), float(inputs[s, 0])))
+    return [experts[keys], inputs[keys], *(other[..., keys, :] if other.dim() > 1 else other[keys] for other in others)]
 
 
 def softmax_hessian(logits):

@@ -273,6 +273,15 @@ def choices_one_call_each(model, batch):
     return torch.stack(scores, dim=1), batch["labels"]
 
 
+def packed_logits(model, batch):
+    """Two examples in each row, which do not see each other; same logits as `answer_logits` on the same batch."""
+    ids, mask = (batch[name].view(-1, 2 * batch["ids"].shape[1]) for name in ("ids", "mask"))
+    length = batch["ids"].shape[1]
+    segments = (torch.arange(2 * length) >= length).long().expand_as(ids)
+    output = model(input_ids=ids, attention_mask=mask, segments=segments)
+    return output[:, [length - 1, 2 * length - 1]].flatten(0, 1)[:, list(ANSWERS)], batch["labels"]
+
+
 def tiny_qwen(seed=0, *, dtype=torch.float64, implementation="eager", **config):
     """A `Qwen2MoeForCausalLM` of a few thousand weights with fused experts."""
     settings = {
