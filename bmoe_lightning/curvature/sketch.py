@@ -123,7 +123,7 @@ class NystromGram(GramSketch):
         values, vectors = torch.linalg.eigh((core + core.mT) / 2)
         half = shifted @ vectors / values.clamp(min=shift[..., 0] / 2).sqrt().unsqueeze(-2)
         left, singular, _ = torch.linalg.svd(half, full_matrices=False)
-        eigenvalues = (singular.square() - shift[..., 0]).clamp(min=0)
+        eigenvalues = (singular.square() - shift[..., 0]).clamp(min=0) * (norm[..., 0] > 0)
         dtype = self._sketch.dtype
         return LowRank(left[..., : self.rank].to(dtype), eigenvalues[..., : self.rank].to(dtype))
 
