@@ -1,1 +1,28 @@
 """Calibrated Mixture-of-Experts language models: a Laplace posterior on every expert, as a Lightning callback."""
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from bmoe_lightning.callback import BayesianMoECallback
+    from bmoe_lightning.data import MultipleChoiceDataModule
+    from bmoe_lightning.laplace import LaplacePosterior
+    from bmoe_lightning.module import ExpertFinetuner
+
+__version__ = "0.1.0"
+
+__all__ = ["BayesianMoECallback", "ExpertFinetuner", "LaplacePosterior", "MultipleChoiceDataModule", "__version__"]
+
+_HOMES = {
+    "BayesianMoECallback": "bmoe_lightning.callback",
+    "ExpertFinetuner": "bmoe_lightning.module",
+    "LaplacePosterior": "bmoe_lightning.laplace",
+    "MultipleChoiceDataModule": "bmoe_lightning.data",
+}
+
+
+def __getattr__(name: str) -> Any:
+    # Imported when first asked for: serving a posterior needs no Lightning, and a command's --help no torch.
+    if name not in _HOMES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(import_module(_HOMES[name]), name)

@@ -134,6 +134,8 @@ class BayesianMoECallback(L.Callback):
         self.predictions: dict[str, dict[str, Predictions]] = {}
         self._class_logits = class_logits
         self._dirpath = Path(dirpath) if dirpath is not None else None
+        self._folder = self._dirpath  # where this run writes; None writes nothing
+        self._earlier: Path | None = None  # where the run of a loaded checkpoint wrote
         self._snapshots: list[Path] = []
         self._prior_mean: dict[str, Tensor] | None = None
         self._undo: list[Callable[[], None]] = []
@@ -161,8 +163,9 @@ class BayesianMoECallback(L.Callback):
             self._undo.append(partial(setattr, loop, "inference_mode", loop.inference_mode))
             loop.inference_mode = False
         log_dir = trainer.log_dir  # read on every rank: it may be a collective
-        if self._dirpath is None and not _is_trial(trainer):
-            self._dirpath = Path(log_dir or trainer.default_root_dir) / "bayesian_moe" / self.name
+        if not _is_trial(trainer):
+            default = Path(log_dir or trainer.default_root_dir) / "bayesian_moe" / self.name
+            self._folder = self._dirpath or default
         if stage == "fit":
             self._remember_prior_mean(pl_module)
 
@@ -184,6 +187,7 @@ class BayesianMoECallback(L.Callback):
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Drop a posterior of earlier weights; check that the data allow fitting another one."""
         self.fitted = None
+        self.predictions = {}
         self._snapshots = []
         if self.settings.needs_posterior:
             training_pass(trainer, "Curvature", self.curvature_batches)
@@ -198,9 +202,9 @@ class BayesianMoECallback(L.Callback):
 
     def on_train_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Keep the trained weights of the last epochs for the checkpoint ensemble."""
-        if "checkpoint_ensemble" not in self.settings.methods or self._dirpath is None:
+        if "checkpoint_ensemble" not in self.settings.methods or self._folder is None:
             return
-        path = self._dirpath / "snapshots" / f"epoch-{trainer.current_epoch:04d}.safetensors"
+        path = self._folder / "snapshots" / f"epoch-{trainer.current_epoch:04d}.safetensors"
         save_snapshot(path, {n: p for n, p in pl_module.named_parameters() if p.requires_grad})
         self._snapshots.append(path)
         while len(self._snapshots) > self.num_snapshots:
@@ -220,8 +224,8 @@ class BayesianMoECallback(L.Callback):
                 calibration,
                 num_examples=training_examples(trainer) if self.curvature_batches is not None else None,
             )
-        if self._dirpath is not None:
-            save_fitted(self._dirpath, self._require_fitted(), self._snapshots)
+        if self._folder is not None:
+            save_fitted(self._folder, self._require_fitted(), self._snapshots)
         scalars = {f"{self._prefix}{name}": value for name, value in self._require_fitted().scalars().items()}
         for logger in trainer.loggers:  # self.log is not allowed in this hook
             logger.log_metrics(scalars, step=trainer.fit_loop.epoch_loop._batches_that_stepped)
@@ -352,12 +356,12 @@ class BayesianMoECallback(L.Callback):
 
     def state_dict(self) -> dict[str, Any]:
         """A few numbers and a path; the factors are in a file of their own, not in every checkpoint."""
-        return {"dirpath": None if self._dirpath is None else str(self._dirpath)}
+        return {"folder": None if self._folder is None else str(self._folder)}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Remember where the posterior was written."""
-        if self._dirpath is None and state_dict.get("dirpath"):
-            self._dirpath = Path(state_dict["dirpath"])
+        if state_dict.get("folder"):
+            self._earlier = Path(state_dict["folder"])
 
     # -- helpers, in the order in which they are used above
 
@@ -406,10 +410,11 @@ class BayesianMoECallback(L.Callback):
 
     def _load_saved(self) -> bool:
         """Read what an earlier process wrote, if there is something."""
-        if self._dirpath is None or not has_fitted(self._dirpath):
-            return False
-        self.fitted, self._snapshots = load_fitted(self._dirpath)
-        return True
+        for folder in (self._dirpath, self._earlier, self._folder):
+            if folder is not None and has_fitted(folder):
+                self.fitted, self._snapshots = load_fitted(folder)
+                return True
+        return False
 
     def _ready(self, module: nn.Module) -> Fitted:
         """What was fitted, here or by an earlier process, for exactly these weights."""
@@ -435,7 +440,7 @@ class BayesianMoECallback(L.Callback):
         run, self._run = self._run, None
         flat = list(loaders) if isinstance(loaders, (list, tuple)) else [loaders]
         passes = [Pass(trainer, loader, int(n), "Ensembles") for loader, n in zip(flat, counts, strict=True)]
-        self.predictions = run.finish(module, self._engine_logits, passes)
+        self.predictions |= run.finish(module, self._engine_logits, passes)
         module.log_dict({f"{self._prefix}{key}": value for key, value in run.metrics().items()})
         if run.stage == "test" and not _is_trial(trainer) and trainer.is_global_zero:
             folders = [logger.log_dir for logger in trainer.loggers if isinstance(logger, TensorBoardLogger)]

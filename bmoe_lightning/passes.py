@@ -77,10 +77,7 @@ def progress(trainer: L.Trainer, total: int, description: str) -> Iterator[Calla
     elif isinstance(bar, RichProgressBar) and bar.progress is not None:
         rich = bar.progress
         task = rich.add_task(description, total=total)
-        try:
-            yield lambda: rich.update(task, advance=1, refresh=True)
-        finally:
-            rich.remove_task(task)
+        yield lambda: rich.update(task, advance=1, refresh=True)
     elif isinstance(bar, TQDMProgressBar):
         from lightning.pytorch.callbacks.progress.tqdm_progress import Tqdm
 
@@ -118,8 +115,9 @@ def validation_pass(trainer: L.Trainer, description: str) -> Pass | None:
     Raises:
         RuntimeError: if there are several validation loaders.
     """
-    loop = trainer.fit_loop.epoch_loop.val_loop
-    loop.setup_data()
+    if not trainer.enable_validation:
+        return None
+    trainer.fit_loop.epoch_loop.val_loop.setup_data()
     loaders = trainer.val_dataloaders
     flat = list(loaders) if isinstance(loaders, (list, tuple)) else [] if loaders is None else [loaders]
     if len(flat) > 1:

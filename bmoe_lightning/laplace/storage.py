@@ -74,7 +74,8 @@ def load_posterior(path: str | Path) -> tuple[KroneckerFactors, Tensor, str]:
     try:
         with safe_open(path, framework="pt") as file:
             metadata = file.metadata() or {}
-            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  (no mapping)
+            # Cloned for their alignment: tensors in a file begin anywhere, and matrix kernels care.
+            tensors = {name: file.get_tensor(name).clone() for name in file.keys()}  # noqa: SIM118  (no mapping)
     except SafetensorError as error:
         raise ValueError(
             f"{path} is no complete safetensors file ({error}); was the download or copy cut off?"
