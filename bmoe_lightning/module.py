@@ -300,6 +300,22 @@ class ExpertFinetuner(LightningModule):
         if self._answer_ids is None and _ANSWERS_KEY in checkpoint:
             self._answer_ids = torch.tensor(_checked_answer_ids(checkpoint[_ANSWERS_KEY]))
 
+    def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False) -> Any:
+        """Load tensors by name, as usual; but frozen ones may be missing, and nothing is said about them.
+
+        Raises:
+            RuntimeError: if shapes differ, or, with `strict`, a trained tensor is missing or a name is unknown.
+        """
+        found = super().load_state_dict(state_dict, strict=False, assign=assign)
+        trained = self.trained_parameters()
+        missing = [name for name in found.missing_keys if name in trained]
+        if strict and (missing or found.unexpected_keys):
+            raise RuntimeError(
+                f"missing are {_shown(set(missing))}, unexpected are {_shown(set(found.unexpected_keys))}: these "
+                "tensors belong to another model, or to another value of train"
+            )
+        return type(found)(missing, found.unexpected_keys)
+
     def _evaluate(self, batch: Mapping[str, Tensor], stage: Literal["val", "test"]) -> None:
         logits, labels = self._labelled(batch)
         values = {
