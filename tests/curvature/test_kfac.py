@@ -1,0 +1,405 @@
+import pytest
+import torch
+from oracles.dense import (
+    dense_ggn,
+    dense_kfac,
+    experts_modules,
+    low_rank_blocks,
+    observe,
+    softmax_hessian,
+    weight_jacobians,
+)
+from oracles.models import (
+    answer_logits,
+    as_modules,
+    choice_batch,
+    choices_by_class,
+    choices_by_example,
+    choices_one_call_each,
+    choices_permuted,
+    packed_logits,
+    split,
+    taken,
+    tiny_qwen,
+    toy_batch,
+    toy_model,
+)
+
+from bmoe_lightning.curvature import collect_factors
+from bmoe_lightning.curvature.fisher import fisher_weights
+from bmoe_lightning.experts import find_expert_layers, weight_fingerprint
+
+FULL = 100  # a rank beyond every width
+layouts = pytest.mark.parametrize("layout", ["fused", "modules"])
+
+
+def built(layout, **config):
+    fused = toy_model(**config)
+    return fused, (fused if layout == "fused" else as_modules(fused))
+
+
+def matrices(layer):
+    """`A [E, d_in, d_in]` and `G [E, d_out, d_out]` written out."""
+    a = layer.a_basis @ torch.diag_embed(layer.a_eigenvalues) @ layer.a_basis.mT
+    g = layer.g_basis @ torch.diag_embed(layer.g_eigenvalues) @ layer.g_basis.mT
+    return a.double(), g.double()
+
+
+def assert_same(found, expected, tolerance=1e-10):
+    """Two sets of factors stand for the same matrices."""
+    for f, e in zip(found.layers, expected.layers, strict=True):
+        torch.testing.assert_close(f.slots, e.slots, rtol=1e-12, atol=0)
+        torch.testing.assert_close(f.a_trace, e.a_trace, rtol=1e3 * tolerance, atol=tolerance)
+        torch.testing.assert_close(f.g_trace, e.g_trace, rtol=1e3 * tolerance, atol=tolerance)
+        for x, y in zip(matrices(f), matrices(e), strict=True):
+            assert float((x - y).abs().max()) <= tolerance * float(y.abs().max())
+
+
+def assert_dense(factors, dense, tolerance=1e-10):
+    for layer, wanted in zip(factors.layers, dense, strict=True):
+        assert torch.equal(layer.slots, wanted.slots)
+        a, g = matrices(layer)
+        assert float((a - wanted.a).abs().max()) <= tolerance * float(wanted.a.abs().max())
+        assert float((g - wanted.g).abs().max()) <= tolerance * float(wanted.g.abs().max())
+        torch.testing.assert_close(layer.a_trace, wanted.a.diagonal(dim1=1, dim2=2).sum(1), rtol=10 * tolerance, atol=0)
+        torch.testing.assert_close(layer.g_trace, wanted.g.diagonal(dim1=1, dim2=2).sum(1), rtol=10 * tolerance, atol=0)
+
+
+def dense_of(model, class_logits, batch, approximation, hessian=softmax_hessian):
+    logits, observed = observe(model, class_logits, batch)
+    return [dense_kfac(seen, hessian(logits), seen.owners, 4, approximation) for seen in observed]
+
+
+def score_outer(logits, labels):
+    """`s s^T` of the score of a label."""
+    score = torch.nn.functional.one_hot(labels, logits.shape[1]) - logits.detach().softmax(-1)
+    return score.unsqueeze(2) * score.unsqueeze(1)
+
+
+@layouts
+@pytest.mark.parametrize("approximation", ["expand", "reduce"])
+def test_exact_fisher_by_definition(layout, approximation):
+    fused, model = built(layout, idle=[2])
+    batch = toy_batch(num_rows=6)
+    factors = collect_factors(
+        model, answer_logits, split(batch, 2, 3, 1), rank=FULL, approximation=approximation, sketch="exact"
+    )
+    dense = dense_of(fused, answer_logits, batch, approximation)
+    assert float(dense[0].slots[2]) == 0
+    assert_dense(factors, dense)
+    assert (factors.num_examples, factors.num_examples_used) == (6, 6)
+
+
+@layouts
+@pytest.mark.parametrize("approximation", ["expand", "reduce"])
+def test_empirical_fisher_by_definition(layout, approximation):
+    fused, model = built(layout)
+    batch = toy_batch()
+    factors = collect_factors(
+        model, answer_logits, [batch], rank=FULL, fisher="empirical", approximation=approximation, sketch="exact"
+    )
+    dense = dense_of(fused, answer_logits, batch, approximation, lambda f: score_outer(f, batch["labels"]))
+    assert_dense(factors, dense)
+
+
+@layouts
+def test_mc_fisher_by_definition(layout):
+    """With the labels that the seed draws, batch by batch, it is the empirical Fisher of these labels."""
+    fused, model = built(layout)
+    batch = toy_batch(num_rows=6)
+    factors = collect_factors(model, answer_logits, split(batch, 4, 2), rank=FULL, fisher="mc", sketch="exact", seed=5)
+    generator = torch.Generator().manual_seed(5)
+    log_probs = answer_logits(fused, batch)[0].detach().log_softmax(-1)
+    weights = torch.cat([fisher_weights("mc", part, generator=generator)[0] for part in log_probs.split([4, 2])])
+    drawn = weights.argmax(1)
+    assert not torch.equal(drawn, batch["labels"])
+    dense = dense_of(fused, answer_logits, batch, "expand", lambda f: score_outer(f, drawn))
+    assert_dense(factors, dense)
+
+    again = collect_factors(model, answer_logits, split(batch, 4, 2), rank=FULL, fisher="mc", sketch="exact", seed=5)
+    other = collect_factors(model, answer_logits, split(batch, 4, 2), rank=FULL, fisher="mc", sketch="exact", seed=6)
+    assert all(torch.equal(x.g_trace, y.g_trace) for x, y in zip(factors.layers, again.layers, strict=True))
+    assert not all(torch.equal(x.g_trace, y.g_trace) for x, y in zip(factors.layers, other.layers, strict=True))
+
+
+def test_drawn_labels_are_right_on_average():
+    model, batch = toy_model(num_layers=1), toy_batch()
+    exact = collect_factors(model, answer_logits, [batch], rank=FULL)
+    many = [collect_factors(model, answer_logits, [batch] * 50, rank=FULL, fisher="mc", seed=s) for s in range(4)]
+    mean = sum(m.layers[0].g_trace for m in many) / 4
+    torch.testing.assert_close(mean, exact.layers[0].g_trace, rtol=0.25, atol=0)
+
+
+@layouts
+def test_slots_are_counted_by_their_gradient(layout):
+    """The last layer counts one position an example, top-2; the first all real positions."""
+    _, model = built(layout)
+    batch = toy_batch()
+    factors = collect_factors(model, answer_logits, [batch])
+    assert float(factors.layers[0].slots.sum()) == 2 * int(batch["mask"].sum())
+    assert float(factors.layers[1].slots.sum()) == 2 * len(batch["ids"])
+
+
+@pytest.mark.parametrize("approximation", ["expand", "reduce"])
+def test_batch_split_order_and_padding_do_not_matter(approximation):
+    model, batch = toy_model(), toy_batch(num_rows=8)
+    options = {"rank": FULL, "approximation": approximation}
+    whole = collect_factors(model, answer_logits, [batch], **options)
+    for other in (
+        split(batch, *[1] * 8),
+        split(batch, 3, 5),
+        [taken(batch, torch.randperm(8))],
+        split(taken(batch, torch.randperm(8)), 2, 6),
+        [toy_batch(num_rows=8, pad="right")],
+    ):
+        assert_same(collect_factors(model, answer_logits, other, **options), whole)
+
+
+def test_low_rank_sketch_does_not_see_the_split():
+    model, batch = toy_model(width=12, inner=12), toy_batch(num_rows=8)
+    options = {"rank": 2, "sketch": "nystrom"}
+    whole = collect_factors(model, answer_logits, [batch], **options)
+    order = torch.randperm(8)
+    assert_same(collect_factors(model, answer_logits, split(taken(batch, order), 3, 5), **options), whole, 1e-8)
+    assert float(whole.layers[0].discarded_energy().max()) > 0.01
+
+
+@pytest.mark.parametrize("approximation", ["expand", "reduce"])
+def test_data_seven_times_over(approximation):
+    """Counts grow by seven, factors stay."""
+    model, batch = toy_model(), toy_batch()
+    once = collect_factors(model, answer_logits, [batch], rank=FULL, approximation=approximation)
+    often = collect_factors(model, answer_logits, [batch] * 7, rank=FULL, approximation=approximation)
+    for x, y in zip(often.layers, once.layers, strict=True):
+        torch.testing.assert_close(x.slots, 7 * y.slots)
+        for p, q in zip(matrices(x), matrices(y), strict=True):
+            assert float((p - q).abs().max()) <= 1e-11 * float(q.abs().max())
+
+
+def test_a_part_stands_for_the_whole():
+    model, batch = toy_model(), toy_batch()
+    part = collect_factors(model, answer_logits, [batch], rank=FULL)
+    scaled = collect_factors(model, answer_logits, [batch], rank=FULL, num_examples=20)
+    assert (scaled.num_examples, scaled.num_examples_used) == (20, 5)
+    for x, y in zip(scaled.layers, part.layers, strict=True):
+        torch.testing.assert_close(x.slots, 4 * y.slots)
+        torch.testing.assert_close(x.curvature(), 4 * y.curvature())
+        assert torch.equal(x.a_eigenvalues, y.a_eigenvalues)
+
+
+@pytest.mark.parametrize("approximation", ["expand", "reduce"])
+@pytest.mark.parametrize("fisher", ["exact", "mc", "empirical"])
+def test_copies_in_a_module_list_give_the_same(fisher, approximation):
+    fused, modules = toy_model(), as_modules(toy_model())
+    options = {"rank": FULL, "fisher": fisher, "approximation": approximation}
+    batches = split(toy_batch(num_rows=7), 3, 4)
+    found = collect_factors(modules, answer_logits, batches, **options)
+    assert_same(found, collect_factors(fused, answer_logits, batches, **options))
+
+
+@layouts
+@pytest.mark.parametrize("approximation", ["expand", "reduce"])
+@pytest.mark.parametrize("arrangement", [choices_by_class, choices_permuted, choices_one_call_each])
+def test_rows_may_lie_in_any_order(layout, approximation, arrangement):
+    fused, model = built(layout)
+    batch, options = choice_batch(), {"rank": FULL, "approximation": approximation}
+    found = collect_factors(model, arrangement, [batch], **options)
+    assert_same(found, collect_factors(fused, choices_by_example, [batch], **options))
+    assert_dense(found, dense_of(fused, choices_by_example, batch, approximation))
+
+
+@pytest.mark.parametrize("approximation", ["expand", "reduce"])
+def test_examples_packed_in_one_row(approximation):
+    model, batch = toy_model(), toy_batch(num_rows=6)
+    options = {"rank": FULL, "approximation": approximation}
+    assert_same(
+        collect_factors(model, packed_logits, [batch], **options),
+        collect_factors(model, answer_logits, [batch], **options),
+    )
+
+
+def test_ragged_classes():
+    model, batch = toy_model(), toy_batch()
+    batch["absent"] = torch.zeros(5, 4, dtype=torch.bool)
+    batch["absent"][[0, 3], [1, 0]] = True
+    factors = collect_factors(model, answer_logits, [batch], rank=FULL)
+    assert_dense(factors, dense_of(model, answer_logits, batch, "expand"))
+
+
+def test_absent_class_is_a_class_that_cannot_be():
+    """A fourth class that is absent everywhere is no class at all."""
+    model, batch = toy_model(), toy_batch()
+    padded = {**batch, "absent": torch.tensor([False, False, False, True]).expand(5, 4)}
+
+    def three(m, b):
+        logits, labels = answer_logits(m, b)
+        return logits[:, :3], labels
+
+    assert_same(
+        collect_factors(model, answer_logits, [padded], rank=FULL), collect_factors(model, three, [batch], rank=FULL)
+    )
+
+
+@layouts
+def test_one_slot_an_expert_is_the_exact_ggn(layout):
+    """With a single slot the Kronecker product is no approximation."""
+    fused, model = built(layout, num_layers=1, top_k=1)
+    batch = toy_batch(num_rows=1)
+    logits = answer_logits(fused, batch)[0]
+    parameters = [m.down_proj for m in experts_modules(fused)]
+    exact = dense_ggn(weight_jacobians(logits, parameters)[0], softmax_hessian(logits))
+    factors = collect_factors(model, answer_logits, [batch], rank=FULL)
+    assert float(factors.layers[0].slots.sum()) == 1
+    found = torch.stack(low_rank_blocks(factors.layers[0]))
+    assert float((found - exact).abs().max()) <= 1e-11 * float(exact.abs().max())
+
+
+@pytest.mark.parametrize("approximation", ["expand", "reduce"])
+def test_repeated_example_is_the_exact_ggn(approximation):
+    """The same slot many times over: the mean of the Kronecker products is the product of the means."""
+    model = toy_model(num_layers=1, top_k=4)
+    batch = {name: value.expand(3, *value.shape[1:]) for name, value in toy_batch(num_rows=1).items()}
+    logits = answer_logits(model, batch)[0]
+    exact = dense_ggn(weight_jacobians(logits, [experts_modules(model)[0].down_proj])[0], softmax_hessian(logits))
+    factors = collect_factors(model, answer_logits, [batch], rank=FULL, approximation=approximation)
+    assert factors.layers[0].slots.tolist() == [3] * 4
+    found = torch.stack(low_rank_blocks(factors.layers[0]))
+    assert float((found - exact).abs().max()) <= 1e-11 * float(exact.abs().max())
+
+
+def test_kfac_is_an_approximation_elsewhere():
+    """So that the two tests above are known to be able to fail."""
+    model, batch = toy_model(num_layers=1, top_k=4), toy_batch()
+    logits = answer_logits(model, batch)[0]
+    exact = dense_ggn(weight_jacobians(logits, [experts_modules(model)[0].down_proj])[0], softmax_hessian(logits))
+    found = torch.stack(low_rank_blocks(collect_factors(model, answer_logits, [batch], rank=FULL).layers[0]))
+    assert float((found - exact).abs().max()) > 0.01 * float(exact.abs().max())
+
+
+def test_rank_keeps_the_leading_part():
+    model, batch = toy_model(width=8, inner=8), toy_batch(num_rows=12)
+    full = collect_factors(model, answer_logits, [batch], rank=FULL).layers[0]
+    low = collect_factors(model, answer_logits, [batch], rank=3).layers[0]
+    assert low.a_basis.shape == (4, 8, 3)
+    torch.testing.assert_close(low.a_eigenvalues, full.a_eigenvalues[:, :3], rtol=1e-9, atol=1e-12)
+    torch.testing.assert_close(low.g_eigenvalues, full.g_eigenvalues[:, :3], rtol=1e-9, atol=1e-12)
+    expected = 1 - low.curvature().sum((1, 2)) / full.curvature().sum((1, 2))
+    torch.testing.assert_close(low.discarded_energy(), expected, rtol=1e-8, atol=1e-12)
+
+
+@pytest.mark.parametrize("sketch", ["nystrom", "rsvd", "exact"])
+def test_transformers_model(sketch):
+    model, batch = tiny_qwen(), toy_batch()
+    factors = collect_factors(model, answer_logits, split(batch, 2, 3), rank=16, sketch=sketch)
+    assert_dense(factors, dense_of(model, answer_logits, batch, "expand"), 1e-6)
+    assert [layer.name for layer in factors.layers] == ["model.layers.0.mlp.experts", "model.layers.1.mlp.experts"]
+    assert factors.fingerprint == weight_fingerprint(model, find_expert_layers(model))
+    assert model.get_experts_implementation() == {"": "eager"}
+
+
+def test_narrow_model_gives_float32_factors():
+    model, batch = tiny_qwen(dtype=torch.bfloat16, implementation="grouped_mm"), toy_batch()
+    wide = tiny_qwen(dtype=torch.bfloat16).double()
+    factors = collect_factors(model, answer_logits, [batch], rank=16)
+    reference = collect_factors(wide, answer_logits, [batch], rank=16)
+    for layer, other in zip(factors.layers, reference.layers, strict=True):
+        for name, tensor in layer.tensors().items():
+            assert tensor.dtype == (torch.float64 if name in ("slots", "a_trace", "g_trace") else torch.float32)
+        assert float(layer.slots.sum()) == float(other.slots.sum())
+        ratio = (layer.slots * layer.g_trace).sum() / (other.slots * other.g_trace).sum()
+        assert 0.5 < float(ratio) < 2
+
+
+def test_only_some_layers():
+    model, batch = toy_model(num_layers=3), toy_batch()
+    layers = find_expert_layers(model)
+    every = collect_factors(model, answer_logits, [batch], rank=2, sketch="nystrom")
+    some = collect_factors(model, answer_logits, [batch], rank=2, sketch="nystrom", layers=layers[1:])
+    assert [layer.index for layer in some.layers] == [1, 2]
+    for x, y in zip(some.layers, every.layers[1:], strict=True):
+        torch.testing.assert_close(matrices(x), matrices(y), rtol=1e-10, atol=1e-12)
+
+
+@pytest.mark.parametrize("fails", [False, True])
+def test_nothing_is_touched(fails):
+    model = tiny_qwen(implementation="batched_mm", dtype=torch.float32).train()
+    model.lm_head.weight.grad = torch.ones_like(model.lm_head.weight)
+    before = {name: p.detach().clone() for name, p in model.named_parameters()}
+    random_state = torch.get_rng_state()
+
+    def batches():
+        torch.rand(3)  # a shuffling loader draws, too
+        yield toy_batch()
+        if fails:
+            raise ZeroDivisionError
+
+    if fails:
+        with pytest.raises(ZeroDivisionError):
+            collect_factors(model, answer_logits, batches(), fisher="mc")
+    else:
+        collect_factors(model, answer_logits, batches(), fisher="mc")
+    assert torch.equal(torch.get_rng_state(), random_state)
+    assert all(module.training for module in model.modules())
+    assert model.get_experts_implementation() == {"": "batched_mm"}
+    for name, parameter in model.named_parameters():
+        assert parameter.requires_grad
+        assert torch.equal(parameter, before[name])
+        assert (parameter.grad is None) == (parameter is not model.lm_head.weight)
+    assert bool((model.lm_head.weight.grad == 1).all())
+
+
+def test_dropout_is_off():
+    model, batch = tiny_qwen(attention_dropout=0.5).train(), toy_batch()
+    first, second = (collect_factors(model, answer_logits, [batch]) for _ in range(2))
+    assert all(torch.equal(x.g_trace, y.g_trace) for x, y in zip(first.layers, second.layers, strict=True))
+
+
+@layouts
+def test_an_input_that_overflows_names_layer_and_expert(layout):
+    """The square of an activation leaves float32 although the logits are fine."""
+    _, model = built(layout)
+    model.float()
+    crew = model.layers[0].mixture.crew
+    with torch.no_grad():
+        for number in (1, 3):
+            up = crew.gate_up_proj[number, 5:] if layout == "fused" else crew[number].lift.weight
+            down = crew.down_proj[number] if layout == "fused" else crew[number].fall.weight
+            up.mul_(1e22)
+            down.mul_(1e-22)
+    name = find_expert_layers(model)[0].name
+    with pytest.raises(ValueError, match=f"the a-factor of layer '{name}' is not finite for expert 1 and 1 more"):
+        collect_factors(model, answer_logits, [toy_batch()])
+
+
+@layouts
+def test_a_gradient_that_overflows_names_layer_and_expert(layout):
+    _, model = built(layout, idle=[0, 1, 2], top_k=1)
+    model.float()
+
+    def class_logits(m, batch):
+        logits, labels = answer_logits(m, batch)
+        return logits + 1e-3 * torch.sin(1e25 * logits), labels  # steep but bounded
+
+    name = find_expert_layers(model)[0].name
+    with pytest.raises(ValueError, match=f"the g-factor of layer '{name}' is not finite for expert 3:"):
+        collect_factors(model, class_logits, [toy_batch()])
+
+
+def test_bad_options():
+    model, batch = toy_model(), toy_batch()
+    for options, message in (
+        ({"rank": 0}, "rank must be at least 1, got 0"),
+        ({"fisher": "type-2"}, "unknown fisher 'type-2'; valid are exact, mc, empirical"),
+        ({"approximation": "sum"}, "unknown approximation 'sum'; valid are expand, reduce"),
+        ({"sketch": "svd"}, "unknown sketch 'svd'"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            collect_factors(model, answer_logits, [batch], **options)
+    with pytest.raises(ValueError, match="`batches` is empty"):
+        collect_factors(model, answer_logits, [])
+    with pytest.raises(ValueError, match="empirical Fisher needs labels"):
+        collect_factors(model, lambda m, b: (answer_logits(m, b)[0], None), [batch], fisher="empirical")
+    with pytest.raises(ValueError, match="returned probabilities"):
+        collect_factors(model, lambda m, b: (answer_logits(m, b)[0].softmax(-1), None), [batch])
+    with pytest.raises(ValueError, match="has no expert layers"):
+        collect_factors(torch.nn.Linear(2, 2), answer_logits, [batch])
