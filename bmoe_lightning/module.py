@@ -4,34 +4,25 @@ from __future__ import annotations
 
 import inspect
 import math
-import re
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
-from pathlib import Path
 from typing import Any, Literal
 
 import torch
 from lightning import LightningModule, Trainer
 from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.utilities.types import OptimizerLRSchedulerConfig
-from safetensors import SafetensorError
 from torch import Tensor, nn
-from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers import PreTrainedModel
 
 from bmoe_lightning.experts.dropout import expert_dropout as dropout_in_experts
 from bmoe_lightning.experts.layout import down_proj_parameters, find_expert_layers
+from bmoe_lightning.loading import DtypeName, load_causal_model
 
 TrainedPart = Literal["down_proj", "experts"]
 Schedule = Literal["linear", "cosine", "constant"]
-DtypeName = Literal["auto", "float32", "bfloat16", "float16"]
 
-# The name of an owner may be missing, as in the hub's oldest models.
-_HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[\w.-]+)?")
 _ANSWERS_KEY = "answer_token_ids"
-
-
-class ModelUnavailableError(RuntimeError):
-    """A model was asked for by its folder or hub id, and could not be had whole."""
 
 
 class ExpertFinetuner(LightningModule):
@@ -135,12 +126,12 @@ class ExpertFinetuner(LightningModule):
         """Load the model if it was named by a string, and freeze all but the experts. Calling it again changes nothing.
 
         Raises:
-            ModelUnavailableError: if the model cannot be had, or its files lack weights.
+            ModelUnavailableError: as in `load_causal_model`.
             ValueError: if it has no experts.
         """
         if self.model is None:
             assert self._source is not None
-            model = _load(self._source, self.dtype_name)
+            model = load_causal_model(self._source, self.dtype_name)
             find_expert_layers(model)
             self.model = model
         self.model.requires_grad_(False)
@@ -380,30 +371,6 @@ def _last_logits(model: PreTrainedModel, input_ids: Tensor, attention_mask: Tens
     positions = torch.arange(attention_mask.shape[1], device=attention_mask.device)
     last = (attention_mask.ne(0) * positions).argmax(dim=1)
     return logits[torch.arange(len(last), device=last.device), last]
-
-
-def _load(source: str, dtype: DtypeName) -> PreTrainedModel:
-    folder = Path(source).is_dir()
-    if not folder and not _HUB_ID.fullmatch(source):
-        raise ModelUnavailableError(f"there is no folder {source!r}, and it is no hub id, which reads owner/name")
-    try:
-        # The trainer's device context would make transformers ask for accelerate; the strategy moves the model later.
-        with torch.device("cpu"):
-            loaded: Any = AutoModelForCausalLM.from_pretrained(
-                source, dtype=dtype, trust_remote_code=False, output_loading_info=True
-            )
-    except (OSError, SafetensorError) as error:
-        reason = str(error).splitlines()[0].rstrip(".") if str(error) else type(error).__name__
-        remedy = "are all its files there and whole?" if folder else "the path of a local folder works without the hub."
-        raise ModelUnavailableError(f"the model {source!r} could not be had ({reason}); {remedy}") from None
-    model, report = loaded
-    broken = sorted({*report["missing_keys"], *(str(entry) for entry in report["mismatched_keys"])})
-    if broken:
-        raise ModelUnavailableError(
-            f"the files of {source!r} do not hold all weights of {type(model).__name__}, which would stay random: "
-            f"{_shown(broken)}. Is the download complete, and is it a causal language model?"
-        )
-    return model
 
 
 def _shown(names: Sequence[str] | set[str]) -> str:
