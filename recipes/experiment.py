@@ -1,0 +1,333 @@
+"""The stages of the main job: model and data, fine-tuning, posterior, evaluation, report.
+
+Each stage leaves one file behind, written whole or not at all; with `--resume`, a stage whose file is there is not done
+again.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import shutil
+import time
+import warnings
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+import torch
+import transformers
+from lightning.pytorch.loggers import TensorBoardLogger
+from safetensors import safe_open
+from torch import Tensor
+
+from bmoe_lightning import BayesianMoECallback, ExpertFinetuner, MultipleChoiceDataModule
+from bmoe_lightning.baselines import Method, load_snapshot, save_snapshot
+from bmoe_lightning.experts import down_proj_parameters, find_expert_layers
+from bmoe_lightning.fitting import build_methods
+from bmoe_lightning.laplace.storage import write_safetensors
+from bmoe_lightning.report import (
+    MethodResult,
+    label_budget_figure,
+    library_versions,
+    matplotlib_available,
+    results_table,
+    save_figure,
+    summarise,
+    write_figures,
+    write_results,
+    write_tensorboard,
+)
+from bmoe_lightning.saved import has_fitted, load_fitted, save_fitted, write_text
+from recipes.label_budget import label_budget
+from recipes.settings import Settings
+from recipes.sources import RecipeError, Source, prepare_source
+
+__all__ = ["RecipeError", "run"]
+
+_RUN_FILE = "run.json"
+_OWN_FOLDERS = ("tensorboard", "figures")
+
+
+def run(settings: Settings) -> None:
+    """Do everything that the settings ask for, and print the table.
+
+    Raises:
+        RecipeError: with a sentence, if the model or the data cannot be had, or a run cannot be resumed.
+    """
+    _quieten()
+    started = time.monotonic()
+    output = Path(settings.output_dir)
+    _begin(settings, output)
+    source = prepare_source(settings)
+    print(source.banner, flush=True)
+    results: list[MethodResult] = []
+    calibration: list[MethodResult] = []
+    for seed in range(settings.first_seed, settings.first_seed + settings.seeds):
+        run_of_seed = SeedRun(settings, source, output, seed)
+        results += run_of_seed.results("test")
+        calibration += run_of_seed.results("val")
+    _report(settings, output, results, calibration)
+    print(f"\nDone in {time.monotonic() - started:.0f} s. Everything is in {output}; compare the methods with")
+    print(f"  tensorboard --logdir {output / 'tensorboard'}", flush=True)
+
+
+@dataclass
+class SeedRun:
+    """All stages of one fine-tuning seed.
+
+    Attributes:
+        settings: resolved.
+        source: model and data.
+        output: folder of the whole run.
+        seed: fine-tuning seed.
+    """
+
+    settings: Settings
+    source: Source
+    output: Path
+    seed: int
+
+    @property
+    def folder(self) -> Path:
+        """Where this seed's files are."""
+        return self.output / f"seed-{self.seed}"
+
+    def results(self, stage: str) -> list[MethodResult]:
+        """Predictions of every method on the `test` or calibration (`val`) split, made now or by an earlier run."""
+        path = self.folder / "predictions.safetensors"
+        if not path.is_file():
+            self._evaluate(path)
+        return _read_predictions(path, stage, self.seed, self.source.ids(stage))
+
+    def _member(self, index: int) -> Path:
+        """Fine-tune one more member of the deep ensemble, if there is none yet; the file with its weights."""
+        path = self.folder / f"member-{index}.safetensors"
+        if not path.is_file():
+            self._say(f"fine-tuning member {index + 1} of {self.settings.ensemble_size} of the deep ensemble")
+            module, data = self._fresh(index)
+            self._trainer([_SaveTrained(path)], f"member-{index}").fit(module, datamodule=data)
+        return path
+
+    def _evaluate(self, path: Path) -> None:
+        members = []
+        if "deep_ensemble" in self.settings.method_names:
+            members = [self._member(index) for index in range(1, self.settings.ensemble_size)]
+        module, data = self._fresh(0)
+        self._train(module, data, members)
+        self._say("evaluating")
+        # A callback of its own: what is evaluated is what was written.
+        callback = self._callback(members)
+        trainer = self._trainer([callback], "evaluation")
+        trainer.validate(module, datamodule=data, verbose=False)
+        trainer.test(module, datamodule=data, verbose=False)
+        fitted, snapshots = load_fitted(self._posterior_folder)
+        methods = build_methods(
+            module, callback.settings, fitted, snapshots=snapshots, ensemble_members=callback.ensemble_members
+        )
+        _write_predictions(path, callback, methods)
+
+    @property
+    def _posterior_folder(self) -> Path:
+        return self.folder / "bayesian_moe"
+
+    def _callback(self, members: list[Path]) -> BayesianMoECallback:
+        settings = self.settings
+        return BayesianMoECallback(
+            methods=settings.method_names,
+            rank=settings.rank,
+            fisher=settings.fisher,  # type: ignore[arg-type]  # checked against the same names
+            sketch=settings.sketch,  # type: ignore[arg-type]
+            link=settings.link,  # type: ignore[arg-type]
+            num_samples=settings.num_samples,
+            dropout=settings.expert_dropout,
+            num_snapshots=settings.num_snapshots,
+            ensemble_members=[str(member) for member in members],
+            dirpath=str(self._posterior_folder),
+            seed=self.seed,
+        )
+
+    def _train(self, module: ExpertFinetuner, data: MultipleChoiceDataModule, members: list[Path]) -> None:
+        """Have the module fine-tuned and the methods fitted and written, as far as an earlier run has not done it."""
+        trained = self.folder / "trained.safetensors"
+        if not trained.is_file():
+            self._say("fine-tuning the experts, then curvature and calibration")
+            self._trainer([_SaveTrained(trained), self._callback(members)], "training").fit(module, datamodule=data)
+            return
+        module.configure_model()
+        pretrained = {
+            name: parameter.detach().clone()
+            for layer in find_expert_layers(module)
+            for name, parameter in down_proj_parameters(module, layer).items()
+        }
+        parameters = dict(module.named_parameters())
+        with torch.no_grad():
+            for name, value in load_snapshot(trained).items():
+                parameters[name].copy_(value)
+        if not has_fitted(self._posterior_folder):
+            self._say("curvature and calibration of the weights that an earlier run fine-tuned")
+            callback = self._callback(members)
+            device = self._trainer([], "resumed").strategy.root_device
+            module.to(device)
+            callback.fit_posterior(
+                module,
+                _on_device(data.train_dataloader(), device),
+                _on_device(data.calibration_dataloader(), device),
+                prior_mean=pretrained,
+            )
+            assert callback.fitted is not None
+            snapshots = sorted((self._posterior_folder / "snapshots").glob("*.safetensors"))
+            save_fitted(self._posterior_folder, callback.fitted, snapshots)
+
+    def _fresh(self, member: int) -> tuple[ExpertFinetuner, MultipleChoiceDataModule]:
+        """An untrained module and the data in this member's order."""
+        settings = self.settings
+        seed = 1000 * self.seed + member
+        L.seed_everything(seed, workers=True, verbose=False)
+        data = self.source.data(seed)
+        module = ExpertFinetuner(
+            self.source.model,
+            answer_token_ids=data.answer_token_ids.tolist(),
+            train=settings.train,  # type: ignore[arg-type]
+            learning_rate=settings.learning_rate or 0.0,
+            weight_decay=settings.weight_decay,
+            schedule=settings.schedule,  # type: ignore[arg-type]
+            expert_dropout=settings.expert_dropout,
+        )
+        return module, data
+
+    def _trainer(self, callbacks: list[L.Callback], version: str) -> L.Trainer:
+        logger = TensorBoardLogger(
+            self.output / "tensorboard",
+            name="training",
+            version=f"seed-{self.seed}-{version}",
+            default_hp_metric=False,
+        )
+        return L.Trainer(
+            max_epochs=self.settings.epochs,
+            accelerator=self.settings.accelerator,
+            devices=1,
+            precision=self.settings.precision,  # type: ignore[arg-type]  # Lightning checks it
+            gradient_clip_val=1.0,
+            callbacks=callbacks,
+            logger=logger,
+            log_every_n_steps=10,
+            enable_checkpointing=False,
+            enable_model_summary=False,
+            enable_progress_bar=not self.settings.quiet,
+            # Calibration data decide nothing while training.
+            check_val_every_n_epoch=self.settings.epochs,
+            num_sanity_val_steps=0,
+            default_root_dir=str(self.output),
+        )
+
+    def _say(self, what: str) -> None:
+        print(f"[seed {self.seed}] {what}", flush=True)
+
+
+class _SaveTrained(L.Callback):
+    """Writes the trained weights when training ends; first in the list, so that they outlive a failing fit."""
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+
+    def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:  # noqa: ARG002
+        assert isinstance(pl_module, ExpertFinetuner)
+        save_snapshot(self._path, pl_module.trained_parameters())
+
+
+def _on_device(loader: Any, device: torch.device) -> Iterator[dict[str, Tensor]]:
+    for batch in loader:
+        yield {name: value.to(device) for name, value in batch.items()}
+
+
+def _begin(settings: Settings, output: Path) -> None:
+    """Start a run of its own, or check that an earlier one with the same settings goes on."""
+    wanted = {name: value for name, value in asdict(settings).items() if name not in ("resume", "quiet", "output_dir")}
+    path = output / _RUN_FILE
+    if settings.resume and path.is_file():
+        found = json.loads(path.read_text(encoding="utf-8"))
+        # More seeds may be asked for later: each has files of its own.
+        differing = sorted(k for k in wanted if k not in ("seeds", "first_seed") and found.get(k) != wanted[k])
+        if differing:
+            raise RecipeError(
+                f"the run in {output} had other settings ({', '.join(f'{k}={found.get(k)!r}' for k in differing)}); "
+                "give the same ones to resume it, or another --output-dir"
+            )
+    elif path.is_file():
+        # An earlier run's own files, and nothing else: event files of two runs would be drawn as one curve.
+        for folder in (*output.glob("seed-*"), *(output / name for name in _OWN_FOLDERS)):
+            if folder.is_dir():
+                shutil.rmtree(folder)
+    elif output.is_dir() and any(output.iterdir()):
+        raise RecipeError(f"{output} is not empty and holds no earlier run; give another --output-dir")
+    output.mkdir(parents=True, exist_ok=True)
+    write_text(path, json.dumps(wanted, indent=2) + "\n")
+
+
+def _write_predictions(path: Path, callback: BayesianMoECallback, methods: Sequence[Method]) -> None:
+    tensors = {}
+    for stage, by_method in callback.predictions.items():
+        for name, predictions in by_method.items():
+            tensors[f"{stage}/{name}/log_probs"] = predictions.log_probs
+            tensors[f"{stage}/labels"] = predictions.labels
+    described = [{"name": m.name, "label": m.label, "numbers": m.hyperparameters()} for m in methods]
+    write_safetensors(path, tensors, {"methods": json.dumps(described)})
+
+
+def _read_predictions(path: Path, stage: str, seed: int, ids: tuple[str, ...]) -> list[MethodResult]:
+    with safe_open(path, framework="pt") as file:
+        labels = file.get_tensor(f"{stage}/labels")
+        return [
+            MethodResult(
+                method=described["name"],
+                label=described["label"],
+                seed=seed,
+                log_probs=file.get_tensor(f"{stage}/{described['name']}/log_probs"),
+                target=labels,
+                ids=ids,
+                extra=described["numbers"],
+            )
+            for described in json.loads(file.metadata()["methods"])
+        ]
+
+
+def _report(settings: Settings, output: Path, results: list[MethodResult], calibration: list[MethodResult]) -> None:
+    rows = summarise(results)
+    config = asdict(settings)
+    write_results(output, results, rows, config=config, versions=library_versions())
+    hyperparameters: dict[str, bool | int | float | str] = {
+        "rank": settings.rank,
+        "fisher": settings.fisher,
+        "link": settings.link,
+    }
+    comparison = output / "tensorboard" / "methods"
+    if comparison.is_dir():  # of the run that is being resumed; written anew, since events only ever add up
+        shutil.rmtree(comparison)
+    write_tensorboard(comparison, results, rows, hyperparameters=hyperparameters)
+    points = label_budget(results, calibration)
+    if points:
+        write_text(output / "label_budget.json", json.dumps([asdict(point) for point in points], indent=2) + "\n")
+    if matplotlib_available():
+        write_figures(output / "figures", results, rows)
+        if points:
+            save_figure(label_budget_figure(points), output / "figures" / "label_budget.png")
+    else:
+        print("Figures are left out: they need matplotlib (pip install 'bmoe-lightning[plots]').")
+    print("\n" + results_table(rows), flush=True)
+
+
+def _quieten() -> None:
+    """Leave the screen to the training's progress bars and the table."""
+    transformers.utils.logging.disable_progress_bar()
+    for name in ("lightning.pytorch", "lightning.fabric", "lightning.pytorch.utilities.rank_zero"):
+        logging.getLogger(name).setLevel(logging.ERROR)
+    for message in (
+        ".*does not have many workers.*",
+        ".*LeafSpec.*",
+        ".*Checkpoint directory.*",
+        ".*logging interval.*",
+    ):
+        warnings.filterwarnings("ignore", message=message)
