@@ -1,0 +1,275 @@
+import math
+
+import pytest
+import torch
+from oracles.models import answer_logits, as_modules, split, toy_batch, toy_model
+
+from bmoe_lightning.curvature import collect_factors
+from bmoe_lightning.laplace import LaplacePosterior
+from bmoe_lightning.laplace.covariance import BatchTerms, LayerTerms
+from bmoe_lightning.laplace.predictive import mean_variance, temperature_from_variances
+from bmoe_lightning.laplace.prior import (
+    _Objective,
+    cache_terms,
+    fit_evidence,
+    fit_lpo,
+    log_evidence_penalty,
+)
+
+
+def spectra():
+    """Two layers of three experts; the last expert of each is idle."""
+    curvature = [torch.rand(3, 4, 5, dtype=torch.float64).exp() * 20, torch.rand(3, 2, 2, dtype=torch.float64)]
+    for layer in curvature:
+        layer[2] = 0
+    return curvature, [torch.tensor([0.3, 0.4, 0.0]).double(), torch.tensor([0.1, 0.05, 0.01]).double()]
+
+
+def penalty_at(curvature, distances, *log_precisions):
+    values = torch.tensor(log_precisions, dtype=torch.float64).exp()
+    return float(log_evidence_penalty(curvature, distances, values))
+
+
+def test_penalty_by_hand():
+    curvature = [torch.tensor([[[3.0]], [[0.0]]], dtype=torch.float64)]
+    distances = [torch.tensor([2.0, 1.0])]
+    found = log_evidence_penalty(curvature, distances, torch.tensor([0.5], dtype=torch.float64))
+    assert float(found) == pytest.approx(-0.5 * (0.5 * 3 + math.log(1 + 3 / 0.5)))
+
+
+def test_global_precision_is_the_maximum():
+    curvature, distances = spectra()
+    (first, second) = fit_evidence(curvature, distances, "global").log().tolist()
+    assert first == second
+    best = penalty_at(curvature, distances, first, first)
+    scan = [penalty_at(curvature, distances, x, x) for x in torch.linspace(-10, 15, 2001).tolist()]
+    assert best >= max(scan)
+    assert best == pytest.approx(max(scan), abs=1e-3)
+    assert scan[0] < best - 1 > scan[-1]  # an inner maximum, not an edge
+
+
+def test_precisions_of_layers_are_the_maximum():
+    curvature, distances = spectra()
+    found = fit_evidence(curvature, distances, "layer").log().tolist()
+    assert abs(found[0] - found[1]) > 0.1
+    best = penalty_at(curvature, distances, *found)
+    assert best > penalty_at(curvature, distances, *fit_evidence(curvature, distances).log().tolist())
+    for step in (-0.5, -0.01, 0.01, 0.5):
+        assert penalty_at(curvature, distances, found[0] + step, found[1]) < best
+        assert penalty_at(curvature, distances, found[0], found[1] + step) < best
+
+
+@pytest.mark.parametrize("scope", ["global", "layer"])
+def test_derivative_is_zero(scope):
+    curvature, distances = spectra()
+    log_precision = fit_evidence(curvature, distances, scope).log().requires_grad_()
+    log_evidence_penalty(curvature, distances, log_precision.exp()).backward()
+    slope = log_precision.grad.sum() if scope == "global" else log_precision.grad.abs().max()
+    assert abs(float(slope)) < 1e-9
+
+
+def test_stationary_point_is_where_the_effective_number_of_weights_says():
+    curvature, distances = spectra()
+    for s, d, precision in zip(curvature, distances, fit_evidence(curvature, distances, "layer"), strict=True):
+        assert float((s / (s + precision)).sum()) == pytest.approx(float(precision * d.sum()), rel=1e-9)
+
+
+def test_evidence_refusals():
+    curvature, distances = spectra()
+    still = [torch.zeros(3), torch.zeros(3)]
+    with pytest.raises(ValueError, match="equal the prior mean"):
+        fit_evidence(curvature, still)
+    with pytest.raises(ValueError, match="equal the prior mean"):
+        fit_evidence(curvature, [distances[0], still[1]], "layer")
+    with pytest.raises(ValueError, match="curvature is zero everywhere"):
+        fit_evidence([torch.zeros_like(s) for s in curvature], distances)
+    with pytest.raises(ValueError, match="unknown scope 'expert'; valid are global, layer"):
+        fit_evidence(curvature, distances, "expert")
+
+
+@pytest.fixture(scope="module")
+def fitted():
+    """A model, its posterior, and a labelled validation set on which the model is too sure: three layers."""
+    torch.manual_seed(0)
+    model = toy_model(num_layers=3)
+    with torch.no_grad():
+        model.head.weight.mul_(3)
+    posterior = LaplacePosterior(collect_factors(model, answer_logits, [toy_batch(num_rows=60, seed=11)], rank=3))
+    batch = toy_batch(num_rows=90, seed=12)
+    logits = answer_logits(model, batch)[0].detach()
+    generator = torch.Generator().manual_seed(4)
+    batch["labels"] = torch.multinomial((logits / 2.5).softmax(-1), 1, generator=generator).squeeze(1)
+    return model, posterior, split(batch, 40, 50)
+
+
+@pytest.fixture(scope="module")
+def cache(fitted):
+    model, posterior, batches = fitted
+    return posterior.validation_cache(model, answer_logits, batches)
+
+
+def direct_nll(fitted, precision, num_samples=20_000, seed=3):
+    """Through `predict`, without the cache."""
+    model, posterior, batches = fitted
+    at = posterior.with_prior_precision(precision)
+    total = torch.tensor(0.0, dtype=torch.float64)
+    for batch in batches:
+        log_probs = at.predict(model, answer_logits, batch, num_samples=num_samples, seed=seed)
+        total -= log_probs.gather(1, batch["labels"].unsqueeze(1)).sum()
+    return float(total) / 90
+
+
+@pytest.mark.parametrize("precision", [1e-2, 0.3, 5.0, 100.0])
+def test_cached_covariance_is_the_direct_one(fitted, cache, precision):
+    """Up to the bins of s: a tenth of a decade each, shared between neighbours."""
+    model, posterior, batches = fitted
+    at = posterior.with_prior_precision(torch.tensor([precision, 2 * precision, 5 * precision]))
+    direct = torch.cat([at.logit_covariance(model, answer_logits, batch, centred=True)[1] for batch in batches])
+    found = cache.covariance(at.prior_precision)
+    error = (found - direct).flatten(1).norm(dim=1) / direct.flatten(1).norm(dim=1)
+    assert float(error.max()) < 5e-3
+
+
+@pytest.mark.parametrize("precisions", [(0.1,) * 3, (2.0,) * 3, (0.05, 3.0, 200.0)])
+def test_objective_is_the_nll_through_predict(fitted, cache, precisions):
+    """Closely at the same noise in the same contrasts; within the sampling error through `predict` itself."""
+    precision = torch.tensor(precisions, dtype=torch.float64)
+    objective = _Objective(cache, 2000, 0)
+    model, posterior, batches = fitted
+    at = posterior.with_prior_precision(precision)
+    generator = torch.Generator().manual_seed(0)
+    noise = torch.randn(2000, 3, generator=generator, dtype=torch.float64)
+    nll = []
+    for batch in batches:
+        terms = at.batch_terms(model, answer_logits, batch)
+        inverse = torch.linalg.pinv(terms.embedding)
+        contrast = inverse @ at.covariance_of(terms) @ inverse.mT
+        root = terms.embedding @ torch.linalg.cholesky(contrast + 1e-10 * torch.eye(3, dtype=torch.float64))
+        samples = (terms.logits.unsqueeze(1) + noise @ root.mT).log_softmax(-1)
+        chosen = samples.gather(2, batch["labels"].view(-1, 1, 1).expand(-1, 2000, 1)).squeeze(2)
+        nll.append(math.log(2000) - chosen.logsumexp(1))
+    assert float(objective(precision.log())) == pytest.approx(float(torch.cat(nll).mean()), abs=1e-3)
+    assert float(_Objective(cache, 20_000, 0)(precision.log())) == pytest.approx(
+        direct_nll(fitted, precision), abs=0.02
+    )
+
+
+def test_global_lpo_is_the_minimum_of_a_grid(fitted, cache):
+    found = fit_lpo(cache, "global", num_samples=200)
+    assert float(found.max()) == float(found.min())
+    objective = _Objective(cache, 200, 0)
+    grid = torch.linspace(math.log(1e-4), math.log(1e8), 200, dtype=torch.float64)
+    values = torch.stack([objective(x.expand(3)) for x in grid])
+    best = float(objective(found.log()))
+    assert best <= float(values.min()) + 1e-6
+    # An inner minimum, which also is one without the cache.
+    assert float(values[0]) > best + 0.02 < float(values[-1])
+    at_best = direct_nll(fitted, found)
+    assert at_best < direct_nll(fitted, found / 10)
+    assert at_best < direct_nll(fitted, found * 10)
+
+
+def test_lpo_by_layer_is_never_worse(cache):
+    for seed in range(3):
+        objective = _Objective(cache, 100, seed)
+        one = float(objective(fit_lpo(cache, "global", num_samples=100, seed=seed).log()))
+        found = fit_lpo(cache, "layer", num_samples=100, seed=seed)
+        assert float(objective(found.log())) <= one
+        assert float(found.log().std()) > 0.1
+    grid = torch.cartesian_prod(*[torch.linspace(-6, 12, 7, dtype=torch.float64)] * 3)
+    assert float(objective(found.log())) <= min(float(objective(x)) for x in grid) + 2e-3
+
+
+def test_lpo_is_repeatable_and_takes_one_pass(fitted):
+    model, posterior, batches = fitted
+    calls = []
+
+    def counted(m, batch):
+        calls.append(len(batch["ids"]))
+        return answer_logits(m, batch)
+
+    before = torch.get_rng_state()
+    first = posterior.fit_prior_lpo(model, counted, iter(batches), num_samples=100)
+    assert calls == [40, 50]
+    assert torch.equal(torch.get_rng_state(), before)
+    again = posterior.fit_prior_lpo(model, counted, batches, num_samples=100)
+    assert torch.equal(first.prior_precision, again.prior_precision)
+    one = posterior.fit_prior_lpo(model, counted, batches, scope="global", num_samples=100)
+    assert float(one.prior_precision.std()) == 0
+    assert torch.equal(posterior.prior_precision, torch.ones(3, dtype=torch.float64))  # a new posterior each time
+
+
+def test_a_module_list_gives_the_same(fitted):
+    model, posterior, batches = fitted
+    copy, options = as_modules(model), {"scope": "global", "num_samples": 100}
+    factors = collect_factors(copy, answer_logits, [toy_batch(num_rows=60, seed=11)], rank=3)
+    found = LaplacePosterior(factors).fit_prior_lpo(copy, answer_logits, batches, **options)
+    expected = posterior.fit_prior_lpo(model, answer_logits, batches, **options)
+    torch.testing.assert_close(found.prior_precision, expected.prior_precision, rtol=1e-3, atol=0)
+
+
+def test_ragged_validation_set(fitted):
+    model, posterior, batches = fitted
+    batches = [dict(batch) for batch in batches]
+    for batch in batches:
+        absent = torch.zeros(len(batch["ids"]), 4, dtype=torch.bool)
+        absent[::3] = torch.nn.functional.one_hot((batch["labels"][::3] + 1) % 4, 4).bool()
+        batch["absent"] = absent
+    cache = posterior.validation_cache(model, answer_logits, batches)
+    at = posterior.with_prior_precision(0.7)
+    direct = torch.cat([at.logit_covariance(model, answer_logits, batch, centred=True)[1] for batch in batches])
+    error = (cache.covariance(at.prior_precision) - direct).flatten(1).norm(dim=1) / direct.flatten(1).norm(dim=1)
+    assert float(error.max()) < 5e-3
+    found = fit_lpo(cache, "layer", num_samples=50)
+    assert bool((found.isfinite() & (found > 0)).all())
+
+
+def test_evidence_temperature_from_the_cache_is_the_direct_one(fitted, cache):
+    model, posterior, _ = fitted
+    inputs = split(toy_batch(num_rows=120, seed=21), 50, 70)
+    unlabelled = [{name: value for name, value in batch.items() if name != "labels"} for batch in inputs]
+    at = posterior.with_prior_precision(0.4)
+    direct = at.evidence_temperature(model, answer_logits, unlabelled)
+    pairs = [at.logit_covariance(model, answer_logits, batch) for batch in inputs]
+    variances = torch.cat([mean_variance(*pair) for pair in pairs])
+    assert direct == pytest.approx(math.sqrt(1 + math.pi / 4 * float(variances.median())), rel=0.02)
+    assert direct == pytest.approx(temperature_from_variances(variances), rel=1e-9)
+    labelled = posterior.validation_cache(model, answer_logits, inputs)
+    cached = temperature_from_variances(mean_variance(labelled.logits, labelled.covariance(at.prior_precision)))
+    assert cached == pytest.approx(direct, rel=2e-3)
+
+
+def test_lpo_refusals(fitted, cache):
+    model, posterior, batches = fitted
+    with pytest.raises(ValueError, match="empty calibration split"):
+        posterior.fit_prior_lpo(model, answer_logits, [])
+    with pytest.raises(ValueError, match="LPO needs labels"):
+        posterior.fit_prior_lpo(model, lambda m, b: (answer_logits(m, b)[0], None), batches)
+    with pytest.raises(ValueError, match="unknown scope 'expert'"):
+        fit_lpo(cache, "expert")
+
+
+def test_an_answer_that_is_absent_is_refused(fitted):
+    """Its probability is zero whatever the precision."""
+    model, posterior, batches = fitted
+    batch = dict(batches[0])
+    batch["absent"] = torch.nn.functional.one_hot(batch["labels"], 4).bool()
+    with pytest.raises(ValueError, match="validation NLL is not finite"):
+        posterior.fit_prior_lpo(model, answer_logits, [batch], num_samples=10)
+
+
+def test_bins_keep_the_sum_of_products():
+    """Whatever the bins do to shrinkage, their total is `sum R_i R_j` exactly."""
+    projections = torch.randn(7, 3, 2, 4, dtype=torch.float64)
+    examples, experts = torch.tensor([0, 0, 1, 1, 1, 2, 3]), torch.randint(3, (7,))
+    curvature = torch.rand(3, 2, 4, dtype=torch.float64) ** 8
+    curvature[1, 0, 0] = 0
+    layer = LayerTerms(torch.zeros(4, 3, 3, dtype=torch.float64), projections, examples, experts)
+    logits = torch.zeros(4, 4, dtype=torch.float64)
+    embedding = torch.zeros(4, 4, 3, dtype=torch.float64)
+    cache = cache_terms([BatchTerms(logits, torch.zeros(4, dtype=torch.int64), embedding, (layer,))], [curvature])
+    flat = projections.flatten(2)
+    expected = torch.zeros(4, 3, 3, dtype=torch.float64).index_add_(0, examples, flat @ flat.mT)
+    torch.testing.assert_close(cache.binned[:, 0].sum(1), expected)
+    assert bool((cache.centres[0].diff() > 0).all())
+    assert float(cache.centres[0, -1]) == pytest.approx(float(curvature.max()))
