@@ -5,10 +5,9 @@ No pickle: nothing in the file is executed when it is read, and everything is ch
 
 from __future__ import annotations
 
-import contextlib
 import json
 import os
-import tempfile
+import uuid
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -35,18 +34,19 @@ def write_safetensors(path: str | Path, tensors: Mapping[str, Tensor], metadata:
     """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".tmp")
-    os.close(handle)
+    temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex}.tmp")
     try:
+        temporary.touch(exist_ok=False)
+        permissions = temporary.stat().st_mode
         save_file({k: v.detach().cpu().contiguous() for k, v in tensors.items()}, temporary, dict(metadata))
-        with Path(temporary).open("rb+") as written:
+        temporary.chmod(permissions)  # safetensors lets nobody but the owner read what it writes
+        with temporary.open("rb+") as written:
             os.fsync(written.fileno())
-        Path(temporary).replace(path)
+        temporary.replace(path)
     except SafetensorError as error:
         raise OSError(f"could not write {path}: {error}; the file that was there before is unchanged") from error
     finally:
-        with contextlib.suppress(FileNotFoundError):
-            Path(temporary).unlink()
+        temporary.unlink(missing_ok=True)
 
 
 def save_posterior(path: str | Path, factors: KroneckerFactors, prior_precision: Tensor, prior_mean: str) -> None:
@@ -92,7 +92,12 @@ def load_posterior(path: str | Path) -> tuple[KroneckerFactors, Tensor, str]:
 def _header(path: Path, metadata: Mapping[str, str]) -> dict[str, Any]:
     if FORMAT not in metadata:
         raise ValueError(f"{path} is a safetensors file, but no posterior of bmoe_lightning")
-    header = json.loads(metadata[FORMAT])
+    try:
+        header = json.loads(metadata[FORMAT])
+    except json.JSONDecodeError as error:
+        raise ValueError(f"{path} has a header that is no JSON ({error})") from error
+    if not isinstance(header, dict):
+        raise ValueError(f"{path} has a header that is no JSON object")
     version = header.pop("version", None)
     header.pop("format", None)
     if version != VERSION:
@@ -108,11 +113,11 @@ def _layer(path: Path, position: int, described: Mapping[str, Any], tensors: Map
     if missing:
         raise ValueError(f"{path} lacks {missing} of layer {described.get('name')!r}")
     found = {name: tensors[f"{position}.{name}"] for name in _FIELDS}
-    num_experts, _, a_rank = found["a_basis"].shape
-    shapes = {
-        "slots": (num_experts,), "a_trace": (num_experts,), "g_trace": (num_experts,),
-        "a_eigenvalues": (num_experts, a_rank), "g_eigenvalues": (num_experts, found["g_basis"].shape[-1]),
-    }  # fmt: skip
+    num_experts = found["slots"].numel()
+    shapes: dict[str, tuple[int, ...]] = {name: (num_experts,) for name in ("slots", "a_trace", "g_trace")}
+    for side in "ag":
+        d, rank = found[f"{side}_basis"].shape[-2:] if found[f"{side}_basis"].dim() == 3 else (0, 0)
+        shapes |= {f"{side}_basis": (num_experts, d, rank), f"{side}_eigenvalues": (num_experts, rank)}
     for name, shape in shapes.items():
         if tuple(found[name].shape) != shape:
             raise ValueError(
