@@ -109,10 +109,7 @@ def minimise(objective: Callable[[Tensor], Tensor], low: float, high: float) -> 
             right = second
         else:
             left = first
-    middle = (left + right) / 2
-    at_middle = float(objective(torch.tensor([middle], dtype=torch.float64)))
-    # At an end of the range the sections approach a point that the grid already has.
-    return middle if at_middle <= float(values[best]) else float(grid[best])
+    return (left + right) / 2
 
 
 def check_temperature(temperature: float) -> float:
