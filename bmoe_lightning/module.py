@@ -140,7 +140,9 @@ class ExpertFinetuner(LightningModule):
 
     def configure_callbacks(self) -> list[Callback]:
         """Have expert dropout taken out after an exception too; a LightningModule itself is not told of those."""
-        return [_ReleaseOnException()]
+        # A trainer that is used again has it already, and would announce that it is replaced.
+        known = any(isinstance(callback, _ReleaseOnException) for callback in self.trainer.callbacks)  # type: ignore[attr-defined]
+        return [] if known else [_ReleaseOnException()]
 
     def trained_parameters(self) -> dict[str, nn.Parameter]:
         """What is trained: name, as in `self.named_parameters()`, to parameter."""
@@ -331,8 +333,9 @@ class _ReleaseOnException(Callback):
     """Tells the module about an exception."""
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
-        assert isinstance(pl_module, ExpertFinetuner)
-        pl_module.release()
+        # The trainer may have gone on to a module of another kind.
+        if isinstance(pl_module, ExpertFinetuner):
+            pl_module.release()
 
 
 def learning_rate_factor(step: int, total: float, warmup: int, schedule: Schedule) -> float:

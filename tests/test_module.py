@@ -189,6 +189,26 @@ def test_dropout_is_gone_after_an_exception_half_way(data, tmp_path, error):
     assert module.model.get_experts_implementation() == {"": "grouped_mm"}
 
 
+def test_a_trainer_can_be_used_again_for_any_module(data, tmp_path, caplog):
+    run, spy = trainer(tmp_path), Spy(fail_at=1)
+    run.fit(finetuner(), datamodule=data)
+    run.test(finetuner(), datamodule=data, verbose=False)
+    assert not any("override" in record.getMessage() for record in caplog.records)
+    run.callbacks.append(spy)
+    module = finetuner()
+    run.fit_loop.max_epochs = 2
+    with pytest.raises(RuntimeError, match="stop"):
+        run.fit(module, datamodule=data)
+    assert states(module) == [None, None]
+
+    class Other(L.LightningModule):
+        def test_step(self, batch, batch_idx):
+            raise OSError("its own")
+
+    with pytest.raises(OSError, match="its own"):
+        run.test(Other(), datamodule=data, verbose=False)
+
+
 def test_dropout_of_separate_modules_leaves_no_hook(tmp_path):
     model = as_modules(toy_model())
     module = ExpertFinetuner(model, [3, 4, 5])
