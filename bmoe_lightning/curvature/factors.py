@@ -9,6 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from bmoe_lightning.experts.layout import ExpertLayer
+
 
 @dataclass(frozen=True)
 class LayerFactors:
@@ -79,6 +81,8 @@ class KroneckerFactors:
         sketch: the low-rank algorithm asked for.
         num_examples: examples that the factors stand for.
         num_examples_used: examples that were passed through the model.
+        expert_layers: all layers that were tapped, by which they are found again in a model; more than `layers` where
+            some were left out.
         fingerprint: of the model's MoE blocks at the time (see `weight_fingerprint`).
     """
 
@@ -89,6 +93,7 @@ class KroneckerFactors:
     sketch: str
     num_examples: int
     num_examples_used: int
+    expert_layers: tuple[ExpertLayer, ...]
     fingerprint: str = field(default="")
 
     def to(self, device: torch.device | str) -> KroneckerFactors:

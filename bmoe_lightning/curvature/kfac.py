@@ -96,6 +96,7 @@ def collect_factors(
         sketch=sketch,
         num_examples=num_examples,
         num_examples_used=used,
+        expert_layers=tuple(layers),
         fingerprint=weight_fingerprint(model, layers),
     )
 

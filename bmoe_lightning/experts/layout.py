@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import fnmatch
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -75,6 +76,49 @@ def find_expert_layers(
     if not found:
         raise ValueError(_nothing_found(model, modules, experts))
     return found
+
+
+def locate_expert_layers(model: nn.Module, layers: Sequence[ExpertLayer]) -> list[ExpertLayer]:
+    """Find known layers again, in the model they were found in, in a module that holds it, or in one that it held.
+
+    The names differ then by a prefix alone (`model.layers.0.mlp.experts` inside a LightningModule).
+
+    Args:
+        model: any module.
+        layers: as `find_expert_layers` gave them, whether found by structure or named by the user.
+
+    Returns:
+        For each layer, in order, the one of this model: its own name and sizes, the index that was given.
+
+    Raises:
+        ValueError: if a layer is not there, or in several places.
+    """
+    modules = dict(model.named_modules())
+    return [_located(model, modules, layer) for layer in layers]
+
+
+def _located(model: nn.Module, modules: dict[str, nn.Module], layer: ExpertLayer) -> ExpertLayer:
+    names = [layer.name] if layer.name in modules else [name for name in modules if _alike(name, layer.name)]
+    if len(names) != 1:
+        raise ValueError(
+            f"{type(model).__name__} has {'several' if names else 'no'} expert layers called {layer.name!r}, with or "
+            f"without a prefix{': ' + ', '.join(names) if names else ''}"
+        )
+    module = modules[names[0]]
+    if layer.layout == "fused" and is_fused_experts(module):
+        return _fused_layer(names[0], layer.index, module)
+    if layer.layout == "modules" and isinstance(module, nn.ModuleList):
+        inside = dict(module[0].named_modules())
+        if isinstance(inside.get(layer.down_proj), nn.Linear):
+            return _module_list_layer(names[0], layer.index, module, layer.down_proj)
+    raise ValueError(
+        f"{names[0]!r} of {type(model).__name__} does not hold experts as {layer.name!r} did ({layer.layout}, second "
+        f"linear layer {layer.down_proj!r})"
+    )
+
+
+def _alike(name: str, other: str) -> bool:
+    return bool(name) and (name.endswith(f".{other}") or other.endswith(f".{name}"))
 
 
 def is_fused_experts(module: nn.Module) -> bool:

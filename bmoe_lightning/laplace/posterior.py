@@ -11,6 +11,7 @@ An expert that was never routed keeps the prior: variance 1/lambda in every dire
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,7 +22,7 @@ from torch import Tensor, nn
 
 from bmoe_lightning.curvature.factors import KroneckerFactors
 from bmoe_lightning.experts.fingerprint import weight_fingerprint
-from bmoe_lightning.experts.layout import ExpertLayer, find_expert_layers
+from bmoe_lightning.experts.layout import ExpertLayer, locate_expert_layers
 from bmoe_lightning.experts.taps import ClassLogits
 from bmoe_lightning.laplace.covariance import BatchTerms, batch_terms, covariance
 from bmoe_lightning.laplace.predictive import (
@@ -50,8 +51,11 @@ class WeightMismatchError(RuntimeError):
 
 @dataclass(frozen=True)
 class _Binding:
-    """A posterior's layers found in a model."""
+    """A posterior's layers found in a model, and the state of the model at that time."""
 
+    model: weakref.ref[nn.Module]
+    device: torch.device
+    weights: tuple[tuple[int, int], ...]
     layers: list[ExpertLayer]
     factors: KroneckerFactors
 
@@ -83,7 +87,7 @@ class LaplacePosterior:
         self.prior_precision = _precision_tensor(factors, prior_precision)
         self.prior_mean = prior_mean
         self._curvature = [layer.curvature().cpu() for layer in factors.layers]
-        self._bound: tuple[int, torch.device, _Binding] | None = None
+        self._bound: _Binding | None = None
 
     def with_prior_precision(self, prior_precision: float | Tensor | Mapping[str, float]) -> LaplacePosterior:
         """The same curvature under another prior precision."""
@@ -262,9 +266,11 @@ class LaplacePosterior:
 
         Raises:
             WeightMismatchError: if they differ.
+            ValueError: if the model does not have the layers.
         """
         fingerprint = self.factors.fingerprint
-        if fingerprint and weight_fingerprint(model, find_expert_layers(model)) != fingerprint:
+        layers = locate_expert_layers(model, self.factors.expert_layers)
+        if fingerprint and weight_fingerprint(model, layers) != fingerprint:
             raise WeightMismatchError(
                 "this posterior was fitted on other weights than the model has. Load the checkpoint it was fitted on, "
                 "or fit it again (trainer.test() without a model loads the best checkpoint, not the last)."
@@ -290,13 +296,21 @@ class LaplacePosterior:
         return cls(factors.to(device), prior_precision, prior_mean=prior_mean)
 
     def _bind(self, model: nn.Module) -> _Binding:
-        """Find the layers in a model, check its weights and bring the factors to its device; once a model."""
+        """Find the layers in a model, check its weights and bring the factors to its device; again when it changed."""
         device = next(model.parameters()).device
-        if self._bound is None or self._bound[:2] != (id(model), device):
+        bound = self._bound
+        if (
+            bound is None
+            or bound.model() is not model
+            or bound.device != device
+            or bound.weights != _weights_state(model, bound.layers)
+        ):
             self.check_weights(model)
-            layers = _match_layers(self.factors, find_expert_layers(model))
-            self._bound = (id(model), device, _Binding(layers, self.factors.to(device)))
-        return self._bound[2]
+            layers = _match_layers(model, self.factors)
+            weights = _weights_state(model, layers)
+            bound = _Binding(weakref.ref(model), device, weights, layers, self.factors.to(device))
+            self._bound = bound
+        return bound
 
 
 def _precision_tensor(factors: KroneckerFactors, value: float | Tensor | Mapping[str, float]) -> Tensor:
@@ -316,24 +330,25 @@ def _precision_tensor(factors: KroneckerFactors, value: float | Tensor | Mapping
     return precision
 
 
-def _match_layers(factors: KroneckerFactors, layers: Sequence[ExpertLayer]) -> list[ExpertLayer]:
-    """The model's layer for each layer of the factors: by index, checked by shape and by the end of the name.
+def _weights_state(model: nn.Module, layers: Sequence[ExpertLayer]) -> tuple[tuple[int, int], ...]:
+    """Which parameters the MoE blocks have and how often each was written to; costs no look at the weights."""
+    blocks = [model.get_submodule(layer.name.rpartition(".")[0]) for layer in layers]
+    return tuple(
+        (parameter.data_ptr(), 0 if parameter.is_inference() else parameter._version)
+        for block in blocks
+        for parameter in block.parameters()
+    )
 
-    A posterior fitted on a LightningModule that holds the model names its layers `model.model.layers...`; the same
-    model by itself names them `model.layers...`.
-    """
-    by_index = {layer.index: layer for layer in layers}
-    matched = []
-    for layer_factors in factors.layers:
-        layer = by_index.get(layer_factors.index)
-        expected = (layer_factors.num_experts, layer_factors.d_in, layer_factors.d_out)
-        if layer is None or (layer.num_experts, layer.d_in, layer.d_out) != expected:
-            found = "nothing" if layer is None else f"{layer.name!r} {(layer.num_experts, layer.d_in, layer.d_out)}"
+
+def _match_layers(model: nn.Module, factors: KroneckerFactors) -> list[ExpertLayer]:
+    """The model's layer for each layer of the factors, its sizes compared."""
+    described = {layer.name: layer for layer in factors.expert_layers}
+    layers = locate_expert_layers(model, [described[layer.name] for layer in factors.layers])
+    for layer, known in zip(layers, factors.layers, strict=True):
+        found, expected = (layer.num_experts, layer.d_in, layer.d_out), (known.num_experts, known.d_in, known.d_out)
+        if found != expected:
             raise ValueError(
-                f"the posterior's layer {layer_factors.name!r} with (experts, d_in, d_out) = {expected} does not fit "
-                f"the model, which has {found} at index {layer_factors.index}"
+                f"the posterior's layer {known.name!r} with (experts, d_in, d_out) = {expected} does not fit the "
+                f"model's {layer.name!r} with {found}"
             )
-        if not (layer.name.endswith(layer_factors.name) or layer_factors.name.endswith(layer.name)):
-            raise ValueError(f"the posterior's layer {layer_factors.name!r} is called {layer.name!r} in this model")
-        matched.append(layer)
-    return matched
+    return layers

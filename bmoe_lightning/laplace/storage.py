@@ -9,6 +9,7 @@ import json
 import os
 import uuid
 from collections.abc import Mapping
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from bmoe_lightning.curvature.factors import KroneckerFactors, LayerFactors
+from bmoe_lightning.experts.layout import ExpertLayer
 
 FORMAT = "bmoe_lightning.posterior"
 VERSION = 1
@@ -60,6 +62,7 @@ def save_posterior(path: str | Path, factors: KroneckerFactors, prior_precision:
         "format": FORMAT,
         "version": VERSION,
         **factors.description(),
+        "expert_layers": [asdict(layer) for layer in factors.expert_layers],
         "prior_mean": prior_mean,
         "layers": [{"name": layer.name, "index": layer.index} for layer in factors.layers],
     }
@@ -81,7 +84,11 @@ def load_posterior(path: str | Path) -> tuple[KroneckerFactors, Tensor, str]:
             f"{path} is no complete safetensors file ({error}); was the download or copy cut off?"
         ) from error
     header = _header(path, metadata)
-    layers = tuple(_layer(path, position, layer, tensors) for position, layer in enumerate(header.pop("layers")))
+    try:
+        layers = tuple(_layer(path, position, layer, tensors) for position, layer in enumerate(header.pop("layers")))
+        header["expert_layers"] = tuple(ExpertLayer(**layer) for layer in header["expert_layers"])
+    except (AttributeError, KeyError, TypeError) as error:
+        raise ValueError(f"{path} has a header that does not describe its layers: {error!r}") from error
     precision = tensors.get("prior_precision")
     if precision is None or precision.shape != (len(layers),):
         raise ValueError(f"{path} has no prior precision for its {len(layers)} layers")
@@ -102,7 +109,16 @@ def _header(path: Path, metadata: Mapping[str, str]) -> dict[str, Any]:
     header.pop("format", None)
     if version != VERSION:
         raise ValueError(f"{path} has version {version} of the posterior format; this release reads version {VERSION}")
-    required = {"rank", "fisher", "approximation", "sketch", "num_examples", "num_examples_used", "fingerprint"}
+    required = {
+        "rank",
+        "fisher",
+        "approximation",
+        "sketch",
+        "num_examples",
+        "num_examples_used",
+        "expert_layers",
+        "fingerprint",
+    }
     if set(header) != required | {"prior_mean", "layers"}:
         raise ValueError(f"{path} has an incomplete header: {sorted(header)}")
     return header
@@ -114,7 +130,7 @@ def _layer(path: Path, position: int, described: Mapping[str, Any], tensors: Map
         raise ValueError(f"{path} lacks {missing} of layer {described.get('name')!r}")
     found = {name: tensors[f"{position}.{name}"] for name in _FIELDS}
     num_experts = found["slots"].numel()
-    shapes: dict[str, tuple[int, ...]] = {name: (num_experts,) for name in ("slots", "a_trace", "g_trace")}
+    shapes: dict[str, tuple[int, ...]] = dict.fromkeys(("slots", "a_trace", "g_trace"), (num_experts,))
     for side in "ag":
         d, rank = found[f"{side}_basis"].shape[-2:] if found[f"{side}_basis"].dim() == 3 else (0, 0)
         shapes |= {f"{side}_basis": (num_experts, d, rank), f"{side}_eigenvalues": (num_experts, rank)}

@@ -4,6 +4,7 @@ from oracles.models import as_modules, tiny_qwen, toy_model
 from torch import nn
 
 from bmoe_lightning.experts import ExpertLayer, down_proj_parameters, find_expert_layers, squared_distances
+from bmoe_lightning.experts.layout import locate_expert_layers
 
 
 def linear(d_in, d_out):
@@ -136,6 +137,37 @@ def test_message_names_what_is_there():
         find_expert_layers(model)
     with pytest.raises(ValueError, match="in this model: none"):
         find_expert_layers(linear(3, 3))
+
+
+@pytest.mark.parametrize("layout", ["fused", "modules"])
+def test_layers_are_located_under_another_prefix(layout):
+    model = toy_model() if layout == "fused" else as_modules(toy_model())
+    layers = find_expert_layers(model)
+    assert locate_expert_layers(model, layers) == layers
+    held = Holder(outer=Holder(model=model))
+    inside = locate_expert_layers(held, layers)
+    assert [x.name for x in inside] == [f"outer.model.layers.{i}.mixture.crew" for i in range(2)]
+    assert inside == find_expert_layers(held)
+    assert locate_expert_layers(model, inside) == layers
+    assert locate_expert_layers(model, layers[1:]) == layers[1:]
+
+
+def test_layers_that_cannot_be_located():
+    model = toy_model()
+    layers = find_expert_layers(model)
+    with pytest.raises(ValueError, match=r"ToyMoE has no expert layers called 'layers.1.mixture.crew'"):
+        locate_expert_layers(toy_model(num_layers=1), layers)
+    with pytest.raises(ValueError, match=r"has several .*: a.layers.0.mixture.crew, b.layers.0.mixture.crew"):
+        locate_expert_layers(Holder(a=model, b=toy_model(seed=1)), layers)
+    with pytest.raises(ValueError, match=r"does not hold experts as 'layers.0.mixture.crew' did"):
+        locate_expert_layers(as_modules(model), layers)
+    with pytest.raises(ValueError, match="second linear layer 'fall'"):
+        locate_expert_layers(model, find_expert_layers(as_modules(model)))
+
+
+def test_located_layers_have_the_sizes_of_their_model():
+    (first, _) = locate_expert_layers(toy_model(width=8, num_experts=3), find_expert_layers(toy_model()))
+    assert (first.num_experts, first.d_in, first.d_out) == (3, 5, 8)
 
 
 def test_parameters_of_both_layouts():
