@@ -226,7 +226,8 @@ def check_logits(logits: Tensor) -> None:
     """Refuse what cannot be class logits.
 
     Raises:
-        ValueError: if the shape is not `[B, K]` with K >= 2, a value is NaN or +inf, or every row is a distribution.
+        ValueError: if the shape is not `[B, K]` with K >= 2, a value is NaN or +inf, an example has fewer than two
+            classes, or every row is a distribution.
     """
     if logits.dim() != 2 or logits.shape[1] < 2 or not logits.is_floating_point():
         raise ValueError(
@@ -235,6 +236,8 @@ def check_logits(logits: Tensor) -> None:
     values = logits.detach().float()
     if bool(torch.isnan(values).any() | (values == torch.inf).any()):
         raise ValueError("class_logits returned NaN or +inf: the model's weights or its input are broken")
+    if bool(((values != -torch.inf).sum(-1) < 2).any()):
+        raise ValueError("class_logits returned an example with fewer than two classes: all others are -inf")
     if bool(((values >= 0) & (values <= 1)).all() & ((values.sum(-1) - 1).abs() < 1e-3).all()):
         raise ValueError(
             "class_logits returned probabilities (every row is non-negative and sums to 1); return the logits before "

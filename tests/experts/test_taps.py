@@ -265,6 +265,7 @@ def test_other_batches_are_handed_over_as_they_are():
         (lambda f: f.softmax(-1), "returned probabilities"),
         (lambda f: torch.where(f == f.max(), torch.nan, f), "NaN"),
         (lambda f: torch.where(f == f.max(), torch.inf, f), "NaN or"),
+        (lambda f: f.masked_fill(torch.tensor([True, True, True, False]), -torch.inf), "fewer than two classes"),
         (lambda f: f[:, 0], r"shape \[B, K\] with K >= 2, got torch.float64 \(5,\)"),
         (lambda f: f[:, :1], r"\(5, 1\)"),
         (lambda f: f.unsqueeze(0), r"\(1, 5, 4\)"),
@@ -282,7 +283,7 @@ def test_bad_logits_are_refused(spoil, message):
 def test_good_logits_are_not_mistaken():
     check_logits(torch.tensor([[0.2, 0.8], [0.9, 0.9]]))  # one row is no distribution
     check_logits(torch.tensor([[0.5, 0.5, 0.0]]).log())
-    check_logits(torch.tensor([[1.0, -torch.inf], [2.0, 3.0]]))
+    check_logits(torch.tensor([[1.0, -torch.inf, 0.0], [2.0, 3.0, -torch.inf]]))
     check_logits(torch.randn(3, 4).log_softmax(-1))
 
 
