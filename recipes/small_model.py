@@ -9,8 +9,8 @@ tell them: a layer later the choices are compared with the value, and in the las
 so a value known only at the top of the network comes too late to be used in a question. Then follow questions with a
 "yes" or "no" after every choice, four times the signal of one letter, without which the letters are not learned in any
 reasonable time. The letters themselves are learned last. Weight decay is strong, because a model that may keep large
-weights learns the answers to the pre-training questions by heart instead of looking them up among the facts, and what it
-has learned is then worth nothing for other questions.
+weights learns the answers to the pre-training questions by heart instead of looking them up among the facts, and what
+it has learned is then worth little for other questions.
 """
 
 import hashlib
@@ -52,14 +52,12 @@ class Lesson:
         until: the first step, counted from 0, that is no longer part of the lesson.
         statements: weight of the texts of this form, and so on for the other forms of a world's texts.
         judged: see ``statements``.
-        open: see ``statements``.
         answered: see ``statements``.
     """
 
     until: int
     statements: float = 0.0
     judged: float = 0.0
-    open: float = 0.0
     answered: float = 0.0
 
 
@@ -91,8 +89,8 @@ class PretrainingSettings:
     learning_rate: float = 4e-3
     warmup_steps: int = 50
     decay_share: float = 0.3
-    least_learning_rate: float = 0.1
-    weight_decay: float = 0.5
+    least_learning_rate: float = 0.25
+    weight_decay: float = 0.2
     gradient_clip: float = 1.0
     lessons: tuple[Lesson, ...] = (
         Lesson(until=100, statements=1.0),
@@ -325,7 +323,8 @@ class _Pretraining:
         )
         if accuracy < settings.least_accuracy:
             raise RuntimeError(
-                f"{found}, and below {settings.least_accuracy:.0%} it is of no use. Try another seed or raise max_steps."
+                f"{found}, and below {settings.least_accuracy:.0%} it is of no use. "
+                "Try another seed or raise max_steps."
             )
         logger.warning("%s; results will be weaker. Try another seed or raise max_steps.", found)
 

@@ -1,10 +1,10 @@
 """A generated open-book task, and the text from which a small model learns the facts behind it.
 
-A *world* holds creatures with made-up names. Every creature is of a kind, and each feature (colour, food, ...) has a usual
-value for every kind, one in summer and one in winter. A creature takes its kind's value or, with probability
-``exception_rate``, one of its own; the kind's value is then among the distractors of its question. So a question can be
-answered from what was read about the creature, or guessed, mostly rightly, from its kind: a model that guesses has every
-reason to be sure, and is wrong at times.
+A *world* holds creatures with made-up names. Every creature is of a kind, and each feature (colour, food, ...) has a
+usual value for every kind, one in summer and one in winter. A creature takes its kind's value or, with probability
+``exception_rate``, one of its own; the kind's value is then among the distractors of its question. So a question can
+be answered from what was read about the creature, or guessed, mostly rightly, from its kind: a model that guesses has
+every reason to be sure, and is wrong at times.
 
 What happens in summer is both stated and asked about in the pre-training text; what happens in winter is only stated
 there. The task is to answer questions about the winter, after a few examples: the facts were read, how to use them is
@@ -13,7 +13,7 @@ new.
 
 import random
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import cached_property
 from typing import Literal
 
@@ -25,15 +25,15 @@ from bmoe_lightning.data.tokenizer import KEPT_WORDS, train_word_tokenizer
 
 Split = Literal["fit", "calibration", "test", "pretraining"]
 SPLITS: tuple[Split, ...] = ("fit", "calibration", "test", "pretraining")
-TextForm = Literal["statements", "judged", "open", "answered"]
-TEXT_FORMS: tuple[TextForm, ...] = ("statements", "judged", "open", "answered")
+TextForm = Literal["statements", "judged", "answered"]
+TEXT_FORMS: tuple[TextForm, ...] = ("statements", "judged", "answered")
 
 ASKED_SEASON = "summer"
 READ_SEASON = "winter"
 
 KINDS = (
-    "bird", "fish", "beetle", "frog", "lizard", "moth", "snail", "spider", "bat", "crab", "fern", "moss", "mouse", "worm",
-    "toad", "snake",
+    "bird", "fish", "beetle", "frog", "lizard", "moth", "snail", "spider",
+    "bat", "crab", "fern", "moss", "mouse", "worm", "toad", "snake",
 )  # fmt: skip
 FEATURES: dict[str, tuple[str, ...]] = {
     "colour": ("red", "blue", "green", "yellow", "black", "white", "purple", "orange"),
@@ -50,8 +50,8 @@ MEMBERSHIP_RATE = 0.2
 _CONSONANTS = "bdfgklmnprstvz"
 _VOWELS = "aeiou"
 _MOST_CHOICES = min(len(values) for values in FEATURES.values())
-# Questions are sentences to be completed, as many of OpenBookQA's are, so that what was learned from the statement can be
-# used at the same word of the question.
+# Questions are sentences to be completed, as many of OpenBookQA's are, so that what was learned from the statement can
+# be used at the same word of the question.
 _STEM = "The {season} {feature} of the {creature} is"
 _MEMBERSHIP = "The {creature} is a"
 
@@ -99,8 +99,8 @@ class Piece:
 class World:
     """A generated world: its facts, its questions, its texts and its tokenizer.
 
-    Everything follows from the arguments: two worlds with equal arguments are equal in every word, in every process, and
-    no random state outside the world is read or changed.
+    Everything follows from the arguments: two worlds with equal arguments are equal in every word, in every process,
+    and no random state outside the world is read or changed.
 
     Args:
         seed: seed of the world.
@@ -135,8 +135,8 @@ class World:
         questions = self.kinds * self.creatures_per_kind * self.features
         if min(self.fit_items, self.calibration_items) < 1 or self.fit_items + self.calibration_items >= questions:
             raise ValueError(
-                f"fit_items={self.fit_items} and calibration_items={self.calibration_items} must be positive and leave some "
-                f"of the world's {questions} questions for the test split; lower them or add creatures or features."
+                f"fit_items={self.fit_items} and calibration_items={self.calibration_items} must be positive and leave "
+                f"some of the world's {questions} questions for testing; lower them or add creatures or features."
             )
 
     def _random(self, purpose: str) -> random.Random:
@@ -228,9 +228,10 @@ class World:
         """Draw one text from which to learn this world.
 
         Args:
-            form: ``"statements"``, three sentences, each about a fact of either season or about a creature's kind, whose
-                last words are scored; ``"answered"``, a question about a summer fact in the ``letters`` prompt with its
-                answer's letter, which is scored; ``"judged"``, such a question with a scored yes or no after each choice.
+            form: ``"statements"``, three sentences about facts of either season or about creatures' kinds, whose last
+                words are scored; ``"answered"``, a question about a summer fact in the ``letters`` prompt with its
+                answer's letter, which is scored; ``"judged"``, such a question with a scored yes or no after each
+                choice.
             rng: source of every draw.
 
         Returns:
@@ -249,8 +250,6 @@ class World:
         question = self.ask(rng.choice(self._asked), rng)
         if form == "judged":
             return _judged(question)
-        if form == "open":
-            question = replace(question, question=f"{question.question} {question.choices[question.answer]}.")
         return Piece(get_prompt_format("letters").render(question)), Piece(LETTERS[question.answer], scored=True)
 
     def _sentence(self, rng: random.Random) -> tuple[Piece, ...]:
@@ -273,9 +272,14 @@ class World:
             *(question.question for question in questions),
         ]
         texts += [value for fact in self.facts for value in FEATURES[fact.feature]]
-        tokenizer = train_word_tokenizer(texts, max_vocab=100_000, keep=(*KEPT_WORDS, *LETTERS[:_MOST_CHOICES]))
-        tokenizer.padding_side = "left"
-        return tokenizer
+        words = train_word_tokenizer(texts, max_vocab=100_000, keep=(*KEPT_WORDS, *LETTERS[:_MOST_CHOICES]))
+        # Only what is given at construction is saved with the tokenizer.
+        return PreTrainedTokenizerFast(
+            tokenizer_object=words.backend_tokenizer,
+            pad_token=words.pad_token,
+            unk_token=words.unk_token,
+            padding_side="left",
+        )
 
 
 def _check_range(name: str, value: float, lowest: float, highest: float) -> None:
