@@ -128,6 +128,8 @@ class Evaluation:
 
     def __init__(self, methods: Sequence[Method], posterior: LaplacePosterior | None = None) -> None:
         self.methods = list(methods)
+        if len({method.name for method in methods}) < len(self.methods):
+            raise ValueError(f"methods need distinct names, got {[method.name for method in methods]}")
         self._posterior = posterior if any(method.needs_posterior for method in methods) else None
         self._log_probs: dict[str, list[Tensor]] = {method.name: [] for method in methods}
         self._labels: list[Tensor] = []
@@ -139,12 +141,11 @@ class Evaluation:
             ValueError: if the batch has no labels.
         """
         view = BatchView(model, class_logits, batch, self._posterior)
-        if view.labels is None:
-            raise ValueError("evaluation needs labels, but class_logits returned None for them")
+        labels = _labels(view)
         for method in self.methods:
             if not method.is_ensemble:
                 self._log_probs[method.name].append(method.log_probs(view).cpu())
-        self._labels.append(view.labels.cpu())
+        self._labels.append(labels)
 
     def finish(self, model: nn.Module, class_logits: ClassLogits, batches: Iterable[Any]) -> dict[str, Predictions]:
         """Let the ensembles predict the same data, and return what every method said.
@@ -155,7 +156,7 @@ class Evaluation:
             batches: the data that was added, once more; iterated over once a member.
 
         Raises:
-            ValueError: if nothing was added.
+            ValueError: if nothing was added, or the data come in another order than before.
         """
         if not self._labels:
             raise ValueError("no example to evaluate: the data are empty")
@@ -163,8 +164,13 @@ class Evaluation:
         result = {}
         for method in self.methods:
             if method.is_ensemble:
-                members = [_member_log_probs(m, method, model, class_logits, batches) for m in method.members(model)]
-                log_probs = average_log_probs(torch.stack(members))
+                members = [_member(m, method, model, class_logits, batches) for m in method.members(model)]
+                if any(not torch.equal(member.labels, labels) for member in members):
+                    raise ValueError(
+                        f"{method.name} passes over the data once a member, and their order changed in between; use a "
+                        "loader that does not shuffle"
+                    )
+                log_probs = average_log_probs(torch.stack([member.log_probs for member in members]))
             else:
                 log_probs = torch.cat(self._log_probs[method.name])
             result[method.name] = Predictions(log_probs, labels)
@@ -205,13 +211,24 @@ def average_log_probs(log_probs: Tensor) -> Tensor:
     return torch.logsumexp(log_probs, dim=0) - math.log(len(log_probs))
 
 
-def _member_log_probs(
-    member: AbstractContextManager[None],
+def _member(
+    context: AbstractContextManager[None],
     method: Method,
     model: nn.Module,
     class_logits: ClassLogits,
     batches: Iterable[Any],
-) -> Tensor:
-    """What one member says about the whole data set: `[N, K]`."""
-    with member:
-        return torch.cat([method.log_probs(BatchView(model, class_logits, batch)).cpu() for batch in batches])
+) -> Predictions:
+    """What one member says about the whole data set."""
+    log_probs, labels = [], []
+    with context:
+        for batch in batches:
+            view = BatchView(model, class_logits, batch)
+            log_probs.append(method.log_probs(view).cpu())
+            labels.append(_labels(view))
+    return Predictions(torch.cat(log_probs), torch.cat(labels))
+
+
+def _labels(view: BatchView) -> Tensor:
+    if view.labels is None:
+        raise ValueError("evaluation needs labels, but class_logits returned None for them")
+    return view.labels.cpu()

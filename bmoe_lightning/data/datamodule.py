@@ -1,14 +1,14 @@
 """The Lightning DataModule that turns multiple-choice questions into batches with a known answer position."""
 
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Literal, TypedDict
 
 import torch
 from lightning import LightningDataModule
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader, Dataset, Sampler
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from bmoe_lightning.data.hub import DataUnavailableError, is_hub_id, load_questions
@@ -65,6 +65,35 @@ class EncodedQuestions(Dataset[EncodedQuestion]):
 
     def __getitem__(self, position: int) -> EncodedQuestion:
         return self._items[position]
+
+
+class SeededShuffle(Sampler[int]):
+    """An order for every epoch that depends on nothing but the seed and the epoch's number.
+
+    Lightning tells a sampler the epoch, also after resuming from a checkpoint: a resumed run then sees the orders that
+    an uninterrupted one sees.
+
+    Args:
+        size: number of items.
+        seed: of all orders.
+    """
+
+    def __init__(self, size: int, seed: int) -> None:
+        self.size = size
+        self.seed = seed
+        self.epoch = 0
+
+    def set_epoch(self, epoch: int) -> None:
+        """Take the order of an epoch, counted from 0."""
+        self.epoch = epoch
+
+    def __len__(self) -> int:
+        return self.size
+
+    def __iter__(self) -> Iterator[int]:
+        generator = torch.Generator().manual_seed(self.seed + 1_000_003 * self.epoch)
+        self.epoch += 1  # for a loop that does not name its epochs
+        return iter(torch.randperm(self.size, generator=generator).tolist())
 
 
 @dataclass(frozen=True)
@@ -321,9 +350,8 @@ class MultipleChoiceDataModule(LightningDataModule):
         return parts[split]
 
     def train_dataloader(self) -> DataLoader[EncodedQuestion]:
-        """Return the training questions in an order drawn from `seed` and, where a trainer runs, its epoch."""
-        epoch = 0 if self.trainer is None else self.trainer.current_epoch
-        return self._loader("train", self.batch_size, shuffle_seed=self.seed + 1_000_003 * epoch)
+        """Return the training questions, each epoch in an order drawn from `seed` and the epoch's number."""
+        return self._loader("train", self.batch_size, SeededShuffle(len(self._ready().encoded["train"]), self.seed))
 
     def val_dataloader(self) -> DataLoader[EncodedQuestion]:
         """Return the calibration questions, in order."""
@@ -345,14 +373,14 @@ class MultipleChoiceDataModule(LightningDataModule):
         """Return the questions that the weights were fitted on, in order and each once."""
         return self._loader("train", self.eval_batch_size)
 
-    def _loader(self, part: Part, batch_size: int, shuffle_seed: int | None = None) -> DataLoader[EncodedQuestion]:
+    def _loader(self, part: Part, batch_size: int, sampler: Sampler[int] | None = None) -> DataLoader[EncodedQuestion]:
         prepared = self._ready()
         return DataLoader(
             prepared.encoded[part],
             batch_size=batch_size,
-            shuffle=shuffle_seed is not None,
+            sampler=sampler,
             # Even without shuffling a loader draws a number, and would take it from the global generator.
-            generator=torch.Generator().manual_seed(self.seed if shuffle_seed is None else shuffle_seed),
+            generator=torch.Generator().manual_seed(self.seed),
             collate_fn=prepared.collate,
             num_workers=self.num_workers,
             drop_last=False,

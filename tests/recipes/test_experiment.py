@@ -1,0 +1,158 @@
+"""The recipe through its command, on a model with random weights."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import torch
+
+from bmoe_lightning import BayesianMoECallback, LaplacePosterior
+from recipes import experiment
+from recipes.qwen_obqa import main
+
+METHODS = "map,checkpoint_ensemble,temperature,laplace_evidence,laplace_lpo"
+
+
+def run(folder, *arguments):
+    torch.manual_seed(0)
+    return main(["--dry-run", "--quiet", "--accelerator", "cpu", "--output-dir", str(folder), *arguments])
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    """One run with all methods."""
+    folder = tmp_path_factory.mktemp("recipe") / "run"
+    assert run(folder) == 0
+    return folder
+
+
+class TestOutput:
+    def test_every_file_is_there_and_says_the_same(self, finished):
+        content = json.loads((finished / "results.json").read_text())
+        rows = {row["method"]: row for row in content["rows"]}
+        assert len(rows) == 10
+        lines = [json.loads(line) for line in (finished / "predictions.jsonl").read_text().splitlines()]
+        assert len(lines) == 10 * 128
+        plain = [line for line in lines if line["method"] == "map"]
+        right = sum(max(range(4), key=lambda k: line["log_probs"][k]) == line["label"] for line in plain)
+        assert rows["map"]["acc"]["mean"] == pytest.approx(right / 128)
+        for name in ("results.csv", "results.md", "label_budget.json", "run.json"):
+            assert (finished / name).stat().st_size > 0
+
+    def test_the_posterior_can_be_served(self, finished):
+        posterior = LaplacePosterior.load(finished / "seed-0" / "bayesian_moe" / "posterior.safetensors")
+        assert len(posterior.factors.layers) == 3
+
+    def test_tensorboard_has_a_run_for_each_method(self, finished):
+        runs = {path.name for path in (finished / "tensorboard" / "methods").iterdir() if path.is_dir()}
+        assert runs >= {"map", "mc_dropout", "deep_ensemble", "laplace_lpo", "evidence_temperature"}
+
+    def test_figures(self, finished):
+        pytest.importorskip("matplotlib")
+        assert (finished / "figures" / "label_budget.png").is_file()
+
+
+class TestResume:
+    def test_a_finished_run_is_only_reported_again(self, finished, monkeypatch, capsys):
+        def never(*_):
+            raise AssertionError("a finished stage was done again")
+
+        monkeypatch.setattr(experiment.SeedRun, "_evaluate", never)
+        before = (finished / "results.csv").read_text()
+        assert run(finished, "--resume") == 0
+        assert (finished / "results.csv").read_text() == before
+        assert "Bayesian-MoE" in capsys.readouterr().out
+
+    def test_other_settings_are_refused(self, finished, capsys):
+        assert run(finished, "--resume", "--rank", "3") == 1
+        assert "rank=10" in capsys.readouterr().err
+
+    def test_only_the_stage_that_was_cut_off_is_done_again(self, tmp_path, monkeypatch, capsys):
+        folder = tmp_path / "run"
+        whole = tmp_path / "whole"
+        assert run(whole, "--methods", METHODS) == 0
+
+        with monkeypatch.context() as patch:
+
+            def killed(*_, **__):
+                raise RuntimeError("killed")
+
+            patch.setattr(BayesianMoECallback, "fit_posterior", killed)
+            with pytest.raises(RuntimeError, match="killed"):
+                run(folder, "--methods", METHODS)
+        trained = folder / "seed-0" / "trained.safetensors"
+        written = trained.stat().st_mtime_ns
+
+        with monkeypatch.context() as patch:
+            patch.setattr(experiment, "_write_predictions", killed)
+            with pytest.raises(RuntimeError, match="killed"):
+                run(folder, "--methods", METHODS, "--resume")
+        posterior = folder / "seed-0" / "bayesian_moe" / "posterior.safetensors"
+        fitted = posterior.stat().st_mtime_ns
+        capsys.readouterr()
+
+        assert run(folder, "--methods", METHODS, "--resume") == 0
+        assert "fine-tuning" not in capsys.readouterr().out
+        assert (trained.stat().st_mtime_ns, posterior.stat().st_mtime_ns) == (written, fitted)
+        resumed, straight = (json.loads((f / "results.json").read_text())["rows"] for f in (folder, whole))
+        for one, other in zip(resumed, straight, strict=True):
+            assert one["nll"]["mean"] == pytest.approx(other["nll"]["mean"], rel=1e-4)
+
+    def test_a_new_run_replaces_the_files_of_the_old_one(self, tmp_path):
+        folder = tmp_path / "run"
+        assert run(folder, "--methods", "map") == 0
+        (folder / "notes.txt").write_text("mine")
+        assert run(folder, "--methods", "temperature") == 0
+        assert [row["method"] for row in json.loads((folder / "results.json").read_text())["rows"]] == ["temperature"]
+        assert (folder / "notes.txt").read_text() == "mine"
+
+    def test_a_folder_with_other_things_is_left_alone(self, tmp_path, capsys):
+        (tmp_path / "thesis.tex").write_text("mine")
+        assert run(tmp_path) == 1
+        assert "not empty" in capsys.readouterr().err
+        assert [path.name for path in tmp_path.iterdir()] == ["thesis.tex"]
+
+
+class TestRefusals:
+    def test_unreachable_hub_is_one_sentence(self, tmp_path, capsys):
+        assert run(tmp_path / "run", "--model", "Qwen/Qwen1.5-MoE-A2.7B", "--data", "allenai/openbookqa") == 1
+        message = capsys.readouterr().err
+        assert message.startswith("error: ")
+        assert "Traceback" not in message
+        assert "allenai/openbookqa" in message
+
+    def test_malformed_row(self, tmp_path, capsys):
+        data = tmp_path / "data"
+        data.mkdir()
+        row = {"id": "1", "question_stem": "q", "choices": {"text": ["a", "b"], "label": ["A", "B"]}, "answerKey": "Z"}
+        for split in ("train", "test"):
+            (data / f"{split}.jsonl").write_text(json.dumps(row) + "\n")
+        assert run(tmp_path / "run", "--data", str(data)) == 1
+        message = capsys.readouterr().err
+        assert "train.jsonl" in message
+        assert "Z" in message
+
+    def test_too_few_questions_for_the_evidence_temperature(self, tmp_path, capsys):
+        assert run(tmp_path / "run", "--limit", "50") == 1
+        assert "at least 100" in capsys.readouterr().err
+
+
+def test_real_questions_with_a_small_model(tmp_path):
+    data = tmp_path / "data"
+    data.mkdir()
+    for split, size in (("train", 80), ("test", 20)):
+        rows = [
+            {
+                "id": f"{split}-{i}",
+                "question_stem": f"which number follows {i} in {split}",
+                "choices": {"text": [str(i + k) for k in range(1, 4 + i % 2)], "label": list("ABCD")[: 3 + i % 2]},
+                "answerKey": "A",
+            }
+            for i in range(size)
+        ]
+        (data / f"{split}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    folder = tmp_path / "run"
+    assert run(folder, "--data", str(data), "--methods", "map,temperature,laplace_lpo") == 0
+    lines = [json.loads(line) for line in (folder / "predictions.jsonl").read_text().splitlines()]
+    assert sum(line["log_probs"][3] is None for line in lines) == 3 * 10  # three choices have no fourth
