@@ -131,7 +131,8 @@ def tapped_experts_forward(self: Any, hidden_states: Tensor, top_k_index: Tensor
     Raises:
         RuntimeError: under expert parallelism, where most experts live elsewhere.
     """
-    if self._is_expert_parallel:
+    # Absent before transformers 5.19 and 5.21, as are the features they name.
+    if getattr(self, "_is_expert_parallel", False):
         raise RuntimeError("expert parallelism is not supported: load the model without an expert-parallel plan")
     num_tokens, top_k = top_k_index.shape
     groups = ExpertGroups(top_k_index.reshape(-1), self.num_experts)
@@ -149,7 +150,7 @@ def tapped_experts_forward(self: Any, hidden_states: Tensor, top_k_index: Tensor
         output = state.tap.record(hidden, groups.experts, output, tokens, num_tokens)
     if self.has_bias:
         output = output + self.down_proj_bias[groups.experts]
-    if self.has_post_expert_norm:
+    if getattr(self, "has_post_expert_norm", False):
         output = self.post_expert_norm(output)
 
     weighted = output * top_k_weights.reshape(-1)[groups.order].unsqueeze(-1)
