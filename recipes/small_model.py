@@ -21,7 +21,8 @@ import random
 import shutil
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Literal
@@ -188,7 +189,8 @@ def pretrain(
 ) -> Path:
     """Teach a small model a world, or find the one that was taught before.
 
-    The result depends on the arguments alone (and on the machine's rounding); no global random state is changed. The
+    The result depends on the arguments alone (and on the machine's rounding); no global random state is changed, and
+    one thread is used, whatever the setting outside. The
     cache folder is written under another name first, so an interrupted run leaves nothing behind that looks finished.
 
     Args:
@@ -219,9 +221,22 @@ def pretrain(
     if folder.is_dir():
         logger.info("Using the small model in %s.", folder)
         return folder
-    model, record = _Pretraining(world, config, tokenizer, settings, seed).run(progress=progress)
+    with _one_thread():
+        model, record = _Pretraining(world, config, tokenizer, settings, seed).run(progress=progress)
     _save(folder, model, tokenizer, record)
     return folder
+
+
+@contextmanager
+def _one_thread() -> Iterator[None]:
+    # Operations this small gain nothing from a second thread, lose a lot to one on a busy machine (measured: nine times
+    # as long), and round differently with each number of threads, which the sharp transition in learning would amplify.
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
 
 
 def _cache_key(world: World, config: Qwen2MoeConfig, settings: PretrainingSettings, seed: int) -> str:

@@ -133,6 +133,23 @@ def test_a_model_that_learned_nothing_is_refused_and_a_weak_one_told(tmp_path, c
     assert "results will be weaker" in caplog.text
 
 
+def test_one_thread_is_used_and_the_setting_restored_also_after_an_error(tmp_path, monkeypatch):
+    seen = []
+
+    def failing(self, *, progress):
+        seen.append(torch.get_num_threads())
+        raise RuntimeError("stop")
+
+    monkeypatch.setattr(small_model._Pretraining, "run", failing)
+    torch.set_num_threads(2)
+    try:
+        with pytest.raises(RuntimeError, match="stop"):
+            pretrain(WORLD, cache_dir=tmp_path, settings=SHORT, progress=False)
+        assert (seen, torch.get_num_threads()) == ([1], 2)
+    finally:
+        torch.set_num_threads(1)
+
+
 def test_a_configuration_for_another_vocabulary_is_refused(tmp_path):
     with pytest.raises(ValueError, match="vocabulary of 7 words"):
         pretrain(WORLD, small_moe_config(7), cache_dir=tmp_path, settings=SHORT, progress=False)
