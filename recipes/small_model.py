@@ -229,8 +229,8 @@ def pretrain(
 
 @contextmanager
 def _one_thread() -> Iterator[None]:
-    # Operations this small gain nothing from a second thread, lose a lot to one on a busy machine (measured: nine times
-    # as long), and round differently with each number of threads, which the sharp transition in learning would amplify.
+    # On a busy machine a second thread made a step seven to nine times as long. Sums also round differently with each
+    # number of threads, which the sharp transition in learning would amplify.
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
