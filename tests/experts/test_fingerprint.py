@@ -38,6 +38,18 @@ def test_every_matrix_of_every_expert_counts(layout, part):
         assert fingerprint(model) == before
 
 
+def test_every_one_of_many_experts_counts():
+    """More experts than there are samples of a matrix."""
+    model = toy_model(num_experts=100, width=8, inner=9, num_layers=1)
+    weights = model.layers[0].mixture.crew.down_proj
+    before, seen = fingerprint(model), set()
+    for expert in range(100):
+        with torch.no_grad():
+            weights[expert] *= 1.001
+        seen.add(fingerprint(model))
+    assert len(seen | {before}) == 101
+
+
 def test_a_step_of_training_changes_large_matrices():
     """Only a sample of a large matrix is read; an optimiser moves all of it."""
     model = tiny_qwen(dtype=torch.float32, hidden_size=64, moe_intermediate_size=48)

@@ -10,6 +10,7 @@ from bmoe_lightning.laplace.covariance import BatchTerms, LayerTerms
 from bmoe_lightning.laplace.predictive import mean_variance, temperature_from_variances
 from bmoe_lightning.laplace.prior import (
     _Objective,
+    _quasi_newton,
     cache_terms,
     fit_evidence,
     fit_lpo,
@@ -178,6 +179,20 @@ def test_lpo_by_layer_is_never_worse(cache):
         assert float(found.log().std()) > 0.1
     grid = torch.cartesian_prod(*[torch.linspace(-6, 12, 7, dtype=torch.float64)] * 3)
     assert float(objective(found.log())) <= min(float(objective(x)) for x in grid) + 2e-3
+
+
+def test_best_iterate_is_kept():
+    """Also when every later one is worse than the start."""
+    calls = []
+
+    def objective(log_precision):
+        calls.append(1)
+        return (log_precision - 3).square().sum() + 1e3 * len(calls)
+
+    start = torch.tensor([1.0, 2.0], dtype=torch.float64)
+    assert torch.equal(_quasi_newton(objective, start, 5), start)
+    found = _quasi_newton(lambda x: (x - torch.tensor([3.0, -1.0])).square().sum(), start, 20)
+    torch.testing.assert_close(found, torch.tensor([3.0, -1.0], dtype=torch.float64), rtol=0, atol=1e-4)
 
 
 def test_lpo_is_repeatable_and_takes_one_pass(fitted):
