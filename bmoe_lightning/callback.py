@@ -56,7 +56,7 @@ class BayesianMoECallback(L.Callback):
         fisher: labels of the curvature: `exact`, `mc` or `empirical`.
         approximation: K-FAC `expand` or `reduce`.
         sketch: low-rank algorithm: `auto`, `nystrom`, `rsvd` or `exact`.
-        evidence_scope: one prior precision from the evidence (`global`), or one a layer (`layer`).
+        evidence_scope: one prior precision a layer from the evidence (`layer`), or a single one (`global`).
         lpo_scope: the same for LPO.
         prior_mean: `pretrained` (the weights before fine-tuning) or `zero`.
         skip_layers: indices of expert layers that stay out of the posterior.
@@ -85,7 +85,7 @@ class BayesianMoECallback(L.Callback):
         fisher: FisherName = "exact",
         approximation: ApproximationName = "expand",
         sketch: SketchName = "auto",
-        evidence_scope: Scope = "global",
+        evidence_scope: Scope = "layer",
         lpo_scope: Scope = "layer",
         prior_mean: Literal["pretrained", "zero"] = "pretrained",
         skip_layers: Sequence[int] = (),

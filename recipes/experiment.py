@@ -42,7 +42,7 @@ from bmoe_lightning.report import (
 )
 from bmoe_lightning.saved import has_fitted, load_fitted, save_fitted, write_text
 from recipes.label_budget import label_budget
-from recipes.settings import Settings
+from recipes.settings import ResolvedSettings
 from recipes.sources import RecipeError, Source, prepare_source
 
 __all__ = ["RecipeError", "run"]
@@ -51,7 +51,7 @@ _RUN_FILE = "run.json"
 _OWN_FOLDERS = ("tensorboard", "figures")
 
 
-def run(settings: Settings) -> None:
+def run(settings: ResolvedSettings) -> None:
     """Do everything that the settings ask for, and print the table.
 
     Raises:
@@ -85,7 +85,7 @@ class SeedRun:
         seed: fine-tuning seed.
     """
 
-    settings: Settings
+    settings: ResolvedSettings
     source: Source
     output: Path
     seed: int
@@ -191,7 +191,7 @@ class SeedRun:
             self.source.model,
             answer_token_ids=data.answer_token_ids.tolist(),
             train=settings.train,  # type: ignore[arg-type]
-            learning_rate=settings.learning_rate or 0.0,
+            learning_rate=settings.learning_rate,
             weight_decay=settings.weight_decay,
             schedule=settings.schedule,  # type: ignore[arg-type]
             expert_dropout=settings.expert_dropout,
@@ -243,7 +243,7 @@ def _on_device(loader: Any, device: torch.device) -> Iterator[dict[str, Tensor]]
         yield {name: value.to(device) for name, value in batch.items()}
 
 
-def _begin(settings: Settings, output: Path) -> None:
+def _begin(settings: ResolvedSettings, output: Path) -> None:
     """Start a run of its own, or check that an earlier one with the same settings goes on."""
     wanted = {name: value for name, value in asdict(settings).items() if name not in ("resume", "quiet", "output_dir")}
     path = output / _RUN_FILE
@@ -294,7 +294,9 @@ def _read_predictions(path: Path, stage: str, seed: int, ids: tuple[str, ...]) -
         ]
 
 
-def _report(settings: Settings, output: Path, results: list[MethodResult], calibration: list[MethodResult]) -> None:
+def _report(
+    settings: ResolvedSettings, output: Path, results: list[MethodResult], calibration: list[MethodResult]
+) -> None:
     rows = summarise(results)
     config = asdict(settings)
     write_results(output, results, rows, config=config, versions=library_versions())

@@ -11,7 +11,7 @@ import difflib
 import types
 import typing
 from collections.abc import Sequence
-from dataclasses import MISSING, Field, dataclass, field, fields, replace
+from dataclasses import MISSING, Field, dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
@@ -58,10 +58,10 @@ class Settings:
     weight_decay: float = _setting(0.0, "of AdamW")
     schedule: str = _setting("linear", "linear, cosine or constant learning rate")
     train: str = _setting("experts", "what is fine-tuned: experts (all weights of the experts) or down_proj")
-    expert_dropout: float = _setting(0.1, "dropout inside the experts while fine-tuning, and of MC dropout")
+    expert_dropout: float | None = _setting(None, "dropout inside the experts while fine-tuning, and of MC dropout")
     max_length: int = _setting(256, "longest prompt in tokens")
-    prompt: str = _setting("instruction", "prompt format: instruction or letters")
-    rank: int = _setting(10, "eigenpairs kept of each Kronecker factor")
+    prompt: str | None = _setting(None, "prompt format: instruction or letters (default: what the model knows)")
+    rank: int | None = _setting(None, "eigenpairs kept of each Kronecker factor")
     fisher: str = _setting("exact", "labels of the curvature: exact, mc or empirical")
     sketch: str = _setting("auto", "low-rank algorithm: auto, nystrom, rsvd or exact")
     link: str = _setting("mc", "from logits to probabilities: mc, isotropic, probit or laplace_bridge")
@@ -83,7 +83,7 @@ class Settings:
         """The methods as a tuple."""
         return tuple(name.strip() for name in self.methods.split(",") if name.strip())
 
-    def resolved(self) -> Settings:
+    def resolved(self) -> ResolvedSettings:
         """Fill in what was left open: the paper's hyper-parameters for a real model, gentle ones for the small one.
 
         Raises:
@@ -96,6 +96,9 @@ class Settings:
                 "batch_size": 8,
                 "eval_batch_size": 8,
                 "learning_rate": 5e-5,
+                "expert_dropout": 0.1,
+                "rank": 10,
+                "prompt": "instruction",
                 "precision": "bf16-true",
             }
         else:
@@ -104,7 +107,7 @@ class Settings:
             chosen |= {"epochs": 2}
         missing: dict[str, Any] = {name: value for name, value in chosen.items() if getattr(self, name) is None}
         data = "allenai/openbookqa" if self.data is None and self.model is not None else self.data
-        settings = replace(self, **missing, data=data)
+        settings = ResolvedSettings(**{**vars(self), **missing, "data": data})
         settings.check()
         return settings
 
@@ -120,9 +123,9 @@ class Settings:
                 raise SettingsError(f"unknown method {name!r}{_nearest(name, known)}; there are {', '.join(known)}")
         if not self.method_names:
             raise SettingsError("--methods names no method")
-        for name in ("seeds", "rank", "num_samples", "epochs", "batch_size", "max_length"):
+        for name in ("seeds", "rank", "num_samples", "epochs", "batch_size", "eval_batch_size", "max_length"):
             value = getattr(self, name)
-            if value is not None and value < 1:
+            if value < 1:
                 raise SettingsError(f"--{name.replace('_', '-')} must be at least 1, got {value}")
         if self.limit is not None and self.limit < 1:
             raise SettingsError(f"--limit must be at least 1, got {self.limit}")
@@ -141,9 +144,39 @@ class Settings:
                 raise SettingsError(f"--{name} must be one of {', '.join(valid)}, got {getattr(self, name)!r}")
 
 
+@dataclass(frozen=True)
+class ResolvedSettings(Settings):
+    """Settings in which nothing is left open; made by `Settings.resolved`."""
+
+    epochs: int = 0
+    batch_size: int = 0
+    eval_batch_size: int = 0
+    learning_rate: float = 0.0
+    expert_dropout: float = 0.0
+    rank: int = 0
+    prompt: str = ""
+    precision: str = ""
+
+
 SMALL_MODEL_DEFAULTS: dict[str, dict[str, Any]] = {
-    "builtin": {"epochs": 33, "batch_size": 32, "eval_batch_size": 64, "learning_rate": 1e-3},
-    "small": {"epochs": 3, "batch_size": 32, "eval_batch_size": 32, "learning_rate": 1e-3},
+    "builtin": {
+        "epochs": 40,
+        "batch_size": 32,
+        "eval_batch_size": 64,
+        "learning_rate": 7e-4,
+        "expert_dropout": 0.2,
+        "rank": 32,
+        "prompt": "letters",  # the only format that the built-in model has read
+    },
+    "small": {
+        "epochs": 3,
+        "batch_size": 32,
+        "eval_batch_size": 32,
+        "learning_rate": 7e-4,
+        "expert_dropout": 0.2,
+        "rank": 32,
+        "prompt": "instruction",
+    },
 }
 
 

@@ -25,7 +25,6 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Literal
 
 import torch
 from torch import Tensor
@@ -113,29 +112,6 @@ class PretrainingSettings:
         """Draw the form of a text for a step, counted from 0."""
         lesson = next((lesson for lesson in self.lessons if step < lesson.until), self.lessons[-1])
         return rng.choices(TEXT_FORMS, [getattr(lesson, form) for form in TEXT_FORMS])[0]
-
-
-@dataclass(frozen=True)
-class FineTuningSettings:
-    """How the experts of the small model are fine-tuned in the demonstration: until they are sure of themselves.
-
-    Args:
-        steps: optimiser steps.
-        batch_size: questions in a step.
-        learning_rate: AdamW's first learning rate.
-        weight_decay: AdamW's weight decay.
-        betas: AdamW's averaging rates.
-        schedule: how the learning rate falls to zero over the steps.
-        gradient_clip: largest norm of the gradient.
-    """
-
-    steps: int = 300
-    batch_size: int = 32
-    learning_rate: float = 1e-3
-    weight_decay: float = 0.0
-    betas: tuple[float, float] = (0.9, 0.95)
-    schedule: Literal["linear", "cosine"] = "linear"
-    gradient_clip: float = 1.0
 
 
 def small_moe_config(vocab_size: int, *, layers: int = 3, hidden_size: int = 64, experts: int = 8) -> Qwen2MoeConfig:

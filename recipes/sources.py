@@ -12,7 +12,7 @@ from bmoe_lightning.data.questions import draw
 from bmoe_lightning.data.world import World
 from bmoe_lightning.laplace.predictive import MIN_UNLABELLED
 from bmoe_lightning.loading import ModelUnavailableError
-from recipes.settings import Settings
+from recipes.settings import ResolvedSettings
 from recipes.small_model import pretrain
 from recipes.text_model import read_questions
 
@@ -35,7 +35,7 @@ class Source:
         banner: what a person should know first.
     """
 
-    settings: Settings
+    settings: ResolvedSettings
     model: str
     tokenizer: str
     train: Sequence[Question]
@@ -52,7 +52,7 @@ class Source:
             self.test,
             self.tokenizer,
             prompt=settings.prompt,
-            batch_size=settings.batch_size or 1,
+            batch_size=settings.batch_size,
             eval_batch_size=settings.eval_batch_size,
             max_length=settings.max_length,
             seed=seed,
@@ -67,7 +67,7 @@ class Source:
         return tuple(question.id for question in questions)
 
 
-def prepare_source(settings: Settings) -> Source:
+def prepare_source(settings: ResolvedSettings) -> Source:
     """Get model and questions ready.
 
     Raises:
@@ -81,7 +81,7 @@ def prepare_source(settings: Settings) -> Source:
         raise RecipeError(str(error)) from error
 
 
-def _builtin(settings: Settings) -> Source:
+def _builtin(settings: ResolvedSettings) -> Source:
     world = World()
     folder = Path(settings.output_dir) / "model"
     questions = world.questions("fit")
@@ -97,7 +97,7 @@ def _builtin(settings: Settings) -> Source:
     return _limited(settings, model, model, questions, world.questions("calibration"), world.questions("test"), banner)
 
 
-def _real(settings: Settings) -> Source:
+def _real(settings: ResolvedSettings) -> Source:
     assert settings.data is not None
     train, validation, test = (load_questions(settings.data, split) for split in ("train", "validation", "test"))
     assert train is not None
@@ -116,7 +116,7 @@ def _real(settings: Settings) -> Source:
 
 
 def _split(
-    settings: Settings,
+    settings: ResolvedSettings,
     model: str,
     tokenizer: str,
     train: Sequence[Question],
@@ -139,7 +139,7 @@ def _split(
 
 
 def _limited(
-    settings: Settings,
+    settings: ResolvedSettings,
     model: str,
     tokenizer: str,
     train: Sequence[Question],

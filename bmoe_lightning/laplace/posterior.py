@@ -125,12 +125,12 @@ class LaplacePosterior:
         """
         return log_likelihood + log_evidence_penalty(self._curvature, squared_distances, self.prior_precision)
 
-    def fit_prior_evidence(self, squared_distances: Sequence[Tensor], scope: Scope = "global") -> LaplacePosterior:
+    def fit_prior_evidence(self, squared_distances: Sequence[Tensor], scope: Scope = "layer") -> LaplacePosterior:
         """The posterior at the prior precision that maximises the evidence.
 
         Args:
             squared_distances: `||W_e - M_e||^2`, `[E]` a layer.
-            scope: `global` (one precision) or `layer`.
+            scope: `layer` (one precision a layer, measured better) or `global`.
         """
         return self.with_prior_precision(fit_evidence(self._curvature, squared_distances, scope))
 
