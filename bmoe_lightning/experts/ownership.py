@@ -22,12 +22,14 @@ _UNKNOWN = -1
 _MIXED = -2
 
 
-def slot_owners(batch: TappedBatch, slots: Sequence[Slots]) -> list[Tensor]:
+def slot_owners(batch: TappedBatch, slots: Sequence[Slots], *, thorough: bool = False) -> list[Tensor]:
     """Name the example of every slot that moves a logit.
 
     Args:
         batch: a tapped batch of B examples.
         slots: the slots of each tapped layer.
+        thorough: whether to ask the first layer too, for two backward passes through the whole model. The last layer
+            cannot see a model that mixes examples further down.
 
     Returns:
         One `[S]` int64 tensor a layer: the example, or -1 where the slot moves no logit.
@@ -40,7 +42,7 @@ def slot_owners(batch: TappedBatch, slots: Sequence[Slots]) -> list[Tensor]:
         return [torch.zeros_like(layer_slots.experts) for layer_slots in slots]
     if all(layer_slots.rows is not None for layer_slots in slots):
         examples = _examples_of_rows(batch, slots[-1])
-        if examples is not None:
+        if examples is not None and not (thorough and _contradicted(batch, slots[0], examples)):
             return [examples[layer_slots.rows] for layer_slots in slots]
     owners = _owners_by_gradient(batch, range(len(slots)))
     if any(bool((layer_owners == _MIXED).any()) for layer_owners in owners):
@@ -62,6 +64,13 @@ def _examples_of_rows(batch: TappedBatch, last: Slots) -> Tensor | None:
     lowest = owners.new_full((batch.taps.num_rows,), len(batch.logits)).scatter_reduce(0, rows, owners, "amin")
     highest = owners.new_full((batch.taps.num_rows,), _UNKNOWN).scatter_reduce(0, rows, owners, "amax")
     return highest if torch.equal(lowest, highest) else None
+
+
+def _contradicted(batch: TappedBatch, first: Slots, examples: Tensor) -> bool:
+    """Whether the gradients at the first layer name another example than the row does."""
+    owners = _owners_by_gradient(batch, [0])[0]
+    assert first.rows is not None
+    return bool(((owners != _UNKNOWN) & (owners != examples[first.rows])).any())
 
 
 def _owners_by_gradient(batch: TappedBatch, positions: Sequence[int]) -> list[Tensor]:

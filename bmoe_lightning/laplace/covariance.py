@@ -71,6 +71,7 @@ def batch_terms(
     batch: Any,
     *,
     centred: bool,
+    thorough: bool = False,
 ) -> BatchTerms:
     """Run one batch and gather what its logit covariance is made of.
 
@@ -82,11 +83,12 @@ def batch_terms(
         batch: whatever `class_logits` takes.
         centred: True takes K - 1 backward passes and describes the logits up to a common shift, which no softmax sees;
             False takes K and describes the logits themselves.
+        thorough: whether to look for a mixing of examples in the whole model; see `slot_owners`.
     """
     with tapped_batch(model, layers, class_logits, batch) as tapped, torch.no_grad():
         weights, embedding = _contrasts(tapped.present, centred)
         slots = [tapped.taps.slots(position) for position in range(len(layers))]
-        owners = slot_owners(tapped, slots)
+        owners = slot_owners(tapped, slots, thorough=thorough)
         passes = [tapped.taps.gradients(tapped.logits, pass_weights) for pass_weights in weights]
         terms = []
         for position, layer_factors in enumerate(factors):

@@ -49,7 +49,7 @@ class WeightMismatchError(RuntimeError):
     """A posterior meets a model with other weights than those it was fitted on."""
 
 
-@dataclass(frozen=True)
+@dataclass
 class _Binding:
     """A posterior's layers found in a model, and the state of the model at that time."""
 
@@ -58,6 +58,7 @@ class _Binding:
     weights: tuple[tuple[int, int], ...]
     layers: list[ExpertLayer]
     factors: KroneckerFactors
+    owners_checked: bool = False
 
 
 class LaplacePosterior:
@@ -179,7 +180,18 @@ class LaplacePosterior:
         Posteriors that differ in their prior precision alone share them; see `covariance_of`.
         """
         bound = self._bind(model)
-        return batch_terms(model, bound.layers, bound.factors.layers, class_logits, batch, centred=centred)
+        terms = batch_terms(
+            model,
+            bound.layers,
+            bound.factors.layers,
+            class_logits,
+            batch,
+            centred=centred,
+            # Once a model: whether it keeps examples apart is a matter of its code.
+            thorough=not bound.owners_checked,
+        )
+        bound.owners_checked = bound.owners_checked or len(terms.logits) > 1
+        return terms
 
     def covariance_of(self, terms: BatchTerms) -> Tensor:
         """The logit covariance `[B, K, K]` of a batch from its terms, at this posterior's prior precision."""

@@ -191,3 +191,12 @@ def test_examples_that_see_each_other_in_one_row_are_refused(layout):
 
     with pytest.raises(RuntimeError, match="share a sequence"):
         owners_and_moves(model, layers, class_logits, toy_batch(num_rows=6))
+
+
+def test_mixing_below_the_last_layer_is_noticed_when_asked_for():
+    _, model, layers = built("fused", mixes=True)
+    batch = toy_batch(4)
+    with tapped_batch(model, layers, answer_logits, batch) as tapped:
+        slots = [tapped.taps.slots(position) for position in range(len(layers))]
+        with pytest.raises(RuntimeError, match="several examples"):
+            slot_owners(tapped, slots, thorough=True)
