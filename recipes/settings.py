@@ -160,10 +160,10 @@ class ResolvedSettings(Settings):
 
 SMALL_MODEL_DEFAULTS: dict[str, dict[str, Any]] = {
     "builtin": {
-        "epochs": 40,
+        "epochs": 44,
         "batch_size": 32,
         "eval_batch_size": 64,
-        "learning_rate": 7e-4,
+        "learning_rate": 6e-4,
         "expert_dropout": 0.2,
         "rank": 32,
         "prompt": "letters",  # the only format that the built-in model has read
@@ -172,7 +172,7 @@ SMALL_MODEL_DEFAULTS: dict[str, dict[str, Any]] = {
         "epochs": 3,
         "batch_size": 32,
         "eval_batch_size": 32,
-        "learning_rate": 7e-4,
+        "learning_rate": 6e-4,
         "expert_dropout": 0.2,
         "rank": 32,
         "prompt": "instruction",
