@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
@@ -28,7 +29,7 @@ from bmoe_lightning.baselines.method import BatchView
 from bmoe_lightning.curvature.fisher import FisherName
 from bmoe_lightning.curvature.kfac import ApproximationName, check_options, collect_factors
 from bmoe_lightning.curvature.sketch import SketchName
-from bmoe_lightning.experts import ClassLogits, find_expert_layers, squared_distances
+from bmoe_lightning.experts import ClassLogits, ExpertLayer, find_expert_layers, squared_distances
 from bmoe_lightning.laplace.posterior import LaplacePosterior
 from bmoe_lightning.laplace.predictive import (
     LINKS,
@@ -190,11 +191,15 @@ class FittedState:
         for name, value in values.items():
             numbers = value if name.endswith("_precision") else [value]
             if value is not None and not (
-                isinstance(numbers, (list, tuple)) and all(isinstance(x, (int, float)) and x > 0 for x in numbers)
+                isinstance(numbers, (list, tuple)) and numbers and all(map(_is_positive, numbers))
             ):
                 raise ValueError(f"{name} must hold positive numbers, got {value!r}")
             checked[name] = tuple(value) if isinstance(value, list) else value
         return cls(**checked)
+
+
+def _is_positive(value: object) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and 0 < value < math.inf
 
 
 @dataclass(frozen=True)
@@ -246,7 +251,8 @@ def fit(
         num_examples: examples that the curvature shall stand for, if `curvature_batches` is a part of the data.
 
     Raises:
-        ValueError: if data or the prior mean are missing.
+        ValueError: if data, labels or the prior mean are missing, or `skip_layers` names every layer or one that the
+            model lacks.
     """
     if settings.needs_calibration and calibration_batches is None:
         needy = sorted(NEEDS_CALIBRATION & set(settings.methods))
@@ -259,6 +265,8 @@ def fit(
         return Fitted(state)
 
     layers = find_expert_layers(model)
+    kept = _kept_layers(settings, layers)
+    reference = _reference(settings, prior_mean) if settings.needs_evidence else None
     factors = collect_factors(
         model,
         class_logits,
@@ -276,8 +284,6 @@ def fit(
         posterior = posterior.without_layers(settings.skip_layers)
     state = FittedState()
     if settings.needs_evidence:
-        reference = _reference(settings, prior_mean)
-        kept = [layer for layer in layers if layer.index not in settings.skip_layers]
         posterior = posterior.fit_prior_evidence(squared_distances(model, kept, reference), settings.evidence_scope)
         state = replace(state, evidence_precision=tuple(posterior.prior_precision.tolist()))
     if settings.needs_labels:
@@ -287,8 +293,18 @@ def fit(
         temperature = posterior.evidence_temperature(model, class_logits, calibration_batches or [])
         state = replace(state, evidence_temperature=temperature)
     if state.lpo_precision is not None:
-        posterior = posterior.with_prior_precision(torch.tensor(state.lpo_precision))
+        posterior = posterior.with_prior_precision(torch.tensor(state.lpo_precision, dtype=torch.float64))
     return Fitted(state, posterior)
+
+
+def _kept_layers(settings: FitSettings, layers: list[ExpertLayer]) -> list[ExpertLayer]:
+    unknown = set(settings.skip_layers) - {layer.index for layer in layers}
+    if unknown:
+        raise ValueError(f"skip_layers names {sorted(unknown)}, but the model has {len(layers)} expert layers")
+    kept = [layer for layer in layers if layer.index not in settings.skip_layers]
+    if not kept:
+        raise ValueError(f"skip_layers names all {len(layers)} expert layers, which leaves no posterior")
+    return kept
 
 
 def _reference(settings: FitSettings, prior_mean: Mapping[str, Tensor] | None) -> dict[str, Tensor] | None:
