@@ -23,6 +23,7 @@ from bmoe_lightning.evaluation_run import EvaluationRun
 from bmoe_lightning.experts import ClassLogits, down_proj_parameters, find_expert_layers
 from bmoe_lightning.fitting import FitSettings, Fitted, fit
 from bmoe_lightning.laplace.predictive import (
+    MIN_UNLABELLED,
     NUM_SAMPLES,
     LinkName,
     class_probabilities,
@@ -191,12 +192,8 @@ class BayesianMoECallback(L.Callback):
         self._snapshots = []
         if self.settings.needs_posterior:
             training_pass(trainer, "Curvature", self.curvature_batches)
-        if self.settings.needs_calibration and validation_pass(trainer, "Calibration") is None:
-            raise ValueError(
-                f"{list(self.settings.methods)} are fitted on a validation split, and the trainer has none (no "
-                "validation loader, no validation_step, or limit_val_batches=0). Add one, or ask for "
-                "methods=['map', 'laplace_evidence'], which need no held-out data."
-            )
+        if self.settings.needs_calibration:
+            self._check_calibration(validation_pass(trainer, "Calibration"), trial=_is_trial(trainer))
         if self.fit_at == "best" and getattr(trainer.checkpoint_callback, "monitor", None) is None:
             raise ValueError("fit_at='best' needs a ModelCheckpoint with monitor=..., and the trainer has none")
 
@@ -381,6 +378,22 @@ class BayesianMoECallback(L.Callback):
             if isinstance(other, BayesianMoECallback) and other.name == self.name:
                 raise ValueError("two BayesianMoECallbacks would log under the same names; give them name='...'")
 
+    def _check_calibration(self, calibration: Pass | None, *, trial: bool) -> None:
+        """Refuse a validation split on which the methods could not be fitted when training is over."""
+        if calibration is None:
+            raise ValueError(
+                f"{list(self.settings.methods)} are fitted on a validation split, and the trainer has none (no "
+                "validation loader, no validation_step, or limit_val_batches=0). Add one, or ask for "
+                "methods=['map', 'laplace_evidence'], which need no held-out data."
+            )
+        count = calibration.num_examples
+        if self.settings.evidence_temperatures and count is not None and count < MIN_UNLABELLED:
+            raise ValueError(
+                f"the evidence temperature needs at least {MIN_UNLABELLED} inputs of the validation split, and there "
+                f"are {count}; leave evidence_temperature and shrunk_temperature out of the methods"
+                + (", which a fast_dev_run with its single batch cannot fit" if trial else "")
+            )
+
     def _remember_prior_mean(self, module: nn.Module) -> None:
         """Copy the second weights of all experts to the CPU, once, if a method will ask how far they moved."""
         wanted = self.settings.needs_evidence and self.settings.prior_mean == "pretrained"
@@ -439,7 +452,10 @@ class BayesianMoECallback(L.Callback):
             return
         run, self._run = self._run, None
         flat = list(loaders) if isinstance(loaders, (list, tuple)) else [loaders]
-        passes = [Pass(trainer, loader, int(n), "Ensembles") for loader, n in zip(flat, counts, strict=True)]
+        passes = [
+            Pass(trainer, loader, int(n), "Ensembles", index)
+            for index, (loader, n) in enumerate(zip(flat, counts, strict=True))
+        ]
         self.predictions |= run.finish(module, self._engine_logits, passes)
         module.log_dict({f"{self._prefix}{key}": value for key, value in run.metrics().items()})
         if run.stage == "test" and not _is_trial(trainer) and trainer.is_global_zero:

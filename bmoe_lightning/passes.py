@@ -5,12 +5,13 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable, Iterator, Sized
 from contextlib import contextmanager
+from itertools import islice
 from typing import Any
 
 import lightning as L
 import torch
 from lightning.pytorch.callbacks import RichProgressBar, TQDMProgressBar
-from torch.utils.data import DataLoader
+from torch.utils.data import BatchSampler, DataLoader
 
 
 class Pass:
@@ -21,28 +22,35 @@ class Pass:
         loader: one loader of the trainer, or any iterable of batches.
         num_batches: how many batches a pass takes.
         description: for the progress bar.
+        dataloader_idx: which of several loaders it is, as the module's transfer hooks are told.
     """
 
-    def __init__(self, trainer: L.Trainer, loader: Iterable[Any], num_batches: int, description: str) -> None:
+    def __init__(
+        self, trainer: L.Trainer, loader: Iterable[Any], num_batches: int, description: str, dataloader_idx: int = 0
+    ) -> None:
         self._trainer = trainer
         self._loader = loader
         self._num_batches = num_batches
         self._description = description
+        self._index = dataloader_idx
 
     def __len__(self) -> int:
         return self._num_batches
+
+    @property
+    def num_examples(self) -> int | None:
+        """Examples of one pass, or None where that is not known."""
+        return _count_examples(self._loader, self._num_batches)
 
     def __iter__(self) -> Iterator[Any]:
         """Batches on the trainer's device, moved by the module's own transfer hooks."""
         trainer = self._trainer
         with unchanged_random_state(self._loader), progress(trainer, self._num_batches, self._description) as advance:
-            for index, batch in enumerate(self._loader):
-                if index >= self._num_batches:
-                    break
+            for batch in islice(self._loader, self._num_batches):
                 batch = trainer.precision_plugin.convert_input(batch)
-                batch = trainer.lightning_module._on_before_batch_transfer(batch, dataloader_idx=0)
+                batch = trainer.lightning_module._on_before_batch_transfer(batch, dataloader_idx=self._index)
                 with trainer.precision_plugin.forward_context():
-                    yield trainer.strategy.batch_to_device(batch, dataloader_idx=0)
+                    yield trainer.strategy.batch_to_device(batch, dataloader_idx=self._index)
                 advance()
 
 
@@ -53,7 +61,10 @@ def unchanged_random_state(loader: Iterable[Any]) -> Iterator[None]:
     Starting an iteration draws a base seed even where nothing is shuffled; a later training run would see other
     batches.
     """
-    owners = [loader, getattr(loader, "sampler", None)] if isinstance(loader, DataLoader) else []
+    owners: list[Any] = []
+    if isinstance(loader, DataLoader):
+        inner = loader.batch_sampler
+        owners = [loader, loader.sampler, inner, getattr(inner, "sampler", None)]
     generators = {id(g): g for g in (getattr(owner, "generator", None) for owner in owners) if g is not None}
     states = [(generator, generator.get_state()) for generator in generators.values()]
     with torch.random.fork_rng():
@@ -135,13 +146,19 @@ def validation_pass(trainer: L.Trainer, description: str) -> Pass | None:
 
 def training_examples(trainer: L.Trainer) -> int | None:
     """How many examples a whole training epoch has, or None where that is not known."""
-    loader = trainer.train_dataloader
-    batches = trainer.num_training_batches
-    if not isinstance(loader, DataLoader) or math.isinf(batches):
+    return _count_examples(trainer.train_dataloader, trainer.num_training_batches)
+
+
+def _count_examples(loader: Any, num_batches: float) -> int | None:
+    """How many examples the first batches of a loader hold, or None where that is not known."""
+    if not isinstance(loader, DataLoader) or math.isinf(num_batches):
         return None
-    if loader.batch_size is None:
-        return len(loader.dataset) if batches == len(loader) else None  # type: ignore[arg-type]
-    size = int(batches) * loader.batch_size
+    batch_size = loader.batch_size
+    if batch_size is None and isinstance(loader.batch_sampler, BatchSampler):
+        batch_size = loader.batch_sampler.batch_size
+    if batch_size is None:  # the data set itself yields batches
+        return None
+    size = int(num_batches) * batch_size
     return min(size, len(loader.dataset)) if isinstance(loader.dataset, Sized) else size
 
 
@@ -158,8 +175,9 @@ def best_weights(trainer: L.Trainer, module: L.LightningModule) -> Iterator[None
     best = torch.load(path, map_location="cpu", weights_only=True)["state_dict"]
     current = {name: value for name, value in module.state_dict().items() if name in best}
     last = {name: value.detach().to("cpu", copy=True) for name, value in current.items()}
-    module.load_state_dict(best, strict=False)
     try:
+        # Within: a checkpoint that does not fit is noticed when a part of it has been loaded.
+        module.load_state_dict(best, strict=False)
         yield
     finally:
         module.load_state_dict(last, strict=False)

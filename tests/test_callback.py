@@ -388,6 +388,14 @@ class TestRefusals:
             trainer(tmp_path, [BayesianMoECallback()]).fit(module, train_loader())
         torch.testing.assert_close(next(module.parameters()), before)
 
+    def test_too_few_inputs_for_the_evidence_temperature_are_noticed_before_training(self, tmp_path):
+        module = ToyModule()
+        before = next(module.parameters()).clone()
+        callback = BayesianMoECallback(methods=("map", "evidence_temperature"))
+        with pytest.raises(ValueError, match="at least 100 inputs"):
+            trainer(tmp_path, [callback]).fit(module, train_loader(), loader(48, 2))
+        torch.testing.assert_close(next(module.parameters()), before)
+
     def test_endless_training_data_need_a_cap(self, tmp_path):
         class Stream(IterableDataset):
             def __iter__(self):
