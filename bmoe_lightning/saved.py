@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import os
-import tempfile
+import uuid
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -57,6 +57,10 @@ def load_fitted(folder: Path) -> tuple[Fitted, list[Path]]:
     """
     path = folder / STATE_FILE
     content = _read(path)
+    try:
+        state = FittedState.from_mapping(content["fitted"])
+    except ValueError as error:
+        raise ValueError(f"{path} is damaged ({error}); fit again") from error
     posterior = None
     if content["fingerprint"]:
         posterior = LaplacePosterior.load(folder / POSTERIOR_FILE)
@@ -66,28 +70,32 @@ def load_fitted(folder: Path) -> tuple[Fitted, list[Path]]:
     missing = [str(snapshot) for snapshot in snapshots if not snapshot.is_file()]
     if missing:
         raise FileNotFoundError(f"{path} names snapshots that are gone: {missing}")
-    return Fitted(FittedState.from_mapping(content["fitted"]), posterior), snapshots
+    return Fitted(state, posterior), snapshots
 
 
 def write_text(path: Path, text: str) -> None:
     """Write a text file to a temporary name, then rename it."""
-    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".tmp")
+    temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex}.tmp")
     try:
-        with os.fdopen(handle, "w", encoding="utf-8") as file:
+        with temporary.open("x", encoding="utf-8") as file:
             file.write(text)
             file.flush()
             os.fsync(file.fileno())
-        Path(temporary).replace(path)
+        temporary.replace(path)
     finally:
-        Path(temporary).unlink(missing_ok=True)
+        temporary.unlink(missing_ok=True)
 
 
 def _read(path: Path) -> dict[str, Any]:
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
-    except json.JSONDecodeError as error:
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
         raise ValueError(f"{path} is no JSON ({error}); fit again") from error
     expected = {"version", "fingerprint", "fitted", "snapshots"}
     if not isinstance(content, dict) or set(content) != expected or content["version"] != _VERSION:
         raise ValueError(f"{path} is not of version {_VERSION} of bmoe_lightning's format; fit again")
+    kinds = {"fingerprint": str, "fitted": dict, "snapshots": list}
+    wrong = [name for name, kind in kinds.items() if not isinstance(content[name], kind)]
+    if wrong or not all(isinstance(name, str) for name in content["snapshots"]):
+        raise ValueError(f"{path} is damaged (another kind of {', '.join(wrong) or 'snapshots'}); fit again")
     return content
