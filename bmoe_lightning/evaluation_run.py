@@ -42,6 +42,7 @@ class EvaluationRun:
         self._ensemble_members = ensemble_members
         self._evaluations: dict[int, Evaluation] = {}
         self._predictions: dict[str, dict[str, Predictions]] = {}
+        self._names: dict[int, str] = {}  # of the loaders that had a batch
 
     def add(self, module: nn.Module, class_logits: ClassLogits, batch: Any, loader: int) -> None:
         """Predict one batch of a loader with every single-member method."""
@@ -68,6 +69,7 @@ class EvaluationRun:
         """
         for loader, evaluation in self._evaluations.items():
             name = self.stage if len(passes) == 1 else f"{self.stage}_{loader}"
+            self._names[loader] = name
             self._predictions[name] = evaluation.finish(module, class_logits, passes[loader])
         return self._predictions
 
@@ -82,8 +84,12 @@ class EvaluationRun:
         return values
 
     def results(self, loader: int = 0) -> list[MethodResult]:
-        """What the report package takes, one entry a method."""
-        name = list(self._predictions)[loader]
+        """What the report package takes, one entry a method.
+
+        Raises:
+            KeyError: if that loader had no batch.
+        """
+        name = self._names[loader]
         results = []
         for method in self._evaluations[loader].methods:
             predictions = self._predictions[name][method.name]
@@ -109,7 +115,7 @@ class EvaluationRun:
             folder: the logger's own folder.
             step: training steps so far, the axis that the training curves have.
         """
-        for loader, name in enumerate(self._predictions):
+        for loader, name in self._names.items():
             results = self.results(loader)
             write_tensorboard(
                 folder / ("methods" if name == self.stage else name),

@@ -153,13 +153,13 @@ def _count_examples(loader: Any, num_batches: float) -> int | None:
     """How many examples the first batches of a loader hold, or None where that is not known."""
     if not isinstance(loader, DataLoader) or math.isinf(num_batches):
         return None
-    batch_size = loader.batch_size
-    if batch_size is None and isinstance(loader.batch_sampler, BatchSampler):
-        batch_size = loader.batch_sampler.batch_size
-    if batch_size is None:  # the data set itself yields batches
+    batch_sampler = loader.batch_sampler
+    if not isinstance(batch_sampler, BatchSampler):  # the data set, or a sampler of its own kind, makes the batches
         return None
-    size = int(num_batches) * batch_size
-    return min(size, len(loader.dataset)) if isinstance(loader.dataset, Sized) else size
+    size = int(num_batches) * batch_sampler.batch_size
+    # A sampler may draw a part of the data, or some of them more than once.
+    sized = next((x for x in (batch_sampler.sampler, loader.dataset) if isinstance(x, Sized)), None)
+    return size if sized is None else min(size, len(sized))
 
 
 @contextmanager
