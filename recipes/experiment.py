@@ -48,7 +48,7 @@ from recipes.sources import RecipeError, Source, prepare_source
 __all__ = ["RecipeError", "run"]
 
 _RUN_FILE = "run.json"
-_OWN_FOLDERS = ("tensorboard", "figures")
+_OWN_FOLDERS = ("tensorboard", "training_curves", "figures")
 
 
 def run(settings: ResolvedSettings) -> None:
@@ -120,7 +120,7 @@ class SeedRun:
         self._say("evaluating")
         # A callback of its own: what is evaluated is what was written.
         callback = self._callback(members)
-        trainer = self._trainer([callback], "evaluation")
+        trainer = self._trainer([callback])
         trainer.validate(module, datamodule=data, verbose=False)
         trainer.test(module, datamodule=data, verbose=False)
         fitted, snapshots = load_fitted(self._posterior_folder)
@@ -169,7 +169,7 @@ class SeedRun:
         if not has_fitted(self._posterior_folder):
             self._say("curvature and calibration of the weights that an earlier run fine-tuned")
             callback = self._callback(members)
-            device = self._trainer([], "resumed").strategy.root_device
+            device = self._trainer([]).strategy.root_device
             module.to(device)
             callback.fit_posterior(
                 module,
@@ -198,11 +198,12 @@ class SeedRun:
         )
         return module, data
 
-    def _trainer(self, callbacks: list[L.Callback], version: str) -> L.Trainer:
-        logger = TensorBoardLogger(
-            self.output / "tensorboard",
-            name="training",
-            version=f"seed-{self.seed}-{version}",
+    def _trainer(self, callbacks: list[L.Callback], curves: str | None = None) -> L.Trainer:
+        """A trainer; `curves` names its training curves, without which nothing is logged."""
+        logger = curves is not None and TensorBoardLogger(
+            self.output,
+            name="training_curves",
+            version=f"seed-{self.seed}-{curves}",
             default_hp_metric=False,
         )
         return L.Trainer(
@@ -305,7 +306,7 @@ def _report(
         "fisher": settings.fisher,
         "link": settings.link,
     }
-    comparison = output / "tensorboard" / "methods"
+    comparison = output / "tensorboard"
     if comparison.is_dir():  # of the run that is being resumed; written anew, since events only ever add up
         shutil.rmtree(comparison)
     write_tensorboard(comparison, results, rows, hyperparameters=hyperparameters)

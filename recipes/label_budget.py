@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Sequence
-from statistics import fmean
 
 import torch
 from torch import Tensor
@@ -74,5 +73,5 @@ def _nll(plain: MethodResult, temperature: float) -> float:
 
 
 def _point(method: str, label: str, budget: int | None, values: list[float]) -> LabelBudgetPoint:
-    low, high = torch.tensor(values).quantile(torch.tensor([0.1, 0.9])).tolist()
-    return LabelBudgetPoint(method, label, budget, fmean(values), low, high)
+    low, median, high = torch.tensor(values).quantile(torch.tensor([0.1, 0.5, 0.9])).tolist()
+    return LabelBudgetPoint(method, label, budget, median, low, high)

@@ -53,7 +53,7 @@ class LabelBudgetPoint:
         method: Slug.
         label: Name for people.
         num_labels: How many labels; None for all there are.
-        mean: Mean test NLL in nats.
+        median: Median test NLL in nats; a temperature fitted on ten labels can be arbitrarily bad.
         low: Lower end of its band.
         high: Upper end of its band.
     """
@@ -61,7 +61,7 @@ class LabelBudgetPoint:
     method: str
     label: str
     num_labels: int | None
-    mean: float
+    median: float
     low: float
     high: float
 
@@ -189,7 +189,7 @@ def label_budget_figure(points: Sequence[LabelBudgetPoint]) -> Figure:
             raise ValueError(f"{method} has more than one point for a number of labels.")
         style = method_style(method)
         ax.fill_between(positions, [p.low for p in own], [p.high for p in own], color=style.color, alpha=0.15, lw=0)
-        ax.plot(positions, [p.mean for p in own], color=style.color, marker=style.marker, label=own[0].label)
+        ax.plot(positions, [p.median for p in own], color=style.color, marker=style.marker, label=own[0].label)
     ax.set_xticks(range(len(budgets)), ["all" if budget is None else str(budget) for budget in budgets])
     ax.set(xlabel="labels for calibration", ylabel="test NLL (nats)")
     figure.legend(loc="outside right upper", frameon=False, fontsize=9)

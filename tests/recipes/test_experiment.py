@@ -45,7 +45,7 @@ class TestOutput:
         assert len(posterior.factors.layers) == 3
 
     def test_tensorboard_has_a_run_for_each_method(self, finished):
-        runs = {path.name for path in (finished / "tensorboard" / "methods").iterdir() if path.is_dir()}
+        runs = {path.name for path in (finished / "tensorboard").iterdir() if path.is_dir()}
         assert runs >= {"map", "mc_dropout", "deep_ensemble", "laplace_lpo", "evidence_temperature"}
 
     def test_figures(self, finished):
