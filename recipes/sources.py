@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from bmoe_lightning import MultipleChoiceDataModule
 from bmoe_lightning.data import DataUnavailableError, Question, load_questions
-from bmoe_lightning.data.questions import draw
+from bmoe_lightning.data.questions import Splits, draw, drop_overlap, split_train
 from bmoe_lightning.data.world import World
 from bmoe_lightning.laplace.predictive import MIN_UNLABELLED
 from bmoe_lightning.loading import ModelUnavailableError
@@ -30,7 +32,7 @@ class Source:
         model: folder or hub id of the model.
         tokenizer: folder or hub id of its tokenizer.
         train: questions for fine-tuning and curvature.
-        calibration: held-out questions for priors and temperatures; None: a part of `train`.
+        calibration: held-out questions for priors and temperatures.
         test: questions that nothing is tuned on.
         banner: what a person should know first.
     """
@@ -39,7 +41,7 @@ class Source:
     model: str
     tokenizer: str
     train: Sequence[Question]
-    calibration: Sequence[Question] | None
+    calibration: Sequence[Question]
     test: Sequence[Question]
     banner: str
 
@@ -62,9 +64,7 @@ class Source:
 
     def ids(self, stage: str) -> tuple[str, ...]:
         """Ids of the questions of the `test` or calibration (`val`) split, in order."""
-        questions = self.test if stage == "test" else self.calibration
-        assert questions is not None
-        return tuple(question.id for question in questions)
+        return tuple(question.id for question in (self.test if stage == "test" else self.calibration))
 
 
 def prepare_source(settings: ResolvedSettings) -> Source:
@@ -83,79 +83,74 @@ def prepare_source(settings: ResolvedSettings) -> Source:
 
 def _builtin(settings: ResolvedSettings) -> Source:
     world = World()
-    folder = Path(settings.output_dir) / "model"
-    questions = world.questions("fit")
+    splits = Splits(world.questions("fit"), world.questions("calibration"), world.questions("test"))
+    drawn = _limited(settings, splits)
     banner = (
         "This is the small built-in model (3 layers of 8 experts) on a generated open-book task: a demonstration, not\n"
         "the paper's experiment. The paper's set-up, on a GPU:\n"
         "  python -m recipes.qwen_obqa --model Qwen/Qwen1.5-MoE-A2.7B --data allenai/openbookqa"
     )
     if settings.dry_run:
-        model = str(read_questions(questions, folder / "random", steps=0, prompt=settings.prompt))
+        model = _reader(settings, splits.train)
     else:
-        model = str(pretrain(world, cache_dir=folder, progress=not settings.quiet))
-    return _limited(settings, model, model, questions, world.questions("calibration"), world.questions("test"), banner)
+        model = str(pretrain(world, cache_dir=_model_folder(settings), progress=not settings.quiet))
+    return Source(settings, model, model, drawn.train, drawn.calibration, drawn.test, banner)
 
 
 def _real(settings: ResolvedSettings) -> Source:
     assert settings.data is not None
-    train, validation, test = (load_questions(settings.data, split) for split in ("train", "validation", "test"))
-    assert train is not None
-    assert test is not None
+    splits = _disjoint(
+        load_questions(settings.data, "train"),
+        load_questions(settings.data, "validation"),
+        load_questions(settings.data, "test"),
+    )
+    drawn = _limited(settings, splits)
     if settings.model is not None:
-        banner = f"Model {settings.model} on {settings.data}."
-        return _split(settings, settings.model, settings.model, train, validation, test, banner)
-    folder = Path(settings.output_dir) / "model" / ("random" if settings.dry_run else "small")
-    steps = {"steps": 0} if settings.dry_run else {}
-    model = str(read_questions(train, folder, prompt=settings.prompt, progress=not settings.quiet, **steps))
-    banner = (
-        f"The small built-in model on {settings.data}: it has read the training questions and nothing else, so its\n"
-        "accuracy is near guessing. For a model that knows answers add --model Qwen/Qwen1.5-MoE-A2.7B (on a GPU)."
-    )
-    return _split(settings, model, model, train, validation, test, banner)
+        model = settings.model
+        banner = f"Model {model} on {settings.data}."
+    else:
+        model = _reader(settings, splits.train)
+        banner = (
+            f"The small built-in model on {settings.data}: it has read the training questions and nothing else, so its"
+            "\naccuracy is near guessing. For a model that knows answers add --model Qwen/Qwen1.5-MoE-A2.7B (on a GPU)."
+        )
+    source = Source(settings, model, model, drawn.train, drawn.calibration, drawn.test, banner)
+    source.data(seed=0)  # a tokenizer, or prompts, that do not fit are noticed now
+    return source
 
 
-def _split(
-    settings: ResolvedSettings,
-    model: str,
-    tokenizer: str,
-    train: Sequence[Question],
-    calibration: Sequence[Question] | None,
-    test: Sequence[Question],
-    banner: str,
-) -> Source:
-    """Let the DataModule make the splits once (a calibration part of train, no question twice), for all seeds."""
-    source = Source(settings, model, tokenizer, train, calibration, test, banner)
-    data = source.data(seed=0)
-    return _limited(
-        settings,
-        model,
-        tokenizer,
-        data.questions("train"),
-        data.questions("calibration"),
-        data.questions("test"),
-        banner,
-    )
+def _disjoint(train: Sequence[Question], validation: Sequence[Question] | None, test: Sequence[Question]) -> Splits:
+    """Make the splits once, for all seeds and for the small model's reading: no question is in two of them."""
+    train = drop_overlap(train, test)
+    if validation is None:
+        return Splits(*split_train(train), tuple(test))
+    validation = drop_overlap(validation, test, name="calibration")
+    return Splits(drop_overlap(train, validation, held_out_name="calibration"), validation, tuple(test))
 
 
-def _limited(
-    settings: ResolvedSettings,
-    model: str,
-    tokenizer: str,
-    train: Sequence[Question],
-    calibration: Sequence[Question],
-    test: Sequence[Question],
-    banner: str,
-) -> Source:
+def _limited(settings: ResolvedSettings, splits: Splits) -> Splits:
     limit = settings.limit
     if settings.dry_run:
         # The evidence temperature wants a hundred inputs.
         limit = min(limit or 128, 128)
-    train, calibration, test = (draw(part, limit, seed=0) for part in (train, calibration, test))
+    train, calibration, test = (draw(part, limit, seed=0) for part in (splits.train, splits.calibration, splits.test))
     needy = {"evidence_temperature", "shrunk_temperature"} & set(settings.method_names)
     if needy and len(calibration) < MIN_UNLABELLED:
         raise ValueError(
             f"{', '.join(sorted(needy))} need at least {MIN_UNLABELLED} calibration questions, and there are "
             f"{len(calibration)}; use more data (--limit), or leave them out of --methods"
         )
-    return Source(settings, model, tokenizer, train, calibration, test, banner)
+    return Splits(train, calibration, test)
+
+
+def _reader(settings: ResolvedSettings, train: Sequence[Question]) -> str:
+    """The folder of a small model that has read these questions, or in a dry run only knows their words."""
+    kind, steps = ("random", {"steps": 0}) if settings.dry_run else ("small", {})
+    # A later run into the same folder may be about other questions.
+    content = json.dumps([settings.prompt, [asdict(question) for question in train]])
+    folder = _model_folder(settings) / f"{kind}-{hashlib.sha256(content.encode()).hexdigest()[:16]}"
+    return str(read_questions(train, folder, prompt=settings.prompt, progress=not settings.quiet, **steps))
+
+
+def _model_folder(settings: ResolvedSettings) -> Path:
+    return Path(settings.output_dir) / "model"
