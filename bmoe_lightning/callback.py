@@ -453,7 +453,7 @@ class BayesianMoECallback(L.Callback):
         run, self._run = self._run, None
         flat = list(loaders) if isinstance(loaders, (list, tuple)) else [loaders]
         passes = [
-            Pass(trainer, loader, int(n), "Ensembles", index)
+            Pass(trainer, loader, int(n), "Ensembles", index, transient=True)
             for index, (loader, n) in enumerate(zip(flat, counts, strict=True))
         ]
         self.predictions |= run.finish(module, self._engine_logits, passes)

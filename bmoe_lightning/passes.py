@@ -23,16 +23,25 @@ class Pass:
         num_batches: how many batches a pass takes.
         description: for the progress bar.
         dataloader_idx: which of several loaders it is, as the module's transfer hooks are told.
+        transient: whether the bar goes when a pass is over, as for one of many.
     """
 
     def __init__(
-        self, trainer: L.Trainer, loader: Iterable[Any], num_batches: int, description: str, dataloader_idx: int = 0
+        self,
+        trainer: L.Trainer,
+        loader: Iterable[Any],
+        num_batches: int,
+        description: str,
+        dataloader_idx: int = 0,
+        *,
+        transient: bool = False,
     ) -> None:
         self._trainer = trainer
         self._loader = loader
         self._num_batches = num_batches
         self._description = description
         self._index = dataloader_idx
+        self._transient = transient
 
     def __len__(self) -> int:
         return self._num_batches
@@ -45,7 +54,8 @@ class Pass:
     def __iter__(self) -> Iterator[Any]:
         """Batches on the trainer's device, moved by the module's own transfer hooks."""
         trainer = self._trainer
-        with unchanged_random_state(self._loader), progress(trainer, self._num_batches, self._description) as advance:
+        bar = progress(trainer, self._num_batches, self._description, transient=self._transient)
+        with unchanged_random_state(self._loader), bar as advance:
             for batch in islice(self._loader, self._num_batches):
                 batch = trainer.precision_plugin.convert_input(batch)
                 batch = trainer.lightning_module._on_before_batch_transfer(batch, dataloader_idx=self._index)
@@ -76,8 +86,16 @@ def unchanged_random_state(loader: Iterable[Any]) -> Iterator[None]:
 
 
 @contextmanager
-def progress(trainer: L.Trainer, total: int, description: str) -> Iterator[Callable[[], None]]:
+def progress(
+    trainer: L.Trainer, total: int, description: str, *, transient: bool = False
+) -> Iterator[Callable[[], None]]:
     """Show progress through the trainer's own bar; silent where there is none, and on all ranks but the first.
+
+    Args:
+        trainer: whose bar it is.
+        total: number of steps.
+        description: what is going on.
+        transient: whether the bar goes afterwards.
 
     Yields:
         A function to call after each step.
@@ -88,11 +106,15 @@ def progress(trainer: L.Trainer, total: int, description: str) -> Iterator[Calla
     elif isinstance(bar, RichProgressBar) and bar.progress is not None:
         rich = bar.progress
         task = rich.add_task(description, total=total)
-        yield lambda: rich.update(task, advance=1, refresh=True)
+        try:
+            yield lambda: rich.update(task, advance=1, refresh=True)
+        finally:
+            if transient:
+                rich.remove_task(task)
     elif isinstance(bar, TQDMProgressBar):
         from lightning.pytorch.callbacks.progress.tqdm_progress import Tqdm
 
-        with Tqdm(total=total, desc=description, leave=True, dynamic_ncols=True) as tqdm:
+        with Tqdm(total=total, desc=description, leave=not transient, dynamic_ncols=True) as tqdm:
             yield lambda: tqdm.update(1) and None
     else:
         yield lambda: None

@@ -66,7 +66,7 @@ class TestResume:
 
     def test_other_settings_are_refused(self, finished, capsys):
         assert run(finished, "--resume", "--rank", "3") == 1
-        assert "rank=10" in capsys.readouterr().err
+        assert "rank=32" in capsys.readouterr().err
 
     def test_only_the_stage_that_was_cut_off_is_done_again(self, tmp_path, monkeypatch, capsys):
         folder = tmp_path / "run"
