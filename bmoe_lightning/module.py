@@ -11,7 +11,7 @@ from typing import Any, Literal
 import torch
 from lightning import LightningModule, Trainer
 from lightning.pytorch.callbacks import Callback
-from lightning.pytorch.utilities.types import OptimizerLRSchedulerConfig
+from lightning.pytorch.utilities.types import OptimizerLRScheduler
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
@@ -222,7 +222,7 @@ class ExpertFinetuner(LightningModule):
             prediction["index"] = batch["index"].cpu()
         return prediction
 
-    def configure_optimizers(self) -> OptimizerLRSchedulerConfig:
+    def configure_optimizers(self) -> OptimizerLRScheduler:
         """AdamW over what is trained, its learning rate set anew at every step.
 
         Raises:
