@@ -313,12 +313,10 @@ def _report(
     points = label_budget(results, calibration)
     if points:
         write_text(output / "label_budget.json", json.dumps([asdict(point) for point in points], indent=2) + "\n")
-    if matplotlib_available():
+    if matplotlib_available():  # write_tensorboard has said so otherwise
         write_figures(output / "figures", results, rows)
         if points:
             save_figure(label_budget_figure(points), output / "figures" / "label_budget.png")
-    else:
-        print("Figures are left out: they need matplotlib (pip install 'bmoe-lightning[plots]').")
     print("\n" + results_table(rows), flush=True)
 
 
