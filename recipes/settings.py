@@ -8,6 +8,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import difflib
+import math
 import types
 import typing
 from collections.abc import Sequence
@@ -46,9 +47,14 @@ class Settings:
     seeds: int = _setting(1, "how many fine-tuning seeds; the table then has their mean and standard deviation")
     first_seed: int = _setting(0, "the first of these seeds")
     limit: int | None = _setting(None, "use at most this many questions of each split")
-    resume: bool = _setting(False, "go on with an interrupted run: stages that were finished are not done again")
+    resume: bool = _setting(
+        False, "go on with an interrupted run: finished stages are not done again (the same settings do so anyway)"
+    )
+    overwrite: bool = _setting(False, "start anew where an earlier run is, and remove its files")
     dry_run: bool = _setting(
-        False, "random weights, few questions, two epochs: checks that everything runs, within a minute"
+        False,
+        "few questions, two epochs; the small model has random weights: checks that everything runs, within a minute "
+        "without --model",
     )
     quiet: bool = _setting(False, "no progress bars")
     epochs: int | None = _setting(None, "fine-tuning epochs")
@@ -117,20 +123,17 @@ class Settings:
         Raises:
             SettingsError: naming the setting.
         """
-        known = ALL_METHODS.split(",")
-        for name in self.method_names:
-            if name not in known:
-                raise SettingsError(f"unknown method {name!r}{_nearest(name, known)}; there are {', '.join(known)}")
-        if not self.method_names:
-            raise SettingsError("--methods names no method")
+        self._check_methods()
         for name in ("seeds", "rank", "num_samples", "epochs", "batch_size", "eval_batch_size", "max_length"):
             value = getattr(self, name)
             if value < 1:
                 raise SettingsError(f"--{name.replace('_', '-')} must be at least 1, got {value}")
         if self.limit is not None and self.limit < 1:
             raise SettingsError(f"--limit must be at least 1, got {self.limit}")
-        if "deep_ensemble" in self.method_names and self.ensemble_size < 2:
-            raise SettingsError(f"a deep ensemble needs --ensemble-size of at least 2, got {self.ensemble_size}")
+        if self.first_seed < 0:
+            raise SettingsError(f"--first-seed must be at least 0, got {self.first_seed}")
+        if self.resume and self.overwrite:
+            raise SettingsError("--resume goes on with a run and --overwrite removes it; give one of the two")
         choices = {
             "train": ("experts", "down_proj"),
             "schedule": ("linear", "cosine", "constant"),
@@ -142,6 +145,47 @@ class Settings:
         for name, valid in choices.items():
             if getattr(self, name) not in valid:
                 raise SettingsError(f"--{name} must be one of {', '.join(valid)}, got {getattr(self, name)!r}")
+        self._check_rates()
+        self._check_needs_of_methods()
+
+    def _check_methods(self) -> None:
+        known = ALL_METHODS.split(",")
+        for name in self.method_names:
+            if name not in known:
+                raise SettingsError(f"unknown method {name!r}{_nearest(name, known)}; there are {', '.join(known)}")
+            if self.method_names.count(name) > 1:
+                raise SettingsError(f"--methods names {name} more than once")
+        if not self.method_names:
+            raise SettingsError("--methods names no method")
+
+    def _check_rates(self) -> None:
+        learning_rate, dropout = self.learning_rate, self.expert_dropout
+        assert learning_rate is not None
+        assert dropout is not None
+        if not 0 < learning_rate < math.inf:
+            raise SettingsError(f"--learning-rate must be a number above 0, got {learning_rate}")
+        if not 0 <= self.weight_decay < math.inf:
+            raise SettingsError(f"--weight-decay must be a number of at least 0, got {self.weight_decay}")
+        if not 0 <= dropout < 1:
+            raise SettingsError(f"--expert-dropout must be at least 0 and below 1, got {dropout}")
+
+    def _check_needs_of_methods(self) -> None:
+        """Refuse values that only some methods cannot use, with the way out of leaving these methods out."""
+        assert self.epochs is not None
+        needs = (
+            ("deep_ensemble", self.ensemble_size < 2, f"--ensemble-size of at least 2, got {self.ensemble_size}"),
+            ("checkpoint_ensemble", self.num_snapshots < 2, f"--num-snapshots of at least 2, got {self.num_snapshots}"),
+            ("checkpoint_ensemble", self.epochs < 2, f"--epochs of at least 2, got {self.epochs}"),
+            ("mc_dropout", self.expert_dropout == 0, f"--expert-dropout above 0, got {self.expert_dropout}"),
+            ("evidence_temperature", self.fisher != "exact", f"--fisher exact, got {self.fisher}"),
+            ("shrunk_temperature", self.fisher != "exact", f"--fisher exact, got {self.fisher}"),
+        )
+        unmet = [(name, what) for name, lacking, what in needs if lacking and name in self.method_names]
+        if unmet:
+            what = unmet[0][1]
+            names = [name for name, same in unmet if same == what]
+            verb, them = ("needs", "it") if len(names) == 1 else ("need", "these two")
+            raise SettingsError(f"{' and '.join(names)} {verb} {what}; or leave {them} out of --methods")
 
 
 @dataclass(frozen=True)

@@ -72,11 +72,35 @@ def test_missing_file():
         ({"train": "router"}, "train"),
         ({"fisher": "type3"}, "fisher"),
         ({"prompt": "poem"}, "prompt"),
+        ({"methods": "map,temperature,map"}, "names map more than once"),
+        ({"first_seed": -1}, "--first-seed"),
+        ({"resume": True, "overwrite": True}, "one of the two"),
+        ({"learning_rate": 0.0}, "--learning-rate"),
+        ({"learning_rate": float("nan")}, "--learning-rate"),
+        ({"weight_decay": -1.0}, "--weight-decay"),
+        ({"expert_dropout": 1.0}, "--expert-dropout must be at least 0 and below 1"),
+        ({"expert_dropout": -0.1}, "--expert-dropout"),
+        ({"expert_dropout": 0.0}, "mc_dropout needs --expert-dropout above 0, got 0.0; or leave it out of --methods"),
+        ({"num_snapshots": 1}, "checkpoint_ensemble needs --num-snapshots of at least 2"),
+        ({"epochs": 1}, "checkpoint_ensemble needs --epochs of at least 2"),
+        (
+            {"fisher": "mc"},
+            "evidence_temperature and shrunk_temperature need --fisher exact, got mc; or leave these two out",
+        ),
+        ({"fisher": "empirical", "methods": "map,shrunk_temperature"}, "^shrunk_temperature needs --fisher exact"),
     ],
 )
 def test_impossible_values(changed, message):
     with pytest.raises(SettingsError, match=message):
         Settings(**changed).resolved()
+
+
+@pytest.mark.parametrize(
+    "changed", [{"epochs": 1}, {"num_snapshots": 1}, {"expert_dropout": 0.0}, {"fisher": "mc"}, {"ensemble_size": 1}]
+)
+def test_values_that_no_method_minds(changed):
+    settings = Settings(methods="map,laplace_lpo", **changed).resolved()
+    assert all(getattr(settings, name) == value for name, value in changed.items())
 
 
 def test_a_given_model_gets_the_paper_s_hyperparameters():
