@@ -43,7 +43,7 @@ def read_questions(
         learning_rate: of AdamW, falling linearly to zero.
         prompt: the prompt format whose words the tokenizer has to know.
         seed: of the first weights and of the order of the texts.
-        progress: whether to show a progress bar.
+        progress: whether to show a progress bar, if there are steps.
 
     Returns:
         The folder, as `save_pretrained` writes it.
@@ -62,7 +62,8 @@ def read_questions(
         model = Qwen2MoeForCausalLM(config).train()
     optimizer = torch.optim.AdamW(model.parameters(), lr=learning_rate, betas=(0.9, 0.95))
     generator = torch.Generator().manual_seed(seed)
-    bar = tqdm(range(steps), desc="The small model reads the training questions", unit="step", disable=not progress)
+    hidden = not progress or steps == 0
+    bar = tqdm(range(steps), desc="The small model reads the training questions", unit="step", disable=hidden)
     for step in bar:
         chosen = torch.randint(len(rows), (batch_size,), generator=generator).tolist()
         ids = torch.nn.utils.rnn.pad_sequence([rows[i] for i in chosen], batch_first=True, padding_value=-100)
@@ -79,7 +80,12 @@ def read_questions(
     try:
         model.eval().save_pretrained(unfinished)
         tokenizer.save_pretrained(unfinished)
-        unfinished.replace(folder)
+        try:
+            unfinished.replace(folder)
+        except OSError:
+            # Another process was quicker; its model is the same one.
+            if not folder.is_dir():
+                raise
     finally:
         shutil.rmtree(unfinished, ignore_errors=True)
     return folder

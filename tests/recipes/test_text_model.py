@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import random
+import shutil
+from pathlib import Path
 
 import pytest
 import torch
@@ -119,6 +121,34 @@ def test_an_interruption_leaves_nothing_behind(tmp_path, monkeypatch, when):
             read(tmp_path / "model")
     assert list(tmp_path.iterdir()) == []
     assert loss(read(tmp_path / "model")) > 0
+
+
+def test_another_process_that_was_quicker_has_made_the_model(tmp_path, monkeypatch):
+    rename = Path.replace
+
+    def late(unfinished, folder):
+        shutil.copytree(unfinished, folder)  # what the other process finishes just before
+        return rename(unfinished, folder)
+
+    monkeypatch.setattr("pathlib.Path.replace", late)
+    folder = read(tmp_path / "model")
+    assert [path.name for path in tmp_path.iterdir()] == ["model"]
+    assert loss(folder) > 0
+
+
+def test_a_rename_that_fails_for_another_reason_is_an_error(tmp_path, monkeypatch):
+    def full(*_):
+        raise OSError("disk full")
+
+    monkeypatch.setattr("pathlib.Path.replace", full)
+    with pytest.raises(OSError, match="disk full"):
+        read(tmp_path / "model")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_no_progress_of_zero_steps(tmp_path, capsys):
+    read_questions(questions(), tmp_path / "model", steps=0)
+    assert "small model" not in capsys.readouterr().err
 
 
 def test_progress_only_when_asked(tmp_path, capsys):
