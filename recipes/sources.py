@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
+
+from transformers import AutoConfig
 
 from bmoe_lightning import MultipleChoiceDataModule
 from bmoe_lightning.data import DataUnavailableError, Question, load_questions
@@ -17,6 +20,9 @@ from bmoe_lightning.loading import ModelUnavailableError
 from recipes.settings import ResolvedSettings
 from recipes.small_model import pretrain
 from recipes.text_model import read_questions
+
+# As the library's loader has it: the owner's name may be missing, as with the hub's oldest models.
+_HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[\w.-]+)?")
 
 
 class RecipeError(RuntimeError):
@@ -81,6 +87,24 @@ def prepare_source(settings: ResolvedSettings) -> Source:
         raise RecipeError(str(error)) from error
 
 
+def check_model(source: str) -> None:
+    """Ask for a model's configuration, a small file, before anything large is downloaded.
+
+    Raises:
+        ModelUnavailableError: with one sentence naming the model, if there is no such folder, the hub cannot give it,
+            or transformers does not know its kind.
+    """
+    folder = Path(source).is_dir()
+    if not folder and not _HUB_ID.fullmatch(source):
+        raise ModelUnavailableError(f"--model: there is no folder {source!r}, and it is no hub id, which is owner/name")
+    try:
+        AutoConfig.from_pretrained(source, trust_remote_code=False)
+    except (OSError, ValueError) as error:
+        reason = str(error).splitlines()[0].rstrip(".") if str(error) else type(error).__name__
+        remedy = "are all its files there and whole?" if folder else "the path of a local folder works without the hub."
+        raise ModelUnavailableError(f"the model {source!r} could not be had ({reason}); {remedy}") from None
+
+
 def _builtin(settings: ResolvedSettings) -> Source:
     world = World()
     splits = Splits(world.questions("fit"), world.questions("calibration"), world.questions("test"))
@@ -99,6 +123,8 @@ def _builtin(settings: ResolvedSettings) -> Source:
 
 def _real(settings: ResolvedSettings) -> Source:
     assert settings.data is not None
+    if settings.model is not None:
+        check_model(settings.model)
     splits = _disjoint(
         load_questions(settings.data, "train"),
         load_questions(settings.data, "validation"),

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import shutil
+from pathlib import Path
 
 import pytest
 from transformers import AutoTokenizer
@@ -254,6 +256,40 @@ class TestRealData:
             prepare_source(settings(tmp_path, data=str(tmp_path / "no" / "such" / "folder")))
 
     def test_a_model_without_a_tokenizer(self, tmp_path, data):
+        made = prepare_source(settings(tmp_path, data=data)).model
         (tmp_path / "empty").mkdir()
+        shutil.copy(Path(made) / "config.json", tmp_path / "empty")
         with pytest.raises(RecipeError, match="tokenizer"):
             prepare_source(settings(tmp_path, data=data, model=str(tmp_path / "empty")))
+
+
+class TestModelFirst:
+    """What is wrong with the model is said before the data are asked for, which here are nowhere."""
+
+    @pytest.fixture(autouse=True)
+    def _no_data(self, monkeypatch):
+        def never(*_):
+            raise AssertionError("the data were asked for")
+
+        monkeypatch.setattr(sources, "load_questions", never)
+
+    @pytest.mark.parametrize("model", ["/no/such/folder", "./model", "~/model", "a/b/c", "models/"])
+    def test_a_folder_that_is_not_there(self, tmp_path, model):
+        with pytest.raises(RecipeError, match=f"^--model: there is no folder '{model}', and it is no hub id"):
+            prepare_source(settings(tmp_path, model=model))
+
+    @pytest.mark.parametrize("model", ["Qwen/Qwen1.5-MoE-A2.7B", "mymodel"])
+    def test_a_hub_id_that_cannot_be_had(self, tmp_path, model):
+        with pytest.raises(RecipeError, match=f"^the model '{model}' could not be had .*local folder works") as caught:
+            prepare_source(settings(tmp_path, model=model))
+        assert len(str(caught.value).splitlines()) == 1
+
+    @pytest.mark.parametrize("config", [None, "{", '{"model_type": "unheard_of"}'])
+    def test_a_folder_without_a_usable_configuration(self, tmp_path, config):
+        folder = tmp_path / "model"
+        folder.mkdir()
+        if config is not None:
+            (folder / "config.json").write_text(config)
+        with pytest.raises(RecipeError, match=f"^the model '{folder}' could not be had .*are all its files") as caught:
+            prepare_source(settings(tmp_path, model=str(folder)))
+        assert len(str(caught.value).splitlines()) == 1
