@@ -3,37 +3,36 @@
 from __future__ import annotations
 
 import warnings
+import weakref
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from contextlib import nullcontext, suppress
+from contextlib import AbstractContextManager, nullcontext, suppress
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
 import lightning as L
-from lightning.pytorch.callbacks import ModelPruning, StochasticWeightAveraging
 from lightning.pytorch.loggers import TensorBoardLogger
 from torch import Tensor, nn
 
 from bmoe_lightning.baselines import save_snapshot
 from bmoe_lightning.baselines.method import Predictions
+from bmoe_lightning.checks import (
+    check_calibration,
+    check_later_callbacks,
+    check_snapshots,
+    check_strategy,
+    is_trial,
+)
 from bmoe_lightning.curvature.fisher import FisherName
 from bmoe_lightning.curvature.kfac import ApproximationName
 from bmoe_lightning.curvature.sketch import SketchName
-from bmoe_lightning.evaluation_run import EvaluationRun
-from bmoe_lightning.experts import ClassLogits, down_proj_parameters, find_expert_layers
+from bmoe_lightning.evaluation_run import EvaluationRun, uncertain_prediction
+from bmoe_lightning.experts import ClassLogits, down_proj_parameters
 from bmoe_lightning.fitting import FitSettings, Fitted, fit
-from bmoe_lightning.laplace.predictive import (
-    MIN_UNLABELLED,
-    NUM_SAMPLES,
-    LinkName,
-    class_probabilities,
-    predict_with_uncertainty,
-)
+from bmoe_lightning.laplace.predictive import NUM_SAMPLES, LinkName
 from bmoe_lightning.laplace.prior import Scope
 from bmoe_lightning.passes import Pass, best_weights, training_examples, training_pass, validation_pass
 from bmoe_lightning.saved import POSTERIOR_FILE, has_fitted, load_fitted, save_fitted
-
-_SHARDED = ("FSDPStrategy", "DeepSpeedStrategy", "ModelParallelStrategy", "XLAFSDPStrategy")
 
 
 class BayesianMoECallback(L.Callback):
@@ -73,6 +72,8 @@ class BayesianMoECallback(L.Callback):
         dirpath: folder for what is written; by default `bayesian_moe` in the logger's folder.
         name: prefix of logged names and of the folder, needed when a trainer has two of these callbacks.
         seed: of drawn labels, test matrices and noise.
+        experts: shell-style pattern over module names, where experts are not found by structure.
+        down_proj: name of the second linear layer within an expert, likewise.
 
     Raises:
         ValueError: for an unknown name or a value out of range.
@@ -101,6 +102,8 @@ class BayesianMoECallback(L.Callback):
         dirpath: str | None = None,
         name: str = "",
         seed: int = 0,
+        experts: str | None = None,
+        down_proj: str | None = None,
     ) -> None:
         self.settings = FitSettings(
             methods=tuple(methods),
@@ -117,6 +120,8 @@ class BayesianMoECallback(L.Callback):
             dropout=dropout,
             dropout_samples=dropout_samples,
             seed=seed,
+            experts=experts,
+            down_proj=down_proj,
         )
         if fit_at not in ("last", "best"):
             raise ValueError(f"fit_at must be 'last' or 'best', got {fit_at!r}")
@@ -138,21 +143,25 @@ class BayesianMoECallback(L.Callback):
         self._folder = self._dirpath  # where this run writes; None writes nothing
         self._earlier: Path | None = None  # where the run of a loaded checkpoint wrote
         self._snapshots: list[Path] = []
+        self._earlier_snapshots: list[Path] = []  # of the run that is being resumed
         self._prior_mean: dict[str, Tensor] | None = None
+        self._prior_module: weakref.ref[nn.Module] | None = None
+        self._precision: Callable[[], AbstractContextManager[Any]] = nullcontext
         self._undo: list[Callable[[], None]] = []
         self._run: EvaluationRun | None = None
 
     @property
     def state_key(self) -> str:
-        """Callbacks with other methods or another name keep their own state."""
-        return self._generate_state_key(methods=self.settings.methods, rank=self.settings.rank, name=self.name)
+        """Callbacks with another name keep their own state."""
+        return self._generate_state_key(name=self.name)
 
     # -- before anything runs
 
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
         """Refuse what cannot work before time is spent; let evaluation loops keep gradients possible."""
-        _check_strategy(trainer)
-        self._check_neighbours(trainer)
+        check_strategy(trainer)
+        callbacks = trainer.callbacks  # type: ignore[attr-defined]
+        check_later_callbacks(callbacks[callbacks.index(self) + 1 :])
         if self._class_logits is None and not callable(getattr(pl_module, "class_logits", None)):
             raise TypeError(
                 f"{type(pl_module).__name__} has no method class_logits(batch) -> (logits [B, K], labels [B]), and "
@@ -164,9 +173,9 @@ class BayesianMoECallback(L.Callback):
             self._undo.append(partial(setattr, loop, "inference_mode", loop.inference_mode))
             loop.inference_mode = False
         log_dir = trainer.log_dir  # read on every rank: it may be a collective
-        if not _is_trial(trainer):
-            default = Path(log_dir or trainer.default_root_dir) / "bayesian_moe" / self.name
-            self._folder = self._dirpath or default
+        default = Path(log_dir or trainer.default_root_dir) / "bayesian_moe" / self.name
+        self._folder = None if is_trial(trainer) else self._dirpath or default
+        self._precision = trainer.precision_plugin.forward_context
         if stage == "fit":
             self._remember_prior_mean(pl_module)
 
@@ -179,7 +188,7 @@ class BayesianMoECallback(L.Callback):
 
     def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """The model is complete now: find its experts, and remember where its weights start."""
-        layers = find_expert_layers(pl_module)
+        layers = self.settings.find_layers(pl_module)
         unknown = set(self.settings.skip_layers) - {layer.index for layer in layers}
         if unknown:
             raise ValueError(f"skip_layers names {sorted(unknown)}, but the model has {len(layers)} expert layers")
@@ -189,11 +198,13 @@ class BayesianMoECallback(L.Callback):
         """Drop a posterior of earlier weights; check that the data allow fitting another one."""
         self.fitted = None
         self.predictions = {}
-        self._snapshots = []
+        self._snapshots = [path for path in self._earlier_snapshots if path.is_file()]
+        self._earlier_snapshots = []
+        check_snapshots(trainer, self.settings, len(self._snapshots))
         if self.settings.needs_posterior:
             training_pass(trainer, "Curvature", self.curvature_batches)
         if self.settings.needs_calibration:
-            self._check_calibration(validation_pass(trainer, "Calibration"), trial=_is_trial(trainer))
+            check_calibration(self.settings, validation_pass(trainer, "Calibration"), trial=is_trial(trainer))
         if self.fit_at == "best" and getattr(trainer.checkpoint_callback, "monitor", None) is None:
             raise ValueError("fit_at='best' needs a ModelCheckpoint with monitor=..., and the trainer has none")
 
@@ -215,7 +226,7 @@ class BayesianMoECallback(L.Callback):
         if self.settings.needs_calibration:
             calibration = validation_pass(trainer, "Calibration")
         with best_weights(trainer, pl_module) if self.fit_at == "best" else nullcontext():
-            self.fit_posterior(
+            self._fit(
                 pl_module,
                 curvature or [],
                 calibration,
@@ -247,6 +258,8 @@ class BayesianMoECallback(L.Callback):
     ) -> None:
         """Fit on a model that is already trained; `trainer.test` and `trainer.predict` then use the result.
 
+        What was fitted is also written, if the callback was given a `dirpath`.
+
         Args:
             module: the LightningModule (or whatever `class_logits` takes as its model), on its device.
             curvature_batches: batches of the training data, on the model's device.
@@ -258,6 +271,19 @@ class BayesianMoECallback(L.Callback):
         Raises:
             ValueError: if a method lacks data, labels or the prior mean.
         """
+        self._fit(module, curvature_batches, calibration_batches, prior_mean=prior_mean, num_examples=num_examples)
+        if self._dirpath is not None:
+            save_fitted(self._dirpath, self._require_fitted(), self._snapshots)
+
+    def _fit(
+        self,
+        module: nn.Module,
+        curvature_batches: Iterable[Any],
+        calibration_batches: Iterable[Any] | None,
+        *,
+        prior_mean: Mapping[str, Tensor] | None = None,
+        num_examples: int | None = None,
+    ) -> None:
         self.fitted = fit(
             module,
             self._engine_logits,
@@ -291,17 +317,7 @@ class BayesianMoECallback(L.Callback):
         """Predict the batch with every single-member method."""
         self._add_batch(trainer, pl_module, batch, dataloader_idx)
 
-    def on_test_batch_end(
-        self,
-        trainer: L.Trainer,
-        pl_module: L.LightningModule,
-        outputs: Any,
-        batch: Any,
-        batch_idx: int,
-        dataloader_idx: int = 0,
-    ) -> None:
-        """Predict the batch with every single-member method."""
-        self._add_batch(trainer, pl_module, batch, dataloader_idx)
+    on_test_batch_end = on_validation_batch_end
 
     def on_validation_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Let the ensembles predict, then log the metrics of every method."""
@@ -318,24 +334,9 @@ class BayesianMoECallback(L.Callback):
         posterior = self._ready(pl_module).posterior
         if posterior is None:
             raise RuntimeError(f"none of the methods {list(self.settings.methods)} has a posterior to predict with")
-        settings = self.settings
 
-        def predict_step(batch: Any, *_: Any) -> dict[str, Any]:
-            logits, covariance = posterior.logit_covariance(pl_module, self._engine_logits, batch, centred=True)
-            prediction = predict_with_uncertainty(
-                logits, covariance, num_samples=settings.num_samples, seed=settings.seed
-            )
-            log_probs = class_probabilities(
-                logits, covariance, settings.link, num_samples=settings.num_samples, seed=settings.seed
-            )
-            return {
-                "probs": log_probs.exp(),
-                "log_probs": log_probs,
-                "logits": logits,
-                "logit_covariance": covariance,
-                "entropy": prediction.entropy,
-                "mutual_information": prediction.mutual_information,
-            }
+        def predict_step(batch: Any, *_: Any) -> dict[str, Tensor]:
+            return uncertain_prediction(posterior, pl_module, self._engine_logits, batch, self.settings)
 
         # On the instance, so that the class stays as it is.
         pl_module.predict_step = predict_step  # type: ignore[method-assign]
@@ -353,62 +354,37 @@ class BayesianMoECallback(L.Callback):
 
     def state_dict(self) -> dict[str, Any]:
         """A few numbers and a path; the factors are in a file of their own, not in every checkpoint."""
-        return {"folder": None if self._folder is None else str(self._folder)}
+        return {
+            "folder": None if self._folder is None else str(self._folder),
+            "snapshots": [str(path) for path in self._snapshots],
+        }
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Remember where the posterior was written."""
         if state_dict.get("folder"):
             self._earlier = Path(state_dict["folder"])
+        self._earlier_snapshots = [Path(path) for path in state_dict.get("snapshots", [])]
 
     # -- helpers, in the order in which they are used above
 
-    def _check_neighbours(self, trainer: L.Trainer) -> None:
-        """Refuse orders and names with which two callbacks would get in each other's way."""
-        callbacks = trainer.callbacks  # type: ignore[attr-defined]
-        mine = callbacks.index(self)
-        for other in callbacks[mine + 1 :]:
-            if (
-                isinstance(other, (StochasticWeightAveraging, ModelPruning))
-                or type(other).__name__ == "WeightAveraging"
-            ):
-                raise ValueError(
-                    f"{type(other).__name__} changes the weights when training ends, so it must come before "
-                    "BayesianMoECallback in the trainer's callbacks"
-                )
-            if isinstance(other, BayesianMoECallback) and other.name == self.name:
-                raise ValueError("two BayesianMoECallbacks would log under the same names; give them name='...'")
-
-    def _check_calibration(self, calibration: Pass | None, *, trial: bool) -> None:
-        """Refuse a validation split on which the methods could not be fitted when training is over."""
-        if calibration is None:
-            raise ValueError(
-                f"{list(self.settings.methods)} are fitted on a validation split, and the trainer has none (no "
-                "validation loader, no validation_step, or limit_val_batches=0). Add one, or ask for "
-                "methods=['map', 'laplace_evidence'], which need no held-out data."
-            )
-        count = calibration.num_examples
-        if self.settings.evidence_temperatures and count is not None and count < MIN_UNLABELLED:
-            raise ValueError(
-                f"the evidence temperature needs at least {MIN_UNLABELLED} inputs of the validation split, and there "
-                f"are {count}; leave evidence_temperature and shrunk_temperature out of the methods"
-                + (", which a fast_dev_run with its single batch cannot fit" if trial else "")
-            )
-
     def _remember_prior_mean(self, module: nn.Module) -> None:
-        """Copy the second weights of all experts to the CPU, once, if a method will ask how far they moved."""
+        """Copy the second weights of all experts to the CPU, once a module, if a method will ask how far they moved."""
         wanted = self.settings.needs_evidence and self.settings.prior_mean == "pretrained"
-        if not wanted or self._prior_mean is not None:
+        if not wanted or (self._prior_module is not None and self._prior_module() is module):
             return
+        self._prior_mean = self._prior_module = None
         with suppress(ValueError):  # no experts yet: a module that is built in configure_model
-            layers = find_expert_layers(module)
+            layers = self.settings.find_layers(module)
             self._prior_mean = {
                 name: parameter.detach().to("cpu", copy=True)
                 for layer in layers
                 for name, parameter in down_proj_parameters(module, layer).items()
             }
+            self._prior_module = weakref.ref(module)
 
     def _engine_logits(self, model: Any, batch: Any) -> tuple[Tensor, Tensor | None]:
-        found = model.class_logits(batch) if self._class_logits is None else self._class_logits(model, batch)
+        with self._precision():
+            found = model.class_logits(batch) if self._class_logits is None else self._class_logits(model, batch)
         if not isinstance(found, tuple) or len(found) != 2:
             raise TypeError(f"class_logits must return (logits, labels or None), got {type(found).__name__}")
         return found
@@ -425,7 +401,14 @@ class BayesianMoECallback(L.Callback):
         """Read what an earlier process wrote, if there is something."""
         for folder in (self._dirpath, self._earlier, self._folder):
             if folder is not None and has_fitted(folder):
-                self.fitted, self._snapshots = load_fitted(folder)
+                fitted, self._snapshots = load_fitted(folder)
+                differing = self.settings.fitting_differences(fitted.settings)
+                if differing:
+                    raise ValueError(
+                        f"what was fitted in {folder} had other settings than this callback: {', '.join(differing)}. "
+                        "Give the callback the same ones, or fit again"
+                    )
+                self.fitted = fitted
                 return True
         return False
 
@@ -434,8 +417,7 @@ class BayesianMoECallback(L.Callback):
         if self.fitted is None:
             self._load_saved()
         fitted = self._require_fitted()
-        if fitted.posterior is not None:
-            fitted.posterior.check_weights(module)
+        fitted.check_weights(module, self.settings)
         return fitted
 
     def _begin(self, module: L.LightningModule, stage: str) -> None:
@@ -444,8 +426,7 @@ class BayesianMoECallback(L.Callback):
 
     def _add_batch(self, trainer: L.Trainer, module: L.LightningModule, batch: Any, loader: int) -> None:
         if self._run is not None:
-            with trainer.precision_plugin.forward_context():
-                self._run.add(module, self._engine_logits, batch, loader)
+            self._run.add(module, self._engine_logits, batch, loader)
 
     def _finish(self, trainer: L.Trainer, module: L.LightningModule, loaders: Any, counts: Sequence[float]) -> None:
         if self._run is None:
@@ -458,7 +439,7 @@ class BayesianMoECallback(L.Callback):
         ]
         self.predictions |= run.finish(module, self._engine_logits, passes)
         module.log_dict({f"{self._prefix}{key}": value for key, value in run.metrics().items()})
-        if run.stage == "test" and not _is_trial(trainer) and trainer.is_global_zero:
+        if run.stage == "test" and not is_trial(trainer) and trainer.is_global_zero:
             folders = [logger.log_dir for logger in trainer.loggers if isinstance(logger, TensorBoardLogger)]
             for folder in folders:
                 run.write_tensorboard(Path(folder) / self.name, trainer.fit_loop.epoch_loop._batches_that_stepped)
@@ -471,24 +452,3 @@ class BayesianMoECallback(L.Callback):
         while self._undo:
             self._undo.pop()()
         self._run = None
-
-
-def _check_strategy(trainer: L.Trainer) -> None:
-    """Refuse strategies under which a plain forward and backward of the module do not do what they say."""
-    kinds = {kind.__name__ for kind in type(trainer.strategy).__mro__}
-    sharded = sorted(kinds & set(_SHARDED))
-    if sharded:
-        raise ValueError(
-            f"BayesianMoECallback does not support {sharded[0]} yet: its weights are sharded outside of the "
-            "training step. Use one device, or train first and call fit_posterior on the unsharded model"
-        )
-    if trainer.world_size > 1:
-        raise ValueError(
-            f"BayesianMoECallback runs in one process for now, and the trainer has {trainer.world_size}. Train with "
-            "all of them, then load the checkpoint in one process and call fit_posterior"
-        )
-
-
-def _is_trial(trainer: L.Trainer) -> bool:
-    """Whether this is a `fast_dev_run`: everything runs, nothing is written."""
-    return bool(getattr(trainer, "fast_dev_run", False))

@@ -6,11 +6,13 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 
 from bmoe_lightning.baselines.method import Evaluation, Predictions
 from bmoe_lightning.experts import ClassLogits
 from bmoe_lightning.fitting import FitSettings, Fitted, build_methods
+from bmoe_lightning.laplace.posterior import LaplacePosterior
+from bmoe_lightning.laplace.predictive import class_probabilities, entropy, predict_with_uncertainty
 from bmoe_lightning.metrics import calibration_metrics
 from bmoe_lightning.passes import Pass
 from bmoe_lightning.report import MethodResult, summarise, write_tensorboard
@@ -128,3 +130,35 @@ class EvaluationRun:
                 },
                 step=step,
             )
+
+
+def uncertain_prediction(
+    posterior: LaplacePosterior, module: nn.Module, class_logits: ClassLogits, batch: Any, settings: FitSettings
+) -> dict[str, Tensor]:
+    """What `trainer.predict` returns for a batch.
+
+    Args:
+        posterior: at the prior precision to predict with.
+        module: the model.
+        class_logits: `(module, batch) -> (logits [B, K], labels or None)`.
+        batch: whatever `class_logits` takes.
+        settings: link, number of samples and seed.
+
+    Returns:
+        `probs`, `log_probs` and `logits` `[B, K]`, `logit_covariance` `[B, K, K]` of the centred logits, and in nats
+        `entropy` `[B]` of `probs` and `mutual_information` `[B]` between label and weights (always from Monte Carlo).
+    """
+    options = {"num_samples": settings.num_samples, "seed": settings.seed}
+    logits, covariance = posterior.logit_covariance(module, class_logits, batch, centred=True)
+    sampled = predict_with_uncertainty(logits, covariance, **options)
+    log_probs = sampled.log_probs
+    if settings.link != "mc":
+        log_probs = class_probabilities(logits, covariance, settings.link, **options)
+    return {
+        "probs": log_probs.exp(),
+        "log_probs": log_probs,
+        "logits": logits,
+        "logit_covariance": covariance,
+        "entropy": entropy(log_probs),
+        "mutual_information": sampled.mutual_information,
+    }

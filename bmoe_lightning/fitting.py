@@ -29,8 +29,14 @@ from bmoe_lightning.baselines.method import BatchView
 from bmoe_lightning.curvature.fisher import FisherName
 from bmoe_lightning.curvature.kfac import ApproximationName, check_options, collect_factors
 from bmoe_lightning.curvature.sketch import SketchName
-from bmoe_lightning.experts import ClassLogits, ExpertLayer, find_expert_layers, squared_distances
-from bmoe_lightning.laplace.posterior import LaplacePosterior
+from bmoe_lightning.experts import (
+    ClassLogits,
+    ExpertLayer,
+    find_expert_layers,
+    squared_distances,
+    weight_fingerprint,
+)
+from bmoe_lightning.laplace.posterior import LaplacePosterior, WeightMismatchError
 from bmoe_lightning.laplace.predictive import (
     LINKS,
     NUM_SAMPLES,
@@ -80,6 +86,8 @@ class FitSettings:
         dropout: probability of MC dropout.
         dropout_samples: forward passes of MC dropout.
         seed: of every random choice.
+        experts: pattern over module names, where expert layers are not found by structure; see `find_expert_layers`.
+        down_proj: name of the second linear layer within an expert, likewise.
 
     Raises:
         ValueError: for an unknown name or a value out of range.
@@ -99,6 +107,8 @@ class FitSettings:
     dropout: float = 0.1
     dropout_samples: int = 10
     seed: int = 0
+    experts: str | None = None
+    down_proj: str | None = None
 
     def __post_init__(self) -> None:
         unknown = [name for name in self.methods if name not in METHODS]
@@ -120,6 +130,19 @@ class FitSettings:
             raise ValueError(f"MC dropout needs a probability in (0, 1), got {self.dropout}")
         if self.needs_evidence and self.fisher != "exact" and self.evidence_temperatures:
             raise ValueError(f"the evidence temperature needs fisher='exact', got {self.fisher!r}")
+
+    def find_layers(self, model: nn.Module) -> list[ExpertLayer]:
+        """The expert layers of a model."""
+        return find_expert_layers(model, experts=self.experts, down_proj=self.down_proj)
+
+    def fitting_differences(self, other: Mapping[str, Any]) -> list[str]:
+        """Which settings that decide about a fit differ from those in a mapping, as `name=there (here: here)`."""
+        mine = asdict(self)
+        return [
+            f"{name}={other[name]!r} (here {mine[name]!r})"
+            for name in _FITTING_SETTINGS
+            if name in other and _plain(other[name]) != _plain(mine[name])
+        ]
 
     @property
     def needs_posterior(self) -> bool:
@@ -145,6 +168,15 @@ class FitSettings:
     def evidence_temperatures(self) -> bool:
         """Whether a method needs the evidence temperature."""
         return bool({"evidence_temperature", "shrunk_temperature"} & set(self.methods))
+
+
+_FITTING_SETTINGS = (
+    "rank", "fisher", "approximation", "sketch", "evidence_scope", "lpo_scope", "prior_mean", "skip_layers",
+)  # fmt: skip
+
+
+def _plain(value: Any) -> Any:
+    return list(value) if isinstance(value, (list, tuple)) else value
 
 
 @dataclass(frozen=True)
@@ -209,10 +241,28 @@ class Fitted:
     Attributes:
         state: the numbers.
         posterior: the curvature, its prior precision from LPO, else from the evidence; None if no method needs it.
+        fingerprint: of the weights that all this was fitted on.
+        settings: that it was fitted with, as plain values; empty if that is not known.
     """
 
     state: FittedState = field(default_factory=FittedState)
     posterior: LaplacePosterior | None = None
+    fingerprint: str = ""
+    settings: Mapping[str, Any] = field(default_factory=dict)
+
+    def check_weights(self, model: nn.Module, settings: FitSettings) -> None:
+        """Compare a model's weights with those that this was fitted on.
+
+        Raises:
+            WeightMismatchError: if they differ.
+        """
+        if self.posterior is not None:
+            self.posterior.check_weights(model)
+        elif self.fingerprint and weight_fingerprint(model, settings.find_layers(model)) != self.fingerprint:
+            raise WeightMismatchError(
+                "the temperatures were fitted on other weights than the model has; load the checkpoint they were "
+                "fitted on, or fit them again"
+            )
 
     def scalars(self) -> dict[str, float]:
         """Flat numbers for a logger: what was fitted, and how much of the curvature the factors hold."""
@@ -257,14 +307,15 @@ def fit(
     if settings.needs_calibration and calibration_batches is None:
         needy = sorted(NEEDS_CALIBRATION & set(settings.methods))
         raise ValueError(f"{needy} are fitted on held-out data, and there is no calibration split")
+    layers = settings.find_layers(model)
+    record: dict[str, Any] = {"fingerprint": weight_fingerprint(model, layers), "settings": asdict(settings)}
     if not settings.needs_posterior:
         state = FittedState()
         if settings.needs_labels:
             logits, labels = plain_logits(model, class_logits, calibration_batches or [])
             state = replace(state, temperature=fit_temperature(logits, labels))
-        return Fitted(state)
+        return Fitted(state, **record)
 
-    layers = find_expert_layers(model)
     kept = _kept_layers(settings, layers)
     reference = _reference(settings, prior_mean) if settings.needs_evidence else None
     factors = collect_factors(
@@ -294,7 +345,7 @@ def fit(
         state = replace(state, evidence_temperature=temperature)
     if state.lpo_precision is not None:
         posterior = posterior.with_prior_precision(torch.tensor(state.lpo_precision, dtype=torch.float64))
-    return Fitted(state, posterior)
+    return Fitted(state, posterior, **record)
 
 
 def _kept_layers(settings: FitSettings, layers: list[ExpertLayer]) -> list[ExpertLayer]:
@@ -406,7 +457,7 @@ def _makers(
     return {
         "map": MAP,
         "mc_dropout": lambda: MCDropout(
-            find_expert_layers(model), p=settings.dropout, num_samples=settings.dropout_samples, seed=settings.seed
+            settings.find_layers(model), p=settings.dropout, num_samples=settings.dropout_samples, seed=settings.seed
         ),
         "checkpoint_ensemble": lambda: CheckpointEnsemble(snapshots),
         "deep_ensemble": lambda: DeepEnsemble(ensemble_members),

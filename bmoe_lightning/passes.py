@@ -59,8 +59,7 @@ class Pass:
             for batch in islice(self._loader, self._num_batches):
                 batch = trainer.precision_plugin.convert_input(batch)
                 batch = trainer.lightning_module._on_before_batch_transfer(batch, dataloader_idx=self._index)
-                with trainer.precision_plugin.forward_context():
-                    yield trainer.strategy.batch_to_device(batch, dataloader_idx=self._index)
+                yield trainer.strategy.batch_to_device(batch, dataloader_idx=self._index)
                 advance()
 
 
@@ -194,7 +193,8 @@ def best_weights(trainer: L.Trainer, module: L.LightningModule) -> Iterator[None
     path = getattr(trainer.checkpoint_callback, "best_model_path", "")
     if not path:
         raise RuntimeError("fit_at='best', but the checkpoint callback has saved no checkpoint")
-    best = torch.load(path, map_location="cpu", weights_only=True)["state_dict"]
+    # This very run wrote the file, with whatever hyper-parameters the user's module saves.
+    best = torch.load(path, map_location="cpu", weights_only=False)["state_dict"]
     current = {name: value for name, value in module.state_dict().items() if name in best}
     last = {name: value.detach().to("cpu", copy=True) for name, value in current.items()}
     try:

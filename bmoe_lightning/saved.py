@@ -30,13 +30,13 @@ def save_fitted(folder: Path, fitted: Fitted, snapshots: Sequence[Path] = ()) ->
         OSError: if a file cannot be written; the old one stays.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    fingerprint = ""
     if fitted.posterior is not None:
         fitted.posterior.save(folder / POSTERIOR_FILE)
-        fingerprint = fitted.posterior.factors.fingerprint
     content = {
         "version": _VERSION,
-        "fingerprint": fingerprint,
+        "fingerprint": fitted.fingerprint,
+        "settings": dict(fitted.settings),
+        "posterior": None if fitted.posterior is None else fitted.posterior.factors.fingerprint,
         "fitted": asdict(fitted.state),
         "snapshots": [str(path.relative_to(folder)) for path in snapshots],
     }
@@ -62,15 +62,15 @@ def load_fitted(folder: Path) -> tuple[Fitted, list[Path]]:
     except ValueError as error:
         raise ValueError(f"{path} is damaged ({error}); fit again") from error
     posterior = None
-    if content["fingerprint"]:
+    if content["posterior"] is not None:
         posterior = LaplacePosterior.load(folder / POSTERIOR_FILE)
-        if posterior.factors.fingerprint != content["fingerprint"]:
+        if posterior.factors.fingerprint != content["posterior"]:
             raise ValueError(f"{path} and {POSTERIOR_FILE} beside it come from different fits; fit again")
     snapshots = [folder / name for name in content["snapshots"]]
     missing = [str(snapshot) for snapshot in snapshots if not snapshot.is_file()]
     if missing:
         raise FileNotFoundError(f"{path} names snapshots that are gone: {missing}")
-    return Fitted(state, posterior), snapshots
+    return Fitted(state, posterior, content["fingerprint"], content["settings"]), snapshots
 
 
 def write_text(path: Path, text: str) -> None:
@@ -91,10 +91,16 @@ def _read(path: Path) -> dict[str, Any]:
         content = json.loads(path.read_text(encoding="utf-8"))
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
         raise ValueError(f"{path} is no JSON ({error}); fit again") from error
-    expected = {"version", "fingerprint", "fitted", "snapshots"}
+    expected = {"version", "fingerprint", "settings", "posterior", "fitted", "snapshots"}
     if not isinstance(content, dict) or set(content) != expected or content["version"] != _VERSION:
         raise ValueError(f"{path} is not of version {_VERSION} of bmoe_lightning's format; fit again")
-    kinds = {"fingerprint": str, "fitted": dict, "snapshots": list}
+    kinds: dict[str, type | tuple[type, ...]] = {
+        "fingerprint": str,
+        "settings": dict,
+        "posterior": (str, type(None)),
+        "fitted": dict,
+        "snapshots": list,
+    }
     wrong = [name for name, kind in kinds.items() if not isinstance(content[name], kind)]
     if wrong or not all(isinstance(name, str) for name in content["snapshots"]):
         raise ValueError(f"{path} is damaged (another kind of {', '.join(wrong) or 'snapshots'}); fit again")

@@ -17,7 +17,8 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from torch.utils.data import DataLoader, IterableDataset
 from toy import ToyData, ToyModule, loader, trainer
 
-from bmoe_lightning.callback import BayesianMoECallback, _check_strategy
+from bmoe_lightning.callback import BayesianMoECallback
+from bmoe_lightning.checks import check_later_callbacks, check_strategy
 from bmoe_lightning.experts import find_expert_layers
 from bmoe_lightning.laplace import LaplacePosterior, WeightMismatchError
 
@@ -198,6 +199,55 @@ class TestTraining:
         for one, other in zip(before, module.parameters(), strict=True):
             torch.testing.assert_close(one, other, rtol=0, atol=0)
 
+    def test_mixed_precision_is_for_the_model_alone(self, tmp_path):
+        seen = []
+
+        class Watching(ToyModule):
+            def class_logits(self, batch):
+                seen.append(torch.is_autocast_enabled("cpu"))
+                return super().class_logits(batch)
+
+        callback = BayesianMoECallback(methods=LAPLACE)
+        run = trainer(tmp_path, [callback], max_epochs=1, precision="bf16-mixed")
+        module = Watching()
+        run.fit(module, train_loader(), calibration_loader())
+        assert callback.fitted.posterior.factors.layers[0].a_basis.dtype == torch.float32
+        metrics = run.test(module, test_loader(), verbose=False)[0]
+        assert 0 < metrics["laplace_lpo/test/nll"] < 3
+        assert run.predict(module, test_loader())[0]["probs"].shape == (16, 3)
+        assert all(seen)
+
+    def test_a_trial_leaves_an_earlier_posterior_alone(self, tmp_path):
+        folder = tmp_path / "b"
+        options = {"methods": ("map", "laplace_evidence"), "dirpath": str(folder)}
+        trainer(tmp_path, [BayesianMoECallback(**options)], max_epochs=1).fit(ToyModule(), train_loader())
+        before = {path.name: path.read_bytes() for path in folder.iterdir()}
+        trainer(tmp_path, [BayesianMoECallback(**options)], fast_dev_run=True).fit(ToyModule(seed=1), train_loader())
+        assert {path.name: path.read_bytes() for path in folder.iterdir()} == before
+
+    def test_another_module_gets_a_prior_mean_of_its_own(self, tmp_path):
+        def precision(callback, seed):
+            L.seed_everything(0)
+            trainer(tmp_path, [callback], max_epochs=1).fit(ToyModule(seed=seed), loader(160, 1))
+            return callback.fitted.state.evidence_precision
+
+        used = BayesianMoECallback(methods=("laplace_evidence",))
+        precision(used, 0)
+        fresh = BayesianMoECallback(methods=("laplace_evidence",))
+        assert precision(used, 1) == pytest.approx(precision(fresh, 1), rel=1e-4)
+
+    def test_a_resumed_checkpoint_ensemble_keeps_its_earlier_members(self, tmp_path):
+        def run(epochs, **options):
+            callback = BayesianMoECallback(methods=("map", "checkpoint_ensemble"), dirpath=str(tmp_path / "b"))
+            checkpoint = ModelCheckpoint(tmp_path / "c", save_last=True, enable_version_counter=False)
+            t = trainer(tmp_path, [checkpoint, callback], max_epochs=epochs, enable_checkpointing=True)
+            t.fit(ToyModule(), train_loader(), **options)
+            return [path.name for path in callback._snapshots]
+
+        assert len(run(3)) == 3
+        kept = run(4, ckpt_path=str(tmp_path / "c" / "last.ckpt"), weights_only=True)
+        assert kept == [f"epoch-000{i}.safetensors" for i in range(4)]
+
 
 class TestProgress:
     @pytest.mark.parametrize("enabled", [True, False])
@@ -314,6 +364,40 @@ class TestWeightsAndProcesses:
         state = torch.load(path, weights_only=True)["callbacks"][trained.callback.state_key]
         assert len(json.dumps(state)) < 1000
 
+    def test_other_weights_are_refused_for_temperatures_too(self, tmp_path):
+        options = {"methods": ("map", "temperature"), "dirpath": str(tmp_path / "b")}
+        trainer(tmp_path, [BayesianMoECallback(**options)], max_epochs=1).fit(
+            ToyModule(), train_loader(), calibration_loader()
+        )
+        with pytest.raises(WeightMismatchError, match="temperatures"):
+            trainer(tmp_path, [BayesianMoECallback(**options)]).test(ToyModule(seed=5), test_loader(), verbose=False)
+
+    def test_a_fit_with_other_settings_is_refused(self, trained):
+        callback = BayesianMoECallback(methods=LAPLACE, rank=2, fisher="mc", dirpath=str(trained.folder / "bayesian"))
+        with pytest.raises(ValueError, match=r"rank=10 \(here 2\), fisher='exact' \(here 'mc'\)"):
+            trainer(trained.folder, [callback]).test(trained.module, test_loader(), verbose=False)
+
+    def test_fewer_methods_can_be_tested_than_were_fitted(self, trained, tmp_path):
+        path = tmp_path / "after.ckpt"
+        trained.run.save_checkpoint(path)
+        callback = BayesianMoECallback(methods=("map", "laplace_lpo"))
+        metrics = trainer(tmp_path, [callback]).test(
+            ToyModule(seed=9), test_loader(), ckpt_path=str(path), weights_only=True, verbose=False
+        )[0]
+        assert "laplace_lpo/test/nll" in metrics
+
+    def test_fit_posterior_writes_where_it_was_told_to(self, trained, tmp_path):
+        callback = BayesianMoECallback(dirpath=str(tmp_path / "b"))
+        callback.fit_posterior(trained.module, train_loader(), calibration_loader())
+        again = BayesianMoECallback(dirpath=str(tmp_path / "b"))
+        metrics = trainer(tmp_path, [again]).test(trained.module, test_loader(), verbose=False)[0]
+        assert "laplace_lpo/test/nll" in metrics
+
+    def test_entropy_belongs_to_the_probabilities_under_any_link(self, trained):
+        callback = BayesianMoECallback(methods=LAPLACE, link="probit", dirpath=str(trained.folder / "bayesian"))
+        first = trainer(trained.folder, [callback]).predict(trained.module, test_loader())[0]
+        torch.testing.assert_close(first["entropy"], -(first["probs"] * first["log_probs"]).sum(1))
+
 
 class TestException:
     def test_everything_is_restored_when_the_fit_fails(self, tmp_path):
@@ -424,17 +508,60 @@ class TestRefusals:
         for kind in (FSDPStrategy, ModelParallelStrategy):
             fake = types.SimpleNamespace(strategy=kind.__new__(kind), world_size=1)
             with pytest.raises(ValueError, match=kind.__name__):
-                _check_strategy(fake)
+                check_strategy(fake)
 
     def test_several_processes(self):
         fake = types.SimpleNamespace(strategy=object(), world_size=2)
         with pytest.raises(ValueError, match="one process"):
-            _check_strategy(fake)
+            check_strategy(fake)
 
     def test_callbacks_that_change_weights_must_come_first(self, tmp_path):
         averaging = StochasticWeightAveraging(swa_lrs=1e-3, swa_epoch_start=1)
         with pytest.raises(ValueError, match="StochasticWeightAveraging"):
             trainer(tmp_path, [BayesianMoECallback(), averaging]).fit(ToyModule(), train_loader(), calibration_loader())
+
+    def test_one_epoch_makes_no_checkpoint_ensemble(self, tmp_path):
+        callback = BayesianMoECallback(methods=("map", "checkpoint_ensemble"))
+        with pytest.raises(ValueError, match="max_epochs=1"):
+            trainer(tmp_path, [callback], max_epochs=1).fit(ToyModule(), train_loader())
+
+    def test_subclasses_of_weight_averaging(self):
+        averaging = pytest.importorskip("lightning.pytorch.callbacks.weight_averaging")
+        kind = type("Mine", (averaging.WeightAveraging,), {})
+        with pytest.raises(ValueError, match="Mine changes the weights"):
+            check_later_callbacks([kind.__new__(kind)])
+
+    def test_experts_that_only_the_user_can_name(self, tmp_path):
+        class Square(torch.nn.Module):
+            def __init__(self):
+                super().__init__()
+                self.router = torch.nn.Linear(8, 3)
+                make = lambda: torch.nn.ModuleDict({"up": torch.nn.Linear(8, 8), "out": torch.nn.Linear(8, 8)})  # noqa: E731
+                self.mlps = torch.nn.ModuleList(make() for _ in range(3))
+
+            def forward(self, x):
+                weight, chosen = self.router(x).softmax(-1).max(-1)
+                y = torch.zeros_like(x)
+                for i, mlp in enumerate(self.mlps):
+                    rows = (chosen == i).nonzero().squeeze(1)
+                    y = y.index_copy(0, rows, mlp["out"](mlp["up"](x[rows]).relu()))
+                return y * weight.unsqueeze(1)
+
+        class Module(ToyModule):
+            def __init__(self):
+                super().__init__()
+                self.network = torch.nn.Sequential(torch.nn.Embedding(24, 8), Square(), torch.nn.Linear(8, 3))
+
+            def class_logits(self, batch):
+                return self.network(batch["input_ids"][:, 0]), batch.get("labels")
+
+        with pytest.raises(ValueError, match="down_proj="):
+            trainer(tmp_path, [BayesianMoECallback()], max_epochs=1).fit(Module(), train_loader(), calibration_loader())
+        callback = BayesianMoECallback(methods=LAPLACE, experts="*mlps", down_proj="out")
+        module = Module()
+        run = trainer(tmp_path, [callback], max_epochs=1)
+        run.fit(module, train_loader(), calibration_loader())
+        assert "laplace_lpo/test/nll" in run.test(module, test_loader(), verbose=False)[0]
 
     def test_best_without_a_monitor(self, tmp_path):
         with pytest.raises(ValueError, match="monitor"):
@@ -474,7 +601,7 @@ class TestRefusals:
 class TestTwoCallbacks:
     def test_need_different_names(self, tmp_path):
         callbacks = [BayesianMoECallback(rank=2), BayesianMoECallback(rank=4)]
-        with pytest.raises(ValueError, match="name="):
+        with pytest.raises(RuntimeError, match="more than one stateful callback"):
             trainer(tmp_path, callbacks).fit(ToyModule(), train_loader(), calibration_loader())
 
     def test_work_side_by_side(self, tmp_path):

@@ -121,7 +121,8 @@ class TestWhatIsLookedAt:
 
     def test_nothing_is_fitted_for_methods_that_need_nothing(self, model):
         settings = FitSettings(("map", "mc_dropout", "checkpoint_ensemble", "deep_ensemble"))
-        assert fit(model, answer_logits, settings, Untouchable(), Untouchable()) == Fitted()
+        fitted = fit(model, answer_logits, settings, Untouchable(), Untouchable())
+        assert (fitted.state, fitted.posterior) == (FittedState(), None)
 
     @pytest.mark.parametrize(
         ("method", "wanted"),

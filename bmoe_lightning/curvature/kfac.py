@@ -70,6 +70,8 @@ def collect_factors(
             message names layer and expert).
     """
     check_options(rank, fisher, approximation, sketch)
+    if num_examples is not None and num_examples < 1:
+        raise ValueError(f"num_examples must be at least 1, got {num_examples}")
     layers = find_expert_layers(model) if layers is None else list(layers)
     generator = torch.Generator().manual_seed(seed)
     sums: list[_LayerSums] | None = None

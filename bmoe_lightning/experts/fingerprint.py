@@ -1,25 +1,29 @@
-"""A fingerprint of a model's MoE blocks, so that a posterior is never used with other weights."""
+"""A fingerprint of a model's weights, so that a posterior is never used with others."""
 
 from __future__ import annotations
 
 import hashlib
+import itertools
 from collections.abc import Sequence
 
 import torch
 from torch import Tensor, nn
 
+from bmoe_lightning.experts.fused import outermost_pretrained
 from bmoe_lightning.experts.layout import ExpertLayer
 
 _SAMPLES = 64
+# Steps by the golden ratio of 2^32 fall everywhere in a matrix, whatever its width.
+_STRIDE = 2654435761
 
 
 def weight_fingerprint(model: nn.Module, layers: Sequence[ExpertLayer]) -> str:
-    """Hash a sample of every MoE block's weights: experts and router, 64 values of each matrix of each expert.
+    """Hash a sample of the weights: 64 values of every parameter, and of each expert's part of a fused one.
 
     Reading 14 billion weights would take longer than it is worth; training moves practically all entries of a matrix
     that it moves at all. Values are compared as float32, so a checkpoint and its exact copy in a wider dtype agree,
-    while a copy rounded to a narrower dtype does not. Names are relative to the block: a model has the same fingerprint
-    inside a LightningModule and outside.
+    while a copy rounded to a narrower dtype does not. What is hashed is `fingerprinted_module`, with names relative to
+    it: a model has the same fingerprint inside a LightningModule and outside.
 
     Args:
         model: the model.
@@ -29,18 +33,36 @@ def weight_fingerprint(model: nn.Module, layers: Sequence[ExpertLayer]) -> str:
         A hexadecimal SHA-256 digest.
     """
     digest = hashlib.sha256()
-    for layer in layers:
-        block = model.get_submodule(layer.name.rpartition(".")[0])
-        samples = [(name, _sample(parameter.detach())) for name, parameter in sorted(block.named_parameters())]
-        # One transfer a layer.
-        values = torch.cat([sample.float() for _, sample in samples]).cpu()
-        digest.update("\n".join(f"{name}:{len(sample)}" for name, sample in samples).encode())
+    samples = [
+        (name, _sample(p.detach())) for name, p in sorted(fingerprinted_module(model, layers).named_parameters())
+    ]
+    digest.update("\n".join(f"{name}:{len(sample)}" for name, sample in samples).encode())
+    # One transfer a device.
+    for device in sorted({sample.device for _, sample in samples}, key=str):
+        values = torch.cat([sample.float() for _, sample in samples if sample.device == device]).cpu()
         digest.update(values.numpy().tobytes())
     return digest.hexdigest()
 
 
+def fingerprinted_module(model: nn.Module, layers: Sequence[ExpertLayer]) -> nn.Module:
+    """The module whose weights are sampled: the transformers model that holds the expert layers, if there is one.
+
+    For other models it is the smallest module with all expert layers and their routers.
+    """
+    experts = {id(model.get_submodule(layer.name)) for layer in layers}
+    for candidate in outermost_pretrained(model):
+        if experts <= {id(module) for module in candidate.modules()}:
+            return candidate
+    blocks = [layer.name.rpartition(".")[0].split(".") for layer in layers]
+    shared = list(itertools.takewhile(lambda parts: len(set(parts)) == 1, zip(*blocks, strict=False)))
+    return model.get_submodule(".".join(parts[0] for parts in shared))
+
+
 def _sample(parameter: Tensor) -> Tensor:
-    """Evenly spaced values of a parameter; of every leading entry for a stack of matrices."""
+    """Scattered values of a parameter; of every leading entry for a stack of matrices."""
     rows = parameter.reshape(len(parameter), -1) if parameter.dim() == 3 else parameter.reshape(1, -1)
-    step = max(1, rows.shape[1] // _SAMPLES)
-    return rows[:, ::step].flatten()
+    size = rows.shape[1]
+    positions = torch.arange(min(_SAMPLES, size), device=rows.device)
+    if size > _SAMPLES:
+        positions = positions * _STRIDE % size
+    return rows[:, positions].flatten()

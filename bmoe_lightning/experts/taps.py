@@ -219,6 +219,8 @@ def tapped_batch(
         logits, labels = class_logits(model, _without_inference_tensors(batch))
         check_logits(logits)
         present = logits.detach() != -torch.inf
+        # A caller's autocast is for the model alone: what is done with its slots keeps their precision.
+        stack.enter_context(torch.autocast(logits.device.type, enabled=False))
         yield TappedBatch(torch.where(present, logits, 0), present, labels, taps)
 
 

@@ -94,6 +94,11 @@ def batch_terms(
         for position, layer_factors in enumerate(factors):
             gradients = [gradients_of_pass[position] for gradients_of_pass in passes]
             moves = torch.stack([gradient.ne(0).any(dim=1) for gradient in gradients]).any(dim=0)
+            if bool((owners[position][moves] < 0).any()):
+                raise RuntimeError(
+                    f"a slot of layer {layer_factors.name!r} moves a logit, but no example owns it: its gradients "
+                    "cancel or underflow; try bfloat16 or float32 weights"
+                )
             terms.append(
                 layer_terms(
                     slots[position].inputs[moves],

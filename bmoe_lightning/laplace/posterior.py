@@ -21,7 +21,7 @@ import torch
 from torch import Tensor, nn
 
 from bmoe_lightning.curvature.factors import KroneckerFactors
-from bmoe_lightning.experts.fingerprint import weight_fingerprint
+from bmoe_lightning.experts.fingerprint import fingerprinted_module, weight_fingerprint
 from bmoe_lightning.experts.layout import ExpertLayer, locate_expert_layers
 from bmoe_lightning.experts.taps import ClassLogits
 from bmoe_lightning.laplace.covariance import BatchTerms, batch_terms, covariance
@@ -343,12 +343,13 @@ def _precision_tensor(factors: KroneckerFactors, value: float | Tensor | Mapping
 
 
 def _weights_state(model: nn.Module, layers: Sequence[ExpertLayer]) -> tuple[tuple[int, int], ...]:
-    """Which parameters the MoE blocks have and how often each was written to; costs no look at the weights."""
-    blocks = [model.get_submodule(layer.name.rpartition(".")[0]) for layer in layers]
+    """Which parameters the model has and how often each was written to; costs no look at the weights.
+
+    Writes through `.data` are not counted; `LaplacePosterior.check_weights` notices those too.
+    """
     return tuple(
         (parameter.data_ptr(), 0 if parameter.is_inference() else parameter._version)
-        for block in blocks
-        for parameter in block.parameters()
+        for parameter in fingerprinted_module(model, layers).parameters()
     )
 
 

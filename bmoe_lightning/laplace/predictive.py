@@ -152,9 +152,9 @@ def predict_with_uncertainty(
     """
     samples = _log_softmax_samples(logits, covariance, num_samples, seed)
     log_probs = torch.logsumexp(samples, dim=1) - math.log(num_samples)
-    entropy = _entropy(log_probs)
-    expected = _entropy(samples).mean(dim=1)
-    return Prediction(log_probs, logits, covariance, entropy, (entropy - expected).clamp(min=0))
+    total = entropy(log_probs)
+    expected = entropy(samples).mean(dim=1)
+    return Prediction(log_probs, logits, covariance, total, (total - expected).clamp(min=0))
 
 
 def square_root(covariance: Tensor) -> Tensor:
@@ -183,5 +183,6 @@ def standard_normal(num_samples: int, num_classes: int, seed: int) -> Tensor:
     return torch.randn(num_samples, num_classes, generator=generator, dtype=torch.float64)
 
 
-def _entropy(log_probs: Tensor) -> Tensor:
+def entropy(log_probs: Tensor) -> Tensor:
+    """Entropy in nats of log-probabilities `[..., K]`: `[...]`."""
     return -(log_probs.exp() * torch.where(log_probs == -torch.inf, 0, log_probs)).sum(-1)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import warnings
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Literal
@@ -40,7 +41,7 @@ def log_evidence_penalty(curvature: Sequence[Tensor], squared_distances: Sequenc
     return total
 
 
-def fit_evidence(curvature: Sequence[Tensor], squared_distances: Sequence[Tensor], scope: Scope = "global") -> Tensor:
+def fit_evidence(curvature: Sequence[Tensor], squared_distances: Sequence[Tensor], scope: Scope = "layer") -> Tensor:
     """The prior precision at which the evidence is stationary: `sum s / (lambda + s) = lambda ||W - M||^2`.
 
     The left side falls in lambda and the right one rises, so the root is unique; it is found by bisection in log
@@ -183,6 +184,12 @@ def fit_lpo(
         log_precision = _quasi_newton(objective, log_precision, max_iterations)
     if not math.isfinite(float(objective(log_precision))):
         raise ValueError("the validation NLL is not finite: check the calibration split's labels and logits")
+    if all(min(abs(x - end) for end in _LPO_RANGE) < 0.1 for x in log_precision.tolist()):
+        warnings.warn(
+            f"LPO ends where it stops searching (prior precisions {log_precision.exp().tolist()}): on this validation "
+            "set no finite prior precision is best, so predictions are the model's own or nearly uniform",
+            stacklevel=2,
+        )
     return log_precision.exp()
 
 

@@ -3,7 +3,7 @@ import torch
 from oracles.models import as_modules, tiny_qwen, toy_model
 from torch import nn
 
-from bmoe_lightning.experts import find_expert_layers, weight_fingerprint
+from bmoe_lightning.experts import ExpertLayer, find_expert_layers, weight_fingerprint
 
 
 def fingerprint(model):
@@ -69,7 +69,23 @@ def test_wrapping_and_widening_do_not_matter_but_rounding_does():
     assert fingerprint(tiny_qwen(dtype=torch.float32).bfloat16()) != before
 
 
-def test_depends_on_which_layers():
-    model = toy_model()
+@pytest.mark.parametrize("width", [64, 1408, 2048])
+def test_every_column_is_looked_at(width):
+    model = torch.nn.Module()
+    model.block = torch.nn.Module()
+    model.block.experts = torch.nn.Module()
+    model.block.experts.down_proj = torch.nn.Parameter(torch.randn(2, 96, width))
+    layers = [ExpertLayer("block.experts", 0, 2, width, 96, "fused", "down_proj")]
+    before = weight_fingerprint(model, layers)
+    with torch.no_grad():
+        model.block.experts.down_proj[:, :, 1:] *= 2
+    assert weight_fingerprint(model, layers) != before
+
+
+def test_the_rest_of_a_transformers_model_counts():
+    model = tiny_qwen()
     layers = find_expert_layers(model)
-    assert len({weight_fingerprint(model, chosen) for chosen in (layers, layers[:1], layers[1:])}) == 3
+    before = weight_fingerprint(model, layers)
+    with torch.no_grad():
+        model.get_input_embeddings().weight.mul_(1.5)
+    assert weight_fingerprint(model, layers) != before

@@ -54,7 +54,7 @@ def test_precisions_of_layers_are_the_maximum():
     found = fit_evidence(curvature, distances, "layer").log().tolist()
     assert abs(found[0] - found[1]) > 0.1
     best = penalty_at(curvature, distances, *found)
-    assert best > penalty_at(curvature, distances, *fit_evidence(curvature, distances).log().tolist())
+    assert best > penalty_at(curvature, distances, *fit_evidence(curvature, distances, "global").log().tolist())
     for step in (-0.5, -0.01, 0.01, 0.5):
         assert penalty_at(curvature, distances, found[0] + step, found[1]) < best
         assert penalty_at(curvature, distances, found[0], found[1] + step) < best
