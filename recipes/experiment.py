@@ -1,7 +1,6 @@
 """The stages of the main job: model and data, fine-tuning, posterior, evaluation, report.
 
-Each stage leaves one file behind, written whole or not at all; with `--resume`, a stage whose file is there is not done
-again.
+Each stage leaves one file behind, written whole or not at all; a stage whose file is there is not done again.
 """
 
 from __future__ import annotations
@@ -16,6 +15,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+import huggingface_hub
 import lightning as L
 import torch
 import transformers
@@ -44,24 +44,33 @@ from bmoe_lightning.saved import has_fitted, load_fitted, save_fitted, write_tex
 from recipes.label_budget import label_budget
 from recipes.settings import ResolvedSettings
 from recipes.sources import RecipeError, Source, prepare_source
+from recipes.start import begin, check_start, plain_notes
 
 __all__ = ["RecipeError", "run"]
-
-_RUN_FILE = "run.json"
-_OWN_FOLDERS = ("tensorboard", "training_curves", "figures")
 
 
 def run(settings: ResolvedSettings) -> None:
     """Do everything that the settings ask for, and print the table.
 
+    An earlier run in the output folder goes on if it had the same settings, and is replaced if the settings say so.
+
     Raises:
-        RecipeError: with a sentence, if the model or the data cannot be had, or a run cannot be resumed.
+        RecipeError: with a sentence, if the model or the data cannot be had, the earlier run had other settings, or a
+            setting cannot be used here.
     """
-    _quieten()
+    with plain_notes():
+        _quieten()
+        _run(settings)
+
+
+def _run(settings: ResolvedSettings) -> None:
     started = time.monotonic()
     output = Path(settings.output_dir)
-    _begin(settings, output)
+    goes_on = check_start(settings, output)
+    if goes_on:
+        print(f"Going on with the run in {output}: finished stages are not done again; --overwrite starts anew.")
     source = prepare_source(settings)
+    begin(settings, output, source, goes_on=goes_on)
     print(source.banner, flush=True)
     results: list[MethodResult] = []
     calibration: list[MethodResult] = []
@@ -153,7 +162,9 @@ class SeedRun:
         """Have the module fine-tuned and the methods fitted and written, as far as an earlier run has not done it."""
         trained = self.folder / "trained.safetensors"
         if not trained.is_file():
-            self._say("fine-tuning the experts, then curvature and calibration")
+            size = self.settings.ensemble_size
+            member = f" (member 1 of {size} of the deep ensemble)" if members else ""
+            self._say(f"fine-tuning the experts{member}, then curvature and calibration")
             self._trainer([_SaveTrained(trained), self._callback(members)], "training").fit(module, datamodule=data)
             return
         module.configure_model()
@@ -244,30 +255,6 @@ def _on_device(loader: Any, device: torch.device) -> Iterator[dict[str, Tensor]]
         yield {name: value.to(device) for name, value in batch.items()}
 
 
-def _begin(settings: ResolvedSettings, output: Path) -> None:
-    """Start a run of its own, or check that an earlier one with the same settings goes on."""
-    wanted = {name: value for name, value in asdict(settings).items() if name not in ("resume", "quiet", "output_dir")}
-    path = output / _RUN_FILE
-    if settings.resume and path.is_file():
-        found = json.loads(path.read_text(encoding="utf-8"))
-        # More seeds may be asked for later: each has files of its own.
-        differing = sorted(k for k in wanted if k not in ("seeds", "first_seed") and found.get(k) != wanted[k])
-        if differing:
-            raise RecipeError(
-                f"the run in {output} had other settings ({', '.join(f'{k}={found.get(k)!r}' for k in differing)}); "
-                "give the same ones to resume it, or another --output-dir"
-            )
-    elif path.is_file():
-        # An earlier run's own files, and nothing else: event files of two runs would be drawn as one curve.
-        for folder in (*output.glob("seed-*"), *(output / name for name in _OWN_FOLDERS)):
-            if folder.is_dir():
-                shutil.rmtree(folder)
-    elif output.is_dir() and any(output.iterdir()):
-        raise RecipeError(f"{output} is not empty and holds no earlier run; give another --output-dir")
-    output.mkdir(parents=True, exist_ok=True)
-    write_text(path, json.dumps(wanted, indent=2) + "\n")
-
-
 def _write_predictions(path: Path, callback: BayesianMoECallback, methods: Sequence[Method]) -> None:
     tensors = {}
     for stage, by_method in callback.predictions.items():
@@ -323,6 +310,8 @@ def _report(
 def _quieten() -> None:
     """Leave the screen to the training's progress bars and the table."""
     transformers.utils.logging.disable_progress_bar()
+    # Its retries are no news: what they come to is said in one sentence.
+    huggingface_hub.utils.logging.set_verbosity_error()
     for name in ("lightning.pytorch", "lightning.fabric", "lightning.pytorch.utilities.rank_zero"):
         logging.getLogger(name).setLevel(logging.ERROR)
     for message in (

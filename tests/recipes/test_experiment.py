@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
+import io
 import json
 
 import pytest
 import torch
 
-from bmoe_lightning import BayesianMoECallback, LaplacePosterior
+from bmoe_lightning import LaplacePosterior
 from recipes import experiment
 from recipes.qwen_obqa import main
 
@@ -23,7 +25,10 @@ def run(folder, *arguments):
 def finished(tmp_path_factory):
     """One run with all methods."""
     folder = tmp_path_factory.mktemp("recipe") / "run"
-    assert run(folder) == 0
+    shown = io.StringIO()
+    with contextlib.redirect_stdout(shown):
+        assert run(folder) == 0
+    (folder / "shown.txt").write_text(shown.getvalue())
     return folder
 
 
@@ -39,6 +44,10 @@ class TestOutput:
         assert rows["map"]["acc"]["mean"] == pytest.approx(right / 128)
         for name in ("results.csv", "results.md", "label_budget.json", "run.json"):
             assert (finished / name).stat().st_size > 0
+
+    def test_every_member_of_the_deep_ensemble_is_announced(self, finished):
+        shown = (finished / "shown.txt").read_text()
+        assert all(f"member {number} of 3 of the deep ensemble" in shown for number in (1, 2, 3))
 
     def test_the_posterior_can_be_served(self, finished):
         posterior = LaplacePosterior.load(finished / "seed-0" / "bayesian_moe" / "posterior.safetensors")
@@ -60,13 +69,22 @@ class TestResume:
 
         monkeypatch.setattr(experiment.SeedRun, "_evaluate", never)
         before = (finished / "results.csv").read_text()
-        assert run(finished, "--resume") == 0
-        assert (finished / "results.csv").read_text() == before
-        assert "Bayesian-MoE" in capsys.readouterr().out
+        for flags in (["--resume"], []):
+            assert run(finished, *flags) == 0
+            assert (finished / "results.csv").read_text() == before
+            shown = capsys.readouterr().out
+            assert shown.startswith(f"Going on with the run in {finished}: ")
+            assert "Bayesian-MoE" in shown
 
-    def test_other_settings_are_refused(self, finished, capsys):
-        assert run(finished, "--resume", "--rank", "3") == 1
-        assert "rank=32" in capsys.readouterr().err
+    @pytest.mark.parametrize("flags", [["--resume"], []])
+    def test_other_settings_are_refused(self, finished, capsys, flags):
+        before = {path: path.stat().st_mtime_ns for path in finished.rglob("*")}
+        assert run(finished, "--rank", "3", *flags) == 1
+        message = capsys.readouterr().err
+        assert "(rank=32)" in message
+        assert "--overwrite" in message
+        assert "--output-dir" in message
+        assert {path: path.stat().st_mtime_ns for path in finished.rglob("*")} == before
 
     def test_only_the_stage_that_was_cut_off_is_done_again(self, tmp_path, monkeypatch, capsys):
         folder = tmp_path / "run"
@@ -78,7 +96,7 @@ class TestResume:
             def killed(*_, **__):
                 raise RuntimeError("killed")
 
-            patch.setattr(BayesianMoECallback, "fit_posterior", killed)
+            patch.setattr("bmoe_lightning.callback.fit", killed)
             with pytest.raises(RuntimeError, match="killed"):
                 run(folder, "--methods", METHODS)
         trained = folder / "seed-0" / "trained.safetensors"
@@ -99,14 +117,6 @@ class TestResume:
         for one, other in zip(resumed, straight, strict=True):
             assert one["nll"]["mean"] == pytest.approx(other["nll"]["mean"], rel=1e-4)
 
-    def test_a_new_run_replaces_the_files_of_the_old_one(self, tmp_path):
-        folder = tmp_path / "run"
-        assert run(folder, "--methods", "map") == 0
-        (folder / "notes.txt").write_text("mine")
-        assert run(folder, "--methods", "temperature") == 0
-        assert [row["method"] for row in json.loads((folder / "results.json").read_text())["rows"]] == ["temperature"]
-        assert (folder / "notes.txt").read_text() == "mine"
-
     def test_a_folder_with_other_things_is_left_alone(self, tmp_path, capsys):
         (tmp_path / "thesis.tex").write_text("mine")
         assert run(tmp_path) == 1
@@ -118,9 +128,14 @@ class TestRefusals:
     def test_unreachable_hub_is_one_sentence(self, tmp_path, capsys):
         assert run(tmp_path / "run", "--model", "Qwen/Qwen1.5-MoE-A2.7B", "--data", "allenai/openbookqa") == 1
         message = capsys.readouterr().err
-        assert message.startswith("error: ")
-        assert "Traceback" not in message
-        assert "allenai/openbookqa" in message
+        assert message.startswith("error: the model 'Qwen/Qwen1.5-MoE-A2.7B' could not be had")
+        assert len(message.splitlines()) == 1
+
+    def test_unreachable_data_are_one_sentence(self, tmp_path, capsys):
+        assert run(tmp_path / "run", "--data", "allenai/openbookqa") == 1
+        message = capsys.readouterr().err
+        assert message.startswith("error: 'allenai/openbookqa' could not be had")
+        assert len(message.splitlines()) == 1
 
     def test_malformed_row(self, tmp_path, capsys):
         data = tmp_path / "data"
