@@ -28,11 +28,12 @@ from bmoe_lightning.curvature.kfac import ApproximationName
 from bmoe_lightning.curvature.sketch import SketchName
 from bmoe_lightning.evaluation_run import EvaluationRun, uncertain_prediction
 from bmoe_lightning.experts import ClassLogits, down_proj_parameters
-from bmoe_lightning.fitting import FitSettings, Fitted, fit
+from bmoe_lightning.fitting import Fitted, fit
 from bmoe_lightning.laplace.predictive import NUM_SAMPLES, LinkName
 from bmoe_lightning.laplace.prior import Scope
 from bmoe_lightning.passes import Pass, best_weights, training_examples, training_pass, validation_pass
 from bmoe_lightning.saved import POSTERIOR_FILE, has_fitted, load_fitted, save_fitted
+from bmoe_lightning.settings import FitSettings
 
 
 class BayesianMoECallback(L.Callback):
@@ -50,7 +51,7 @@ class BayesianMoECallback(L.Callback):
         >>> trainer.test(module, datamodule=data)                     # doctest: +SKIP
 
     Args:
-        methods: which methods to fit and to log; names from `bmoe_lightning.fitting.METHODS`.
+        methods: which methods to fit and to log; names from `bmoe_lightning.settings.METHODS`.
         class_logits: `(module, batch) -> (logits [B, K], labels [B])`, if the module has no method of that name.
         rank: eigenpairs kept of each Kronecker factor.
         fisher: labels of the curvature: `exact`, `mc` or `empirical`.

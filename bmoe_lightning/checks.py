@@ -7,9 +7,9 @@ from collections.abc import Sequence
 import lightning as L
 from lightning.pytorch.callbacks import ModelPruning, StochasticWeightAveraging
 
-from bmoe_lightning.fitting import FitSettings
 from bmoe_lightning.laplace.predictive import MIN_UNLABELLED
 from bmoe_lightning.passes import Pass
+from bmoe_lightning.settings import FitSettings
 
 _SHARDED = ("FSDPStrategy", "DeepSpeedStrategy", "ModelParallelStrategy", "XLAFSDPStrategy")
 

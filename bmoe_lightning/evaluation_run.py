@@ -10,12 +10,13 @@ from torch import Tensor, nn
 
 from bmoe_lightning.baselines.method import Evaluation, Predictions
 from bmoe_lightning.experts import ClassLogits
-from bmoe_lightning.fitting import FitSettings, Fitted, build_methods
+from bmoe_lightning.fitting import Fitted, build_methods
 from bmoe_lightning.laplace.posterior import LaplacePosterior
 from bmoe_lightning.laplace.predictive import class_probabilities, entropy, predict_with_uncertainty
 from bmoe_lightning.metrics import calibration_metrics
 from bmoe_lightning.passes import Pass
 from bmoe_lightning.report import MethodResult, summarise, write_tensorboard
+from bmoe_lightning.settings import FitSettings
 
 
 class EvaluationRun:

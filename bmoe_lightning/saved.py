@@ -10,8 +10,9 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from bmoe_lightning.fitting import Fitted, FittedState
+from bmoe_lightning.fitting import Fitted
 from bmoe_lightning.laplace.posterior import LaplacePosterior
+from bmoe_lightning.settings import FittedState
 
 POSTERIOR_FILE = "posterior.safetensors"
 STATE_FILE = "methods.json"

@@ -11,7 +11,8 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 from bmoe_lightning.baselines import CheckpointEnsemble, DeepEnsemble, evaluate, save_snapshot
 from bmoe_lightning.evaluation_run import EvaluationRun
-from bmoe_lightning.fitting import FitSettings, build_methods, fit
+from bmoe_lightning.fitting import build_methods, fit
+from bmoe_lightning.settings import FitSettings
 
 DOWN = "layers.0.mixture.crew.down_proj"
 METHODS = ("deep_ensemble", "map", "temperature", "laplace_evidence", "checkpoint_ensemble")

@@ -11,7 +11,8 @@ import torch
 from oracles.models import answer_logits, split, toy_batch, toy_model
 
 from bmoe_lightning.baselines import save_snapshot
-from bmoe_lightning.fitting import METHODS, FitSettings, Fitted, FittedState, build_methods, fit
+from bmoe_lightning.fitting import Fitted, build_methods, fit
+from bmoe_lightning.settings import METHODS, FitSettings, FittedState
 
 DOWN = ("layers.0.mixture.crew.down_proj", "layers.1.mixture.crew.down_proj")
 FITTED = ("temperature", "laplace_evidence", "laplace_lpo", "laplace_temperature", "evidence_temperature")

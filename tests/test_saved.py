@@ -13,9 +13,10 @@ import torch
 from oracles.models import answer_logits, split, toy_batch, toy_model
 
 from bmoe_lightning.baselines import save_snapshot
-from bmoe_lightning.fitting import FitSettings, Fitted, FittedState, fit
+from bmoe_lightning.fitting import Fitted, fit
 from bmoe_lightning.laplace import LaplacePosterior
 from bmoe_lightning.saved import POSTERIOR_FILE, STATE_FILE, has_fitted, load_fitted, save_fitted, write_text
+from bmoe_lightning.settings import FitSettings, FittedState
 
 STATE = FittedState(1.5, 2.0, 1.7, 0.9, (0.5, 1 / 3), (4.0, 4.0))
 

@@ -114,7 +114,7 @@ def test_what_was_given_is_kept():
 
 
 def test_method_names_are_the_library_s():
-    from bmoe_lightning.fitting import METHODS
+    from bmoe_lightning.settings import METHODS
 
     assert set(ALL_METHODS.split(",")) == set(METHODS)
 
