@@ -185,9 +185,10 @@ def fit_lpo(
     if not math.isfinite(float(objective(log_precision))):
         raise ValueError("the validation NLL is not finite: check the calibration split's labels and logits")
     if all(min(abs(x - end) for end in _LPO_RANGE) < 0.1 for x in log_precision.tolist()):
+        reached = ", ".join(f"{x:.3g}" for x in log_precision.exp().tolist())
         warnings.warn(
-            f"LPO ends where it stops searching (prior precisions {log_precision.exp().tolist()}): on this validation "
-            "set no finite prior precision is best, so predictions are the model's own or nearly uniform",
+            f"LPO ends where it stops searching (prior precisions {reached}): on this validation set no finite prior "
+            "precision is best, so predictions are the model's own or nearly uniform",
             stacklevel=2,
         )
     return log_precision.exp()
