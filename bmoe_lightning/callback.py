@@ -19,6 +19,7 @@ from bmoe_lightning.baselines.method import Predictions
 from bmoe_lightning.checks import (
     check_calibration,
     check_later_callbacks,
+    check_loss,
     check_snapshots,
     check_strategy,
     is_trial,
@@ -208,6 +209,12 @@ class BayesianMoECallback(L.Callback):
             check_calibration(self.settings, validation_pass(trainer, "Calibration"), trial=is_trial(trainer))
         if self.fit_at == "best" and getattr(trainer.checkpoint_callback, "monitor", None) is None:
             raise ValueError("fit_at='best' needs a ModelCheckpoint with monitor=..., and the trainer has none")
+
+    def on_train_batch_end(
+        self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        """Stop at a NaN loss rather than after an hour of them."""
+        check_loss(trainer, outputs, batch_idx)
 
     def on_train_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Keep the trained weights of the last epochs for the checkpoint ensemble."""

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 import lightning as L
 from lightning.pytorch.callbacks import ModelPruning, StochasticWeightAveraging
+from torch import Tensor
 
 from bmoe_lightning.laplace.predictive import MIN_UNLABELLED
 from bmoe_lightning.passes import Pass
@@ -67,6 +69,25 @@ def check_calibration(settings: FitSettings, calibration: Pass | None, *, trial:
             f"the evidence temperature needs at least {MIN_UNLABELLED} inputs of the validation split, and there "
             f"are {count}; leave evidence_temperature and shrunk_temperature out of the methods"
             + (", which a fast_dev_run with its single batch cannot fit" if trial else "")
+        )
+
+
+def check_loss(trainer: L.Trainer, outputs: Any, batch_idx: int) -> None:
+    """Refuse to go on training after a NaN loss: no posterior can be fitted on what follows.
+
+    Looked at as often as the trainer logs, since every look waits for the device.
+
+    Raises:
+        ValueError: naming step and epoch.
+    """
+    loss = outputs.get("loss") if isinstance(outputs, Mapping) else outputs
+    every = max(1, getattr(trainer, "log_every_n_steps", 1))
+    if not isinstance(loss, Tensor) or batch_idx % every:
+        return
+    if bool(loss.detach().isnan().any()):
+        raise ValueError(
+            f"the training loss is NaN at step {trainer.global_step} (epoch {trainer.current_epoch}), so there will be "
+            "nothing to fit a posterior on: lower the learning rate, clip gradients, or use bfloat16 or float32 weights"
         )
 
 

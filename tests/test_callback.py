@@ -520,6 +520,15 @@ class TestRefusals:
         with pytest.raises(ValueError, match="StochasticWeightAveraging"):
             trainer(tmp_path, [BayesianMoECallback(), averaging]).fit(ToyModule(), train_loader(), calibration_loader())
 
+    def test_nan_in_the_loss_stops_training_at_once(self, tmp_path):
+        class Broken(ToyModule):
+            def training_step(self, batch, batch_idx):
+                return super().training_step(batch, batch_idx) * float("nan")
+
+        run = trainer(tmp_path, [BayesianMoECallback()], max_epochs=5)
+        with pytest.raises(ValueError, match="NaN at step 1 "):
+            run.fit(Broken(), train_loader(), calibration_loader())
+
     def test_one_epoch_makes_no_checkpoint_ensemble(self, tmp_path):
         callback = BayesianMoECallback(methods=("map", "checkpoint_ensemble"))
         with pytest.raises(ValueError, match="max_epochs=1"):
