@@ -13,7 +13,7 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 DtypeName = Literal["auto", "float32", "bfloat16", "float16"]
 
 # The owner's name may be missing, as with the hub's oldest models.
-_HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[\w.-]+)?")
+HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[\w.-]+)?")
 
 
 class ModelUnavailableError(RuntimeError):
@@ -33,7 +33,7 @@ def load_causal_model(source: str, dtype: DtypeName = "auto") -> PreTrainedModel
         ValueError: if transformers does not know the kind of model.
     """
     folder = Path(source).is_dir()
-    if not folder and not _HUB_ID.fullmatch(source):
+    if not folder and not HUB_ID.fullmatch(source):
         raise ModelUnavailableError(f"there is no folder {source!r}, and it is no hub id, which reads owner/name")
     try:
         # The trainer's device context would make transformers ask for accelerate; the strategy moves the model later.

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import json
-import os
-import uuid
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+from bmoe_lightning.atomic import write_text
 from bmoe_lightning.fitting import Fitted
 from bmoe_lightning.laplace.posterior import LaplacePosterior
 from bmoe_lightning.settings import FittedState
@@ -72,19 +71,6 @@ def load_fitted(folder: Path) -> tuple[Fitted, list[Path]]:
     if missing:
         raise FileNotFoundError(f"{path} names snapshots that are gone: {missing}")
     return Fitted(state, posterior, content["fingerprint"], content["settings"]), snapshots
-
-
-def write_text(path: Path, text: str) -> None:
-    """Write a text file to a temporary name, then rename it."""
-    temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex}.tmp")
-    try:
-        with temporary.open("x", encoding="utf-8") as file:
-            file.write(text)
-            file.flush()
-            os.fsync(file.fileno())
-        temporary.replace(path)
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
 def _read(path: Path) -> dict[str, Any]:

@@ -24,6 +24,7 @@ from safetensors import safe_open
 from torch import Tensor
 
 from bmoe_lightning import BayesianMoECallback, ExpertFinetuner, MultipleChoiceDataModule
+from bmoe_lightning.atomic import write_text
 from bmoe_lightning.baselines import Method, load_snapshot, save_snapshot
 from bmoe_lightning.experts import down_proj_parameters, find_expert_layers
 from bmoe_lightning.fitting import build_methods
@@ -40,7 +41,7 @@ from bmoe_lightning.report import (
     write_results,
     write_tensorboard,
 )
-from bmoe_lightning.saved import has_fitted, load_fitted, save_fitted, write_text
+from bmoe_lightning.saved import has_fitted, load_fitted, save_fitted
 from recipes.label_budget import label_budget
 from recipes.settings import ResolvedSettings
 from recipes.sources import RecipeError, Source, prepare_source

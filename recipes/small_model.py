@@ -199,7 +199,7 @@ def pretrain(
         return folder
     with _one_thread():
         model, record = _Pretraining(world, config, tokenizer, settings, seed).run(progress=progress)
-    _save(folder, model, tokenizer, record)
+    save_model(folder, model, tokenizer, record)
     return folder
 
 
@@ -232,9 +232,17 @@ def _cache_key(world: World, config: Qwen2MoeConfig, settings: PretrainingSettin
     return hashlib.sha256(json.dumps(key, sort_keys=True, default=str).encode()).hexdigest()[:16]
 
 
-def _save(
+def save_model(
     folder: Path, model: Qwen2MoeForCausalLM, tokenizer: PreTrainedTokenizerBase, record: dict[str, float]
 ) -> None:
+    """Write a checkpoint folder under another name first, so that an interrupted run leaves none that looks finished.
+
+    Args:
+        folder: where to; one that another process finished in the meantime is kept.
+        model: what to save.
+        tokenizer: its tokenizer.
+        record: how the training went, for `pretraining.json`.
+    """
     folder.parent.mkdir(parents=True, exist_ok=True)
     unfinished = Path(tempfile.mkdtemp(prefix=".unfinished-", dir=folder.parent))
     try:

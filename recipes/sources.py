@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import re
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -16,13 +15,10 @@ from bmoe_lightning.data import DataUnavailableError, Question, load_questions
 from bmoe_lightning.data.questions import Splits, draw, drop_overlap, split_train
 from bmoe_lightning.data.world import World
 from bmoe_lightning.laplace.predictive import MIN_UNLABELLED
-from bmoe_lightning.loading import ModelUnavailableError
+from bmoe_lightning.loading import HUB_ID, ModelUnavailableError
 from recipes.settings import ResolvedSettings
 from recipes.small_model import pretrain
 from recipes.text_model import read_questions
-
-# As the library's loader has it: the owner's name may be missing, as with the hub's oldest models.
-_HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[\w.-]+)?")
 
 
 class RecipeError(RuntimeError):
@@ -95,7 +91,7 @@ def check_model(source: str) -> None:
             or transformers does not know its kind.
     """
     folder = Path(source).is_dir()
-    if not folder and not _HUB_ID.fullmatch(source):
+    if not folder and not HUB_ID.fullmatch(source):
         raise ModelUnavailableError(f"--model: there is no folder {source!r}, and it is no hub id, which is owner/name")
     try:
         AutoConfig.from_pretrained(source, trust_remote_code=False)

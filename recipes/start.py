@@ -17,7 +17,7 @@ from typing import Any
 import lightning as L
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 
-from bmoe_lightning.saved import write_text
+from bmoe_lightning.atomic import write_text
 from bmoe_lightning.settings import FitSettings
 from recipes.settings import ResolvedSettings
 from recipes.sources import RecipeError, Source

@@ -7,8 +7,6 @@ other, which is what a run on real input without a download is for.
 from __future__ import annotations
 
 import os
-import shutil
-import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -17,7 +15,7 @@ from tqdm.auto import tqdm
 from transformers import Qwen2MoeForCausalLM
 
 from bmoe_lightning.data import Question, get_prompt_format, train_word_tokenizer
-from recipes.small_model import small_moe_config
+from recipes.small_model import save_model, small_moe_config
 
 MAX_VOCABULARY = 8000
 
@@ -75,17 +73,5 @@ def read_questions(
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    unfinished = Path(tempfile.mkdtemp(prefix=".unfinished-", dir=folder.parent))
-    try:
-        model.eval().save_pretrained(unfinished)
-        tokenizer.save_pretrained(unfinished)
-        try:
-            unfinished.replace(folder)
-        except OSError:
-            # Another process was quicker; its model is the same one.
-            if not folder.is_dir():
-                raise
-    finally:
-        shutil.rmtree(unfinished, ignore_errors=True)
+    save_model(folder, model.eval(), tokenizer, {"steps": steps})
     return folder

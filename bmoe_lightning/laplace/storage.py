@@ -6,8 +6,6 @@ No pickle: nothing in the file is executed when it is read, and everything is ch
 from __future__ import annotations
 
 import json
-import os
-import uuid
 from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
@@ -18,6 +16,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from bmoe_lightning.atomic import replaced_file
 from bmoe_lightning.curvature.factors import KroneckerFactors, LayerFactors
 from bmoe_lightning.experts.layout import ExpertLayer
 
@@ -36,19 +35,13 @@ def write_safetensors(path: str | Path, tensors: Mapping[str, Tensor], metadata:
     """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex}.tmp")
     try:
-        temporary.touch(exist_ok=False)
-        permissions = temporary.stat().st_mode
-        save_file({k: v.detach().cpu().contiguous() for k, v in tensors.items()}, temporary, dict(metadata))
-        temporary.chmod(permissions)  # safetensors lets nobody but the owner read what it writes
-        with temporary.open("rb+") as written:
-            os.fsync(written.fileno())
-        temporary.replace(path)
+        with replaced_file(path) as temporary:
+            permissions = temporary.stat().st_mode
+            save_file({k: v.detach().cpu().contiguous() for k, v in tensors.items()}, temporary, dict(metadata))
+            temporary.chmod(permissions)  # safetensors lets nobody but the owner read what it writes
     except SafetensorError as error:
         raise OSError(f"could not write {path}: {error}; the file that was there before is unchanged") from error
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
 def save_posterior(path: str | Path, factors: KroneckerFactors, prior_precision: Tensor, prior_mean: str) -> None:

@@ -13,8 +13,9 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from bmoe_lightning.atomic import write_bytes
 from bmoe_lightning.metrics import ReliabilityCurve, draw_reliability_curve, new_axes, reliability_curve
-from bmoe_lightning.report.files import check_rows_match, write_atomically
+from bmoe_lightning.report.files import check_rows_match
 from bmoe_lightning.report.results import MethodResult, Row, by_method
 
 if TYPE_CHECKING:
@@ -217,7 +218,7 @@ def save_figure(figure: Figure, path: str | Path) -> Path:
     """
     buffer = io.BytesIO()
     figure.savefig(buffer, format="png")
-    write_atomically(Path(path), buffer.getvalue())
+    write_bytes(Path(path), buffer.getvalue())
     return Path(path)
 
 

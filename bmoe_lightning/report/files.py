@@ -6,13 +6,13 @@ import csv
 import io
 import json
 import math
-import os
 import platform
 from collections.abc import Mapping, Sequence
 from importlib import metadata
 from pathlib import Path
 from typing import Any
 
+from bmoe_lightning.atomic import write_text
 from bmoe_lightning.metrics import METRIC_NAMES
 from bmoe_lightning.report.results import MethodResult, Row, by_method, seed_values
 from bmoe_lightning.report.table import results_markdown
@@ -68,7 +68,7 @@ def write_results(
         "predictions.jsonl": _predictions_jsonl(results),
     }
     for name, text in contents.items():
-        write_atomically(folder / name, text.encode())
+        write_text(folder / name, text)
     return {name: folder / name for name in contents}
 
 
@@ -86,21 +86,6 @@ def check_rows_match(results: Sequence[MethodResult], rows: Sequence[Row]) -> No
     shown = {row.method: row.seeds for row in rows}
     if found != shown:
         raise ValueError(f"The rows show {shown}, but the results hold {found}: call summarise on these results.")
-
-
-def write_atomically(path: Path, content: bytes) -> None:
-    """Write a file so that a reader sees the old content or the new, never a part.
-
-    Args:
-        path: Where to; its folder exists.
-        content: The whole file.
-    """
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        temporary.write_bytes(content)
-        temporary.replace(path)
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
 def _results_json(

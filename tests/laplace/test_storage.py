@@ -116,7 +116,7 @@ def test_an_interruption_leaves_the_old_file(posterior, path, monkeypatch):
     def interrupt(*_):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(storage.os, "fsync", interrupt)
+    monkeypatch.setattr("os.fsync", interrupt)
     with pytest.raises(KeyboardInterrupt):
         posterior.save(path)
     assert path.read_bytes() == old

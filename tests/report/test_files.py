@@ -1,7 +1,6 @@
 import csv
 import json
 import math
-import stat
 from importlib import metadata
 from pathlib import Path
 
@@ -121,18 +120,3 @@ def test_config_that_is_not_json_is_refused_before_anything_is_written(one_seed,
     with pytest.raises(TypeError, match="not JSON serializable"):
         files.write_results(tmp_path, one_seed, summarise(one_seed, SETTINGS), config={"f": print})
     assert not list(tmp_path.iterdir())
-
-
-def test_a_failed_write_keeps_the_old_file(tmp_path, monkeypatch):
-    path = tmp_path / "a.json"
-    files.write_atomically(path, b"old")
-    assert stat.S_IMODE(path.stat().st_mode) & 0o400
-
-    def broken(self, target):
-        raise OSError("disk full")
-
-    monkeypatch.setattr(Path, "replace", broken)
-    with pytest.raises(OSError, match="disk full"):
-        files.write_atomically(path, b"new")
-    assert path.read_bytes() == b"old"
-    assert [p.name for p in tmp_path.iterdir()] == ["a.json"]
