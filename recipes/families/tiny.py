@@ -1,0 +1,164 @@
+"""A tiny model of any MoE family, with random weights, made from the family's own configuration class.
+
+Every setting that makes a model large is replaced by a small one, on every level of a nested configuration
+(`text_config`, `vision_config`, ...); what a family needs beyond that stands in `overrides.py`.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedConfig, PreTrainedModel
+
+from recipes.families.catalogue import families, uses_interface
+from recipes.families.overrides import OVERRIDES, SMALL, SMALL_TOWER, VOCABULARY, FamilySettings
+
+NUM_CLASSES = 3
+_FIRST_ANSWER = 3
+_SPECIAL_TOKENS = 10
+_WEIGHT_STD = 0.3
+# What a user would fine-tune, in this order.
+_HEADS = ("ForCausalLM", "ForConditionalGeneration", "ForTokenClassification")
+
+# Nested configurations with a language model inside; every other one is a vision or audio tower.
+_LANGUAGE = ("text", "thinker", "talker", "code_predictor", "decoder")
+
+Batch = dict[str, Tensor]
+
+
+class CannotBuildError(RuntimeError):
+    """A family has no tiny model here. The message is the reason, one short sentence for a table."""
+
+
+@dataclass(frozen=True)
+class TinyFamily:
+    """A family's tiny model and something to run it on.
+
+    Attributes:
+        family: its name in `families()`.
+        model: random weights, evaluation mode, `model.dtype` (float64 unless the family cannot), eager experts.
+        class_logits: `(model, batch) -> (logits [B, 3], labels [B])`, at the last position of every example.
+        batches: of three and of two examples; the second is padded on the left, unless the family cannot be.
+    """
+
+    family: str
+    model: PreTrainedModel
+    class_logits: Callable[[PreTrainedModel, Batch], tuple[Tensor, Tensor]]
+    batches: tuple[Batch, ...]
+
+
+def build(family: str, *, seed: int = 0) -> TinyFamily:
+    """Build the tiny model of a family.
+
+    Args:
+        family: a name from `families()`.
+        seed: of weights and input; the global generator is left as it was.
+
+    Raises:
+        ValueError: if it is no MoE family of the installed transformers.
+        CannotBuildError: if the family has no tiny model, with the reason.
+    """
+    if family not in families():
+        raise ValueError(f"{family!r} is no MoE family of the installed transformers; see families()")
+    settings = OVERRIDES.get(family, FamilySettings())
+    if settings.refused is not None:
+        raise CannotBuildError(settings.refused)
+    model_class = _model_class(family, settings)
+    generator = torch.Generator().manual_seed(seed)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        try:
+            config = model_class.config_class(**_settings_for(model_class.config_class, settings.config))
+            if uses_interface(family):
+                config._experts_implementation = "eager"
+            model = model_class(config)
+        except (ImportError, AttributeError, KeyError, TypeError, ValueError, RuntimeError) as error:
+            raise CannotBuildError(f"no small configuration is known: {_first_line(error)}") from error
+    model = model.to(settings.dtype).eval()
+    _fill(model, generator)
+    return TinyFamily(family, model, _ClassLogits(settings), _batches(settings, generator))
+
+
+def _model_class(family: str, settings: FamilySettings) -> type[PreTrainedModel]:
+    module = importlib.import_module(f"transformers.models.{family}.modeling_{family}")
+    if settings.model_class is not None:
+        return getattr(module, settings.model_class)
+    for head in _HEADS:
+        for name in module.__all__:
+            if name.endswith(head):
+                return getattr(module, name)
+    raise CannotBuildError("it has no head with class logits")
+
+
+def _settings_for(
+    config_class: type[PreTrainedConfig], overrides: Mapping[str, Any], small: Mapping[str, Any] = SMALL
+) -> dict[str, Any]:
+    """Keyword arguments that make a configuration small, on every level."""
+    names = [field.name for field in dataclasses.fields(config_class)]
+    values = {name: small[name] for name in names if name in small}
+    special = [name for name in names if name.endswith(("_token_id", "_token_index")) and name not in small]
+    values |= {name: VOCABULARY - 1 - index % _SPECIAL_TOKENS for index, name in enumerate(special)}
+    nested = {name: inner for name, inner in config_class.sub_configs.items() if hasattr(inner, "__dataclass_fields__")}
+    for name, inner in nested.items():
+        is_language = any(word in name for word in _LANGUAGE)
+        values[name] = _settings_for(inner, overrides.get(name, {}), SMALL if is_language else SMALL_TOWER)
+    return values | {name: value for name, value in overrides.items() if name not in nested}
+
+
+def _fill(model: nn.Module, generator: torch.Generator) -> None:
+    """Draw every weight, so that nothing is zero, constant or uninitialised.
+
+    Norms keep scales near 1, as a trained model's; the bias that a router adds to its scores is kept small beside them.
+    """
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            noise = torch.randn(parameter.shape, generator=generator, dtype=torch.float64)
+            is_scale = parameter.dim() == 1 and name.endswith("weight")
+            parameter.copy_(1 + 0.1 * noise if is_scale else _WEIGHT_STD * noise)
+        for name, buffer in model.named_buffers():
+            if buffer.is_floating_point() and name.endswith("bias"):
+                buffer.copy_(0.1 * torch.randn(buffer.shape, generator=generator, dtype=torch.float64))
+
+
+def _batches(settings: FamilySettings, generator: torch.Generator) -> tuple[Batch, ...]:
+    first = _random_batch(3, 6, settings, generator)
+    second = _random_batch(2, 5, settings, generator)
+    if settings.takes_padding:
+        mask = torch.ones(2, 5, dtype=torch.int64)
+        mask[1, :2] = 0
+        second["attention_mask"] = mask
+        second["input_ids"] = second["input_ids"].masked_fill(mask == 0, SMALL["pad_token_id"])
+    return first, second
+
+
+def _random_batch(size: int, length: int, settings: FamilySettings, generator: torch.Generator) -> Batch:
+    def tokens(*shape: int) -> Tensor:
+        return torch.randint(_FIRST_ANSWER, VOCABULARY - _SPECIAL_TOKENS, shape, generator=generator)
+
+    batch = {"input_ids": tokens(size, length)}
+    batch["labels"] = torch.randint(NUM_CLASSES, (size,), generator=generator)
+    if settings.is_encoder_decoder:
+        batch["decoder_input_ids"] = tokens(size, 3)
+    return batch
+
+
+@dataclass(frozen=True)
+class _ClassLogits:
+    settings: FamilySettings
+
+    def __call__(self, model: PreTrainedModel, batch: Batch) -> tuple[Tensor, Tensor]:
+        inputs = {name: value for name, value in batch.items() if name != "labels"}
+        logits = model(**inputs, **self.settings.call).logits[:, -1]
+        start = _FIRST_ANSWER if logits.shape[-1] > NUM_CLASSES else 0
+        return logits[:, start : start + NUM_CLASSES], batch["labels"]
+
+
+def _first_line(error: BaseException) -> str:
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return lines[0] if lines else type(error).__name__
