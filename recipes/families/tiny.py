@@ -120,15 +120,21 @@ def _fill(model: nn.Module, generator: torch.Generator) -> None:
         for name, parameter in model.named_parameters():
             noise = torch.randn(parameter.shape, generator=generator, dtype=torch.float64)
             is_scale = parameter.dim() == 1 and name.endswith("weight")
-            parameter.copy_(1 + 0.1 * noise if is_scale else _WEIGHT_STD * noise)
+            parameter.copy_(1 + 0.1 * noise if is_scale else (0.1 if "bias" in name else _WEIGHT_STD) * noise)
         for name, buffer in model.named_buffers():
-            if buffer.is_floating_point() and name.endswith("bias"):
+            if "bias" in name and buffer.is_floating_point():
                 buffer.copy_(0.1 * torch.randn(buffer.shape, generator=generator, dtype=torch.float64))
+            elif name.endswith("tid2eid"):
+                # A table of token to experts, instead of a router; as made, it sends every token to the first.
+                scores = torch.rand(len(buffer), SMALL["num_experts"], generator=generator)
+                buffer.copy_(scores.argsort(-1)[:, : buffer.shape[1]])
 
 
 def _batches(settings: FamilySettings, generator: torch.Generator) -> tuple[Batch, ...]:
     first = _random_batch(3, 6, settings, generator)
     second = _random_batch(2, 5, settings, generator)
+    if settings.image_marker is not None:
+        first[settings.image_marker] = torch.tensor([0, 1, 1, 1, 0, 0]).repeat(3, 1)
     if settings.takes_padding:
         mask = torch.ones(2, 5, dtype=torch.int64)
         mask[1, :2] = 0
