@@ -1,19 +1,34 @@
-"""Language models by folder or hub id, whole or not at all."""
+"""Language models and their tokenizers by folder or hub id, whole or not at all, and without code from the hub."""
 
 from __future__ import annotations
 
 import re
+import warnings
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
+from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError
-from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    LlamaTokenizer,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+    PreTrainedTokenizerFast,
+)
+
+from bmoe_lightning.models import register_models
 
 DtypeName = Literal["auto", "float32", "bfloat16", "float16"]
 
 # The owner's name may be missing, as with the hub's oldest models.
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[\w.-]+)?")
+
+# How the two kinds of vocabulary write a space.
+_BYTE_LEVEL_SPACE, _LLAMA_SPACE = "\u0120", "\u2581"
 
 
 class ModelUnavailableError(RuntimeError):
@@ -23,15 +38,21 @@ class ModelUnavailableError(RuntimeError):
 def load_causal_model(source: str, dtype: DtypeName = "auto") -> PreTrainedModel:
     """Load a causal language model on the CPU, in evaluation mode. Code from the hub is never run.
 
+    Families of `bmoe_lightning.models` load like those of transformers, also where config.json names code of their own.
+    Tensors in the files that the model has no place for are left out, with a warning that names them.
+
     Args:
         source: local folder or hub id.
         dtype: of the weights; `auto` is as they were saved.
 
     Raises:
         ModelUnavailableError: if there is no such folder, the hub cannot give the model, files are missing or cut
-            short, or they lack weights of the model, which transformers would leave random.
-        ValueError: if transformers does not know the kind of model.
+            short, or they lack weights of the model (a single expert, say) or hold them in other shapes, which
+            transformers would leave random.
+        ValueError: if transformers does not know the kind of model, or the configuration asks for what is not
+            implemented.
     """
+    register_models()
     folder = Path(source).is_dir()
     if not folder and not HUB_ID.fullmatch(source):
         raise ModelUnavailableError(f"there is no folder {source!r}, and it is no hub id, which reads owner/name")
@@ -39,18 +60,72 @@ def load_causal_model(source: str, dtype: DtypeName = "auto") -> PreTrainedModel
         # The trainer's device context would make transformers ask for accelerate; the strategy moves the model later.
         with torch.device("cpu"):
             loaded: Any = AutoModelForCausalLM.from_pretrained(
-                source, dtype=dtype, trust_remote_code=False, output_loading_info=True
+                source,
+                dtype=dtype,
+                trust_remote_code=False,
+                output_loading_info=True,
+                # So that the report names them; `_check_complete` refuses them.
+                ignore_mismatched_sizes=True,
             )
     except (OSError, SafetensorError) as error:
         reason = str(error).splitlines()[0].rstrip(".") if str(error) else type(error).__name__
         remedy = "are all its files there and whole?" if folder else "the path of a local folder works without the hub."
         raise ModelUnavailableError(f"the model {source!r} could not be had ({reason}); {remedy}") from None
+    except StrictDataclassError as error:
+        reason = " ".join(str(error).split()).rstrip(".")
+        raise ValueError(f"the configuration of {source!r} does not describe a model ({reason})") from None
+    except RuntimeError as error:
+        if "conversion of the weights" not in str(error):
+            raise
+        raise ModelUnavailableError(
+            f"the experts in the files of {source!r} cannot be stacked: some layer lacks a matrix of an expert, or has "
+            "one of another shape (transformers' report above names the layer). Is the download complete?"
+        ) from None
     model, report = loaded
-    broken = sorted({*report["missing_keys"], *(str(entry) for entry in report["mismatched_keys"])})
+    _check_complete(source, model, report)
+    return model
+
+
+def load_tokenizer(source: str) -> PreTrainedTokenizerBase:
+    """Load a tokenizer as its files describe it. Code from the hub is never run, and nobody is asked whether it may.
+
+    Args:
+        source: local folder or hub id.
+
+    Raises:
+        OSError: if the tokenizer cannot be had.
+        ValueError: if it exists as code alone.
+    """
+    register_models()
+    tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=False)
+    # DeepSeek's tokenizers name Llama's class but are byte-level. Until 5.22 transformers took the class at its word,
+    # which replaces the splitter of tokenizer.json by Llama's own: every space of a prompt is lost.
+    vocabulary = tokenizer.get_vocab()
+    if isinstance(tokenizer, LlamaTokenizer) and _BYTE_LEVEL_SPACE in vocabulary and _LLAMA_SPACE not in vocabulary:
+        return PreTrainedTokenizerFast.from_pretrained(source, trust_remote_code=False)
+    return tokenizer
+
+
+def _check_complete(source: str, model: PreTrainedModel, report: Mapping[str, Any]) -> None:
+    """Refuse weights that are missing or of other shapes; warn of surplus ones."""
+    shapes = [
+        f"{name} (shape {list(found)} in the files, {list(wanted)} in the model)"
+        for name, found, wanted in report["mismatched_keys"]
+    ]
+    broken = sorted({*report["missing_keys"], *shapes})
     if broken:
-        shown = ", ".join(broken[:3]) + (" and more" if len(broken) > 3 else "")
         raise ModelUnavailableError(
             f"the files of {source!r} do not hold all weights of {type(model).__name__}, which would stay random: "
-            f"{shown}. Is the download complete, and is it a causal language model?"
+            f"{_shown(broken)}. Is the download complete, and is it a causal language model?"
         )
-    return model
+    surplus = sorted(report["unexpected_keys"])
+    if surplus:
+        warnings.warn(
+            f"{type(model).__name__} has no place for {len(surplus)} of the tensors in the files of {source!r}, which "
+            f"are left out: {_shown(surplus)}. If the model should use them, config.json does not fit the weights.",
+            stacklevel=3,
+        )
+
+
+def _shown(names: Sequence[str]) -> str:
+    return ", ".join(names[:3]) + (" and more" if len(names) > 3 else "")
