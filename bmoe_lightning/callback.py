@@ -28,7 +28,7 @@ from bmoe_lightning.curvature.fisher import FisherName
 from bmoe_lightning.curvature.kfac import ApproximationName
 from bmoe_lightning.curvature.sketch import SketchName
 from bmoe_lightning.evaluation_run import EvaluationRun, uncertain_prediction
-from bmoe_lightning.experts import ClassLogits, down_proj_parameters
+from bmoe_lightning.experts import ClassLogits, second_weights
 from bmoe_lightning.fitting import Fitted, fit
 from bmoe_lightning.laplace.predictive import NUM_SAMPLES, LinkName
 from bmoe_lightning.laplace.prior import Scope
@@ -76,6 +76,8 @@ class BayesianMoECallback(L.Callback):
         seed: of drawn labels, test matrices and noise.
         experts: shell-style pattern over module names, where experts are not found by structure.
         down_proj: name of the second linear layer within an expert, likewise.
+        shared_experts: whether shared experts get a posterior too.
+        linear_layers: pattern over the names of plain linear layers that get the posterior instead of the experts.
 
     Raises:
         ValueError: for an unknown name or a value out of range.
@@ -106,6 +108,8 @@ class BayesianMoECallback(L.Callback):
         seed: int = 0,
         experts: str | None = None,
         down_proj: str | None = None,
+        shared_experts: bool = False,
+        linear_layers: str | None = None,
     ) -> None:
         self.settings = FitSettings(
             methods=tuple(methods),
@@ -124,6 +128,8 @@ class BayesianMoECallback(L.Callback):
             seed=seed,
             experts=experts,
             down_proj=down_proj,
+            shared_experts=shared_experts,
+            linear_layers=linear_layers,
         )
         if fit_at not in ("last", "best"):
             raise ValueError(f"fit_at must be 'last' or 'best', got {fit_at!r}")
@@ -384,9 +390,9 @@ class BayesianMoECallback(L.Callback):
         with suppress(ValueError):  # no experts yet: a module that is built in configure_model
             layers = self.settings.find_layers(module)
             self._prior_mean = {
-                name: parameter.detach().to("cpu", copy=True)
+                name: weight.to("cpu", copy=True)
                 for layer in layers
-                for name, parameter in down_proj_parameters(module, layer).items()
+                for name, weight in second_weights(module, layer).items()
             }
             self._prior_module = weakref.ref(module)
 

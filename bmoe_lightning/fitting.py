@@ -104,7 +104,7 @@ def fit(
         settings: which methods, and how.
         curvature_batches: training data; looked at only if a method needs a posterior.
         calibration_batches: held-out data; looked at only if a method needs it.
-        prior_mean: weights before fine-tuning by qualified parameter name (see `down_proj_parameters`), needed for an
+        prior_mean: weights before fine-tuning by qualified parameter name (see `second_weights`), needed for an
             evidence with `prior_mean="pretrained"`.
         num_examples: examples that the curvature shall stand for, if `curvature_batches` is a part of the data.
 

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from bmoe_lightning.experts.dropout import expert_dropout as dropout_in_experts
-from bmoe_lightning.experts.layout import down_proj_parameters, find_expert_layers
+from bmoe_lightning.experts.layout import down_proj_parameters, expert_parameters, find_expert_layers
 from bmoe_lightning.loading import DtypeName, load_causal_model
 
 TrainedPart = Literal["down_proj", "experts"]
@@ -149,11 +149,8 @@ class ExpertFinetuner(LightningModule):
         model = self._ready()
         trained: dict[str, nn.Parameter] = {}
         for layer in find_expert_layers(model):
-            if self.train_part == "down_proj":
-                trained |= down_proj_parameters(model, layer)
-            else:
-                experts = model.get_submodule(layer.name)
-                trained |= {f"{layer.name}.{name}": parameter for name, parameter in experts.named_parameters()}
+            of_layer = down_proj_parameters if self.train_part == "down_proj" else expert_parameters
+            trained |= of_layer(model, layer)
         return {f"model.{name}": parameter for name, parameter in trained.items()}
 
     def class_logits(self, batch: Mapping[str, Tensor]) -> tuple[Tensor, Tensor | None]:

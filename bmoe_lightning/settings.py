@@ -12,7 +12,7 @@ from torch import nn
 from bmoe_lightning.curvature.fisher import FisherName
 from bmoe_lightning.curvature.kfac import ApproximationName, check_options
 from bmoe_lightning.curvature.sketch import SketchName
-from bmoe_lightning.experts import ExpertLayer, find_expert_layers
+from bmoe_lightning.experts import ExpertLayer, find_expert_layers, find_linear_layers
 from bmoe_lightning.laplace.predictive import LINKS, NUM_SAMPLES, LinkName
 from bmoe_lightning.laplace.prior import Scope
 
@@ -57,6 +57,9 @@ class FitSettings:
         seed: of every random choice.
         experts: pattern over module names, where expert layers are not found by structure; see `find_expert_layers`.
         down_proj: name of the second linear layer within an expert, likewise.
+        shared_experts: whether shared experts get a posterior too; in the paper the routed ones alone do.
+        linear_layers: pattern over the names of plain linear layers (`"*.lora_[AB].default"`) that get the posterior
+            instead of the experts; see `find_linear_layers`.
 
     Raises:
         ValueError: for an unknown name or a value out of range.
@@ -78,6 +81,8 @@ class FitSettings:
     seed: int = 0
     experts: str | None = None
     down_proj: str | None = None
+    shared_experts: bool = False
+    linear_layers: str | None = None
 
     def __post_init__(self) -> None:
         unknown = [name for name in self.methods if name not in METHODS]
@@ -97,12 +102,21 @@ class FitSettings:
             raise ValueError("num_samples and dropout_samples must be at least 1")
         if "mc_dropout" in self.methods and not 0 < self.dropout < 1:
             raise ValueError(f"MC dropout needs a probability in (0, 1), got {self.dropout}")
+        if self.linear_layers is not None and (self.experts or self.down_proj or self.shared_experts):
+            raise ValueError(
+                "linear_layers puts the posterior on plain layers instead of experts, so experts, down_proj and "
+                "shared_experts have no part in it"
+            )
         if self.needs_evidence and self.fisher != "exact" and self.evidence_temperatures:
             raise ValueError(f"the evidence temperature needs fisher='exact', got {self.fisher!r}")
 
     def find_layers(self, model: nn.Module) -> list[ExpertLayer]:
-        """The expert layers of a model."""
-        return find_expert_layers(model, experts=self.experts, down_proj=self.down_proj)
+        """The layers of a model that get the posterior."""
+        if self.linear_layers is not None:
+            return find_linear_layers(model, self.linear_layers)
+        return find_expert_layers(
+            model, experts=self.experts, down_proj=self.down_proj, shared_experts=self.shared_experts
+        )
 
     def fitting_differences(self, other: Mapping[str, Any]) -> list[str]:
         """Which settings that decide about a fit differ from those in a mapping, as `name=there (here: here)`."""
@@ -141,6 +155,7 @@ class FitSettings:
 
 _FITTING_SETTINGS = (
     "rank", "fisher", "approximation", "sketch", "evidence_scope", "lpo_scope", "prior_mean", "skip_layers",
+    "shared_experts", "linear_layers",
 )  # fmt: skip
 
 

@@ -26,7 +26,7 @@ from torch import Tensor
 from bmoe_lightning import BayesianMoECallback, ExpertFinetuner, MultipleChoiceDataModule
 from bmoe_lightning.atomic import write_text
 from bmoe_lightning.baselines import Method, load_snapshot, save_snapshot
-from bmoe_lightning.experts import down_proj_parameters, find_expert_layers
+from bmoe_lightning.experts import find_expert_layers, second_weights
 from bmoe_lightning.fitting import build_methods
 from bmoe_lightning.laplace.storage import write_safetensors
 from bmoe_lightning.report import (
@@ -170,9 +170,9 @@ class SeedRun:
             return
         module.configure_model()
         pretrained = {
-            name: parameter.detach().clone()
+            name: weight.clone()
             for layer in find_expert_layers(module)
-            for name, parameter in down_proj_parameters(module, layer).items()
+            for name, weight in second_weights(module, layer).items()
         }
         parameters = dict(module.named_parameters())
         with torch.no_grad():

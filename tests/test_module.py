@@ -11,7 +11,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from bmoe_lightning.baselines import save_snapshot, swapped_weights
 from bmoe_lightning.data import MultipleChoiceDataModule, Question, get_prompt_format, train_word_tokenizer
-from bmoe_lightning.experts.fused import expert_state
+from bmoe_lightning.experts.seam import expert_state
 from bmoe_lightning.module import ExpertFinetuner, learning_rate_factor
 
 EXPERTS = {f"model.model.layers.{i}.mlp.experts.{n}" for i in (0, 1) for n in ("gate_up_proj", "down_proj")}

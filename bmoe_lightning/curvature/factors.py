@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from bmoe_lightning.experts.layout import ExpertLayer
+from bmoe_lightning.experts.layer import ExpertLayer
 
 
 @dataclass(frozen=True)

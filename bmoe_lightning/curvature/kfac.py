@@ -5,8 +5,9 @@ K-FAC of the Fisher in its *expand* form keeps, per expert with n_e slots,
     F_e ~ n_e (1/n_e sum a a^T) kron (1/n_e sum E_y[delta delta^T]),
 
 and in its *reduce* form (Eschenhagen et al. 2023, Kronecker-Factored Approximate Curvature for Modern Neural Network
-Architectures) first sums the deltas and averages the a's of each example and expert. A slot counts when its gradient is
-not exactly zero: padding, and positions that no logit can see, drop out by themselves.
+Architectures) first sums the deltas and averages the a's of each example and expert. A slot counts when its weight
+gradient `g a^T` is not exactly zero: padding, positions that no logit can see, and the zeros that some models hand to
+experts which were not chosen, drop out by themselves.
 """
 
 from __future__ import annotations
@@ -22,7 +23,8 @@ from bmoe_lightning.curvature.fisher import FISHERS, FisherName, fisher_weights
 from bmoe_lightning.curvature.sketch import SKETCHES, SketchName, make_sketch
 from bmoe_lightning.experts.fingerprint import weight_fingerprint
 from bmoe_lightning.experts.grouped import ExpertGroups
-from bmoe_lightning.experts.layout import ExpertLayer, find_expert_layers
+from bmoe_lightning.experts.layer import ExpertLayer
+from bmoe_lightning.experts.layout import find_expert_layers
 from bmoe_lightning.experts.ownership import slot_owners
 from bmoe_lightning.experts.taps import ClassLogits, Slots, TappedBatch, tapped_batch
 
@@ -131,15 +133,16 @@ def _add_batch(
             _Merge(s.experts, owner, x.layer.num_experts) for s, owner, x in zip(slots, owners, sums, strict=True)
         ]
     counted = [torch.zeros_like(layer_slots.experts, dtype=torch.bool) for layer_slots in slots]
+    live = [layer_slots.inputs.any(dim=1) for layer_slots in slots]
     for pass_weights in weights:
         gradients = tapped.taps.gradients(tapped.logits, pass_weights.to(tapped.logits.device))
         for position, gradient in enumerate(gradients):
-            moves = (gradient != 0).any(dim=1)
+            moves = gradient.any(dim=1) & live[position]
             counted[position] |= moves
             experts = slots[position].experts
             if merges is not None:
-                gradient, experts = merges[position].sum(gradient), merges[position].experts
-                moves = (gradient != 0).any(dim=1)
+                gradient, experts = merges[position].sum(gradient * moves.unsqueeze(1)), merges[position].experts
+                moves = gradient.any(dim=1)
             sums[position].add_gradients(gradient[moves], experts[moves])
     for position, (layer_slots, counts) in enumerate(zip(slots, counted, strict=True)):
         inputs, experts = layer_slots.inputs[counts], layer_slots.experts[counts]

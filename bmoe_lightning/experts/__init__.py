@@ -1,8 +1,17 @@
 """Expert layers: where they are in a model, and what flows through them."""
 
+from bmoe_lightning.experts.adapted import register_experts
 from bmoe_lightning.experts.dropout import expert_dropout
 from bmoe_lightning.experts.fingerprint import weight_fingerprint
-from bmoe_lightning.experts.layout import ExpertLayer, down_proj_parameters, find_expert_layers, squared_distances
+from bmoe_lightning.experts.layer import ExpertLayer
+from bmoe_lightning.experts.layout import (
+    down_proj_parameters,
+    expert_parameters,
+    find_expert_layers,
+    find_linear_layers,
+    second_weights,
+    squared_distances,
+)
 from bmoe_lightning.experts.taps import ClassLogits, tapped_batch
 
 __all__ = [
@@ -10,7 +19,11 @@ __all__ = [
     "ExpertLayer",
     "down_proj_parameters",
     "expert_dropout",
+    "expert_parameters",
     "find_expert_layers",
+    "find_linear_layers",
+    "register_experts",
+    "second_weights",
     "squared_distances",
     "tapped_batch",
     "weight_fingerprint",

@@ -7,13 +7,13 @@ where the method needs it.
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 
 import torch
 from torch import Tensor, nn
 
-from bmoe_lightning.experts.fused import attached_state, fused_implementation
-from bmoe_lightning.experts.layout import ExpertLayer
+from bmoe_lightning.experts.layer import ExpertLayer
+from bmoe_lightning.experts.layout import intercepted_layers
 
 
 class _Dropout:
@@ -49,23 +49,5 @@ def expert_dropout(
     """
     if not 0 <= p < 1:
         raise ValueError(f"expert dropout must be in [0, 1), got {p}")
-    dropout = _Dropout(p, seed)
-    with ExitStack() as stack:
-        if any(layer.layout == "fused" for layer in layers):
-            stack.enter_context(fused_implementation(model))
-        for layer in layers:
-            experts = model.get_submodule(layer.name)
-            if layer.layout == "fused":
-                stack.enter_context(attached_state(experts, dropout=dropout))
-                continue
-            assert isinstance(experts, nn.ModuleList)
-            for expert in experts:
-                linear = expert.get_submodule(layer.down_proj)
-
-                def drop_input(module: nn.Module, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-                    return (dropout(inputs[0], module.training), *inputs[1:])
-
-                # Ahead of other hooks, so that a tap sees what the layer sees.
-                handle = linear.register_forward_pre_hook(drop_input, prepend=True)
-                stack.callback(handle.remove)
+    with intercepted_layers(model, layers, dropout=_Dropout(p, seed)):
         yield

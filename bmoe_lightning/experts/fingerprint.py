@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from bmoe_lightning.experts.fused import outermost_pretrained
-from bmoe_lightning.experts.layout import ExpertLayer
+from bmoe_lightning.experts.layer import ExpertLayer
 
 _SAMPLES = 64
 # Steps by the golden ratio of 2^32 fall everywhere in a matrix, whatever its width.

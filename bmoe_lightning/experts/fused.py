@@ -8,64 +8,63 @@ layer and the routing weight it hands every slot to a tap.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass, field
-from typing import Any, Protocol
+from contextlib import AbstractContextManager, contextmanager
+from typing import Any
 
-import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 
 from bmoe_lightning.experts.grouped import ExpertGroups
-from bmoe_lightning.experts.layout import is_fused_experts
+from bmoe_lightning.experts.layer import Dropout, ExpertLayer, Tap, check_second_weight
+from bmoe_lightning.experts.seam import attached_state, combine, second_product
 
 IMPLEMENTATION = "bmoe"
-_STATE = "_bmoe_state"
 
 
-class Tap(Protocol):
-    """What sees the slots of an expert layer."""
+class FusedExperts:
+    """The layout of modules that transformers decorated with `use_experts_implementation`; see `Layout`."""
 
-    def record(
-        self, inputs: Tensor, experts: Tensor, outputs: Tensor, tokens: Tensor | None, num_tokens: int
-    ) -> Tensor:
-        """Take slots: `inputs [S, d_in]`, `experts [S]`, `outputs [S, d_out]`, `tokens [S]`; return outputs to use."""
-        ...
+    def layer(self, name: str, index: int, module: nn.Module, down_proj: str) -> ExpertLayer:
+        """Describe a fused experts module."""
+        weight = getattr(module, down_proj, None)
+        if not is_fused_experts(module) or not isinstance(weight, nn.Parameter):
+            raise ValueError(f"{name!r} is no module of fused experts with the second weights {down_proj!r}")
+        check_second_weight(name, weight)
+        # Absent before transformers 5.19.
+        if getattr(module, "_is_expert_parallel", False):
+            raise ValueError(
+                f"the experts {name!r} are spread over processes (expert parallelism), so that each knows a part of "
+                "them; load the model without an expert-parallel plan"
+            )
+        transposed = bool(module.is_transposed)
+        num_experts, first, second = weight.shape
+        d_out, d_in = (second, first) if transposed else (first, second)
+        return ExpertLayer(name, index, num_experts, d_in, d_out, "fused", down_proj, transposed)
+
+    def parameters(self, module: nn.Module, layer: ExpertLayer) -> dict[str, nn.Parameter]:
+        """The one parameter of all second weights."""
+        return {layer.down_proj: module.get_parameter(layer.down_proj)}
+
+    def weights(self, module: nn.Module, layer: ExpertLayer) -> dict[str, Tensor]:
+        """The same."""
+        return {layer.down_proj: module.get_parameter(layer.down_proj).detach()}
+
+    def expert_parameters(self, module: nn.Module) -> dict[str, nn.Parameter]:
+        """All parameters of the module."""
+        return dict(module.named_parameters())
+
+    def intercepted(
+        self, module: nn.Module, layer: ExpertLayer, tap: Tap | None, dropout: Dropout | None
+    ) -> AbstractContextManager[None]:
+        """Attach to the module; the model has to run `fused_implementation`."""
+        return attached_state(module, tap, dropout)
 
 
-@dataclass
-class ExpertState:
-    """What is attached to an experts module while slots are tapped or dropped.
-
-    Attributes:
-        tap: sees every slot; None while nobody looks.
-        dropout: see `bmoe_lightning.experts.dropout`; None while there is none.
-    """
-
-    tap: Tap | None = None
-    dropout: Any = field(default=None)
-
-
-def expert_state(module: nn.Module) -> ExpertState | None:
-    """The state attached to an experts module, if any."""
-    return module.__dict__.get(_STATE)
-
-
-@contextmanager
-def attached_state(module: nn.Module, **values: Any) -> Iterator[None]:
-    """Set fields of a module's `ExpertState` for a while; what was there before comes back, also after an exception."""
-    before = expert_state(module)
-    fields = {"tap": before.tap, "dropout": before.dropout} if before else {}
-    # Straight into __dict__: the state is no submodule, and nn.Module's bookkeeping has no part in it.
-    module.__dict__[_STATE] = ExpertState(**{**fields, **values})
-    try:
-        yield
-    finally:
-        if before is None:
-            module.__dict__.pop(_STATE, None)
-        else:
-            module.__dict__[_STATE] = before
+def is_fused_experts(module: nn.Module) -> bool:
+    """Whether a module holds all experts in 3-D parameters and is dispatched by transformers' experts interface."""
+    weight = getattr(module, "down_proj", None)
+    return isinstance(weight, nn.Parameter) and weight.dim() == 3 and hasattr(module, "is_transposed")
 
 
 @contextmanager
@@ -122,48 +121,34 @@ def tapped_experts_forward(self: Any, hidden_states: Tensor, top_k_index: Tensor
     Args:
         self: a module that transformers decorated with `use_experts_implementation`.
         hidden_states: `[T, hidden]`.
-        top_k_index: `[T, k]` expert of each slot.
+        top_k_index: `[T, k]` expert of each slot; E and above stand for no expert, as in transformers.
         top_k_weights: `[T, k]` routing weights.
 
     Returns:
         `[T, hidden]`.
-
-    Raises:
-        RuntimeError: under expert parallelism, where most experts live elsewhere.
     """
-    # Absent before transformers 5.19 and 5.21, as are the features they name.
-    if getattr(self, "_is_expert_parallel", False):
-        raise RuntimeError("expert parallelism is not supported: load the model without an expert-parallel plan")
-    num_tokens, top_k = top_k_index.shape
-    groups = ExpertGroups(top_k_index.reshape(-1), self.num_experts)
-    tokens = groups.order // top_k
-    state = expert_state(self)
+    num_experts = len(self.down_proj)
+    # A slot without an expert goes through the last one with a weight of zero: it moves nothing and is not counted.
+    top_k_weights = top_k_weights.masked_fill(top_k_index >= num_experts, 0)
+    groups = ExpertGroups(top_k_index.reshape(-1).clamp(max=num_experts - 1), num_experts)
+    tokens = groups.order // top_k_index.shape[1]
 
     if self.has_gate:
         hidden = self._apply_gate(_linear(self, groups, hidden_states[tokens], "gate_up_proj"))
     else:
         hidden = self.act_fn(_linear(self, groups, hidden_states[tokens], "up_proj"))
-    if state is not None and state.dropout is not None:
-        hidden = state.dropout(hidden, self.training)
-    output = _multiply(groups, hidden, self.down_proj, self.is_transposed)
-    if state is not None and state.tap is not None:
-        output = state.tap.record(hidden, groups.experts, output, tokens, num_tokens)
+    weight = self.down_proj if self.is_transposed else self.down_proj.mT
+    output = second_product(self, groups, hidden, weight, tokens, len(top_k_index))
     if self.has_bias:
         output = output + self.down_proj_bias[groups.experts]
+    # Absent before transformers 5.21.
     if getattr(self, "has_post_expert_norm", False):
         output = self.post_expert_norm(output)
-
-    weighted = output * top_k_weights.reshape(-1)[groups.order].unsqueeze(-1)
-    restored = torch.empty_like(groups.order)
-    restored[groups.order] = torch.arange(len(restored), device=restored.device)
-    return weighted[restored].view(num_tokens, top_k, output.shape[-1]).sum(dim=1).to(hidden_states.dtype)
+    return combine(groups, output, top_k_weights).to(hidden_states.dtype)
 
 
 def _linear(module: Any, groups: ExpertGroups, x: Tensor, name: str) -> Tensor:
-    output = _multiply(groups, x, getattr(module, name), module.is_transposed)
-    return output + getattr(module, f"{name}_bias")[groups.experts] if module.has_bias else output
-
-
-def _multiply(groups: ExpertGroups, x: Tensor, weight: Tensor, transposed: bool) -> Tensor:
+    weight = getattr(module, name)
     # Grouped products ignore autocast; like transformers, the weights' dtype decides.
-    return groups.matmul(x.to(weight.dtype), weight if transposed else weight.mT)
+    output = groups.matmul(x.to(weight.dtype), weight if module.is_transposed else weight.mT)
+    return output + getattr(module, f"{name}_bias")[groups.experts] if module.has_bias else output

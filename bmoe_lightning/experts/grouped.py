@@ -68,6 +68,12 @@ class ExpertGroups:
         products = torch.bmm(left.transpose(1, 2), right)
         return products.new_zeros(len(self.counts), *products.shape[1:]).index_add_(0, block_experts, products)
 
+    def restored(self, values: Tensor) -> Tensor:
+        """Bring sorted slot values `[S, ...]` back into the order that the slots had before they were sorted."""
+        places = torch.empty_like(self.order)
+        places[self.order] = torch.arange(len(places), device=places.device)
+        return values[places]
+
     def sum(self, values: Tensor) -> Tensor:
         """Sum slot values over the slots of each expert: `[S, ...]`, sorted by expert, to `[E, ...]`."""
         return values.new_zeros(len(self.counts), *values.shape[1:]).index_add_(0, self.experts, values)

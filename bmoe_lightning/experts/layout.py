@@ -1,81 +1,102 @@
-"""Where the expert layers of a model are: fused 3-D weights of transformers, or a `ModuleList` of small MLPs."""
+"""Where the expert layers of a model are."""
 
 from __future__ import annotations
 
 import fnmatch
-from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Literal
+import itertools
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import replace
 
 import torch
 from torch import Tensor, nn
 
+import bmoe_lightning.experts.families  # noqa: F401  (registers its adapters)
+from bmoe_lightning.experts.adapted import AdaptedExperts, adapter_of
+from bmoe_lightning.experts.fused import FusedExperts, fused_implementation, is_fused_experts
+from bmoe_lightning.experts.layer import Dropout, ExpertLayer, Layout, LayoutName, Tap
+from bmoe_lightning.experts.modules import LinearLayer, ModuleExperts, is_linear
+from bmoe_lightning.experts.structure import second_linear_name, shared_experts_near
 
-@dataclass(frozen=True)
-class ExpertLayer:
-    """The second linear layers of all experts of one MoE layer.
-
-    Attributes:
-        name: qualified name of the module that holds the experts, as in `model.named_modules()`.
-        index: position among the expert layers of the model, from 0, in the order of `named_modules()`.
-        num_experts: E.
-        d_in: width of the activation that enters the second linear layer.
-        d_out: width of its output.
-        layout: `"fused"` (one parameter `[E, d_out, d_in]`, or its transpose) or `"modules"` (one `nn.Linear` an
-            expert).
-        down_proj: name of the second linear layer, relative to the experts' module (fused) or to an expert (modules).
-        transposed: whether a fused weight is stored as `[E, d_in, d_out]`.
-    """
-
-    name: str
-    index: int
-    num_experts: int
-    d_in: int
-    d_out: int
-    layout: Literal["fused", "modules"]
-    down_proj: str
-    transposed: bool = False
+_LAYOUTS: dict[LayoutName, Layout] = {
+    "fused": FusedExperts(),
+    "adapted": AdaptedExperts(),
+    "modules": ModuleExperts(),
+    "linear": LinearLayer(),
+}
 
 
 def find_expert_layers(
-    model: nn.Module, *, experts: str | None = None, down_proj: str | None = None
+    model: nn.Module, *, experts: str | None = None, down_proj: str | None = None, shared_experts: bool = False
 ) -> list[ExpertLayer]:
     """Find the expert layers of any model.
 
-    Two layouts are known: modules of transformers 5 that go through its experts interface (one 3-D parameter for all
-    experts), and an `nn.ModuleList` of experts whose second layer is an `nn.Linear`. The latter is found by structure:
-    the experts are alike, each holds two or three linear layers of which exactly one leads back to the model's width,
-    and a router with one row an expert stands beside the list.
+    Three layouts are known: modules of transformers 5 that go through its experts interface (one 3-D parameter for all
+    experts), classes that `register_experts` was told of, and an `nn.ModuleList` or `nn.ModuleDict` of experts whose
+    second layer is an `nn.Linear`, also one that PEFT wrapped. The last is found by structure: the experts are alike,
+    each holds two or three linear layers of which exactly one leads back to the model's width, and a router with one
+    row an expert stands beside the list.
 
     Args:
         model: any module.
         experts: shell-style pattern over module names (`"*.mlp.experts"`); only matching modules are considered, and
             the router's presence is not asked for.
         down_proj: name of the second linear layer within one expert (`"w2"`), where structure leaves it open.
+        shared_experts: whether experts that see every token are included, as layers with one expert each; in the paper
+            they are not. They are found beside the routed ones by the word `shared` in their names.
 
     Returns:
         The layers in the order of `model.named_modules()`.
 
     Raises:
-        ValueError: if no expert layer is found, or if an expert's second linear layer is ambiguous.
+        ValueError: if no expert layer is found, an expert's second linear layer is ambiguous, shared experts are asked
+            for and there are none, or the second weights are out of reach (quantised, or spread over processes).
     """
-    found: list[ExpertLayer] = []
     modules = dict(model.named_modules())
+    found: dict[str, ExpertLayer] = {}
     for name, module in modules.items():
-        if experts is not None and not fnmatch.fnmatchcase(name, experts):
-            continue
-        if is_fused_experts(module):
-            found.append(_fused_layer(name, len(found), module))
-        elif isinstance(module, nn.ModuleList) and len(module) > 1:
-            widths = _router_widths(modules[name.rpartition(".")[0]], module)
-            if experts is None and not widths:
-                continue
-            second = _second_linear_name(name, module, widths, down_proj, named=experts is not None)
-            if second is not None:
-                found.append(_module_list_layer(name, len(found), module, second))
+        if experts is None or fnmatch.fnmatchcase(name, experts):
+            layer = _expert_layer(name, module, modules, down_proj, named=experts is not None)
+            if layer is not None:
+                found[name] = layer
     if not found:
         raise ValueError(_nothing_found(model, modules, experts))
-    return found
+    if shared_experts:
+        shared = {name for layer in found.values() for name in shared_experts_near(layer, modules)}
+        if not shared:
+            raise ValueError(f"{type(model).__name__} has no shared experts beside its {len(found)} expert layers")
+        found |= {name: _LAYOUTS["linear"].layer(name, 0, modules[name], "") for name in shared}
+    ordered = [found[name] for name in modules if name in found]
+    return [replace(layer, index=index) for index, layer in enumerate(ordered)]
+
+
+def find_linear_layers(model: nn.Module, pattern: str | Sequence[str], *, first_index: int = 0) -> list[ExpertLayer]:
+    """Find plain linear layers by name, to put the posterior elsewhere: each is an expert layer with one expert.
+
+    Attention projections (`"*.self_attn.?_proj"`), the matrices of LoRA (`"*.lora_[AB].default"`), dense MLPs and heads
+    take part in the same engine that way.
+
+    Args:
+        model: any module.
+        pattern: shell-style pattern over module names, or several.
+        first_index: index of the first layer; give the number of layers found before to use both together.
+
+    Returns:
+        The layers in the order of `model.named_modules()`.
+
+    Raises:
+        ValueError: if no linear layer matches, or one that does is quantised.
+    """
+    patterns = [pattern] if isinstance(pattern, str) else list(pattern)
+    linears = {name: module for name, module in model.named_modules() if is_linear(module)}
+    names = [name for name in linears if any(fnmatch.fnmatchcase(name, p) for p in patterns)]
+    if not names:
+        raise ValueError(
+            f"no linear layer of {type(model).__name__} matches {' or '.join(map(repr, patterns))}; there are "
+            f"{len(linears)}, such as {', '.join(list(linears)[:5]) or 'none'}"
+        )
+    layout = _LAYOUTS["linear"]
+    return [layout.layer(name, index, linears[name], "") for index, name in enumerate(names, first_index)]
 
 
 def locate_expert_layers(model: nn.Module, layers: Sequence[ExpertLayer]) -> list[ExpertLayer]:
@@ -104,39 +125,65 @@ def _located(model: nn.Module, modules: dict[str, nn.Module], layer: ExpertLayer
             f"{type(model).__name__} has {'several' if names else 'no'} expert layers called {layer.name!r}, with or "
             f"without a prefix{': ' + ', '.join(names) if names else ''}"
         )
-    module = modules[names[0]]
-    if layer.layout == "fused" and is_fused_experts(module):
-        return _fused_layer(names[0], layer.index, module)
-    if layer.layout == "modules" and isinstance(module, nn.ModuleList):
-        inside = dict(module[0].named_modules())
-        if isinstance(inside.get(layer.down_proj), nn.Linear):
-            return _module_list_layer(names[0], layer.index, module, layer.down_proj)
-    raise ValueError(
-        f"{names[0]!r} of {type(model).__name__} does not hold experts as {layer.name!r} did ({layer.layout}, second "
-        f"linear layer {layer.down_proj!r})"
-    )
+    try:
+        return _LAYOUTS[layer.layout].layer(names[0], layer.index, modules[names[0]], layer.down_proj)
+    except ValueError as error:
+        raise ValueError(
+            f"{names[0]!r} of {type(model).__name__} does not hold experts as {layer.name!r} did ({layer.layout}, "
+            f"second linear layer {layer.down_proj!r}): {error}"
+        ) from error
 
 
 def _alike(name: str, other: str) -> bool:
     return bool(name) and (name.endswith(f".{other}") or other.endswith(f".{name}"))
 
 
-def is_fused_experts(module: nn.Module) -> bool:
-    """Whether a module holds all experts in 3-D parameters and is dispatched by transformers' experts interface."""
-    weight = getattr(module, "down_proj", None)
-    return isinstance(weight, nn.Parameter) and weight.dim() == 3 and hasattr(module, "is_transposed")
+@contextmanager
+def intercepted_layers(
+    model: nn.Module,
+    layers: Sequence[ExpertLayer],
+    *,
+    taps: Sequence[Tap] | None = None,
+    dropout: Dropout | None = None,
+) -> Iterator[None]:
+    """Drop activations before the second linear layers of some expert layers, or hand their slots to taps.
+
+    The model is as it was afterwards, also after an exception.
+
+    Args:
+        model: the model.
+        layers: some of its expert layers.
+        taps: one a layer.
+        dropout: applied to the input of every second linear layer.
+    """
+    with ExitStack() as stack:
+        if any(layer.layout == "fused" for layer in layers):
+            stack.enter_context(fused_implementation(model))
+        for layer, tap in zip(layers, itertools.repeat(None) if taps is None else taps, strict=taps is not None):
+            module = model.get_submodule(layer.name)
+            stack.enter_context(_LAYOUTS[layer.layout].intercepted(module, layer, tap, dropout))
+        yield
 
 
 def down_proj_parameters(model: nn.Module, layer: ExpertLayer) -> dict[str, nn.Parameter]:
     """The parameters that hold a layer's second weights: qualified name to parameter."""
     module = model.get_submodule(layer.name)
-    if layer.layout == "fused":
-        return {f"{layer.name}.{layer.down_proj}": getattr(module, layer.down_proj)}
-    assert isinstance(module, nn.ModuleList)
-    return {
-        f"{layer.name}.{expert}.{layer.down_proj}.weight": submodule.get_parameter(f"{layer.down_proj}.weight")
-        for expert, submodule in enumerate(module)
-    }
+    return {f"{layer.name}.{name}": p for name, p in _LAYOUTS[layer.layout].parameters(module, layer).items()}
+
+
+def expert_parameters(model: nn.Module, layer: ExpertLayer) -> dict[str, nn.Parameter]:
+    """All weights of a layer's experts, without router and shared experts: qualified name to parameter."""
+    module = model.get_submodule(layer.name)
+    return {f"{layer.name}.{name}": p for name, p in _LAYOUTS[layer.layout].expert_parameters(module).items()}
+
+
+def second_weights(model: nn.Module, layer: ExpertLayer) -> dict[str, Tensor]:
+    """What a layer's second linear layers multiply with, detached, by the names of `down_proj_parameters`.
+
+    These are the parameters themselves, unless PEFT's adapters add to them.
+    """
+    module = model.get_submodule(layer.name)
+    return {f"{layer.name}.{name}": w for name, w in _LAYOUTS[layer.layout].weights(module, layer).items()}
 
 
 def squared_distances(model: nn.Module, layers: list[ExpertLayer], reference: dict[str, Tensor] | None) -> list[Tensor]:
@@ -145,95 +192,52 @@ def squared_distances(model: nn.Module, layers: list[ExpertLayer], reference: di
     Args:
         model: the model.
         layers: expert layers of `model`.
-        reference: the prior mean as qualified parameter name to tensor, on any device; `None` is a mean of zero.
+        reference: the prior mean as in `second_weights`, on any device; `None` is a mean of zero.
 
     Returns:
         One `[E]` float64 tensor a layer, on the CPU: `||W_e - M_e||^2`.
 
     Raises:
-        KeyError: if the reference lacks a parameter.
+        KeyError: if the reference lacks a weight.
     """
     distances = []
     for layer in layers:
         parts = []
-        for name, parameter in down_proj_parameters(model, layer).items():
-            weight = parameter.detach()
-            weight = weight.to(torch.promote_types(weight.dtype, torch.float32))
+        seconds = second_weights(model, layer)
+        for name, second in seconds.items():
+            weight = second.to(torch.promote_types(second.dtype, torch.float32))
             if reference is not None:
                 # One parameter at a time: the prior mean never has a second full copy beside the weights.
                 # Through the weight's own dtype: what rounding a wider mean costs is no movement.
-                weight = weight - reference[name].to(weight.device, parameter.dtype).to(weight.dtype)
-            norms = torch.linalg.vector_norm(
-                weight.flatten(1) if weight.dim() == 3 else weight.reshape(1, -1), dim=1, dtype=torch.float64
-            )
-            parts.append(norms.square().cpu())
+                weight = weight - reference[name].to(weight.device, second.dtype).to(weight.dtype)
+            by_expert = weight.reshape(layer.num_experts // len(seconds), -1)
+            parts.append(torch.linalg.vector_norm(by_expert, dim=1, dtype=torch.float64).square().cpu())
         distances.append(torch.cat(parts))
     return distances
 
 
-def _fused_layer(name: str, index: int, module: nn.Module) -> ExpertLayer:
-    transposed = bool(module.is_transposed)
-    weight = module.down_proj
-    assert isinstance(weight, nn.Parameter)
-    num_experts, first, second = weight.shape
-    d_out, d_in = (second, first) if transposed else (first, second)
-    return ExpertLayer(name, index, num_experts, d_in, d_out, "fused", "down_proj", transposed)
-
-
-def _module_list_layer(name: str, index: int, experts: nn.ModuleList, down_proj: str) -> ExpertLayer:
-    linear = experts[0].get_submodule(down_proj)
-    assert isinstance(linear, nn.Linear)
-    return ExpertLayer(name, index, len(experts), linear.in_features, linear.out_features, "modules", down_proj)
-
-
-def _router_widths(parent: nn.Module, experts: nn.ModuleList) -> set[int]:
-    """The widths that a router beside the experts may have: a matrix with one row (or column) an expert; maybe none."""
-    own = {id(parameter) for parameter in experts.parameters()}
-    shapes = [p.shape for p in parent.parameters() if p.dim() == 2 and id(p) not in own]
-    return {shape[1 - side] for shape in shapes for side in (0, 1) if shape[side] == len(experts)}
-
-
-def _second_linear_name(
-    name: str, experts: nn.ModuleList, widths: set[int], down_proj: str | None, *, named: bool
-) -> str | None:
-    """The name of the second linear layer inside every expert of a list, or None if the list holds no experts."""
-    shapes = [{n: tuple(m.weight.shape) for n, m in e.named_modules() if isinstance(m, nn.Linear)} for e in experts]
-    if any(shape != shapes[0] for shape in shapes[1:]):
-        return None
-    linears = shapes[0]
-    if down_proj is not None:
-        if down_proj in linears:
-            return down_proj
-        if named:
-            raise ValueError(f"experts of {name!r} have no linear layer {down_proj!r}; they have {sorted(linears)}")
-        return None
-    if not 2 <= len(linears) <= 3:
-        return None
-    if isinstance(experts[0], nn.Sequential):
-        return list(linears)[-1]
-    candidates = [
-        n
-        for n, (d_out, d_in) in linears.items()
-        if all(shape == (d_in, d_out) for other, shape in linears.items() if other != n)
-    ]
-    if len(candidates) > 1:
-        # Of two layers each leads back to where the other starts; the router knows the model's width.
-        back = [n for n in candidates if linears[n][0] in widths and linears[n][1] not in widths]
-        if len(back) != 1:
-            raise ValueError(
-                f"the shapes of the linear layers of the experts in {name!r} do not tell which one comes second; name "
-                f"it: down_proj=one of {sorted(linears)}"
-            )
-        return back[0]
-    return candidates[0] if candidates else None
+def _expert_layer(
+    name: str, module: nn.Module, modules: dict[str, nn.Module], down_proj: str | None, *, named: bool
+) -> ExpertLayer | None:
+    if is_fused_experts(module):
+        return _LAYOUTS["fused"].layer(name, 0, module, "down_proj")
+    adapter = adapter_of(module)
+    if adapter is not None:
+        return _LAYOUTS["adapted"].layer(name, 0, module, adapter.down_proj)
+    if isinstance(module, (nn.ModuleList, nn.ModuleDict)) and len(module) > 1:
+        second = second_linear_name(name, module, modules[name.rpartition(".")[0]], down_proj, named=named)
+        return None if second is None else _LAYOUTS["modules"].layer(name, 0, module, second)
+    return None
 
 
 def _nothing_found(model: nn.Module, modules: dict[str, nn.Module], experts: str | None) -> str:
-    lists = sorted(name for name, module in modules.items() if isinstance(module, nn.ModuleList))
+    lists = [name for name, module in modules.items() if isinstance(module, (nn.ModuleList, nn.ModuleDict))]
     pattern = f" matching {experts!r}" if experts is not None else ""
     return (
         f"{type(model).__name__} has no expert layers{pattern}. Supported are fused experts of transformers' experts "
-        "interface and an nn.ModuleList of experts with two or three nn.Linear each beside a router. Lists of modules "
-        f"in this model: {lists or 'none'}. If one of them holds the experts, name it with experts='pattern' and its "
-        "second linear layer with down_proj='name'."
+        "interface, classes that register_experts was told of, and an nn.ModuleList or nn.ModuleDict of experts with "
+        f"two or three nn.Linear each beside a router. Lists of modules in this model: {sorted(lists) or 'none'}. If "
+        "one of them holds the experts, name it with experts='pattern' and its second linear layer with "
+        "down_proj='name'; experts in one module of another form can be registered; plain layers are "
+        "found by find_linear_layers."
     )

@@ -28,8 +28,8 @@ def slot_owners(batch: TappedBatch, slots: Sequence[Slots], *, thorough: bool = 
     Args:
         batch: a tapped batch of B examples.
         slots: the slots of each tapped layer.
-        thorough: whether to ask the first layer too, for two backward passes through the whole model. The last layer
-            cannot see a model that mixes examples further down.
+        thorough: whether to ask the other layers too, for two backward passes through the whole model. The last layer
+            cannot see a model that mixes examples further down, nor whether another one keeps its tokens in order.
 
     Returns:
         One `[S]` int64 tensor a layer: the example, or -1 where the slot moves no logit.
@@ -42,7 +42,7 @@ def slot_owners(batch: TappedBatch, slots: Sequence[Slots], *, thorough: bool = 
         return [torch.zeros_like(layer_slots.experts) for layer_slots in slots]
     if all(layer_slots.rows is not None for layer_slots in slots):
         examples = _examples_of_rows(batch, slots[-1])
-        if examples is not None and not (thorough and _contradicted(batch, slots[0], examples)):
+        if examples is not None and not (thorough and _contradicted(batch, slots, examples)):
             return [examples[layer_slots.rows] for layer_slots in slots]
     owners = _owners_by_gradient(batch, range(len(slots)))
     if any(bool((layer_owners == _MIXED).any()) for layer_owners in owners):
@@ -66,11 +66,13 @@ def _examples_of_rows(batch: TappedBatch, last: Slots) -> Tensor | None:
     return highest if torch.equal(lowest, highest) else None
 
 
-def _contradicted(batch: TappedBatch, first: Slots, examples: Tensor) -> bool:
-    """Whether the gradients at the first layer name another example than the row does."""
-    owners = _owners_by_gradient(batch, [0])[0]
-    assert first.rows is not None
-    return bool(((owners != _UNKNOWN) & (owners != examples[first.rows])).any())
+def _contradicted(batch: TappedBatch, slots: Sequence[Slots], examples: Tensor) -> bool:
+    """Whether the gradients at any layer name another example than the row does."""
+    for layer_slots, owners in zip(slots, _owners_by_gradient(batch, range(len(slots))), strict=True):
+        assert layer_slots.rows is not None
+        if bool(((owners != _UNKNOWN) & (owners != examples[layer_slots.rows])).any()):
+            return True
+    return False
 
 
 def _owners_by_gradient(batch: TappedBatch, positions: Sequence[int]) -> list[Tensor]:

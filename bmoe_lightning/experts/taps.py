@@ -6,7 +6,8 @@ A *slot* is one (token, expert) pair that the router chose. Shapes: `S` slots of
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterator, MutableMapping, Sequence
+import math
+from collections.abc import Callable, Iterable, Iterator, MutableMapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -14,8 +15,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from bmoe_lightning.experts.fused import attached_state, fused_implementation, outermost_pretrained
-from bmoe_lightning.experts.layout import ExpertLayer
+from bmoe_lightning.experts.fused import outermost_pretrained
+from bmoe_lightning.experts.layer import ExpertLayer
+from bmoe_lightning.experts.layout import intercepted_layers
+
+_INPUTS = ("input_ids", "inputs_embeds", "decoder_input_ids", "decoder_inputs_embeds")
 
 ClassLogits = Callable[[Any, Any], tuple[Tensor, Tensor | None]]
 """`(model, batch) -> (logits [B, K], labels [B] or None)`; `-inf` marks a class that an example does not have."""
@@ -42,6 +46,7 @@ class _LayerTap:
     """Collects the slots of one layer; several records when experts are separate modules or are called repeatedly."""
 
     source: Taps
+    layer: ExpertLayer
     inputs: list[Tensor] = field(default_factory=list)
     experts: list[Tensor] = field(default_factory=list)
     rows: list[Tensor | None] = field(default_factory=list)
@@ -50,9 +55,16 @@ class _LayerTap:
     def record(
         self, inputs: Tensor, experts: Tensor, outputs: Tensor, tokens: Tensor | None, num_tokens: int
     ) -> Tensor:
+        if not torch.is_grad_enabled():
+            raise RuntimeError(
+                f"the expert layer {self.layer.name!r} ran without gradients: class_logits must not run it under "
+                "torch.no_grad(), nor with reentrant gradient checkpointing (use_reentrant=False works)"
+            )
         if not outputs.requires_grad:
             # With frozen parameters the graph begins at the first tapped layer: nothing below it is ever kept.
             outputs = outputs.detach().requires_grad_()
+        if not self.source.recording:
+            return outputs
         self.inputs.append(inputs.detach())
         self.experts.append(experts)
         self.rows.append(self.source.rows_of(tokens, num_tokens))
@@ -66,24 +78,28 @@ class Taps:
     Attributes:
         layers: the tapped layers.
         num_rows: rows of input that the model was given, over all calls.
+        recording: whether slots are kept. Off once the logits are there: what runs later is a recomputation of
+            checkpointed activations, whose slots are known.
     """
 
     def __init__(self, layers: Sequence[ExpertLayer]) -> None:
         self.layers = tuple(layers)
         self.num_rows = 0
-        self._rows_in_call = 0
-        self._layer_taps = [_LayerTap(self) for _ in layers]
+        self.recording = True
+        self._call = (0, frozenset[int]())
+        self._layer_taps = [_LayerTap(self, layer) for layer in layers]
 
-    def begin_call(self, num_rows: int) -> None:
-        """Note that the model is called on `num_rows` rows."""
-        self._rows_in_call = num_rows
+    def begin_call(self, num_rows: int, token_counts: Iterable[int]) -> None:
+        """Note that the model is called on `num_rows` rows, and how many tokens there are in each of its inputs."""
+        self._call = (num_rows, frozenset(token_counts))
         self.num_rows += num_rows
 
     def rows_of(self, tokens: Tensor | None, num_tokens: int) -> Tensor | None:
         """The input row `[S]` of flattened tokens `[S]`, or None where the call's shape does not tell."""
-        if tokens is None or not self._rows_in_call or num_tokens % self._rows_in_call:
+        num_rows, token_counts = self._call
+        if tokens is None or num_tokens not in token_counts:
             return None
-        return self.num_rows - self._rows_in_call + tokens // (num_tokens // self._rows_in_call)
+        return self.num_rows - num_rows + tokens // (num_tokens // num_rows)
 
     def slots(self, position: int) -> Slots:
         """The slots of the layer at a position of `layers`."""
@@ -133,38 +149,21 @@ class Taps:
         try:
             for owner in outermost_pretrained(model):
                 stack.callback(owner.register_forward_pre_hook(self._see_call, with_kwargs=True).remove)
-            if any(layer.layout == "fused" for layer in self.layers):
-                stack.enter_context(fused_implementation(model))
-            for layer, tap in zip(self.layers, self._layer_taps, strict=True):
-                experts = model.get_submodule(layer.name)
-                if layer.layout == "fused":
-                    stack.enter_context(attached_state(experts, tap=tap))
-                    continue
-                assert isinstance(experts, nn.ModuleList)
-                for index, expert in enumerate(experts):
-                    linear = expert.get_submodule(layer.down_proj)
-                    stack.callback(linear.register_forward_hook(_module_hook(tap, index)).remove)
+            stack.enter_context(intercepted_layers(model, self.layers, taps=self._layer_taps))
         except BaseException:
             stack.close()
             raise
         return stack
 
     def _see_call(self, _module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        for name in ("input_ids", "inputs_embeds"):
-            if isinstance(kwargs.get(name), Tensor):
-                self.begin_call(kwargs[name].shape[0])
-                return
-        self.begin_call(args[0].shape[0] if args and isinstance(args[0], Tensor) else 0)
-
-
-def _module_hook(tap: _LayerTap, expert: int) -> Callable[[nn.Module, tuple[Tensor, ...], Tensor], Tensor]:
-    def hook(_module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> Tensor:
-        flat = inputs[0].reshape(-1, inputs[0].shape[-1])
-        experts = torch.full((len(flat),), expert, dtype=torch.int64, device=flat.device)
-        seen = tap.record(flat, experts, output.reshape(-1, output.shape[-1]), None, 0)
-        return seen.view(output.shape)
-
-    return hook
+        inputs = [kwargs[name] for name in _INPUTS if isinstance(kwargs.get(name), Tensor)]
+        inputs += [arg for arg in args[:1] if isinstance(arg, Tensor)]
+        shapes = [tuple(x.shape[:2]) for x in inputs if x.dim() > 1]
+        rows = {shape[0] for shape in shapes}
+        if len(rows) == 1:
+            self.begin_call(rows.pop(), map(math.prod, shapes))
+        else:
+            self.begin_call(0, ())
 
 
 @dataclass(frozen=True)
@@ -216,7 +215,10 @@ def tapped_batch(
         stack.enter_context(evaluation_mode(model))
         stack.enter_context(_frozen(model))
         stack.enter_context(taps.attach(model))
+        # Compiled code knows nothing of taps; what was compiled stays for later.
+        stack.enter_context(torch.compiler.set_stance("force_eager"))
         logits, labels = class_logits(model, _without_inference_tensors(batch))
+        taps.recording = False
         check_logits(logits)
         present = logits.detach() != -torch.inf
         # A caller's autocast is for the model alone: what is done with its slots keeps their precision.

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 from bmoe_lightning.curvature.factors import LayerFactors
 from bmoe_lightning.experts.grouped import ExpertGroups
-from bmoe_lightning.experts.layout import ExpertLayer
+from bmoe_lightning.experts.layer import ExpertLayer
 from bmoe_lightning.experts.ownership import slot_owners
 from bmoe_lightning.experts.taps import ClassLogits, tapped_batch
 
@@ -93,7 +93,8 @@ def batch_terms(
         terms = []
         for position, layer_factors in enumerate(factors):
             gradients = [gradients_of_pass[position] for gradients_of_pass in passes]
-            moves = torch.stack([gradient.ne(0).any(dim=1) for gradient in gradients]).any(dim=0)
+            moves = torch.stack([gradient.any(dim=1) for gradient in gradients]).any(dim=0)
+            moves &= slots[position].inputs.any(dim=1)
             if bool((owners[position][moves] < 0).any()):
                 raise RuntimeError(
                     f"a slot of layer {layer_factors.name!r} moves a logit, but no example owns it: its gradients "

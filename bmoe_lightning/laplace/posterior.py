@@ -22,7 +22,8 @@ from torch import Tensor, nn
 
 from bmoe_lightning.curvature.factors import KroneckerFactors
 from bmoe_lightning.experts.fingerprint import fingerprinted_module, weight_fingerprint
-from bmoe_lightning.experts.layout import ExpertLayer, locate_expert_layers
+from bmoe_lightning.experts.layer import ExpertLayer
+from bmoe_lightning.experts.layout import locate_expert_layers
 from bmoe_lightning.experts.taps import ClassLogits
 from bmoe_lightning.laplace.covariance import BatchTerms, batch_terms, covariance
 from bmoe_lightning.laplace.predictive import (

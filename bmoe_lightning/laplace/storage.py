@@ -18,7 +18,7 @@ from torch import Tensor
 
 from bmoe_lightning.atomic import replaced_file
 from bmoe_lightning.curvature.factors import KroneckerFactors, LayerFactors
-from bmoe_lightning.experts.layout import ExpertLayer
+from bmoe_lightning.experts.layer import ExpertLayer
 
 FORMAT = "bmoe_lightning.posterior"
 VERSION = 1

@@ -4,7 +4,7 @@ from oracles.dense import experts_modules
 from oracles.models import answer_logits, as_modules, tiny_qwen, toy_batch, toy_model
 
 from bmoe_lightning.experts import expert_dropout, find_expert_layers, tapped_batch
-from bmoe_lightning.experts.fused import expert_state
+from bmoe_lightning.experts.seam import attached_state, expert_state
 
 
 def built(layout):
@@ -76,8 +76,8 @@ def test_what_is_dropped_and_how_the_rest_is_scaled(layout, seed):
         seen.clear()
         with expert_dropout(model, layers, p, seed=seed):
             if layout == "fused":
-                expert_state(experts_modules(model)[0]).tap = keep("x")
-                answer_logits(model, batch)
+                with attached_state(experts_modules(model)[0], tap=keep("x")):
+                    answer_logits(model, batch)
             else:
                 handles = [
                     e.fall.register_forward_hook(lambda _m, x, _y: seen.setdefault("x", []).append(x[0].detach()))

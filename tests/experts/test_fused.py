@@ -1,11 +1,13 @@
 import pytest
 import torch
-from oracles.models import ToyExperts, answer_logits, tiny_qwen, toy_batch, toy_model
+from oracles.models import ToyExperts, answer_logits, looped_experts, tiny_qwen, toy_batch, toy_model
 from torch import nn
 from transformers import GptOssConfig, GptOssForCausalLM, MixtralConfig, MixtralForCausalLM
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS, use_experts_implementation
 
-from bmoe_lightning.experts.fused import attached_state, expert_state, fused_implementation, is_fused_experts
+from bmoe_lightning.experts import find_expert_layers
+from bmoe_lightning.experts.fused import fused_implementation, is_fused_experts
+from bmoe_lightning.experts.seam import attached_state, expert_state
 
 COMMON = {
     "vocab_size": 30,
@@ -178,8 +180,19 @@ def test_experts_that_cannot_be_switched_are_refused():
 def test_expert_parallelism_is_refused():
     model = toy_model()
     model.layers[0].mixture.crew._is_expert_parallel = True
-    with fused_implementation(model), pytest.raises(RuntimeError, match="expert parallelism is not supported"):
-        answer_logits(model, toy_batch())
+    with pytest.raises(ValueError, match=r"'layers.0.mixture.crew' are spread over processes \(expert parallelism\)"):
+        find_expert_layers(model)
+
+
+def test_indices_beyond_the_experts_stand_for_none():
+    """A router that lets a token go without a second expert says so with an index of E."""
+    model = toy_model()
+    crew = model.layers[0].mixture.crew
+    x = torch.randn(3, 6, dtype=torch.float64)
+    index, weights = torch.tensor([[0, 1], [2, 4], [4, 3]]), torch.rand(3, 2, dtype=torch.float64)
+    with fused_implementation(model):
+        output = crew(x, index, weights)
+    torch.testing.assert_close(output, looped_experts(crew, x, index, weights), rtol=1e-12, atol=1e-14)
 
 
 def test_state_is_stacked_and_taken_away():

@@ -301,15 +301,30 @@ def test_a_layer_that_is_not_run():
 def test_logits_without_a_graph_are_refused(layout):
     _, model, layers = built(layout)
 
+    def detached(m, batch):
+        logits, labels = answer_logits(m, batch)
+        return logits.detach(), labels
+
+    with (
+        tapped_batch(model, layers, detached, toy_batch()) as tapped,
+        pytest.raises(RuntimeError, match=r"class_logits returned logits without a graph.*no_grad"),
+    ):
+        tapped.taps.gradients(tapped.logits, torch.ones_like(tapped.logits))
+
+
+@layouts
+def test_a_layer_that_runs_without_gradients_is_refused(layout):
+    _, model, layers = built(layout)
+
     def class_logits(m, batch):
         with torch.no_grad():
             return answer_logits(m, batch)
 
     with (
-        tapped_batch(model, layers, class_logits, toy_batch()) as tapped,
-        pytest.raises(RuntimeError, match=r"class_logits returned logits without a graph.*no_grad"),
+        pytest.raises(RuntimeError, match=r"expert layer 'layers.0.mixture.crew' ran without gradients.*no_grad"),
+        tapped_batch(model, layers, class_logits, toy_batch()),
     ):
-        tapped.taps.gradients(tapped.logits, torch.ones_like(tapped.logits))
+        pass
 
 
 def test_absent_classes():

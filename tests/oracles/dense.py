@@ -28,7 +28,7 @@ class ObservedSlots:
 
     @property
     def moves(self):
-        return (self.gradients != 0).any(dim=2).any(dim=0)
+        return (self.gradients != 0).any(dim=2).any(dim=0) & (self.inputs != 0).any(dim=1)
 
     def counted(self):
         """Experts, inputs and gradients of the slots that move a logit."""
