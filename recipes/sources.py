@@ -16,6 +16,7 @@ from bmoe_lightning.data.questions import Splits, draw, drop_overlap, split_trai
 from bmoe_lightning.data.world import World
 from bmoe_lightning.laplace.predictive import MIN_UNLABELLED
 from bmoe_lightning.loading import HUB_ID, ModelUnavailableError
+from bmoe_lightning.models import register_models
 from recipes.settings import ResolvedSettings
 from recipes.small_model import pretrain
 from recipes.text_model import read_questions
@@ -93,6 +94,7 @@ def check_model(source: str) -> None:
     folder = Path(source).is_dir()
     if not folder and not HUB_ID.fullmatch(source):
         raise ModelUnavailableError(f"--model: there is no folder {source!r}, and it is no hub id, which is owner/name")
+    register_models()
     try:
         AutoConfig.from_pretrained(source, trust_remote_code=False)
     except (OSError, ValueError) as error:

@@ -9,11 +9,12 @@ import torch
 from lightning import LightningDataModule
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler
-from transformers import AutoTokenizer, PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerBase
 
 from bmoe_lightning.data.hub import DataUnavailableError, is_hub_id, load_questions
 from bmoe_lightning.data.prompts import answer_token_ids, fit_prompts, get_prompt_format
 from bmoe_lightning.data.questions import Question, Splits, draw, drop_overlap, split_train
+from bmoe_lightning.loading import load_tokenizer
 
 Part = Literal["train", "calibration", "test"]
 
@@ -416,8 +417,8 @@ def _check_not_empty(splits: Splits) -> None:
 
 def _load_tokenizer(source: str) -> PreTrainedTokenizerBase:
     try:
-        return AutoTokenizer.from_pretrained(source)
-    except OSError as error:
+        return load_tokenizer(source)
+    except (OSError, ValueError) as error:
         reason = str(error).splitlines()[0].rstrip(".")
         raise DataUnavailableError(
             f"the tokenizer {source!r} could not be had ({reason}); a local folder works instead."

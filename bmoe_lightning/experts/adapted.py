@@ -54,6 +54,7 @@ class ExpertAdapter:
 
 
 _ADAPTERS: dict[str, ExpertAdapter] = {}
+_REFUSALS: dict[str, str] = {}
 
 
 def register_experts(
@@ -99,6 +100,16 @@ def adapter_of(module: nn.Module) -> ExpertAdapter | None:
     """The adapter of a module's class, or of the nearest class it is derived from."""
     names = (_qualified_name(kind) for kind in type(module).__mro__)
     return next((_ADAPTERS[name] for name in names if name in _ADAPTERS), None)
+
+
+def refuse_experts(experts_class: str, reason: str) -> None:
+    """Have `find_expert_layers` refuse a class of modules, by its qualified name, with a reason."""
+    _REFUSALS[experts_class] = reason
+
+
+def refusal_of(module: nn.Module) -> str | None:
+    """Why a module's class is refused, if it is."""
+    return _REFUSALS.get(_qualified_name(type(module)))
 
 
 class AdaptedExperts:

@@ -1,6 +1,6 @@
-"""Adapters for the families of transformers whose experts do not go through its experts interface.
+"""The families of transformers whose experts do not go through its experts interface: adapters, or a refusal.
 
-Each is the forward of the family's experts module around `second_linear`; see `register_experts`.
+An adapter is the forward of the family's experts module around `second_linear`; see `register_experts`.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from bmoe_lightning.experts.adapted import register_experts
+from bmoe_lightning.experts.adapted import refuse_experts, register_experts
 from bmoe_lightning.experts.grouped import ExpertGroups
 from bmoe_lightning.experts.seam import combine
 
@@ -78,6 +78,12 @@ def _step3p7(self: Any, second_linear: SecondLinear, hidden_states: Tensor, inde
     hidden = self._apply_gate(groups.matmul(hidden_states[tokens], self.gate_up_proj.mT))
     output = second_linear(hidden, groups.experts, tokens, len(hidden_states))
     return combine(groups, output, weights).to(hidden_states.dtype)
+
+
+refuse_experts(
+    f"{_MODELS}.doge.modeling_doge.DogeCDMoE",
+    "each expert is one row of two embeddings, so there is no second linear layer to put a posterior on",
+)
 
 
 def _sorted_slots(index: Tensor, num_experts: int) -> tuple[ExpertGroups, Tensor]:

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 import bmoe_lightning.experts.families  # noqa: F401  (registers its adapters)
-from bmoe_lightning.experts.adapted import AdaptedExperts, adapter_of
+from bmoe_lightning.experts.adapted import AdaptedExperts, adapter_of, refusal_of
 from bmoe_lightning.experts.fused import FusedExperts, fused_implementation, is_fused_experts
 from bmoe_lightning.experts.layer import Dropout, ExpertLayer, Layout, LayoutName, Tap
 from bmoe_lightning.experts.modules import LinearLayer, ModuleExperts, is_linear
@@ -221,10 +221,12 @@ def _expert_layer(
 ) -> ExpertLayer | None:
     if is_fused_experts(module):
         return _LAYOUTS["fused"].layer(name, 0, module, "down_proj")
+    if refusal_of(module) is not None:
+        raise ValueError(f"the experts {name!r} of {type(module).__name__} are not supported: {refusal_of(module)}")
     adapter = adapter_of(module)
     if adapter is not None:
         return _LAYOUTS["adapted"].layer(name, 0, module, adapter.down_proj)
-    if isinstance(module, (nn.ModuleList, nn.ModuleDict)) and len(module) > 1:
+    if isinstance(module, (nn.ModuleList, nn.ModuleDict)):
         second = second_linear_name(name, module, modules[name.rpartition(".")[0]], down_proj, named=named)
         return None if second is None else _LAYOUTS["modules"].layer(name, 0, module, second)
     return None

@@ -17,10 +17,11 @@ class ModuleExperts:
 
     def layer(self, name: str, index: int, module: nn.Module, down_proj: str) -> ExpertLayer:
         """Describe a list of experts with the given second linear layer."""
-        if not isinstance(module, (nn.ModuleList, nn.ModuleDict)) or not len(module):
+        experts = experts_of(module)
+        if not experts:
             raise ValueError(f"{name!r} is no list of experts but a {type(module).__name__}")
         shapes = []
-        for key, expert in module.named_children():
+        for key, expert in experts.items():
             linear = linears_of(expert).get(down_proj)
             if linear is None:
                 raise ValueError(
@@ -30,7 +31,7 @@ class ModuleExperts:
             shapes.append(tuple(base_linear(linear).weight.shape))
         if len(set(shapes)) > 1:
             raise ValueError(f"the second linear layers of {name!r} differ in shape: {sorted(set(shapes))}")
-        return ExpertLayer(name, index, len(module), shapes[0][1], shapes[0][0], "modules", down_proj)
+        return ExpertLayer(name, index, len(experts), shapes[0][1], shapes[0][0], "modules", down_proj)
 
     def parameters(self, module: nn.Module, layer: ExpertLayer) -> dict[str, nn.Parameter]:
         """The weight of each expert's second linear layer; under an adapter of PEFT, that of the layer below."""
@@ -59,7 +60,7 @@ class ModuleExperts:
     def _linears(self, module: nn.Module, layer: ExpertLayer) -> dict[str, nn.Module]:
         return {
             f"{name}.{layer.down_proj}": expert.get_submodule(layer.down_proj)
-            for name, expert in module.named_children()
+            for name, expert in experts_of(module).items()
         }
 
 
@@ -95,6 +96,13 @@ class LinearLayer:
         with ExitStack() as stack:
             _hook(stack, module, tap, dropout, 0, knows_tokens=True)
             yield
+
+
+def experts_of(module: nn.Module) -> dict[str, nn.Module]:
+    """The experts in a list or dictionary of modules, by name: what has linear layers; a dropout may stand beside."""
+    if not isinstance(module, (nn.ModuleList, nn.ModuleDict)):
+        return {}
+    return {name: child for name, child in module.named_children() if linears_of(child)}
 
 
 def is_linear(module: nn.Module) -> bool:

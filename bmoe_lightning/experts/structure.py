@@ -5,13 +5,13 @@ from __future__ import annotations
 from torch import nn
 
 from bmoe_lightning.experts.layer import ExpertLayer
-from bmoe_lightning.experts.modules import base_linear, linears_of
+from bmoe_lightning.experts.modules import base_linear, experts_of, linears_of
 
 _USUAL_NAMES = ("down_proj", "w2", "fc2", "wo", "c_proj", "output_linear", "dense_4h_to_h")
 
 
 def second_linear_name(
-    name: str, experts: nn.ModuleList | nn.ModuleDict, parent: nn.Module, down_proj: str | None, *, named: bool
+    name: str, experts: nn.Module, parent: nn.Module, down_proj: str | None, *, named: bool
 ) -> str | None:
     """The name of the second linear layer inside every expert of a list, or None if the list holds no experts.
 
@@ -28,8 +28,8 @@ def second_linear_name(
     widths = _router_widths(parent, experts)
     if not named and not widths:
         return None
-    shapes = [_shapes(expert) for expert in experts.children()]
-    if any(shape != shapes[0] for shape in shapes[1:]):
+    shapes = [_shapes(expert) for expert in experts_of(experts).values()]
+    if len(shapes) < 2 or any(shape != shapes[0] for shape in shapes[1:]):
         return None
     linears = shapes[0]
     if down_proj is not None:
@@ -40,7 +40,7 @@ def second_linear_name(
         return None
     if not 2 <= len(linears) <= 3:
         return None
-    if isinstance(next(experts.children()), nn.Sequential):
+    if isinstance(next(iter(experts_of(experts).values())), nn.Sequential):
         return list(linears)[-1]
     candidates = [
         n
@@ -104,5 +104,5 @@ def _router_widths(parent: nn.Module, experts: nn.Module) -> set[int]:
     """The widths that a router beside the experts may have: a matrix with one row (or column) an expert; maybe none."""
     own = {id(parameter) for parameter in experts.parameters()}
     shapes = [p.shape for p in parent.parameters() if p.dim() == 2 and id(p) not in own]
-    count = len(list(experts.children()))
+    count = len(experts_of(experts))
     return {shape[1 - side] for shape in shapes for side in (0, 1) if shape[side] == count}
