@@ -1,0 +1,343 @@
+"""Bytes of weights, optimiser states, factors and files, which are exact, and of activations, which are estimated.
+
+What autograd keeps of a decoder block above the first one with experts (below it nothing has a gradient), `n` tokens,
+frozen weights unless said otherwise:
+
+- of every matrix that tokens go through, its output; of one that leads back to the model's width, its input (a product
+  of activations, or the attention's output); of a gate of width one, what it multiplies;
+- of every normalisation, its input in float32;
+- of every slot, the first matrices' output, the activated gate, and the second matrix's output before the
+  routing weight; with trained weights also their inputs, and with dropout a mask of one byte.
+
+Attention is taken to be one of torch's fused kernels, which keep no scores.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict, dataclass
+from functools import lru_cache
+
+import torch
+from torch import Tensor
+
+from bmoe_lightning.curvature import LayerFactors
+from bmoe_lightning.curvature.sketch import EXACT_WIDTH, make_sketch
+from recipes.planning.architecture import Architecture, Experts
+from recipes.planning.compute import Workload
+
+SNAPSHOTS = 5
+LPO_BINS = 128
+HEADROOM = 0.05
+# Of the dtypes that a plan knows, torch's grouped product takes bfloat16 alone on a GPU.
+_KERNEL_BYTES = 2
+# Rows of a block in which experts share one batched product, where no grouped kernel fits.
+_BLOCK_ROWS = 32
+# What a posterior's header says beside layers and tensors: format, rank, Fisher, fingerprint, numbers of examples.
+_HEADER = 520
+# A chunk of the prediction's kernels: 2^24 float32 values, about three of them alive at once.
+_CHUNKS = 3 * (1 << 24) * 4
+
+
+@dataclass(frozen=True)
+class Training:
+    """Accelerator memory of a training run, in bytes.
+
+    Attributes:
+        trained: `down_proj` or `experts`.
+        trained_dtype: dtype of the trained weights; everything else stays in the model's.
+        checkpointing: whether activations are computed again in the backward pass (gradient checkpointing).
+        weights: all parameters.
+        gradients: of the trained ones.
+        optimizer: AdamW's two moments and step counts.
+        activations: kept for the backward pass, estimated, with the gradients of one block.
+        step: AdamW's copy of the trained weights during a step, when no activations are there.
+        curvature: transients of the curvature pass after training, gradients and moments still being there.
+    """
+
+    trained: str
+    trained_dtype: str
+    checkpointing: bool
+    weights: int
+    gradients: int
+    optimizer: int
+    activations: int
+    step: int
+    curvature: int
+
+    @property
+    def peak(self) -> int:
+        """The most that is alive at once."""
+        return self.weights + self.gradients + self.optimizer + max(self.activations, self.step, self.curvature)
+
+    def fits(self, gib: float) -> bool:
+        """Whether it fits into so many GiB, 5 % left for the driver and for gaps between allocations."""
+        return self.peak <= gib * 2**30 * (1 - HEADROOM)
+
+
+@dataclass(frozen=True)
+class Precision:
+    """Bytes of a weight: of what is frozen in any case, of the experts' first matrices and of their second ones."""
+
+    frozen: int
+    first: int
+    second: int
+
+
+def trained_size(model: Architecture, trained: str) -> tuple[int, int]:
+    """Numbers of trained weights and of the tensors that hold them."""
+    if trained == "experts":
+        return model.routed, sum(experts.all_tensors for experts in model.experts)
+    return model.second, sum(experts.second_tensors for experts in model.experts)
+
+
+def optimizer_bytes(weights: int, tensors: int, size: int) -> int:
+    """AdamW's states after a step: two moments in the dtype of the weights, and a float32 count a tensor."""
+    return 2 * weights * size + 4 * tensors
+
+
+def layer_factors(experts: Experts, rank: int) -> LayerFactors:
+    """The factors of one layer, on the meta device."""
+    layer = experts.layer
+    count = layer.num_experts
+    ranks = {"a": (layer.d_in, min(rank, layer.d_in)), "g": (layer.d_out, min(rank, layer.d_out))}
+    tensors: dict[str, Tensor] = {"slots": _meta(count, dtype=torch.float64)}
+    for side, (width, kept) in ranks.items():
+        tensors |= {
+            f"{side}_basis": _meta(count, width, kept),
+            f"{side}_eigenvalues": _meta(count, kept),
+            f"{side}_trace": _meta(count, dtype=torch.float64),
+        }
+    return LayerFactors(layer.name, layer.index, **tensors)
+
+
+def factor_bytes(model: Architecture, rank: int) -> int:
+    """All tensors of the factors, as they are kept in memory and in the posterior's file."""
+    return sum(t.nbytes for experts in model.experts for t in layer_factors(experts, rank).tensors().values())
+
+
+def posterior_file_bytes(model: Architecture, rank: int) -> int:
+    """The posterior's file: factors, a float64 precision a layer, and a header that names every layer and tensor."""
+    offset, entries = 8 * len(model.experts), {}
+    for position, experts in enumerate(model.experts):
+        for name, tensor in layer_factors(experts, rank).tensors().items():
+            places = [offset, offset + tensor.nbytes]
+            offset = places[1]
+            entries[f"{position}.{name}"] = {"dtype": "F32", "shape": list(tensor.shape), "data_offsets": places}
+    layers = [asdict(experts.layer) for experts in model.experts]
+    description = json.dumps([layers, [{"name": layer["name"], "index": layer["index"]} for layer in layers]])
+    header = json.dumps(entries, separators=(",", ":")) + json.dumps(description)
+    return offset + len(header) + _HEADER
+
+
+def sketch_bytes(model: Architecture, rank: int) -> int:
+    """State of the curvature pass: the sums of all layers, before they become factors."""
+    return sum(
+        8 * experts.layer.num_experts
+        + _sketch_state(experts.layer.num_experts, experts.layer.d_in, rank)
+        + _sketch_state(experts.layer.num_experts, experts.layer.d_out, rank)
+        for experts in model.experts
+    )
+
+
+@lru_cache
+def _sketch_state(num_experts: int, width: int, rank: int) -> int:
+    sketch = make_sketch(
+        "auto",
+        num_experts,
+        width,
+        rank,
+        device=torch.device("meta"),
+        dtype=torch.float32,
+        generator=torch.Generator().manual_seed(0),
+    )
+    return sum(value.nbytes for value in vars(sketch).values() if isinstance(value, Tensor))
+
+
+def curvature_transients(model: Architecture, work: Workload, fisher: str, precision: Precision) -> int:
+    """Memory of the curvature pass beyond the weights, estimated.
+
+    The state of all sketches, what autograd keeps, the inputs of all slots twice (recorded and joined), and the
+    gradients of all layers of a pass twice (found and joined) beside those of the pass before, if there was one.
+
+    Args:
+        model: the model.
+        work: the batch.
+        fisher: `exact`, `mc` or `empirical`.
+        precision: of the weights.
+    """
+    passes = work.contrasts if fisher == "exact" else 1
+    gradients = _gradient_bytes(model, work, precision)
+    adding = max(_adding_bytes(experts, work, precision) for experts in model.experts)
+    batch = _tapped_bytes(model, work, precision) + max((3 if passes > 1 else 2) * gradients, gradients + adding)
+    return sketch_bytes(model, work.rank) + max(batch, _finishing_bytes(model, work.rank))
+
+
+def prediction_transients(model: Architecture, work: Workload, precision: Precision) -> int:
+    """Memory of a prediction beyond the weights, the factors included, estimated.
+
+    The gradients of all K - 1 passes are alive together, those of the last one twice.
+    """
+    gradients = _gradient_bytes(model, work, precision)
+    kernels = max(_kernel_bytes(experts, work, precision) for experts in model.experts)
+    kept = factor_bytes(model, work.rank) + _tapped_bytes(model, work, precision) + work.contrasts * gradients
+    return kept + max(gradients, kernels)
+
+
+def lpo_cache_bytes(model: Architecture, work: Workload, examples: int) -> int:
+    """The validation cache of LPO, on the CPU in float64; twice that for a moment when it is put together."""
+    layers, classes, contrasts = len(model.experts), work.classes, work.contrasts
+    an_example = classes + 1 + classes * contrasts + layers * (1 + LPO_BINS) * contrasts**2
+    return 8 * (examples * an_example + layers * LPO_BINS)
+
+
+def saved_bytes(
+    model: Architecture, work: Workload, precision: Precision, trained: str | None, *, dropout: bool = False
+) -> list[int]:
+    """What autograd keeps of each block, estimated; see the module.
+
+    Args:
+        model: the model.
+        work: the batch.
+        precision: of the weights.
+        trained: `down_proj`, `experts`, or None where gradients end at the second matrices' outputs.
+        dropout: whether there is dropout in the experts.
+    """
+    kept = []
+    for position, block in enumerate(model.blocks):
+        above, total = position > model.first, 0
+        if above:
+            total += 4 * work.positions * model.hidden * block.norms
+            total += precision.frozen * work.positions * sum(_side(*shape, model.hidden) for shape in block.matrices)
+        if position >= model.first:
+            for experts in block.experts:
+                a_slot = _slot_bytes(experts, precision, trained, dropout=dropout, above=above)
+                total += work.positions * experts.top_k * a_slot + _copied_weights(experts, work, precision, above)
+        kept.append(total)
+    return kept
+
+
+def training_memory(
+    model: Architecture,
+    work: Workload,
+    trained: str,
+    trained_dtype: torch.dtype,
+    *,
+    fisher: str,
+    checkpointing: bool,
+    dropout: bool = True,
+) -> Training:
+    """Plan a training run and the curvature pass at its end, which finds gradients and moments still there.
+
+    Args:
+        model: the model.
+        work: the batch of training and curvature.
+        trained: `down_proj` or `experts`.
+        trained_dtype: of the trained weights.
+        fisher: of the curvature pass.
+        checkpointing: gradient checkpointing while training.
+        dropout: whether there is dropout in the experts.
+    """
+    size, own = model.dtype.itemsize, trained_dtype.itemsize
+    precision = Precision(size, own if trained == "experts" else size, own)
+    weights, tensors = trained_size(model, trained)
+    saved = saved_bytes(model, work, precision, trained, dropout=dropout)
+    # The gradient of each kept thing is made, used and freed on the way down: one block's worth at a time.
+    block = max(saved)
+    entrances = size * work.positions * model.hidden * len(model.blocks)
+    return Training(
+        trained=trained,
+        trained_dtype=str(trained_dtype).removeprefix("torch."),
+        checkpointing=checkpointing,
+        weights=model.weight_bytes + weights * (own - size),
+        gradients=weights * own,
+        optimizer=optimizer_bytes(weights, tensors, own),
+        activations=block + (block + entrances if checkpointing else sum(saved)),
+        step=weights * own,
+        curvature=curvature_transients(model, work, fisher, precision),
+    )
+
+
+def _meta(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
+    return torch.empty(shape, dtype=dtype, device="meta")
+
+
+def _side(out: int, into: int, hidden: int) -> int:
+    """Values a token that autograd keeps of a frozen matrix."""
+    return into if out in (1, hidden) else out
+
+
+def _slot_bytes(experts: Experts, precision: Precision, trained: str | None, *, dropout: bool, above: bool) -> int:
+    d_in, d_out = experts.layer.d_in, experts.layer.d_out
+    total = 0
+    if above or trained == "experts":
+        total += precision.first * (experts.first_width + (d_in if experts.gated else 0))
+    if above:
+        total += precision.second * d_out
+    if trained is not None:
+        total += precision.second * d_in
+    if trained == "experts":
+        total += precision.first * d_out
+    return total + (d_in if dropout and (above or trained == "experts") else 0)
+
+
+def _copied_weights(experts: Experts, work: Workload, precision: Precision, above: bool) -> int:
+    """Copies of expert matrices, one a block of slots, that autograd keeps where no grouped kernel takes the dtype.
+
+    On a GPU torch's grouped product is used in bfloat16 alone.
+    """
+    if experts.layer.layout != "fused" or not above:
+        return 0
+    blocks = _product_blocks(experts, work)
+    first = 0 if precision.first == _KERNEL_BYTES else precision.first * (experts.matrices - experts.second)
+    second = 0 if precision.second == _KERNEL_BYTES else precision.second * experts.second
+    return blocks * (first + second)
+
+
+def _product_blocks(experts: Experts, work: Workload) -> int:
+    return -(-work.positions * experts.top_k // _BLOCK_ROWS) + experts.layer.num_experts
+
+
+def _gradient_bytes(model: Architecture, work: Workload, precision: Precision) -> int:
+    """Gradients of one pass with respect to the outputs of all slots of all layers."""
+    slots = (work.positions * experts.top_k * experts.layer.d_out for experts in model.experts)
+    return precision.second * sum(slots)
+
+
+def _tapped_bytes(model: Architecture, work: Workload, precision: Precision) -> int:
+    """What is alive after a tapped forward: autograd's share, all inputs twice, the outputs where gradients end."""
+    inputs = sum(work.positions * experts.top_k * experts.layer.d_in for experts in model.experts)
+    ends = sum(work.positions * e.top_k * e.layer.d_out for e in model.blocks[model.first].experts)
+    return sum(saved_bytes(model, work, precision, None)) + precision.second * (2 * inputs + ends)
+
+
+def _adding_bytes(experts: Experts, work: Workload, precision: Precision) -> int:
+    """Adding the slots of one layer to its sketches: picked, sorted, in float32, squared, laid out in blocks."""
+    slots, blocks = work.positions * experts.top_k, _product_blocks(experts, work)
+    a_value = 2 * precision.second + 4 + (4 if precision.second < 4 else 0)
+
+    def side(width: int) -> int:
+        columns = width if width <= EXACT_WIDTH else min(4 * work.rank, width)
+        layout = 4 * blocks * (_BLOCK_ROWS * (width + columns) + width * columns)
+        return slots * (a_value * width + 4 * columns) + layout
+
+    return max(side(experts.layer.d_in), side(experts.layer.d_out))
+
+
+def _finishing_bytes(model: Architecture, rank: int) -> int:
+    """Turning the sums of one layer into factors, those of the others being there already."""
+    layers = (experts.layer for experts in model.experts)
+    # Float64 copies of a sketch, or the eigenvectors of a sum.
+    widest = max(
+        layer.num_experts * (12 * width**2 if width <= EXACT_WIDTH else 32 * width * min(4 * rank, width))
+        for layer in layers
+        for width in (layer.d_in, layer.d_out)
+    )
+    return factor_bytes(model, rank) + widest
+
+
+def _kernel_bytes(experts: Experts, work: Workload, precision: Precision) -> int:
+    """The slots of one layer picked, sorted and in float32, and chunks of them in groups."""
+    width = experts.layer.d_in + work.contrasts * experts.layer.d_out
+    values = work.positions * experts.top_k * width
+    return values * (2 * precision.second + 4) + min(_CHUNKS, 12 * values)
