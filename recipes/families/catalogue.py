@@ -36,7 +36,7 @@ def families() -> list[str]:
     Raises:
         RuntimeError: if transformers is not installed, or has no families where they are looked for.
     """
-    return sorted(_scan())
+    return sorted(_scan(_models_folder()))
 
 
 def uses_interface(family: str) -> bool:
@@ -48,17 +48,17 @@ def uses_interface(family: str) -> bool:
     Raises:
         ValueError: if it is no MoE family of the installed transformers.
     """
-    found = _scan()
+    found = _scan(_models_folder())
     if family not in found:
         raise ValueError(f"{family!r} is no MoE family of the installed transformers; they are: {', '.join(found)}")
     return found[family]
 
 
 @cache
-def _scan() -> dict[str, bool]:
+def _scan(models: Path) -> dict[str, bool]:
     """Family to whether it uses the interface."""
     found = {}
-    for folder in sorted(path for path in _models_folder().iterdir() if path.is_dir()):
+    for folder in sorted(path for path in models.iterdir() if path.is_dir()):
         sources = [path.read_text(encoding="utf-8") for path in sorted(folder.glob("modeling_*.py"))]
         # Without the word neither rule can hold, and parsing is what takes the time.
         trees = [ast.parse(source) for source in sources if "Experts" in source or "experts" in source]
@@ -67,7 +67,7 @@ def _scan() -> dict[str, bool]:
         if interface or any(_sizes_by_experts(node) for node in classes) or any(map(_borrows_experts, trees)):
             found[folder.name] = interface
     if not found:
-        raise RuntimeError("no MoE family was found in the installed transformers: has its source layout changed?")
+        raise RuntimeError(f"no MoE family was found in {models}: has the source layout of transformers changed?")
     return found
 
 

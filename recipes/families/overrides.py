@@ -349,5 +349,5 @@ OVERRIDES: Mapping[str, FamilySettings] = {
     "vitpose_backbone": FamilySettings(
         refused="a vision backbone without logits, whose data set's number picks the expert: there is no router",
     ),
-    "zaya": _config(num_experts_per_tok=1, router_hidden_size=8, layer_types=["hybrid", "hybrid_sliding", "hybrid"]),
+    "zaya": _config(num_experts_per_tok=1, router_hidden_size=32, layer_types=["hybrid", "hybrid_sliding", "hybrid"]),
 }

@@ -42,9 +42,11 @@ class TinyFamily:
 
     Attributes:
         family: its name in `families()`.
-        model: random weights, evaluation mode, `model.dtype` (float64 unless the family cannot), eager experts.
+        model: random weights, evaluation mode, `model.dtype` (float64 unless the family cannot), eager experts. Weights
+            are what is float64: the families' own code computes norms, and some the logits, in float32.
         class_logits: `(model, batch) -> (logits [B, 3], labels [B])`, at the last position of every example.
-        batches: of three and of two examples; the second is padded on the left, unless the family cannot be.
+        batches: of three and of two examples, each a dictionary of the forward's inputs and `labels` `[B]`; the second
+            is padded on the left, unless the family cannot be.
     """
 
     family: str
@@ -71,18 +73,40 @@ def build(family: str, *, seed: int = 0) -> TinyFamily:
         raise CannotBuildError(settings.refused)
     model_class = _model_class(family, settings)
     generator = torch.Generator().manual_seed(seed)
+    try:
+        model = _random_model(model_class, settings, generator, interface=uses_interface(family))
+        tiny = TinyFamily(family, model, _ClassLogits(settings), _batches(settings, generator))
+        _try_out(tiny)
+    except Exception as error:
+        raise CannotBuildError(f"no small configuration is known: {_in_one_line(error)}") from error
+    return tiny
+
+
+def _random_model(
+    model_class: type[PreTrainedModel], settings: FamilySettings, generator: torch.Generator, *, interface: bool
+) -> PreTrainedModel:
+    config_class = model_class.config_class
+    if config_class is None:
+        raise TypeError(f"{model_class.__name__} names no configuration class")
+    config = config_class(**_settings_for(config_class, settings.config))
+    if interface:
+        config._experts_implementation = "eager"
+    # Constructors draw from the global generator: parameters, which are replaced, and now and then a buffer.
     with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
-        try:
-            config = model_class.config_class(**_settings_for(model_class.config_class, settings.config))
-            if uses_interface(family):
-                config._experts_implementation = "eager"
-            model = model_class(config)
-        except (ImportError, AttributeError, KeyError, TypeError, ValueError, RuntimeError) as error:
-            raise CannotBuildError(f"no small configuration is known: {_first_line(error)}") from error
-    model = model.to(settings.dtype).eval()
+        torch.manual_seed(generator.initial_seed())
+        model = model_class(config)
+    nn.Module.to(model, settings.dtype)
+    model.eval()
     _fill(model, generator)
-    return TinyFamily(family, model, _ClassLogits(settings), _batches(settings, generator))
+    return model
+
+
+def _try_out(tiny: TinyFamily) -> None:
+    with torch.no_grad():
+        for batch in tiny.batches:
+            logits, _ = tiny.class_logits(tiny.model, batch)
+            if not bool(logits.isfinite().all()):
+                raise RuntimeError("its logits are not finite")
 
 
 def _model_class(family: str, settings: FamilySettings) -> type[PreTrainedModel]:
@@ -119,11 +143,12 @@ def _fill(model: nn.Module, generator: torch.Generator) -> None:
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             noise = torch.randn(parameter.shape, generator=generator, dtype=torch.float64)
-            is_scale = parameter.dim() == 1 and name.endswith("weight")
+            is_scale = parameter.dim() == 1 and name.endswith(("weight", "scale"))
             parameter.copy_(1 + 0.1 * noise if is_scale else (0.1 if "bias" in name else _WEIGHT_STD) * noise)
         for name, buffer in model.named_buffers():
             if "bias" in name and buffer.is_floating_point():
-                buffer.copy_(0.1 * torch.randn(buffer.shape, generator=generator, dtype=torch.float64))
+                # Added to what is there: a router may hold an expert back with a bias that is not zero.
+                buffer.add_(0.1 * torch.randn(buffer.shape, generator=generator, dtype=torch.float64))
             elif name.endswith("tid2eid"):
                 # A table of token to experts, instead of a router; as made, it sends every token to the first.
                 scores = torch.rand(len(buffer), SMALL["num_experts"], generator=generator)
@@ -134,7 +159,8 @@ def _batches(settings: FamilySettings, generator: torch.Generator) -> tuple[Batc
     first = _random_batch(3, 6, settings, generator)
     second = _random_batch(2, 5, settings, generator)
     if settings.image_marker is not None:
-        first[settings.image_marker] = torch.tensor([0, 1, 1, 1, 0, 0]).repeat(3, 1)
+        # The last token is one of them, or the last layer's image experts would not reach the logits.
+        first[settings.image_marker] = torch.tensor([[0, 1, 1, 1, 0, 0], [0, 0, 0, 0, 1, 1], [0, 0, 1, 1, 0, 1]])
     if settings.takes_padding:
         mask = torch.ones(2, 5, dtype=torch.int64)
         mask[1, :2] = 0
@@ -165,6 +191,5 @@ class _ClassLogits:
         return logits[:, start : start + NUM_CLASSES], batch["labels"]
 
 
-def _first_line(error: BaseException) -> str:
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    return lines[0] if lines else type(error).__name__
+def _in_one_line(error: BaseException) -> str:
+    return " ".join(str(error).split()) or type(error).__name__
