@@ -1,9 +1,8 @@
 """Dense curvature and covariance of any model's experts, from the model's own code alone.
 
-The model runs its own implementation while a `TorchFunctionMode` looks at every matrix product. Where one operand lies
-in the memory of a second weight, what goes in and what comes out is kept, and which expert it was follows from the
-operand's place in that memory. Nothing of the library's forward, taps or algebra takes part; that is what makes this a
-reference for them. Everything is float64 and written out: for small models only.
+The model runs its own implementation under a `Watch`, which keeps what enters and leaves every second weight. Nothing
+of the library's forward, taps or algebra takes part; that is what makes this a reference for them. Everything is
+float64 and written out: for small models only.
 
 Shapes: `B` examples, `K` classes, `E` experts, `S` slots of one layer; a weight is `[d_out, d_in]` and its flattened
 form has the curvature `kron(G, A)`.
@@ -11,88 +10,21 @@ form has the curvature `kron(G, A)`.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.overrides import TorchFunctionMode
 
-from bmoe_lightning.experts import ExpertLayer, down_proj_parameters
+from recipes.families.watch import OracleError, SecondWeights, Watch, check_disjoint
 
 ClassLogits = Callable[[Any, Any], tuple[Tensor, Tensor | None]]
 
 # Slots and weight gradients are two ways to the same Jacobian; models that compute in float32 here and there still
 # give the same numbers both ways, since the backward pass is one.
-_AGREEMENT = 1e-6
-
-# Arguments in their order, and what each is: `left @ right + bias`.
-_MATMUL = {"input": "left", "other": "right"}
-_MM = {"input": "left", "mat2": "right"}
-_OPERANDS = {
-    "linear": {"input": "left", "weight": "right", "bias": "bias"},
-    "matmul": _MATMUL,
-    "__matmul__": _MATMUL,
-    "__rmatmul__": {"self": "right", "other": "left"},
-    "mm": _MM,
-    "bmm": _MM,
-    "addmm": {"input": "bias", "mat1": "left", "mat2": "right"},
-    "baddbmm": {"input": "bias", "batch1": "left", "batch2": "right"},
-}
-_NOT_FOLLOWED = frozenset({"einsum", "tensordot", "mv", "addmv", "chain_matmul", "multi_dot", "grouped_mm", "bilinear"})
-
-
-class OracleError(RuntimeError):
-    """The model does with a second weight what the oracle cannot follow."""
-
-
-@dataclass(frozen=True)
-class SecondWeights:
-    """Where the second weights of one expert layer lie.
-
-    Attributes:
-        name: of the expert layer.
-        parameters: one that holds all experts one after the other, or one `[d_out, d_in]` an expert.
-        num_experts: E.
-        d_in: width of what enters.
-        d_out: width of what comes out.
-        transposed: whether the one parameter holds `[d_in, d_out]` an expert.
-    """
-
-    name: str
-    parameters: tuple[Tensor, ...]
-    num_experts: int
-    d_in: int
-    d_out: int
-    transposed: bool
-
-    def by_expert(self, gradients: Sequence[Tensor]) -> Tensor:
-        """Gradients of the parameters, in their own shapes, as `[E, d_out, d_in]`."""
-        if self.transposed:
-            return gradients[0].reshape(self.num_experts, self.d_in, self.d_out).mT
-        return torch.cat([g.reshape(-1, self.d_out, self.d_in) for g in gradients])
-
-
-def second_weights(model: nn.Module, layer: ExpertLayer) -> SecondWeights:
-    """Look a layer's second weights up.
-
-    Raises:
-        OracleError: if their number or sizes are not what the layer says.
-    """
-    parameters = tuple(down_proj_parameters(model, layer).values())
-    size = layer.d_in * layer.d_out
-    sizes = [parameter.numel() for parameter in parameters]
-    if sizes not in ([layer.num_experts * size], [size] * layer.num_experts):
-        raise OracleError(
-            f"{layer.name!r} should hold {layer.num_experts} weights of {layer.d_out} x {layer.d_in}, but its "
-            f"{len(parameters)} parameters have {sizes} elements"
-        )
-    if not all(parameter.is_contiguous() for parameter in parameters):
-        raise OracleError(f"a second weight of {layer.name!r} is not contiguous: its experts cannot be told apart")
-    transposed = layer.transposed and len(parameters) == 1
-    return SecondWeights(layer.name, parameters, layer.num_experts, layer.d_in, layer.d_out, transposed)
+_AGREEMENT = 1e-5
 
 
 @dataclass(frozen=True)
@@ -164,9 +96,11 @@ def observe(model: nn.Module, class_logits: ClassLogits, batch: Any, weights: Se
         weights: of the layers to watch.
 
     Raises:
-        OracleError: if a layer saw no token, or a second weight is used in a way that is not followed.
+        OracleError: if a layer saw no token, two layers share a weight, or a second weight is used in a way that is not
+            followed.
     """
-    watch = _Watch(weights)
+    check_disjoint(weights)
+    watch = Watch(weights)
     with _differentiable(weights), torch.enable_grad():
         with watch:
             logits, _ = class_logits(model, batch)
@@ -245,7 +179,7 @@ def _gradients(scalar: Tensor, weights: Sequence[SecondWeights]) -> list[Tensor]
     return [layer.by_expert([next(found) for _ in layer.parameters]).double() for layer in weights]
 
 
-def _differentiated(watch: _Watch, logits: Tensor, weights: Sequence[SecondWeights]) -> Observation:
+def _differentiated(watch: Watch, logits: Tensor, weights: Sequence[SecondWeights]) -> Observation:
     for layer, products in zip(weights, watch.products, strict=True):
         if not products:
             raise OracleError(f"no matrix product with a second weight of {layer.name!r} was seen")
@@ -294,107 +228,3 @@ def _layer_factors(observations: Sequence[Observation], position: int, layer: Se
             g[expert] += (gradient.mT @ fisher @ gradient).sum(0)
     count = slots.clamp(min=1).view(-1, 1, 1)
     return DenseFactors(slots, a / count, g / count)
-
-
-@dataclass(frozen=True)
-class _Product:
-    """One matrix product: `experts [n]`, `inputs [n, d_in]` without graph, `outputs [..., d_out]` in the graph."""
-
-    experts: Tensor
-    inputs: Tensor
-    outputs: Tensor
-
-
-class _Watch(TorchFunctionMode):
-    """Keeps every product with a second weight, in the order of the layers."""
-
-    def __init__(self, weights: Sequence[SecondWeights]) -> None:
-        super().__init__()
-        self.products: list[list[_Product]] = [[] for _ in weights]
-        self._weights = weights
-        self._places: dict[int, list[tuple[int, int]]] = {}
-        for position, layer in enumerate(weights):
-            for index, parameter in enumerate(layer.parameters):
-                self._places.setdefault(parameter.untyped_storage().data_ptr(), []).append((position, index))
-
-    def __torch_function__(
-        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Mapping[str, Any] | None = None
-    ) -> Any:
-        kwargs = kwargs or {}
-        name = getattr(func, "__name__", "")
-        if name in _NOT_FOLLOWED:
-            self._refuse(name, args)
-        elif name in _OPERANDS:
-            roles = _OPERANDS[name]
-            operands = dict(zip(roles.values(), args, strict=False))
-            operands.update({roles.get(key, key): value for key, value in kwargs.items()})
-            for side in ("right", "left"):
-                place = self._place(operands[side])
-                if place is not None:
-                    return self._multiply(name, operands, place, weight=side)
-        return func(*args, **kwargs)
-
-    def _place(self, tensor: Any) -> tuple[int, int] | None:
-        """The layer and the parameter whose memory a tensor lies in."""
-        if not isinstance(tensor, Tensor):
-            return None
-        for position, index in self._places.get(tensor.untyped_storage().data_ptr(), ()):
-            parameter = self._weights[position].parameters[index]
-            if 0 <= tensor.storage_offset() - parameter.storage_offset() < parameter.numel():
-                return position, index
-        return None
-
-    def _refuse(self, name: str, arguments: Sequence[Any]) -> None:
-        for argument in arguments:
-            place = self._place(argument)
-            if place is not None:
-                raise OracleError(f"{self._weights[place[0]].name!r} uses its second weights in {name}()")
-
-    def _multiply(self, name: str, operands: Mapping[str, Any], place: tuple[int, int], *, weight: str) -> Tensor:
-        unknown = sorted(set(operands) - {"left", "right", "bias"})
-        if unknown:
-            raise OracleError(f"{self._weights[place[0]].name!r} uses its second weights in {name}() with {unknown}")
-        left, right, bias = operands["left"], operands["right"], operands.get("bias")
-        if name == "linear":
-            right = right.mT
-        product = self._keep(left, right, place) if weight == "right" else self._keep(right.mT, left.mT, place).mT
-        return product if bias is None else product + bias
-
-    def _keep(self, inputs: Tensor, matrix: Tensor, place: tuple[int, int]) -> Tensor:
-        """Compute `inputs @ matrix`, `matrix [d_in, d_out]` or `[n, d_in, d_out]`, and keep it if it has a graph."""
-        experts = self._experts(matrix, place)
-        outputs = inputs @ matrix
-        if outputs.requires_grad:
-            rows = experts.view(-1, *[1] * (matrix.dim() - 2)) if matrix.dim() > 2 else experts
-            self.products[place[0]].append(
-                _Product(
-                    rows.expand(outputs.shape[:-1]).reshape(-1),
-                    inputs.detach().expand(*outputs.shape[:-1], inputs.shape[-1]).reshape(-1, inputs.shape[-1]).clone(),
-                    outputs,
-                )
-            )
-        # A copy goes on, so that what the model does in place is done to the copy.
-        return outputs.clone()
-
-    def _experts(self, matrix: Tensor, place: tuple[int, int]) -> Tensor:
-        """Which expert's a matrix is, or one expert for each of a stack."""
-        layer, index = self._weights[place[0]], place[1]
-        size = layer.d_in * layer.d_out
-        strides = (layer.d_out, 1) if layer.transposed else (1, layer.d_in)
-        offset = matrix.storage_offset() - layer.parameters[index].storage_offset()
-        step = matrix.stride(0) if matrix.dim() == 3 else 0
-        if (
-            matrix.shape[-2:] != (layer.d_in, layer.d_out)
-            or matrix.stride()[-2:] != strides
-            or matrix.dim() > 3
-            or offset % size
-            or step % size
-        ):
-            raise OracleError(
-                f"{layer.name!r} multiplies with a part of its second weights that is no expert's: shape "
-                f"{tuple(matrix.shape)}, strides {matrix.stride()}; expected {(layer.d_in, layer.d_out)} and {strides}"
-            )
-        first = index + offset // size
-        count = matrix.shape[0] if matrix.dim() == 3 else 1
-        experts = first + torch.arange(count) * (step // size)
-        return experts if matrix.dim() == 3 else experts.squeeze(0)

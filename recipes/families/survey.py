@@ -25,17 +25,15 @@ from recipes.families.oracle import (
     dense_factors,
     dense_logit_covariance,
     observe,
-    second_weights,
     weighted_jacobians,
 )
 from recipes.families.tiny import NUM_CLASSES, CannotBuildError, TinyFamily, build
+from recipes.families.watch import second_weights
 
 # Most families compute norms, rotary angles and router scores in float32 whatever their weights are. One rounding there
 # is 6e-8; a few layers of weights of size 0.3 carry it on some tens of times. A wrong slot, expert, routing weight or
 # bias shows as 1e-2 or more.
 BOUND = 1e-5
-# With float32 weights every operation rounds like that.
-FLOAT32_BOUND = 1e-4
 PRIOR_PRECISION = 2.0
 
 
@@ -47,6 +45,7 @@ class Row:
         family: its name.
         interface: whether its own code sends experts through transformers' experts interface.
         refused: why there is no figure: it cannot be built small, or the library says that it does not support it.
+        failed: the error that ended the comparison, if one did.
         experts: number of experts of each expert layer.
         layout: how the experts are stored, in words.
         notes: what else the model has, in words.
@@ -59,6 +58,7 @@ class Row:
     family: str
     interface: bool
     refused: str | None = None
+    failed: str | None = None
     experts: tuple[int, ...] = ()
     layout: str = ""
     notes: tuple[str, ...] = ()
@@ -78,11 +78,17 @@ class Row:
 
     @property
     def complaint(self) -> str | None:
-        """What is wrong with a family that was compared: an error above its bound, or something left behind."""
-        wrong = [f"{name} {value:.1e}" for name, value in self.errors if not value < BOUND]
-        wrong += [f"float32 {name} {value:.1e}" for name, value in self.float32_errors if not value < FLOAT32_BOUND]
+        """What is wrong: an exception, an error above the bound, or something left behind; None if nothing is."""
+        wrong = [self.failed] if self.failed is not None else []
+        wrong += [f"{name} {value:.1e}" for name, value in self.errors if not value < BOUND]
+        wrong += [f"float32 {name} {value:.1e}" for name, value in self.float32_errors if not value < BOUND]
         wrong += [f"{name} not restored" for name in self.disturbed]
         return "; ".join(wrong) or None
+
+    @property
+    def supported(self) -> bool:
+        """Whether it was compared and nothing is wrong."""
+        return self.refused is None and self.complaint is None
 
 
 def survey(family: str) -> Row:
@@ -122,7 +128,7 @@ def _compare(tiny: TinyFamily, found: Sequence[ExpertLayer], interface: bool) ->
     _compare_with_own(tiny, layers, ["eager", "batched_mm"] if switchable else ["eager"], errors)
     # grouped_mm takes no float64.
     single = dataclasses.replace(tiny, model=copy.deepcopy(model).float())
-    _compare_with_own(single, layers, ["grouped_mm"] if switchable else ["eager"], float32_errors)
+    _compare_with_own(single, layers, [_fastest_own(single, layers)], float32_errors)
     with _unusual_state(model):
         before = _state(model)
         factors = collect_factors(
@@ -170,8 +176,12 @@ def _check_all_found(model: nn.Module, layers: Sequence[ExpertLayer]) -> None:
 
 
 def _interface_modules(model: nn.Module) -> list[tuple[str, nn.Module]]:
-    """The modules that `use_experts_implementation` has decorated, told by the method it gives them."""
-    return [(name, module) for name, module in model.named_modules() if hasattr(type(module), "_apply_gate")]
+    """The modules whose class `use_experts_implementation` has decorated."""
+    return [(name, module) for name, module in model.named_modules() if _decorated(module)]
+
+
+def _decorated(module: nn.Module) -> bool:
+    return all(hasattr(module, attribute) for attribute in ("has_gate", "has_bias", "is_transposed"))
 
 
 def _reached(tiny: TinyFamily, layers: Sequence[ExpertLayer]) -> set[str]:
@@ -198,6 +208,19 @@ def _compare_with_own(
             errors.add(f"logits ({name})", logits, own_logits)
             for jacobian, expected in zip(jacobians, own_jacobians, strict=True):
                 errors.add(f"gradients ({name})", jacobian, expected)
+
+
+def _fastest_own(tiny: TinyFamily, layers: Sequence[ExpertLayer]) -> str:
+    """`grouped_mm` where the model's own one runs, forward and backward: it wants rows of a multiple of 16 bytes."""
+    if not _interface_modules(tiny.model):
+        return "eager"
+    weights = [second_weights(tiny.model, layer) for layer in layers]
+    try:
+        with _implementation(tiny.model, "grouped_mm"):
+            weighted_jacobians(tiny.model, tiny.class_logits, tiny.batches[0], weights, torch.ones(1, NUM_CLASSES))
+    except RuntimeError:
+        return "batched_mm"
+    return "grouped_mm"
 
 
 def _tapped(tiny: TinyFamily, layers: Sequence[ExpertLayer], batch: Any, mix: Tensor) -> tuple[Tensor, list[Tensor]]:
@@ -229,6 +252,9 @@ def _full_rank(layers: Sequence[ExpertLayer]) -> int:
 
 @contextmanager
 def _implementation(model: PreTrainedModel, name: str) -> Iterator[None]:
+    if not _interface_modules(model):  # its own code is all there is
+        yield
+        return
     before = model.get_experts_implementation()
     model.set_experts_implementation(name)
     try:
@@ -280,12 +306,12 @@ def _layout(model: nn.Module, layers: Sequence[ExpertLayer]) -> str:
 def _layer_layout(model: nn.Module, layer: ExpertLayer) -> str:
     words: list[str] = [layer.layout]
     module = model.get_submodule(layer.name)
-    if hasattr(type(module), "_apply_gate"):
+    if _decorated(module):
         features: dict[str, Any] = {
             "bias": module.has_bias,
             "no gate": not module.has_gate,
             "interleaved": not module.is_concatenated,
-            "norm after each expert": module.has_post_expert_norm,
+            "norm after each expert": getattr(module, "has_post_expert_norm", False),  # from transformers 5.21 on
         }
     else:
         names = [name for name, _ in module.named_parameters()]
@@ -299,7 +325,7 @@ def _layer_layout(model: nn.Module, layer: ExpertLayer) -> str:
 
 def _notes(model: PreTrainedModel, layers: Sequence[ExpertLayer], found: Sequence[ExpertLayer]) -> tuple[str, ...]:
     notes = []
-    if any("shared" in name.rpartition(".")[2] for name, _ in model.named_modules()):
+    if any(_is_shared_expert(name, module, layers) for name, module in model.named_modules()):
         notes.append("shared experts")
     without = _layers_without_experts(model, layers)
     if without:
@@ -309,6 +335,13 @@ def _notes(model: PreTrainedModel, layers: Sequence[ExpertLayer], found: Sequenc
     if model.dtype != torch.float64:
         notes.append(f"compared in {str(model.dtype).removeprefix('torch.')}")
     return tuple(notes)
+
+
+def _is_shared_expert(name: str, module: nn.Module, layers: Sequence[ExpertLayer]) -> bool:
+    """Whether a module is called shared and stands in a block that has expert layers; shared embeddings do too."""
+    parent, _, last = name.rpartition(".")
+    inside = any(layer.name.startswith(f"{parent}.") for layer in layers)
+    return "shared" in last and inside and not isinstance(module, nn.Embedding)
 
 
 def _layers_without_experts(model: nn.Module, layers: Sequence[ExpertLayer]) -> int:
