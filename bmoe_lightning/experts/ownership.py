@@ -41,7 +41,7 @@ def slot_owners(batch: TappedBatch, slots: Sequence[Slots], *, thorough: bool = 
     if num_examples == 1:
         return [torch.zeros_like(layer_slots.experts) for layer_slots in slots]
     if all(layer_slots.rows is not None for layer_slots in slots):
-        examples = _examples_of_rows(batch, slots[-1])
+        examples = _examples_of_rows(batch, slots)
         if examples is not None and not (thorough and _contradicted(batch, slots, examples)):
             return [examples[layer_slots.rows] for layer_slots in slots]
     owners = _owners_by_gradient(batch, range(len(slots)))
@@ -53,14 +53,16 @@ def slot_owners(batch: TappedBatch, slots: Sequence[Slots], *, thorough: bool = 
     return owners
 
 
-def _examples_of_rows(batch: TappedBatch, last: Slots) -> Tensor | None:
-    """The example of each row `[R]`, or None if the last layer does not settle it for every row."""
-    owners = _owners_by_gradient(batch, [len(batch.taps.layers) - 1])[0]
+def _examples_of_rows(batch: TappedBatch, slots: Sequence[Slots]) -> Tensor | None:
+    """The example of each row `[R]`, or None if the last layer that was reached does not settle it for every row."""
+    last = max(position for position, layer_slots in enumerate(slots) if len(layer_slots.inputs))
+    owners = _owners_by_gradient(batch, [last])[0]
     if bool((owners == _MIXED).any()):
         return None
-    assert last.rows is not None
+    all_rows = slots[last].rows
+    assert all_rows is not None
     known = owners != _UNKNOWN
-    rows, owners = last.rows[known], owners[known]
+    rows, owners = all_rows[known], owners[known]
     lowest = owners.new_full((batch.taps.num_rows,), len(batch.logits)).scatter_reduce(0, rows, owners, "amin")
     highest = owners.new_full((batch.taps.num_rows,), _UNKNOWN).scatter_reduce(0, rows, owners, "amax")
     return highest if torch.equal(lowest, highest) else None

@@ -102,17 +102,29 @@ class Taps:
         return self.num_rows - num_rows + tokens // (num_tokens // num_rows)
 
     def slots(self, position: int) -> Slots:
-        """The slots of the layer at a position of `layers`."""
+        """The slots of the layer at a position of `layers`; none where the batch does not reach it.
+
+        Raises:
+            RuntimeError: if the batch reaches no layer at all.
+        """
         tap = self._layer_taps[position]
         layer = self.layers[position]
         if not tap.inputs:
-            raise RuntimeError(
-                f"no token went through the expert layer {layer.name!r}: class_logits did not run it, or ran another "
-                "copy of the model"
-            )
+            like = self._any_inputs()
+            none = torch.empty(0, dtype=torch.int64, device=like.device)
+            return Slots(like.new_empty(0, layer.d_in), none, none)
         rows = [row for row in tap.rows if row is not None]
         known = len(rows) == len(tap.rows)
         return Slots(torch.cat(tap.inputs), torch.cat(tap.experts), torch.cat(rows) if known else None)
+
+    def _any_inputs(self) -> Tensor:
+        for tap in self._layer_taps:
+            if tap.inputs:
+                return tap.inputs[0]
+        raise RuntimeError(
+            f"no token went through the expert layer {self.layers[0].name!r}, nor through another: class_logits ran "
+            "another copy of the model, or none"
+        )
 
     def gradients(self, outputs: Tensor, weights: Tensor, positions: Sequence[int] | None = None) -> list[Tensor]:
         """Gradients of a weighted sum of outputs with respect to the second linear layers' outputs.
@@ -141,7 +153,12 @@ class Taps:
             torch.zeros_like(output) if gradient is None else gradient
             for gradient, output in zip(found, flat, strict=True)
         )
-        return [torch.cat([next(gradients) for _ in outputs_of_layer]) for outputs_of_layer in chunks]
+        return [
+            torch.cat([next(gradients) for _ in of_layer])
+            if of_layer
+            else self._any_inputs().new_empty(0, self.layers[position].d_out)
+            for position, of_layer in zip(positions, chunks, strict=True)
+        ]
 
     def attach(self, model: nn.Module) -> ExitStack:
         """Hook into a model; closing the returned stack takes everything away again."""

@@ -1,0 +1,314 @@
+"""Models of users' own making, each held against the dense oracle that watches the model's own code."""
+
+import pytest
+import torch
+from oracles.models import Specialist, ToyMixture, ToyMoE, answer_logits, toy_batch, toy_model
+from torch import nn
+
+from bmoe_lightning.curvature import collect_factors
+from bmoe_lightning.experts import expert_parameters, find_expert_layers, find_linear_layers, register_experts
+from bmoe_lightning.laplace import LaplacePosterior
+from recipes.families.oracle import dense_factors, dense_logit_covariance, observe
+from recipes.families.watch import second_weights
+
+BATCHES = [toy_batch(num_rows=4, seed=1), toy_batch(num_rows=3, seed=2)]
+
+
+def assert_exact(model, layers, batches=BATCHES, class_logits=answer_logits):
+    """Factors and logit covariance are those of the oracle, to rounding; returns the factors."""
+    weights = [second_weights(model, layer) for layer in layers]
+    seen = [observe(model, class_logits, batch, weights) for batch in batches]
+    dense = dense_factors(seen, weights)
+    factors = collect_factors(model, class_logits, batches, rank=20, sketch="exact", layers=layers)
+    for layer, expected in zip(factors.layers, dense, strict=True):
+        torch.testing.assert_close(layer.slots, expected.slots, rtol=0, atol=0)
+        for basis, eigenvalues, factor in (
+            (layer.a_basis, layer.a_eigenvalues, expected.a),
+            (layer.g_basis, layer.g_eigenvalues, expected.g),
+        ):
+            torch.testing.assert_close((basis * eigenvalues.unsqueeze(1)) @ basis.mT, factor, rtol=1e-9, atol=1e-11)
+    posterior = LaplacePosterior(factors, prior_precision=0.7)
+    for batch, observation in zip(batches, seen, strict=True):
+        logits, covariance = posterior.logit_covariance(model, class_logits, batch)
+        torch.testing.assert_close(logits, observation.logits, rtol=1e-11, atol=1e-12)
+        expected = dense_logit_covariance(observation.jacobians, dense, 0.7)
+        torch.testing.assert_close(covariance, expected, rtol=1e-8, atol=1e-10)
+    return factors
+
+
+def with_mixtures(make, num_layers=2, seed=0):
+    """A `ToyMoE` in float64 whose mixtures are of another kind."""
+    model = toy_model(seed, num_layers=num_layers)
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        for layer in model.layers:
+            layer.mixture = make().double()
+    return model.eval()
+
+
+class Expert(nn.Module):
+    """An expert with names and biases of its own."""
+
+    def __init__(self, width=6, inner=5):
+        super().__init__()
+        self.rise = nn.Linear(width, inner)
+        self.land = nn.Linear(inner, width)
+
+    def forward(self, x):
+        return self.land(torch.relu(self.rise(x)))
+
+
+class OwnMixture(nn.Module):
+    """Top-2 routing over a list of experts; the subclasses route otherwise."""
+
+    def __init__(self, num_experts=4):
+        super().__init__()
+        self.chooser = nn.Linear(6, num_experts)
+        self.workers = nn.ModuleList(Expert() for _ in range(num_experts))
+
+    def weights(self, x):
+        """Routing weights `[T, E]`, zero for an expert that does not see the token."""
+        values, index = self.chooser(x).softmax(-1).topk(2, dim=-1)
+        return torch.zeros(len(x), len(self.workers), dtype=x.dtype).scatter(1, index, values)
+
+    def forward(self, x):
+        tokens = x.reshape(-1, x.shape[-1])
+        weights = self.weights(tokens)
+        total = torch.zeros_like(tokens)
+        for number, worker in enumerate(self.workers):
+            rows = weights[:, number].nonzero().squeeze(1)
+            total = total.index_add(0, rows, worker(tokens[rows]) * weights[rows, number].unsqueeze(1))
+        return total.view_as(x)
+
+
+class DroppingMixture(OwnMixture):
+    """Experts take three tokens each and drop what comes later."""
+
+    def weights(self, x):
+        weights = super().weights(x)
+        return weights * ((weights != 0).cumsum(0) <= 3)
+
+
+class ExpertChoiceMixture(OwnMixture):
+    """Every expert chooses the tokens that it likes best."""
+
+    def weights(self, x):
+        scores = self.chooser(x).sigmoid()
+        chosen = scores.topk(5, dim=0).indices
+        return torch.zeros_like(scores).scatter(0, chosen, scores.gather(0, chosen))
+
+
+class EverybodyMixture(OwnMixture):
+    """No routing at all: every expert sees every token."""
+
+    def weights(self, x):
+        return self.chooser(x).softmax(-1)
+
+
+class TwiceMixture(OwnMixture):
+    """The same experts, called twice in one forward."""
+
+    def forward(self, x):
+        return super().forward(torch.tanh(super().forward(x)) + x)
+
+
+@pytest.mark.parametrize("kind", [OwnMixture, DroppingMixture, EverybodyMixture, TwiceMixture])
+def test_own_lists_of_experts(kind):
+    model = with_mixtures(kind)
+    layers = find_expert_layers(model)
+    assert [(layer.name, layer.down_proj, layer.d_in) for layer in layers] == [
+        ("layers.0.mixture.workers", "land", 5),
+        ("layers.1.mixture.workers", "land", 5),
+    ]
+    assert_exact(model, layers)
+
+
+def test_experts_that_choose_their_tokens():
+    """Such a router mixes examples: which tokens an expert takes depends on the others, but not differentiably so."""
+    model = with_mixtures(ExpertChoiceMixture)
+    assert_exact(model, find_expert_layers(model))
+
+
+def test_a_dictionary_of_experts_beside_a_dropout():
+    class Named(OwnMixture):
+        def __init__(self):
+            super().__init__()
+            workers = {f"expert_{i}": Expert() for i in range(4)}
+            self.workers = nn.ModuleDict({**workers, "dropout": nn.Dropout(0.5)})
+
+        def forward(self, x):
+            tokens = x.reshape(-1, x.shape[-1])
+            weights = self.weights(tokens)[:, :4]
+            outputs = [self.workers["dropout"](self.workers[f"expert_{i}"](tokens)) for i in range(4)]
+            return (torch.stack(outputs, 1) * weights.unsqueeze(2)).sum(1).view_as(x)
+
+    model = with_mixtures(Named)
+    layers = find_expert_layers(model)
+    assert [(layer.num_experts, layer.down_proj) for layer in layers] == [(4, "land")] * 2
+    assert_exact(model, layers)
+
+
+def test_fused_experts_called_twice():
+    model = toy_model()
+    mixture = model.layers[1].mixture
+    once = mixture.forward
+    mixture.forward = lambda x: once(torch.tanh(once(x)) + x)
+    assert_exact(model, find_expert_layers(model))
+
+
+def test_a_layer_that_no_token_reaches_keeps_its_prior():
+    """An image tower with experts of its own, in a model that is given text."""
+    model = toy_model()
+    model.tower = ToyMixture(model.config).double()
+    layers = find_expert_layers(model)
+    assert [layer.name for layer in layers][-1] == "tower.crew"
+    batch = BATCHES[0]
+    factors = collect_factors(model, answer_logits, [batch], rank=4, layers=layers)
+    assert float(factors.layers[-1].slots.sum()) == 0
+    posterior = LaplacePosterior(factors)
+    _, with_tower = posterior.logit_covariance(model, answer_logits, batch)
+    without = posterior.without_layers([layers[-1].index])
+    torch.testing.assert_close(without.logit_covariance(model, answer_logits, batch)[1], with_tower)
+
+
+class Buffers(nn.Module):
+    """All experts in two parameters, tokens in buffers of a fixed capacity; what does not fit is dropped."""
+
+    def __init__(self, num_experts=4, width=6, inner=5, capacity=6):
+        super().__init__()
+        self.capacity = capacity
+        self.router = nn.Linear(width, num_experts, bias=False)
+        self.first = nn.Parameter(torch.randn(num_experts, width, inner) * 0.6)
+        self.second = nn.Parameter(torch.randn(num_experts, inner, width) * 0.6)
+        self.second_bias = nn.Parameter(torch.randn(num_experts, 1, width))
+
+    def dispatch(self, x):
+        weights, index = self.router(x).softmax(-1).max(dim=-1)
+        hits = nn.functional.one_hot(index, len(self.first))
+        place = (hits.cumsum(0) * hits).sum(-1) - 1
+        buffers = nn.functional.one_hot(place, len(x))[:, : self.capacity].to(x.dtype)
+        return hits.to(x.dtype).unsqueeze(2) * buffers.unsqueeze(1), weights  # [T, E, C], [T]
+
+    def forward(self, x):
+        tokens = x.reshape(-1, x.shape[-1])
+        places, weights = self.dispatch(tokens)
+        buffers = (places.flatten(1).T @ tokens).view(len(self.first), self.capacity, -1)
+        hidden = torch.relu(torch.bmm(buffers, self.first))
+        outputs = torch.bmm(hidden, self.second) + self.second_bias
+        return ((places.flatten(1) @ outputs.flatten(0, 1)) * weights.unsqueeze(1)).view_as(x)
+
+
+class MoreBuffers(Buffers):
+    pass
+
+
+@register_experts(Buffers, down_proj="second", transposed=True, expert_parameters=("first", "second", "second_bias"))
+def buffers_forward(self, second_linear, x):
+    tokens = x.reshape(-1, x.shape[-1])
+    places, weights = self.dispatch(tokens)
+    buffers = (places.flatten(1).T @ tokens).view(len(self.first), self.capacity, -1)
+    hidden = torch.relu(torch.bmm(buffers, self.first))
+    experts = torch.arange(len(self.first)).repeat_interleave(self.capacity)
+    outputs = second_linear(hidden.flatten(0, 1), experts).view(*hidden.shape[:2], -1) + self.second_bias
+    return ((places.flatten(1) @ outputs.flatten(0, 1)) * weights.unsqueeze(1)).view_as(x)
+
+
+@pytest.mark.parametrize("kind", [Buffers, MoreBuffers])
+def test_a_registered_layout(kind):
+    model = with_mixtures(kind)
+    own = [layer.mixture.forward for layer in model.layers]
+    layers = find_expert_layers(model)
+    assert [(x.layout, x.down_proj, x.num_experts, x.d_in, x.d_out, x.transposed) for x in layers] == [
+        ("adapted", "second", 4, 5, 6, True)
+    ] * 2
+    assert_exact(model, layers)
+    assert [layer.mixture.forward for layer in model.layers] == own
+    assert all("forward" not in vars(layer.mixture) for layer in model.layers)
+    assert list(expert_parameters(model, layers[0])) == [
+        f"layers.0.mixture.{name}" for name in ("first", "second", "second_bias")
+    ]
+
+
+def test_a_forward_of_the_users_own_is_put_back():
+    """Other libraries replace forwards too."""
+    model = with_mixtures(Buffers)
+    calls = []
+    mixture = model.layers[0].mixture
+    mixture.forward = lambda x: calls.append("own") or Buffers.forward(mixture, x)
+    wrapped = mixture.forward
+
+    def broken(m, batch):
+        answer_logits(m, batch)
+        raise ZeroDivisionError
+
+    with pytest.raises(ZeroDivisionError):
+        collect_factors(model, broken, BATCHES)
+    assert mixture.forward is wrapped
+    assert not calls
+
+
+def test_registering_twice_is_refused():
+    with pytest.raises(ValueError, match=r"'test_own_models.Buffers' are registered already, by <function buffers_fo"):
+        register_experts(Buffers, down_proj="second")(buffers_forward)
+
+
+@pytest.mark.parametrize("pattern", ["*.query", ["*.key", "*.value"], "head"])
+def test_plain_linear_layers_by_name(pattern):
+    model = toy_model()
+    layers = find_linear_layers(model, pattern)
+    assert [(x.num_experts, x.d_in, x.layout) for x in layers] == [(1, 6, "linear")] * len(layers)
+    assert len(layers) == {"*.query": 2, "head": 1}.get(str(pattern), 4)
+    factors = assert_exact(model, layers)
+    assert all(float(layer.slots) > 0 for layer in factors.layers)
+
+
+def test_experts_and_linear_layers_together():
+    model = toy_model()
+    experts = find_expert_layers(model)
+    layers = experts + find_linear_layers(model, "*.value", first_index=len(experts))
+    assert [layer.index for layer in layers] == [0, 1, 2, 3]
+    assert_exact(model, layers)
+
+
+def test_no_linear_layer_of_that_name():
+    with pytest.raises(ValueError, match=r"no linear layer of ToyMoE matches '\*.nothing'; there are \d+, such as lay"):
+        find_linear_layers(toy_model(), "*.nothing")
+
+
+class SharedMixture(OwnMixture):
+    def __init__(self):
+        super().__init__()
+        self.shared_expert = Specialist(toy_model().config)
+        self.shared_expert_gate = nn.Linear(6, 1)
+
+    def forward(self, x):
+        return super().forward(x) + self.shared_expert_gate(x).sigmoid() * self.shared_expert(x)
+
+
+def test_shared_experts_are_an_option():
+    model = with_mixtures(SharedMixture)
+    assert [layer.name for layer in find_expert_layers(model)] == [f"layers.{i}.mixture.workers" for i in range(2)]
+    layers = find_expert_layers(model, shared_experts=True)
+    assert [(layer.index, layer.name, layer.num_experts, layer.layout) for layer in layers] == [
+        (0, "layers.0.mixture.workers", 4, "modules"),
+        (1, "layers.0.mixture.shared_expert.fall", 1, "linear"),
+        (2, "layers.1.mixture.workers", 4, "modules"),
+        (3, "layers.1.mixture.shared_expert.fall", 1, "linear"),
+    ]
+    assert_exact(model, layers)
+
+
+def test_no_shared_experts_to_include():
+    with pytest.raises(ValueError, match="ToyMoE has no shared experts beside its 2 expert layers"):
+        find_expert_layers(toy_model(), shared_experts=True)
+
+
+def test_a_posterior_over_a_registered_layout_is_found_again(tmp_path):
+    model = with_mixtures(Buffers)
+    factors = collect_factors(model, answer_logits, BATCHES, rank=4)
+    LaplacePosterior(factors).save(tmp_path / "posterior.safetensors")
+    outer = nn.ModuleDict({"inner": model})
+    loaded = LaplacePosterior.load(tmp_path / "posterior.safetensors")
+    found = loaded.predict(outer, lambda m, b: answer_logits(m["inner"], b), BATCHES[0])
+    torch.testing.assert_close(found, LaplacePosterior(factors).predict(model, answer_logits, BATCHES[0]))
+    assert isinstance(model, ToyMoE)
