@@ -5,11 +5,15 @@ One shape convention: `S` slots, sorted by expert; `E` experts; expert e owns th
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 _BLOCK_ROWS = 32
+_COPIED_FLOATS = 1 << 26
 _KERNEL_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
@@ -45,10 +49,18 @@ class ExpertGroups:
         """
         if _kernel_fits(x, weight):
             return F.grouped_mm(x, weight, offs=self._offsets)
+        return _BlockedProduct.apply(self, x, weight)
+
+    def _blocked_matmul(self, x: Tensor, weight: Tensor) -> Tensor:
         rows, block_experts, num_rows = self._blocks()
-        padded = x.new_zeros(num_rows, x.shape[1]).index_copy(0, rows, x)
-        blocks = padded.view(-1, _BLOCK_ROWS, x.shape[1])
-        return torch.bmm(blocks, weight[block_experts]).flatten(0, 1)[rows]
+        blocks = x.new_zeros(num_rows, x.shape[1]).index_copy(0, rows, x).view(-1, _BLOCK_ROWS, x.shape[1])
+        # Every block takes a copy of its expert's matrix; so many at a time.
+        at_a_time = max(1, _COPIED_FLOATS // weight[0].numel())
+        products = [
+            torch.bmm(block, weight[experts])
+            for block, experts in zip(blocks.split(at_a_time), block_experts.split(at_a_time), strict=True)
+        ]
+        return torch.cat(products).flatten(0, 1)[rows]
 
     def outer_sum(self, x: Tensor, z: Tensor) -> Tensor:
         """Sum the outer products of two slot vectors over the slots of each expert.
@@ -95,6 +107,27 @@ class ExpertGroups:
         block_index = torch.arange(num_blocks, device=self.experts.device)
         block_experts = torch.searchsorted(blocks_end, block_index, right=True).clamp(max=num_experts - 1)
         return rows, block_experts, num_blocks * _BLOCK_ROWS
+
+
+class _BlockedProduct(torch.autograd.Function):
+    """The product by blocks; what is kept for the backward pass are its arguments, not a matrix for every block."""
+
+    @staticmethod
+    def forward(ctx: Any, groups: ExpertGroups, x: Tensor, weight: Tensor) -> Tensor:
+        ctx.groups = groups
+        ctx.save_for_backward(x, weight)
+        return groups._blocked_matmul(x, weight)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, gradient: Tensor) -> tuple[None, Tensor | None, Tensor | None]:
+        x, weight = ctx.saved_tensors
+        _, needs_x, needs_weight = ctx.needs_input_grad
+        return (
+            None,
+            ctx.groups._blocked_matmul(gradient, weight.mT) if needs_x else None,
+            ctx.groups.outer_sum(x, gradient) if needs_weight else None,
+        )
 
 
 def _kernel_fits(x: Tensor, other: Tensor) -> bool:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import fnmatch
 import itertools
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
@@ -54,10 +55,13 @@ def find_expert_layers(
     """
     modules = dict(model.named_modules())
     found: dict[str, ExpertLayer] = {}
+    tied: set[int] = set()
     for name, module in modules.items():
         if experts is None or fnmatch.fnmatchcase(name, experts):
             layer = _expert_layer(name, module, modules, down_proj, named=experts is not None)
-            if layer is not None:
+            # Tied layers, such as those of an encoder and a decoder, are one.
+            if layer is not None and tied.isdisjoint(weights := _weight_ids(module, layer)):
+                tied |= weights
                 found[name] = layer
     if not found:
         raise ValueError(_nothing_found(model, modules, experts))
@@ -85,7 +89,7 @@ def find_linear_layers(model: nn.Module, pattern: str | Sequence[str], *, first_
         The layers in the order of `model.named_modules()`.
 
     Raises:
-        ValueError: if no linear layer matches, or one that does is quantised.
+        ValueError: if no linear layer matches, or one that does is quantised or tied to something else.
     """
     patterns = [pattern] if isinstance(pattern, str) else list(pattern)
     linears = {name: module for name, module in model.named_modules() if is_linear(module)}
@@ -95,8 +99,15 @@ def find_linear_layers(model: nn.Module, pattern: str | Sequence[str], *, first_
             f"no linear layer of {type(model).__name__} matches {' or '.join(map(repr, patterns))}; there are "
             f"{len(linears)}, such as {', '.join(list(linears)[:5]) or 'none'}"
         )
-    layout = _LAYOUTS["linear"]
-    return [layout.layer(name, index, linears[name], "") for index, name in enumerate(names, first_index)]
+    found = [_LAYOUTS["linear"].layer(name, index, linears[name], "") for index, name in enumerate(names, first_index)]
+    owners = _owners(model)
+    for layer in found:
+        if any(owners[weight] > 1 for weight in _weight_ids(linears[layer.name], layer)):
+            raise ValueError(
+                f"the weight of {layer.name!r} is tied to another module (a head to the embeddings, say), through "
+                "which it moves the logits in ways that a linear layer's slots do not show"
+            )
+    return found
 
 
 def locate_expert_layers(model: nn.Module, layers: Sequence[ExpertLayer]) -> list[ExpertLayer]:
@@ -159,10 +170,32 @@ def intercepted_layers(
     with ExitStack() as stack:
         if any(layer.layout == "fused" for layer in layers):
             stack.enter_context(fused_implementation(model))
+        owners = _owners(model)
         for layer, tap in zip(layers, itertools.repeat(None) if taps is None else taps, strict=taps is not None):
-            module = model.get_submodule(layer.name)
-            stack.enter_context(_LAYOUTS[layer.layout].intercepted(module, layer, tap, dropout))
+            for module in _tied_modules(model, layer, owners):
+                stack.enter_context(_LAYOUTS[layer.layout].intercepted(module, layer, tap, dropout))
         yield
+
+
+def _owners(model: nn.Module) -> Counter[int]:
+    """How many modules hold each parameter as their own, by its id."""
+    return Counter(id(p) for module in model.modules() for p in module.parameters(recurse=False))
+
+
+def _tied_modules(model: nn.Module, layer: ExpertLayer, owners: Counter[int]) -> list[nn.Module]:
+    """The modules that multiply with a layer's second weights: its own, and others that are tied to it."""
+    module = model.get_submodule(layer.name)
+    own = _weight_ids(module, layer)
+    if all(owners[weight] == 1 for weight in own):
+        return [module]
+    return [other for other in model.modules() if type(other) is type(module) and _weight_ids(other, layer) == own]
+
+
+def _weight_ids(module: nn.Module, layer: ExpertLayer) -> set[int]:
+    try:
+        return {id(parameter) for parameter in _LAYOUTS[layer.layout].parameters(module, layer).values()}
+    except AttributeError:  # a list of something else
+        return set()
 
 
 def down_proj_parameters(model: nn.Module, layer: ExpertLayer) -> dict[str, nn.Parameter]:

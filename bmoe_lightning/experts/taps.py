@@ -115,7 +115,7 @@ class Taps:
             return Slots(like.new_empty(0, layer.d_in), none, none)
         rows = [row for row in tap.rows if row is not None]
         known = len(rows) == len(tap.rows)
-        return Slots(torch.cat(tap.inputs), torch.cat(tap.experts), torch.cat(rows) if known else None)
+        return Slots(_joined(tap.inputs), _joined(tap.experts), _joined(rows) if known else None)
 
     def _any_inputs(self) -> Tensor:
         for tap in self._layer_taps:
@@ -154,7 +154,7 @@ class Taps:
             for gradient, output in zip(found, flat, strict=True)
         )
         return [
-            torch.cat([next(gradients) for _ in of_layer])
+            _joined([next(gradients) for _ in of_layer])
             if of_layer
             else self._any_inputs().new_empty(0, self.layers[position].d_out)
             for position, of_layer in zip(positions, chunks, strict=True)
@@ -181,6 +181,11 @@ class Taps:
             self.begin_call(rows.pop(), map(math.prod, shapes))
         else:
             self.begin_call(0, ())
+
+
+def _joined(parts: list[Tensor]) -> Tensor:
+    # Of a single part torch.cat would make a second copy.
+    return parts[0] if len(parts) == 1 else torch.cat(parts)
 
 
 @dataclass(frozen=True)

@@ -114,3 +114,21 @@ def test_unaligned_view_takes_the_other_path(paths):
     torch.testing.assert_close(groups.matmul(shifted[groups.order], weight), groups.matmul(x[groups.order], weight))
     torch.testing.assert_close(groups.matmul(shifted, weight), groups.matmul(x, weight))
     assert paths[2] is False
+
+
+def test_blocks_keep_no_copies_of_matrices(monkeypatch):
+    """A product by blocks copies matrices a few at a time, and keeps its arguments alone for the backward pass."""
+    experts, x, weight = setting(97, (1, 3), 6, 7, 5, torch.float64)
+    groups = ExpertGroups(experts, 6)
+    x, weight = x[groups.order].requires_grad_(), weight.requires_grad_()
+    expected = groups.matmul(x, weight)
+    monkeypatch.setattr(grouped, "_COPIED_FLOATS", 2 * 7 * 5)
+    kept = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t) or t, lambda t: t):
+        product = groups.matmul(x, weight)
+    assert torch.equal(product, expected)
+    assert sorted(t.numel() for t in kept) == sorted([x.numel(), weight.numel()])
+    found = torch.autograd.grad(product.square().sum(), (x, weight))
+    loop = torch.stack([x[s] @ weight[e] for s, e in enumerate(groups.experts.tolist())])
+    for a, b in zip(found, torch.autograd.grad(loop.square().sum(), (x, weight)), strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-12, atol=1e-12)

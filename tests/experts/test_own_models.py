@@ -171,6 +171,29 @@ def test_a_layer_that_no_token_reaches_keeps_its_prior():
     torch.testing.assert_close(without.logit_covariance(model, answer_logits, batch)[1], with_tower)
 
 
+@pytest.mark.parametrize("kind", ["fused", "modules"])
+def test_tied_layers_are_one(kind):
+    """As where an encoder and a decoder share their experts."""
+    model = toy_model() if kind == "fused" else with_mixtures(OwnMixture)
+    first, second = (layer.mixture for layer in model.layers)
+    for name, parameter in first.named_parameters():
+        owner, _, last = name.rpartition(".")
+        setattr(second.get_submodule(owner), last, parameter)
+    (layer,) = find_expert_layers(model)
+    assert layer.name.startswith("layers.0.")
+    factors = assert_exact(model, [layer])
+    assert len(expert_parameters(model, layer)) == {"fused": 2, "modules": 16}[kind]
+    untied = assert_exact(toy_model() if kind == "fused" else with_mixtures(OwnMixture), [layer])
+    assert float(factors.layers[0].slots.sum()) > float(untied.layers[0].slots.sum())
+
+
+def test_a_head_tied_to_the_embeddings_is_refused():
+    model = toy_model()
+    model.head.weight = model.words.weight
+    with pytest.raises(ValueError, match=r"the weight of 'head' is tied to another module \(a head to the embeddings"):
+        find_linear_layers(model, "head")
+
+
 class Buffers(nn.Module):
     """All experts in two parameters, tokens in buffers of a fixed capacity; what does not fit is dropped."""
 
