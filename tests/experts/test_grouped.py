@@ -100,7 +100,7 @@ def test_gradients_of_the_kernel_path(paths):
     found = torch.autograd.grad((groups.matmul(*leaves) * direction).sum(), leaves)
     expected = torch.autograd.grad((groups.matmul(*doubles) * direction).sum(), doubles)
     if hasattr(torch.nn.functional, "grouped_mm"):
-        assert paths == [True, False]
+        assert paths[:2] == [True, False]
     for f, e in zip(found, expected, strict=True):
         torch.testing.assert_close(f.double(), e, rtol=1e-5, atol=1e-5)
     assert bool((found[1][1] == 0).all())  # an expert without slots
@@ -114,6 +114,15 @@ def test_unaligned_view_takes_the_other_path(paths):
     torch.testing.assert_close(groups.matmul(shifted[groups.order], weight), groups.matmul(x[groups.order], weight))
     torch.testing.assert_close(groups.matmul(shifted, weight), groups.matmul(x, weight))
     assert paths[2] is False
+
+
+def test_products_with_rows_that_the_kernel_cannot_take_back():
+    """The kernel makes 10 floats a row, but its gradient wants rows of a multiple of 16 bytes."""
+    experts, x, weight = setting(37, (0, 2), 4, 16, 10, torch.float32)
+    groups = ExpertGroups(experts, 4)
+    x = x[groups.order].requires_grad_()
+    (found,) = torch.autograd.grad(groups.matmul(x, weight).sum(), x)
+    torch.testing.assert_close(found, weight[groups.experts].sum(-1))
 
 
 def test_blocks_keep_no_copies_of_matrices(monkeypatch):
