@@ -96,8 +96,7 @@ def observe(model: nn.Module, class_logits: ClassLogits, batch: Any, weights: Se
         weights: of the layers to watch.
 
     Raises:
-        OracleError: if a layer saw no token, two layers share a weight, or a second weight is used in a way that is not
-            followed.
+        OracleError: if two layers share a weight, or a second weight is used in a way that is not followed.
     """
     check_disjoint(weights)
     watch = Watch(weights)
@@ -175,31 +174,32 @@ def _differentiable(weights: Sequence[SecondWeights]) -> Iterator[None]:
 
 def _gradients(scalar: Tensor, weights: Sequence[SecondWeights]) -> list[Tensor]:
     parameters = [parameter for layer in weights for parameter in layer.parameters]
-    found = iter(torch.autograd.grad(scalar, parameters, retain_graph=True, materialize_grads=True))
+    found = iter(_grad(scalar, parameters))
     return [layer.by_expert([next(found) for _ in layer.parameters]).double() for layer in weights]
 
 
+def _grad(scalar: Tensor, inputs: Sequence[Tensor]) -> Sequence[Tensor]:
+    return torch.autograd.grad(scalar, inputs, retain_graph=True, materialize_grads=True) if inputs else ()
+
+
 def _differentiated(watch: Watch, logits: Tensor, weights: Sequence[SecondWeights]) -> Observation:
-    for layer, products in zip(weights, watch.products, strict=True):
-        if not products:
-            raise OracleError(f"no matrix product with a second weight of {layer.name!r} was seen")
     outputs = [product.outputs for products in watch.products for product in products]
     jacobians: list[list[Tensor]] = [[] for _ in weights]
     gradients: list[list[Tensor]] = [[] for _ in weights]
     for logit in _finite(logits).flatten():
         for position, jacobian in enumerate(_gradients(logit, weights)):
             jacobians[position].append(jacobian)
-        found = iter(torch.autograd.grad(logit, outputs, retain_graph=True, materialize_grads=True))
+        found = iter(_grad(logit, outputs))
         for position, layer in enumerate(weights):
             parts = [next(found).reshape(-1, layer.d_out) for _ in watch.products[position]]
-            gradients[position].append(torch.cat(parts).double())
+            gradients[position].append(_joined(parts, layer.d_out))
     slots = tuple(
         ObservedSlots(
-            torch.cat([product.experts for product in products]),
-            torch.cat([product.inputs for product in products]).double(),
+            torch.cat([torch.empty(0, dtype=torch.int64), *(product.experts for product in products)]),
+            _joined([product.inputs for product in products], layer.d_in),
             torch.stack(gradients[position]).unflatten(0, logits.shape),
         )
-        for position, products in enumerate(watch.products)
+        for position, (layer, products) in enumerate(zip(weights, watch.products, strict=True))
     )
     stacked = tuple(torch.stack(jacobian).unflatten(0, logits.shape) for jacobian in jacobians)
     for layer, seen, jacobian in zip(weights, slots, stacked, strict=True):
@@ -210,6 +210,11 @@ def _differentiated(watch: Watch, logits: Tensor, weights: Sequence[SecondWeight
                 "model uses these weights in another way as well"
             )
     return Observation(logits.detach().double(), slots, stacked)
+
+
+def _joined(rows: Sequence[Tensor], width: int) -> Tensor:
+    """One float64 matrix of all rows; a layer that no token of the batch came to has none."""
+    return torch.cat([torch.empty(0, width, dtype=torch.float64), *(part.double() for part in rows)])
 
 
 def _layer_factors(observations: Sequence[Observation], position: int, layer: SecondWeights) -> DenseFactors:

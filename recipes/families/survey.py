@@ -28,7 +28,7 @@ from recipes.families.oracle import (
     weighted_jacobians,
 )
 from recipes.families.tiny import NUM_CLASSES, CannotBuildError, TinyFamily, build
-from recipes.families.watch import second_weights
+from recipes.families.watch import SecondWeights, second_weights
 
 # Most families compute norms, rotary angles and router scores in float32 whatever their weights are. One rounding there
 # is 6e-8; a few layers of weights of size 0.3 carry it on some tens of times. A wrong slot, expert, routing weight or
@@ -114,15 +114,14 @@ def survey(family: str) -> Row:
         return _compare(tiny, layers, interface)
 
 
-def _compare(tiny: TinyFamily, found: Sequence[ExpertLayer], interface: bool) -> Row:
+def _compare(tiny: TinyFamily, layers: Sequence[ExpertLayer], interface: bool) -> Row:
     model = tiny.model
-    _check_all_found(model, found)
-    reached = _reached(tiny, found)
-    layers = [layer for layer in found if layer.name in reached]
-    if not layers:
-        raise RuntimeError("no expert layer is reached by text")
     weights = [second_weights(model, layer) for layer in layers]
+    _check_all_found(model, weights)
     observations = [observe(model, tiny.class_logits, batch, weights) for batch in tiny.batches]
+    dense = dense_factors(observations, weights)
+    if not any(layer.slots.any() for layer in dense):
+        raise RuntimeError("no token reaches an expert layer")
     errors, float32_errors = _Errors(), _Errors()
     switchable = bool(_interface_modules(model))
     _compare_with_own(tiny, layers, ["eager", "batched_mm"] if switchable else ["eager"], errors)
@@ -137,7 +136,6 @@ def _compare(tiny: TinyFamily, found: Sequence[ExpertLayer], interface: bool) ->
         posterior = LaplacePosterior(factors, prior_precision=PRIOR_PRECISION)
         covariances = [posterior.logit_covariance(model, tiny.class_logits, batch)[1] for batch in tiny.batches]
         disturbed = _differences(before, _state(model))
-    dense = dense_factors(observations, weights)
     _compare_factors(factors, dense, errors)
     for covariance, observation in zip(covariances, observations, strict=True):
         expected = dense_logit_covariance(observation.jacobians, dense, PRIOR_PRECISION)
@@ -147,7 +145,7 @@ def _compare(tiny: TinyFamily, found: Sequence[ExpertLayer], interface: bool) ->
         interface,
         experts=tuple(layer.num_experts for layer in layers),
         layout=_layout(model, layers),
-        notes=_notes(model, layers, found),
+        notes=_notes(model, layers, dense),
         errors=tuple(errors.largest.items()),
         float32_errors=tuple(float32_errors.largest.items()),
         disturbed=disturbed,
@@ -169,8 +167,10 @@ class _Errors:
         self.largest[name] = max(self.largest.get(name, 0.0), math.inf if math.isnan(error) else error)
 
 
-def _check_all_found(model: nn.Module, layers: Sequence[ExpertLayer]) -> None:
-    missed = [name for name, _ in _interface_modules(model) if name not in {layer.name for layer in layers}]
+def _check_all_found(model: nn.Module, weights: Sequence[SecondWeights]) -> None:
+    """Every module of the experts interface has a layer; tied ones share it."""
+    known = {id(parameter) for layer in weights for parameter in layer.parameters}
+    missed = [name for name, module in _interface_modules(model) if id(module.down_proj) not in known]
     if missed:
         raise RuntimeError(f"find_expert_layers does not find {', '.join(missed)}")
 
@@ -182,15 +182,6 @@ def _interface_modules(model: nn.Module) -> list[tuple[str, nn.Module]]:
 
 def _decorated(module: nn.Module) -> bool:
     return all(hasattr(module, attribute) for attribute in ("has_gate", "has_bias", "is_transposed"))
-
-
-def _reached(tiny: TinyFamily, layers: Sequence[ExpertLayer]) -> set[str]:
-    """Names of the layers that text runs through; an image tower may have expert layers of its own."""
-    weights = {layer.name: second_weights(tiny.model, layer).parameters for layer in layers}
-    logits, _ = tiny.class_logits(tiny.model, tiny.batches[0])
-    flat = [parameter for parameters in weights.values() for parameter in parameters]
-    gradients = iter(torch.autograd.grad(logits.sum(), flat, allow_unused=True))
-    return {name for name, parameters in weights.items() if sum(next(gradients) is not None for _ in parameters)}
 
 
 def _compare_with_own(
@@ -323,15 +314,16 @@ def _layer_layout(model: nn.Module, layer: ExpertLayer) -> str:
     return ", ".join(words)
 
 
-def _notes(model: PreTrainedModel, layers: Sequence[ExpertLayer], found: Sequence[ExpertLayer]) -> tuple[str, ...]:
+def _notes(model: PreTrainedModel, layers: Sequence[ExpertLayer], dense: Sequence[DenseFactors]) -> tuple[str, ...]:
     notes = []
     if any(_is_shared_expert(name, module, layers) for name, module in model.named_modules()):
         notes.append("shared experts")
     without = _layers_without_experts(model, layers)
     if without:
         notes.append(f"{without} layer{'s' if without > 1 else ''} without experts")
-    if len(layers) < len(found):
-        notes.append(f"{len(found) - len(layers)} more that text does not reach")
+    unreached = sum(not layer.slots.any() for layer in dense)
+    if unreached:  # towers for images or sound may have expert layers of their own
+        notes.append(f"{unreached} of the expert layers not reached by text")
     if model.dtype != torch.float64:
         notes.append(f"compared in {str(model.dtype).removeprefix('torch.')}")
     return tuple(notes)
