@@ -48,7 +48,7 @@ class ExpertGroups:
             `[S, k]`, row s being `x[s] @ weight[experts[s]]`; differentiable in both arguments.
         """
         # The gradient has rows as wide as the product's.
-        if weight.shape[-1] * weight.element_size() % 16 == 0 and _kernel_fits(x, weight):
+        if _kernel_fits(x, weight) and weight.shape[-1] * weight.element_size() % 16 == 0:
             return F.grouped_mm(x, weight, offs=self._offsets)
         return _BlockedProduct.apply(self, x, weight)
 
