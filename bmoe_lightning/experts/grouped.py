@@ -117,18 +117,21 @@ class _BlockedProduct(torch.autograd.Function):
     def forward(ctx: Any, groups: ExpertGroups, x: Tensor, weight: Tensor) -> Tensor:
         ctx.groups = groups
         ctx.save_for_backward(x, weight)
-        return groups._blocked_matmul(x, weight)
+        # The kernel ignores autocast; so does its stand-in.
+        with torch.autocast(x.device.type, enabled=False):
+            return groups._blocked_matmul(x, weight)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, gradient: Tensor) -> tuple[None, Tensor | None, Tensor | None]:
         x, weight = ctx.saved_tensors
         _, needs_x, needs_weight = ctx.needs_input_grad
-        return (
-            None,
-            ctx.groups._blocked_matmul(gradient, weight.mT) if needs_x else None,
-            ctx.groups.outer_sum(x, gradient) if needs_weight else None,
-        )
+        with torch.autocast(x.device.type, enabled=False):
+            return (
+                None,
+                ctx.groups._blocked_matmul(gradient, weight.mT) if needs_x else None,
+                ctx.groups.outer_sum(x, gradient) if needs_weight else None,
+            )
 
 
 def _kernel_fits(x: Tensor, other: Tensor) -> bool:

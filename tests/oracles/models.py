@@ -38,7 +38,8 @@ def looped_experts(self, hidden_states, top_k_index, top_k_weights):
         outputs = inputs @ self.down_proj[expert].T
         if trace is not None:
             trace.append(Seen(expert, tokens, inputs.detach(), outputs))
-        total = total.index_add(0, tokens, outputs * top_k_weights[tokens, choice].unsqueeze(1))
+        weighted = outputs * top_k_weights[tokens, choice].unsqueeze(1)
+        total = total.index_add(0, tokens, weighted.to(total.dtype))
     return total
 
 
@@ -112,7 +113,8 @@ class ToyMixture(nn.Module):
         for number, expert in enumerate(self.crew):
             rows, choice = torch.where(index == number)
             if len(rows):
-                total = total.index_add(0, rows, expert(tokens[rows]) * weights[rows, choice].unsqueeze(1))
+                weighted = expert(tokens[rows]) * weights[rows, choice].unsqueeze(1)
+                total = total.index_add(0, rows, weighted.to(total.dtype))
         return total.view_as(x)
 
 
