@@ -7,7 +7,7 @@ where the method needs it.
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 
 import torch
 from torch import Tensor, nn
@@ -45,9 +45,25 @@ def expert_dropout(
             every mode, from a generator of its own: this is MC dropout.
 
     Raises:
-        ValueError: if p is outside [0, 1).
+        ValueError: if p is outside [0, 1), or in training a compiled model would not notice.
     """
     if not 0 <= p < 1:
         raise ValueError(f"expert dropout must be in [0, 1), got {p}")
-    with intercepted_layers(model, layers, dropout=_Dropout(p, seed)):
+    if seed is None and any(layer.layout in ("modules", "linear") for layer in layers) and _is_compiled(model):
+        raise ValueError(
+            "expert dropout hooks into the experts of this model, and compiled code passes hooks by: train it without "
+            "torch.compile, or without expert dropout"
+        )
+    with ExitStack() as stack:
+        if seed is not None:
+            # A few passes, for which nothing is compiled anew.
+            stack.enter_context(torch.compiler.set_stance("force_eager"))
+        stack.enter_context(intercepted_layers(model, layers, dropout=_Dropout(p, seed)))
         yield
+
+
+def _is_compiled(model: nn.Module) -> bool:
+    return any(
+        isinstance(module, torch._dynamo.OptimizedModule) or module._compiled_call_impl is not None
+        for module in model.modules()
+    )
