@@ -127,7 +127,8 @@ def _compare(tiny: TinyFamily, layers: Sequence[ExpertLayer], interface: bool) -
     _compare_with_own(tiny, layers, ["eager", "batched_mm"] if switchable else ["eager"], errors)
     # grouped_mm takes no float64.
     single = dataclasses.replace(tiny, model=copy.deepcopy(model).float())
-    _compare_with_own(single, layers, [_fastest_own(single, layers)], float32_errors)
+    fastest = _fastest_own(single, layers)
+    _compare_with_own(single, layers, [fastest], float32_errors)
     with _unusual_state(model):
         before = _state(model)
         factors = collect_factors(
@@ -145,7 +146,7 @@ def _compare(tiny: TinyFamily, layers: Sequence[ExpertLayer], interface: bool) -
         interface,
         experts=tuple(layer.num_experts for layer in layers),
         layout=_layout(model, layers),
-        notes=_notes(model, layers, dense),
+        notes=_notes(model, layers, dense, fastest),
         errors=tuple(errors.largest.items()),
         float32_errors=tuple(float32_errors.largest.items()),
         disturbed=disturbed,
@@ -314,7 +315,9 @@ def _layer_layout(model: nn.Module, layer: ExpertLayer) -> str:
     return ", ".join(words)
 
 
-def _notes(model: PreTrainedModel, layers: Sequence[ExpertLayer], dense: Sequence[DenseFactors]) -> tuple[str, ...]:
+def _notes(
+    model: PreTrainedModel, layers: Sequence[ExpertLayer], dense: Sequence[DenseFactors], fastest: str
+) -> tuple[str, ...]:
     notes = []
     if any(_is_shared_expert(name, module, layers) for name, module in model.named_modules()):
         notes.append("shared experts")
@@ -324,6 +327,8 @@ def _notes(model: PreTrainedModel, layers: Sequence[ExpertLayer], dense: Sequenc
     unreached = sum(not layer.slots.any() for layer in dense)
     if unreached:  # towers for images or sound may have expert layers of their own
         notes.append(f"{unreached} of the expert layers not reached by text")
+    if fastest == "batched_mm":
+        notes.append("its own `grouped_mm` does not run at these sizes")
     if model.dtype != torch.float64:
         notes.append(f"compared in {str(model.dtype).removeprefix('torch.')}")
     return tuple(notes)
