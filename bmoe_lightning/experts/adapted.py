@@ -24,8 +24,9 @@ from typing import Any
 from torch import Tensor, nn
 
 from bmoe_lightning.experts.grouped import ExpertGroups
-from bmoe_lightning.experts.layer import Dropout, ExpertLayer, Tap, check_second_weight
+from bmoe_lightning.experts.layer import Dropout, ExpertLayer, Tap
 from bmoe_lightning.experts.seam import attached_state, expert_state, second_product
+from bmoe_lightning.experts.wrapping import check_second_weight, present
 
 
 @dataclass(frozen=True)
@@ -132,9 +133,10 @@ class AdaptedExperts:
         """The one parameter of all second weights."""
         return {layer.down_proj: module.get_parameter(layer.down_proj)}
 
-    def weights(self, module: nn.Module, layer: ExpertLayer) -> dict[str, Tensor]:
+    def weights(self, model: nn.Module, layer: ExpertLayer) -> dict[str, Tensor]:
         """The same."""
-        return {layer.down_proj: module.get_parameter(layer.down_proj).detach()}
+        owner, _, name = f"{layer.name}.{layer.down_proj}".rpartition(".")
+        return {layer.down_proj: present(model.get_submodule(owner), name).detach()}
 
     def expert_parameters(self, module: nn.Module) -> dict[str, nn.Parameter]:
         """The parameters that the adapter names, or all."""

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import hashlib
 import itertools
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import torch
 from torch import Tensor, nn
 
 from bmoe_lightning.experts.fused import outermost_pretrained
 from bmoe_lightning.experts.layer import ExpertLayer
+from bmoe_lightning.experts.wrapping import plain_name, present, unusable
 
 _SAMPLES = 64
 # Steps by the golden ratio of 2^32 fall everywhere in a matrix, whatever its width.
@@ -22,8 +23,9 @@ def weight_fingerprint(model: nn.Module, layers: Sequence[ExpertLayer]) -> str:
 
     Reading 14 billion weights would take longer than it is worth; training moves practically all entries of a matrix
     that it moves at all. Values are compared as float32, so a checkpoint and its exact copy in a wider dtype agree,
-    while a copy rounded to a narrower dtype does not. What is hashed is `fingerprinted_module`, with names relative to
-    it: a model has the same fingerprint inside a LightningModule and outside.
+    while a copy rounded to a narrower dtype does not. Of quantised weights the names alone are hashed. What is hashed
+    is `fingerprinted_module`, with names relative to it and without what wrappers add to them: a model has the same
+    fingerprint inside a LightningModule and outside, compiled or not.
 
     Args:
         model: the model.
@@ -33,15 +35,22 @@ def weight_fingerprint(model: nn.Module, layers: Sequence[ExpertLayer]) -> str:
         A hexadecimal SHA-256 digest.
     """
     digest = hashlib.sha256()
-    samples = [
-        (name, _sample(p.detach())) for name, p in sorted(fingerprinted_module(model, layers).named_parameters())
-    ]
-    digest.update("\n".join(f"{name}:{len(sample)}" for name, sample in samples).encode())
+    samples = sorted(_samples(fingerprinted_module(model, layers)), key=lambda sample: sample[0])
+    digest.update("\n".join(f"{name}:{len(values)}" for name, values in samples).encode())
     # One transfer a device.
-    for device in sorted({sample.device for _, sample in samples}, key=str):
-        values = torch.cat([sample.float() for _, sample in samples if sample.device == device]).cpu()
-        digest.update(values.numpy().tobytes())
+    for device in sorted({values.device for _, values in samples}, key=str):
+        together = torch.cat([values.float() for _, values in samples if values.device == device]).cpu()
+        digest.update(together.numpy().tobytes())
     return digest.hexdigest()
+
+
+def _samples(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
+    """The name of every parameter, without what wrappers add to it, and some of its values."""
+    for prefix, module in model.named_modules():
+        for name, parameter in module.named_parameters(recurse=False):
+            # Packed weights are not compared: some libraries pack them anew while they are used.
+            values = torch.empty(0) if unusable(parameter) else _sample(present(module, name).detach())
+            yield plain_name(f"{prefix}.{name}" if prefix else name), values
 
 
 def fingerprinted_module(model: nn.Module, layers: Sequence[ExpertLayer]) -> nn.Module:

@@ -16,8 +16,9 @@ from transformers import PreTrainedModel
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 
 from bmoe_lightning.experts.grouped import ExpertGroups
-from bmoe_lightning.experts.layer import Dropout, ExpertLayer, Tap, check_second_weight
+from bmoe_lightning.experts.layer import Dropout, ExpertLayer, Tap
 from bmoe_lightning.experts.seam import attached_state, combine, second_product
+from bmoe_lightning.experts.wrapping import added_by_adapters, check_second_weight, present
 
 IMPLEMENTATION = "bmoe"
 
@@ -30,13 +31,14 @@ class FusedExperts:
         weight = getattr(module, down_proj, None)
         if not is_fused_experts(module) or not isinstance(weight, nn.Parameter):
             raise ValueError(f"{name!r} is no module of fused experts with the second weights {down_proj!r}")
-        check_second_weight(name, weight)
-        # Absent before transformers 5.19.
-        if getattr(module, "_is_expert_parallel", False):
+        # Each is absent before some version of transformers.
+        parallel = getattr(module, "_is_expert_parallel", False) or getattr(module, "_is_hooked", False)
+        if parallel or getattr(module, "num_experts", len(weight)) != len(weight):
             raise ValueError(
-                f"the experts {name!r} are spread over processes (expert parallelism), so that each knows a part of "
-                "them; load the model without an expert-parallel plan"
+                f"the experts {name!r} are spread over processes (expert or tensor parallelism), so that each knows a "
+                "part of them; load the model without a parallel plan"
             )
+        check_second_weight(name, weight)
         transposed = bool(module.is_transposed)
         num_experts, first, second = weight.shape
         d_out, d_in = (second, first) if transposed else (first, second)
@@ -46,9 +48,11 @@ class FusedExperts:
         """The one parameter of all second weights."""
         return {layer.down_proj: module.get_parameter(layer.down_proj)}
 
-    def weights(self, module: nn.Module, layer: ExpertLayer) -> dict[str, Tensor]:
-        """The same."""
-        return {layer.down_proj: module.get_parameter(layer.down_proj).detach()}
+    def weights(self, model: nn.Module, layer: ExpertLayer) -> dict[str, Tensor]:
+        """The same, with what PEFT's adapters of whole parameters add."""
+        weight = present(model.get_submodule(layer.name), layer.down_proj).detach()
+        added = added_by_adapters(model, layer.name, layer.down_proj)
+        return {layer.down_proj: weight if added is None else weight + added.to(weight)}
 
     def expert_parameters(self, module: nn.Module) -> dict[str, nn.Parameter]:
         """All parameters of the module."""

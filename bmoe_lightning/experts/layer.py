@@ -7,12 +7,9 @@ from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Literal, Protocol
 
-import torch
 from torch import Tensor, nn
 
 LayoutName = Literal["fused", "modules", "linear", "adapted"]
-
-_FLOATS = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
 
 @dataclass(frozen=True)
@@ -81,8 +78,11 @@ class Layout(Protocol):
         """The parameters of the second linear layers, by name relative to the module."""
         ...
 
-    def weights(self, module: nn.Module, layer: ExpertLayer) -> dict[str, Tensor]:
-        """What the second linear layers multiply with, by the same names, detached: parameters and adapters."""
+    def weights(self, model: nn.Module, layer: ExpertLayer) -> dict[str, Tensor]:
+        """What the second linear layers of a model's layer multiply with, by the same names, detached.
+
+        That is the parameters, and what adapters add to them.
+        """
         ...
 
     def expert_parameters(self, module: nn.Module) -> dict[str, nn.Parameter]:
@@ -94,19 +94,3 @@ class Layout(Protocol):
     ) -> AbstractContextManager[None]:
         """Drop activations before the second linear layers, and hand their slots to a tap; either may be None."""
         ...
-
-
-def check_second_weight(name: str, weight: Tensor) -> None:
-    """Refuse second weights that no Gaussian can be put over.
-
-    Raises:
-        ValueError: if they are quantised.
-    """
-    plain = type(weight) in (Tensor, nn.Parameter) or type(weight).__name__ == "DTensor"
-    if weight.dtype not in _FLOATS or not plain:
-        kind = str(weight.dtype) if plain else type(weight).__name__
-        raise ValueError(
-            f"the second weights of {name!r} are quantised ({kind}): the posterior is over weights in float64, "
-            "float32, bfloat16 or float16. Keep the experts out of the quantisation (most configurations take a list "
-            "of modules to skip); other layers may be quantised"
-        )

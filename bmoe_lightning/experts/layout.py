@@ -16,8 +16,15 @@ import bmoe_lightning.experts.families  # noqa: F401  (registers its adapters)
 from bmoe_lightning.experts.adapted import AdaptedExperts, adapter_of, refusal_of
 from bmoe_lightning.experts.fused import FusedExperts, fused_implementation, is_fused_experts
 from bmoe_lightning.experts.layer import Dropout, ExpertLayer, Layout, LayoutName, Tap
-from bmoe_lightning.experts.modules import LinearLayer, ModuleExperts, is_linear
+from bmoe_lightning.experts.modules import LinearLayer, ModuleExperts
 from bmoe_lightning.experts.structure import second_linear_name, shared_experts_near
+from bmoe_lightning.experts.wrapping import (
+    check_adapter_part,
+    check_second_weight,
+    is_linear,
+    is_wrapped_name,
+    plain_name,
+)
 
 _LAYOUTS: dict[LayoutName, Layout] = {
     "fused": FusedExperts(),
@@ -64,6 +71,7 @@ def find_expert_layers(
                 tied |= weights
                 found[name] = layer
     if not found:
+        _refuse_quantised(modules)
         raise ValueError(_nothing_found(model, modules, experts))
     if shared_experts:
         shared = {name for layer in found.values() for name in shared_experts_near(layer, modules)}
@@ -89,10 +97,12 @@ def find_linear_layers(model: nn.Module, pattern: str | Sequence[str], *, first_
         The layers in the order of `model.named_modules()`.
 
     Raises:
-        ValueError: if no linear layer matches, or one that does is quantised or tied to something else.
+        ValueError: if no linear layer matches, or one that does is quantised, tied to something else, or used by PEFT
+            in other ways than as a layer.
     """
     patterns = [pattern] if isinstance(pattern, str) else list(pattern)
-    linears = {name: module for name, module in model.named_modules() if is_linear(module)}
+    modules = dict(model.named_modules())
+    linears = {name: module for name, module in modules.items() if is_linear(module) and not is_wrapped_name(name)}
     names = [name for name in linears if any(fnmatch.fnmatchcase(name, p) for p in patterns)]
     if not names:
         raise ValueError(
@@ -102,6 +112,7 @@ def find_linear_layers(model: nn.Module, pattern: str | Sequence[str], *, first_
     found = [_LAYOUTS["linear"].layer(name, index, linears[name], "") for index, name in enumerate(names, first_index)]
     owners = _owners(model)
     for layer in found:
+        check_adapter_part(layer.name, modules)
         if any(owners[weight] > 1 for weight in _weight_ids(linears[layer.name], layer)):
             raise ValueError(
                 f"the weight of {layer.name!r} is tied to another module (a head to the embeddings, say), through "
@@ -130,22 +141,28 @@ def locate_expert_layers(model: nn.Module, layers: Sequence[ExpertLayer]) -> lis
 
 
 def _located(model: nn.Module, modules: dict[str, nn.Module], layer: ExpertLayer) -> ExpertLayer:
-    names = [layer.name] if layer.name in modules else [name for name in modules if _alike(name, layer.name)]
-    if len(names) != 1:
+    plain = plain_name(layer.name)
+    names = [name for name in modules if plain_name(name) == plain] or [name for name in modules if _alike(name, plain)]
+    if len({plain_name(name) for name in names}) != 1:
         raise ValueError(
             f"{type(model).__name__} has {'several' if names else 'no'} expert layers called {layer.name!r}, with or "
             f"without a prefix{': ' + ', '.join(names) if names else ''}"
         )
-    try:
-        return _LAYOUTS[layer.layout].layer(names[0], layer.index, modules[names[0]], layer.down_proj)
-    except ValueError as error:
-        raise ValueError(
-            f"{names[0]!r} of {type(model).__name__} does not hold experts as {layer.name!r} did ({layer.layout}, "
-            f"second linear layer {layer.down_proj!r}): {error}"
-        ) from error
+    reasons = []
+    for name in names:  # a module and its wrappers, the outermost first
+        try:
+            return _LAYOUTS[layer.layout].layer(name, layer.index, modules[name], layer.down_proj)
+        except ValueError as error:
+            reasons.append(str(error))
+    raise ValueError(
+        f"{names[-1]!r} of {type(model).__name__} does not hold experts as {layer.name!r} did ({layer.layout}, second "
+        f"linear layer {layer.down_proj!r}): {reasons[-1]}"
+    )
 
 
 def _alike(name: str, other: str) -> bool:
+    """Whether two names differ by a prefix, or by what wrappers add, alone."""
+    name = plain_name(name)
     return bool(name) and (name.endswith(f".{other}") or other.endswith(f".{name}"))
 
 
@@ -215,8 +232,7 @@ def second_weights(model: nn.Module, layer: ExpertLayer) -> dict[str, Tensor]:
 
     These are the parameters themselves, unless PEFT's adapters add to them.
     """
-    module = model.get_submodule(layer.name)
-    return {f"{layer.name}.{name}": w for name, w in _LAYOUTS[layer.layout].weights(module, layer).items()}
+    return {f"{layer.name}.{name}": w for name, w in _LAYOUTS[layer.layout].weights(model, layer).items()}
 
 
 def squared_distances(model: nn.Module, layers: list[ExpertLayer], reference: dict[str, Tensor] | None) -> list[Tensor]:
@@ -263,6 +279,14 @@ def _expert_layer(
         second = second_linear_name(name, module, modules[name.rpartition(".")[0]], down_proj, named=named)
         return None if second is None else _LAYOUTS["modules"].layer(name, 0, module, second)
     return None
+
+
+def _refuse_quantised(modules: dict[str, nn.Module]) -> None:
+    """Say that experts are quantised, where quantisation has made them a class of its own."""
+    for name, module in modules.items():
+        weight = getattr(module, "down_proj", None)
+        if weight is not None and not isinstance(weight, nn.Module):
+            check_second_weight(name, weight)
 
 
 def _nothing_found(model: nn.Module, modules: dict[str, nn.Module], experts: str | None) -> str:

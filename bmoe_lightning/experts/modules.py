@@ -9,7 +9,17 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from bmoe_lightning.experts.layer import Dropout, ExpertLayer, Tap, check_second_weight
+from bmoe_lightning.experts.layer import Dropout, ExpertLayer, Tap
+from bmoe_lightning.experts.wrapping import (
+    check_second_weight,
+    effective_weight,
+    is_linear,
+    linear_shape,
+    linear_weight_name,
+    linears_of,
+    plain_name,
+    unwrapped,
+)
 
 
 class ModuleExperts:
@@ -20,28 +30,29 @@ class ModuleExperts:
         experts = experts_of(module)
         if not experts:
             raise ValueError(f"{name!r} is no list of experts but a {type(module).__name__}")
-        shapes = []
+        shapes = set()
         for key, expert in experts.items():
-            linear = linears_of(expert).get(down_proj)
+            linear = _second_linear(expert, down_proj)
             if linear is None:
                 raise ValueError(
                     f"experts of {name!r} have no linear layer {down_proj!r}; they have {sorted(linears_of(expert))}"
                 )
-            check_second_weight(f"{name}.{key}.{down_proj}", base_linear(linear).weight)
-            shapes.append(tuple(base_linear(linear).weight.shape))
-        if len(set(shapes)) > 1:
-            raise ValueError(f"the second linear layers of {name!r} differ in shape: {sorted(set(shapes))}")
-        return ExpertLayer(name, index, len(experts), shapes[0][1], shapes[0][0], "modules", down_proj)
+            _check(f"{name}.{key}.{down_proj}", linear)
+            shapes.add(linear_shape(linear))
+        if len(shapes) > 1:
+            raise ValueError(f"the second linear layers of {name!r} differ in shape: {sorted(shapes)}")
+        d_out, d_in = shapes.pop()
+        return ExpertLayer(name, index, len(experts), d_in, d_out, "modules", down_proj)
 
     def parameters(self, module: nn.Module, layer: ExpertLayer) -> dict[str, nn.Parameter]:
         """The weight of each expert's second linear layer; under an adapter of PEFT, that of the layer below."""
-        names = [_weight_name(name, linear) for name, linear in self._linears(module, layer).items()]
+        names = [f"{name}.{linear_weight_name(linear)}" for name, linear in self._linears(module, layer).items()]
         return {name: module.get_parameter(name) for name in names}
 
-    def weights(self, module: nn.Module, layer: ExpertLayer) -> dict[str, Tensor]:
-        """What each of them multiplies with, active adapters of PEFT included."""
-        linears = self._linears(module, layer)
-        return {_weight_name(name, linear): effective_weight(linear) for name, linear in linears.items()}
+    def weights(self, model: nn.Module, layer: ExpertLayer) -> dict[str, Tensor]:
+        """What each of them multiplies with, adapters included."""
+        linears = self._linears(model.get_submodule(layer.name), layer)
+        return {f"{name}.{linear_weight_name(x)}": effective_weight(x) for name, x in linears.items()}
 
     def expert_parameters(self, module: nn.Module) -> dict[str, nn.Parameter]:
         """All parameters of the list."""
@@ -58,10 +69,13 @@ class ModuleExperts:
             yield
 
     def _linears(self, module: nn.Module, layer: ExpertLayer) -> dict[str, nn.Module]:
-        return {
-            f"{name}.{layer.down_proj}": expert.get_submodule(layer.down_proj)
-            for name, expert in experts_of(module).items()
-        }
+        found = {}
+        for name, expert in experts_of(module).items():
+            linear = _second_linear(expert, layer.down_proj)
+            if linear is None:
+                raise AttributeError(f"{name!r} has no linear layer {layer.down_proj!r}")
+            found[f"{name}.{layer.down_proj}"] = linear
+        return found
 
 
 class LinearLayer:
@@ -71,18 +85,19 @@ class LinearLayer:
         """Describe a linear layer."""
         if not is_linear(module) or down_proj:
             raise ValueError(f"{name!r} is no linear layer but a {type(module).__name__}")
-        weight = base_linear(module).weight
-        check_second_weight(name, weight)
-        return ExpertLayer(name, index, 1, weight.shape[1], weight.shape[0], "linear", "")
+        _check(name, module)
+        d_out, d_in = linear_shape(module)
+        return ExpertLayer(name, index, 1, d_in, d_out, "linear", "")
 
     def parameters(self, module: nn.Module, layer: ExpertLayer) -> dict[str, nn.Parameter]:
         """Its weight."""
-        name = _weight_name("", module)
+        name = linear_weight_name(module)
         return {name: module.get_parameter(name)}
 
-    def weights(self, module: nn.Module, layer: ExpertLayer) -> dict[str, Tensor]:
-        """What it multiplies with, active adapters of PEFT included."""
-        return {_weight_name("", module): effective_weight(module)}
+    def weights(self, model: nn.Module, layer: ExpertLayer) -> dict[str, Tensor]:
+        """What it multiplies with, adapters included."""
+        module = model.get_submodule(layer.name)
+        return {linear_weight_name(module): effective_weight(module)}
 
     def expert_parameters(self, module: nn.Module) -> dict[str, nn.Parameter]:
         """Its weight and bias."""
@@ -105,43 +120,20 @@ def experts_of(module: nn.Module) -> dict[str, nn.Module]:
     return {name: child for name, child in module.named_children() if linears_of(child)}
 
 
-def is_linear(module: nn.Module) -> bool:
-    """Whether a module is an `nn.Linear`, or one that PEFT wrapped."""
-    return isinstance(module, nn.Linear) or isinstance(getattr(module, "base_layer", None), nn.Linear)
+def _second_linear(expert: nn.Module, down_proj: str) -> nn.Module | None:
+    """The second linear layer of an expert, with or without wrappers between."""
+    linears = {plain_name(name): linear for name, linear in linears_of(expert).items()}
+    return linears.get(plain_name(down_proj))
 
 
-def base_linear(module: nn.Module) -> nn.Linear:
-    """The `nn.Linear` itself, below what PEFT put around it."""
-    linear = module if isinstance(module, nn.Linear) else module.base_layer
-    assert isinstance(linear, nn.Linear)
-    return linear
-
-
-def linears_of(module: nn.Module) -> dict[str, nn.Module]:
-    """The linear layers of a module by name, in order; one that PEFT wrapped is one layer, under the wrapper's name."""
-    found: dict[str, nn.Module] = {}
-    for name, child in module.named_modules():
-        inside = any(name.startswith(f"{outer}.") for outer in found)
-        if name and is_linear(child) and not inside:
-            found[name] = child
-    return found
-
-
-def effective_weight(linear: nn.Module) -> Tensor:
-    """What a linear layer multiplies with, `[d_out, d_in]`, detached: its weight and PEFT's active adapters."""
-    weight = base_linear(linear).weight.detach()
-    # PEFT's names, read without importing it.
-    adapters: Any = linear
-    if isinstance(linear, nn.Linear) or adapters.merged or adapters.disable_adapters:
-        return weight
-    for name in adapters.active_adapters:
-        if name in adapters.lora_A:
-            weight = weight + adapters.get_delta_weight(name).detach().to(weight.dtype)
-    return weight
-
-
-def _weight_name(name: str, linear: nn.Module) -> str:
-    return ".".join(part for part in (name, "" if isinstance(linear, nn.Linear) else "base_layer", "weight") if part)
+def _check(name: str, linear: nn.Module) -> None:
+    inner = unwrapped(linear)
+    if getattr(inner, "_is_hooked", False):
+        raise ValueError(
+            f"the linear layer {name!r} is spread over processes (tensor parallelism), so that each knows a part of "
+            "it; load the model without a parallel plan"
+        )
+    check_second_weight(name, getattr(inner, "weight", None))
 
 
 def _hook(

@@ -5,7 +5,8 @@ from __future__ import annotations
 from torch import nn
 
 from bmoe_lightning.experts.layer import ExpertLayer
-from bmoe_lightning.experts.modules import base_linear, experts_of, linears_of
+from bmoe_lightning.experts.modules import experts_of
+from bmoe_lightning.experts.wrapping import linear_shape, linears_of, plain_name
 
 _USUAL_NAMES = ("down_proj", "w2", "fc2", "wo", "c_proj", "output_linear", "dense_4h_to_h")
 
@@ -97,7 +98,7 @@ def shared_experts_near(layer: ExpertLayer, modules: dict[str, nn.Module]) -> li
 
 
 def _shapes(module: nn.Module) -> dict[str, tuple[int, ...]]:
-    return {name: tuple(base_linear(linear).weight.shape) for name, linear in linears_of(module).items()}
+    return {plain_name(name): linear_shape(linear) for name, linear in linears_of(module).items()}
 
 
 def _router_widths(parent: nn.Module, experts: nn.Module) -> set[int]:

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from bmoe_lightning.experts.fused import outermost_pretrained
 from bmoe_lightning.experts.layer import ExpertLayer
 from bmoe_lightning.experts.layout import intercepted_layers
+from bmoe_lightning.experts.wrapping import gradients_checked
 
 _INPUTS = ("input_ids", "inputs_embeds", "decoder_input_ids", "decoder_inputs_embeds")
 
@@ -55,6 +56,11 @@ class _LayerTap:
     def record(
         self, inputs: Tensor, experts: Tensor, outputs: Tensor, tokens: Tensor | None, num_tokens: int
     ) -> Tensor:
+        if inputs.shape[-1] != self.layer.d_in:
+            raise RuntimeError(
+                f"the second linear layers of {self.layer.name!r} got {inputs.shape[-1]} of their {self.layer.d_in} "
+                "inputs: they are spread over processes (tensor parallelism), which is not supported"
+            )
         if not torch.is_grad_enabled():
             raise RuntimeError(
                 f"the expert layer {self.layer.name!r} ran without gradients: class_logits must not run it under "
@@ -173,6 +179,8 @@ class Taps:
         return stack
 
     def _see_call(self, _module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        if not self.recording:
+            return
         inputs = [kwargs[name] for name in _INPUTS if isinstance(kwargs.get(name), Tensor)]
         inputs += [arg for arg in args[:1] if isinstance(arg, Tensor)]
         shapes = [tuple(x.shape[:2]) for x in inputs if x.dim() > 1]
@@ -237,6 +245,7 @@ def tapped_batch(
         stack.enter_context(evaluation_mode(model))
         stack.enter_context(_frozen(model))
         stack.enter_context(taps.attach(model))
+        stack.enter_context(gradients_checked(model))
         # Compiled code knows nothing of taps; what was compiled stays for later.
         stack.enter_context(torch.compiler.set_stance("force_eager"))
         logits, labels = class_logits(model, _without_inference_tensors(batch))
