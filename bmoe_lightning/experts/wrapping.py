@@ -129,6 +129,14 @@ def present(module: nn.Module, name: str) -> Tensor:
     return fetched
 
 
+def execution_device(model: nn.Module) -> torch.device:
+    """The device that a model computes on, also where accelerate keeps its weights elsewhere."""
+    devices = [parameter.device for parameter in model.parameters()]
+    hooks: list[Any] = [module._hf_hook for module in model.modules() if hasattr(module, "_hf_hook")]
+    devices += [torch.device(hook.execution_device) for hook in hooks if getattr(hook, "execution_device", None)]
+    return next((device for device in devices if device.type != "meta"), torch.device("meta"))
+
+
 def unusable(weight: Any) -> str | None:
     """Why a weight is no matrix of numbers that a Gaussian can be put over, or None if it is one."""
     if isinstance(weight, Tensor) and hasattr(weight, "placements"):

@@ -25,6 +25,7 @@ from bmoe_lightning.experts.fingerprint import fingerprinted_module, weight_fing
 from bmoe_lightning.experts.layer import ExpertLayer
 from bmoe_lightning.experts.layout import locate_expert_layers
 from bmoe_lightning.experts.taps import ClassLogits
+from bmoe_lightning.experts.wrapping import execution_device, unusable
 from bmoe_lightning.laplace.covariance import BatchTerms, batch_terms, covariance
 from bmoe_lightning.laplace.predictive import (
     NUM_SAMPLES,
@@ -310,7 +311,7 @@ class LaplacePosterior:
 
     def _bind(self, model: nn.Module) -> _Binding:
         """Find the layers in a model, check its weights and bring the factors to its device; again when it changed."""
-        device = next(model.parameters()).device
+        device = execution_device(model)
         bound = self._bound
         if (
             bound is None
@@ -351,6 +352,7 @@ def _weights_state(model: nn.Module, layers: Sequence[ExpertLayer]) -> tuple[tup
     return tuple(
         (parameter.data_ptr(), 0 if parameter.is_inference() else parameter._version)
         for parameter in fingerprinted_module(model, layers).parameters()
+        if unusable(parameter) is None  # packed weights are not part of the fingerprint either
     )
 
 

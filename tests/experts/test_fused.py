@@ -180,7 +180,9 @@ def test_experts_that_cannot_be_switched_are_refused():
 def test_expert_parallelism_is_refused():
     model = toy_model()
     model.layers[0].mixture.crew._is_expert_parallel = True
-    with pytest.raises(ValueError, match=r"'layers.0.mixture.crew' are spread over processes \(expert or tensor parallelism\)"):
+    with pytest.raises(
+        ValueError, match=r"'layers.0.mixture.crew' are spread over processes \(expert or tensor parallelism\)"
+    ):
         find_expert_layers(model)
 
 
