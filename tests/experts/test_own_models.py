@@ -1,12 +1,21 @@
 """Models of users' own making, each held against the dense oracle that watches the model's own code."""
 
+import re
+from pathlib import Path
+
 import pytest
 import torch
 from oracles.models import Specialist, ToyMixture, ToyMoE, answer_logits, toy_batch, toy_model
 from torch import nn
 
 from bmoe_lightning.curvature import collect_factors
-from bmoe_lightning.experts import expert_parameters, find_expert_layers, find_linear_layers, register_experts
+from bmoe_lightning.experts import (
+    expert_parameters,
+    find_expert_layers,
+    find_linear_layers,
+    register_experts,
+    tapped_batch,
+)
 from bmoe_lightning.laplace import LaplacePosterior
 from recipes.families.oracle import dense_factors, dense_logit_covariance, observe
 from recipes.families.watch import second_weights
@@ -335,3 +344,44 @@ def test_a_posterior_over_a_registered_layout_is_found_again(tmp_path):
     found = loaded.predict(outer, lambda m, b: answer_logits(m["inner"], b), BATCHES[0])
     torch.testing.assert_close(found, LaplacePosterior(factors).predict(model, answer_logits, BATCHES[0]))
     assert isinstance(model, ToyMoE)
+
+
+class MyExperts(nn.Module):
+    def __init__(self, num_experts=4):
+        super().__init__()
+        self.w1 = nn.Parameter(torch.randn(num_experts, 6, 5) * 0.6)
+        self.w2 = nn.Parameter(torch.randn(num_experts, 5, 6) * 0.6)
+
+    def forward(self, x, index):
+        total = torch.zeros_like(x)
+        for expert in range(len(self.w1)):
+            tokens = (index == expert).nonzero().squeeze(1)
+            total = total.index_add(0, tokens, torch.relu(x[tokens] @ self.w1[expert]) @ self.w2[expert])
+        return total
+
+
+class MyMixture(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.router = nn.Linear(6, 4, bias=False)
+        self.experts = MyExperts()
+
+    def forward(self, x):
+        tokens = x.flatten(0, 1)
+        weights, index = self.router(tokens).softmax(-1).max(-1)
+        return (self.experts(tokens, index) * weights.unsqueeze(1)).view_as(x)
+
+
+def test_the_example_of_the_readme():
+    text = (Path(__file__).parents[2] / "README.md").read_text()
+    (block,) = (block for block in re.findall(r"```python\n(.*?)```", text, re.DOTALL) if "@register_experts" in block)
+    assert len(block.splitlines()) < 20
+    exec(block, {"MyExperts": MyExperts, "__name__": __name__})
+    model = with_mixtures(MyMixture)
+    layers = find_expert_layers(model)
+    assert [(layer.name, layer.layout) for layer in layers] == [
+        (f"layers.{i}.mixture.experts", "adapted") for i in range(2)
+    ]
+    assert_exact(model, layers)
+    with tapped_batch(model, layers, answer_logits, BATCHES[0]) as tapped:
+        assert tapped.taps.slots(0).rows is not None
