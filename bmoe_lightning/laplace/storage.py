@@ -9,7 +9,7 @@ import json
 from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -18,7 +18,7 @@ from torch import Tensor
 
 from bmoe_lightning.atomic import replaced_file
 from bmoe_lightning.curvature.factors import KroneckerFactors, LayerFactors
-from bmoe_lightning.experts.layer import ExpertLayer
+from bmoe_lightning.experts.layer import ExpertLayer, LayoutName
 
 FORMAT = "bmoe_lightning.posterior"
 VERSION = 1
@@ -80,6 +80,9 @@ def load_posterior(path: str | Path) -> tuple[KroneckerFactors, Tensor, str]:
     try:
         layers = tuple(_layer(path, position, layer, tensors) for position, layer in enumerate(header.pop("layers")))
         header["expert_layers"] = tuple(ExpertLayer(**layer) for layer in header["expert_layers"])
+        unknown = {layer.layout for layer in header["expert_layers"]} - set(get_args(LayoutName))
+        if unknown:
+            raise ValueError(f"{path} has expert layers of a layout {sorted(unknown)} that this release does not know")
     except (AttributeError, KeyError, TypeError) as error:
         raise ValueError(f"{path} has a header that does not describe its layers: {error!r}") from error
     precision = tensors.get("prior_precision")

@@ -1,6 +1,7 @@
 import json
 import os
 import stat
+from dataclasses import asdict
 
 import pytest
 import torch
@@ -145,6 +146,12 @@ def test_foreign(path, tmp_path):
         LaplacePosterior.load(tmp_path / "nothing.safetensors")
     with pytest.raises(FileNotFoundError, match="no posterior at"):
         LaplacePosterior.load(tmp_path)
+
+
+def test_a_layout_of_another_release(posterior, path):
+    layers = [{**asdict(layer), "layout": "striped"} for layer in posterior.factors.expert_layers]
+    with pytest.raises(ValueError, match=r"expert layers of a layout \['striped'\] that this release does not know"):
+        LaplacePosterior.load(rewritten(path, header={"expert_layers": layers}))
 
 
 def test_other_version(path):
