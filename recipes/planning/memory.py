@@ -9,6 +9,9 @@ frozen weights unless said otherwise:
 - of every slot, the first matrices' output, the activated gate, and the second matrix's output before the
   routing weight; with trained weights also their inputs, and with dropout a mask of one byte.
 
+Where torch's grouped kernel does not take the experts' dtype or widths, a product keeps its input also with frozen
+weights. It lays slots out in blocks and copies a matrix for each block, so many at a time, which is not kept.
+
 Attention is taken to be one of torch's fused kernels, which keep no scores.
 """
 
@@ -31,8 +34,12 @@ LPO_BINS = 128
 HEADROOM = 0.05
 # Of the dtypes that a plan knows, torch's grouped product takes bfloat16 alone on a GPU.
 _KERNEL_BYTES = 2
-# Rows of a block in which experts share one batched product, where no grouped kernel fits.
+# It wants rows of a multiple of so many bytes.
+_KERNEL_ALIGNMENT = 16
+# Rows of a block in which experts share one batched product, where no grouped kernel fits, and how many weights are
+# copied for such blocks at a time.
 _BLOCK_ROWS = 32
+_COPIED_WEIGHTS = 1 << 26
 # What a posterior's header says beside layers and tensors: format, rank, Fisher, fingerprint, numbers of examples.
 _HEADER = 520
 # A chunk of the prediction's kernels: 2^24 float32 values, about three of them alive at once.
@@ -157,8 +164,8 @@ def _sketch_state(num_experts: int, width: int, rank: int) -> int:
 def curvature_transients(model: Architecture, work: Workload, fisher: str, precision: Precision) -> int:
     """Memory of the curvature pass beyond the weights, estimated.
 
-    The state of all sketches, what autograd keeps, the inputs of all slots twice (recorded and joined), and the
-    gradients of all layers of a pass twice (found and joined) beside those of the pass before, if there was one.
+    The state of all sketches, what autograd keeps, the inputs of all slots, and the gradients of all layers of a pass
+    beside those of the pass before, if there was one.
 
     Args:
         model: the model.
@@ -168,20 +175,22 @@ def curvature_transients(model: Architecture, work: Workload, fisher: str, preci
     """
     passes = work.contrasts if fisher == "exact" else 1
     gradients = _gradient_bytes(model, work, precision)
+    finding = _joining_bytes(model, work, precision) + _product_bytes(model, work, precision, None)
     adding = max(_adding_bytes(experts, work, precision) for experts in model.experts)
-    batch = _tapped_bytes(model, work, precision) + max((3 if passes > 1 else 2) * gradients, gradients + adding)
+    batch = _tapped_bytes(model, work, precision) + max(min(passes, 2) * gradients + finding, gradients + adding)
     return sketch_bytes(model, work.rank) + max(batch, _finishing_bytes(model, work.rank))
 
 
 def prediction_transients(model: Architecture, work: Workload, precision: Precision) -> int:
     """Memory of a prediction beyond the weights, the factors included, estimated.
 
-    The gradients of all K - 1 passes are alive together, those of the last one twice.
+    The gradients of all K - 1 passes are alive together.
     """
     gradients = _gradient_bytes(model, work, precision)
+    finding = _joining_bytes(model, work, precision) + _product_bytes(model, work, precision, None)
     kernels = max(_kernel_bytes(experts, work, precision) for experts in model.experts)
     kept = factor_bytes(model, work.rank) + _tapped_bytes(model, work, precision) + work.contrasts * gradients
-    return kept + max(gradients, kernels)
+    return kept + max(finding, kernels)
 
 
 def lpo_cache_bytes(model: Architecture, work: Workload, examples: int) -> int:
@@ -212,7 +221,7 @@ def saved_bytes(
         if position >= model.first:
             for experts in block.experts:
                 a_slot = _slot_bytes(experts, precision, trained, dropout=dropout, above=above)
-                total += work.positions * experts.top_k * a_slot + _copied_weights(experts, work, precision, above)
+                total += work.positions * experts.top_k * a_slot
         kept.append(total)
     return kept
 
@@ -243,7 +252,7 @@ def training_memory(
     weights, tensors = trained_size(model, trained)
     saved = saved_bytes(model, work, precision, trained, dropout=dropout)
     # The gradient of each kept thing is made, used and freed on the way down: one block's worth at a time.
-    block = max(saved)
+    block = max(saved) + _product_bytes(model, work, precision, trained)
     entrances = size * work.positions * model.hidden * len(model.blocks)
     return Training(
         trained=trained,
@@ -252,7 +261,7 @@ def training_memory(
         weights=model.weight_bytes + weights * (own - size),
         gradients=weights * own,
         optimizer=optimizer_bytes(weights, tensors, own),
-        activations=block + (block + entrances if checkpointing else sum(saved)),
+        activations=block + (max(saved) + entrances if checkpointing else sum(saved)),
         step=weights * own,
         curvature=curvature_transients(model, work, fisher, precision),
     )
@@ -276,22 +285,44 @@ def _slot_bytes(experts: Experts, precision: Precision, trained: str | None, *, 
         total += precision.second * d_out
     if trained is not None:
         total += precision.second * d_in
-    if trained == "experts":
+    elif above and precision.first != precision.second and not _has_kernel(experts, precision.second):
+        total += precision.second * d_in  # in the dtype of the second matrices; taps see it in that of the first
+    if trained == "experts" or (
+        above and experts.layer.layout == "fused" and not _has_kernel(experts, precision.first)
+    ):
         total += precision.first * d_out
     return total + (d_in if dropout and (above or trained == "experts") else 0)
 
 
-def _copied_weights(experts: Experts, work: Workload, precision: Precision, above: bool) -> int:
-    """Copies of expert matrices, one a block of slots, that autograd keeps where no grouped kernel takes the dtype.
+def _has_kernel(experts: Experts, size: int) -> bool:
+    """Whether a GPU has torch's grouped product for weights of so many bytes, where experts share a product at all."""
+    if experts.layer.layout not in ("fused", "adapted"):
+        return True
+    widths = (experts.layer.d_in, experts.layer.d_out, experts.first_width)
+    return size == _KERNEL_BYTES and all(width * size % _KERNEL_ALIGNMENT == 0 for width in widths)
 
-    On a GPU torch's grouped product is used in bfloat16 alone.
+
+def _product_bytes(model: Architecture, work: Workload, precision: Precision, trained: str | None) -> int:
+    """What the largest product of slots and their experts' matrices takes where no grouped kernel fits, for a moment.
+
+    The gradient that comes in, slots in blocks on both sides, and copies of matrices or the product once more; for a
+    trained matrix's gradient one matrix for every block.
     """
-    if experts.layer.layout != "fused" or not above:
-        return 0
-    blocks = _product_blocks(experts, work)
-    first = 0 if precision.first == _KERNEL_BYTES else precision.first * (experts.matrices - experts.second)
-    second = 0 if precision.second == _KERNEL_BYTES else precision.second * experts.second
-    return blocks * (first + second)
+    most = 0
+    for experts in model.experts:
+        d_in, d_out = experts.layer.d_in, experts.layer.d_out
+        slots, blocks = work.positions * experts.top_k, _product_blocks(experts, work)
+        products = [(d_in, d_out, precision.second, trained is not None)]
+        if experts.layer.layout == "fused":
+            products.append((d_out, experts.first_width, precision.first, trained == "experts"))
+        for into, out, size, has_gradient in products:
+            if not _has_kernel(experts, size):
+                at_a_time = min(blocks, max(1, _COPIED_WEIGHTS // (into * out)))
+                moment = max(at_a_time * into * out, blocks * _BLOCK_ROWS * max(into, out))
+                gradient = (blocks + experts.layer.num_experts) * into * out if has_gradient else 0
+                rows = slots * out + blocks * _BLOCK_ROWS * (into + out)
+                most = max(most, size * (rows + max(moment, gradient)))
+    return most
 
 
 def _product_blocks(experts: Experts, work: Workload) -> int:
@@ -304,24 +335,37 @@ def _gradient_bytes(model: Architecture, work: Workload, precision: Precision) -
     return precision.second * sum(slots)
 
 
+def _joining_bytes(model: Architecture, work: Workload, precision: Precision) -> int:
+    """A second copy of a pass's gradients, where every expert is a module and has its own."""
+    slots = (work.positions * e.top_k * e.layer.d_out for e in model.experts if e.layer.layout == "modules")
+    return precision.second * sum(slots)
+
+
 def _tapped_bytes(model: Architecture, work: Workload, precision: Precision) -> int:
-    """What is alive after a tapped forward: autograd's share, all inputs twice, the outputs where gradients end."""
-    inputs = sum(work.positions * experts.top_k * experts.layer.d_in for experts in model.experts)
+    """What is alive after a tapped forward: autograd's share, all inputs, the outputs where gradients end.
+
+    Where every expert is a module, its inputs are recorded one by one and then joined to a second copy.
+    """
+    inputs = sum(
+        work.positions * experts.top_k * experts.layer.d_in * (2 if experts.layer.layout == "modules" else 1)
+        for experts in model.experts
+    )
     ends = sum(work.positions * e.top_k * e.layer.d_out for e in model.blocks[model.first].experts)
-    return sum(saved_bytes(model, work, precision, None)) + precision.second * (2 * inputs + ends)
+    return sum(saved_bytes(model, work, precision, None)) + precision.first * inputs + precision.second * ends
 
 
 def _adding_bytes(experts: Experts, work: Workload, precision: Precision) -> int:
     """Adding the slots of one layer to its sketches: picked, sorted, in float32, squared, laid out in blocks."""
     slots, blocks = work.positions * experts.top_k, _product_blocks(experts, work)
-    a_value = 2 * precision.second + 4 + (4 if precision.second < 4 else 0)
 
-    def side(width: int) -> int:
+    def side(width: int, size: int) -> int:
+        a_value = 2 * size + 4 + (4 if size < 4 else 0)
         columns = width if width <= EXACT_WIDTH else min(4 * work.rank, width)
-        layout = 4 * blocks * (_BLOCK_ROWS * (width + columns) + width * columns)
+        products = (blocks + experts.layer.num_experts) * width * columns
+        layout = 4 * (blocks * _BLOCK_ROWS * (width + columns) + products)
         return slots * (a_value * width + 4 * columns) + layout
 
-    return max(side(experts.layer.d_in), side(experts.layer.d_out))
+    return max(side(experts.layer.d_in, precision.first), side(experts.layer.d_out, precision.second))
 
 
 def _finishing_bytes(model: Architecture, rank: int) -> int:

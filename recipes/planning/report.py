@@ -275,8 +275,8 @@ def _float32_note(plan: Plan) -> list[str]:
     if all(experts.layer.layout != "fused" for experts in plan.model.experts):
         return []
     return [
-        "Float32 experts have no grouped kernel on a GPU: their matrices are copied for every 32 slots, which is what",
-        "their activations and curvature are made of.",
+        "Float32 experts have no grouped kernel on a GPU. A product copies their matrices for every 32 slots, 256 MiB",
+        "at a time, and keeps no copy; the gradient of a trained matrix is made of one matrix for every 32 slots.",
     ]
 
 

@@ -5,6 +5,8 @@ from __future__ import annotations
 import weakref
 
 import torch
+from torch import nn
+from torch.nn.functional import silu
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from transformers import Qwen2MoeConfig, Qwen2MoeForCausalLM
@@ -42,6 +44,38 @@ def built(dtype=torch.float32, attention="sdpa", **options):
         model = Qwen2MoeForCausalLM(config).to(dtype).eval()
     model.requires_grad_(False)
     return model
+
+
+class _Expert(nn.Module):
+    def __init__(self, gate_up, down):
+        super().__init__()
+        self.gate, self.up, self.down = (_linear(weight) for weight in (*gate_up.chunk(2), down))
+
+    def forward(self, x):
+        return self.down(silu(self.gate(x)) * self.up(x))
+
+
+def _linear(weight):
+    linear = nn.Linear(*weight.shape[::-1], bias=False)
+    linear.weight.data = weight
+    return linear
+
+
+class _Experts(nn.ModuleList):
+    def forward(self, tokens, index, weights):
+        total = torch.zeros_like(tokens)
+        for number, expert in enumerate(self):
+            rows, choice = torch.where(index == number)
+            total = total.index_add(0, rows, expert(tokens[rows]) * weights[rows, choice].unsqueeze(1))
+        return total
+
+
+def as_modules(model):
+    """The same model with a module for every expert."""
+    for block in model.model.layers:
+        fused = block.mlp.experts
+        block.mlp.experts = _Experts(map(_Expert, fused.gate_up_proj.data, fused.down_proj.data))
+    return model.requires_grad_(False)
 
 
 def class_logits(model, batch):
