@@ -125,30 +125,63 @@ def check_options(rank: int, fisher: str, approximation: str, sketch: str) -> No
 def _add_batch(
     sums: Sequence[_LayerSums], tapped: TappedBatch, slots: Sequence[Slots], weights: Tensor, approximation: str
 ) -> None:
-    """Add one batch's slots to every layer: the gradients pass by pass, then the inputs of the slots that counted."""
-    merges = None
-    if approximation == "reduce":
-        owners = slot_owners(tapped, slots)
-        merges = [
-            _Merge(s.experts, owner, x.layer.num_experts) for s, owner, x in zip(slots, owners, sums, strict=True)
-        ]
-    counted = [torch.zeros_like(layer_slots.experts, dtype=torch.bool) for layer_slots in slots]
-    live = [layer_slots.inputs.any(dim=1) for layer_slots in slots]
+    """Add one batch's slots to every layer: each gradient as soon as it is known, then the inputs that counted."""
+    owners = slot_owners(tapped, slots) if approximation == "reduce" else [None] * len(slots)
+    num_examples = len(tapped.logits)
+    batches = [
+        _LayerBatch(x, layer_slots, owner, num_examples)
+        for x, layer_slots, owner in zip(sums, slots, owners, strict=True)
+    ]
     for pass_weights in weights:
-        gradients = tapped.taps.gradients(tapped.logits, pass_weights.to(tapped.logits.device))
-        for position, gradient in enumerate(gradients):
-            moves = gradient.any(dim=1) & live[position]
-            counted[position] |= moves
-            experts = slots[position].experts
-            if merges is not None:
-                gradient, experts = merges[position].sum(gradient * moves.unsqueeze(1)), merges[position].experts
-                moves = gradient.any(dim=1)
-            sums[position].add_gradients(gradient[moves], experts[moves])
-    for position, (layer_slots, counts) in enumerate(zip(slots, counted, strict=True)):
-        inputs, experts = layer_slots.inputs[counts], layer_slots.experts[counts]
-        if merges is not None:
-            inputs, experts = merges[position].mean(layer_slots.inputs, counts)
-        sums[position].add_inputs(inputs, experts)
+        tapped.taps.stream_gradients(
+            tapped.logits,
+            pass_weights.to(tapped.logits.device),
+            lambda position, gradient: batches[position].add_gradients(gradient),
+        )
+    for batch in batches:
+        batch.add_inputs()
+
+
+class _LayerBatch:
+    """One batch's slots of one layer on their way into the sums."""
+
+    def __init__(self, sums: _LayerSums, slots: Slots, owners: Tensor | None, num_examples: int) -> None:
+        self._sums = sums
+        self._slots = slots
+        self._merge = None if owners is None else _Merge(slots.experts, owners, sums.layer.num_experts, num_examples)
+        self._live = slots.inputs.any(dim=1)
+        self._counted = torch.zeros_like(self._live)
+
+    def add_gradients(self, gradients: Tensor) -> None:
+        moves = gradients.any(dim=1) & self._live
+        self._counted |= moves
+        experts = self._slots.experts
+        if self._merge is not None:
+            gradients, experts = self._merge.sum(gradients * moves.unsqueeze(1)), self._merge.experts
+            moves = gradients.any(dim=1)
+        self._sums.add_gradients(*_kept(gradients, experts, moves))
+
+    def add_inputs(self) -> None:
+        inputs, experts, counted = self._slots.inputs, self._slots.experts, self._counted
+        if self._merge is not None:
+            inputs, counted = self._merge.mean(inputs, counted)
+            experts = self._merge.experts
+        self._sums.slots.index_add_(0, experts, counted.double())
+        self._sums.add_inputs(*_kept(inputs, experts, counted))
+
+
+def _kept(values: Tensor, experts: Tensor, keep: Tensor) -> tuple[Tensor, Tensor]:
+    """The slots to keep; on an accelerator all of them, the others as zeros, which add nothing to a sum.
+
+    To learn there how many are kept would mean waiting for it.
+    """
+    if _answers_at_once(values.device):
+        return values[keep], experts[keep]
+    return values * keep.unsqueeze(1), experts
+
+
+def _answers_at_once(device: torch.device) -> bool:
+    return device.type == "cpu"
 
 
 class _LayerSums:
@@ -171,7 +204,6 @@ class _LayerSums:
     def add_inputs(self, inputs: Tensor, experts: Tensor) -> None:
         groups = ExpertGroups(experts, self.layer.num_experts)
         self.inputs.update(inputs[groups.order].to(self.dtype), groups)
-        self.slots += groups.counts
 
     def finish(self, scale: float) -> LayerFactors:
         for kind, trace in (("a", self.inputs.trace), ("g", self.gradients.trace)):
@@ -199,21 +231,21 @@ class _LayerSums:
 
 
 class _Merge:
-    """Merges the slots of the same example and expert, for the reduce form."""
+    """Merges the slots of the same example and expert, for the reduce form: E B groups, of which many are empty."""
 
-    def __init__(self, experts: Tensor, owners: Tensor, num_experts: int) -> None:
+    def __init__(self, experts: Tensor, owners: Tensor, num_experts: int, num_examples: int) -> None:
         # Slots without an owner move no logit; whichever group they join, they add nothing to it.
-        keys, self._group = torch.unique(owners.clamp(min=0) * num_experts + experts, return_inverse=True)
-        self.experts = keys % num_experts
+        self._group = owners.clamp(min=0) * num_experts + experts
+        self._count = num_experts * num_examples
+        self.experts = torch.arange(self._count, device=experts.device) % num_experts
 
     def sum(self, values: Tensor) -> Tensor:
-        """Sum `[S, d]` over each group: `[groups, d]`, in float32 at least."""
+        """Sum `[S, d]` over each group: `[E B, d]`, in float32 at least."""
         values = values.to(torch.promote_types(values.dtype, torch.float32))
-        return values.new_zeros(len(self.experts), values.shape[1]).index_add_(0, self._group, values)
+        return values.new_zeros(self._count, values.shape[1]).index_add_(0, self._group, values)
 
     def mean(self, values: Tensor, counts: Tensor) -> tuple[Tensor, Tensor]:
-        """Average the counted rows of `[S, d]` over each group that has one: `[groups, d]` and experts `[groups]`."""
+        """Average the counted rows of `[S, d]` over each group: `[E B, d]`, and which groups have one `[E B]`."""
         totals = self.sum(values * counts.unsqueeze(1))
         sizes = self.sum(counts.unsqueeze(1))
-        present = sizes.squeeze(1) > 0
-        return (totals / sizes.clamp(min=1))[present], self.experts[present]
+        return totals / sizes.clamp(min=1), sizes.squeeze(1) > 0

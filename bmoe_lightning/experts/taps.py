@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from bmoe_lightning.experts.fused import outermost_pretrained
 from bmoe_lightning.experts.layer import ExpertLayer
 from bmoe_lightning.experts.layout import intercepted_layers
+from bmoe_lightning.experts.streaming import Collector, joined
 from bmoe_lightning.experts.wrapping import gradients_checked
 
 _INPUTS = ("input_ids", "inputs_embeds", "decoder_input_ids", "decoder_inputs_embeds")
@@ -121,7 +122,7 @@ class Taps:
             return Slots(like.new_empty(0, layer.d_in), none, none)
         rows = [row for row in tap.rows if row is not None]
         known = len(rows) == len(tap.rows)
-        return Slots(_joined(tap.inputs), _joined(tap.experts), _joined(rows) if known else None)
+        return Slots(joined(tap.inputs), joined(tap.experts), joined(rows) if known else None)
 
     def _any_inputs(self) -> Tensor:
         for tap in self._layer_taps:
@@ -146,11 +147,7 @@ class Taps:
         Raises:
             RuntimeError: if the logits carry no graph.
         """
-        if not outputs.requires_grad:
-            raise RuntimeError(
-                "class_logits returned logits without a graph, so nothing can be said about their derivatives: it must "
-                "not detach them, nor run the model under torch.no_grad() or torch.inference_mode()"
-            )
+        _check_graph(outputs)
         positions = range(len(self.layers)) if positions is None else positions
         chunks = [self._layer_taps[position].outputs for position in positions]
         flat = [output for outputs_of_layer in chunks for output in outputs_of_layer]
@@ -160,11 +157,41 @@ class Taps:
             for gradient, output in zip(found, flat, strict=True)
         )
         return [
-            _joined([next(gradients) for _ in of_layer])
+            joined([next(gradients) for _ in of_layer])
             if of_layer
             else self._any_inputs().new_empty(0, self.layers[position].d_out)
             for position, of_layer in zip(positions, chunks, strict=True)
         ]
+
+    def stream_gradients(self, outputs: Tensor, weights: Tensor, consume: Callable[[int, Tensor], None]) -> None:
+        """As `gradients`, but each layer's is handed over as soon as it is known, and not kept.
+
+        Args:
+            outputs: `[B, K]` logits of this batch.
+            weights: `[B, K]` weight of each logit in the sum.
+            consume: takes a position in `layers` and `[S, d_out]`, in the order of `slots`; called once a layer, the
+                last layer first.
+
+        Raises:
+            RuntimeError: if the logits carry no graph.
+        """
+        _check_graph(outputs)
+        collectors = [Collector(position, tap.outputs, consume) for position, tap in enumerate(self._layer_taps)]
+        flat = [output for tap in self._layer_taps for output in tap.outputs]
+        weights = weights.to(outputs.dtype)
+        # The graph begins at the leaves, and the way to them leads past the other outputs.
+        leaves = [output for output in flat if output.is_leaf]
+        with ExitStack() as stack:
+            for collector in collectors:
+                collector.listen(stack)
+            if leaves:
+                torch.autograd.grad(outputs, leaves, weights, retain_graph=True, allow_unused=True)
+        # Unless they depend on something else that wants gradients, or move no logit at all.
+        missing = [output for collector in collectors for output in collector.missing()]
+        found = torch.autograd.grad(outputs, missing, weights, retain_graph=True, allow_unused=True) if missing else ()
+        gradients = iter(found)
+        for collector in collectors:
+            collector.finish(gradients, self.layers[collector.position], self._any_inputs())
 
     def attach(self, model: nn.Module) -> ExitStack:
         """Hook into a model; closing the returned stack takes everything away again."""
@@ -191,9 +218,12 @@ class Taps:
             self.begin_call(0, ())
 
 
-def _joined(parts: list[Tensor]) -> Tensor:
-    # Of a single part torch.cat would make a second copy.
-    return parts[0] if len(parts) == 1 else torch.cat(parts)
+def _check_graph(outputs: Tensor) -> None:
+    if not outputs.requires_grad:
+        raise RuntimeError(
+            "class_logits returned logits without a graph, so nothing can be said about their derivatives: it must not "
+            "detach them, nor run the model under torch.no_grad() or torch.inference_mode()"
+        )
 
 
 @dataclass(frozen=True)

@@ -12,7 +12,7 @@ layer, `N` groups, a group being the slots of one example and expert.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -24,9 +24,7 @@ from bmoe_lightning.experts.grouped import ExpertGroups
 from bmoe_lightning.experts.layer import ExpertLayer
 from bmoe_lightning.experts.ownership import slot_owners
 from bmoe_lightning.experts.taps import ClassLogits, tapped_batch
-
-# Transient floats of one chunk of groups; bounds memory whatever the batch.
-_CHUNK_FLOATS = 1 << 24
+from bmoe_lightning.laplace.groups import SlotGroups, SlotKeys, group_slots, inner_products, on_device, padded_groups
 
 
 @dataclass(frozen=True)
@@ -87,31 +85,34 @@ def batch_terms(
     """
     with tapped_batch(model, layers, class_logits, batch) as tapped, torch.no_grad():
         weights, embedding = _contrasts(tapped.present, centred)
+        num_examples = len(embedding)
         slots = [tapped.taps.slots(position) for position in range(len(layers))]
         owners = slot_owners(tapped, slots, thorough=thorough)
         passes = [tapped.taps.gradients(tapped.logits, pass_weights) for pass_weights in weights]
-        terms = []
-        for position, layer_factors in enumerate(factors):
-            gradients = [gradients_of_pass[position] for gradients_of_pass in passes]
-            moves = torch.stack([gradient.any(dim=1) for gradient in gradients]).any(dim=0)
-            moves &= slots[position].inputs.any(dim=1)
-            if bool((owners[position][moves] < 0).any()):
+        gradients = list(zip(*passes, strict=True))
+        grouped = group_slots(
+            [
+                SlotKeys.of(layer_slots, layer_gradients, layer_owners, layer.num_experts, num_examples)
+                for layer_slots, layer_gradients, layer_owners, layer in zip(
+                    slots, gradients, owners, layers, strict=True
+                )
+            ],
+            num_examples,
+        )
+        for groups, layer in zip(grouped, layers, strict=True):
+            if groups.num_orphans:
                 raise RuntimeError(
-                    f"a slot of layer {layer_factors.name!r} moves a logit, but no example owns it: its gradients "
-                    "cancel or underflow; try bfloat16 or float32 weights"
+                    f"a slot of layer {layer.name!r} moves a logit, but no example owns it: its gradients cancel or "
+                    "underflow; try bfloat16 or float32 weights"
                 )
-            terms.append(
-                layer_terms(
-                    slots[position].inputs[moves],
-                    torch.stack([gradient[moves] for gradient in gradients]),
-                    owners[position][moves],
-                    slots[position].experts[moves],
-                    layer_factors,
-                    len(embedding),
-                )
+        terms = tuple(
+            layer_terms(layer_slots.inputs, layer_gradients, groups, layer_factors, num_examples)
+            for layer_slots, layer_gradients, groups, layer_factors in zip(
+                slots, gradients, grouped, factors, strict=True
             )
+        )
         logits = tapped.logits.detach().double().masked_fill(~tapped.present, -torch.inf)
-        return BatchTerms(logits, tapped.labels, embedding, tuple(terms))
+        return BatchTerms(logits, tapped.labels, embedding, terms)
 
 
 def _contrasts(present: Tensor, centred: bool) -> tuple[Tensor, Tensor]:
@@ -132,68 +133,37 @@ def _contrasts(present: Tensor, centred: bool) -> tuple[Tensor, Tensor]:
 
 
 def layer_terms(
-    inputs: Tensor, gradients: Tensor, owners: Tensor, experts: Tensor, factors: LayerFactors, num_examples: int
+    inputs: Tensor, gradients: Sequence[Tensor], groups: SlotGroups, factors: LayerFactors, num_examples: int
 ) -> LayerTerms:
     """Reduce the slots of one layer to its covariance terms.
 
     Args:
         inputs: `[S, d_in]`.
-        gradients: `[P, S, d_out]`.
-        owners: `[S]` int64, example of each slot.
-        experts: `[S]` int64.
+        gradients: P times `[S, d_out]`.
+        groups: which of the slots belong together.
         factors: the layer's curvature.
         num_examples: B.
     """
     dtype = torch.promote_types(factors.a_basis.dtype, torch.promote_types(inputs.dtype, torch.float32))
-    keys, order = torch.sort(experts * num_examples + owners)
-    inputs, gradients = inputs[order].to(dtype), gradients[:, order].to(dtype)
-    groups, sizes = torch.unique_consecutive(keys, return_counts=True)
-    num_contrasts = len(gradients)
+    inputs = inputs[groups.order].to(dtype)
+    contrasts = torch.stack([gradient[groups.order].to(dtype) for gradient in gradients], dim=1)  # [S, P, d_out]
 
-    by_expert = ExpertGroups(experts[order], factors.num_experts)  # already sorted: its order is the identity
+    by_expert = ExpertGroups(groups.experts, factors.num_experts)  # already sorted: its order is the identity
     projected_inputs = by_expert.matmul(inputs, factors.a_basis.to(dtype))
-    projected_gradients = torch.stack([by_expert.matmul(g, factors.g_basis.to(dtype)) for g in gradients])
+    projected = [by_expert.matmul(gradient, factors.g_basis.to(dtype)) for gradient in contrasts.unbind(1)]
+    projected_gradients = torch.stack(projected, dim=1)  # [S, P, r_g]
 
-    prior = inputs.new_zeros(num_examples, num_contrasts, num_contrasts, dtype=torch.float64)
+    keys = on_device(groups.keys, inputs.device)
+    prior = inputs.new_zeros(num_examples, len(gradients), len(gradients), dtype=torch.float64)
     ranks = (projected_gradients.shape[-1], projected_inputs.shape[-1])
-    projections = inputs.new_zeros(len(groups), num_contrasts, *ranks)
-    width = inputs.shape[1] + num_contrasts * gradients.shape[2]
-    for chosen, rows, filled in _buckets(sizes, width, num_contrasts):
+    projections = inputs.new_zeros(len(keys), len(gradients), *ranks)
+    for chosen, rows, filled in padded_groups(groups.sizes, inputs.shape[1], contrasts.shape[1:], inputs.device):
         a = inputs[rows] * filled.unsqueeze(2)  # [n, h, d_in]
-        g = gradients[:, rows] * filled.unsqueeze(2)  # [P, n, h, d_out]
-        flat = g.transpose(0, 1).flatten(1, 2)  # [n, P h, d_out]
-        height = rows.shape[1]
-        pairs = (flat @ flat.mT).view(len(chosen), num_contrasts, height, num_contrasts, height)
-        kernel = torch.einsum("npsqt,nst->npq", pairs, a @ a.mT)
-        prior.index_add_(0, groups[chosen] % num_examples, kernel.double())
-        left = (projected_gradients[:, rows] * filled.unsqueeze(2)).permute(1, 0, 3, 2).flatten(1, 2)  # [n, P r_g, h]
-        projections[chosen] = (left @ projected_inputs[rows]).view(len(chosen), num_contrasts, *ranks)
-    return LayerTerms(prior, projections, groups % num_examples, groups // num_examples)
-
-
-def _buckets(sizes: Tensor, width: int, num_contrasts: int) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
-    """Pad groups of similar size to the same height.
-
-    Args:
-        sizes: `[N]` slots of each group; groups lie one after the other.
-        width: floats that one padded slot takes.
-        num_contrasts: P.
-
-    Yields:
-        Group indices `[n]`, slot rows `[n, h]` and which of them are real `[n, h]`.
-    """
-    starts = sizes.cumsum(0) - sizes
-    # Heights 1, 2, 3, 4, 6, 8, 12, 16, ...: padding adds a third on average, with two heights an octave.
-    exponent = sizes.double().log2().ceil()
-    power = 2.0**exponent
-    height = torch.where((sizes <= power * 0.75) & (power > 2), power * 0.75, power).long()
-    for h in torch.unique(height).tolist():
-        members = (height == h).nonzero().squeeze(1)
-        floats = h * width + (h * num_contrasts) ** 2
-        for chosen in members.split(max(1, _CHUNK_FLOATS // floats)):
-            offset = torch.arange(h, device=sizes.device)
-            filled = offset < sizes[chosen].unsqueeze(1)
-            yield chosen, torch.where(filled, starts[chosen].unsqueeze(1) + offset, 0), filled
+        g = (contrasts[rows] * filled.view(*filled.shape, 1, 1)).transpose(1, 2)  # [n, P, h, d_out]
+        prior.index_add_(0, keys[chosen] % num_examples, inner_products(a, g).double())
+        left = (projected_gradients[rows] * filled.view(*filled.shape, 1, 1)).permute(0, 2, 3, 1).flatten(1, 2)
+        projections[chosen] = (left @ projected_inputs[rows]).view(len(chosen), len(gradients), *ranks)
+    return LayerTerms(prior, projections, keys % num_examples, keys // num_examples)
 
 
 def covariance(terms: BatchTerms, curvature: Sequence[Tensor], prior_precision: Tensor) -> Tensor:

@@ -132,11 +132,12 @@ def kernels(model: Architecture, work: Workload) -> float:
 
 
 def group(slots: int, experts: Experts, work: Workload) -> float:
-    """Operations of the kernels of one example and expert with `slots` slots."""
+    """Operations of the kernels of one example and expert with `slots` slots, in the cheaper of two ways."""
     layer, classes, padded = experts.layer, work.contrasts, height(slots)
     ranks = min(work.rank, layer.d_in), min(work.rank, layer.d_out)
-    inner = 2 * padded**2 * (classes**2 * layer.d_out + layer.d_in + classes**2)
-    return inner + 2 * classes * ranks[0] * ranks[1] * padded
+    by_pairs = padded**2 * (classes**2 * layer.d_out + layer.d_in + classes**2)
+    written_out = classes * (padded + classes) * layer.d_in * layer.d_out
+    return 2 * min(by_pairs, written_out) + 2 * classes * ranks[0] * ranks[1] * padded
 
 
 def height(slots: int) -> int:

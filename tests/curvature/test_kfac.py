@@ -24,8 +24,9 @@ from oracles.models import (
     toy_batch,
     toy_model,
 )
+from oracles.waits import Waits
 
-from bmoe_lightning.curvature import collect_factors
+from bmoe_lightning.curvature import collect_factors, kfac
 from bmoe_lightning.curvature.fisher import fisher_weights
 from bmoe_lightning.experts import find_expert_layers, weight_fingerprint
 
@@ -403,3 +404,29 @@ def test_bad_options():
         collect_factors(model, lambda m, b: (answer_logits(m, b)[0].softmax(-1), None), [batch])
     with pytest.raises(ValueError, match="has no expert layers"):
         collect_factors(torch.nn.Linear(2, 2), answer_logits, [batch])
+
+
+@pytest.mark.parametrize("approximation", ["expand", "reduce"])
+@pytest.mark.parametrize("sketch", ["nystrom", "exact"])
+def test_on_an_accelerator_nothing_is_waited_for(approximation, sketch, monkeypatch):
+    """There slots that do not count are zeroed rather than left out: the same sums, without a word from the device."""
+    counts, found = [], []
+    for num_layers in (2, 6):
+        model, batch = toy_model(num_layers=num_layers), toy_batch()
+        expected = collect_factors(model, answer_logits, [batch], rank=3, approximation=approximation, sketch=sketch)
+        with monkeypatch.context() as patch:
+            patch.setattr(kfac, "_answers_at_once", lambda device: False)
+            for batches in ([batch], [batch] * 3):
+                with Waits() as waits:
+                    factors = collect_factors(
+                        model, answer_logits, batches, rank=3, approximation=approximation, sketch=sketch
+                    )
+                counts.append(waits.count)
+                found.append((factors, expected))
+    # What is left belongs to a batch or to the end of the pass: no layer's batch adds to it.
+    (few, more), (few_of_many, more_of_many) = counts[:2], counts[2:]
+    assert more - few == more_of_many - few_of_many
+    factors, expected = found[2]
+    for layer, other in zip(factors.layers, expected.layers, strict=True):
+        assert torch.equal(layer.slots, other.slots)
+        torch.testing.assert_close(matrices(layer), matrices(other), rtol=1e-8, atol=1e-11)

@@ -25,7 +25,7 @@ from oracles.models import (
 )
 
 from bmoe_lightning.curvature import collect_factors
-from bmoe_lightning.laplace import LaplacePosterior, covariance
+from bmoe_lightning.laplace import LaplacePosterior, groups
 
 FULL = 100
 layouts = pytest.mark.parametrize("layout", ["fused", "modules"])
@@ -193,21 +193,8 @@ def test_small_chunks_change_nothing(monkeypatch):
     model, batch = toy_model(), toy_batch(num_rows=6)
     posterior = LaplacePosterior(collect_factors(model, answer_logits, [batch], rank=3))
     _, whole = posterior.logit_covariance(model, answer_logits, batch)
-    monkeypatch.setattr(covariance, "_CHUNK_FLOATS", 1)
+    monkeypatch.setattr(groups, "_CHUNK_FLOATS", 1)
     assert_close(posterior.logit_covariance(model, answer_logits, batch)[1], whole, 1e-12)
-
-
-@pytest.mark.parametrize("size", [1, 2, 3, 4, 5, 6, 7, 12, 13, 100])
-def test_buckets_hold_every_slot_once(size):
-    sizes = torch.tensor([size, 1, 9, size])
-    seen = torch.zeros(int(sizes.sum()), dtype=torch.int64)
-    groups = []
-    for chosen, rows, filled in covariance._buckets(sizes, 10, 3):
-        assert bool((filled.sum(1) == sizes[chosen]).all())
-        seen.index_add_(0, rows[filled], torch.ones_like(rows[filled]))
-        groups += chosen.tolist()
-    assert bool((seen == 1).all())
-    assert sorted(groups) == [0, 1, 2, 3]
 
 
 @pytest.mark.parametrize("rank", [2, 16])

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 
+import numpy as np
 import pytest
 import torch
 from planned import WORK, built, class_logits, small_batch, train
@@ -13,8 +14,10 @@ from torch.utils.flop_counter import FlopCounterMode
 from bmoe_lightning.curvature import LayerFactors, collect_factors
 from bmoe_lightning.curvature.sketch import make_sketch
 from bmoe_lightning.experts.grouped import ExpertGroups
+from bmoe_lightning.experts.taps import Slots
 from bmoe_lightning.laplace import LaplacePosterior
 from bmoe_lightning.laplace.covariance import layer_terms
+from bmoe_lightning.laplace.groups import SlotKeys, group_slots, padded_groups
 from recipes.planning import compute
 from recipes.planning.architecture import describe
 
@@ -92,9 +95,9 @@ def test_kernels_under_an_even_router(model):
     chosen = torch.rand(work.positions, count, generator=torch.Generator().manual_seed(0)).topk(top_k).indices.flatten()
     owners = torch.arange(work.positions).repeat_interleave(top_k) // work.tokens
     slots = len(chosen)
-    steps = counted(
-        lambda: layer_terms(torch.ones(slots, d_in), torch.ones(3, slots, d_out), owners, chosen, factors, 4)
-    )
+    inputs, gradients = torch.ones(slots, d_in), [torch.ones(slots, d_out)] * 3
+    keys = SlotKeys.of(Slots(inputs, chosen, None), gradients, owners, count, 4)
+    steps = counted(lambda: layer_terms(inputs, gradients, group_slots([keys], 4)[0], factors, 4))
     alone = replace(planned, blocks=(replace(planned.blocks[-1], experts=(experts,)), planned.blocks[0]))
     rest = replace(alone, blocks=alone.blocks[:1])
     first = compute.kernels(replace(alone, blocks=(alone.blocks[0], replace(alone.blocks[1], experts=()))), work)
@@ -104,10 +107,9 @@ def test_kernels_under_an_even_router(model):
 
 
 def test_heights_are_those_of_the_library():
-    from bmoe_lightning.laplace.covariance import _buckets
-
-    sizes = torch.arange(1, 200)
-    found = {int(i): rows.shape[1] for chosen, rows, _ in _buckets(sizes, 1, 1) for i in chosen}
+    sizes = np.arange(1, 200)
+    padded = padded_groups(sizes, 1, (1, 1), torch.device("cpu"))
+    found = {int(i): rows.shape[1] for chosen, rows, _ in padded for i in chosen}
     assert [compute.height(size) for size in sizes.tolist()] == [found[i] for i in range(len(sizes))]
     assert compute.height(0) == 0
 

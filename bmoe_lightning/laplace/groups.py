@@ -1,0 +1,170 @@
+"""Slots by example and expert, and the inner products of their weight gradients.
+
+With `G_p = sum_s g_{s,p} a_s^T` over the slots of one group, `<G_p, G_q>` is computed in one of two ways, whichever
+takes fewer operations:
+
+    sum_{s,t} (a_s . a_t) (g_{s,p} . g_{t,q})        h^2 d_in + (P h)^2 d_out, for a group of h slots
+    G_p : G_q, written out                           P h d_in d_out + P^2 d_in d_out.
+
+The first is for the many small groups of routed experts, the second for layers that see every token. Which slots there
+are is known on the device alone; its answer for all layers is fetched at once.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from bmoe_lightning.experts.taps import Slots
+
+# Transient floats of one chunk of groups; bounds memory whatever the batch.
+_CHUNK_FLOATS = 1 << 24
+
+
+@dataclass(frozen=True)
+class SlotKeys:
+    """Which group each slot of a layer belongs to, on the device.
+
+    Attributes:
+        keys: `[S]` int64: `expert * B + example`, or E B for a slot that does not count.
+        counts: `[E B + 2]` int64: slots of each group; those that do not count; those that move a logit and have no
+            owner.
+    """
+
+    keys: Tensor
+    counts: Tensor
+
+    @classmethod
+    def of(
+        cls, slots: Slots, gradients: Sequence[Tensor], owners: Tensor, num_experts: int, num_examples: int
+    ) -> SlotKeys:
+        """Group the slots of one layer.
+
+        Args:
+            slots: S slots.
+            gradients: P times `[S, d_out]`. A slot counts when one of its weight gradients is not exactly zero.
+            owners: `[S]` int64, example of each slot; negative for none.
+            num_experts: E.
+            num_examples: B.
+        """
+        moves = torch.stack([gradient.any(dim=1) for gradient in gradients]).any(dim=0) & slots.inputs.any(dim=1)
+        none = num_experts * num_examples
+        keys = torch.where(moves & (owners >= 0), slots.experts * num_examples + owners, none)
+        counts = torch.zeros(none + 2, dtype=torch.int64, device=keys.device)
+        counts.scatter_add_(0, keys, torch.ones_like(keys))
+        counts[none + 1] = (moves & (owners < 0)).sum()
+        return cls(keys, counts)
+
+
+@dataclass(frozen=True)
+class SlotGroups:
+    """The slots of one layer that count, sorted by group.
+
+    Attributes:
+        order: `[n]` int64, on the device: which slots, those of a group one after the other.
+        experts: `[n]` int64, on the device: the expert of each of them.
+        keys: `[N]`: `expert * B + example` of each group that has a slot, ascending.
+        sizes: `[N]`: slots of each group.
+        num_orphans: slots that move a logit, but have no owner.
+    """
+
+    order: Tensor
+    experts: Tensor
+    keys: NDArray[np.int64]
+    sizes: NDArray[np.int64]
+    num_orphans: int
+
+
+def group_slots(layers: Sequence[SlotKeys], num_examples: int) -> list[SlotGroups]:
+    """Sort the slots of all layers, waiting for the device once.
+
+    Args:
+        layers: one entry a layer.
+        num_examples: B.
+    """
+    ends = np.cumsum([len(layer.counts) for layer in layers])
+    counts = torch.cat([layer.counts for layer in layers]).cpu().numpy()
+    grouped = []
+    for layer, counted in zip(layers, np.split(counts, ends[:-1]), strict=True):
+        groups = counted[:-2]
+        keys = np.flatnonzero(groups)
+        sorted_keys, order = torch.sort(layer.keys, stable=True)
+        total = int(groups.sum())
+        experts = sorted_keys[:total] // num_examples
+        grouped.append(SlotGroups(order[:total], experts, keys, groups[keys], int(counted[-1])))
+    return grouped
+
+
+def padded_groups(
+    sizes: NDArray[np.int64], d_in: int, contrasts: Sequence[int], device: torch.device
+) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+    """Pad groups of similar size to the same height.
+
+    Args:
+        sizes: `[N]` slots of each group; groups lie one after the other.
+        d_in: width of a slot's input.
+        contrasts: P and d_out.
+        device: where the indices are wanted.
+
+    Yields:
+        Group indices `[n]`, slot rows `[n, h]` and which of them are real `[n, h]`.
+    """
+    starts = sizes.cumsum(0) - sizes
+    num_contrasts, d_out = contrasts
+    # Heights 1, 2, 3, 4, 6, 8, 12, 16, ...: padding adds a third at most, with two heights an octave.
+    power = 2 ** np.ceil(np.log2(sizes)).astype(np.int64)
+    height = np.where((4 * sizes <= 3 * power) & (power > 2), 3 * power // 4, power)
+    for h in np.unique(height).tolist():
+        members = np.flatnonzero(height == h)
+        floats = h * (d_in + num_contrasts * d_out) + (h * num_contrasts) ** 2
+        at_a_time = max(1, _CHUNK_FLOATS // floats)
+        for first in range(0, len(members), at_a_time):
+            chosen = members[first : first + at_a_time]
+            filled = np.arange(h) < sizes[chosen, None]
+            rows = np.where(filled, starts[chosen, None] + np.arange(h), 0)
+            yield on_device(chosen, device), on_device(rows, device), on_device(filled, device)
+
+
+def on_device(array: NDArray[Any], device: torch.device) -> Tensor:
+    """A small array as a tensor on a device, without waiting for it."""
+    return torch.from_numpy(array).to(device, non_blocking=True)
+
+
+def inner_products(a: Tensor, g: Tensor) -> Tensor:
+    """`<G_p, G_q>` of each group.
+
+    Args:
+        a: `[n, h, d_in]` inputs of n groups of h slots.
+        g: `[n, P, h, d_out]` gradients.
+
+    Returns:
+        `[n, P, P]`.
+    """
+    _, num_contrasts, height, d_out = g.shape
+    d_in = a.shape[2]
+    by_pairs = height**2 * (d_in + num_contrasts**2 * d_out)
+    written_out = num_contrasts * (height + num_contrasts) * d_in * d_out
+    return _by_pairs(a, g) if by_pairs <= written_out else _written_out(a, g)
+
+
+def _by_pairs(a: Tensor, g: Tensor) -> Tensor:
+    count, num_contrasts, height, _ = g.shape
+    flat = g.flatten(1, 2)
+    pairs = (flat @ flat.mT).view(count, num_contrasts, height, num_contrasts, height)
+    return torch.einsum("npsqt,nst->npq", pairs, a @ a.mT)
+
+
+def _written_out(a: Tensor, g: Tensor) -> Tensor:
+    count, num_contrasts, _, _ = g.shape
+    total = a.new_zeros(count, num_contrasts, num_contrasts)
+    # A few rows of G at a time: a whole one is as large as the weight.
+    for rows in g.split(max(1, _CHUNK_FLOATS // (count * num_contrasts * a.shape[2])), dim=3):
+        flat = (rows.mT @ a.unsqueeze(1)).flatten(2)  # [n, P, rows d_in]
+        total += flat @ flat.mT
+    return total
