@@ -1,4 +1,4 @@
-"""Which model families of the installed transformers work, each compared with a dense oracle on a tiny model."""
+"""Which model families of transformers and of this library work, each compared with a dense oracle on a tiny model."""
 
 from __future__ import annotations
 
@@ -20,12 +20,14 @@ PLACE = "supported models"
 COMMAND = "python -m recipes.supported_models"
 _HEAD = ("family", "expert layers", "layout", "oracle error", "float32 error", "notes")
 _EXPLANATION = """\
-Made by `{command} --write`. For every mixture-of-experts family of the installed transformers a tiny model with random
-weights is built from the family's own configuration class. *Oracle error*: with float64 weights, the largest relative
-error of logits, gradients, slot counts, curvature factors and logit covariance against dense references that watch the
-model's own code. *float32 error*: with float32 weights, logits and gradients against the model's own `grouped_mm` (or
-`batched_mm`, or its only implementation). Both must stay below {bound:.0e}: most families compute norms and routers in
-float32 whatever their weights are."""
+Made by `{command} --write`. For every mixture-of-experts family of the installed transformers, and of this library, a
+tiny model with random weights is built from the family's own configuration class. Where a family has a text model and a
+multimodal wrapper around it, both are built and the larger error is shown; wrappers are given text only.
+
+*Oracle error*: with float64 weights, the largest relative error of logits, gradients, slot counts, curvature factors
+and logit covariance against dense references that watch the model's own code. *float32 error*: with float32 weights,
+logits and gradients against the model's own `grouped_mm` (or `batched_mm`, or its only implementation). Both must stay
+below {bound:.0e}: most families compute norms and routers in float32 whatever their weights are."""
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -43,7 +45,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     names = known if options.families is None else options.families.split(",")
     unknown = sorted(set(names) - set(known))
     if unknown:
-        print(f"error: no MoE family of the installed transformers: {', '.join(unknown)}", file=sys.stderr)
+        print(
+            f"error: no MoE family of the installed transformers or this library: {', '.join(unknown)}", file=sys.stderr
+        )
         return 2
     if options.write and options.families is not None:
         print("error: --write takes all families; leave --families out", file=sys.stderr)
@@ -87,17 +91,30 @@ def table(rows: Sequence[Row]) -> str:
 
 
 def summary(rows: Sequence[Row]) -> str:
-    """How many families there are, work, are refused and fail: one or two sentences."""
-    with_interface = [row for row in rows if row.interface]
-    supported = sum(row.supported for row in rows)
-    of_interface = sum(row.supported for row in with_interface)
-    refused = sum(row.refused is not None for row in rows)
-    failed = sum(row.complaint is not None for row in rows)
-    text = (
-        f"{supported} of {len(rows)} families are supported: {of_interface} of the {len(with_interface)} that use "
-        f"transformers' experts interface, {supported - of_interface} of the {len(rows) - len(with_interface)} others."
-    )
-    return text + (f" {refused} refused." if refused else "") + (f" {failed} FAILED." if failed else "")
+    """How many families there are, work, are refused and fail: a few short sentences."""
+    theirs = [row for row in rows if not row.own]
+    own = [row for row in rows if row.own]
+    text = []
+    if theirs:
+        with_interface, others = (
+            f"{sum(row.supported for row in theirs if row.interface is has)} of the "
+            f"{sum(row.interface is has for row in theirs)}"
+            for has in (True, False)
+        )
+        text.append(
+            f"{sum(row.supported for row in theirs)} of {len(theirs)} families of transformers are supported: "
+            f"{with_interface} that use its experts interface, {others} others."
+        )
+    if own:
+        text.append(f"Of those that this library brings: {sum(row.supported for row in own)} of {len(own)}.")
+    for count, what in (
+        (sum(row.supported and bool(row.wrapper) for row in rows), "compared as multimodal wrappers, given text only."),
+        (sum(row.refused is not None for row in rows), "refused."),
+        (sum(row.complaint is not None for row in rows), "FAILED."),
+    ):
+        if count:
+            text.append(f"{count} {what}")
+    return " ".join(text)
 
 
 def versions() -> str:
@@ -119,8 +136,11 @@ def document(rows: Sequence[Row]) -> str:
 def short_form(rows: Sequence[Row]) -> str:
     """What the README says: the counts, the names in one paragraph, and why others are refused."""
     errors = [row.error for row in rows if row.error is not None]
-    names = ", ".join(f"`{row.family}`" for row in rows if row.supported)
+    names = ", ".join(f"`{row.family}`" for row in rows if row.supported and not row.own)
     parts = [f"{summary(rows)} {versions()} Largest relative error against the dense oracle: {max(errors):.0e}.", names]
+    own = ", ".join(f"`{row.family}` ({row.notes[0]})" for row in rows if row.supported and row.own)
+    if own:
+        parts.append(f"Beside them: {own}.")
     refused = [f"| {row.family} | {_sentence(row.refused)} |" for row in rows if row.refused is not None]
     if refused:
         parts.append("\n".join(["| refused | why |", "| --- | --- |", *refused]))
@@ -142,7 +162,8 @@ def write(rows: Sequence[Row], table_path: Path = TABLE, readme: Path = ROOT / "
 
 
 def _cells(row: Row) -> tuple[str, ...]:
-    notes = [*row.notes, *([] if row.interface else ["without the experts interface"])]
+    notes = [*row.notes, *([row.wrapper] if row.wrapper else [])]
+    notes += [] if row.interface else ["without the experts interface"]
     if row.refused is not None:
         return row.family, "", "", "", "", f"refused: {_one_line(row.refused)}"
     if row.complaint is not None:

@@ -1,8 +1,10 @@
-"""Which model families of the installed transformers hold mixture-of-experts layers, read from their source text.
+"""Which model families hold mixture-of-experts layers, read from the source text of transformers and of this library.
 
-A family is a folder of `transformers/models`. Nothing is imported: importing every model takes a minute.
+A family is a folder of `transformers/models`, called by its name, or a file of `bmoe_lightning/models`, called
+`bmoe_lightning.` and its name: no folder of transformers can ever be called the same. Nothing is imported: importing
+every model takes a minute.
 
-Three rules tell a MoE family, each on the syntax tree of its `modeling_*.py` files:
+Three rules tell a MoE family, each on the syntax tree of a family's `modeling_*.py` files, or its one file:
 
 1. a class carries the decorator `use_experts_implementation`: the experts interface of transformers 5;
 2. a class sizes weights with a *number of experts*: its `__init__` calls a parameter, layer or module-list constructor,
@@ -21,22 +23,49 @@ from collections.abc import Iterator
 from functools import cache
 from pathlib import Path
 
+import bmoe_lightning.models
+
 INTERFACE_DECORATOR = "use_experts_implementation"
+_OWN_PREFIX = "bmoe_lightning."
+_OWN_MODELS = Path(bmoe_lightning.models.__file__).parent
 _SIZED_BY = frozenset(
     {"Parameter", "Embedding", "Linear", "ModuleList", "ModuleDict", "empty", "ones", "randn", "range", "zeros"}
 )
 
 
 def families() -> list[str]:
-    """Every MoE family of the installed transformers.
+    """Every MoE family: those of the installed transformers, sorted, and then this library's own.
 
-    Returns:
-        Folder names of `transformers/models`, sorted.
+    Raises:
+        RuntimeError: if transformers is not installed, or has no families where they are looked for.
+    """
+    return [*families_of_transformers(), *own_families()]
+
+
+def families_of_transformers() -> list[str]:
+    """Every MoE family of the installed transformers: folder names of `transformers/models`, sorted.
 
     Raises:
         RuntimeError: if transformers is not installed, or has no families where they are looked for.
     """
     return sorted(_scan(_models_folder()))
+
+
+def own_families() -> list[str]:
+    """Every MoE family that is a class of this library, sorted."""
+    return sorted(_scan_own())
+
+
+def is_own(family: str) -> bool:
+    """Whether a family's name is that of a class of this library."""
+    return family.startswith(_OWN_PREFIX)
+
+
+def module_of(family: str) -> str:
+    """Qualified name of the module that holds a family's model classes."""
+    if is_own(family):
+        return f"bmoe_lightning.models.{family.removeprefix(_OWN_PREFIX)}"
+    return f"transformers.models.{family}.modeling_{family}"
 
 
 def uses_interface(family: str) -> bool:
@@ -46,29 +75,44 @@ def uses_interface(family: str) -> bool:
         family: a name from `families()`.
 
     Raises:
-        ValueError: if it is no MoE family of the installed transformers.
+        ValueError: if it is no MoE family.
     """
-    found = _scan(_models_folder())
+    found = _scan(_models_folder()) | _scan_own()
     if family not in found:
-        raise ValueError(f"{family!r} is no MoE family of the installed transformers; they are: {', '.join(found)}")
+        raise ValueError(
+            f"{family!r} is no MoE family of the installed transformers or this library; they are: {', '.join(found)}"
+        )
     return found[family]
 
 
 @cache
 def _scan(models: Path) -> dict[str, bool]:
-    """Family to whether it uses the interface."""
+    """Family of transformers to whether it uses the interface."""
     found = {}
     for folder in sorted(path for path in models.iterdir() if path.is_dir()):
-        sources = [path.read_text(encoding="utf-8") for path in sorted(folder.glob("modeling_*.py"))]
-        # Without the word neither rule can hold, and parsing is what takes the time.
-        trees = [ast.parse(source) for source in sources if "Experts" in source or "experts" in source]
-        classes = [node for tree in trees for node in tree.body if isinstance(node, ast.ClassDef)]
-        interface = any(_decorated(node) for node in classes)
-        if interface or any(_sizes_by_experts(node) for node in classes) or any(map(_borrows_experts, trees)):
+        interface = _read(sorted(folder.glob("modeling_*.py")))
+        if interface is not None:
             found[folder.name] = interface
     if not found:
         raise RuntimeError(f"no MoE family was found in {models}: has the source layout of transformers changed?")
     return found
+
+
+@cache
+def _scan_own() -> dict[str, bool]:
+    found = {path.stem: _read([path]) for path in sorted(_OWN_MODELS.glob("*.py"))}
+    return {f"{_OWN_PREFIX}{name}": interface for name, interface in found.items() if interface is not None}
+
+
+def _read(files: list[Path]) -> bool | None:
+    """Whether the experts in some modeling files go through the interface; None where there are none."""
+    sources = [path.read_text(encoding="utf-8") for path in files]
+    # Without the word neither rule can hold, and parsing is what takes the time.
+    trees = [ast.parse(source) for source in sources if "Experts" in source or "experts" in source]
+    classes = [node for tree in trees for node in tree.body if isinstance(node, ast.ClassDef)]
+    interface = any(_decorated(node) for node in classes)
+    is_family = interface or any(_sizes_by_experts(node) for node in classes) or any(map(_borrows_experts, trees))
+    return interface if is_family else None
 
 
 def _models_folder() -> Path:

@@ -103,8 +103,11 @@ SMALL_TOWER: Mapping[str, Any] = {
     "output_dim": 16,
     "patch_size": 14,
     "projection_intermediate_size": 16,
+    "projector_input_dim": 16,
+    "projector_output_dim": 16,
     "temporal_patch_size": 1,
     "text_hidden_size": 16,
+    "vision_output_dim": 16,
     "vocab_size": VOCABULARY,
     "window_size": 2,
 }
@@ -122,6 +125,10 @@ class FamilySettings:
         takes_padding: whether a batch may be padded on the left.
         is_encoder_decoder: whether the forward wants decoder tokens.
         image_marker: name of the input `[B, T]` that is 1 at image tokens; the first batch then has some.
+        wrapper: keyword arguments of the configuration of its multimodal wrapper, `text_config` aside, where the model
+            above is the text model alone.
+        wrapper_refused: why that wrapper does not work, one short sentence for a table.
+        remark: what a reader of the table may want to know.
         refused: why there is no tiny model.
     """
 
@@ -132,6 +139,9 @@ class FamilySettings:
     takes_padding: bool = True
     is_encoder_decoder: bool = False
     image_marker: str | None = None
+    wrapper: Mapping[str, Any] = field(default_factory=dict)
+    wrapper_refused: str | None = None
+    remark: str | None = None
     refused: str | None = None
 
 
@@ -148,7 +158,14 @@ def _config(**config: Any) -> FamilySettings:
 
 OVERRIDES: Mapping[str, FamilySettings] = {
     "afmoe": _config(layer_types=_SLIDING),
+    "aria": FamilySettings(
+        wrapper={
+            "vision_config": {"model_type": "idefics3_vision", **SMALL_TOWER},
+            "projector_patch_to_query_dict": {16: 4},
+        }
+    ),
     "bailing_hybrid": _config(layer_types=_LINEAR, short_conv_kernel_size=3),
+    "bmoe_lightning.deepseek_moe": FamilySettings(remark="DeepSeek-MoE-16B, class of this library"),
     "cohere2_moe": _config(layer_types=_SLIDING, logit_scale=1.0, prefix_dense_intermediate_size=20),
     "dbrx": _config(
         n_heads=2,
@@ -190,15 +207,28 @@ OVERRIDES: Mapping[str, FamilySettings] = {
         # Its router mixes the scores of different tokens, padding among them.
         takes_padding=False,
     ),
-    "dots3_note": _config(
-        layer_types=["indexed_attention", "sliding_attention", "indexed_attention"],
-        swa_num_attention_heads=2,
-        swa_num_key_value_heads=2,
-        swa_q_lora_rank=8,
-        swa_kv_lora_rank=8,
-        swa_head_dim=12,
-        swa_qk_nope_head_dim=8,
-        swa_v_head_dim=8,
+    "dots3_note": FamilySettings(
+        config={
+            "layer_types": ["indexed_attention", "sliding_attention", "indexed_attention"],
+            "swa_num_attention_heads": 2,
+            "swa_num_key_value_heads": 2,
+            "swa_q_lora_rank": 8,
+            "swa_kv_lora_rank": 8,
+            "swa_head_dim": 12,
+            "swa_qk_nope_head_dim": 8,
+            "swa_v_head_dim": 8,
+        },
+        # Its vision tower has experts too.
+        wrapper={
+            "vision_config": {
+                "pyramid_num_routed": [4],
+                "mlp_layer_types": ["sparse"],
+                "adapter_in_dim": 16,
+                "adapter_out_dim": 16,
+            },
+            "audio_config": {"adapter_input_size": 16, "adapter_out_dim": 16},
+        },
+        wrapper_refused="transformers cannot switch the implementation of the experts in its vision tower",
     ),
     "ernie4_5_vl_moe": FamilySettings(
         config={
@@ -234,14 +264,18 @@ OVERRIDES: Mapping[str, FamilySettings] = {
         takes_padding=False,
     ),
     "granitemoehybrid": _config(layer_types=_LINEAR, mamba_n_heads=4, mamba_chunk_size=4),
-    "inkling": _config(
-        layer_types=["hybrid_sliding", "hybrid", "hybrid_sliding"],
-        swa_num_attention_heads=2,
-        swa_num_key_value_heads=2,
-        swa_head_dim=8,
-        d_rel=4,
-        rel_extent=8,
-        logits_mup_width_multiplier=1.0,
+    "inkling": FamilySettings(
+        config={
+            "layer_types": ["hybrid_sliding", "hybrid", "hybrid_sliding"],
+            "swa_num_attention_heads": 2,
+            "swa_num_key_value_heads": 2,
+            "swa_head_dim": 8,
+            "d_rel": 4,
+            "rel_extent": 8,
+            "logits_mup_width_multiplier": 1.0,
+        },
+        # With fewer layers than scales it would need scipy.
+        wrapper={"vision_config": {"patch_size": 2, "temporal_patch_size": 2, "num_hidden_layers": 3}},
     ),
     "inkling2": FamilySettings(
         config={
@@ -351,3 +385,8 @@ OVERRIDES: Mapping[str, FamilySettings] = {
     ),
     "zaya": _config(num_experts_per_tok=1, router_hidden_size=32, layer_types=["hybrid", "hybrid_sliding", "hybrid"]),
 }
+
+
+def settings_of(family: str) -> FamilySettings:
+    """What a family needs; the defaults where it is nothing."""
+    return OVERRIDES.get(family, FamilySettings())

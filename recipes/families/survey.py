@@ -19,7 +19,7 @@ from bmoe_lightning.curvature.factors import KroneckerFactors
 from bmoe_lightning.experts import ExpertLayer, find_expert_layers
 from bmoe_lightning.experts.taps import tapped_batch
 from bmoe_lightning.laplace import LaplacePosterior
-from recipes.families.catalogue import uses_interface
+from recipes.families.catalogue import is_own, uses_interface
 from recipes.families.oracle import (
     DenseFactors,
     dense_factors,
@@ -27,7 +27,8 @@ from recipes.families.oracle import (
     observe,
     weighted_jacobians,
 )
-from recipes.families.tiny import NUM_CLASSES, CannotBuildError, TinyFamily, build
+from recipes.families.overrides import settings_of
+from recipes.families.tiny import NUM_CLASSES, CannotBuildError, TinyFamily, build, wrapper_name
 from recipes.families.watch import SecondWeights, second_weights
 
 # Most families compute norms, rotary angles and router scores in float32 whatever their weights are. One rounding there
@@ -53,6 +54,7 @@ class Row:
             weights in float64.
         float32_errors: the same for the tapped forward against the model's own `grouped_mm`, with weights in float32.
         disturbed: what the library left in the model or the process; should be empty.
+        wrapper: in words, if what was compared is a multimodal wrapper, or one of two models is.
     """
 
     family: str
@@ -65,6 +67,12 @@ class Row:
     errors: tuple[tuple[str, float], ...] = ()
     float32_errors: tuple[tuple[str, float], ...] = ()
     disturbed: tuple[str, ...] = ()
+    wrapper: str = ""
+
+    @property
+    def own(self) -> bool:
+        """Whether it is a class of this library, not of transformers."""
+        return is_own(self.family)
 
     @property
     def error(self) -> float | None:
@@ -94,6 +102,8 @@ class Row:
 def survey(family: str) -> Row:
     """Build a family's tiny model and hold the library against the dense oracle and the family's own implementations.
 
+    Of a family that has a text model and a multimodal wrapper around it, both are built and compared.
+
     Args:
         family: a name from `families()`.
 
@@ -101,10 +111,19 @@ def survey(family: str) -> Row:
         ValueError: for an unknown family.
         RuntimeError: if expert layers of the experts interface are not found, or the oracle cannot follow the model.
     """
+    text = _survey(family, wrapper=False)
+    if text.refused is not None or wrapper_name(family) is None:
+        return text
+    refused = settings_of(family).wrapper_refused
+    wrapper = _survey(family, wrapper=True) if refused is None else Row(family, text.interface, refused=refused)
+    return _both(text, wrapper)
+
+
+def _survey(family: str, *, wrapper: bool) -> Row:
     interface = uses_interface(family)
     with torch.random.fork_rng():
         try:
-            tiny = build(family)
+            tiny = build(family, wrapper=wrapper)
         except CannotBuildError as error:
             return Row(family, interface, refused=str(error))
         try:
@@ -112,6 +131,27 @@ def survey(family: str) -> Row:
         except ValueError as error:
             return Row(family, interface, refused=str(error))
         return _compare(tiny, layers, interface)
+
+
+def _both(text: Row, wrapper: Row) -> Row:
+    """One row of a family's text model and its wrapper: the larger errors, and what is said of either."""
+    if wrapper.refused is not None:
+        return dataclasses.replace(text, notes=(*text.notes, f"not its wrapper: {wrapper.refused}"))
+    return dataclasses.replace(
+        wrapper,  # which may have more expert layers, in its towers
+        notes=tuple(dict.fromkeys((*text.notes, *wrapper.notes))),
+        errors=_larger(text.errors, wrapper.errors),
+        float32_errors=_larger(text.float32_errors, wrapper.float32_errors),
+        disturbed=tuple(dict.fromkeys((*text.disturbed, *wrapper.disturbed))),
+        wrapper="text model and wrapper, text only",
+    )
+
+
+def _larger(first: Sequence[tuple[str, float]], second: Sequence[tuple[str, float]]) -> tuple[tuple[str, float], ...]:
+    both = _Errors()
+    for name, value in (*first, *second):
+        both.keep(name, value)
+    return tuple(both.largest.items())
 
 
 def _compare(tiny: TinyFamily, layers: Sequence[ExpertLayer], interface: bool) -> Row:
@@ -146,10 +186,11 @@ def _compare(tiny: TinyFamily, layers: Sequence[ExpertLayer], interface: bool) -
         interface,
         experts=tuple(layer.num_experts for layer in layers),
         layout=_layout(model, layers),
-        notes=_notes(model, layers, dense, fastest),
+        notes=_notes(tiny, layers, dense, fastest),
         errors=tuple(errors.largest.items()),
         float32_errors=tuple(float32_errors.largest.items()),
         disturbed=disturbed,
+        wrapper="wrapper, text only" if tiny.wrapper else "",
     )
 
 
@@ -164,7 +205,9 @@ class _Errors:
         present = expected != -torch.inf  # absent classes
         difference = torch.linalg.vector_norm((value - expected)[present])
         scale = torch.linalg.vector_norm(expected[present])
-        error = float(difference / scale if scale > 0 else difference)
+        self.keep(name, float(difference / scale if scale > 0 else difference))
+
+    def keep(self, name: str, error: float) -> None:
         self.largest[name] = max(self.largest.get(name, 0.0), math.inf if math.isnan(error) else error)
 
 
@@ -316,9 +359,10 @@ def _layer_layout(model: nn.Module, layer: ExpertLayer) -> str:
 
 
 def _notes(
-    model: PreTrainedModel, layers: Sequence[ExpertLayer], dense: Sequence[DenseFactors], fastest: str
+    tiny: TinyFamily, layers: Sequence[ExpertLayer], dense: Sequence[DenseFactors], fastest: str
 ) -> tuple[str, ...]:
-    notes = []
+    model, remark = tiny.model, settings_of(tiny.family).remark
+    notes = [remark] if remark is not None else []
     if any(_is_shared_expert(name, module, layers) for name, module in model.named_modules()):
         notes.append("shared experts")
     without = _layers_without_experts(model, layers)

@@ -16,8 +16,8 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
-from recipes.families.catalogue import families, uses_interface
-from recipes.families.overrides import OVERRIDES, SMALL, SMALL_TOWER, VOCABULARY, FamilySettings
+from recipes.families.catalogue import families, is_own, module_of, uses_interface
+from recipes.families.overrides import SMALL, SMALL_TOWER, VOCABULARY, FamilySettings, settings_of
 
 NUM_CLASSES = 3
 _FIRST_ANSWER = 3
@@ -47,47 +47,78 @@ class TinyFamily:
         class_logits: `(model, batch) -> (logits [B, 3], labels [B])`, at the last position of every example.
         batches: of three and of two examples, each a dictionary of the forward's inputs and `labels` `[B]`; the second
             is padded on the left, unless the family cannot be.
+        wrapper: whether the model has towers for images, video or sound beside its language model; batches are text.
     """
 
     family: str
     model: PreTrainedModel
     class_logits: Callable[[PreTrainedModel, Batch], tuple[Tensor, Tensor]]
     batches: tuple[Batch, ...]
+    wrapper: bool = False
 
 
-def build(family: str, *, seed: int = 0) -> TinyFamily:
+def build(family: str, *, wrapper: bool = False, seed: int = 0) -> TinyFamily:
     """Build the tiny model of a family.
 
     Args:
         family: a name from `families()`.
+        wrapper: the multimodal wrapper of a family that has a text model of its own, rather than that.
         seed: of weights and input; the global generator is left as it was.
 
     Raises:
-        ValueError: if it is no MoE family of the installed transformers.
+        ValueError: if it is no MoE family, or has no wrapper beside its text model.
         CannotBuildError: if the family has no tiny model, with the reason.
     """
     if family not in families():
-        raise ValueError(f"{family!r} is no MoE family of the installed transformers; see families()")
-    settings = OVERRIDES.get(family, FamilySettings())
+        raise ValueError(f"{family!r} is no MoE family of the installed transformers or this library; see families()")
+    settings = settings_of(family)
     if settings.refused is not None:
         raise CannotBuildError(settings.refused)
     model_class = _model_class(family, settings)
+    if wrapper:
+        name = wrapper_name(family)
+        if name is None:
+            raise ValueError(f"{family!r} has no multimodal wrapper beside {model_class.__name__}")
+        model_class = getattr(importlib.import_module(module_of(family)), name)
+        settings = dataclasses.replace(settings, config={**settings.wrapper, "text_config": settings.config})
     generator = torch.Generator().manual_seed(seed)
     try:
         model = _random_model(model_class, settings, generator, interface=uses_interface(family))
-        tiny = TinyFamily(family, model, _ClassLogits(settings), _batches(settings, generator))
+        batches = _batches(settings, generator)
+        tiny = TinyFamily(family, model, _ClassLogits(settings), batches, _has_towers(model_class))
         _try_out(tiny)
     except Exception as error:
         raise CannotBuildError(f"no small configuration is known: {_in_one_line(error)}") from error
     return tiny
 
 
-def _random_model(
-    model_class: type[PreTrainedModel], settings: FamilySettings, generator: torch.Generator, *, interface: bool
-) -> PreTrainedModel:
+def wrapper_name(family: str) -> str | None:
+    """The class of a family's multimodal wrapper, where its tiny model is a text model alone; None if there is none."""
+    usual = _model_class(family, settings_of(family))
+    if _has_towers(usual):
+        return None
+    module = importlib.import_module(module_of(family))
+    names = [name for name in _heads(family) if name.endswith("ForConditionalGeneration")]
+    return next((name for name in names if _has_towers(getattr(module, name))), None)
+
+
+def _has_towers(model_class: type[PreTrainedModel]) -> bool:
+    """Whether a model's configuration has one of a language model and others beside it."""
+    languages = [_is_language(name) for name in _config_class(model_class).sub_configs]
+    return any(languages) and not all(languages)
+
+
+def _config_class(model_class: type[PreTrainedModel]) -> type[PreTrainedConfig]:
     config_class = model_class.config_class
     if config_class is None:
         raise TypeError(f"{model_class.__name__} names no configuration class")
+    return config_class
+
+
+def _random_model(
+    model_class: type[PreTrainedModel], settings: FamilySettings, generator: torch.Generator, *, interface: bool
+) -> PreTrainedModel:
+    config_class = _config_class(model_class)
     config = config_class(**_settings_for(config_class, settings.config))
     if interface:
         config._experts_implementation = "eager"
@@ -110,14 +141,23 @@ def _try_out(tiny: TinyFamily) -> None:
 
 
 def _model_class(family: str, settings: FamilySettings) -> type[PreTrainedModel]:
-    module = importlib.import_module(f"transformers.models.{family}.modeling_{family}")
+    module = importlib.import_module(module_of(family))
     if settings.model_class is not None:
         return getattr(module, settings.model_class)
+    names = _heads(family)
     for head in _HEADS:
-        for name in module.__all__:
+        for name in names:
             if name.endswith(head):
                 return getattr(module, name)
     raise CannotBuildError("it has no head with class logits")
+
+
+def _heads(family: str) -> list[str]:
+    """Names of a family's model classes, heads among them."""
+    module = importlib.import_module(module_of(family))
+    if is_own(family):  # beside what it imports
+        return [name for name, value in vars(module).items() if getattr(value, "__module__", "") == module.__name__]
+    return list(module.__all__)
 
 
 def _settings_for(
@@ -130,9 +170,12 @@ def _settings_for(
     values |= {name: VOCABULARY - 1 - index % _SPECIAL_TOKENS for index, name in enumerate(special)}
     nested = {name: inner for name, inner in config_class.sub_configs.items() if hasattr(inner, "__dataclass_fields__")}
     for name, inner in nested.items():
-        is_language = any(word in name for word in _LANGUAGE)
-        values[name] = _settings_for(inner, overrides.get(name, {}), SMALL if is_language else SMALL_TOWER)
+        values[name] = _settings_for(inner, overrides.get(name, {}), SMALL if _is_language(name) else SMALL_TOWER)
     return values | {name: value for name, value in overrides.items() if name not in nested}
+
+
+def _is_language(name: str) -> bool:
+    return any(word in name for word in _LANGUAGE)
 
 
 def _fill(model: nn.Module, generator: torch.Generator) -> None:

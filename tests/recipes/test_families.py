@@ -6,13 +6,15 @@ import pytest
 import torch
 from torch import nn
 
+from bmoe_lightning.models import DeepseekForCausalLM
 from recipes.families import catalogue
-from recipes.families.catalogue import families, uses_interface
+from recipes.families.catalogue import families, families_of_transformers, is_own, own_families, uses_interface
 from recipes.families.overrides import OVERRIDES
-from recipes.families.tiny import CannotBuildError, TinyFamily, build
+from recipes.families.tiny import CannotBuildError, TinyFamily, build, wrapper_name
 
 # One of every kind: plain, transposed with biases, a norm after each expert, no gate, Mamba, linear attention, a hash
-# for a router, a skipped expert, image experts, weights shared by two modules, token classes, encoder and decoder.
+# for a router, a skipped expert, image experts, weights shared by two modules, token classes, encoder and decoder, this
+# library's own.
 QUICK = (
     "mixtral",
     "gpt_oss",
@@ -25,9 +27,22 @@ QUICK = (
     "diffusion_gemma",
     "openai_privacy_filter",
     "switch_transformers",
+    "bmoe_lightning.deepseek_moe",
 )
 # What has no tiny model; a family that is new in transformers belongs into a test before it belongs here.
 REFUSED = {"vitpose_backbone": "no router"}
+# Text models that have a multimodal wrapper around them.
+WRAPPED = (
+    "aria",
+    "dots3_note",
+    "gemma4",
+    "inkling",
+    "inkling2",
+    "llama4",
+    "minimax_m3_vl",
+    "qwen3_5_moe",
+    "qwen4_exp",
+)
 # The second weights of the families whose experts do not hold a `down_proj`.
 SECOND_WEIGHTS = {
     "dbrx": r"experts\.mlp\.w2$",
@@ -140,6 +155,42 @@ def test_layers_of_every_kind_are_there():
     assert build("gpt_oss").model.model.layers[0].mlp.experts.down_proj.shape == (4, 24, 16)
 
 
+def test_this_library_s_own_family():
+    model = build("bmoe_lightning.deepseek_moe").model
+    assert type(model) is DeepseekForCausalLM
+    dense, sparse = model.model.layers[:2]
+    assert not hasattr(dense.mlp, "experts")
+    assert sparse.mlp.experts.down_proj.shape == (4, 16, 12)
+    assert sparse.mlp.shared_experts is not None
+
+
+class TestWrappers:
+    @pytest.mark.parametrize("family", WRAPPED)
+    def test_both_are_built(self, family):
+        text, wrapper = build(family), build(family, wrapper=True)
+        assert (text.wrapper, wrapper.wrapper) == (False, True)
+        assert type(wrapper.model).__name__ == wrapper_name(family)
+        # The same language model, and a tower that text leaves alone.
+        inner = type(wrapper.model.config.get_text_config(decoder=True))
+        assert inner is type(text.model.config)
+        assert wrapper.model.config.get_text_config().num_hidden_layers == text.model.config.num_hidden_layers
+        assert sum(p.numel() for p in wrapper.model.parameters()) > sum(p.numel() for p in text.model.parameters())
+        logits, _ = wrapper.class_logits(wrapper.model, wrapper.batches[0])
+        assert (logits - logits.mean(1, keepdim=True)).abs().mean() > 0.05
+
+    @pytest.mark.parametrize("family", ["mixtral", "glm4v_moe", "dbrx", "nllb_moe"])
+    def test_a_family_without_another(self, family):
+        assert wrapper_name(family) is None
+        with pytest.raises(ValueError, match="no multimodal wrapper beside"):
+            build(family, wrapper=True)
+
+    def test_which_are_wrappers_themselves(self):
+        assert build("glm4v_moe").wrapper
+        assert build("qwen3_omni_moe").wrapper
+        assert not build("dbrx").wrapper
+        assert not build("nllb_moe").wrapper
+
+
 @pytest.mark.parametrize(("family", "reason"), REFUSED.items())
 def test_a_family_that_cannot_be_built_says_why(family, reason):
     with pytest.raises(CannotBuildError, match=reason):
@@ -166,14 +217,29 @@ def test_unknown_families_are_refused():
 
 
 def test_the_catalogue_finds_both_kinds():
-    found = families()
+    found = families_of_transformers()
     assert found == sorted(found)
+    assert not any(map(is_own, found))
     interface = {family for family in found if uses_interface(family)}
     assert {"mixtral", "qwen3_moe", "gpt_oss", "deepseek_v3", "jamba", "nemotron_h", "gemma4", "zaya"} <= interface
     own = set(found) - interface
     assert {"dbrx", "llama4", "jetmoe", "longcat_flash", "switch_transformers", "nllb_moe", "doge"} <= own
     # An action expert, a layer that could be sparse but never is, and a wrapper of any language model.
     assert not {"pi0", "bamba", "llava", "vitpose", "bert"} & set(found)
+
+
+def test_own_families_stand_apart(monkeypatch, tmp_path):
+    assert own_families() == ["bmoe_lightning.deepseek_moe"]
+    assert families() == [*families_of_transformers(), *own_families()]
+    assert uses_interface("bmoe_lightning.deepseek_moe")
+    # A later transformers may have a family of the same name.
+    (tmp_path / "deepseek_moe").mkdir()
+    (tmp_path / "deepseek_moe" / "modeling_deepseek_moe.py").write_text(CLASS + "nn.Parameter(zeros(c.num_experts))")
+    monkeypatch.setattr(catalogue, "_models_folder", lambda: tmp_path)
+    assert families() == ["deepseek_moe", "bmoe_lightning.deepseek_moe"]
+    assert [uses_interface(family) for family in families()] == [False, True]
+    modules = ["transformers.models.deepseek_moe.modeling_deepseek_moe", "bmoe_lightning.models.deepseek_moe"]
+    assert list(map(catalogue.module_of, families())) == modules
 
 
 def test_every_override_is_of_a_family():

@@ -6,14 +6,18 @@ import dataclasses
 import re
 import subprocess
 import sys
+from contextlib import contextmanager
 from functools import cache
 
 import pytest
 import torch
 
 import recipes.families.survey as survey_module
-from recipes.families.catalogue import families, uses_interface
+from recipes.families import catalogue
+from recipes.families.catalogue import families, families_of_transformers, own_families, uses_interface
+from recipes.families.overrides import OVERRIDES
 from recipes.families.survey import BOUND, Row, survey
+from recipes.families.tiny import wrapper_name
 from recipes.supported_models import COMMAND, ROOT, TABLE, document, main, short_form, summary, table, write
 
 UPDATE = f"run `{COMMAND} --write` and commit what it writes"
@@ -30,6 +34,11 @@ def recorded():
     lines = TABLE.read_text(encoding="utf-8").splitlines() if TABLE.is_file() else []
     cells = [[cell.strip() for cell in line.strip("|").split("|")] for line in lines if line.startswith("| ")]
     return {line[0]: line for line in cells[2:]}
+
+
+def missing():
+    """Families of the installed transformers that the table lacks."""
+    return sorted(set(families_of_transformers()) - set(recorded()))
 
 
 def numbers_left_out(line):
@@ -51,14 +60,22 @@ class TestFamilies:
         assert numbers_left_out(line) == numbers_left_out(expected), UPDATE
 
     def test_a_newer_transformers_brings_none_that_is_not_in_the_table(self):
-        missing = sorted(set(families()) - set(recorded()))
-        assert not missing, f"the installed transformers has families that {TABLE.name} lacks: {missing}; {UPDATE}"
+        assert not missing(), f"the installed transformers has families that {TABLE.name} lacks: {missing()}; {UPDATE}"
+        assert not set(own_families()) - set(recorded()), UPDATE
+
+    @pytest.mark.parametrize("name", ["deepseek", "deepseek_moe", "surprise_moe"])
+    def test_one_that_it_brings_is_noticed(self, monkeypatch, tmp_path, name):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / f"modeling_{name}.py").write_text("@use_experts_implementation\nclass Experts:\n    pass")
+        monkeypatch.setattr(catalogue, "_models_folder", lambda: tmp_path)
+        assert missing() == [name]
 
     def test_the_table_has_no_failure_and_enough_families(self):
         notes = {family: line[-1] for family, line in recorded().items()}
         assert not [family for family, note in notes.items() if "FAILED" in note]
         supported = [family for family, note in notes.items() if not note.startswith("refused")]
-        assert len([family for family in supported if family in families() and uses_interface(family)]) >= 55
+        theirs = families_of_transformers()
+        assert len([family for family in supported if family in theirs and uses_interface(family)]) >= 55
 
     def test_the_readme_says_what_the_table_says(self):
         readme = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -134,6 +151,26 @@ class TestTheSurveyNotices:
         row = survey("mixtral")
         assert (row.refused, row.error, row.complaint, row.supported) == ("no experts here", None, None, False)
 
+    def test_a_fault_in_the_wrapper_alone(self, monkeypatch):
+        find = survey_module.tapped_batch
+
+        @contextmanager
+        def wrong(model, *args):
+            with find(model, *args) as tapped:
+                logits = tapped.logits * (1.01 if type(model).__name__ == wrapper_name("aria") else 1)
+                yield dataclasses.replace(tapped, logits=logits)
+
+        assert survey("aria").complaint is None
+        monkeypatch.setattr(survey_module, "tapped_batch", wrong)
+        assert "logits (eager) 1.0e-02" in survey("aria").complaint
+
+    def test_what_is_said_not_to_work_does_not(self):
+        refused = [family for family, settings in OVERRIDES.items() if settings.wrapper_refused]
+        assert refused == ["dots3_note"]
+        assert any(note.startswith("not its wrapper: transformers cannot switch") for note in survey(refused[0]).notes)
+        with pytest.raises(RuntimeError, match="does not let its experts implementation be set"):
+            survey_module._survey(refused[0], wrapper=True)
+
     def test_an_unknown_family(self):
         with pytest.raises(ValueError, match="no MoE family"):
             survey("bert")
@@ -141,7 +178,8 @@ class TestTheSurveyNotices:
 
 ROWS = [
     Row("good", True, experts=(4, 4), layout="fused", errors=(("A", 1e-7),), float32_errors=(("logits", 2e-7),)),
-    Row("own", False, experts=(4, 8), layout="adapted", notes=("shared experts",), errors=(("A", 2e-6),)),
+    Row("own", False, experts=(4, 8), notes=("shared",), errors=(("A", 2e-6),), layout="adapted", wrapper="wrapper"),
+    Row("bmoe_lightning.mine", True, experts=(4,), notes=("a class", "small"), errors=(("A", 1e-7),)),
     Row("odd", True, refused="It has no experts. It is\nno model | at all."),
 ]
 FAILED = Row("bad", True, failed="KeyError: 'x'")
@@ -152,9 +190,10 @@ class TestTable:
         lines = table([*ROWS, FAILED]).splitlines()
         assert lines[2] == "| good | 2 x 4 experts | fused | 1.0e-07 | 2.0e-07 |  |"
         assert lines[3].startswith("| own | 1 x 4 experts; 1 x 8 experts | adapted | 2.0e-06 |")
-        assert lines[3].endswith("| shared experts, without the experts interface |")
-        assert lines[4] == "| odd |  |  |  |  | refused: It has no experts. It is no model / at all. |"
-        assert lines[5].endswith("| **FAILED**: KeyError: 'x' |")
+        assert lines[3].endswith("| shared, wrapper, without the experts interface |")
+        assert lines[4].startswith("| bmoe_lightning.mine |")
+        assert lines[5] == "| odd |  |  |  |  | refused: It has no experts. It is no model / at all. |"
+        assert lines[6].endswith("| **FAILED**: KeyError: 'x' |")
 
     def test_an_error_above_the_bound_fails(self):
         row = dataclasses.replace(ROWS[0], errors=(("A", 2 * BOUND), ("G", float("nan"))))
@@ -163,14 +202,17 @@ class TestTable:
 
     def test_summary(self):
         assert summary([*ROWS, FAILED]) == (
-            "2 of 4 families are supported: 1 of the 3 that use transformers' experts interface, 1 of the 1 others. "
-            "1 refused. 1 FAILED."
+            "2 of 4 families of transformers are supported: 1 of the 3 that use its experts interface, 1 of the 1 "
+            "others. Of those that this library brings: 1 of 1. 1 compared as multimodal wrappers, given text only. 1 "
+            "refused. 1 FAILED."
         )
+        assert summary(ROWS[2:3]) == "Of those that this library brings: 1 of 1."
 
     def test_short_form(self):
         text = short_form(ROWS)
         assert summary(ROWS) in text
-        assert "`good`, `own`" in text
+        assert "`good`, `own`\n" in text
+        assert "Beside them: `bmoe_lightning.mine` (a class).\n" in text
         assert "2e-06" in text
         assert "| odd | It has no experts |" in text
 
@@ -195,7 +237,7 @@ class TestCommand:
         assert main(["--families", "qwen2_moe"]) == 0
         printed = capsys.readouterr()
         assert "| qwen2_moe | 2 x 4 experts | fused |" in printed.out
-        assert "1 of 1 families are supported" in printed.out
+        assert "1 of 1 families of transformers are supported" in printed.out
         assert torch.__version__.partition("+")[0] in printed.out
         assert "[1/1] qwen2_moe: error " in printed.err
 
