@@ -71,12 +71,6 @@ def _parser() -> argparse.ArgumentParser:
     for flag, default, text in numbers:
         parser.add_argument(flag, type=int, default=default, metavar="INT", help=f"{text} (default: {default})")
     parser.add_argument(
-        "--fisher",
-        default="exact",
-        choices=("exact", "mc", "empirical"),
-        help="labels of the curvature (default: exact)",
-    )
-    parser.add_argument(
         "--dtype", default="bfloat16", choices=("bfloat16", "float32"), help="of the weights (default: bfloat16)"
     )
     parser.add_argument(

@@ -161,23 +161,21 @@ def _sketch_state(num_experts: int, width: int, rank: int) -> int:
     return sum(value.nbytes for value in vars(sketch).values() if isinstance(value, Tensor))
 
 
-def curvature_transients(model: Architecture, work: Workload, fisher: str, precision: Precision) -> int:
+def curvature_transients(model: Architecture, work: Workload, precision: Precision) -> int:
     """Memory of the curvature pass beyond the weights, estimated.
 
-    The state of all sketches, what autograd keeps, the inputs of all slots, and the gradients of all layers of a pass
-    beside those of the pass before, if there was one.
+    The state of all sketches, what autograd keeps, the inputs of all slots, and the gradient of one layer at a time,
+    which is found and added to its sketch before the next. Passes come one after the other: how many changes nothing.
 
     Args:
         model: the model.
         work: the batch.
-        fisher: `exact`, `mc` or `empirical`.
         precision: of the weights.
     """
-    passes = work.contrasts if fisher == "exact" else 1
-    gradients = _gradient_bytes(model, work, precision)
-    finding = _joining_bytes(model, work, precision) + _product_bytes(model, work, precision, None)
+    gradient = max(_layer_gradient_bytes(experts, work, precision) for experts in model.experts)
     adding = max(_adding_bytes(experts, work, precision) for experts in model.experts)
-    batch = _tapped_bytes(model, work, precision) + max(min(passes, 2) * gradients + finding, gradients + adding)
+    moment = max(adding, _product_bytes(model, work, precision, None))
+    batch = _tapped_bytes(model, work, precision) + gradient + moment
     return sketch_bytes(model, work.rank) + max(batch, _finishing_bytes(model, work.rank))
 
 
@@ -186,9 +184,12 @@ def prediction_transients(model: Architecture, work: Workload, precision: Precis
 
     The gradients of all K - 1 passes are alive together.
     """
-    gradients = _gradient_bytes(model, work, precision)
-    finding = _joining_bytes(model, work, precision) + _product_bytes(model, work, precision, None)
-    kernels = max(_kernel_bytes(experts, work, precision) for experts in model.experts)
+    slots = sum(work.positions * experts.top_k * experts.layer.d_out for experts in model.experts)
+    gradients = precision.second * slots
+    # Where every expert is a module, the gradients of the last pass are there one by one and then joined.
+    joining = gradients if any(experts.layer.layout == "modules" for experts in model.experts) else 0
+    finding = joining + _product_bytes(model, work, precision, None)
+    kernels = max(_kernel_bytes(experts, work) for experts in model.experts)
     kept = factor_bytes(model, work.rank) + _tapped_bytes(model, work, precision) + work.contrasts * gradients
     return kept + max(finding, kernels)
 
@@ -232,7 +233,6 @@ def training_memory(
     trained: str,
     trained_dtype: torch.dtype,
     *,
-    fisher: str,
     checkpointing: bool,
     dropout: bool = True,
 ) -> Training:
@@ -243,7 +243,6 @@ def training_memory(
         work: the batch of training and curvature.
         trained: `down_proj` or `experts`.
         trained_dtype: of the trained weights.
-        fisher: of the curvature pass.
         checkpointing: gradient checkpointing while training.
         dropout: whether there is dropout in the experts.
     """
@@ -263,7 +262,7 @@ def training_memory(
         optimizer=optimizer_bytes(weights, tensors, own),
         activations=block + (max(saved) + entrances if checkpointing else sum(saved)),
         step=weights * own,
-        curvature=curvature_transients(model, work, fisher, precision),
+        curvature=curvature_transients(model, work, precision),
     )
 
 
@@ -329,16 +328,10 @@ def _product_blocks(experts: Experts, work: Workload) -> int:
     return -(-work.positions * experts.top_k // _BLOCK_ROWS) + experts.layer.num_experts
 
 
-def _gradient_bytes(model: Architecture, work: Workload, precision: Precision) -> int:
-    """Gradients of one pass with respect to the outputs of all slots of all layers."""
-    slots = (work.positions * experts.top_k * experts.layer.d_out for experts in model.experts)
-    return precision.second * sum(slots)
-
-
-def _joining_bytes(model: Architecture, work: Workload, precision: Precision) -> int:
-    """A second copy of a pass's gradients, where every expert is a module and has its own."""
-    slots = (work.positions * e.top_k * e.layer.d_out for e in model.experts if e.layer.layout == "modules")
-    return precision.second * sum(slots)
+def _layer_gradient_bytes(experts: Experts, work: Workload, precision: Precision) -> int:
+    """The gradient of one pass with respect to the outputs of all slots of a layer; of modules also one by one."""
+    copies = 2 if experts.layer.layout == "modules" else 1
+    return copies * precision.second * work.positions * experts.top_k * experts.layer.d_out
 
 
 def _tapped_bytes(model: Architecture, work: Workload, precision: Precision) -> int:
@@ -380,8 +373,8 @@ def _finishing_bytes(model: Architecture, rank: int) -> int:
     return factor_bytes(model, rank) + widest
 
 
-def _kernel_bytes(experts: Experts, work: Workload, precision: Precision) -> int:
-    """The slots of one layer picked, sorted and in float32, and chunks of them in groups."""
-    width = experts.layer.d_in + work.contrasts * experts.layer.d_out
-    values = work.positions * experts.top_k * width
-    return values * (2 * precision.second + 4) + min(_CHUNKS, 12 * values)
+def _kernel_bytes(experts: Experts, work: Workload) -> int:
+    """The slots of one layer sorted and in float32, the gradients twice while they are stacked, then chunks of them."""
+    slots, gradients = work.positions * experts.top_k, work.contrasts * experts.layer.d_out
+    values = slots * (experts.layer.d_in + gradients)
+    return 4 * values + max(4 * slots * gradients, min(_CHUNKS, 12 * values))

@@ -31,7 +31,6 @@ class PlanSettings:
     batch_size: int = 8
     classes: int = 4
     rank: int = 10
-    fisher: str = "exact"
     dtype: str = "bfloat16"
     memory: tuple[float, ...] = (80.0,)
     experts_per_token: int | None = None
@@ -73,7 +72,7 @@ def make_plan(settings: PlanSettings) -> Plan:
         "factors": memory.factor_bytes(model, settings.rank),
         "posterior_file": memory.posterior_file_bytes(model, settings.rank),
         "sketches": memory.sketch_bytes(model, settings.rank),
-        "curvature_transients": memory.curvature_transients(model, work, settings.fisher, precision),
+        "curvature_transients": memory.curvature_transients(model, work, precision),
         "prediction_transients": memory.prediction_transients(model, work, precision),
         "lpo_cache": memory.lpo_cache_bytes(model, work, settings.calibration_examples),
     }
@@ -86,7 +85,7 @@ def make_plan(settings: PlanSettings) -> Plan:
     }
     dtypes = dict.fromkeys((dtype, torch.float32))
     trainings = tuple(
-        memory.training_memory(model, work, part, own, fisher=settings.fisher, checkpointing=checkpointing)
+        memory.training_memory(model, work, part, own, checkpointing=checkpointing)
         for part, own, checkpointing in itertools.product(_TRAINED_NAMES, dtypes, (False, True))
     )
     return Plan(settings, model, sizes, operations, trainings)
@@ -177,10 +176,7 @@ def _posterior_part(plan: Plan) -> str:
         ["factors, rank " + str(settings.rank), _mib(sizes["factors"])],
         ["posterior file", _mib(sizes["posterior_file"])],
         ["sums of the curvature pass, of which the factors are made", _mib(sizes["sketches"])],
-        [
-            f"curvature pass ({settings.fisher}), with these sums, beyond the weights ~",
-            _mib(sizes["curvature_transients"]),
-        ],
+        ["curvature pass, with these sums, beyond the weights ~", _mib(sizes["curvature_transients"])],
         ["prediction, with the factors, beyond the weights ~", _mib(sizes["prediction_transients"])],
         [f"LPO's cache of {settings.calibration_examples} examples, in main memory", _mib(sizes["lpo_cache"])],
     ]

@@ -34,12 +34,12 @@ def test_success_is_0_with_tables_and_file(tmp_path, capsys):
 
 def test_settings_arrive(tmp_path):
     file = tmp_path / "plan.json"
-    flags = "--examples 10 --calibration-examples 11 --tokens 12 --batch-size 2 --classes 3 --rank 4 --fisher mc"
+    flags = "--examples 10 --calibration-examples 11 --tokens 12 --batch-size 2 --classes 3 --rank 4"
     flags += " --dtype float32 --experts-per-token 5"
     assert main(["--model", "qwen1.5-moe-a2.7b", "--json", str(file), *flags.split()]) == 0
     assert json.loads(file.read_text())["settings"] == {
         "model": "qwen1.5-moe-a2.7b", "examples": 10, "calibration_examples": 11, "tokens": 12, "batch_size": 2,
-        "classes": 3, "rank": 4, "fisher": "mc", "dtype": "float32", "memory": [80.0], "experts_per_token": 5,
+        "classes": 3, "rank": 4, "dtype": "float32", "memory": [80.0], "experts_per_token": 5,
     }  # fmt: skip
 
 
@@ -59,7 +59,7 @@ def test_impossible_values_are_2(capsys, flags, sentence):
     assert capsys.readouterr().err == f"error: {sentence}\n"
 
 
-@pytest.mark.parametrize("flags", ["", "--model x --fisher all", "--model x --memory much", "--model x --what 1"])
+@pytest.mark.parametrize("flags", ["", "--model x --dtype float64", "--model x --memory much", "--model x --what 1"])
 def test_wrong_usage_is_2(capsys, flags):
     with pytest.raises(SystemExit) as stopped:
         main(flags.split())
