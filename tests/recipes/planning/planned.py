@@ -1,17 +1,12 @@
-"""A small model that is really built, a batch for it, and a count of the bytes that are alive."""
+"""A small model that is really built, and a batch for it."""
 
 from __future__ import annotations
 
-import weakref
-
 import torch
-from torch import nn
-from torch.nn.functional import silu
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 from transformers import Qwen2MoeConfig, Qwen2MoeForCausalLM
 
 from bmoe_lightning.experts import down_proj_parameters, expert_parameters, find_expert_layers
+from recipes.benchmarking.peers import separate_experts
 from recipes.planning.compute import Workload
 
 WORK = Workload(batch_size=4, tokens=32, classes=4, rank=5)
@@ -46,74 +41,15 @@ def built(dtype=torch.float32, attention="sdpa", **options):
     return model
 
 
-class _Expert(nn.Module):
-    def __init__(self, gate_up, down):
-        super().__init__()
-        self.gate, self.up, self.down = (_linear(weight) for weight in (*gate_up.chunk(2), down))
-
-    def forward(self, x):
-        return self.down(silu(self.gate(x)) * self.up(x))
-
-
-def _linear(weight):
-    linear = nn.Linear(*weight.shape[::-1], bias=False)
-    linear.weight.data = weight
-    return linear
-
-
-class _Experts(nn.ModuleList):
-    def forward(self, tokens, index, weights):
-        total = torch.zeros_like(tokens)
-        for number, expert in enumerate(self):
-            rows, choice = torch.where(index == number)
-            total = total.index_add(0, rows, expert(tokens[rows]) * weights[rows, choice].unsqueeze(1))
-        return total
-
-
 def as_modules(model):
     """The same model with a module for every expert."""
-    for block in model.model.layers:
-        fused = block.mlp.experts
-        block.mlp.experts = _Experts(map(_Expert, fused.gate_up_proj.data, fused.down_proj.data))
+    separate_experts(model)
     return model.requires_grad_(False)
 
 
 def class_logits(model, batch):
     logits = model(input_ids=batch["ids"], logits_to_keep=1, use_cache=False).logits[:, -1, 1:5]
     return logits.float(), batch["labels"]
-
-
-class LiveBytes(TorchDispatchMode):
-    """Counts the bytes of the storages that were made inside and are still alive, and their largest sum."""
-
-    def __init__(self):
-        super().__init__()
-        self.alive = self.peak = 0
-        self._known = set()
-
-    def __torch_dispatch__(self, function, types, arguments=(), keywords=None):
-        result = function(*arguments, **(keywords or {}))
-        for tensor in tree_leaves(result):
-            if isinstance(tensor, torch.Tensor):
-                self._note(tensor.untyped_storage())
-        return result
-
-    def known(self, tensors):
-        """Leave out what was there before."""
-        self._known |= {tensor.untyped_storage()._cdata for tensor in tensors}
-
-    def _note(self, storage):
-        key, size = storage._cdata, storage.nbytes()
-        if key in self._known:
-            return
-        self._known.add(key)
-        self.alive += size
-        self.peak = max(self.peak, self.alive)
-        weakref.finalize(storage, self._forget, key, size)
-
-    def _forget(self, key, size):
-        self._known.discard(key)
-        self.alive -= size
 
 
 def small_batch():

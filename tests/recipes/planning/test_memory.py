@@ -6,13 +6,14 @@ from dataclasses import replace
 
 import pytest
 import torch
-from planned import WORK, LiveBytes, as_modules, built, class_logits, small_batch, train
+from planned import WORK, as_modules, built, class_logits, small_batch, train
 from torch.nn.functional import cross_entropy
 
 from bmoe_lightning.baselines import save_snapshot
 from bmoe_lightning.curvature import collect_factors
 from bmoe_lightning.experts import down_proj_parameters, expert_dropout, find_expert_layers, grouped
 from bmoe_lightning.laplace import LaplacePosterior
+from recipes.live_bytes import LiveBytes
 from recipes.planning import memory
 from recipes.planning.architecture import describe
 from recipes.planning.memory import Precision

@@ -1,0 +1,1 @@
+"""What the method costs, as ratios within one run."""
