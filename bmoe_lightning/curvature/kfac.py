@@ -12,6 +12,7 @@ experts which were not chosen, drop out by themselves.
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterable, Sequence
 from typing import Any, Literal
 
@@ -27,6 +28,7 @@ from bmoe_lightning.experts.layer import ExpertLayer
 from bmoe_lightning.experts.layout import find_expert_layers
 from bmoe_lightning.experts.ownership import slot_owners
 from bmoe_lightning.experts.taps import ClassLogits, Slots, TappedBatch, tapped_batch
+from bmoe_lightning.experts.ties import check_distinct
 
 ApproximationName = Literal["expand", "reduce"]
 APPROXIMATIONS = ("expand", "reduce")
@@ -75,9 +77,10 @@ def collect_factors(
     if num_examples is not None and num_examples < 1:
         raise ValueError(f"num_examples must be at least 1, got {num_examples}")
     layers = find_expert_layers(model) if layers is None else list(layers)
+    check_distinct(model, layers)
     generator = torch.Generator().manual_seed(seed)
     sums: list[_LayerSums] | None = None
-    used = 0
+    used, checked = 0, False
     with torch.random.fork_rng():
         for batch in batches:
             with tapped_batch(model, layers, class_logits, batch) as tapped, torch.no_grad():
@@ -87,13 +90,24 @@ def collect_factors(
                         _LayerSums(layer, s.inputs, rank, sketch, seed) for layer, s in zip(layers, slots, strict=True)
                     ]
                 weights = fisher_weights(fisher, tapped.log_probs, tapped.labels, generator)
-                _add_batch(sums, tapped, slots, weights, approximation)
+                # Once a model: whether it keeps examples apart is a matter of its code.
+                thorough, checked = not checked, checked or len(tapped.logits) > 1
+                _add_batch(sums, tapped, slots, weights, approximation, thorough=thorough)
                 used += len(tapped.logits)
     if sums is None:
         raise ValueError("no batch to collect curvature from: `batches` is empty")
     num_examples = used if num_examples is None else num_examples
+    finished = tuple(layer_sums.finish(num_examples / used) for layer_sums in sums)
+    unseen = [layer.name for layer in finished if not bool(layer.slots.any())]
+    if unseen:
+        warnings.warn(
+            f"no token that moves a logit went through {', '.join(unseen[:4])}{' and more' if unseen[4:] else ''}: "
+            "these layers keep their prior. Right for a part of the model that this data does not use; wrong if the "
+            "model multiplies with the weights without running the modules",
+            stacklevel=2,
+        )
     return KroneckerFactors(
-        tuple(layer_sums.finish(num_examples / used) for layer_sums in sums),
+        finished,
         rank=rank,
         fisher=fisher,
         approximation=approximation,
@@ -123,10 +137,18 @@ def check_options(rank: int, fisher: str, approximation: str, sketch: str) -> No
 
 
 def _add_batch(
-    sums: Sequence[_LayerSums], tapped: TappedBatch, slots: Sequence[Slots], weights: Tensor, approximation: str
+    sums: Sequence[_LayerSums],
+    tapped: TappedBatch,
+    slots: Sequence[Slots],
+    weights: Tensor,
+    approximation: str,
+    *,
+    thorough: bool,
 ) -> None:
     """Add one batch's slots to every layer: each gradient as soon as it is known, then the inputs that counted."""
-    owners = slot_owners(tapped, slots) if approximation == "reduce" else [None] * len(slots)
+    owners: list[Tensor] | list[None] = [None] * len(slots)
+    if approximation == "reduce":
+        owners = slot_owners(tapped, slots, thorough=thorough)
     num_examples = len(tapped.logits)
     batches = [
         _LayerBatch(x, layer_slots, owner, num_examples)

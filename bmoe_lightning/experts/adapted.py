@@ -10,23 +10,25 @@ module's forward with the product of the second linear layers replaced by a call
         ...
 
 While slots are tapped or dropped that forward runs in the place of the module's own; at all other times the module is
-left alone.
+left alone. The first time that a module is tapped its own forward runs as well, and the two have to agree.
 """
 
 from __future__ import annotations
 
 import functools
+import weakref
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from bmoe_lightning.experts.grouped import ExpertGroups
 from bmoe_lightning.experts.layer import Dropout, ExpertLayer, Tap
 from bmoe_lightning.experts.seam import attached_state, expert_state, second_product
-from bmoe_lightning.experts.wrapping import check_second_weight, present
+from bmoe_lightning.experts.wrapping import added_by_adapters, check_second_weight, present
 
 
 @dataclass(frozen=True)
@@ -39,6 +41,7 @@ class ExpertAdapter:
         transposed: whether that is `[E, d_in, d_out]` rather than `[E, d_out, d_in]`.
         num_experts: name of the attribute that holds E, where the weights of all experts are stacked in two dimensions.
         expert_parameters: names of all weights of experts; None where every parameter of the module is one.
+        owner: the class, where it was given itself rather than its name.
     """
 
     forward: Callable[..., Any]
@@ -46,6 +49,7 @@ class ExpertAdapter:
     transposed: bool = False
     num_experts: str | None = None
     expert_parameters: tuple[str, ...] | None = None
+    owner: type[nn.Module] | None = None
 
     def stacked(self, module: nn.Module, weight: Tensor) -> Tensor:
         """The second weights as `[E, d_in, d_out]`."""
@@ -56,6 +60,9 @@ class ExpertAdapter:
 
 _ADAPTERS: dict[str, ExpertAdapter] = {}
 _REFUSALS: dict[str, str] = {}
+# Modules whose own forward was seen to agree with the registered one.
+_AGREED: weakref.WeakSet[nn.Module] = weakref.WeakSet()
+_TOLERANCES = {torch.bfloat16: 5e-2, torch.float16: 1e-2}
 
 
 def register_experts(
@@ -76,7 +83,8 @@ def register_experts(
     backward passes. Slots of zeros, which pad the buffers of some models, count nowhere.
 
     Args:
-        experts_class: the class, whose subclasses follow it, or its qualified name (`"package.module.Class"`).
+        experts_class: the class, or its qualified name (`"package.module.Class"`). Subclasses follow it, unless they
+            have a forward of their own.
         down_proj: name of the parameter of the module that holds the second weights of all experts.
         transposed: whether it is `[E, d_in, d_out]` rather than `[E, d_out, d_in]`.
         num_experts: name of the module's attribute that holds E, where the parameter has two dimensions, the experts
@@ -84,23 +92,41 @@ def register_experts(
         expert_parameters: names of all weights of experts, where the module holds other parameters too.
 
     Raises:
-        ValueError: if the class is registered already.
+        TypeError: if what is registered is no class of modules.
+        ValueError: if another forward is registered for the class already.
     """
-    name = experts_class if isinstance(experts_class, str) else _qualified_name(experts_class)
+    if isinstance(experts_class, str):
+        name, owner = experts_class, None
+        if "." not in name:
+            raise ValueError(f"{name!r} is no qualified name of a class (package.module.Class)")
+    elif isinstance(experts_class, type) and issubclass(experts_class, nn.Module):
+        name, owner = _qualified_name(experts_class), experts_class
+    else:
+        raise TypeError(f"register_experts takes a class of modules or its name, got {experts_class!r}")
 
     def register(forward: Callable[..., Any]) -> Callable[..., Any]:
-        if name in _ADAPTERS:
-            raise ValueError(f"the experts of {name!r} are registered already, by {_ADAPTERS[name].forward!r}")
-        _ADAPTERS[name] = ExpertAdapter(forward, down_proj, transposed, num_experts, expert_parameters)
+        known = _ADAPTERS.get(name)
+        # A cell of a notebook may run again.
+        if known is not None and _qualified_name(known.forward) != _qualified_name(forward):
+            raise ValueError(f"the experts of {name!r} are registered already, by {known.forward!r}")
+        _ADAPTERS[name] = ExpertAdapter(forward, down_proj, transposed, num_experts, expert_parameters, owner)
         return forward
 
     return register
 
 
 def adapter_of(module: nn.Module) -> ExpertAdapter | None:
-    """The adapter of a module's class, or of the nearest class it is derived from."""
-    names = (_qualified_name(kind) for kind in type(module).__mro__)
-    return next((_ADAPTERS[name] for name in names if name in _ADAPTERS), None)
+    """The adapter of a module's class, or of a class whose forward it inherits."""
+    found = _registered(module)
+    return None if found is None or type(module).forward is not found[1].forward else found[0]
+
+
+def _registered(module: nn.Module) -> tuple[ExpertAdapter, type[nn.Module]] | None:
+    for kind in type(module).__mro__:
+        adapter = _ADAPTERS.get(_qualified_name(kind))
+        if adapter is not None and adapter.owner in (None, kind):
+            return adapter, kind
+    return None
 
 
 def refuse_experts(experts_class: str, reason: str) -> None:
@@ -109,7 +135,12 @@ def refuse_experts(experts_class: str, reason: str) -> None:
 
 
 def refusal_of(module: nn.Module) -> str | None:
-    """Why a module's class is refused, if it is."""
+    """Why the experts of a module are refused, if they are."""
+    found = _registered(module)
+    if found is not None and type(module).forward is not found[1].forward:
+        return (
+            f"it has a forward of its own, and {found[1].__name__}'s was registered; register {type(module).__name__}"
+        )
     return _REFUSALS.get(_qualified_name(type(module)))
 
 
@@ -124,9 +155,22 @@ class AdaptedExperts:
                 f"{name!r} is a {type(module).__name__}, whose experts with the second weights {down_proj!r} nobody "
                 "registered (see register_experts)"
             )
-        weight = module.get_parameter(down_proj)
-        check_second_weight(name, weight)
-        num_experts, d_in, d_out = adapter.stacked(module, weight).shape
+        try:
+            weight = module.get_parameter(down_proj)
+            for part in adapter.expert_parameters or ():
+                module.get_parameter(part)
+            check_second_weight(name, weight)
+            shape = tuple(adapter.stacked(module, weight).shape)
+        except (AttributeError, RuntimeError) as error:
+            raise ValueError(
+                f"the experts {name!r} ({type(module).__name__}) are not as they were registered ({error})"
+            ) from error
+        if len(shape) != 3:
+            raise ValueError(
+                f"the second weights of {name!r} have {len(shape)} dimensions; register the name of the attribute that "
+                "holds the number of experts (num_experts=...) if they are stacked in two"
+            )
+        num_experts, d_in, d_out = shape
         return ExpertLayer(name, index, num_experts, d_in, d_out, "adapted", down_proj, adapter.transposed)
 
     def parameters(self, module: nn.Module, layer: ExpertLayer) -> dict[str, nn.Parameter]:
@@ -134,9 +178,11 @@ class AdaptedExperts:
         return {layer.down_proj: module.get_parameter(layer.down_proj)}
 
     def weights(self, model: nn.Module, layer: ExpertLayer) -> dict[str, Tensor]:
-        """The same."""
+        """The same, with what PEFT's adapters of whole parameters add."""
         owner, _, name = f"{layer.name}.{layer.down_proj}".rpartition(".")
-        return {layer.down_proj: present(model.get_submodule(owner), name).detach()}
+        weight = present(model.get_submodule(owner), name).detach()
+        added = added_by_adapters(model, owner, name)
+        return {layer.down_proj: weight if added is None else weight + added.to(weight)}
 
     def expert_parameters(self, module: nn.Module) -> dict[str, nn.Parameter]:
         """The parameters that the adapter names, or all."""
@@ -153,20 +199,54 @@ class AdaptedExperts:
         """Put the adapter's forward in the place of the module's own."""
         adapter = adapter_of(module)
         assert adapter is not None
-        replaced = expert_state(module) is not None
-        own = module.__dict__.get("forward")
-        with attached_state(module, tap, dropout):
-            if not replaced:
-                module.__dict__["forward"] = functools.partial(
-                    adapter.forward, module, functools.partial(_second_linear, module, adapter)
-                )
-            try:
-                yield
-            finally:
-                if not replaced:
-                    module.__dict__.pop("forward")
-                    if own is not None:
-                        module.__dict__["forward"] = own
+        with ExitStack() as stack:
+            nested = expert_state(module) is not None
+            stack.enter_context(attached_state(module, tap, dropout))
+            if not nested:
+                # What accelerate put around the forward stays around it.
+                name = "_old_forward" if hasattr(module, "_hf_hook") else "forward"
+                own = module.__dict__.get(name)
+                if own is not None and getattr(own, "__func__", None) is not type(module).forward:
+                    raise ValueError(
+                        f"the experts {layer.name!r} have a forward of their own ({own!r}), which the registered one "
+                        "would pass by; register a class for them"
+                    )
+                module.__dict__[name] = functools.partial(_run, module, adapter)
+                stack.callback(_put_back, module, name, own)
+            yield
+
+
+def _put_back(module: nn.Module, name: str, own: Any) -> None:
+    module.__dict__.pop(name)
+    if own is not None:
+        module.__dict__[name] = own
+
+
+def _run(module: nn.Module, adapter: ExpertAdapter, *args: Any, **kwargs: Any) -> Any:
+    output = adapter.forward(module, functools.partial(_second_linear, module, adapter), *args, **kwargs)
+    state = expert_state(module)
+    if module not in _AGREED and state is not None and state.dropout is None:
+        with torch.no_grad():
+            _compare(module, type(module).forward(module, *args, **kwargs), output)
+        _AGREED.add(module)
+    return output
+
+
+def _compare(module: nn.Module, own: Any, registered: Any) -> None:
+    """Refuse a registered forward that does not compute what the module's own does."""
+    pairs = zip(*(x if isinstance(x, tuple) else (x,) for x in (own, registered)), strict=True)
+    for expected, found in pairs:
+        if not isinstance(expected, Tensor) or not expected.is_floating_point():
+            continue
+        tolerance = _TOLERANCES.get(expected.dtype, 1e-3)
+        scale = torch.linalg.vector_norm(expected.double())
+        alike = expected.shape == found.shape
+        if not alike or torch.linalg.vector_norm(expected.double() - found.detach().double()) > tolerance * scale:
+            raise RuntimeError(
+                f"the forward registered for {type(module).__name__} does not compute what its own does: norms "
+                f"{float(torch.linalg.vector_norm(found.detach().double())):.6g} and {float(scale):.6g}, shapes "
+                f"{tuple(found.shape)} and {tuple(expected.shape)}. Is the second weight transposed?"
+            )
 
 
 def _second_linear(
@@ -177,12 +257,23 @@ def _second_linear(
     tokens: Tensor | None = None,
     num_tokens: int = 0,
 ) -> Tensor:
-    weight = adapter.stacked(module, module.get_parameter(adapter.down_proj))
+    owner, _, name = adapter.down_proj.rpartition(".")
+    weight = adapter.stacked(module, present(module.get_submodule(owner), name)).to(hidden.device)
+    slots = hidden.shape[:-1]
+    if hidden.dim() != 2 or hidden.shape[1] != weight.shape[1] or experts.dtype != torch.int64:
+        raise ValueError(
+            f"second_linear of {type(module).__name__} takes activations [S, {weight.shape[1]}] and int64 experts [S], "
+            f"got {tuple(hidden.shape)} and {experts.dtype} {tuple(experts.shape)}"
+        )
+    if experts.shape != slots or (tokens is not None and tokens.shape != slots):
+        raise ValueError(
+            f"second_linear of {type(module).__name__} got {len(hidden)} slots, experts {tuple(experts.shape)} and "
+            f"tokens {None if tokens is None else tuple(tokens.shape)}"
+        )
     groups = ExpertGroups(experts, len(weight))
     sorted_tokens = None if tokens is None else tokens[groups.order]
-    output = second_product(module, groups, hidden[groups.order], weight, sorted_tokens, num_tokens)
-    return groups.restored(output)
+    return groups.restored(second_product(module, groups, hidden[groups.order], weight, sorted_tokens, num_tokens))
 
 
-def _qualified_name(kind: type) -> str:
+def _qualified_name(kind: Any) -> str:
     return f"{kind.__module__}.{kind.__qualname__}"

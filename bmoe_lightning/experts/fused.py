@@ -71,17 +71,31 @@ def is_fused_experts(module: nn.Module) -> bool:
     return isinstance(weight, nn.Parameter) and weight.dim() == 3 and hasattr(module, "is_transposed")
 
 
+def check_overlooked(name: str, module: nn.Module) -> None:
+    """Refuse what would be fused experts if its second weights were plain, rather than leave them out of the posterior.
+
+    Raises:
+        ValueError: if the second weights are quantised, sharded or parametrised.
+    """
+    weight = getattr(module, "down_proj", None)
+    if weight is None or isinstance(weight, nn.Module):
+        return
+    check_second_weight(name, weight)
+    if hasattr(module, "is_transposed") and not isinstance(weight, nn.Parameter):
+        raise ValueError(f"the second weights of {name!r} are computed from others (parametrised)")
+
+
 @contextmanager
 def fused_implementation(model: nn.Module) -> Iterator[None]:
     """Send the fused experts of a model through `tapped_experts_forward`; restore the implementation afterwards.
 
     Args:
-        model: any module; the outermost `PreTrainedModel`s in it are switched. Without fused experts nothing happens.
+        model: any module; the fused experts in it are switched. Without any nothing happens.
 
     Raises:
-        RuntimeError: if the name `bmoe` is taken in transformers' registry, or a model does not let itself be switched.
+        RuntimeError: if the name `bmoe` is taken in transformers' registry.
     """
-    fused = [(name, module) for name, module in model.named_modules() if is_fused_experts(module)]
+    fused: list[Any] = [module for module in model.modules() if is_fused_experts(module)]
     if not fused:
         yield
         return
@@ -93,23 +107,23 @@ def fused_implementation(model: nn.Module) -> Iterator[None]:
             f"transformers already has an experts implementation called {IMPLEMENTATION!r} ({taken!r}); "
             "bmoe_lightning needs that name"
         )
-    owners = outermost_pretrained(model)
-    before = [owner.get_experts_implementation() for owner in owners]
+    # Through each module's own configuration: a model's set_experts_implementation does not reach copies of it, nor
+    # classes that are not in the file of their model.
+    configs = {id(module.config): module.config for module in fused}
+    before = [(config, _attribute(config), getattr(config, _attribute(config))) for config in configs.values()]
     try:
-        for owner in owners:
-            owner.set_experts_implementation(IMPLEMENTATION)
-        for name, module in fused:
-            actual = module.config._experts_implementation
-            if actual != IMPLEMENTATION:
-                raise RuntimeError(
-                    f"the experts {name!r} stay with the implementation {actual!r}: their model class does not let its "
-                    "experts implementation be set. Define the model in an importable file, or use an nn.ModuleList of "
-                    "experts."
-                )
+        for config, attribute, _ in before:
+            setattr(config, attribute, IMPLEMENTATION)
         yield
     finally:
-        for owner, implementation in zip(owners, before, strict=True):
-            owner.set_experts_implementation(implementation)
+        for config, attribute, implementation in before:
+            setattr(config, attribute, implementation)
+
+
+def _attribute(config: Any) -> str:
+    """What holds the implementation: setting transformers' property would set it in parts of the configuration too."""
+    internal = "_experts_implementation_internal"
+    return internal if hasattr(config, internal) else "_experts_implementation"
 
 
 def outermost_pretrained(model: nn.Module) -> list[PreTrainedModel]:

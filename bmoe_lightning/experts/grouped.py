@@ -47,8 +47,7 @@ class ExpertGroups:
         Returns:
             `[S, k]`, row s being `x[s] @ weight[experts[s]]`; differentiable in both arguments.
         """
-        # The gradient has rows as wide as the product's.
-        if _kernel_fits(x, weight) and weight.shape[-1] * weight.element_size() % 16 == 0:
+        if _kernel_fits(x, weight):
             return F.grouped_mm(x, weight, offs=self._offsets)
         return _BlockedProduct.apply(self, x, weight)
 
@@ -78,8 +77,14 @@ class ExpertGroups:
         rows, block_experts, num_rows = self._blocks()
         left = x.new_zeros(num_rows, x.shape[1]).index_copy(0, rows, x).view(-1, _BLOCK_ROWS, x.shape[1])
         right = z.new_zeros(num_rows, z.shape[1]).index_copy(0, rows, z).view(-1, _BLOCK_ROWS, z.shape[1])
-        products = torch.bmm(left.transpose(1, 2), right)
-        return products.new_zeros(len(self.counts), *products.shape[1:]).index_add_(0, block_experts, products)
+        # Every block makes a matrix of its own; so many at a time.
+        at_a_time = max(1, _COPIED_FLOATS // (x.shape[1] * z.shape[1]))
+        total = x.new_zeros(len(self.counts), x.shape[1], z.shape[1])
+        for some_left, some_right, experts in zip(
+            left.split(at_a_time), right.split(at_a_time), block_experts.split(at_a_time), strict=True
+        ):
+            total.index_add_(0, experts, torch.bmm(some_left.transpose(1, 2), some_right))
+        return total
 
     def restored(self, values: Tensor) -> Tensor:
         """Bring sorted slot values `[S, ...]` back into the order that the slots had before they were sorted."""
@@ -144,6 +149,8 @@ def _kernel_fits(x: Tensor, other: Tensor) -> bool:
     return (
         x.device.type in ("cpu", "cuda")
         and len(x) > 0
+        # Of a product's gradient, rows are as wide as the product; strides do not tell the width of one column.
+        and all(tensor.shape[-1] * x.element_size() % 16 == 0 for tensor in (x, other))
         and all(stride * x.element_size() % 16 == 0 for stride in strides)
         and x.data_ptr() % 16 == 0
         and other.data_ptr() % 16 == 0

@@ -4,34 +4,21 @@ from __future__ import annotations
 
 import fnmatch
 import itertools
-from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 
-import bmoe_lightning.experts.families  # noqa: F401  (registers its adapters)
-from bmoe_lightning.experts.adapted import AdaptedExperts, adapter_of, refusal_of
-from bmoe_lightning.experts.fused import FusedExperts, fused_implementation, is_fused_experts
-from bmoe_lightning.experts.layer import Dropout, ExpertLayer, Layout, LayoutName, Tap
-from bmoe_lightning.experts.modules import LinearLayer, ModuleExperts
+from bmoe_lightning.experts.adapted import adapter_of, refusal_of
+from bmoe_lightning.experts.fused import check_overlooked, fused_implementation, is_fused_experts
+from bmoe_lightning.experts.layer import Dropout, ExpertLayer, Tap
+from bmoe_lightning.experts.layouts import LAYOUTS
 from bmoe_lightning.experts.structure import second_linear_name, shared_experts_near
-from bmoe_lightning.experts.wrapping import (
-    check_adapter_part,
-    check_second_weight,
-    is_linear,
-    is_wrapped_name,
-    plain_name,
-)
-
-_LAYOUTS: dict[LayoutName, Layout] = {
-    "fused": FusedExperts(),
-    "adapted": AdaptedExperts(),
-    "modules": ModuleExperts(),
-    "linear": LinearLayer(),
-}
+from bmoe_lightning.experts.ties import check_ties, parameter_owners, tied_modules, weight_ids
+from bmoe_lightning.experts.wrapping import check_adapter_part, is_linear, is_wrapped_name, plain_name
 
 
 def find_expert_layers(
@@ -51,33 +38,37 @@ def find_expert_layers(
             the router's presence is not asked for.
         down_proj: name of the second linear layer within one expert (`"w2"`), where structure leaves it open.
         shared_experts: whether experts that see every token are included, as layers with one expert each; in the paper
-            they are not. They are found beside the routed ones by the word `shared` in their names.
+            they are not. They are found beside the routed ones by `shared_expert` or `shared_mlp` in their names.
 
     Returns:
         The layers in the order of `model.named_modules()`.
 
     Raises:
         ValueError: if no expert layer is found, an expert's second linear layer is ambiguous, shared experts are asked
-            for and there are none, or the second weights are out of reach (quantised, or spread over processes).
+            for and there are none, or second weights are out of reach: quantised, parametrised, spread over processes,
+            or tied to something that is no second weight at the same place.
     """
     modules = dict(model.named_modules())
     found: dict[str, ExpertLayer] = {}
-    tied: set[int] = set()
+    known: set[tuple[int, ...]] = set()
     for name, module in modules.items():
-        if experts is None or fnmatch.fnmatchcase(name, experts):
-            layer = _expert_layer(name, module, modules, down_proj, named=experts is not None)
-            # Tied layers, such as those of an encoder and a decoder, are one.
-            if layer is not None and tied.isdisjoint(weights := _weight_ids(module, layer)):
-                tied |= weights
-                found[name] = layer
+        if experts is not None and not fnmatch.fnmatchcase(name, experts):
+            continue
+        layer = _expert_layer(name, module, modules, down_proj, named=experts is not None)
+        if layer is None:
+            check_overlooked(name, module)
+        # Tied layers, such as those of an encoder and a decoder, are one.
+        elif (weights := weight_ids(module, layer)) not in known:
+            known.add(weights)
+            found[name] = layer
     if not found:
-        _refuse_quantised(modules)
         raise ValueError(_nothing_found(model, modules, experts))
+    check_ties(model, found.values())
     if shared_experts:
         shared = {name for layer in found.values() for name in shared_experts_near(layer, modules)}
         if not shared:
             raise ValueError(f"{type(model).__name__} has no shared experts beside its {len(found)} expert layers")
-        found |= {name: _LAYOUTS["linear"].layer(name, 0, modules[name], "") for name in shared}
+        found |= {name: LAYOUTS["linear"].layer(name, 0, modules[name], "") for name in shared}
     ordered = [found[name] for name in modules if name in found]
     return [replace(layer, index=index) for index, layer in enumerate(ordered)]
 
@@ -101,6 +92,8 @@ def find_linear_layers(model: nn.Module, pattern: str | Sequence[str], *, first_
             in other ways than as a layer.
     """
     patterns = [pattern] if isinstance(pattern, str) else list(pattern)
+    if not patterns:
+        raise ValueError("find_linear_layers needs a pattern over module names, got none")
     modules = dict(model.named_modules())
     linears = {name: module for name, module in modules.items() if is_linear(module) and not is_wrapped_name(name)}
     names = [name for name in linears if any(fnmatch.fnmatchcase(name, p) for p in patterns)]
@@ -109,15 +102,15 @@ def find_linear_layers(model: nn.Module, pattern: str | Sequence[str], *, first_
             f"no linear layer of {type(model).__name__} matches {' or '.join(map(repr, patterns))}; there are "
             f"{len(linears)}, such as {', '.join(list(linears)[:5]) or 'none'}"
         )
-    found = [_LAYOUTS["linear"].layer(name, index, linears[name], "") for index, name in enumerate(names, first_index)]
-    owners = _owners(model)
+    found = [LAYOUTS["linear"].layer(name, index, linears[name], "") for index, name in enumerate(names, first_index)]
     for layer in found:
         check_adapter_part(layer.name, modules)
-        if any(owners[weight] > 1 for weight in _weight_ids(linears[layer.name], layer)):
+        if isinstance(linears[layer.name], NonDynamicallyQuantizableLinear):
             raise ValueError(
-                f"the weight of {layer.name!r} is tied to another module (a head to the embeddings, say), through "
-                "which it moves the logits in ways that a linear layer's slots do not show"
+                f"{layer.name!r} belongs to an nn.MultiheadAttention, which multiplies with its weight and never runs "
+                "it as a layer"
             )
+    check_ties(model, found)
     return found
 
 
@@ -151,7 +144,7 @@ def _located(model: nn.Module, modules: dict[str, nn.Module], layer: ExpertLayer
     reasons = []
     for name in names:  # a module and its wrappers, the outermost first
         try:
-            return _LAYOUTS[layer.layout].layer(name, layer.index, modules[name], layer.down_proj)
+            return LAYOUTS[layer.layout].layer(name, layer.index, modules[name], layer.down_proj)
         except ValueError as error:
             reasons.append(str(error))
     raise ValueError(
@@ -187,44 +180,23 @@ def intercepted_layers(
     with ExitStack() as stack:
         if any(layer.layout == "fused" for layer in layers):
             stack.enter_context(fused_implementation(model))
-        owners = _owners(model)
+        owners = parameter_owners(model)
         for layer, tap in zip(layers, itertools.repeat(None) if taps is None else taps, strict=taps is not None):
-            for module in _tied_modules(model, layer, owners):
-                stack.enter_context(_LAYOUTS[layer.layout].intercepted(module, layer, tap, dropout))
+            for module in tied_modules(model, layer, owners):
+                stack.enter_context(LAYOUTS[layer.layout].intercepted(module, layer, tap, dropout))
         yield
-
-
-def _owners(model: nn.Module) -> Counter[int]:
-    """How many modules hold each parameter as their own, by its id."""
-    return Counter(id(p) for module in model.modules() for p in module.parameters(recurse=False))
-
-
-def _tied_modules(model: nn.Module, layer: ExpertLayer, owners: Counter[int]) -> list[nn.Module]:
-    """The modules that multiply with a layer's second weights: its own, and others that are tied to it."""
-    module = model.get_submodule(layer.name)
-    own = _weight_ids(module, layer)
-    if all(owners[weight] == 1 for weight in own):
-        return [module]
-    return [other for other in model.modules() if type(other) is type(module) and _weight_ids(other, layer) == own]
-
-
-def _weight_ids(module: nn.Module, layer: ExpertLayer) -> set[int]:
-    try:
-        return {id(parameter) for parameter in _LAYOUTS[layer.layout].parameters(module, layer).values()}
-    except AttributeError:  # a list of something else
-        return set()
 
 
 def down_proj_parameters(model: nn.Module, layer: ExpertLayer) -> dict[str, nn.Parameter]:
     """The parameters that hold a layer's second weights: qualified name to parameter."""
     module = model.get_submodule(layer.name)
-    return {f"{layer.name}.{name}": p for name, p in _LAYOUTS[layer.layout].parameters(module, layer).items()}
+    return {f"{layer.name}.{name}": p for name, p in LAYOUTS[layer.layout].parameters(module, layer).items()}
 
 
 def expert_parameters(model: nn.Module, layer: ExpertLayer) -> dict[str, nn.Parameter]:
     """All weights of a layer's experts, without router and shared experts: qualified name to parameter."""
     module = model.get_submodule(layer.name)
-    return {f"{layer.name}.{name}": p for name, p in _LAYOUTS[layer.layout].expert_parameters(module).items()}
+    return {f"{layer.name}.{name}": p for name, p in LAYOUTS[layer.layout].expert_parameters(module).items()}
 
 
 def second_weights(model: nn.Module, layer: ExpertLayer) -> dict[str, Tensor]:
@@ -232,7 +204,7 @@ def second_weights(model: nn.Module, layer: ExpertLayer) -> dict[str, Tensor]:
 
     These are the parameters themselves, unless PEFT's adapters add to them.
     """
-    return {f"{layer.name}.{name}": w for name, w in _LAYOUTS[layer.layout].weights(model, layer).items()}
+    return {f"{layer.name}.{name}": w for name, w in LAYOUTS[layer.layout].weights(model, layer).items()}
 
 
 def squared_distances(model: nn.Module, layers: list[ExpertLayer], reference: dict[str, Tensor] | None) -> list[Tensor]:
@@ -269,24 +241,16 @@ def _expert_layer(
     name: str, module: nn.Module, modules: dict[str, nn.Module], down_proj: str | None, *, named: bool
 ) -> ExpertLayer | None:
     if is_fused_experts(module):
-        return _LAYOUTS["fused"].layer(name, 0, module, "down_proj")
+        return LAYOUTS["fused"].layer(name, 0, module, "down_proj")
     if refusal_of(module) is not None:
         raise ValueError(f"the experts {name!r} of {type(module).__name__} are not supported: {refusal_of(module)}")
     adapter = adapter_of(module)
     if adapter is not None:
-        return _LAYOUTS["adapted"].layer(name, 0, module, adapter.down_proj)
+        return LAYOUTS["adapted"].layer(name, 0, module, adapter.down_proj)
     if isinstance(module, (nn.ModuleList, nn.ModuleDict)):
         second = second_linear_name(name, module, modules[name.rpartition(".")[0]], down_proj, named=named)
-        return None if second is None else _LAYOUTS["modules"].layer(name, 0, module, second)
+        return None if second is None else LAYOUTS["modules"].layer(name, 0, module, second)
     return None
-
-
-def _refuse_quantised(modules: dict[str, nn.Module]) -> None:
-    """Say that experts are quantised, where quantisation has made them a class of its own."""
-    for name, module in modules.items():
-        weight = getattr(module, "down_proj", None)
-        if weight is not None and not isinstance(weight, nn.Module):
-            check_second_weight(name, weight)
 
 
 def _nothing_found(model: nn.Module, modules: dict[str, nn.Module], experts: str | None) -> str:

@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+import functools
+from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.parameter import UninitializedParameter
 
 from bmoe_lightning.experts.layer import Dropout, ExpertLayer, Tap
+from bmoe_lightning.experts.seam import attached_state, expert_state
 from bmoe_lightning.experts.wrapping import (
     check_second_weight,
     effective_weight,
     is_linear,
+    is_wrapped_name,
     linear_shape,
     linear_weight_name,
     linears_of,
@@ -122,6 +126,12 @@ def experts_of(module: nn.Module) -> dict[str, nn.Module]:
 
 def _second_linear(expert: nn.Module, down_proj: str) -> nn.Module | None:
     """The second linear layer of an expert, with or without wrappers between."""
+    try:
+        found = expert.get_submodule(down_proj)
+    except AttributeError:
+        found = None
+    if found is not None and is_linear(found) and not is_wrapped_name(down_proj):
+        return found
     linears = {plain_name(name): linear for name, linear in linears_of(expert).items()}
     return linears.get(plain_name(down_proj))
 
@@ -133,32 +143,48 @@ def _check(name: str, linear: nn.Module) -> None:
             f"the linear layer {name!r} is spread over processes (tensor parallelism), so that each knows a part of "
             "it; load the model without a parallel plan"
         )
-    check_second_weight(name, getattr(inner, "weight", None))
+    weight = getattr(inner, "weight", None)
+    check_second_weight(name, weight)
+    if not isinstance(weight, nn.Parameter) or isinstance(weight, UninitializedParameter):
+        raise ValueError(f"the weight of {name!r} is computed from others (parametrised), or not there yet")
 
 
 def _hook(
     stack: ExitStack, linear: nn.Module, tap: Tap | None, dropout: Dropout | None, expert: int, *, knows_tokens: bool
 ) -> None:
-    if dropout is not None:
-        # Ahead of other hooks, so that a tap sees what the layer sees.
-        stack.callback(linear.register_forward_pre_hook(_dropping(dropout), prepend=True).remove)
-    if tap is not None:
-        stack.callback(linear.register_forward_hook(_recording(tap, expert, knows_tokens=knows_tokens)).remove)
+    nested = expert_state(linear) is not None
+    stack.enter_context(attached_state(linear, tap, dropout))
+    if not nested:
+        # Next to the layer itself, so that a tap sees what it got and what it made.
+        stack.callback(linear.register_forward_pre_hook(_drop, prepend=True, with_kwargs=True).remove)
+        hook = functools.partial(_record, expert, knows_tokens)
+        stack.callback(linear.register_forward_hook(hook, prepend=True, with_kwargs=True).remove)
 
 
-def _dropping(dropout: Dropout) -> Callable[..., tuple[Any, ...]]:
-    def hook(module: nn.Module, inputs: tuple[Any, ...]) -> tuple[Any, ...]:
-        return (dropout(inputs[0], module.training), *inputs[1:])
+def _drop(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, Any] | None:
+    state = expert_state(module)
+    if state is None or state.dropout is None:
+        return None
+    dropped = state.dropout(_input(args, kwargs), module.training)
+    return ((dropped, *args[1:]), kwargs) if args else ((), {**kwargs, "input": dropped})
 
-    return hook
+
+def _record(
+    expert: int, knows_tokens: bool, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Tensor
+) -> Tensor | None:
+    state = expert_state(module)
+    if state is None or state.tap is None:
+        return None
+    x = _input(args, kwargs)
+    flat = x.reshape(-1, x.shape[-1])
+    experts = torch.full((len(flat),), expert, dtype=torch.int64, device=flat.device)
+    # An expert is called on whatever tokens were routed to it; a plain layer usually on all of them, in order.
+    tokens = torch.arange(len(flat), device=flat.device) if knows_tokens else None
+    seen = state.tap.record(flat, experts, output.reshape(-1, output.shape[-1]), tokens, len(flat))
+    # A copy: what the model does to it in place is no part of the layer.
+    return seen.view(output.shape).clone()
 
 
-def _recording(tap: Tap, expert: int, *, knows_tokens: bool) -> Callable[..., Tensor]:
-    def hook(_module: nn.Module, inputs: tuple[Any, ...], output: Tensor) -> Tensor:
-        flat = inputs[0].reshape(-1, inputs[0].shape[-1])
-        experts = torch.full((len(flat),), expert, dtype=torch.int64, device=flat.device)
-        # An expert is called on whatever tokens were routed to it; a plain layer usually on all of them, in order.
-        tokens = torch.arange(len(flat), device=flat.device) if knows_tokens else None
-        return tap.record(flat, experts, output.reshape(-1, output.shape[-1]), tokens, len(flat)).view(output.shape)
-
-    return hook
+def _input(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
+    x: Tensor = args[0] if args else kwargs["input"]
+    return x

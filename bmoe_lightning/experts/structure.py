@@ -8,6 +8,7 @@ from bmoe_lightning.experts.layer import ExpertLayer
 from bmoe_lightning.experts.modules import experts_of
 from bmoe_lightning.experts.wrapping import linear_shape, linears_of, plain_name
 
+_SHARED = ("shared_expert", "shared_mlp")
 _USUAL_NAMES = ("down_proj", "w2", "fc2", "wo", "c_proj", "output_linear", "dense_4h_to_h")
 
 
@@ -46,7 +47,8 @@ def second_linear_name(
     candidates = [
         n
         for n, (d_out, d_in) in linears.items()
-        if all(shape == (d_in, d_out) for other, shape in linears.items() if other != n)
+        # Gate and up may be one layer.
+        if all(shape in ((d_in, d_out), (2 * d_in, d_out)) for other, shape in linears.items() if other != n)
     ]
     if len(candidates) > 1:
         # Of two layers each leads back to where the other starts; the router knows the model's width.
@@ -63,8 +65,8 @@ def second_linear_name(
 def shared_experts_near(layer: ExpertLayer, modules: dict[str, nn.Module]) -> list[str]:
     """The second linear layers of the shared experts that belong to an expert layer.
 
-    A shared expert is a module with the word `shared` in its name, beside the routed experts or beside the block that
-    holds them, with linear layers of which one leads back to the model's width.
+    A shared expert is a module with `shared_expert` or `shared_mlp` in its name, beside the routed experts or beside
+    the block that holds them, with linear layers of which one leads back to the model's width.
 
     Args:
         layer: of routed experts.
@@ -81,7 +83,7 @@ def shared_experts_near(layer: ExpertLayer, modules: dict[str, nn.Module]) -> li
     found = []
     for name, module in modules.items():
         parent, _, last = name.rpartition(".")
-        if parent not in beside or "shared" not in last:
+        if parent not in beside or not any(word in last for word in _SHARED):
             continue
         linears = _shapes(module)
         if len(linears) < 2:  # a gate of the shared expert

@@ -53,6 +53,16 @@ class _LayerTap:
     experts: list[Tensor] = field(default_factory=list)
     rows: list[Tensor | None] = field(default_factory=list)
     outputs: list[Tensor] = field(default_factory=list)
+    versions: list[int] = field(default_factory=list)
+
+    def check_inputs(self) -> None:
+        """Refuse inputs that were written to after the layer had used them: what was kept is no longer what it saw."""
+        kept = [0 if inputs.is_inference() else inputs._version for inputs in self.inputs]
+        if kept != self.versions:
+            raise RuntimeError(
+                f"the model changes in place what the second linear layers of {self.layer.name!r} got as input, after "
+                "they ran; let it make a new tensor there"
+            )
 
     def record(
         self, inputs: Tensor, experts: Tensor, outputs: Tensor, tokens: Tensor | None, num_tokens: int
@@ -73,6 +83,7 @@ class _LayerTap:
         if not self.source.recording:
             return outputs
         self.inputs.append(inputs.detach())
+        self.versions.append(0 if inputs.is_inference() else inputs._version)
         self.experts.append(experts)
         self.rows.append(self.source.rows_of(tokens, num_tokens))
         self.outputs.append(outputs)
@@ -107,6 +118,16 @@ class Taps:
         if tokens is None or num_tokens not in token_counts:
             return None
         return self.num_rows - num_rows + tokens // (num_tokens // num_rows)
+
+    def finish_recording(self) -> None:
+        """The logits are there: what runs from now on is recomputation.
+
+        Raises:
+            RuntimeError: if the model has changed the input of a second linear layer after it was used.
+        """
+        self.recording = False
+        for tap in self._layer_taps:
+            tap.check_inputs()
 
     def slots(self, position: int) -> Slots:
         """The slots of the layer at a position of `layers`; none where the batch does not reach it.
@@ -279,7 +300,7 @@ def tapped_batch(
         # Compiled code knows nothing of taps; what was compiled stays for later.
         stack.enter_context(torch.compiler.set_stance("force_eager"))
         logits, labels = class_logits(model, _without_inference_tensors(batch))
-        taps.recording = False
+        taps.finish_recording()
         check_logits(logits)
         present = logits.detach() != -torch.inf
         # A caller's autocast is for the model alone: what is done with its slots keeps their precision.

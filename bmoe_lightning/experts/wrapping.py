@@ -5,6 +5,7 @@ Nothing of PEFT, accelerate or bitsandbytes is imported: each is told by the att
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from typing import Any
@@ -18,27 +19,41 @@ _INNER = ("base_layer", "original_module", "_orig_mod", "_checkpoint_wrapped_mod
 _FLOATS = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
 
+def _inner(module: nn.Module) -> str | None:
+    """Under which name a wrapper keeps what it wraps, or PEFT's copy of it that is in use; None for no wrapper."""
+    copies: Any = module._modules.get("modules_to_save")
+    if copies is not None and not getattr(module, "disable_adapters", False):
+        active = next((name for name in getattr(module, "active_adapters", ()) if name in copies), None)
+        if active is not None:
+            return f"modules_to_save.{active}"
+    return next((name for name in _INNER if module._modules.get(name) is not None), None)
+
+
 def unwrapped(module: nn.Module) -> nn.Module:
     """The module itself, below what was put around it."""
-    inner = next((module._modules[name] for name in _INNER if module._modules.get(name) is not None), None)
-    return module if inner is None else unwrapped(inner)
+    name = _inner(module)
+    return module if name is None else unwrapped(module.get_submodule(name))
 
 
 def plain_name(name: str) -> str:
     """A qualified name without the parts that wrappers add."""
-    return ".".join(part for part in name.split(".") if part not in _INNER)
+    name = re.sub(r"(^|\.)modules_to_save\.[^.]+", "", name)
+    return ".".join(part for part in name.split(".") if part and part not in _INNER)
 
 
 def is_wrapped_name(name: str) -> bool:
     """Whether a module is what some wrapper wraps, rather than the outermost of its kind."""
-    return name.rpartition(".")[2] in _INNER
+    owner, _, last = name.rpartition(".")
+    return last in _INNER or owner.rpartition(".")[2] == "modules_to_save"
 
 
 def is_linear(module: nn.Module) -> bool:
-    """Whether a module is a linear layer below its wrappers; those of quantisation are often no `nn.Linear`."""
+    """Whether a module is a linear layer below its wrappers; a quantised one is often no `nn.Linear`."""
     module = unwrapped(module)
+    if isinstance(module, nn.Linear):
+        return True
     sizes = (getattr(module, "in_features", None), getattr(module, "out_features", None))
-    return isinstance(module, nn.Linear) or all(isinstance(size, int) for size in sizes)
+    return all(isinstance(size, int) for size in sizes) and unusable(getattr(module, "weight", None)) is not None
 
 
 def linear_shape(module: nn.Module) -> tuple[int, int]:
@@ -59,7 +74,7 @@ def linears_of(module: nn.Module, prefix: str = "") -> dict[str, nn.Module]:
 
 def linear_weight_name(module: nn.Module) -> str:
     """The name of a linear layer's own weight, relative to its outermost wrapper."""
-    inner = next((name for name in _INNER if module._modules.get(name) is not None), None)
+    inner = _inner(module)
     if inner is None:
         return "weight"
     return f"{inner}.{linear_weight_name(module.get_submodule(inner))}"
@@ -75,7 +90,9 @@ def effective_weight(module: nn.Module) -> Tensor:
         return present(module, "weight").detach()
     linear: Any = unwrapped(module)
     weight = linear.weight
-    device = weight.device if weight.device.type != "meta" else linear._hf_hook.execution_device
+    device = weight.device if weight.device.type != "meta" else execution_device(linear)
+    if device.type == "meta":
+        present(linear, "weight")  # says that there are none
     basis = torch.eye(linear.in_features + 1, linear.in_features, dtype=weight.dtype, device=device)
     modes = [(child, child.training) for child in module.modules()]
     module.eval()  # or LoRA's dropout would take part

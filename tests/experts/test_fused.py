@@ -1,3 +1,5 @@
+import copy
+
 import pytest
 import torch
 from oracles.models import ToyExperts, answer_logits, looped_experts, tiny_qwen, toy_batch, toy_model
@@ -8,6 +10,7 @@ from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS, use_experts_imp
 from bmoe_lightning.experts import find_expert_layers
 from bmoe_lightning.experts.fused import fused_implementation, is_fused_experts
 from bmoe_lightning.experts.seam import attached_state, expert_state
+from recipes.families.tiny import build
 
 COMMON = {
     "vocab_size": 30,
@@ -170,11 +173,25 @@ def test_taken_name_is_refused():
             ALL_EXPERTS_FUNCTIONS.register("bmoe", ours)
 
 
-def test_experts_that_cannot_be_switched_are_refused():
-    bare = nn.ModuleDict({"crew": ToyExperts(toy_model().config)})
-    assert is_fused_experts(bare["crew"])
-    with pytest.raises(RuntimeError, match="'crew' stay with the implementation"):
-        fused_implementation(bare).__enter__()
+def test_experts_beside_their_model_are_switched_too():
+    """Bare ones, and those with a copy of the configuration, which the model's own switch does not reach."""
+    model = toy_model()
+    model.layers[1].mixture.crew.config = copy.deepcopy(model.config)
+    bare = nn.ModuleDict({"crew": ToyExperts(toy_model().config), "model": model})
+    with fused_implementation(bare):
+        crews = [module for module in bare.modules() if is_fused_experts(module)]
+        assert [crew.config._experts_implementation for crew in crews] == ["bmoe"] * 3
+    assert [crew.config._experts_implementation for crew in crews] == ["eager"] * 3
+
+
+def test_parts_of_a_configuration_keep_their_own():
+    model = build("glm4v_moe").model
+    model.config.vision_config._experts_implementation = "batched_mm"
+    with fused_implementation(model):
+        assert model.config.text_config._experts_implementation == "bmoe"
+        assert model.config.vision_config._experts_implementation == "batched_mm"
+    assert model.config.text_config._experts_implementation == "eager"
+    assert model.config.vision_config._experts_implementation == "batched_mm"
 
 
 def test_expert_parallelism_is_refused():

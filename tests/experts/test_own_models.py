@@ -10,12 +10,14 @@ from torch import nn
 
 from bmoe_lightning.curvature import collect_factors
 from bmoe_lightning.experts import (
+    expert_dropout,
     expert_parameters,
     find_expert_layers,
     find_linear_layers,
     register_experts,
     tapped_batch,
 )
+from bmoe_lightning.experts.adapted import adapter_of
 from bmoe_lightning.laplace import LaplacePosterior
 from recipes.families.oracle import dense_factors, dense_logit_covariance, observe
 from recipes.families.watch import second_weights
@@ -261,13 +263,18 @@ def test_a_registered_layout(kind):
     ]
 
 
-def test_a_forward_of_the_users_own_is_put_back():
-    """Other libraries replace forwards too."""
+def test_a_forward_replaced_on_the_module_is_refused():
+    """The registered one would pass it by."""
     model = with_mixtures(Buffers)
-    calls = []
     mixture = model.layers[0].mixture
-    mixture.forward = lambda x: calls.append("own") or Buffers.forward(mixture, x)
-    wrapped = mixture.forward
+    mixture.forward = wrapped = lambda x: Buffers.forward(mixture, x)
+    with pytest.raises(ValueError, match=r"'layers.0.mixture' have a forward of their own"):
+        collect_factors(model, answer_logits, BATCHES)
+    assert mixture.forward is wrapped
+
+
+def test_an_exception_puts_the_forward_back():
+    model = with_mixtures(Buffers)
 
     def broken(m, batch):
         answer_logits(m, batch)
@@ -275,13 +282,257 @@ def test_a_forward_of_the_users_own_is_put_back():
 
     with pytest.raises(ZeroDivisionError):
         collect_factors(model, broken, BATCHES)
-    assert mixture.forward is wrapped
-    assert not calls
+    assert all("forward" not in vars(layer.mixture) for layer in model.layers)
 
 
-def test_registering_twice_is_refused():
+def test_registering_another_forward_is_refused():
+    register_experts(
+        Buffers, down_proj="second", transposed=True, expert_parameters=("first", "second", "second_bias")
+    )(buffers_forward)  # a cell of a notebook that ran again
     with pytest.raises(ValueError, match=r"'test_own_models.Buffers' are registered already, by <function buffers_fo"):
-        register_experts(Buffers, down_proj="second")(buffers_forward)
+        register_experts(Buffers, down_proj="second")(lambda self, second_linear, x: x)
+    with pytest.raises(TypeError, match="takes a class of modules or its name, got <function"):
+        register_experts(buffers_forward, down_proj="second")
+    with pytest.raises(ValueError, match="'Buffers' is no qualified name"):
+        register_experts("Buffers", down_proj="second")
+
+
+class Shifted(Buffers):
+    def forward(self, x):
+        return super().forward(x) + x
+
+
+def test_a_subclass_with_a_forward_of_its_own_is_refused():
+    with pytest.raises(
+        ValueError, match=r"'layers.0.mixture' of Shifted are not supported: it has a forward of its own"
+    ):
+        find_expert_layers(with_mixtures(Shifted))
+
+
+def test_a_local_class_of_the_same_name_is_another():
+    class Inner(Buffers):
+        pass
+
+    def make():
+        class Local(nn.Module):
+            def __init__(self):
+                super().__init__()
+                self.down = nn.Parameter(torch.randn(4, 6, 5))
+
+            def forward(self, x):
+                return x
+
+        return Local
+
+    first, second = make(), make()
+    register_experts(first, down_proj="down")(lambda self, second_linear, x: x)
+    assert adapter_of(first()) is not None
+    assert adapter_of(second()) is None
+
+
+class SquareExperts(nn.Module):
+    """Nothing in the shapes tells which way round the second weight is."""
+
+    def __init__(self):
+        super().__init__()
+        self.w1 = nn.Parameter(torch.randn(4, 6, 6))
+        self.w2 = nn.Parameter(torch.randn(4, 6, 6))
+
+    def forward(self, x, index):
+        return torch.stack([torch.relu(t @ self.w1[e]) @ self.w2[e] for t, e in zip(x, index.tolist(), strict=True)])
+
+
+@pytest.mark.parametrize(
+    ("wrong", "error", "message"),
+    [
+        ("transposed", RuntimeError, "does not compute what its own does: norms .* Is the second weight transposed"),
+        ("sizes", ValueError, r"takes activations \[S, 6\].*got \(\d+, 5\)"),
+        ("experts", ValueError, r"int64 experts \[S\], got .* torch.int32"),
+        ("tokens", ValueError, r"got \d+ slots, experts \(\d+,\) and tokens \(3,\)"),
+        ("names", ValueError, "are not as they were registered"),
+    ],
+)
+def test_wrong_registrations_are_noticed(wrong, error, message):
+    class Local(SquareExperts):
+        def forward(self, x, index):
+            return SquareExperts.forward(self, x, index)
+
+    class Mixture(MyMixture):
+        def __init__(self):
+            super().__init__()
+            self.experts = Local()
+
+    @register_experts(Local, down_proj="w3" if wrong == "names" else "w2", transposed=wrong != "transposed")
+    def forward(self, second_linear, x, index):
+        hidden = torch.stack([torch.relu(t @ self.w1[e]) for t, e in zip(x, index.tolist(), strict=True)])
+        hidden = hidden[:, :5] if wrong == "sizes" else hidden
+        tokens = torch.arange(3) if wrong == "tokens" else None
+        return second_linear(hidden, index.int() if wrong == "experts" else index, tokens, len(x))
+
+    with pytest.raises(error, match=message):
+        collect_factors(with_mixtures(Mixture), answer_logits, BATCHES)
+
+
+class InPlace(OwnMixture):
+    """What comes out of an expert is changed in place."""
+
+    def forward(self, x):
+        tokens = x.reshape(-1, x.shape[-1])
+        weights = self.weights(tokens)
+        total = torch.zeros_like(tokens)
+        for number, worker in enumerate(self.workers):
+            rows = weights[:, number].nonzero().squeeze(1)
+            output = worker(tokens[rows])
+            output.mul_(weights[rows, number].unsqueeze(1))
+            total = total.index_add(0, rows, output)
+        return total.view_as(x)
+
+
+def test_outputs_changed_in_place():
+    model = with_mixtures(InPlace)
+    expected = with_mixtures(OwnMixture)
+    layers = find_expert_layers(model)
+    found = collect_factors(model, answer_logits, BATCHES, rank=20)
+    for layer, other in zip(found.layers, assert_exact(expected, find_expert_layers(expected)).layers, strict=True):
+        torch.testing.assert_close(layer.g_trace, other.g_trace, rtol=1e-10, atol=1e-12)
+    covariance = LaplacePosterior(found).logit_covariance(model, answer_logits, BATCHES[0])[1]
+    plain = LaplacePosterior(collect_factors(expected, answer_logits, BATCHES, rank=20))
+    torch.testing.assert_close(covariance, plain.logit_covariance(expected, answer_logits, BATCHES[0])[1])
+    assert len(layers) == 2
+
+
+def test_inputs_changed_in_place_are_refused():
+    model = toy_model()
+
+    def double(module, inputs, output):
+        inputs[0].mul_(2)
+
+    model.layers[1].value.register_forward_hook(double)
+    layers = find_linear_layers(model, "*.value")
+    with pytest.raises(RuntimeError, match=r"changes in place what the second linear layers of 'layers.1.value' got"):
+        collect_factors(model, answer_logits, BATCHES, layers=layers)
+
+
+def test_layers_called_by_keyword():
+    model = toy_model()
+    for layer in model.layers:
+        own = layer.value
+        layer.value = nn.Sequential(own)
+        layer.value.forward = lambda x, own=own: own(input=x)
+    layers = find_linear_layers(model, "*.value.0")
+    assert_exact(model, layers)
+    plain = answer_logits(model, BATCHES[0])[0]
+    with expert_dropout(model, layers, 0.5, seed=0):
+        assert not torch.allclose(answer_logits(model, BATCHES[0])[0], plain)
+
+
+def test_reduce_asks_where_tokens_lie_otherwise():
+    """A layer on `[length, batch]`: the places of its tokens name the wrong examples, which its gradients do not."""
+    model = toy_model(num_layers=3)
+    for layer in model.layers[:1]:
+        own = layer.value
+        layer.value = nn.Sequential(own)
+        layer.value.forward = lambda x, own=own: own(x.transpose(0, 1).contiguous()).transpose(0, 1)
+    batch = toy_batch(num_rows=7, length=7)
+    layers = find_linear_layers(model, ["*.value", "*.value.0"])
+    plain = toy_model(num_layers=3)
+    found = collect_factors(model, answer_logits, [batch], rank=6, approximation="reduce", layers=layers)
+    expected = collect_factors(
+        plain, answer_logits, [batch], rank=6, approximation="reduce", layers=find_linear_layers(plain, "*.value")
+    )
+    for layer, other in zip(found.layers, expected.layers, strict=True):
+        torch.testing.assert_close(layer.a_trace, other.a_trace)
+        torch.testing.assert_close(layer.g_trace, other.g_trace)
+
+
+def test_weights_that_are_multiplied_without_their_layer():
+    class Attending(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.attention = nn.MultiheadAttention(6, 2, batch_first=True)
+            self.direct = nn.Linear(6, 6)
+
+        def forward(self, x):
+            x = self.attention(x, x, x, need_weights=False)[0]
+            return x + nn.functional.linear(x, self.direct.weight)
+
+    model = with_mixtures(Attending)
+    with pytest.raises(ValueError, match=r"'layers.0.mixture.attention.out_proj' belongs to an nn.MultiheadAttention"):
+        find_linear_layers(model, "*.out_proj")
+    layers = find_linear_layers(model, ["*.direct", "*.value"])
+    with pytest.warns(UserWarning, match=r"no token that moves a logit went through layers.0.mixture.direct, layers.1"):
+        collect_factors(model, answer_logits, BATCHES, layers=layers)
+
+
+def test_layers_that_would_count_twice_are_refused():
+    model = toy_model()
+    layers = find_expert_layers(model)
+    for doubled, what in ((layers + layers, "name"), (layers + find_linear_layers(model, "head"), "index")):
+        with pytest.raises(ValueError, match=f"have the same {what}"):
+            collect_factors(model, answer_logits, BATCHES, layers=doubled)
+    own = with_mixtures(OwnMixture)
+    layers = find_expert_layers(own)
+    with pytest.raises(ValueError, match="have the same second weight"):
+        collect_factors(
+            own, answer_logits, BATCHES, layers=layers + find_linear_layers(own, "*.land", first_index=len(layers))
+        )
+
+
+@pytest.mark.parametrize("how", ["one expert", "another order", "first and second"])
+def test_partial_ties_are_refused(how):
+    model = with_mixtures(OwnMixture)
+    first, second = (layer.mixture.workers for layer in model.layers)
+    if how == "one expert":
+        second[2].land.weight = first[2].land.weight
+    elif how == "another order":
+        for expert in range(4):
+            second[expert].land.weight = first[(expert + 1) % 4].land.weight
+    else:
+        model = with_mixtures(Square)
+        worker = model.layers[0].mixture.workers[1]
+        worker.land.weight = worker.rise.weight
+    with pytest.raises(ValueError, match=r"is tied to another module"):
+        find_expert_layers(model, down_proj="land")
+
+
+class Square(OwnMixture):
+    def __init__(self):
+        super().__init__()
+        self.workers = nn.ModuleList(Expert(6, 6) for _ in range(4))
+
+
+def test_experts_with_gate_and_up_in_one_layer():
+    class FusedGate(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.both = nn.Linear(6, 10)
+            self.out = nn.Linear(5, 6)
+
+        def forward(self, x):
+            gate, up = self.both(x).chunk(2, -1)
+            return self.out(torch.sigmoid(gate) * up)
+
+    class Mixture(OwnMixture):
+        def __init__(self):
+            super().__init__()
+            self.workers = nn.ModuleList(FusedGate() for _ in range(4))
+
+    model = with_mixtures(Mixture)
+    layers = find_expert_layers(model)
+    assert [(layer.down_proj, layer.d_in, layer.d_out) for layer in layers] == [("out", 5, 6)] * 2
+    assert_exact(model, layers)
+
+
+def test_layers_of_width_one():
+    """A reward head, or the gate of a shared expert: torch's kernel for groups cannot take a single column."""
+    model = with_mixtures(SharedMixture).float()
+    layers = find_linear_layers(model, "*.shared_expert_gate")
+    assert [layer.d_out for layer in layers] == [1, 1]
+    factors = collect_factors(model, answer_logits, BATCHES, rank=3, layers=layers)
+    exact = collect_factors(with_mixtures(SharedMixture), answer_logits, BATCHES, rank=3, layers=layers)
+    for layer, other in zip(factors.layers, exact.layers, strict=True):
+        torch.testing.assert_close(layer.g_trace, other.g_trace, rtol=1e-4, atol=0)
+    LaplacePosterior(factors).predict(model, answer_logits, BATCHES[0])
 
 
 @pytest.mark.parametrize("pattern", ["*.query", ["*.key", "*.value"], "head"])
