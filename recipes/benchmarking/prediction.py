@@ -14,7 +14,6 @@ from recipes.benchmarking.measure import Amount, Ratio, Section, in_turn, second
 from recipes.benchmarking.workload import Workload
 
 VALIDATION_EXAMPLES = 500
-_LPO_BATCHES = 2
 _LPO_BAR = 1.05
 _LPO_SECONDS_BAR = 2.0
 
@@ -60,37 +59,33 @@ def measure_prediction(
 
 def measure_lpo(work: Workload, posterior: LaplacePosterior, repeats: int) -> Section:
     """Time LPO's pass over a set in turn with predictions of that set, then its optimisation."""
-    batches = [work.batch] * _LPO_BATCHES
     class_logits = work.class_logits()
 
-    def predictions() -> None:
-        for batch in batches:
-            posterior.predict(work.model, class_logits, batch)
-
     def cache() -> ValidationCache:
-        return posterior.validation_cache(work.model, class_logits, batches)
+        return posterior.validation_cache(work.model, class_logits, [work.batch])
 
-    times = in_turn({"pass": cache, "predictions": predictions}, repeats, work.device)
+    predict = partial(posterior.predict, work.model, class_logits, work.batch)
+    times = in_turn({"LPO's pass": cache, "prediction": predict}, repeats, work.device)
     validation = repeated(cache(), VALIDATION_EXAMPLES)
     fits = tuple(seconds(partial(fit_lpo, validation), work.device) for _ in range(repeats))
-    scale = VALIDATION_EXAMPLES / (len(batches) * work.shape.examples)
-    whole = tuple(scale * once + fit for once, fit in zip(times["pass"], fits, strict=True))
-    predicted = tuple(scale * value for value in times["predictions"])
+    scale = VALIDATION_EXAMPLES / work.shape.examples
+    whole = tuple(scale * once + fit for once, fit in zip(times["LPO's pass"], fits, strict=True))
+    predicted = tuple(scale * value for value in times["prediction"])
     size = f"{VALIDATION_EXAMPLES} examples"
     return Section(
         "lpo",
         "Laplace prior optimisation / one predictive pass",
         (
-            f"The passes are over {len(batches)} batches; with the fit, both are scaled to {size}. The optimisation is "
+            f"The passes are over one batch; with the fit, both are scaled to {size}. The optimisation is "
             f"timed on {size}: the same batches with the logits and labels of an overconfident model.",
         ),
         ratios=(
-            Ratio("LPO's pass / one predictive pass", times["pass"], times["predictions"], _LPO_BAR),
+            Ratio("LPO's pass / one predictive pass", times["LPO's pass"], times["prediction"], _LPO_BAR),
             Ratio(f"LPO with its optimisation / one predictive pass, {size}", whole, predicted),
         ),
         amounts=(
             Amount(f"optimisation, a precision a layer, {size}", "s", fits, _LPO_SECONDS_BAR),
-            *(Amount(f"{name} of {len(batches)} batches", "s", values) for name, values in times.items()),
+            *(Amount(f"{name}, one batch", "s", values) for name, values in times.items()),
         ),
     )
 

@@ -15,7 +15,7 @@ from bmoe_lightning import LaplacePosterior
 from recipes.benchmarking.curvature import measure_curvature
 from recipes.benchmarking.growth import measure_growth
 from recipes.benchmarking.measure import Amount, Growth, Peer, Ratio, Section, Spread
-from recipes.benchmarking.peers import measure_peers
+from recipes.benchmarking.peers import SAME, measure_peers
 from recipes.benchmarking.prediction import measure_lpo, measure_prediction
 from recipes.benchmarking.workload import PRESETS, Workload
 
@@ -182,7 +182,10 @@ def _peer_cells(peer: Peer) -> tuple[str, ...]:
     ratio = Ratio(peer.name, peer.peer_seconds, peer.our_seconds).spread
     factors = f"{ratio.median:.3g} ({ratio.low:.3g} to {ratio.high:.3g}) in time, "
     factors += f"{peer.peer_megabytes / max(peer.our_megabytes, 1e-6):.3g} in memory"
-    return peer.name, peer.work, theirs, ours, factors, "" if peer.difference is None else f"{peer.difference:.0e}", ""
+    if peer.difference is None:
+        return peer.name, peer.work, theirs, ours, factors, "", ""
+    note = "same answer" if peer.difference <= SAME else f"**answers differ by more than {SAME:.0e}**"
+    return peer.name, peer.work, theirs, ours, factors, f"{peer.difference:.0e}", note
 
 
 def _bar(value: float, bar: float | None) -> tuple[str, str]:

@@ -99,7 +99,7 @@ class Preset:
 _PEERS = Shape(256, 128, layers=2, experts=16, top_k=4, examples=8, tokens=32)
 PRESETS = {
     "default": Preset(
-        Shape(512, 352, layers=4, experts=32, top_k=4, examples=8, tokens=128, shared=512),
+        Shape(512, 352, layers=3, experts=32, top_k=4, examples=8, tokens=128, shared=512),
         Shape(256, 128, layers=2, experts=16, top_k=4, examples=8, tokens=64),
         _PEERS,
         tokens=(64, 128, 256),
