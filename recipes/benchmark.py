@@ -76,7 +76,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--threads", type=int, default=None, metavar="INT", help="of the CPU (default: what torch chooses)"
     )
-    parser.add_argument("--repeats", type=int, default=5, metavar="INT", help="turns behind each median (default: 5)")
+    parser.add_argument("--repeats", type=int, default=4, metavar="INT", help="turns behind each median (default: 4)")
     parser.add_argument(
         "--only",
         type=lambda text: tuple(text.split(",")),

@@ -29,7 +29,7 @@ class BenchmarkSettings:
     model_shape: str = "default"
     device: str = "cpu"
     threads: int | None = None
-    repeats: int = 5
+    repeats: int = 4
     only: tuple[str, ...] = ("curvature", "prediction", "lpo", "growth", "peers")
 
 
