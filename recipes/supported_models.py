@@ -42,7 +42,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     from recipes.families.catalogue import families
 
     known = families()
-    names = known if options.families is None else options.families.split(",")
+    names = (
+        known
+        if options.families is None
+        else sorted({name.strip() for name in options.families.split(",") if name.strip()})
+    )
     unknown = sorted(set(names) - set(known))
     if unknown:
         print(

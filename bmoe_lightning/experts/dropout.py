@@ -35,14 +35,18 @@ class _Dropout:
 def expert_dropout(
     model: nn.Module, layers: Sequence[ExpertLayer], p: float, *, seed: int | None = None
 ) -> Iterator[None]:
-    """Drop activations before the second linear layer of every expert.
+    """Drop activations before the second linear layer of every expert; of nested ones the innermost counts.
+
+    A model that is called from within compiled code of another function is not noticed to be compiled, and may run
+    without dropout there.
 
     Args:
         model: the model.
         layers: its expert layers.
         p: probability that an activation is dropped, in [0, 1).
         seed: None drops in training mode only, from torch's own random stream, as `nn.Dropout` does. A seed drops in
-            every mode, from a generator of its own: this is MC dropout.
+            every mode, from a generator of its own: this is MC dropout, for predictions; where activations are
+            recomputed for gradients, other ones would be dropped.
 
     Raises:
         ValueError: if p is outside [0, 1), or in training a compiled model would not notice.

@@ -75,7 +75,8 @@ class _LayerTap:
         if not torch.is_grad_enabled():
             raise RuntimeError(
                 f"the expert layer {self.layer.name!r} ran without gradients: class_logits must not run it under "
-                "torch.no_grad(), nor with reentrant gradient checkpointing (use_reentrant=False works)"
+                "torch.no_grad(), not even in one of several calls, nor with reentrant gradient checkpointing "
+                "(use_reentrant=False works)"
             )
         if not outputs.requires_grad:
             # With frozen parameters the graph begins at the first tapped layer: nothing below it is ever kept.

@@ -1,4 +1,7 @@
-"""Model families that transformers does not have, so that their published weights load without code from the hub."""
+"""Model families that transformers does not have, so that their published weights load without code from the hub.
+
+Importing this package makes them known to the Auto classes of transformers.
+"""
 
 from bmoe_lightning.models.deepseek_moe import (
     DeepseekForCausalLM,
@@ -16,3 +19,6 @@ def register_models() -> None:
     A family that transformers, or the user, has registered under the same model type already is left as it is.
     """
     register_deepseek_moe()
+
+
+register_models()

@@ -127,7 +127,6 @@ class FamilySettings:
         image_marker: name of the input `[B, T]` that is 1 at image tokens; the first batch then has some.
         wrapper: keyword arguments of the configuration of its multimodal wrapper, `text_config` aside, where the model
             above is the text model alone.
-        wrapper_refused: why that wrapper does not work, one short sentence for a table.
         remark: what a reader of the table may want to know.
         refused: why there is no tiny model.
     """
@@ -140,7 +139,6 @@ class FamilySettings:
     is_encoder_decoder: bool = False
     image_marker: str | None = None
     wrapper: Mapping[str, Any] = field(default_factory=dict)
-    wrapper_refused: str | None = None
     remark: str | None = None
     refused: str | None = None
 
@@ -228,7 +226,6 @@ OVERRIDES: Mapping[str, FamilySettings] = {
             },
             "audio_config": {"adapter_input_size": 16, "adapter_out_dim": 16},
         },
-        wrapper_refused="transformers cannot switch the implementation of the experts in its vision tower",
     ),
     "ernie4_5_vl_moe": FamilySettings(
         config={

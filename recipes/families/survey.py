@@ -114,9 +114,7 @@ def survey(family: str) -> Row:
     text = _survey(family, wrapper=False)
     if text.refused is not None or wrapper_name(family) is None:
         return text
-    refused = settings_of(family).wrapper_refused
-    wrapper = _survey(family, wrapper=True) if refused is None else Row(family, text.interface, refused=refused)
-    return _both(text, wrapper)
+    return _both(text, _survey(family, wrapper=True))
 
 
 def _survey(family: str, *, wrapper: bool) -> Row:
@@ -363,7 +361,7 @@ def _notes(
 ) -> tuple[str, ...]:
     model, remark = tiny.model, settings_of(tiny.family).remark
     notes = [remark] if remark is not None else []
-    if any(_is_shared_expert(name, module, layers) for name, module in model.named_modules()):
+    if _has_shared_experts(model):
         notes.append("shared experts")
     without = _layers_without_experts(model, layers)
     if without:
@@ -378,11 +376,12 @@ def _notes(
     return tuple(notes)
 
 
-def _is_shared_expert(name: str, module: nn.Module, layers: Sequence[ExpertLayer]) -> bool:
-    """Whether a module is called shared and stands in a block that has expert layers; shared embeddings do too."""
-    parent, _, last = name.rpartition(".")
-    inside = any(layer.name.startswith(f"{parent}.") for layer in layers)
-    return "shared" in last and inside and not isinstance(module, nn.Embedding)
+def _has_shared_experts(model: nn.Module) -> bool:
+    """Whether the library can take shared experts in."""
+    try:
+        return bool(find_expert_layers(model, shared_experts=True))
+    except ValueError:
+        return False
 
 
 def _layers_without_experts(model: nn.Module, layers: Sequence[ExpertLayer]) -> int:

@@ -138,3 +138,17 @@ def test_probability_out_of_range(p):
     model, layers = built("fused")
     with pytest.raises(ValueError, match=r"in \[0, 1\)"):
         expert_dropout(model, layers, p).__enter__()
+
+
+@pytest.mark.parametrize("layout", ["fused", "modules"])
+def test_of_nested_ones_the_innermost_counts(layout):
+    model = toy_model() if layout == "fused" else as_modules(toy_model())
+    layers, batch = find_expert_layers(model), toy_batch()
+    plain = answer_logits(model, batch)[0]
+    with expert_dropout(model, layers, 0.5, seed=1):
+        dropped = answer_logits(model, batch)[0]
+        with expert_dropout(model, layers, 0.0, seed=1):
+            torch.testing.assert_close(answer_logits(model, batch)[0], plain)
+    with expert_dropout(model, layers, 0.5, seed=1):
+        assert torch.equal(answer_logits(model, batch)[0], dropped)
+    torch.testing.assert_close(answer_logits(model, batch)[0], plain)

@@ -10,6 +10,7 @@ from torch import nn
 
 from bmoe_lightning.curvature import collect_factors
 from bmoe_lightning.experts import (
+    down_proj_parameters,
     expert_dropout,
     expert_parameters,
     find_expert_layers,
@@ -192,6 +193,7 @@ def test_tied_layers_are_one(kind):
         setattr(second.get_submodule(owner), last, parameter)
     (layer,) = find_expert_layers(model)
     assert layer.name.startswith("layers.0.")
+    assert down_proj_parameters(model, layer)
     factors = assert_exact(model, [layer])
     assert len(expert_parameters(model, layer)) == {"fused": 2, "modules": 16}[kind]
     untied = assert_exact(toy_model() if kind == "fused" else with_mixtures(OwnMixture), [layer])
@@ -579,6 +581,40 @@ def test_shared_experts_are_an_option():
         (3, "layers.1.mixture.shared_expert.fall", 1, "linear"),
     ]
     assert_exact(model, layers)
+
+
+class SquareShared(nn.Module):
+    def __init__(self, names):
+        super().__init__()
+        for name in names:
+            setattr(self, name, nn.Linear(6, 6))
+
+    def forward(self, x):
+        for layer in self.children():
+            x = torch.relu(layer(x))
+        return x
+
+
+def test_square_shared_experts_are_told_by_usual_names():
+    class Mixture(SharedMixture):
+        names = ("up_proj", "down_proj")
+
+        def __init__(self):
+            super().__init__()
+            self.shared_expert = SquareShared(self.names)
+            self.shared_adapter = nn.Sequential(nn.Linear(6, 2), nn.Linear(2, 6))  # is none
+
+    class Odd(Mixture):
+        names = ("one", "two")
+
+    layers = find_expert_layers(with_mixtures(Mixture), shared_experts=True)
+    assert [x.name for x in layers if x.layout == "linear"] == [
+        f"layers.{i}.mixture.shared_expert.down_proj" for i in range(2)
+    ]
+    with pytest.raises(
+        ValueError, match=r"\['one', 'two'\] of the shared expert .* do not tell which one comes second"
+    ):
+        find_expert_layers(with_mixtures(Odd), shared_experts=True)
 
 
 def test_no_shared_experts_to_include():

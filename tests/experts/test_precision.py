@@ -5,6 +5,7 @@ import copy
 import pytest
 import torch
 from oracles.models import answer_logits, as_modules, tiny_qwen, toy_batch, toy_model
+from test_own_models import Buffers, with_mixtures
 
 from bmoe_lightning.curvature import collect_factors
 from bmoe_lightning.experts import find_expert_layers, find_linear_layers
@@ -15,7 +16,9 @@ BATCHES = [toy_batch(num_rows=4, seed=1), toy_batch(num_rows=3, seed=2)]
 
 def built(layout):
     """A float64 model and the layers that get a posterior; a single expert, so that rounding changes no routing."""
-    if layout == "qwen":
+    if layout == "registered":
+        model = with_mixtures(Buffers)
+    elif layout == "qwen":
         model = tiny_qwen(num_experts=2, num_experts_per_tok=2)
     else:
         model = toy_model(num_experts=2, top_k=2)
@@ -47,7 +50,7 @@ def assert_close(found, exact, tolerance):
     torch.testing.assert_close(covariance, exact[1], rtol=0, atol=tolerance * scale)
 
 
-@pytest.mark.parametrize("layout", ["fused", "qwen", "modules", "linear"])
+@pytest.mark.parametrize("layout", ["fused", "qwen", "modules", "linear", "registered"])
 @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.bfloat16, 0.15), (torch.float16, 0.03), (torch.float32, 1e-4)])
 def test_half_precision_weights(layout, dtype, tolerance):
     model, layers = built(layout)
@@ -58,7 +61,7 @@ def test_half_precision_weights(layout, dtype, tolerance):
     assert {parameter.dtype for parameter in model.parameters()} == {dtype}
 
 
-@pytest.mark.parametrize("layout", ["fused", "qwen", "modules", "linear"])
+@pytest.mark.parametrize("layout", ["fused", "qwen", "modules", "linear", "registered"])
 def test_autocast(layout):
     model, layers = built(layout)
     exact = answers(model, layers)

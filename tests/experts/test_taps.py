@@ -17,7 +17,7 @@ from torch import nn
 from transformers import BatchEncoding
 
 from bmoe_lightning.experts import ExpertLayer, find_expert_layers, tapped_batch
-from bmoe_lightning.experts.taps import check_logits, evaluation_mode
+from bmoe_lightning.experts.taps import Taps, check_logits, evaluation_mode
 
 layouts = pytest.mark.parametrize("layout", ["fused", "modules"])
 
@@ -359,3 +359,17 @@ def test_python_randomness_is_not_touched():
     with tapped_batch(model, layers, answer_logits, toy_batch()):
         pass
     assert random.getstate() == state
+
+
+def test_rows_of_tokens():
+    """Only a layer that saw as many tokens as the model was given can be taken to have seen them in order."""
+    taps = Taps(())
+    taps.begin_call(2, [8, 6])
+    assert taps.rows_of(torch.arange(8), 8).tolist() == [0] * 4 + [1] * 4
+    assert taps.rows_of(torch.tensor([5, 0]), 6).tolist() == [1, 0]  # a decoder beside the encoder
+    assert taps.rows_of(torch.arange(4), 4) is None
+    assert taps.rows_of(None, 8) is None
+    taps.begin_call(1, [4])
+    assert taps.rows_of(torch.arange(4), 4).tolist() == [2] * 4
+    taps.begin_call(0, [])
+    assert taps.rows_of(torch.arange(4), 4) is None

@@ -6,7 +6,7 @@ from oracles.models import answer_logits, as_modules, tiny_qwen, toy_batch, toy_
 from torch.utils.checkpoint import checkpoint
 
 from bmoe_lightning.curvature import collect_factors
-from bmoe_lightning.experts import expert_dropout, find_expert_layers, tapped_batch
+from bmoe_lightning.experts import expert_dropout, find_expert_layers, find_linear_layers, tapped_batch
 from bmoe_lightning.experts.layout import locate_expert_layers
 from bmoe_lightning.laplace import LaplacePosterior
 
@@ -135,6 +135,9 @@ def test_dropout_in_the_training_of_a_compiled_model(in_place):
             pytest.raises(ValueError, match=r"compiled code passes hooks by: train it without torch.compile"),
             expert_dropout(modules, find_expert_layers(modules), 0.5),
         ):
+            pass
+        linears = find_linear_layers(modules, "*.query")
+        with pytest.raises(ValueError, match=r"compiled code passes hooks by"), expert_dropout(modules, linears, 0.5):
             pass
     finally:
         torch.compiler.reset()

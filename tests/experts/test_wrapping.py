@@ -5,12 +5,14 @@ import copy
 import pytest
 import torch
 from oracles.models import answer_logits, as_modules, tiny_qwen, toy_batch, toy_model
+from test_own_models import Buffers, assert_exact, with_mixtures
 from torch import nn
 from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
 from transformers import BitsAndBytesConfig, Qwen2MoeForCausalLM
 
 from bmoe_lightning.curvature import collect_factors
 from bmoe_lightning.experts import (
+    down_proj_parameters,
     expert_dropout,
     find_expert_layers,
     find_linear_layers,
@@ -22,6 +24,7 @@ from bmoe_lightning.experts import (
 from bmoe_lightning.experts.layout import locate_expert_layers
 from bmoe_lightning.experts.wrapping import effective_weight, plain_name, unusable, unwrapped
 from bmoe_lightning.laplace import LaplacePosterior
+from recipes.families.tiny import build
 
 BATCH = toy_batch()
 
@@ -111,8 +114,6 @@ class TestAdaptersOfLinearLayers:
 
     def test_the_matrices_of_lora_as_layers(self):
         """What Bayesian-LoRA needs: a posterior over A and B."""
-        from test_own_models import assert_exact
-
         model = adapted(toy_model(), target_modules=["query", "value"], r=2)
         layers = find_linear_layers(model, "*.lora_[AB].default")
         assert [(layer.d_in, layer.d_out) for layer in layers] == [(6, 2), (2, 6)] * 4
@@ -156,11 +157,14 @@ class TestAdaptersOfWholeParameters:
             find_linear_layers(self.model(), "*.lora_A.default")
 
 
-@pytest.mark.parametrize("layout", ["fused", "modules"])
+@pytest.mark.parametrize("layout", ["fused", "modules", "registered"])
 @pytest.mark.parametrize("disk", [False, True])
 def test_offloaded_weights(layout, disk, tmp_path):
     accelerate = pytest.importorskip("accelerate")
-    model = toy_model() if layout == "fused" else as_modules(toy_model())
+    if layout == "registered":
+        model = with_mixtures(Buffers)
+    else:
+        model = toy_model() if layout == "fused" else as_modules(toy_model())
     layers = find_expert_layers(model)
     reference = {n: w.clone() for layer in layers for n, w in second_weights(model, layer).items()}
     expected, fingerprint = covariance(model), weight_fingerprint(model, layers)
@@ -173,6 +177,43 @@ def test_offloaded_weights(layout, disk, tmp_path):
     torch.testing.assert_close(covariance(model), expected)
     assert weight_fingerprint(model, layers) == fingerprint
     assert all(float(d.sum()) == 0 for d in squared_distances(model, layers, reference))
+
+
+def test_a_family_with_an_adapter_offloaded():
+    accelerate = pytest.importorskip("accelerate")
+    tiny = build("step3p7")
+    layers, (batch, _) = find_expert_layers(tiny.model), tiny.batches
+    expected = collect_factors(tiny.model, tiny.class_logits, [batch], rank=3, layers=layers)
+    accelerate.cpu_offload(tiny.model, execution_device="cpu")
+    found = collect_factors(tiny.model, tiny.class_logits, [batch], rank=3)
+    for layer, other in zip(found.layers, expected.layers, strict=True):
+        torch.testing.assert_close(layer.g_trace, other.g_trace)
+    assert found.fingerprint == expected.fingerprint
+
+
+def test_adapters_of_the_parameters_of_registered_experts():
+    model = adapted(build("step3p7").model, r=2, target_modules=[], target_parameters=["experts.down_proj"])
+    layers = find_expert_layers(model)
+    assert {layer.layout for layer in layers} == {"adapted"}
+    weights = [second_weights(model, layer) for layer in layers]
+    tiny = build("step3p7")
+    found = collect_factors(model, tiny.class_logits, tiny.batches, rank=3, layers=layers)
+    merged = copy.deepcopy(model).merge_and_unload().eval()
+    plain = locate_expert_layers(merged, layers)
+    expected = collect_factors(merged, tiny.class_logits, tiny.batches, rank=3, layers=plain)
+    for layer, other, here, place in zip(found.layers, expected.layers, weights, plain, strict=True):
+        torch.testing.assert_close(layer.g_trace, other.g_trace, rtol=1e-5, atol=0)
+        (one,), (two,) = here.values(), second_weights(merged, place).values()
+        torch.testing.assert_close(one, two, rtol=1e-6, atol=1e-8)
+
+
+def test_what_peft_saves_in_full_is_the_copy_in_use():
+    model = adapted(toy_model(), target_modules=["query"], modules_to_save=["head"])
+    (layer,) = find_linear_layers(model, "*head*")
+    copies = [p for name, p in model.named_parameters() if "head.modules_to_save.default" in name]
+    copies[0].data.mul_(2)
+    assert [id(p) for p in down_proj_parameters(model, layer).values()] == [id(copies[0])]
+    torch.testing.assert_close(next(iter(second_weights(model, layer).values())), copies[0].detach())
 
 
 def test_no_weights_at_all():
@@ -239,6 +280,37 @@ class TestQuantised:
         model = nn.ModuleDict({"experts": Mxfp4Experts()})
         with pytest.raises(ValueError, match=r"'experts' are quantised \(torch.uint8\)"):
             find_expert_layers(model)
+
+    def test_some_of_the_layers(self):
+        """A part of the experts left out in silence would be no posterior over the experts."""
+        model = toy_model()
+        crew = model.layers[0].mixture.crew
+        del crew.down_proj
+        crew.down_proj = torch.zeros(4, 6, 5, dtype=torch.uint8)
+        with pytest.raises(ValueError, match=r"'layers.0.mixture.crew' are quantised"):
+            find_expert_layers(model)
+        crew.down_proj = torch.zeros(4, 6, 5)
+        with pytest.raises(ValueError, match=r"'layers.0.mixture.crew' are computed from others"):
+            find_expert_layers(model)
+
+    def test_weights_that_are_computed_from_others(self):
+        model = toy_model()
+        torch.nn.utils.parametrizations.weight_norm(model.layers[0].value)
+        with pytest.raises(ValueError, match=r"the weight of 'layers.0.value' is computed from others"):
+            find_linear_layers(model, "*.value")
+
+    def test_what_only_looks_like_a_linear_layer(self):
+        class Odd(nn.Module):
+            in_features = out_features = 6
+
+            def __init__(self):
+                super().__init__()
+                self.weight = nn.Parameter(torch.zeros(6, 6))
+
+        with pytest.raises(ValueError, match="no linear layer of ModuleDict matches"):
+            find_linear_layers(nn.ModuleDict({"odd": Odd()}), "*")
+        with pytest.raises(ValueError, match="or not there yet"):
+            find_linear_layers(nn.ModuleDict({"lazy": nn.LazyLinear(3)}), "*")
 
     def test_other_layers_may_be_quantised(self):
         model = toy_model()

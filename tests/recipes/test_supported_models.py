@@ -15,7 +15,6 @@ import torch
 import recipes.families.survey as survey_module
 from recipes.families import catalogue
 from recipes.families.catalogue import families, families_of_transformers, own_families, uses_interface
-from recipes.families.overrides import OVERRIDES
 from recipes.families.survey import BOUND, Row, survey
 from recipes.families.tiny import wrapper_name
 from recipes.supported_models import COMMAND, ROOT, TABLE, document, main, short_form, summary, table, write
@@ -163,13 +162,6 @@ class TestTheSurveyNotices:
         assert survey("aria").complaint is None
         monkeypatch.setattr(survey_module, "tapped_batch", wrong)
         assert "logits (eager) 1.0e-02" in survey("aria").complaint
-
-    def test_what_is_said_not_to_work_does_not(self):
-        refused = [family for family, settings in OVERRIDES.items() if settings.wrapper_refused]
-        assert refused == ["dots3_note"]
-        assert any(note.startswith("not its wrapper: transformers cannot switch") for note in survey(refused[0]).notes)
-        with pytest.raises(RuntimeError, match="does not let its experts implementation be set"):
-            survey_module._survey(refused[0], wrapper=True)
 
     def test_an_unknown_family(self):
         with pytest.raises(ValueError, match="no MoE family"):
