@@ -165,8 +165,8 @@ def _amount_cells(amount: Amount) -> tuple[str, ...]:
 
 def _growth_cells(growth: Growth) -> tuple[str, ...]:
     kind = "time" if growth.unit == "s" else "memory"
-    sizes, values = (", ".join(f"{x:.3g}" for x in numbers) for numbers in (growth.sizes, growth.values))
-    measured = f"{values} {growth.unit}"
+    sizes = ", ".join(map(str, growth.sizes))
+    measured = ", ".join(f"{value:.3g}" for value in growth.values) + f" {growth.unit}"
     return (
         f"{growth.name}: {kind}", growth.axis, sizes, measured, f"{growth.exponent:.2f}",
         *_bar(growth.exponent, growth.bar),
