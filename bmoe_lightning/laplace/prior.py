@@ -19,6 +19,7 @@ Scope = Literal["global", "layer"]
 LOG_PRECISION_RANGE = (math.log(1e-8), math.log(1e12))
 _NUM_BINS = 128
 _LPO_RANGE = (math.log(1e-4), math.log(1e8))
+_GOLDEN_STEPS = 15  # down to .002 in log precision
 
 
 def log_evidence_penalty(curvature: Sequence[Tensor], squared_distances: Sequence[Tensor], precision: Tensor) -> Tensor:
@@ -208,9 +209,11 @@ class _Objective:
         trace = contrast.diagonal(dim1=1, dim2=2).sum(1).clamp(min=1e-12).view(-1, 1, 1)
         jitter = 1e-6 * trace * torch.eye(contrast.shape[1], dtype=contrast.dtype)
         root = cache.embedding @ torch.linalg.cholesky(contrast + jitter)
-        samples = cache.logits.unsqueeze(1) + self._noise @ root.mT
-        chosen = samples.log_softmax(-1).gather(2, cache.labels.view(-1, 1, 1).expand(-1, len(self._noise), 1))
-        return -(torch.logsumexp(chosen.squeeze(2), dim=1) - math.log(len(self._noise))).mean()
+        # Samples last: sums over the few classes in the last axis would be the slowest part of it all.
+        samples = cache.logits.unsqueeze(2) + root @ self._noise.mT  # [N, K, S]
+        chosen = samples.gather(1, cache.labels.view(-1, 1, 1).expand(-1, 1, len(self._noise))).squeeze(1)
+        log_probs = chosen - samples.logsumexp(1)
+        return -(torch.logsumexp(log_probs, dim=1) - math.log(len(self._noise))).mean()
 
 
 def _line_search(objective: Callable[[float], float]) -> float:
@@ -222,12 +225,18 @@ def _line_search(objective: Callable[[float], float]) -> float:
         best = min(range(len(grid)), key=lambda i: values[i] if math.isfinite(values[i]) else math.inf)
         left, right = grid[max(best - 1, 0)], grid[min(best + 1, len(grid) - 1)]
         ratio = (math.sqrt(5) - 1) / 2
-        for _ in range(20):
-            first, second = right - ratio * (right - left), left + ratio * (right - left)
-            if objective(first) < objective(second):
-                right = second
+        first, second = right - ratio * (right - left), left + ratio * (right - left)
+        at_first, at_second = objective(first), objective(second)
+        for _ in range(_GOLDEN_STEPS):
+            # Of the two points within, one serves the next interval too.
+            if at_first < at_second:
+                right, second, at_second = second, first, at_first
+                first = right - ratio * (right - left)
+                at_first = objective(first)
             else:
-                left = first
+                left, first, at_first = first, second, at_second
+                second = left + ratio * (right - left)
+                at_second = objective(second)
         candidates = [(values[best], grid[best]), (objective((left + right) / 2), (left + right) / 2)]
     return min(candidates)[1]
 

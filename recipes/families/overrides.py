@@ -220,6 +220,7 @@ OVERRIDES: Mapping[str, FamilySettings] = {
         wrapper={
             "vision_config": {
                 "pyramid_num_routed": [4],
+                "moe_intermediate_size": 12,
                 "mlp_layer_types": ["sparse"],
                 "adapter_in_dim": 16,
                 "adapter_out_dim": 16,

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import dataclasses
 import math
+import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -167,7 +168,9 @@ def _compare(tiny: TinyFamily, layers: Sequence[ExpertLayer], interface: bool) -
     single = dataclasses.replace(tiny, model=copy.deepcopy(model).float())
     fastest = _fastest_own(single, layers)
     _compare_with_own(single, layers, [fastest], float32_errors)
-    with _unusual_state(model):
+    with _unusual_state(model), warnings.catch_warnings():
+        # Layers that text does not reach are in the notes.
+        warnings.filterwarnings("ignore", "no token that moves a logit", UserWarning)
         before = _state(model)
         factors = collect_factors(
             model, tiny.class_logits, tiny.batches, rank=_full_rank(layers), sketch="exact", layers=layers
