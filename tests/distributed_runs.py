@@ -110,7 +110,7 @@ def train(path: Path) -> None:
     """A model that has learned something, for what is fitted to it to have a value."""
     L.seed_everything(0, verbose=False)
     module = ToyModule()
-    trainer(path.parent, [], max_epochs=8).fit(module, loader(320, 9, shuffle=True))
+    trainer(path.parent, [], max_epochs=4).fit(module, loader(320, 9, shuffle=True))
     save_file(module.state_dict(), path)
 
 
@@ -123,10 +123,10 @@ def whole(world_size: int, folder: Path, weights: Path) -> None:
     """All methods, from fitting to prediction."""
     member = folder / f"member-{world_size}.safetensors"
     save_snapshot(member, {n: -p for n, p in ToyModule(seed=1).double().named_parameters() if "down_proj" in n})
-    settings = {"methods": METHODS, "num_samples": 500, "ensemble_members": [str(member)]}
+    settings = {"methods": METHODS, "num_samples": 200, "ensemble_members": [str(member)]}
     written = str(folder / f"written-{world_size}")
     callback = BayesianMoECallback(**settings, dirpath=written)
-    module = SameWeights(weights)
+    module = SameWeights(weights).double()  # or a launched process would return its weights rounded
     witness = Witness(folder, callback)
     logger = L.pytorch.loggers.TensorBoardLogger(folder, name=f"logs-{world_size}", version="run")
     run = trainer(folder, [callback, witness], **options(world_size))
