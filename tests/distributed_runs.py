@@ -1,13 +1,14 @@
 """Fit, test and predict with one process and with several, and write down what each process has to say.
 
 A script of its own, since a process that has run a backward pass cannot be forked: `python distributed_runs.py FOLDER
-whole|small WORLD_SIZE...`.
+whole|small|launched WORLD_SIZE...`.
 """
 
 from __future__ import annotations
 
 import json
 import multiprocessing
+import os
 import sys
 import warnings
 from pathlib import Path
@@ -121,6 +122,7 @@ def options(world_size: int, **others) -> dict:
 
 def whole(world_size: int, folder: Path, weights: Path) -> None:
     """All methods, from fitting to prediction."""
+    writes.clear()
     member = folder / f"member-{world_size}.safetensors"
     save_snapshot(member, {n: -p for n, p in ToyModule(seed=1).double().named_parameters() if "down_proj" in n})
     settings = {"methods": METHODS, "num_samples": 200, "ensemble_members": [str(member)]}
@@ -141,7 +143,7 @@ def whole(world_size: int, folder: Path, weights: Path) -> None:
 def small(world_size: int, folder: Path, weights: Path) -> None:
     """Less data than processes, a capped pass, a sampler of the user's own, labels that are drawn, no labels."""
     sets = {
-        "tiny": (loader(2, 1), loader(2, 2), {"methods": ("laplace_lpo", "map")}),
+        "tiny": (loader(2, 1), loader(2, 2), {"methods": ("laplace_evidence", "laplace_temperature")}),
         "capped": (loader(TRAIN, 1, batch_size=4), loader(CALIBRATION, 2), {"curvature_batches": 2}),
         "drop": (
             DataLoader(ToyData(TRAIN - 1, 1), batch_size=5, drop_last=True),
@@ -169,13 +171,40 @@ def small(world_size: int, folder: Path, weights: Path) -> None:
         run.fit(SameWeights(weights), training, calibration)
 
 
+class Several(ToyModule):
+    """May be validated on several loaders."""
+
+    def validation_step(self, batch, batch_idx, dataloader_idx=0):
+        return None
+
+
+def launched(world_size: int, folder: Path, weights: Path) -> None:
+    """Real training with `strategy="ddp"`, which runs this script once more for every other process."""
+    L.seed_everything(int(os.environ.get("LOCAL_RANK", 0)), verbose=False)
+    module = Several(seed=int(os.environ.get("LOCAL_RANK", 0)))  # DDP starts with the first process's weights
+    callback = BayesianMoECallback(
+        methods=("map", "laplace_evidence", "laplace_lpo")
+    )  # writes into the logger's folder
+    logger = L.pytorch.loggers.CSVLogger(folder)
+    witness = Witness(folder, callback)
+    run = trainer(folder, [callback, witness], devices=world_size, strategy="ddp", logger=logger, max_epochs=3)
+    run.fit(module, loader(151, 1, shuffle=True), loader(CALIBRATION, 2))
+    run.test(module, loader(TEST, 3), verbose=False)
+    run.validate(module, [loader(TEST, 3), loader(TEST, 4, shuffle=True)], verbose=False)
+    content = {name: float(value) for name, value in run.callback_metrics.items()}
+    (folder / f"validate-{run.global_rank}.json").write_text(json.dumps(content))
+    run.save_checkpoint(folder / "last.ckpt")
+
+
 if __name__ == "__main__":
     warnings.simplefilter("ignore")
     torch.set_num_threads(1)
     watch_writing()
-    weights = Path(sys.argv[1]) / "trained.safetensors"
-    child = multiprocessing.get_context("fork").Process(target=train, args=(weights,))
-    child.start()
-    child.join()
-    for size in map(int, sys.argv[3:]):
-        {"whole": whole, "small": small}[sys.argv[2]](size, Path(sys.argv[1]), weights)
+    where, kind, sizes = Path(sys.argv[1]), sys.argv[2], [int(size) for size in sys.argv[3:]]
+    learned = where / "trained.safetensors"
+    if kind != "launched":
+        child = multiprocessing.get_context("fork").Process(target=train, args=(learned,))
+        child.start()
+        child.join()
+    for size in sizes:
+        {"whole": whole, "small": small, "launched": launched}[kind](size, where, learned)

@@ -112,11 +112,11 @@ class TestLimits:
 
 class TestGather:
     def test_with_one_process_it_only_cuts(self):
-        (_, (loader, share)) = shares(2)
+        (_, (_, share)) = shares(2)
         assert share.gather(torch.arange(24)).tolist() == list(range(23))
 
     def test_examples_that_are_no_entries_are_refused(self):
-        (_, (loader, share)) = shares(2)
+        (_, (_, share)) = shares(2)
         with pytest.raises(ValueError, match="46 examples for 24 entries"):
             share.gather(torch.arange(46))
 
