@@ -50,6 +50,13 @@ class BayesianMoECallback(L.Callback):
     `trainer.test` logs `{method}/{val|test}/{acc|ece|nll|brier}` for each method asked for, and `trainer.predict`
     returns probabilities with their uncertainty.
 
+    On several processes of DDP each works on its share of the data. Sums and counts are added up, and examples that a
+    distributed sampler repeats are left out, so all processes get the posterior and log the metrics of one process with
+    all the data, to rounding; the first one writes. Drawn labels (`fisher="mc"`) and MC dropout give the same in
+    distribution only. Caps and dropped last batches are of each process, as in Lightning. Where a strategy forks or
+    spawns processes (`ddp_spawn`, `ddp_notebook`), what they fitted is found again through `dirpath`, which all of them
+    and the calling one must see.
+
     Example:
         >>> trainer = L.Trainer(callbacks=[BayesianMoECallback()])    # doctest: +SKIP
         >>> trainer.fit(module, datamodule=data)                      # doctest: +SKIP
@@ -68,7 +75,8 @@ class BayesianMoECallback(L.Callback):
         skip_layers: indices of expert layers that stay out of the posterior.
         link: `mc`, `isotropic`, `probit` or `laplace_bridge`.
         num_samples: Monte Carlo samples of a prediction.
-        curvature_batches: cap on the training batches of the curvature epoch; the curvature is scaled up to the whole.
+        curvature_batches: cap on the training batches of the curvature epoch, of each process; the curvature is scaled
+            up to the whole.
         fit_at: fit at the `last` weights, or at the `best` of the trainer's checkpoint callback (then test with
             `ckpt_path="best"`; the module keeps its last weights).
         dropout: probability of MC dropout.

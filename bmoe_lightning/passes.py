@@ -13,6 +13,7 @@ import torch
 from lightning.pytorch.callbacks import RichProgressBar, TQDMProgressBar
 from torch.utils.data import BatchSampler, DataLoader
 
+from bmoe_lightning.processes import forked_random_state
 from bmoe_lightning.shares import find_share, wrapped_sampler
 
 
@@ -75,7 +76,7 @@ class Pass:
         if self._share is None:
             return nullcontext()
         # A sampler of the user's own that draws from torch's random state must draw the same on every process.
-        torch.manual_seed(0)
+        torch.default_generator.manual_seed(0)
         return self._share.without_repeats()
 
 
@@ -93,7 +94,7 @@ def unchanged_random_state(loader: Iterable[Any]) -> Iterator[None]:
         owners = [loader, loader.sampler, inner, sampler, wrapped_sampler(sampler)]
     generators = {id(g): g for g in (getattr(owner, "generator", None) for owner in owners) if g is not None}
     states = [(generator, generator.get_state()) for generator in generators.values()]
-    with torch.random.fork_rng():
+    with forked_random_state():
         try:
             yield
         finally:

@@ -8,6 +8,7 @@ process r has those at the positions r, r + W, r + 2 W, ... of the whole.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager
 
 import torch
 import torch.distributed as dist
@@ -60,6 +61,17 @@ def wait_for_all() -> None:
     """Return once every process has come here. A collective."""
     # The sum comes back to the CPU, so this waits; a barrier of an accelerator's backend may not.
     sum_over_processes([torch.zeros(1)])
+
+
+def forked_random_state() -> AbstractContextManager[None]:
+    """`torch.random.fork_rng`; on several processes for this process's GPU alone.
+
+    Every other GPU would be opened to read its random state, and hold memory of each process from then on.
+    """
+    if num_processes() == 1:
+        return torch.random.fork_rng()
+    in_use = torch.cuda.is_available() and torch.cuda.is_initialized()
+    return torch.random.fork_rng([torch.cuda.current_device()] if in_use else [])
 
 
 def gather_examples(tensor: Tensor) -> Tensor:

@@ -15,8 +15,9 @@ from pathlib import Path
 
 import lightning as L
 import torch
+import torch.distributed as dist
 from safetensors.torch import load_file, save_file
-from torch.utils.data import DataLoader, WeightedRandomSampler
+from torch.utils.data import DataLoader, Subset, WeightedRandomSampler
 from toy import ToyData, ToyModule, loader, trainer
 
 import bmoe_lightning.callback as callback_module
@@ -171,6 +172,40 @@ def small(world_size: int, folder: Path, weights: Path) -> None:
         run.fit(SameWeights(weights), training, calibration)
 
 
+def direct(world_size: int, folder: Path, weights: Path) -> None:
+    """`fit_posterior` without a trainer: by all processes together, then by the last one alone."""
+    context = multiprocessing.get_context("fork")
+    children = [
+        context.Process(target=one_of_several, args=(r, world_size, folder, weights)) for r in range(world_size)
+    ]
+    for child in children:
+        child.start()
+    for child in children:
+        child.join()
+
+
+def one_of_several(rank: int, world_size: int, folder: Path, weights: Path) -> None:
+    store = dist.FileStore(str(folder / f"store-{world_size}"), world_size)
+    dist.init_process_group("gloo", store=store, rank=rank, world_size=world_size)
+    module = SameWeights(weights).double()
+    training, calibration = (
+        DataLoader(Subset(ToyData(size, seed), range(rank, size, world_size)), batch_size=16)
+        for size, seed in ((TRAIN, 1), (CALIBRATION, 2))
+    )
+    written = folder / f"direct-{world_size}"
+    callback = BayesianMoECallback(dirpath=str(written))
+    writes.clear()
+    callback.fit_posterior(module, training, calibration, distributed=True)
+    content = {"scalars": callback.fitted.scalars(), "wrote": list(writes), "sees": (written / "methods.json").exists()}
+    callback.fitted.posterior.save(folder / f"direct-{world_size}-{rank}.safetensors")
+    if rank == world_size - 1:
+        callback.fit_posterior(module, training, calibration)
+        content["alone"] = callback.fitted.posterior.factors.num_examples
+    (folder / f"direct-{world_size}-{rank}.json").write_text(json.dumps(content))
+    dist.barrier()
+    dist.destroy_process_group()
+
+
 class Several(ToyModule):
     """May be validated on several loaders."""
 
@@ -207,4 +242,5 @@ if __name__ == "__main__":
         child.start()
         child.join()
     for size in sizes:
-        {"whole": whole, "small": small, "launched": launched}[kind](size, where, learned)
+        for run in {"whole": [whole], "small": [small, direct], "launched": [launched]}[kind]:
+            run(size, where, learned)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import pickle
 import subprocess
 import sys
 import types
@@ -219,6 +220,17 @@ class TestSmall:
         path = small_runs / "drop" / f"fit-{world_size}-0.safetensors"
         assert LaplacePosterior.load(path).factors.num_examples_used == used
 
+    @pytest.mark.parametrize("world_size", [2, 3])
+    def test_fit_posterior_by_all_processes_and_by_one(self, small_runs, world_size):
+        expected, tensors = read(small_runs, "direct", 1, 0)
+        for rank in range(world_size):
+            content, found = read(small_runs, "direct", world_size, rank)
+            assert_same_factors(found, tensors)
+            assert_same_scalars(content["scalars"], expected["scalars"])
+            assert content["wrote"] == ["save_fitted"] * (rank == 0)
+            assert content["sees"]
+        assert content["alone"] == TRAIN // world_size  # without the others: on its own share alone
+
     def test_drawn_labels_differ_between_processes(self, small_runs):
         # Equal in distribution: the a-factors and counts do not depend on labels, the g-factors vary by their draw.
         _, one = read(small_runs / "mc", "fit", 1, 0)
@@ -243,7 +255,10 @@ class TestLaunchedByLightning:
         assert first["scalars"] == second["scalars"]
         assert all(torch.equal(found[name], value) for name, value in tensors.items())
         assert first["folder"] == second["folder"]
-        assert read(folder, "test", 2, 0)[0]["metrics"] == read(folder, "test", 2, 1)[0]["metrics"]
+        metrics = [read(folder, "test", 2, rank)[0]["metrics"] for rank in (0, 1)]
+        # The module's own loss is of each process's share: it is logged without sync_dist.
+        assert metrics[0].pop("test_loss") != metrics[1].pop("test_loss")
+        assert metrics[0] == metrics[1]
 
     def test_one_process_goes_on_with_what_two_have_written(self, folder, tmp_path):
         callback = BayesianMoECallback(methods=("map", "laplace_evidence", "laplace_lpo"))
@@ -304,6 +319,17 @@ class TestFitPosterior:
     def test_no_data_at_all_is_refused(self):
         with pytest.raises(ValueError, match="no batch"):
             BayesianMoECallback().fit_posterior(ToyModule(), [], loader(20, 2), distributed=True)
+
+
+def test_a_posterior_in_use_can_be_sent_to_another_process():
+    module = ToyModule()
+    callback = BayesianMoECallback()
+    callback.fit_posterior(module, loader(30, 1), loader(20, 2))
+    posterior = callback.fitted.posterior
+    batch = next(iter(loader(5, 3)))
+    expected = posterior.predict(module, lambda m, b: m.class_logits(b), batch)
+    sent = pickle.loads(pickle.dumps(callback.fitted)).posterior
+    torch.testing.assert_close(sent.predict(module, lambda m, b: m.class_logits(b), batch), expected)
 
 
 def test_a_trainer_of_one_process_knows_nothing_of_others(tmp_path):

@@ -10,8 +10,10 @@ import torch
 import torch.distributed as dist
 
 from bmoe_lightning import processes
+from bmoe_lightning.fitting import _check_same, _of_first
 from bmoe_lightning.processes import (
     copy_from_first,
+    forked_random_state,
     gather_examples,
     is_first,
     num_processes,
@@ -20,6 +22,7 @@ from bmoe_lightning.processes import (
     sum_over_processes,
     wait_for_all,
 )
+from bmoe_lightning.settings import FittedState
 
 
 def run(function, world_size, folder):
@@ -91,8 +94,23 @@ def refusing(rank, world_size):
         gather_examples(torch.zeros(1, 2 + rank))
 
 
+def agreeing(rank, world_size):
+    _check_same("00ff" * 16)
+    with pytest.raises(ValueError, match=f"weights on 1 of {world_size} processes"):
+        _check_same("00ff" * 15 + ("00ff" if rank != 1 else "00fe"))
+    state = FittedState(temperature=0.1 + rank, lpo_precision=(1 / 3 + rank, 2.0))
+    assert _of_first(state) == FittedState(temperature=0.1, lpo_precision=(1 / 3, 2.0))
+
+
+def forking(rank, world_size):
+    before = torch.get_rng_state()
+    with forked_random_state():
+        torch.rand(3)
+    assert torch.equal(torch.get_rng_state(), before)
+
+
 @pytest.mark.parametrize("world_size", [2, 3])
-@pytest.mark.parametrize("function", [adding, copying, gathering])
+@pytest.mark.parametrize("function", [agreeing, forking, adding, copying, gathering])
 def test_between_processes(function, world_size, tmp_path):
     run(function, world_size, tmp_path)
 

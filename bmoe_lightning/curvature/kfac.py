@@ -27,7 +27,7 @@ from bmoe_lightning.experts.layer import ExpertLayer
 from bmoe_lightning.experts.layout import find_expert_layers, second_weights
 from bmoe_lightning.experts.ownership import slot_owners
 from bmoe_lightning.experts.taps import ClassLogits, Slots, TappedBatch, tapped_batch
-from bmoe_lightning.processes import copy_from_first, process_rank, sum_over_processes
+from bmoe_lightning.processes import copy_from_first, forked_random_state, process_rank, sum_over_processes
 
 ApproximationName = Literal["expand", "reduce"]
 APPROXIMATIONS = ("expand", "reduce")
@@ -85,7 +85,7 @@ def collect_factors(
     generator = torch.Generator().manual_seed(seed + (process_rank() * 7_368_787 if distributed else 0))
     sums: list[_LayerSums] = []
     used = 0
-    with torch.random.fork_rng():
+    with forked_random_state():
         for batch in batches:
             with tapped_batch(model, layers, class_logits, batch) as tapped, torch.no_grad():
                 slots = [tapped.taps.slots(position) for position in range(len(layers))]

@@ -93,6 +93,10 @@ class LaplacePosterior:
         self._curvature = [layer.curvature().cpu() for layer in factors.layers]
         self._bound: _Binding | None = None
 
+    def __getstate__(self) -> dict[str, Any]:
+        """All but the model it was last used with: another process, a spawned one say, has a model of its own."""
+        return vars(self) | {"_bound": None}
+
     def with_prior_precision(self, prior_precision: float | Tensor | Mapping[str, float]) -> LaplacePosterior:
         """The same curvature under another prior precision."""
         return LaplacePosterior(self.factors, prior_precision, prior_mean=self.prior_mean)
