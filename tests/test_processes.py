@@ -47,6 +47,7 @@ def enter(function, rank, world_size, folder):
         torch.set_num_threads(1)
         store = dist.FileStore(str(folder / "store"), world_size)
         dist.init_process_group("gloo", store=store, rank=rank, world_size=world_size)
+        dist.barrier()  # nobody leaves while others still connect
         function(rank, world_size)
         dist.destroy_process_group()
     except BaseException:  # noqa: BLE001  (told to the parent)
