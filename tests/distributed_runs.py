@@ -161,6 +161,11 @@ def small(world_size: int, folder: Path, weights: Path) -> None:
             None,
             {"methods": ("laplace_evidence",), "fisher": "mc", "sketch": "nystrom", "approximation": "reduce"},
         ),
+        "reduced": (
+            loader(TRAIN, 1),
+            None,
+            {"methods": ("laplace_evidence",), "sketch": "nystrom", "approximation": "reduce", "rank": 2},
+        ),
         "unlabelled": (loader(TRAIN, 1), loader(CALIBRATION, 2), {"methods": ("evidence_temperature",)}),
         "plain": (loader(TRAIN, 1), loader(CALIBRATION, 2), {"methods": ("temperature",)}),
     }

@@ -199,7 +199,7 @@ class TestThreeProcesses(SameAsOneProcess):
 @pytest.mark.slow
 class TestSmall:
     @pytest.mark.parametrize("world_size", [2, 3])
-    @pytest.mark.parametrize("name", ["tiny", "weighted", "unlabelled", "plain"])
+    @pytest.mark.parametrize("name", ["tiny", "weighted", "reduced", "unlabelled", "plain"])
     def test_gives_what_one_process_gives(self, small_runs, name, world_size):
         expected, tensors = read(small_runs / name, "fit", 1, 0)
         for rank in range(world_size):
