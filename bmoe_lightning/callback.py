@@ -19,7 +19,9 @@ from bmoe_lightning.baselines.method import Predictions
 from bmoe_lightning.checks import (
     check_calibration,
     check_later_callbacks,
+    check_loaders,
     check_loss,
+    check_sketch,
     check_snapshots,
     check_strategy,
     is_trial,
@@ -32,9 +34,11 @@ from bmoe_lightning.experts import ClassLogits, second_weights
 from bmoe_lightning.fitting import Fitted, fit
 from bmoe_lightning.laplace.predictive import NUM_SAMPLES, LinkName
 from bmoe_lightning.laplace.prior import Scope
-from bmoe_lightning.passes import Pass, best_weights, training_examples, training_pass, validation_pass
+from bmoe_lightning.passes import Pass, as_list, best_weights, training_examples, training_pass, validation_pass
+from bmoe_lightning.processes import is_first, wait_for_all
 from bmoe_lightning.saved import POSTERIOR_FILE, has_fitted, load_fitted, save_fitted
 from bmoe_lightning.settings import FitSettings
+from bmoe_lightning.shares import find_share
 
 
 class BayesianMoECallback(L.Callback):
@@ -45,6 +49,13 @@ class BayesianMoECallback(L.Callback):
     over the validation split, and writes `posterior.safetensors`. From then on every `trainer.validate` and
     `trainer.test` logs `{method}/{val|test}/{acc|ece|nll|brier}` for each method asked for, and `trainer.predict`
     returns probabilities with their uncertainty.
+
+    On several processes of DDP each works on its share of the data. Sums and counts are added up, and examples that a
+    distributed sampler repeats are left out, so all processes get the posterior and log the metrics of one process with
+    all the data, to rounding; the first one writes. Drawn labels (`fisher="mc"`) and MC dropout give the same in
+    distribution only. Caps and dropped last batches are of each process, as in Lightning. Where a strategy forks or
+    spawns processes (`ddp_spawn`, `ddp_notebook`), what they fitted is found again through `dirpath`, which all of them
+    and the calling one must see.
 
     Example:
         >>> trainer = L.Trainer(callbacks=[BayesianMoECallback()])    # doctest: +SKIP
@@ -64,7 +75,8 @@ class BayesianMoECallback(L.Callback):
         skip_layers: indices of expert layers that stay out of the posterior.
         link: `mc`, `isotropic`, `probit` or `laplace_bridge`.
         num_samples: Monte Carlo samples of a prediction.
-        curvature_batches: cap on the training batches of the curvature epoch; the curvature is scaled up to the whole.
+        curvature_batches: cap on the training batches of the curvature epoch, of each process; the curvature is scaled
+            up to the whole.
         fit_at: fit at the `last` weights, or at the `best` of the trainer's checkpoint callback (then test with
             `ckpt_path="best"`; the module keeps its last weights).
         dropout: probability of MC dropout.
@@ -168,6 +180,7 @@ class BayesianMoECallback(L.Callback):
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
         """Refuse what cannot work before time is spent; let evaluation loops keep gradients possible."""
         check_strategy(trainer)
+        check_sketch(trainer, self.settings)
         callbacks = trainer.callbacks  # type: ignore[attr-defined]
         check_later_callbacks(callbacks[callbacks.index(self) + 1 :])
         if self._class_logits is None and not callable(getattr(pl_module, "class_logits", None)):
@@ -182,6 +195,8 @@ class BayesianMoECallback(L.Callback):
             loop.inference_mode = False
         log_dir = trainer.log_dir  # read on every rank: it may be a collective
         default = Path(log_dir or trainer.default_root_dir) / "bayesian_moe" / self.name
+        # A path with the time in it is another one on each process.
+        self._dirpath, default = trainer.strategy.broadcast((self._dirpath, default))
         self._folder = None if is_trial(trainer) else self._dirpath or default
         self._precision = trainer.precision_plugin.forward_context
         if stage == "fit":
@@ -206,7 +221,8 @@ class BayesianMoECallback(L.Callback):
         """Drop a posterior of earlier weights; check that the data allow fitting another one."""
         self.fitted = None
         self.predictions = {}
-        self._snapshots = [path for path in self._earlier_snapshots if path.is_file()]
+        found = [path for path in self._earlier_snapshots if path.is_file()]
+        self._snapshots = trainer.strategy.broadcast(found)
         self._earlier_snapshots = []
         check_snapshots(trainer, self.settings, len(self._snapshots))
         if self.settings.needs_posterior:
@@ -227,10 +243,13 @@ class BayesianMoECallback(L.Callback):
         if "checkpoint_ensemble" not in self.settings.methods or self._folder is None:
             return
         path = self._folder / "snapshots" / f"epoch-{trainer.current_epoch:04d}.safetensors"
-        save_snapshot(path, {n: p for n, p in pl_module.named_parameters() if p.requires_grad})
         self._snapshots.append(path)
-        while len(self._snapshots) > self.num_snapshots:
-            self._snapshots.pop(0).unlink(missing_ok=True)
+        surplus = self._snapshots[: -self.num_snapshots]
+        del self._snapshots[: -self.num_snapshots]
+        if trainer.is_global_zero:
+            save_snapshot(path, {n: p for n, p in pl_module.named_parameters() if p.requires_grad})
+            for earlier in surplus:
+                earlier.unlink(missing_ok=True)
 
     def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Fit everything, while the model is still on its device and the loaders are alive."""
@@ -245,9 +264,11 @@ class BayesianMoECallback(L.Callback):
                 curvature or [],
                 calibration,
                 num_examples=training_examples(trainer) if self.curvature_batches is not None else None,
+                distributed=trainer.world_size > 1,
             )
-        if self._folder is not None:
+        if self._folder is not None and trainer.is_global_zero:
             save_fitted(self._folder, self._require_fitted(), self._snapshots)
+        trainer.strategy.barrier()  # nobody looks for files that are not there yet
         scalars = {f"{self._prefix}{name}": value for name, value in self._require_fitted().scalars().items()}
         for logger in trainer.loggers:  # self.log is not allowed in this hook
             logger.log_metrics(scalars, step=trainer.fit_loop.epoch_loop._batches_that_stepped)
@@ -269,6 +290,7 @@ class BayesianMoECallback(L.Callback):
         *,
         prior_mean: Mapping[str, Tensor] | None = None,
         num_examples: int | None = None,
+        distributed: bool = False,
     ) -> None:
         """Fit on a model that is already trained; `trainer.test` and `trainer.predict` then use the result.
 
@@ -281,13 +303,26 @@ class BayesianMoECallback(L.Callback):
             prior_mean: weights before fine-tuning by parameter name, for methods that use the evidence; by default
                 those that this callback saw when training started.
             num_examples: examples that the curvature shall stand for, if `curvature_batches` is a part of the data.
+            distributed: whether all processes of torch.distributed's group call this, each with its share of the data:
+                of W processes, process r has the examples r, r + W, r + 2 W, ..., and none of them twice. All get the
+                same result, and the first one writes. Otherwise the process that calls this fits on the batches it
+                gives and writes, by itself, however many processes there are.
 
         Raises:
             ValueError: if a method lacks data, labels or the prior mean.
         """
-        self._fit(module, curvature_batches, calibration_batches, prior_mean=prior_mean, num_examples=num_examples)
-        if self._dirpath is not None:
+        self._fit(
+            module,
+            curvature_batches,
+            calibration_batches,
+            prior_mean=prior_mean,
+            num_examples=num_examples,
+            distributed=distributed,
+        )
+        if self._dirpath is not None and (is_first() or not distributed):
             save_fitted(self._dirpath, self._require_fitted(), self._snapshots)
+        if distributed:
+            wait_for_all()
 
     def _fit(
         self,
@@ -297,6 +332,7 @@ class BayesianMoECallback(L.Callback):
         *,
         prior_mean: Mapping[str, Tensor] | None = None,
         num_examples: int | None = None,
+        distributed: bool = False,
     ) -> None:
         self.fitted = fit(
             module,
@@ -306,6 +342,7 @@ class BayesianMoECallback(L.Callback):
             calibration_batches,
             prior_mean=self._prior_mean if prior_mean is None else prior_mean,
             num_examples=num_examples,
+            distributed=distributed,
         )
 
     # -- validation and test
@@ -313,11 +350,11 @@ class BayesianMoECallback(L.Callback):
     def on_validation_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Make the methods ready, unless this is a validation within training: nothing is fitted then."""
         if trainer.state.fn == "validate":
-            self._begin(pl_module, "val")
+            self._begin(trainer, pl_module, "val", trainer.val_dataloaders)
 
     def on_test_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Make the methods ready; refuse a posterior of other weights."""
-        self._begin(pl_module, "test")
+        self._begin(trainer, pl_module, "test", trainer.test_dataloaders)
 
     def on_validation_batch_end(
         self,
@@ -434,7 +471,8 @@ class BayesianMoECallback(L.Callback):
         fitted.check_weights(module, self.settings)
         return fitted
 
-    def _begin(self, module: L.LightningModule, stage: str) -> None:
+    def _begin(self, trainer: L.Trainer, module: L.LightningModule, stage: str, loaders: Any) -> None:
+        check_loaders(trainer, as_list(loaders))
         fitted = self._ready(module)
         self._run = EvaluationRun(stage, self.settings, fitted, self._snapshots, self.ensemble_members)
 
@@ -446,13 +484,16 @@ class BayesianMoECallback(L.Callback):
         if self._run is None:
             return
         run, self._run = self._run, None
-        flat = list(loaders) if isinstance(loaders, (list, tuple)) else [loaders]
+        flat = as_list(loaders)
         passes = [
-            Pass(trainer, loader, int(n), "Ensembles", index, transient=True)
+            Pass(trainer, loader, int(n), "Ensembles", index, transient=True, repeats=True)
             for index, (loader, n) in enumerate(zip(flat, counts, strict=True))
         ]
-        self.predictions |= run.finish(module, self._engine_logits, passes)
-        module.log_dict({f"{self._prefix}{key}": value for key, value in run.metrics().items()})
+        shares = [find_share(trainer, loader, n) for loader, n in zip(flat, counts, strict=True)]
+        self.predictions |= run.finish(module, self._engine_logits, passes, shares)
+        metrics = {f"{self._prefix}{key}": value for key, value in run.metrics().items()}
+        # The same on every process, which Lightning must be told; a maximum does not round, as a mean would.
+        module.log_dict(metrics, reduce_fx="max", sync_dist=trainer.world_size > 1)
         if run.stage == "test" and not is_trial(trainer) and trainer.is_global_zero:
             folders = [logger.log_dir for logger in trainer.loggers if isinstance(logger, TensorBoardLogger)]
             for folder in folders:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -9,9 +10,11 @@ import lightning as L
 from lightning.pytorch.callbacks import ModelPruning, StochasticWeightAveraging
 from torch import Tensor
 
+from bmoe_lightning.curvature.sketch import check_linear
 from bmoe_lightning.laplace.predictive import MIN_UNLABELLED
 from bmoe_lightning.passes import Pass
 from bmoe_lightning.settings import FitSettings
+from bmoe_lightning.shares import check_order, find_share
 
 _SHARDED = ("FSDPStrategy", "DeepSpeedStrategy", "ModelParallelStrategy", "XLAFSDPStrategy")
 
@@ -22,17 +25,41 @@ def check_strategy(trainer: L.Trainer) -> None:
     Raises:
         ValueError: naming the strategy.
     """
-    sharded = sorted(_class_names(trainer.strategy) & set(_SHARDED))
+    names = _class_names(trainer.strategy)
+    sharded = sorted(names & set(_SHARDED))
     if sharded:
         raise ValueError(
             f"BayesianMoECallback does not support {sharded[0]} yet: its weights are sharded outside of the "
-            "training step. Use one device, or train first and call fit_posterior on the unsharded model"
+            "training step. Use one device or DDP, or train first and call fit_posterior on the unsharded model"
         )
-    if trainer.world_size > 1:
+    if trainer.world_size > 1 and ("DDPStrategy" not in names or "XLAStrategy" in names):
         raise ValueError(
-            f"BayesianMoECallback runs in one process for now, and the trainer has {trainer.world_size}. Train with "
-            "all of them, then load the checkpoint in one process and call fit_posterior"
+            f"BayesianMoECallback runs on several processes with DDP only, and the trainer has {trainer.world_size} "
+            f"with {type(trainer.strategy).__name__}. Use strategy='ddp', or train with all of them, load the "
+            "checkpoint in one process and call fit_posterior"
         )
+
+
+def check_sketch(trainer: L.Trainer, settings: FitSettings) -> None:
+    """Refuse curvature that several processes could not merge.
+
+    Raises:
+        ValueError: naming the sketch.
+    """
+    if trainer.world_size > 1 and settings.needs_posterior:
+        check_linear(settings.sketch)
+
+
+def check_loaders(trainer: L.Trainer, loaders: Sequence[Any]) -> None:
+    """Refuse evaluation loaders of which several processes would count examples twice.
+
+    Raises:
+        ValueError: naming the loader's samplers.
+    """
+    for loader in loaders:
+        share = find_share(trainer, loader, math.inf)
+        if share is not None:
+            check_order(share)
 
 
 def check_later_callbacks(later: Sequence[L.Callback]) -> None:

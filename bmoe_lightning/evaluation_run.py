@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,9 +14,9 @@ from bmoe_lightning.fitting import Fitted, build_methods
 from bmoe_lightning.laplace.posterior import LaplacePosterior
 from bmoe_lightning.laplace.predictive import class_probabilities, entropy, predict_with_uncertainty
 from bmoe_lightning.metrics import calibration_metrics
-from bmoe_lightning.passes import Pass
 from bmoe_lightning.report import MethodResult, summarise, write_tensorboard
 from bmoe_lightning.settings import FitSettings
+from bmoe_lightning.shares import Share
 
 
 class EvaluationRun:
@@ -61,19 +61,29 @@ class EvaluationRun:
         self._evaluations[loader].add(module, class_logits, batch)
 
     def finish(
-        self, module: nn.Module, class_logits: ClassLogits, passes: Sequence[Pass]
+        self,
+        module: nn.Module,
+        class_logits: ClassLogits,
+        passes: Sequence[Iterable[Any]],
+        shares: Sequence[Share | None] | None = None,
     ) -> dict[str, dict[str, Predictions]]:
         """Let the ensembles predict, and return all predictions: by loader (`test`, or `test_0`, ...), then by method.
 
         Args:
             module: the model.
             class_logits: as in `add`.
-            passes: each loader once more.
+            passes: each loader once more, as in `add`.
+            shares: on several processes, which part of each loader this one has seen. All call this then, and each gets
+                the predictions of all.
         """
         for loader, evaluation in self._evaluations.items():
             name = self.stage if len(passes) == 1 else f"{self.stage}_{loader}"
             self._names[loader] = name
-            self._predictions[name] = evaluation.finish(module, class_logits, passes[loader])
+            found = evaluation.finish(module, class_logits, passes[loader])
+            share = None if shares is None else shares[loader]
+            if share is not None:
+                found = {m: Predictions(share.gather(p.log_probs), share.gather(p.labels)) for m, p in found.items()}
+            self._predictions[name] = found
         return self._predictions
 
     def metrics(self) -> dict[str, float]:

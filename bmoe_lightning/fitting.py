@@ -39,6 +39,7 @@ from bmoe_lightning.laplace.predictive import (
     temperature_from_variances,
 )
 from bmoe_lightning.laplace.prior import ValidationCache, fit_lpo
+from bmoe_lightning.processes import copy_from_first, gather_examples, num_processes, sum_over_processes
 from bmoe_lightning.settings import NEEDS_CALIBRATION, FitSettings, FittedState
 
 
@@ -95,6 +96,7 @@ def fit(
     *,
     prior_mean: Mapping[str, Tensor] | None = None,
     num_examples: int | None = None,
+    distributed: bool = False,
 ) -> Fitted:
     """Fit everything that the methods asked for need: one pass over the curvature data, one over the calibration split.
 
@@ -107,29 +109,63 @@ def fit(
         prior_mean: weights before fine-tuning by qualified parameter name (see `second_weights`), needed for an
             evidence with `prior_mean="pretrained"`.
         num_examples: examples that the curvature shall stand for, if `curvature_batches` is a part of the data.
+        distributed: whether all processes of torch.distributed's group call this, each with its share of the data:
+            examples r, r + W, r + 2 W, ... for process r of W. All get the same result, which is that of one process
+            with all the data, to rounding. Otherwise nothing is exchanged, however many processes there are.
 
     Raises:
-        ValueError: if data, labels or the prior mean are missing, or `skip_layers` names every layer or one that the
-            model lacks.
+        ValueError: if data, labels or the prior mean are missing, `skip_layers` names every layer or one that the
+            model lacks, or processes have different weights.
     """
     if settings.needs_calibration and calibration_batches is None:
         needy = sorted(NEEDS_CALIBRATION & set(settings.methods))
         raise ValueError(f"{needy} are fitted on held-out data, and there is no calibration split")
     layers = settings.find_layers(model)
     record: dict[str, Any] = {"fingerprint": weight_fingerprint(model, layers), "settings": asdict(settings)}
-    if not settings.needs_posterior:
-        state = FittedState()
-        if settings.needs_labels:
-            logits, labels = plain_logits(model, class_logits, calibration_batches or [])
-            state = replace(state, temperature=fit_temperature(logits, labels))
-        return Fitted(state, **record)
+    if distributed:
+        _check_same(record["fingerprint"])
+    posterior, state = None, FittedState()
+    if settings.needs_posterior:
+        posterior = _curvature(
+            model,
+            class_logits,
+            settings,
+            layers,
+            curvature_batches,
+            prior_mean=prior_mean,
+            num_examples=num_examples,
+            distributed=distributed,
+        )
+        state = _calibrate(model, class_logits, settings, posterior, calibration_batches or [], distributed=distributed)
+    elif settings.needs_labels:
+        logits, labels = plain_logits(model, class_logits, calibration_batches or [], distributed=distributed)
+        state = replace(state, temperature=fit_temperature(logits, labels))
+    if distributed:
+        state = _of_first(state)
+    precision = state.evidence_precision if state.lpo_precision is None else state.lpo_precision
+    if posterior is not None and precision is not None:
+        posterior = posterior.with_prior_precision(torch.tensor(precision, dtype=torch.float64))
+    return Fitted(state, posterior, **record)
 
+
+def _curvature(
+    model: nn.Module,
+    class_logits: ClassLogits,
+    settings: FitSettings,
+    layers: list[ExpertLayer],
+    batches: Iterable[Any],
+    *,
+    prior_mean: Mapping[str, Tensor] | None,
+    num_examples: int | None,
+    distributed: bool,
+) -> LaplacePosterior:
+    """The posterior, at the prior precision from the evidence where a method needs that."""
     kept = _kept_layers(settings, layers)
     reference = _reference(settings, prior_mean) if settings.needs_evidence else None
     factors = collect_factors(
         model,
         class_logits,
-        curvature_batches,
+        batches,
         rank=settings.rank,
         fisher=settings.fisher,
         approximation=settings.approximation,
@@ -137,23 +173,40 @@ def fit(
         layers=layers,
         num_examples=num_examples,
         seed=settings.seed,
+        distributed=distributed,
     )
     posterior = LaplacePosterior(factors, prior_mean=settings.prior_mean)
     if settings.skip_layers:
         posterior = posterior.without_layers(settings.skip_layers)
+    if not settings.needs_evidence:
+        return posterior
+    distances = squared_distances(model, kept, reference)
+    if distributed:
+        # A module that starts at random starts elsewhere on each process, and training at the first one's weights.
+        copy_from_first(distances)
+    return posterior.fit_prior_evidence(distances, settings.evidence_scope)
+
+
+def _calibrate(
+    model: nn.Module,
+    class_logits: ClassLogits,
+    settings: FitSettings,
+    posterior: LaplacePosterior,
+    batches: Iterable[Any],
+    *,
+    distributed: bool,
+) -> FittedState:
+    """All numbers, from one pass over the calibration split."""
     state = FittedState()
     if settings.needs_evidence:
-        posterior = posterior.fit_prior_evidence(squared_distances(model, kept, reference), settings.evidence_scope)
         state = replace(state, evidence_precision=tuple(posterior.prior_precision.tolist()))
     if settings.needs_labels:
-        cache = posterior.validation_cache(model, class_logits, calibration_batches or [])
-        state = _fit_on_cache(settings, state, cache)
-    elif settings.evidence_temperatures:
-        temperature = posterior.evidence_temperature(model, class_logits, calibration_batches or [])
-        state = replace(state, evidence_temperature=temperature)
-    if state.lpo_precision is not None:
-        posterior = posterior.with_prior_precision(torch.tensor(state.lpo_precision, dtype=torch.float64))
-    return Fitted(state, posterior, **record)
+        cache = posterior.validation_cache(model, class_logits, batches, distributed=distributed)
+        return _fit_on_cache(settings, state, cache)
+    if settings.evidence_temperatures:
+        temperature = posterior.evidence_temperature(model, class_logits, batches, distributed=distributed)
+        return replace(state, evidence_temperature=temperature)
+    return state
 
 
 def _kept_layers(settings: FitSettings, layers: list[ExpertLayer]) -> list[ExpertLayer]:
@@ -202,21 +255,55 @@ def _fit_on_cache(settings: FitSettings, state: FittedState, cache: ValidationCa
     return state
 
 
-def plain_logits(model: nn.Module, class_logits: ClassLogits, batches: Iterable[Any]) -> tuple[Tensor, Tensor]:
+def plain_logits(
+    model: nn.Module, class_logits: ClassLogits, batches: Iterable[Any], *, distributed: bool = False
+) -> tuple[Tensor, Tensor]:
     """Logits `[N, K]` float64 and labels `[N]` of a labelled data set, on the CPU.
+
+    Args:
+        model: the model.
+        class_logits: `(model, batch) -> (logits [B, K], labels [B])`.
+        batches: the data set, or this process's share of it.
+        distributed: whether all processes call this, each with its share (see `gather_examples`).
 
     Raises:
         ValueError: if there is no example or no label.
     """
-    views = (BatchView(model, class_logits, batch) for batch in batches)
-    pairs = [(view.logits.cpu(), view.labels) for view in views]
-    if not pairs:
+    all_logits, all_labels = [torch.empty(0, dtype=torch.float64)], [torch.empty(0, dtype=torch.int64)]
+    for batch in batches:
+        view = BatchView(model, class_logits, batch)
+        if view.labels is None:
+            raise ValueError("temperatures are fitted on labels, but class_logits returned None for them")
+        all_logits.append(view.logits.cpu())
+        all_labels.append(view.labels.cpu())
+    # An empty tensor of one dimension goes with tensors of any shape.
+    logits, labels = torch.cat(all_logits), torch.cat(all_labels)
+    if distributed:
+        logits, labels = gather_examples(logits), gather_examples(labels)
+    if not len(labels):
         raise ValueError("no calibration example: the calibration split is empty")
-    if any(labels is None for _, labels in pairs):
-        raise ValueError("temperatures are fitted on labels, but class_logits returned None for them")
-    return torch.cat([logits for logits, _ in pairs]), torch.cat(
-        [labels.cpu() for _, labels in pairs if labels is not None]
-    )
+    return logits, labels
+
+
+def _check_same(fingerprint: str) -> None:
+    """Refuse weights that differ between processes: there is no one posterior of them."""
+    own = torch.frombuffer(bytearray.fromhex(fingerprint), dtype=torch.uint8).long()
+    first = own.clone()
+    copy_from_first([first])
+    differing = torch.tensor([int(not torch.equal(own, first))])
+    sum_over_processes([differing])
+    if int(differing):
+        raise ValueError(
+            f"the model's weights on {int(differing)} of {num_processes()} processes differ from those on the first, "
+            "so there is no one posterior of them; fit after training with DDP, or load the same checkpoint on all"
+        )
+
+
+def _of_first(state: FittedState) -> FittedState:
+    """The first process's numbers, bit for bit."""
+    numbers = {name: torch.tensor(v, dtype=torch.float64) for name, v in asdict(state).items() if v is not None}
+    copy_from_first(list(numbers.values()))
+    return FittedState.from_mapping({name: values.tolist() for name, values in numbers.items()})
 
 
 def build_methods(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Iterator, Sized
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from itertools import islice
 from typing import Any
 
@@ -12,6 +12,9 @@ import lightning as L
 import torch
 from lightning.pytorch.callbacks import RichProgressBar, TQDMProgressBar
 from torch.utils.data import BatchSampler, DataLoader
+
+from bmoe_lightning.processes import forked_random_state
+from bmoe_lightning.shares import find_share, wrapped_sampler
 
 
 class Pass:
@@ -24,6 +27,11 @@ class Pass:
         description: for the progress bar.
         dataloader_idx: which of several loaders it is, as the module's transfer hooks are told.
         transient: whether the bar goes when a pass is over, as for one of many.
+        repeats: on several processes, whether to see the examples that a distributed sampler repeats, as the trainer's
+            loops do. Without them a process may have a batch less than another, or none.
+
+    Raises:
+        ValueError: if repeated examples shall be left out, and it cannot be told which they are.
     """
 
     def __init__(
@@ -35,6 +43,7 @@ class Pass:
         dataloader_idx: int = 0,
         *,
         transient: bool = False,
+        repeats: bool = False,
     ) -> None:
         self._trainer = trainer
         self._loader = loader
@@ -42,25 +51,33 @@ class Pass:
         self._description = description
         self._index = dataloader_idx
         self._transient = transient
+        self._share = None if repeats else find_share(trainer, loader, num_batches)
 
     def __len__(self) -> int:
         return self._num_batches
 
     @property
     def num_examples(self) -> int | None:
-        """Examples of one pass, or None where that is not known."""
-        return _count_examples(self._loader, self._num_batches)
+        """Examples of one pass, on all processes together, or None where that is not known."""
+        return _count_examples(self._loader, self._num_batches) if self._share is None else self._share.total
 
     def __iter__(self) -> Iterator[Any]:
         """Batches on the trainer's device, moved by the module's own transfer hooks."""
         trainer = self._trainer
         bar = progress(trainer, self._num_batches, self._description, transient=self._transient)
-        with unchanged_random_state(self._loader), bar as advance:
+        with unchanged_random_state(self._loader), self._without_repeats(), bar as advance:
             for batch in islice(self._loader, self._num_batches):
                 batch = trainer.precision_plugin.convert_input(batch)
                 batch = trainer.lightning_module._on_before_batch_transfer(batch, dataloader_idx=self._index)
                 yield trainer.strategy.batch_to_device(batch, dataloader_idx=self._index)
                 advance()
+
+    def _without_repeats(self) -> AbstractContextManager[None]:
+        if self._share is None:
+            return nullcontext()
+        # A sampler of the user's own that draws from torch's random state must draw the same on every process.
+        torch.default_generator.manual_seed(0)
+        return self._share.without_repeats()
 
 
 @contextmanager
@@ -73,10 +90,11 @@ def unchanged_random_state(loader: Iterable[Any]) -> Iterator[None]:
     owners: list[Any] = []
     if isinstance(loader, DataLoader):
         inner = loader.batch_sampler
-        owners = [loader, loader.sampler, inner, getattr(inner, "sampler", None)]
+        sampler = getattr(inner, "sampler", None)
+        owners = [loader, loader.sampler, inner, sampler, wrapped_sampler(sampler)]
     generators = {id(g): g for g in (getattr(owner, "generator", None) for owner in owners) if g is not None}
     states = [(generator, generator.get_state()) for generator in generators.values()]
-    with torch.random.fork_rng():
+    with forked_random_state():
         try:
             yield
         finally:
@@ -124,6 +142,7 @@ def training_pass(trainer: L.Trainer, description: str, max_batches: int | None 
 
     Raises:
         RuntimeError: if the trainer has no training loader, has several, or one without an end and no `max_batches`.
+        ValueError: if the trainer has several processes and their examples cannot be told apart.
     """
     loader = trainer.train_dataloader
     if loader is None or isinstance(loader, (dict, list, tuple)):
@@ -146,12 +165,13 @@ def validation_pass(trainer: L.Trainer, description: str) -> Pass | None:
 
     Raises:
         RuntimeError: if there are several validation loaders.
+        ValueError: if the trainer has several processes and their examples cannot be told apart.
     """
     if not trainer.enable_validation:
         return None
     trainer.fit_loop.epoch_loop.val_loop.setup_data()
     loaders = trainer.val_dataloaders
-    flat = list(loaders) if isinstance(loaders, (list, tuple)) else [] if loaders is None else [loaders]
+    flat = as_list(loaders)
     if len(flat) > 1:
         raise RuntimeError(
             f"the callback calibrates on the validation loader, and there are {len(flat)}; give it one, or call "
@@ -165,8 +185,18 @@ def validation_pass(trainer: L.Trainer, description: str) -> Pass | None:
     return Pass(trainer, flat[0], int(counts[0]), description)
 
 
+def as_list(loaders: Any) -> list[Any]:
+    """The loaders of one kind that a trainer has: none, one, or a list of them."""
+    if loaders is None:
+        return []
+    return list(loaders) if isinstance(loaders, (list, tuple)) else [loaders]
+
+
 def training_examples(trainer: L.Trainer) -> int | None:
-    """How many examples a whole training epoch has, or None where that is not known."""
+    """How many examples a whole training epoch has, on all processes together, or None where that is not known."""
+    share = find_share(trainer, trainer.train_dataloader, trainer.num_training_batches)
+    if share is not None:
+        return share.total
     return _count_examples(trainer.train_dataloader, trainer.num_training_batches)
 
 

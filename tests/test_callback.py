@@ -510,9 +510,9 @@ class TestRefusals:
             with pytest.raises(ValueError, match=kind.__name__):
                 check_strategy(fake)
 
-    def test_several_processes(self):
+    def test_several_processes_without_ddp(self):
         fake = types.SimpleNamespace(strategy=object(), world_size=2)
-        with pytest.raises(ValueError, match="one process"):
+        with pytest.raises(ValueError, match="with DDP only"):
             check_strategy(fake)
 
     def test_callbacks_that_change_weights_must_come_first(self, tmp_path):

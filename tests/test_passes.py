@@ -12,6 +12,7 @@ from torch.utils.data import (
     BatchSampler,
     DataLoader,
     Dataset,
+    DistributedSampler,
     IterableDataset,
     RandomSampler,
     SubsetRandomSampler,
@@ -347,15 +348,26 @@ class TestTrainingExamples:
         assert at_the_end(tmp_path, training_examples, data, **options) == expected
 
     def test_of_a_pass_are_those_of_its_batches(self):
-        assert [Pass(None, loader(20), n, "x").num_examples for n in (1, 2, 3)] == [8, 16, 20]
-        assert Pass(None, [1, 2], 2, "x").num_examples is None
+        alone = types.SimpleNamespace(world_size=1)
+        assert [Pass(alone, loader(20), n, "x").num_examples for n in (1, 2, 3)] == [8, 16, 20]
+        assert Pass(alone, [1, 2], 2, "x").num_examples is None
 
     def test_are_not_known_without_an_end_or_a_loader(self):
-        endless = types.SimpleNamespace(
-            train_dataloader=DataLoader(Stream(), batch_size=8), num_training_batches=torch.inf
+        for data, count in ((DataLoader(Stream(), batch_size=8), torch.inf), ([1, 2], 2)):
+            fake = types.SimpleNamespace(world_size=1, train_dataloader=data, num_training_batches=count)
+            assert training_examples(fake) is None
+
+    def test_are_those_of_all_processes_without_repeats(self):
+        data = numbers(21)
+        train = DataLoader(data, 4, sampler=DistributedSampler(data, 2, 1), drop_last=True)
+        several = {"world_size": 2, "global_rank": 1, "train_dataloader": train}
+        assert training_examples(types.SimpleNamespace(**several, num_training_batches=2)) == 16
+        train = DataLoader(data, 4, sampler=DistributedSampler(data, 2, 1))
+        assert (
+            training_examples(types.SimpleNamespace(**several | {"train_dataloader": train}, num_training_batches=3))
+            == 21
         )
-        assert training_examples(endless) is None
-        assert training_examples(types.SimpleNamespace(train_dataloader=[1, 2], num_training_batches=2)) is None
+        assert Pass(types.SimpleNamespace(**several), train, 1, "x").num_examples == 8
 
 
 class TestLoaders:

@@ -21,14 +21,15 @@ from torch import Tensor, nn
 
 from bmoe_lightning.curvature.factors import KroneckerFactors, LayerFactors
 from bmoe_lightning.curvature.fisher import FISHERS, FisherName, fisher_weights
-from bmoe_lightning.curvature.sketch import SKETCHES, SketchName, make_sketch
+from bmoe_lightning.curvature.sketch import SKETCHES, SketchName, check_linear, make_sketch
 from bmoe_lightning.experts.fingerprint import weight_fingerprint
 from bmoe_lightning.experts.grouped import ExpertGroups
 from bmoe_lightning.experts.layer import ExpertLayer
-from bmoe_lightning.experts.layout import find_expert_layers
+from bmoe_lightning.experts.layout import find_expert_layers, second_weights
 from bmoe_lightning.experts.ownership import slot_owners
 from bmoe_lightning.experts.taps import ClassLogits, Slots, TappedBatch, tapped_batch
 from bmoe_lightning.experts.ties import check_distinct
+from bmoe_lightning.processes import copy_from_first, forked_random_state, process_rank, sum_over_processes
 
 ApproximationName = Literal["expand", "reduce"]
 APPROXIMATIONS = ("expand", "reduce")
@@ -46,6 +47,7 @@ def collect_factors(
     layers: Sequence[ExpertLayer] | None = None,
     num_examples: int | None = None,
     seed: int = 0,
+    distributed: bool = False,
 ) -> KroneckerFactors:
     """Collect the curvature of every expert's second linear layer.
 
@@ -65,47 +67,51 @@ def collect_factors(
         num_examples: how many examples the factors shall stand for, when `batches` is a part of the data; the curvature
             is scaled by this over the number of examples seen. By default the number seen.
         seed: of the drawn labels and the random test matrices.
+        distributed: whether all processes of torch.distributed's group call this, each with its own part of the data,
+            maybe none. Sums and counts are added up, and every process gets the same factors. Drawn labels (`mc`) come
+            from a stream of its own on each process: the factors then equal those of one process in distribution only.
 
     Returns:
         The factors, on the model's device, in float32 or, for a float64 model, float64.
 
     Raises:
-        ValueError: for an unknown option, an empty `batches`, logits that are none, or a factor that is not finite (the
-            message names layer and expert).
+        ValueError: for an unknown option, an empty `batches`, logits that are none, a factor that is not finite (the
+            message names layer and expert), or a distributed `rsvd`, which is not a sum.
     """
     check_options(rank, fisher, approximation, sketch)
+    if distributed:
+        check_linear(sketch)
     if num_examples is not None and num_examples < 1:
         raise ValueError(f"num_examples must be at least 1, got {num_examples}")
     layers = find_expert_layers(model) if layers is None else list(layers)
     check_distinct(model, layers)
-    generator = torch.Generator().manual_seed(seed)
-    sums: list[_LayerSums] | None = None
+    generator = torch.Generator().manual_seed(seed + (process_rank() * 7_368_787 if distributed else 0))
+    sums: list[_LayerSums] = []
     used, checked = 0, False
-    with torch.random.fork_rng():
+    with forked_random_state():
         for batch in batches:
             with tapped_batch(model, layers, class_logits, batch) as tapped, torch.no_grad():
                 slots = [tapped.taps.slots(position) for position in range(len(layers))]
-                if sums is None:
-                    sums = [
-                        _LayerSums(layer, s.inputs, rank, sketch, seed) for layer, s in zip(layers, slots, strict=True)
-                    ]
+                sums = sums or [
+                    _LayerSums(layer, s.inputs, rank, sketch, seed) for layer, s in zip(layers, slots, strict=True)
+                ]
                 weights = fisher_weights(fisher, tapped.log_probs, tapped.labels, generator)
                 # Once a model: whether it keeps examples apart is a matter of its code.
                 thorough, checked = not checked, checked or len(tapped.logits) > 1
                 _add_batch(sums, tapped, slots, weights, approximation, thorough=thorough)
                 used += len(tapped.logits)
-    if sums is None:
+    if distributed:
+        # A process without a batch adds zeros.
+        sums = sums or [_LayerSums(layer, _parameter_of(model, layer), rank, sketch, seed) for layer in layers]
+        used = _sum_up(sums, used)
+    if used == 0:
         raise ValueError("no batch to collect curvature from: `batches` is empty")
     num_examples = used if num_examples is None else num_examples
     finished = tuple(layer_sums.finish(num_examples / used) for layer_sums in sums)
-    unseen = [layer.name for layer in finished if not bool(layer.slots.any())]
-    if unseen:
-        warnings.warn(
-            f"no token that moves a logit went through {', '.join(unseen[:4])}{' and more' if unseen[4:] else ''}: "
-            "these layers keep their prior. Right for a part of the model that this data does not use; wrong if the "
-            "model multiplies with the weights without running the modules",
-            stacklevel=2,
-        )
+    if distributed:
+        # Decompositions of the same sums may differ between machines in rounding, and in sign.
+        copy_from_first([tensor for layer in finished for tensor in layer.tensors().values()])
+    _warn_of_unseen(finished)
     return KroneckerFactors(
         finished,
         rank=rank,
@@ -117,6 +123,29 @@ def collect_factors(
         expert_layers=tuple(layers),
         fingerprint=weight_fingerprint(model, layers),
     )
+
+
+def _sum_up(sums: Sequence[_LayerSums], used: int) -> int:
+    """Add up what all processes have collected, in place; returns the number of examples of all."""
+    count = torch.tensor([used], dtype=torch.int64)
+    sum_over_processes([count, *(tensor for layer_sums in sums for tensor in layer_sums.tensors())])
+    return int(count)
+
+
+def _parameter_of(model: nn.Module, layer: ExpertLayer) -> Tensor:
+    """A tensor of a layer, for its device and dtype."""
+    return next(iter(second_weights(model, layer).values()))
+
+
+def _warn_of_unseen(layers: Sequence[LayerFactors]) -> None:
+    unseen = [layer.name for layer in layers if not bool(layer.slots.any())]
+    if unseen:
+        warnings.warn(
+            f"no token that moves a logit went through {', '.join(unseen[:4])}{' and more' if unseen[4:] else ''}: "
+            "these layers keep their prior. Right for a part of the model that this data does not use; wrong if the "
+            "model multiplies with the weights without running the modules",
+            stacklevel=3,
+        )
 
 
 def check_options(rank: int, fisher: str, approximation: str, sketch: str) -> None:
@@ -226,6 +255,10 @@ class _LayerSums:
     def add_inputs(self, inputs: Tensor, experts: Tensor) -> None:
         groups = ExpertGroups(experts, self.layer.num_experts)
         self.inputs.update(inputs[groups.order].to(self.dtype), groups)
+
+    def tensors(self) -> list[Tensor]:
+        """All sums of this layer."""
+        return [self.slots, *self.inputs.sums(), *self.gradients.sums()]
 
     def finish(self, scale: float) -> LayerFactors:
         for kind, trace in (("a", self.inputs.trace), ("g", self.gradients.trace)):

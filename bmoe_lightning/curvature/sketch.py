@@ -22,6 +22,10 @@ SketchName = Literal["auto", "nystrom", "rsvd", "exact"]
 # Below this width the exact sum costs less than any sketch of it.
 EXACT_WIDTH = 512
 _OVERSAMPLING = 10
+_NOT_LINEAR = (
+    "sketch='rsvd' truncates after every batch, so what several processes found cannot be added up; use sketch='auto', "
+    "'nystrom' or 'exact', or one process"
+)
 
 
 @dataclass(frozen=True)
@@ -77,6 +81,14 @@ class GramSketch(ABC):
     def _update(self, x: Tensor, groups: ExpertGroups) -> None: ...
 
     @abstractmethod
+    def sums(self) -> list[Tensor]:
+        """All that was accumulated; what two accumulators have seen together is the sum of theirs.
+
+        Raises:
+            ValueError: for `rsvd`, which is not linear.
+        """
+
+    @abstractmethod
     def finish(self) -> LowRank:
         """The leading eigenpairs of what was added."""
 
@@ -89,6 +101,10 @@ class ExactGram(GramSketch):
 
     def _update(self, x: Tensor, groups: ExpertGroups) -> None:
         self._gram += groups.outer_sum(x, x)
+
+    def sums(self) -> list[Tensor]:
+        """The full sums."""
+        return [self.trace, self._gram]
 
     def finish(self) -> LowRank:
         """Exact to rounding: an eigendecomposition per expert."""
@@ -111,6 +127,10 @@ class NystromGram(GramSketch):
 
     def _update(self, x: Tensor, groups: ExpertGroups) -> None:
         self._sketch += groups.outer_sum(x, x @ self._omega)
+
+    def sums(self) -> list[Tensor]:
+        """The sketches, for the one test matrix that a seed gives."""
+        return [self.trace, self._sketch]
 
     def finish(self) -> LowRank:
         """Reconstruct in float64: the small core is too ill-conditioned for less."""
@@ -152,6 +172,10 @@ class RandomizedGram(GramSketch):
         small = _leading(old @ old.mT + groups.outer_sum(new, new), self.rank)
         self._factor = frame @ small.basis * small.eigenvalues.sqrt().unsqueeze(-2)
 
+    def sums(self) -> list[Tensor]:
+        """Refused: what each batch truncates depends on the batches before it."""
+        raise ValueError(_NOT_LINEAR)
+
     def finish(self) -> LowRank:
         """Split the factor into basis and eigenvalues."""
         left, singular, _ = torch.linalg.svd(self._factor, full_matrices=False)
@@ -192,6 +216,16 @@ def make_sketch(
     if name not in _SKETCHES:
         raise ValueError(f"unknown sketch {name!r}; valid are {', '.join(SKETCHES)}")
     return _SKETCHES[name](num_experts, width, rank, device=device, dtype=dtype, generator=generator)
+
+
+def check_linear(name: str) -> None:
+    """Refuse a sketch whose results over parts of the data cannot be added.
+
+    Raises:
+        ValueError: naming it.
+    """
+    if name == "rsvd":
+        raise ValueError(_NOT_LINEAR)
 
 
 def _leading(gram: Tensor, rank: int) -> LowRank:

@@ -45,6 +45,7 @@ from bmoe_lightning.laplace.prior import (
     log_evidence_penalty,
 )
 from bmoe_lightning.laplace.storage import load_posterior, save_posterior
+from bmoe_lightning.processes import gather_examples
 
 
 class WeightMismatchError(RuntimeError):
@@ -91,6 +92,10 @@ class LaplacePosterior:
         self.prior_mean = prior_mean
         self._curvature = [layer.curvature().cpu() for layer in factors.layers]
         self._bound: _Binding | None = None
+
+    def __getstate__(self) -> dict[str, Any]:
+        """All but the model it was last used with: another process, a spawned one say, has a model of its own."""
+        return vars(self) | {"_bound": None}
 
     def with_prior_precision(self, prior_precision: float | Tensor | Mapping[str, float]) -> LaplacePosterior:
         """The same curvature under another prior precision."""
@@ -165,14 +170,23 @@ class LaplacePosterior:
         cache = self.validation_cache(model, class_logits, batches)
         return self.with_prior_precision(fit_lpo(cache, scope, num_samples=num_samples, seed=seed))
 
-    def validation_cache(self, model: nn.Module, class_logits: ClassLogits, batches: Iterable[Any]) -> ValidationCache:
+    def validation_cache(
+        self, model: nn.Module, class_logits: ClassLogits, batches: Iterable[Any], *, distributed: bool = False
+    ) -> ValidationCache:
         """One pass over a labelled set, after which its predictions are known for every prior precision.
+
+        Args:
+            model: the model the curvature was collected on.
+            class_logits: `(model, batch) -> (logits [B, K], labels [B])`.
+            batches: the set.
+            distributed: whether all processes call this, each with its share of the set (see `gather_examples`); every
+                one then gets the whole.
 
         Raises:
             ValueError: if there are no examples or no labels.
         """
         terms = (self.batch_terms(model, class_logits, batch) for batch in batches)
-        return cache_terms(terms, self._curvature)
+        return cache_terms(terms, self._curvature, distributed=distributed)
 
     def batch_terms(
         self, model: nn.Module, class_logits: ClassLogits, batch: Any, *, centred: bool = True
@@ -251,7 +265,9 @@ class LaplacePosterior:
         logits, logit_covariance = self.logit_covariance(model, class_logits, batch, centred=True)
         return predict_with_uncertainty(logits, logit_covariance, num_samples=num_samples, seed=seed)
 
-    def evidence_temperature(self, model: nn.Module, class_logits: ClassLogits, batches: Iterable[Any]) -> float:
+    def evidence_temperature(
+        self, model: nn.Module, class_logits: ClassLogits, batches: Iterable[Any], *, distributed: bool = False
+    ) -> float:
         """One temperature from the posterior, without labels: `sqrt(1 + pi/4 median_n v_n)`.
 
         `v_n` is the mean variance of the centred logits. Meant for the exact Fisher and a prior precision from the
@@ -262,6 +278,7 @@ class LaplacePosterior:
             model: the model the curvature was collected on.
             class_logits: `(model, batch) -> (logits [B, K], labels or None)`; labels are not looked at.
             batches: at least 100 inputs in all.
+            distributed: whether all processes call this, each with its share of the inputs (see `gather_examples`).
 
         Raises:
             ValueError: for fewer than 100 inputs, or a Fisher other than `exact`.
@@ -271,9 +288,12 @@ class LaplacePosterior:
                 f"the evidence temperature needs the exact Fisher, this posterior has {self.factors.fisher!r}"
             )
         pairs = [self.logit_covariance(model, class_logits, batch, centred=True) for batch in batches]
-        if not pairs:
+        variances = torch.cat([torch.empty(0, dtype=torch.float64), *(mean_variance(*pair).cpu() for pair in pairs)])
+        if distributed:
+            variances = gather_examples(variances)
+        if not len(variances):
             raise ValueError("the evidence temperature needs unlabelled inputs, got none")
-        return temperature_from_variances(torch.cat([mean_variance(*pair) for pair in pairs]))
+        return temperature_from_variances(variances)
 
     def check_weights(self, model: nn.Module) -> None:
         """Compare the model's weights with those the curvature was collected on.

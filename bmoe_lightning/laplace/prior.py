@@ -13,6 +13,7 @@ from torch import Tensor
 
 from bmoe_lightning.laplace.covariance import BatchTerms
 from bmoe_lightning.laplace.predictive import standard_normal
+from bmoe_lightning.processes import gather_examples
 
 Scope = Literal["global", "layer"]
 
@@ -122,12 +123,16 @@ class ValidationCache:
         return self.embedding @ self.contrast_covariance(precision) @ self.embedding.mT
 
 
-def cache_terms(batches: Iterable[BatchTerms], curvature: Sequence[Tensor]) -> ValidationCache:
+def cache_terms(
+    batches: Iterable[BatchTerms], curvature: Sequence[Tensor], *, distributed: bool = False
+) -> ValidationCache:
     """Run through the validation set once and keep what `ValidationCache` needs, on the CPU in float64.
 
     Args:
         batches: terms of each batch, centred.
         curvature: `s_qp` of each layer, `[E, r_g, r_a]`.
+        distributed: whether all processes call this, each with its share of the set (see `gather_examples`); every one
+            then gets the whole.
 
     Raises:
         ValueError: if there is no batch, or a batch has no labels.
@@ -148,9 +153,14 @@ def cache_terms(batches: Iterable[BatchTerms], curvature: Sequence[Tensor]) -> V
             for layer, s, grid in zip(terms.layers, curvature, centres, strict=True)
         ]
         parts["binned"].append(torch.stack(binned, dim=1))
-    if not parts["logits"]:
+    # A process without a batch has no sizes to offer, but must have the dtype.
+    empty = {name: torch.empty(0, dtype=torch.int64 if name == "labels" else torch.float64) for name in parts}
+    whole = {name: torch.cat(values) if values else empty[name] for name, values in parts.items()}
+    if distributed:
+        whole = {name: gather_examples(values) for name, values in whole.items()}
+    if not len(whole["logits"]):
         raise ValueError("no validation example: the prior precision cannot be fitted on an empty calibration split")
-    return ValidationCache(**{name: torch.cat(values) for name, values in parts.items()}, centres=centres)
+    return ValidationCache(**whole, centres=centres)
 
 
 def fit_lpo(

@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from bmoe_lightning.curvature.sketch import EXACT_WIDTH, ExactGram, LowRank, NystromGram, make_sketch
+from bmoe_lightning.curvature.sketch import EXACT_WIDTH, ExactGram, LowRank, NystromGram, check_linear, make_sketch
 from bmoe_lightning.experts.grouped import ExpertGroups
 
 NAMES = ("nystrom", "rsvd", "exact")
@@ -184,3 +184,24 @@ def test_auto_takes_the_exact_sum_for_narrow_layers():
     assert isinstance(make_sketch("auto", 1, EXACT_WIDTH + 1, 2, **options), NystromGram)
     with pytest.raises(ValueError, match="unknown sketch 'svd'; valid are auto, nystrom, rsvd, exact"):
         make_sketch("svd", 1, 8, 2, **options)
+
+
+@pytest.mark.parametrize("name", ["nystrom", "exact"])
+def test_sums_of_parts_are_those_of_the_whole(name):
+    x, experts = torch.randn(60, 32, dtype=torch.float64), torch.randint(3, (60,))
+    whole = sketch_of(name, x, experts, 3, 4)
+    first, second = (sketch_of(name, x[part], experts[part], 3, 4) for part in (slice(0, 25), slice(25, 60)))
+    for total, other, expected in zip(first.sums(), second.sums(), whole.sums(), strict=True):
+        total += other
+        torch.testing.assert_close(total, expected)
+    for expert in range(3):
+        torch.testing.assert_close(dense(first.finish(), expert), dense(whole.finish(), expert))
+    torch.testing.assert_close(first.trace, whole.trace)
+
+
+def test_rsvd_has_no_sums():
+    with pytest.raises(ValueError, match="cannot be added up"):
+        sketch_of("rsvd", torch.randn(9, 5), torch.zeros(9, dtype=torch.long), 1, 2).sums()
+    with pytest.raises(ValueError, match="'nystrom'"):
+        check_linear("rsvd")
+    check_linear("auto")
