@@ -20,7 +20,6 @@ import torch
 from torch import Tensor, nn
 
 from bmoe_lightning.curvature.factors import LayerFactors
-from bmoe_lightning.experts.grouped import ExpertGroups
 from bmoe_lightning.experts.layer import ExpertLayer
 from bmoe_lightning.experts.ownership import slot_owners
 from bmoe_lightning.experts.taps import ClassLogits, tapped_batch
@@ -96,8 +95,7 @@ def batch_terms(
                 for layer_slots, layer_gradients, layer_owners, layer in zip(
                     slots, gradients, owners, layers, strict=True
                 )
-            ],
-            num_examples,
+            ]
         )
         for groups, layer in zip(grouped, layers, strict=True):
             if groups.num_orphans:
@@ -145,25 +143,27 @@ def layer_terms(
         num_examples: B.
     """
     dtype = torch.promote_types(factors.a_basis.dtype, torch.promote_types(inputs.dtype, torch.float32))
-    inputs = inputs[groups.order].to(dtype)
-    contrasts = torch.stack([gradient[groups.order].to(dtype) for gradient in gradients], dim=1)  # [S, P, d_out]
-
-    by_expert = ExpertGroups(groups.experts, factors.num_experts)  # already sorted: its order is the identity
-    projected_inputs = by_expert.matmul(inputs, factors.a_basis.to(dtype))
-    projected = [by_expert.matmul(gradient, factors.g_basis.to(dtype)) for gradient in contrasts.unbind(1)]
-    projected_gradients = torch.stack(projected, dim=1)  # [S, P, r_g]
+    count, num_contrasts = len(groups.order), len(gradients)
+    # One slot more, of zeros: what pads the smaller groups of a chunk.
+    a = inputs.new_zeros(count + 1, inputs.shape[1], dtype=dtype)
+    g = inputs.new_zeros(count + 1, num_contrasts, gradients[0].shape[1], dtype=dtype)
+    a[:count] = inputs[groups.order]
+    for contrast, gradient in enumerate(gradients):
+        g[:count, contrast] = gradient[groups.order]
+    a_basis, g_basis = factors.a_basis.to(dtype), factors.g_basis.to(dtype).unsqueeze(1)
 
     keys = on_device(groups.keys, inputs.device)
-    prior = inputs.new_zeros(num_examples, len(gradients), len(gradients), dtype=torch.float64)
-    ranks = (projected_gradients.shape[-1], projected_inputs.shape[-1])
-    projections = inputs.new_zeros(len(keys), len(gradients), *ranks)
-    for chosen, rows, filled in padded_groups(groups.sizes, inputs.shape[1], contrasts.shape[1:], inputs.device):
-        a = inputs[rows] * filled.unsqueeze(2)  # [n, h, d_in]
-        g = (contrasts[rows] * filled.view(*filled.shape, 1, 1)).transpose(1, 2)  # [n, P, h, d_out]
-        prior.index_add_(0, keys[chosen] % num_examples, inner_products(a, g).double())
-        left = (projected_gradients[rows] * filled.view(*filled.shape, 1, 1)).permute(0, 2, 3, 1).flatten(1, 2)
-        projections[chosen] = (left @ projected_inputs[rows]).view(len(chosen), len(gradients), *ranks)
-    return LayerTerms(prior, projections, keys % num_examples, keys // num_examples)
+    experts = keys // num_examples
+    prior = inputs.new_zeros(num_examples, num_contrasts, num_contrasts, dtype=torch.float64)
+    projections = a.new_zeros(len(keys), num_contrasts, g_basis.shape[-1], a_basis.shape[-1])
+    for chosen, rows in padded_groups(groups.sizes, a.shape[1], g.shape[1:], inputs.device):
+        a_rows, g_rows = a[rows], g[rows]  # [n, h, d_in], [n, h, P, d_out]
+        prior.index_add_(0, keys[chosen] % num_examples, inner_products(a_rows, g_rows).double())
+        of_groups = experts[chosen]
+        projected = (g_rows @ g_basis[of_groups]).permute(0, 2, 3, 1).flatten(1, 2)  # [n, P r_g, h]
+        explained = projected @ (a_rows @ a_basis[of_groups])
+        projections[chosen] = explained.view(len(chosen), *projections.shape[1:])
+    return LayerTerms(prior, projections, keys % num_examples, experts)
 
 
 def covariance(terms: BatchTerms, curvature: Sequence[Tensor], prior_precision: Tensor) -> Tensor:

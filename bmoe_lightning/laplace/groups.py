@@ -68,42 +68,33 @@ class SlotGroups:
 
     Attributes:
         order: `[n]` int64, on the device: which slots, those of a group one after the other.
-        experts: `[n]` int64, on the device: the expert of each of them.
         keys: `[N]`: `expert * B + example` of each group that has a slot, ascending.
         sizes: `[N]`: slots of each group.
         num_orphans: slots that move a logit, but have no owner.
     """
 
     order: Tensor
-    experts: Tensor
     keys: NDArray[np.int64]
     sizes: NDArray[np.int64]
     num_orphans: int
 
 
-def group_slots(layers: Sequence[SlotKeys], num_examples: int) -> list[SlotGroups]:
-    """Sort the slots of all layers, waiting for the device once.
-
-    Args:
-        layers: one entry a layer.
-        num_examples: B.
-    """
+def group_slots(layers: Sequence[SlotKeys]) -> list[SlotGroups]:
+    """Sort the slots of all layers, waiting for the device once."""
     ends = np.cumsum([len(layer.counts) for layer in layers])
     counts = torch.cat([layer.counts for layer in layers]).cpu().numpy()
     grouped = []
     for layer, counted in zip(layers, np.split(counts, ends[:-1]), strict=True):
         groups = counted[:-2]
         keys = np.flatnonzero(groups)
-        sorted_keys, order = torch.sort(layer.keys, stable=True)
-        total = int(groups.sum())
-        experts = sorted_keys[:total] // num_examples
-        grouped.append(SlotGroups(order[:total], experts, keys, groups[keys], int(counted[-1])))
+        order = torch.argsort(layer.keys, stable=True)[: int(groups.sum())]
+        grouped.append(SlotGroups(order, keys, groups[keys], int(counted[-1])))
     return grouped
 
 
 def padded_groups(
     sizes: NDArray[np.int64], d_in: int, contrasts: Sequence[int], device: torch.device
-) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+) -> Iterator[tuple[Tensor, Tensor]]:
     """Pad groups of similar size to the same height.
 
     Args:
@@ -113,7 +104,7 @@ def padded_groups(
         device: where the indices are wanted.
 
     Yields:
-        Group indices `[n]`, slot rows `[n, h]` and which of them are real `[n, h]`.
+        Group indices `[n]` and slot rows `[n, h]`; a row behind the last slot stands for none.
     """
     starts = sizes.cumsum(0) - sizes
     num_contrasts, d_out = contrasts
@@ -127,8 +118,8 @@ def padded_groups(
         for first in range(0, len(members), at_a_time):
             chosen = members[first : first + at_a_time]
             filled = np.arange(h) < sizes[chosen, None]
-            rows = np.where(filled, starts[chosen, None] + np.arange(h), 0)
-            yield on_device(chosen, device), on_device(rows, device), on_device(filled, device)
+            rows = np.where(filled, starts[chosen, None] + np.arange(h), sizes.sum())
+            yield on_device(chosen, device), on_device(rows, device)
 
 
 def on_device(array: NDArray[Any], device: torch.device) -> Tensor:
@@ -141,12 +132,12 @@ def inner_products(a: Tensor, g: Tensor) -> Tensor:
 
     Args:
         a: `[n, h, d_in]` inputs of n groups of h slots.
-        g: `[n, P, h, d_out]` gradients.
+        g: `[n, h, P, d_out]` gradients.
 
     Returns:
         `[n, P, P]`.
     """
-    _, num_contrasts, height, d_out = g.shape
+    _, height, num_contrasts, d_out = g.shape
     d_in = a.shape[2]
     by_pairs = height**2 * (d_in + num_contrasts**2 * d_out)
     written_out = num_contrasts * (height + num_contrasts) * d_in * d_out
@@ -154,17 +145,17 @@ def inner_products(a: Tensor, g: Tensor) -> Tensor:
 
 
 def _by_pairs(a: Tensor, g: Tensor) -> Tensor:
-    count, num_contrasts, height, _ = g.shape
+    count, height, num_contrasts, _ = g.shape
     flat = g.flatten(1, 2)
-    pairs = (flat @ flat.mT).view(count, num_contrasts, height, num_contrasts, height)
-    return torch.einsum("npsqt,nst->npq", pairs, a @ a.mT)
+    pairs = (flat @ flat.mT).view(count, height, num_contrasts, height, num_contrasts)
+    return torch.einsum("nsptq,nst->npq", pairs, a @ a.mT)
 
 
 def _written_out(a: Tensor, g: Tensor) -> Tensor:
-    count, num_contrasts, _, _ = g.shape
+    count, _, num_contrasts, _ = g.shape
     total = a.new_zeros(count, num_contrasts, num_contrasts)
     # A few rows of G at a time: a whole one is as large as the weight.
     for rows in g.split(max(1, _CHUNK_FLOATS // (count * num_contrasts * a.shape[2])), dim=3):
-        flat = (rows.mT @ a.unsqueeze(1)).flatten(2)  # [n, P, rows d_in]
+        flat = (rows.flatten(2).mT @ a).view(count, num_contrasts, -1)  # [n, P, rows d_in]
         total += flat @ flat.mT
     return total

@@ -374,7 +374,7 @@ def _finishing_bytes(model: Architecture, rank: int) -> int:
 
 
 def _kernel_bytes(experts: Experts, work: Workload) -> int:
-    """The slots of one layer sorted and in float32, the gradients twice while they are stacked, then chunks of them."""
+    """The slots of one layer sorted and in float32, then chunks of them, padded."""
     slots, gradients = work.positions * experts.top_k, work.contrasts * experts.layer.d_out
     values = slots * (experts.layer.d_in + gradients)
-    return 4 * values + max(4 * slots * gradients, min(_CHUNKS, 12 * values))
+    return 4 * values + max(4 * slots * experts.layer.d_out, min(_CHUNKS, 8 * values))

@@ -97,7 +97,7 @@ def test_kernels_under_an_even_router(model):
     slots = len(chosen)
     inputs, gradients = torch.ones(slots, d_in), [torch.ones(slots, d_out)] * 3
     keys = SlotKeys.of(Slots(inputs, chosen, None), gradients, owners, count, 4)
-    steps = counted(lambda: layer_terms(inputs, gradients, group_slots([keys], 4)[0], factors, 4))
+    steps = counted(lambda: layer_terms(inputs, gradients, group_slots([keys])[0], factors, 4))
     alone = replace(planned, blocks=(replace(planned.blocks[-1], experts=(experts,)), planned.blocks[0]))
     rest = replace(alone, blocks=alone.blocks[:1])
     first = compute.kernels(replace(alone, blocks=(alone.blocks[0], replace(alone.blocks[1], experts=()))), work)
@@ -109,7 +109,7 @@ def test_kernels_under_an_even_router(model):
 def test_heights_are_those_of_the_library():
     sizes = np.arange(1, 200)
     padded = padded_groups(sizes, 1, (1, 1), torch.device("cpu"))
-    found = {int(i): rows.shape[1] for chosen, rows, _ in padded for i in chosen}
+    found = {int(i): rows.shape[1] for chosen, rows in padded for i in chosen}
     assert [compute.height(size) for size in sizes.tolist()] == [found[i] for i in range(len(sizes))]
     assert compute.height(0) == 0
 
