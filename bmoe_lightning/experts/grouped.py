@@ -45,8 +45,8 @@ class ExpertGroups:
             weight: `[E, d, k]`.
 
         Returns:
-            `[S, k]`, row s being `x[s] @ weight[experts[s]]`; differentiable in both arguments, but only once where torch's
-            kernel for groups does not fit.
+            `[S, k]`, row s being `x[s] @ weight[experts[s]]`; differentiable in both arguments, but only once where
+            torch's kernel for groups does not fit.
         """
         if _kernel_fits(x, weight):
             return F.grouped_mm(x, weight, offs=self._offsets)
