@@ -76,7 +76,11 @@ def collect_factors(
 
     Raises:
         ValueError: for an unknown option, an empty `batches`, logits that are none, a factor that is not finite (the
-            message names layer and expert), or a distributed `rsvd`, which is not a sum.
+            message names layer and expert), layers that share a weight, a name or an index, or a distributed `rsvd`,
+            which is not a sum.
+
+    Warns:
+        UserWarning: naming layers that no token which moves a logit went through; they keep their prior.
     """
     check_options(rank, fisher, approximation, sketch)
     if distributed:
