@@ -108,12 +108,13 @@ def test_help_needs_no_torch():
 
 
 def test_a_model_of_14_billion_weights_takes_a_gibibyte_at_most():
+    if not Path("/proc/self/status").is_file():
+        pytest.skip("the peak of a process is read from /proc: what getrusage says includes its parent's")
     code = (
-        "import resource, recipes.plan\n"
+        "import pathlib, re, recipes.plan\n"
         "assert recipes.plan.main(['--model', 'qwen1.5-moe-a2.7b']) == 0\n"
-        "print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)"
+        "print(re.search(r'VmHWM:\\s+(\\d+) kB', pathlib.Path('/proc/self/status').read_text())[1])"
     )
     result = run_python(code)
     assert result.returncode == 0, result.stderr
-    unit = 1 if sys.platform == "darwin" else 1024
-    assert int(result.stdout.splitlines()[-1]) * unit < 2**30
+    assert int(result.stdout.splitlines()[-1]) * 1024 < 2**30
