@@ -6,7 +6,6 @@ import argparse
 import sys
 import time
 from collections.abc import Sequence
-from pathlib import Path
 
 DESCRIPTION = """\
 Measure what curvature, prediction and the fit of the prior cost, as ratios within one run, on a model with random
@@ -38,8 +37,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(f"error: {error}", file=sys.stderr)
         return 2
     # Late: torch and transformers take seconds to import, and --help should not.
-    from bmoe_lightning.atomic import write_text
     from recipes.benchmarking.report import BenchmarkSettings, benchmark_json, benchmark_text, run_benchmark
+    from recipes.json_flag import written
 
     start = time.perf_counter()
 
@@ -53,13 +52,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(f"error: {error}", file=sys.stderr)
         return 1
     print(benchmark_text(benchmark))
-    if flags.json is not None:
-        try:
-            write_text(Path(flags.json), benchmark_json(benchmark))
-        except OSError as error:
-            print(f"error: --json {flags.json} cannot be written ({error.strerror or error})", file=sys.stderr)
-            return 1
-    return 0
+    return 0 if flags.json is None or written(flags.json, benchmark_json(benchmark)) else 1
 
 
 def _parser() -> argparse.ArgumentParser:

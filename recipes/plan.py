@@ -6,7 +6,6 @@ import argparse
 import math
 import sys
 from collections.abc import Sequence
-from pathlib import Path
 
 DESCRIPTION = """\
 Plan a run for a mixture-of-experts language model from its configuration alone: no weights are read, none are made.
@@ -30,8 +29,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(f"error: {error}", file=sys.stderr)
         return 2
     # Late: torch and transformers take seconds to import, and --help should not.
-    from bmoe_lightning.atomic import write_text
     from bmoe_lightning.loading import ModelUnavailableError
+    from recipes.json_flag import written
     from recipes.planning.report import PlanSettings, make_plan, plan_json, plan_text
 
     settings = PlanSettings(**{name: value for name, value in vars(flags).items() if name != "json"})
@@ -41,13 +40,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(f"error: {error}", file=sys.stderr)
         return 1
     print(plan_text(plan))
-    if flags.json is not None:
-        try:
-            write_text(Path(flags.json), plan_json(plan))
-        except OSError as error:
-            print(f"error: --json {flags.json} cannot be written ({error.strerror or error})", file=sys.stderr)
-            return 1
-    return 0
+    return 0 if flags.json is None or written(flags.json, plan_json(plan)) else 1
 
 
 def _parser() -> argparse.ArgumentParser:

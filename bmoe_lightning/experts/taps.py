@@ -19,7 +19,7 @@ from bmoe_lightning.experts.fused import outermost_pretrained
 from bmoe_lightning.experts.layer import ExpertLayer
 from bmoe_lightning.experts.layout import intercepted_layers
 from bmoe_lightning.experts.streaming import Collector, joined
-from bmoe_lightning.experts.wrapping import gradients_checked
+from bmoe_lightning.experts.wrapping import gradients_checked, write_count
 
 _INPUTS = ("input_ids", "inputs_embeds", "decoder_input_ids", "decoder_inputs_embeds")
 
@@ -53,12 +53,11 @@ class _LayerTap:
     experts: list[Tensor] = field(default_factory=list)
     rows: list[Tensor | None] = field(default_factory=list)
     outputs: list[Tensor] = field(default_factory=list)
-    versions: list[int] = field(default_factory=list)
+    write_counts: list[int] = field(default_factory=list)
 
     def check_inputs(self) -> None:
         """Refuse inputs that were written to after the layer had used them: what was kept is no longer what it saw."""
-        kept = [0 if inputs.is_inference() else inputs._version for inputs in self.inputs]
-        if kept != self.versions:
+        if [write_count(inputs) for inputs in self.inputs] != self.write_counts:
             raise RuntimeError(
                 f"the model changes in place what the second linear layers of {self.layer.name!r} got as input, after "
                 "they ran; let it make a new tensor there"
@@ -84,7 +83,7 @@ class _LayerTap:
         if not self.source.recording:
             return outputs
         self.inputs.append(inputs.detach())
-        self.versions.append(0 if inputs.is_inference() else inputs._version)
+        self.write_counts.append(write_count(inputs))
         self.experts.append(experts)
         self.rows.append(self.source.rows_of(tokens, num_tokens))
         self.outputs.append(outputs)

@@ -154,6 +154,11 @@ def execution_device(model: nn.Module) -> torch.device:
     return next((device for device in devices if device.type != "meta"), torch.device("meta"))
 
 
+def write_count(tensor: Tensor) -> int:
+    """How often a tensor was written to in place; inference tensors keep no count."""
+    return 0 if tensor.is_inference() else tensor._version
+
+
 def unusable(weight: Any) -> str | None:
     """Why a weight is no matrix of numbers that a Gaussian can be put over, or None if it is one."""
     if isinstance(weight, Tensor) and hasattr(weight, "placements"):

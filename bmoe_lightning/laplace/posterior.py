@@ -25,7 +25,7 @@ from bmoe_lightning.experts.fingerprint import fingerprinted_module, weight_fing
 from bmoe_lightning.experts.layer import ExpertLayer
 from bmoe_lightning.experts.layout import locate_expert_layers
 from bmoe_lightning.experts.taps import ClassLogits
-from bmoe_lightning.experts.wrapping import execution_device, unusable
+from bmoe_lightning.experts.wrapping import execution_device, unusable, write_count
 from bmoe_lightning.laplace.covariance import BatchTerms, batch_terms, covariance
 from bmoe_lightning.laplace.predictive import (
     NUM_SAMPLES,
@@ -370,7 +370,7 @@ def _weights_state(model: nn.Module, layers: Sequence[ExpertLayer]) -> tuple[tup
     Writes through `.data` are not counted; `LaplacePosterior.check_weights` notices those too.
     """
     return tuple(
-        (parameter.data_ptr(), 0 if parameter.is_inference() else parameter._version)
+        (parameter.data_ptr(), write_count(parameter))
         for parameter in fingerprinted_module(model, layers).parameters()
         if unusable(parameter) is None  # packed weights are not part of the fingerprint either
     )
