@@ -88,15 +88,8 @@ def batch_terms(
         slots = [tapped.taps.slots(position) for position in range(len(layers))]
         owners = slot_owners(tapped, slots, thorough=thorough)
         passes = [tapped.taps.gradients(tapped.logits, pass_weights) for pass_weights in weights]
-        gradients = list(zip(*passes, strict=True))
-        grouped = group_slots(
-            [
-                SlotKeys.of(layer_slots, layer_gradients, layer_owners, layer.num_experts, num_examples)
-                for layer_slots, layer_gradients, layer_owners, layer in zip(
-                    slots, gradients, owners, layers, strict=True
-                )
-            ]
-        )
+        seen = list(zip(slots, zip(*passes, strict=True), owners, layers, strict=True))
+        grouped = group_slots([SlotKeys.of(s, g, owner, x.num_experts, num_examples) for s, g, owner, x in seen])
         for groups, layer in zip(grouped, layers, strict=True):
             if groups.num_orphans:
                 raise RuntimeError(
@@ -104,10 +97,8 @@ def batch_terms(
                     "underflow; try bfloat16 or float32 weights"
                 )
         terms = tuple(
-            layer_terms(layer_slots.inputs, layer_gradients, groups, layer_factors, num_examples)
-            for layer_slots, layer_gradients, groups, layer_factors in zip(
-                slots, gradients, grouped, factors, strict=True
-            )
+            layer_terms(layer_slots.inputs, gradients, groups, layer_factors, num_examples)
+            for (layer_slots, gradients, _, _), groups, layer_factors in zip(seen, grouped, factors, strict=True)
         )
         logits = tapped.logits.detach().double().masked_fill(~tapped.present, -torch.inf)
         return BatchTerms(logits, tapped.labels, embedding, terms)
