@@ -134,27 +134,34 @@ def layer_terms(
         num_examples: B.
     """
     dtype = torch.promote_types(factors.a_basis.dtype, torch.promote_types(inputs.dtype, torch.float32))
-    count, num_contrasts = len(groups.order), len(gradients)
-    # One slot more, of zeros: what pads the smaller groups of a chunk.
-    a = inputs.new_zeros(count + 1, inputs.shape[1], dtype=dtype)
-    g = inputs.new_zeros(count + 1, num_contrasts, gradients[0].shape[1], dtype=dtype)
-    a[:count] = inputs[groups.order]
-    for contrast, gradient in enumerate(gradients):
-        g[:count, contrast] = gradient[groups.order]
-    a_basis, g_basis = factors.a_basis.to(dtype), factors.g_basis.to(dtype).unsqueeze(1)
-
+    num_contrasts, d_out = len(gradients), gradients[0].shape[1]
+    a_basis, g_basis = factors.a_basis.to(dtype), factors.g_basis.to(dtype)
     keys = on_device(groups.keys, inputs.device)
     experts = keys // num_examples
     prior = inputs.new_zeros(num_examples, num_contrasts, num_contrasts, dtype=torch.float64)
-    projections = a.new_zeros(len(keys), num_contrasts, g_basis.shape[-1], a_basis.shape[-1])
-    for chosen, rows in padded_groups(groups.sizes, a.shape[1], g.shape[1:], inputs.device):
-        a_rows, g_rows = a[rows], g[rows]  # [n, h, d_in], [n, h, P, d_out]
-        prior.index_add_(0, keys[chosen] % num_examples, inner_products(a_rows, g_rows).double())
+    projections = a_basis.new_zeros(len(keys), num_contrasts, g_basis.shape[2], a_basis.shape[2])
+    for chosen, rows, filled in padded_groups(groups, inputs.shape[1], (num_contrasts, d_out), inputs.device):
+        slots = groups.order[rows]
+        # What pads a group has no input, so that it adds nothing whatever its gradient.
+        a = inputs[slots].to(dtype) * filled.unsqueeze(2)  # [n, h, d_in]
+        g = _gathered(gradients, slots, dtype)  # [P, n, h, d_out]
+        prior.index_add_(0, keys[chosen] % num_examples, inner_products(a, g).double())
         of_groups = experts[chosen]
-        projected = (g_rows @ g_basis[of_groups]).permute(0, 2, 3, 1).flatten(1, 2)  # [n, P r_g, h]
-        explained = projected @ (a_rows @ a_basis[of_groups])
-        projections[chosen] = explained.view(len(chosen), *projections.shape[1:])
+        projected = (g @ g_basis[of_groups]).mT @ (a @ a_basis[of_groups])
+        projections[chosen] = projected.transpose(0, 1)
     return LayerTerms(prior, projections, keys % num_examples, experts)
+
+
+def _gathered(gradients: Sequence[Tensor], slots: Tensor, dtype: torch.dtype) -> Tensor:
+    """Some slots' gradients for all contrasts, one after the other: `[P, *slots.shape, d_out]`."""
+    d_out = gradients[0].shape[1]
+    gathered = gradients[0].new_empty(len(gradients), slots.numel(), d_out, dtype=dtype)
+    for gradient, rows in zip(gradients, gathered, strict=True):
+        if gradient.dtype == dtype:
+            torch.index_select(gradient, 0, slots.flatten(), out=rows)
+        else:
+            rows.copy_(gradient[slots.flatten()])
+    return gathered.unflatten(1, slots.shape)
 
 
 def covariance(terms: BatchTerms, curvature: Sequence[Tensor], prior_precision: Tensor) -> Tensor:

@@ -3,7 +3,7 @@
 With `G_p = sum_s g_{s,p} a_s^T` over the slots of one group, `<G_p, G_q>` is computed in one of two ways, whichever
 takes fewer operations:
 
-    sum_{s,t} (a_s . a_t) (g_{s,p} . g_{t,q})        h^2 d_in + (P h)^2 d_out, for a group of h slots
+    sum_s g_{s,p} . sum_t (a_s . a_t) g_{t,q}        h^2 (d_in + P d_out) + P^2 h d_out, for a group of h slots
     G_p : G_q, written out                           P h d_in d_out + P^2 d_in d_out.
 
 The first is for the many small groups of routed experts, the second for layers that see every token. Which slots there
@@ -93,19 +93,21 @@ def group_slots(layers: Sequence[SlotKeys]) -> list[SlotGroups]:
 
 
 def padded_groups(
-    sizes: NDArray[np.int64], d_in: int, contrasts: Sequence[int], device: torch.device
-) -> Iterator[tuple[Tensor, Tensor]]:
+    groups: SlotGroups, d_in: int, contrasts: Sequence[int], device: torch.device
+) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
     """Pad groups of similar size to the same height.
 
     Args:
-        sizes: `[N]` slots of each group; groups lie one after the other.
+        groups: N groups.
         d_in: width of a slot's input.
         contrasts: P and d_out.
         device: where the indices are wanted.
 
     Yields:
-        Group indices `[n]` and slot rows `[n, h]`; a row behind the last slot stands for none.
+        Group indices `[n]`; positions in `groups.order`, `[n, h]`; and which of these are slots of the group, `[n, h]`
+        bool. The others, any slot of the layer, fill it up.
     """
+    sizes = groups.sizes
     starts = sizes.cumsum(0) - sizes
     num_contrasts, d_out = contrasts
     # Heights 1, 2, 3, 4, 6, 8, 12, 16, ...: padding adds a third at most, with two heights an octave.
@@ -113,13 +115,12 @@ def padded_groups(
     height = np.where((4 * sizes <= 3 * power) & (power > 2), 3 * power // 4, power)
     for h in np.unique(height).tolist():
         members = np.flatnonzero(height == h)
-        floats = h * (d_in + num_contrasts * d_out) + (h * num_contrasts) ** 2
-        at_a_time = max(1, _CHUNK_FLOATS // floats)
+        at_a_time = max(1, _CHUNK_FLOATS // (h * (d_in + 2 * num_contrasts * d_out + h)))
         for first in range(0, len(members), at_a_time):
             chosen = members[first : first + at_a_time]
             filled = np.arange(h) < sizes[chosen, None]
-            rows = np.where(filled, starts[chosen, None] + np.arange(h), sizes.sum())
-            yield on_device(chosen, device), on_device(rows, device)
+            rows = np.where(filled, starts[chosen, None] + np.arange(h), 0)
+            yield on_device(chosen, device), on_device(rows, device), on_device(filled, device)
 
 
 def on_device(array: NDArray[Any], device: torch.device) -> Tensor:
@@ -132,30 +133,28 @@ def inner_products(a: Tensor, g: Tensor) -> Tensor:
 
     Args:
         a: `[n, h, d_in]` inputs of n groups of h slots.
-        g: `[n, h, P, d_out]` gradients.
+        g: `[P, n, h, d_out]` gradients.
 
     Returns:
         `[n, P, P]`.
     """
-    _, height, num_contrasts, d_out = g.shape
+    num_contrasts, _, height, d_out = g.shape
     d_in = a.shape[2]
-    by_pairs = height**2 * (d_in + num_contrasts**2 * d_out)
+    by_pairs = height**2 * (d_in + num_contrasts * d_out) + num_contrasts**2 * height * d_out
     written_out = num_contrasts * (height + num_contrasts) * d_in * d_out
     return _by_pairs(a, g) if by_pairs <= written_out else _written_out(a, g)
 
 
 def _by_pairs(a: Tensor, g: Tensor) -> Tensor:
-    count, height, num_contrasts, _ = g.shape
-    flat = g.flatten(1, 2)
-    pairs = (flat @ flat.mT).view(count, height, num_contrasts, height, num_contrasts)
-    return torch.einsum("nsptq,nst->npq", pairs, a @ a.mT)
+    summed = (a @ a.mT) @ g  # [P, n, h, d_out]
+    return g.flatten(2).transpose(0, 1) @ summed.flatten(2).permute(1, 2, 0)
 
 
 def _written_out(a: Tensor, g: Tensor) -> Tensor:
-    count, _, num_contrasts, _ = g.shape
+    num_contrasts, count = g.shape[:2]
     total = a.new_zeros(count, num_contrasts, num_contrasts)
     # A few rows of G at a time: a whole one is as large as the weight.
     for rows in g.split(max(1, _CHUNK_FLOATS // (count * num_contrasts * a.shape[2])), dim=3):
-        flat = (rows.flatten(2).mT @ a).view(count, num_contrasts, -1)  # [n, P, rows d_in]
+        flat = (rows.mT @ a).flatten(2).transpose(0, 1)  # [n, P, rows d_in]
         total += flat @ flat.mT
     return total

@@ -135,7 +135,7 @@ def group(slots: int, experts: Experts, work: Workload) -> float:
     """Operations of the kernels of one example and expert with `slots` slots, in the cheaper of two ways."""
     layer, classes, padded = experts.layer, work.contrasts, height(slots)
     ranks = min(work.rank, layer.d_in), min(work.rank, layer.d_out)
-    by_pairs = padded**2 * (classes**2 * layer.d_out + layer.d_in + classes**2)
+    by_pairs = padded**2 * (layer.d_in + classes * layer.d_out) + classes**2 * padded * layer.d_out
     written_out = classes * (padded + classes) * layer.d_in * layer.d_out
     return 2 * min(by_pairs, written_out) + 2 * classes * ranks[0] * ranks[1] * padded
 

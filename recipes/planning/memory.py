@@ -42,8 +42,8 @@ _BLOCK_ROWS = 32
 _COPIED_WEIGHTS = 1 << 26
 # What a posterior's header says beside layers and tensors: format, rank, Fisher, fingerprint, numbers of examples.
 _HEADER = 520
-# A chunk of the prediction's kernels: 2^24 float32 values, about three of them alive at once.
-_CHUNKS = 3 * (1 << 24) * 4
+# A chunk of the prediction's kernels: 2^24 float32 values, and what is made on the way to them.
+_CHUNK = 5 * (1 << 24)
 
 
 @dataclass(frozen=True)
@@ -374,7 +374,6 @@ def _finishing_bytes(model: Architecture, rank: int) -> int:
 
 
 def _kernel_bytes(experts: Experts, work: Workload) -> int:
-    """The slots of one layer sorted and in float32, then chunks of them, padded."""
+    """A chunk of one layer's slots in float32: inputs, gradients, and the gradients summed over pairs."""
     slots, gradients = work.positions * experts.top_k, work.contrasts * experts.layer.d_out
-    values = slots * (experts.layer.d_in + gradients)
-    return 4 * values + max(4 * slots * experts.layer.d_out, min(_CHUNKS, 8 * values))
+    return min(_CHUNK, 8 * slots * (experts.layer.d_in + gradients))

@@ -7,7 +7,7 @@ from oracles.waits import Waits
 from bmoe_lightning.curvature import collect_factors
 from bmoe_lightning.experts.taps import Slots
 from bmoe_lightning.laplace import LaplacePosterior, groups
-from bmoe_lightning.laplace.groups import SlotKeys, group_slots, inner_products, padded_groups
+from bmoe_lightning.laplace.groups import SlotGroups, SlotKeys, group_slots, inner_products, padded_groups
 
 CPU = torch.device("cpu")
 
@@ -17,10 +17,10 @@ def test_padded_groups_hold_every_slot_once(size):
     sizes = np.array([size, 1, 9, size])
     seen = torch.zeros(int(sizes.sum()), dtype=torch.int64)
     found = []
-    for chosen, rows in padded_groups(sizes, 10, (3, 5), CPU):
-        filled = rows < len(seen)
+    for chosen, rows, filled in padded_groups(SlotGroups(seen, np.arange(4), sizes, 0), 10, (3, 5), CPU):
         assert filled.sum(1).tolist() == sizes[chosen.numpy()].tolist()
         assert rows.shape[1] <= max(2 * int(sizes[chosen.numpy()].max()) - 1, 1)
+        assert int(rows.max()) < len(seen)
         seen.index_add_(0, rows[filled], torch.ones_like(rows[filled]))
         found += chosen.tolist()
     assert bool((seen == 1).all())
@@ -30,7 +30,7 @@ def test_padded_groups_hold_every_slot_once(size):
 def drawn(num_groups, height, d_in, d_out, num_contrasts):
     generator = torch.Generator().manual_seed(height)
     a = torch.randn(num_groups, height, d_in, generator=generator, dtype=torch.float64)
-    g = torch.randn(num_groups, height, num_contrasts, d_out, generator=generator, dtype=torch.float64)
+    g = torch.randn(num_contrasts, num_groups, height, d_out, generator=generator, dtype=torch.float64)
     return a, g
 
 
@@ -39,7 +39,7 @@ def drawn(num_groups, height, d_in, d_out, num_contrasts):
 def test_both_ways_and_their_choice(height, way, chunk, monkeypatch):
     """Few slots are paired, many are summed into the gradient: whichever takes fewer operations."""
     a, g = drawn(4, height, 7, 5, 3)
-    written = torch.einsum("nspo,nsi->npoi", g, a).flatten(2)
+    written = torch.einsum("pnso,nsi->npoi", g, a).flatten(2)
     expected = written @ written.mT
     monkeypatch.setattr(groups, "_CHUNK_FLOATS", chunk)
     taken = []
@@ -58,7 +58,7 @@ def test_the_way_is_chosen_by_counted_operations(monkeypatch):
         monkeypatch.setattr(groups, name, lambda *_, name=name: taken.append(name))
     with torch.device("meta"):
         for height in (17, 400, 2048):
-            inner_products(torch.empty(1, height, 1408), torch.empty(1, height, 3, 2048))
+            inner_products(torch.empty(1, height, 1408), torch.empty(3, 1, height, 2048))
     assert taken == ["_by_pairs", "_by_pairs", "_written_out"]
 
 

@@ -17,7 +17,7 @@ from bmoe_lightning.experts.grouped import ExpertGroups
 from bmoe_lightning.experts.taps import Slots
 from bmoe_lightning.laplace import LaplacePosterior
 from bmoe_lightning.laplace.covariance import layer_terms
-from bmoe_lightning.laplace.groups import SlotKeys, group_slots, padded_groups
+from bmoe_lightning.laplace.groups import SlotGroups, SlotKeys, group_slots, padded_groups
 from recipes.planning import compute
 from recipes.planning.architecture import describe
 
@@ -108,8 +108,9 @@ def test_kernels_under_an_even_router(model):
 
 def test_heights_are_those_of_the_library():
     sizes = np.arange(1, 200)
-    padded = padded_groups(sizes, 1, (1, 1), torch.device("cpu"))
-    found = {int(i): rows.shape[1] for chosen, rows in padded for i in chosen}
+    groups = SlotGroups(torch.arange(sizes.sum()), sizes, sizes, 0)
+    padded = padded_groups(groups, 1, (1, 1), torch.device("cpu"))
+    found = {int(i): rows.shape[1] for chosen, rows, _ in padded for i in chosen}
     assert [compute.height(size) for size in sizes.tolist()] == [found[i] for i in range(len(sizes))]
     assert compute.height(0) == 0
 
