@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import glob
 import os
 import uuid
 from collections.abc import Iterator
@@ -19,7 +20,7 @@ def replaced_file(path: Path) -> Iterator[Path]:
     Raises:
         OSError: if the file cannot be written or put in place.
     """
-    temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex}.tmp")
+    temporary = path.with_name(f"{_temporary(path)}{uuid.uuid4().hex}.tmp")
     try:
         temporary.touch(exist_ok=False)
         yield temporary
@@ -28,6 +29,21 @@ def replaced_file(path: Path) -> Iterator[Path]:
         temporary.replace(path)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def remove_leftovers(path: Path) -> None:
+    """Remove what a process that was killed while it wrote `path` has left beside it.
+
+    Args:
+        path: a file that no other process is writing; need not exist.
+    """
+    for found in path.parent.glob(f"{glob.escape(_temporary(path))}*.tmp"):
+        found.unlink(missing_ok=True)
+
+
+def _temporary(path: Path) -> str:
+    """How the names of temporary files for `path` begin."""
+    return f".{path.name}."
 
 
 def write_bytes(path: Path, content: bytes) -> None:

@@ -26,6 +26,7 @@ from bmoe_lightning.checks import (
     check_strategy,
     is_trial,
 )
+from bmoe_lightning.curvature.checkpoint import remove_checkpoint
 from bmoe_lightning.curvature.fisher import FisherName
 from bmoe_lightning.curvature.kfac import ApproximationName
 from bmoe_lightning.curvature.sketch import SketchName
@@ -36,7 +37,7 @@ from bmoe_lightning.laplace.predictive import NUM_SAMPLES, LinkName
 from bmoe_lightning.laplace.prior import Scope
 from bmoe_lightning.passes import Pass, as_list, best_weights, training_examples, training_pass, validation_pass
 from bmoe_lightning.processes import is_first, wait_for_all
-from bmoe_lightning.saved import POSTERIOR_FILE, has_fitted, load_fitted, save_fitted
+from bmoe_lightning.saved import POSTERIOR_FILE, SUMS_FILE, has_fitted, load_fitted, save_fitted
 from bmoe_lightning.settings import FitSettings
 from bmoe_lightning.shares import find_share
 
@@ -77,6 +78,10 @@ class BayesianMoECallback(L.Callback):
         num_samples: Monte Carlo samples of a prediction.
         curvature_batches: cap on the training batches of the curvature epoch, of each process; the curvature is scaled
             up to the whole.
+        curvature_checkpoint_every: write the running sums of the curvature epoch into the folder every so many batches,
+            and remove them when the posterior is written. If the process is killed in between, `fit_posterior` with the
+            trained weights and the same batches (see `bmoe_lightning.passes.reproducible_order`) goes on from there.
+            None writes nothing.
         fit_at: fit at the `last` weights, or at the `best` of the trainer's checkpoint callback (then test with
             `ckpt_path="best"`; the module keeps its last weights).
         dropout: probability of MC dropout.
@@ -110,6 +115,7 @@ class BayesianMoECallback(L.Callback):
         link: LinkName = "mc",
         num_samples: int = NUM_SAMPLES,
         curvature_batches: int | None = None,
+        curvature_checkpoint_every: int | None = None,
         fit_at: Literal["last", "best"] = "last",
         dropout: float = 0.1,
         dropout_samples: int = 10,
@@ -147,11 +153,14 @@ class BayesianMoECallback(L.Callback):
             raise ValueError(f"fit_at must be 'last' or 'best', got {fit_at!r}")
         if curvature_batches is not None and curvature_batches < 1:
             raise ValueError(f"curvature_batches must be at least 1, got {curvature_batches}")
+        if curvature_checkpoint_every is not None and curvature_checkpoint_every < 1:
+            raise ValueError(f"curvature_checkpoint_every must be at least 1, got {curvature_checkpoint_every}")
         if "deep_ensemble" in self.settings.methods and not ensemble_members:
             raise ValueError("the deep ensemble needs ensemble_members: snapshot files of other seeds")
         if num_snapshots < 2 and "checkpoint_ensemble" in self.settings.methods:
             raise ValueError(f"a checkpoint ensemble needs at least 2 snapshots, got num_snapshots={num_snapshots}")
         self.curvature_batches = curvature_batches
+        self.curvature_checkpoint_every = curvature_checkpoint_every
         self.fit_at = fit_at
         self.num_snapshots = num_snapshots
         self.ensemble_members = [str(member) for member in ensemble_members]
@@ -218,7 +227,8 @@ class BayesianMoECallback(L.Callback):
         self._remember_prior_mean(pl_module)
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Drop a posterior of earlier weights; check that the data allow fitting another one."""
+        """Drop a posterior of earlier weights, and sums for one; check that the data allow fitting another one."""
+        _remove_sums(self._folder)
         self.fitted = None
         self.predictions = {}
         found = [path for path in self._earlier_snapshots if path.is_file()]
@@ -265,10 +275,12 @@ class BayesianMoECallback(L.Callback):
                 calibration,
                 num_examples=training_examples(trainer) if self.curvature_batches is not None else None,
                 distributed=trainer.world_size > 1,
+                folder=self._folder,
             )
         if self._folder is not None and trainer.is_global_zero:
             save_fitted(self._folder, self._require_fitted(), self._snapshots)
         trainer.strategy.barrier()  # nobody looks for files that are not there yet
+        _remove_sums(self._folder)
         scalars = {f"{self._prefix}{name}": value for name, value in self._require_fitted().scalars().items()}
         for logger in trainer.loggers:  # self.log is not allowed in this hook
             logger.log_metrics(scalars, step=trainer.fit_loop.epoch_loop._batches_that_stepped)
@@ -294,7 +306,8 @@ class BayesianMoECallback(L.Callback):
     ) -> None:
         """Fit on a model that is already trained; `trainer.test` and `trainer.predict` then use the result.
 
-        What was fitted is also written, if the callback was given a `dirpath`.
+        What was fitted is also written, if the callback was given a `dirpath`. A curvature epoch that was killed there
+        (see `curvature_checkpoint_every`) goes on.
 
         Args:
             module: the LightningModule (or whatever `class_logits` takes as its model), on its device.
@@ -309,7 +322,8 @@ class BayesianMoECallback(L.Callback):
                 gives and writes, by itself, however many processes there are.
 
         Raises:
-            ValueError: if a method lacks data, labels or the prior mean.
+            ValueError: if a method lacks data, labels or the prior mean, or the folder holds sums of a curvature epoch
+                over other batches, or with other weights or options.
         """
         self._fit(
             module,
@@ -318,11 +332,13 @@ class BayesianMoECallback(L.Callback):
             prior_mean=prior_mean,
             num_examples=num_examples,
             distributed=distributed,
+            folder=self._dirpath,
         )
         if self._dirpath is not None and (is_first() or not distributed):
             save_fitted(self._dirpath, self._require_fitted(), self._snapshots)
         if distributed:
             wait_for_all()
+        _remove_sums(self._dirpath)
 
     def _fit(
         self,
@@ -333,7 +349,9 @@ class BayesianMoECallback(L.Callback):
         prior_mean: Mapping[str, Tensor] | None = None,
         num_examples: int | None = None,
         distributed: bool = False,
+        folder: Path | None,
     ) -> None:
+        every = self.curvature_checkpoint_every
         self.fitted = fit(
             module,
             self._engine_logits,
@@ -343,6 +361,8 @@ class BayesianMoECallback(L.Callback):
             prior_mean=self._prior_mean if prior_mean is None else prior_mean,
             num_examples=num_examples,
             distributed=distributed,
+            curvature_checkpoint=None if folder is None or every is None else folder / SUMS_FILE,
+            curvature_checkpoint_every=every or 1,
         )
 
     # -- validation and test
@@ -507,3 +527,9 @@ class BayesianMoECallback(L.Callback):
         while self._undo:
             self._undo.pop()()
         self._run = None
+
+
+def _remove_sums(folder: Path | None) -> None:
+    """Remove the sums of a curvature epoch that is over, or of weights that are no more."""
+    if folder is not None:
+        remove_checkpoint(folder / SUMS_FILE)

@@ -97,6 +97,8 @@ def fit(
     prior_mean: Mapping[str, Tensor] | None = None,
     num_examples: int | None = None,
     distributed: bool = False,
+    curvature_checkpoint: str | Path | None = None,
+    curvature_checkpoint_every: int = 100,
 ) -> Fitted:
     """Fit everything that the methods asked for need: one pass over the curvature data, one over the calibration split.
 
@@ -112,10 +114,14 @@ def fit(
         distributed: whether all processes of torch.distributed's group call this, each with its share of the data:
             examples r, r + W, r + 2 W, ... for process r of W. All get the same result, which is that of one process
             with all the data, to rounding. Otherwise nothing is exchanged, however many processes there are.
+        curvature_checkpoint: file for the running sums of the curvature, so that a killed pass goes on; see
+            `collect_factors`. To be removed with `remove_checkpoint` once the posterior is written.
+        curvature_checkpoint_every: batches from one write to the next.
 
     Raises:
         ValueError: if data, labels or the prior mean are missing, `skip_layers` names every layer or one that the
-            model lacks, or processes have different weights.
+            model lacks, processes have different weights, or the checkpoint of the curvature is not one of this fit.
+        OSError: if that checkpoint cannot be written.
     """
     if settings.needs_calibration and calibration_batches is None:
         needy = sorted(NEEDS_CALIBRATION & set(settings.methods))
@@ -135,6 +141,8 @@ def fit(
             prior_mean=prior_mean,
             num_examples=num_examples,
             distributed=distributed,
+            checkpoint=curvature_checkpoint,
+            checkpoint_every=curvature_checkpoint_every,
         )
         state = _calibrate(model, class_logits, settings, posterior, calibration_batches or [], distributed=distributed)
     elif settings.needs_labels:
@@ -158,6 +166,8 @@ def _curvature(
     prior_mean: Mapping[str, Tensor] | None,
     num_examples: int | None,
     distributed: bool,
+    checkpoint: str | Path | None,
+    checkpoint_every: int,
 ) -> LaplacePosterior:
     """The posterior, at the prior precision from the evidence where a method needs that."""
     kept = _kept_layers(settings, layers)
@@ -174,6 +184,8 @@ def _curvature(
         num_examples=num_examples,
         seed=settings.seed,
         distributed=distributed,
+        checkpoint=checkpoint,
+        checkpoint_every=checkpoint_every,
     )
     posterior = LaplacePosterior(factors, prior_mean=settings.prior_mean)
     if settings.skip_layers:

@@ -51,6 +51,7 @@ class Pass:
         self._description = description
         self._index = dataloader_idx
         self._transient = transient
+        self._order = unchanged_random_state if repeats else reproducible_order
         self._share = None if repeats else find_share(trainer, loader, num_batches)
 
     def __len__(self) -> int:
@@ -62,10 +63,13 @@ class Pass:
         return _count_examples(self._loader, self._num_batches) if self._share is None else self._share.total
 
     def __iter__(self) -> Iterator[Any]:
-        """Batches on the trainer's device, moved by the module's own transfer hooks."""
+        """Batches on the trainer's device, moved by the module's own transfer hooks.
+
+        Without `repeats` in an order that does not depend on what ran before; see `reproducible_order`.
+        """
         trainer = self._trainer
         bar = progress(trainer, self._num_batches, self._description, transient=self._transient)
-        with unchanged_random_state(self._loader), self._without_repeats(), bar as advance:
+        with self._order(self._loader), self._without_repeats(), bar as advance:
             for batch in islice(self._loader, self._num_batches):
                 batch = trainer.precision_plugin.convert_input(batch)
                 batch = trainer.lightning_module._on_before_batch_transfer(batch, dataloader_idx=self._index)
@@ -73,11 +77,7 @@ class Pass:
                 advance()
 
     def _without_repeats(self) -> AbstractContextManager[None]:
-        if self._share is None:
-            return nullcontext()
-        # A sampler of the user's own that draws from torch's random state must draw the same on every process.
-        torch.default_generator.manual_seed(0)
-        return self._share.without_repeats()
+        return nullcontext() if self._share is None else self._share.without_repeats()
 
 
 @contextmanager
@@ -87,19 +87,58 @@ def unchanged_random_state(loader: Iterable[Any]) -> Iterator[None]:
     Starting an iteration draws a base seed even where nothing is shuffled; a later training run would see other
     batches.
     """
-    owners: list[Any] = []
-    if isinstance(loader, DataLoader):
-        inner = loader.batch_sampler
-        sampler = getattr(inner, "sampler", None)
-        owners = [loader, loader.sampler, inner, sampler, wrapped_sampler(sampler)]
-    generators = {id(g): g for g in (getattr(owner, "generator", None) for owner in owners) if g is not None}
-    states = [(generator, generator.get_state()) for generator in generators.values()]
+    generators = _generators(loader)
+    states = [(generator, generator.get_state()) for generator in generators]
     with forked_random_state():
         try:
             yield
         finally:
             for generator, state in states:
                 generator.set_state(state)
+
+
+@contextmanager
+def reproducible_order(loader: Iterable[Any]) -> Iterator[None]:
+    """Have a loader give one and the same order, in whatever process and whatever ran before; then undo that.
+
+    Torch's random state and the loader's own generators are seeded with a fixed number, which is also what makes a
+    sampler draw the same on every process; samplers that count epochs are at epoch 0. Afterwards all are as they were.
+    A sampler or a data set that keeps its state elsewhere may still give another order every time.
+
+    Args:
+        loader: a DataLoader, or any iterable of batches, of which only what it draws from torch is known.
+    """
+    with unchanged_random_state(loader):
+        torch.default_generator.manual_seed(0)
+        for generator in _generators(loader):
+            generator.manual_seed(0)
+        if isinstance(loader, DataLoader) and loader.persistent_workers and loader._iterator is not None:
+            # The first iteration draws the workers' seed before the order; with the workers there, no other does.
+            torch.empty((), dtype=torch.int64).random_(generator=loader.generator)
+        counting = [x for x in _samplers(loader) if hasattr(x, "epoch") and hasattr(x, "set_epoch")]
+        epochs = [(sampler, sampler.epoch) for sampler in counting]
+        for sampler in counting:
+            sampler.set_epoch(0)
+        try:
+            yield
+        finally:
+            for sampler, epoch in epochs:
+                sampler.set_epoch(epoch)
+
+
+def _samplers(loader: Iterable[Any]) -> list[Any]:
+    """All samplers of a loader, those within others too, each once."""
+    if not isinstance(loader, DataLoader):
+        return []
+    inner = getattr(loader.batch_sampler, "sampler", None)
+    found = (loader.sampler, loader.batch_sampler, inner, wrapped_sampler(inner))
+    return list({id(sampler): sampler for sampler in found}.values())
+
+
+def _generators(loader: Iterable[Any]) -> list[torch.Generator]:
+    """The generators of a loader and its samplers, each once."""
+    found = (getattr(owner, "generator", None) for owner in (loader, *_samplers(loader)))
+    return list({id(generator): generator for generator in found if generator is not None}.values())
 
 
 @contextmanager

@@ -57,6 +57,14 @@ def copy_from_first(tensors: Sequence[Tensor]) -> None:
     _in_buckets(tensors, lambda flat: dist.broadcast(flat, src=0))
 
 
+def numbers_of_all(number: int) -> list[int]:
+    """Tell all processes a number; returns those of all, in the order of their ranks. A collective."""
+    numbers = torch.zeros(num_processes(), dtype=torch.int64)
+    numbers[process_rank()] = number
+    sum_over_processes([numbers])
+    return numbers.tolist()
+
+
 def wait_for_all() -> None:
     """Return once every process has come here. A collective."""
     # The sum comes back to the CPU, so this waits; a barrier of an accelerator's backend may not.

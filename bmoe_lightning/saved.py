@@ -15,6 +15,7 @@ from bmoe_lightning.settings import FittedState
 
 POSTERIOR_FILE = "posterior.safetensors"
 STATE_FILE = "methods.json"
+SUMS_FILE = "curvature.safetensors"  # while the curvature is being collected
 _VERSION = 1
 
 

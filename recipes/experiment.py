@@ -26,9 +26,10 @@ from torch import Tensor
 from bmoe_lightning import BayesianMoECallback, ExpertFinetuner, MultipleChoiceDataModule
 from bmoe_lightning.atomic import write_text
 from bmoe_lightning.baselines import Method, load_snapshot, save_snapshot
-from bmoe_lightning.experts import find_expert_layers, second_weights
+from bmoe_lightning.curvature import remove_checkpoint
+from bmoe_lightning.experts import ClassLogits, find_expert_layers, second_weights
 from bmoe_lightning.fitting import build_methods
-from bmoe_lightning.laplace.storage import write_safetensors
+from bmoe_lightning.passes import reproducible_order
 from bmoe_lightning.report import (
     MethodResult,
     label_budget_figure,
@@ -41,7 +42,8 @@ from bmoe_lightning.report import (
     write_results,
     write_tensorboard,
 )
-from bmoe_lightning.saved import has_fitted, load_fitted, save_fitted
+from bmoe_lightning.saved import SUMS_FILE, has_fitted, load_fitted, save_fitted
+from bmoe_lightning.tensor_file import write_safetensors
 from recipes.label_budget import label_budget
 from recipes.settings import ResolvedSettings
 from recipes.sources import RecipeError, Source, prepare_source
@@ -143,15 +145,17 @@ class SeedRun:
     def _posterior_folder(self) -> Path:
         return self.folder / "bayesian_moe"
 
-    def _callback(self, members: list[Path]) -> BayesianMoECallback:
+    def _callback(self, members: list[Path], class_logits: ClassLogits | None = None) -> BayesianMoECallback:
         settings = self.settings
         return BayesianMoECallback(
             methods=settings.method_names,
+            class_logits=class_logits,
             rank=settings.rank,
             fisher=settings.fisher,  # type: ignore[arg-type]  # checked against the same names
             sketch=settings.sketch,  # type: ignore[arg-type]
             link=settings.link,  # type: ignore[arg-type]
             num_samples=settings.num_samples,
+            curvature_checkpoint_every=settings.curvature_checkpoint_every,
             dropout=settings.expert_dropout,
             num_snapshots=settings.num_snapshots,
             ensemble_members=[str(member) for member in members],
@@ -168,7 +172,10 @@ class SeedRun:
             self._say(f"fine-tuning the experts{member}, then curvature and calibration")
             self._trainer([_SaveTrained(trained), self._callback(members)], "training").fit(module, datamodule=data)
             return
+        # The weights' dtype and the precision of the forward are those of the run that was killed.
+        trainer = self._trainer([])
         module.configure_model()
+        trainer.precision_plugin.convert_module(module)
         pretrained = {
             name: weight.clone()
             for layer in find_expert_layers(module)
@@ -180,8 +187,13 @@ class SeedRun:
                 parameters[name].copy_(value)
         if not has_fitted(self._posterior_folder):
             self._say("curvature and calibration of the weights that an earlier run fine-tuned")
-            callback = self._callback(members)
-            device = self._trainer([]).strategy.root_device
+
+            def class_logits(model: Any, batch: Any) -> tuple[Tensor, Tensor | None]:
+                with trainer.precision_plugin.forward_context():
+                    return model.class_logits(batch)
+
+            callback = self._callback(members, class_logits)
+            device = trainer.strategy.root_device
             module.to(device)
             callback.fit_posterior(
                 module,
@@ -192,6 +204,8 @@ class SeedRun:
             assert callback.fitted is not None
             snapshots = sorted((self._posterior_folder / "snapshots").glob("*.safetensors"))
             save_fitted(self._posterior_folder, callback.fitted, snapshots)
+        # Of a run that was killed just after the posterior was written.
+        remove_checkpoint(self._posterior_folder / SUMS_FILE)
 
     def _fresh(self, member: int) -> tuple[ExpertFinetuner, MultipleChoiceDataModule]:
         """An untrained module and the data in this member's order."""
@@ -252,8 +266,10 @@ class _SaveTrained(L.Callback):
 
 
 def _on_device(loader: Any, device: torch.device) -> Iterator[dict[str, Tensor]]:
-    for batch in loader:
-        yield {name: value.to(device) for name, value in batch.items()}
+    """The batches in the order that the callback sees when training ends."""
+    with reproducible_order(loader):
+        for batch in loader:
+            yield {name: value.to(device) for name, value in batch.items()}
 
 
 def _write_predictions(path: Path, callback: BayesianMoECallback, methods: Sequence[Method]) -> None:

@@ -70,6 +70,9 @@ class Settings:
     rank: int | None = _setting(None, "eigenpairs kept of each Kronecker factor")
     fisher: str = _setting("exact", "labels of the curvature: exact, mc or empirical")
     sketch: str = _setting("auto", "low-rank algorithm: auto, nystrom, rsvd or exact")
+    curvature_checkpoint_every: int = _setting(
+        100, "write the sums of the curvature pass every so many batches; a killed pass goes on from there"
+    )
     link: str = _setting("mc", "from logits to probabilities: mc, isotropic, probit or laplace_bridge")
     num_samples: int = _setting(10_000, "Monte Carlo samples of a prediction")
     ensemble_size: int = _setting(3, "members of the deep ensemble; each is a fine-tuning run of its own")
@@ -124,7 +127,8 @@ class Settings:
             SettingsError: naming the setting.
         """
         self._check_methods()
-        for name in ("seeds", "rank", "num_samples", "epochs", "batch_size", "eval_batch_size", "max_length"):
+        counts = ("seeds", "rank", "num_samples", "epochs", "batch_size", "eval_batch_size", "max_length")
+        for name in (*counts, "curvature_checkpoint_every"):
             value = getattr(self, name)
             if value < 1:
                 raise SettingsError(f"--{name.replace('_', '-')} must be at least 1, got {value}")

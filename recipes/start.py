@@ -29,7 +29,7 @@ _OWN_FILES = ("results.json", "results.csv", "results.md", "predictions.jsonl", 
 _KEPT_FOLDER = "model"
 _QUESTIONS = "questions"
 # These say how a run goes, not what comes out. More seeds may be asked for later: each has files of its own.
-_FREE = ("resume", "overwrite", "quiet", "output_dir", "seeds", "first_seed")
+_FREE = ("resume", "overwrite", "quiet", "output_dir", "seeds", "first_seed", "curvature_checkpoint_every")
 
 
 def check_start(settings: ResolvedSettings, output: Path) -> bool:

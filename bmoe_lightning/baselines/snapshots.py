@@ -10,7 +10,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
-from bmoe_lightning.laplace.storage import write_safetensors
+from bmoe_lightning.tensor_file import write_safetensors
 
 FORMAT = "bmoe_lightning.snapshot"
 VERSION = "1"

@@ -1,6 +1,7 @@
 """Low-rank Kronecker-factored curvature of expert layers, collected in one pass over data."""
 
+from bmoe_lightning.curvature.checkpoint import remove_checkpoint
 from bmoe_lightning.curvature.factors import KroneckerFactors, LayerFactors
 from bmoe_lightning.curvature.kfac import collect_factors
 
-__all__ = ["KroneckerFactors", "LayerFactors", "collect_factors"]
+__all__ = ["KroneckerFactors", "LayerFactors", "collect_factors", "remove_checkpoint"]

@@ -13,15 +13,18 @@ experts which were not chosen, drop out by themselves.
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict
+from pathlib import Path
 from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 
+from bmoe_lightning.curvature.checkpoint import PassCheckpoint
 from bmoe_lightning.curvature.factors import KroneckerFactors, LayerFactors
 from bmoe_lightning.curvature.fisher import FISHERS, FisherName, fisher_weights
-from bmoe_lightning.curvature.sketch import SKETCHES, SketchName, check_linear, make_sketch
+from bmoe_lightning.curvature.sketch import SKETCHES, SketchName, check_linear, check_state, make_sketch
 from bmoe_lightning.experts.fingerprint import weight_fingerprint
 from bmoe_lightning.experts.grouped import ExpertGroups
 from bmoe_lightning.experts.layer import ExpertLayer
@@ -29,7 +32,13 @@ from bmoe_lightning.experts.layout import find_expert_layers, second_weights
 from bmoe_lightning.experts.ownership import slot_owners
 from bmoe_lightning.experts.taps import ClassLogits, Slots, TappedBatch, tapped_batch
 from bmoe_lightning.experts.ties import check_distinct
-from bmoe_lightning.processes import copy_from_first, forked_random_state, process_rank, sum_over_processes
+from bmoe_lightning.processes import (
+    copy_from_first,
+    forked_random_state,
+    num_processes,
+    process_rank,
+    sum_over_processes,
+)
 
 ApproximationName = Literal["expand", "reduce"]
 APPROXIMATIONS = ("expand", "reduce")
@@ -48,6 +57,8 @@ def collect_factors(
     num_examples: int | None = None,
     seed: int = 0,
     distributed: bool = False,
+    checkpoint: str | Path | None = None,
+    checkpoint_every: int = 100,
 ) -> KroneckerFactors:
     """Collect the curvature of every expert's second linear layer.
 
@@ -70,6 +81,11 @@ def collect_factors(
         distributed: whether all processes of torch.distributed's group call this, each with its own part of the data,
             maybe none. Sums and counts are added up, and every process gets the same factors. Drawn labels (`mc`) come
             from a stream of its own on each process: the factors then equal those of one process in distribution only.
+        checkpoint: file for the running sums, so that a killed pass goes on: called again with the same weights, data
+            and options it skips the batches that were added already, without running the model on them, and gives the
+            factors of a pass that was never interrupted. Several processes write files of their own beside it. It is
+            not removed: call `remove_checkpoint` once the factors, or what was made of them, are safe.
+        checkpoint_every: batches (of each process) from one write to the next; a shorter pass writes nothing.
 
     Returns:
         The factors, on the model's device, in float32 or, for a float64 model, float64.
@@ -77,10 +93,12 @@ def collect_factors(
     Raises:
         ValueError: for an unknown option, an empty `batches`, logits that are none, a factor that is not finite (the
             message names layer and expert), layers that share a weight, a name or an index, or a distributed `rsvd`,
-            which is not a sum.
+            which is not a sum; for a checkpoint that is damaged, or of other weights, options, or batches than these.
+        OSError: if the checkpoint cannot be written; the one before is still there.
 
     Warns:
-        UserWarning: naming layers that no token which moves a logit went through; they keep their prior.
+        UserWarning: naming layers that no token which moves a logit went through; they keep their prior. If the
+            checkpoints of several processes are not of the same age, so that the pass begins anew.
     """
     check_options(rank, fisher, approximation, sketch)
     if distributed:
@@ -90,23 +108,46 @@ def collect_factors(
     layers = find_expert_layers(model) if layers is None else list(layers)
     check_distinct(model, layers)
     generator = torch.Generator().manual_seed(seed + (process_rank() * 7_368_787 if distributed else 0))
+    fingerprint = weight_fingerprint(model, layers)
+    kept = PassCheckpoint(
+        checkpoint,
+        checkpoint_every,
+        fingerprint,
+        {
+            "rank": rank,
+            "fisher": fisher,
+            "approximation": approximation,
+            "sketch": sketch,
+            "seed": seed,
+            "layers": [asdict(layer) for layer in layers],
+            "processes": num_processes() if distributed else 1,
+            "process": process_rank() if distributed else 0,
+        },
+        distributed=distributed,
+    )
     sums: list[_LayerSums] = []
-    used, checked = 0, False
+    used, checked = kept.progress.examples, kept.progress.checked
     with forked_random_state():
-        for batch in batches:
+        for batch in kept.remaining(batches):
             with tapped_batch(model, layers, class_logits, batch) as tapped, torch.no_grad():
                 slots = [tapped.taps.slots(position) for position in range(len(layers))]
-                sums = sums or [
-                    _LayerSums(layer, s.inputs, rank, sketch, seed) for layer, s in zip(layers, slots, strict=True)
-                ]
+                if not sums:
+                    sums = [
+                        _LayerSums(layer, s.inputs, rank, sketch, seed) for layer, s in zip(layers, slots, strict=True)
+                    ]
+                    kept.restore(sums, generator)
                 weights = fisher_weights(fisher, tapped.log_probs, tapped.labels, generator)
                 # Once a model: whether it keeps examples apart is a matter of its code.
                 thorough, checked = not checked, checked or len(tapped.logits) > 1
                 _add_batch(sums, tapped, slots, weights, approximation, thorough=thorough)
                 used += len(tapped.logits)
+            kept.batch_done(sums, generator, used, checked=checked)
+    if not sums and (distributed or kept.resumed):
+        # A process without a batch adds zeros, or what it had added before.
+        sums = [_LayerSums(layer, _parameter_of(model, layer), rank, sketch, seed) for layer in layers]
+        kept.restore(sums, generator)
+    kept.pass_done(sums, generator, used, checked=checked)
     if distributed:
-        # A process without a batch adds zeros.
-        sums = sums or [_LayerSums(layer, _parameter_of(model, layer), rank, sketch, seed) for layer in layers]
         used = _sum_up(sums, used)
     if used == 0:
         raise ValueError("no batch to collect curvature from: `batches` is empty")
@@ -125,7 +166,7 @@ def collect_factors(
         num_examples=num_examples,
         num_examples_used=used,
         expert_layers=tuple(layers),
-        fingerprint=weight_fingerprint(model, layers),
+        fingerprint=fingerprint,
     )
 
 
@@ -263,6 +304,19 @@ class _LayerSums:
     def tensors(self) -> list[Tensor]:
         """All sums of this layer."""
         return [self.slots, *self.inputs.sums(), *self.gradients.sums()]
+
+    def state(self) -> dict[str, Tensor]:
+        """All that these sums need to go on elsewhere, by name."""
+        parts = {"inputs": self.inputs.state(), "gradients": self.gradients.state()}
+        named = {f"{part}.{name}": tensor for part, state in parts.items() for name, tensor in state.items()}
+        return {"slots": self.slots, **named}
+
+    def load_state(self, state: Mapping[str, Tensor]) -> None:
+        """Go on from a `state`; raises a ValueError if it does not fit."""
+        check_state(self.state(), state)
+        self.slots.copy_(state["slots"])
+        for part, sketch in (("inputs.", self.inputs), ("gradients.", self.gradients)):
+            sketch.load_state({n.removeprefix(part): tensor for n, tensor in state.items() if n.startswith(part)})
 
     def finish(self, scale: float) -> LayerFactors:
         for kind, trace in (("a", self.inputs.trace), ("g", self.gradients.trace)):

@@ -9,6 +9,7 @@ so that the energy outside the basis is known. No expert is looped over, and not
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Literal
 
@@ -88,6 +89,28 @@ class GramSketch(ABC):
             ValueError: for `rsvd`, which is not linear.
         """
 
+    def state(self) -> dict[str, Tensor]:
+        """All that the accumulation needs to go on elsewhere, by name: what was added, test matrix, generator.
+
+        The tensors are the accumulator's own; the next `update` changes them.
+        """
+        return {"trace": self.trace, **self._accumulated(), "generator": self._generator.get_state()}
+
+    def load_state(self, state: Mapping[str, Tensor]) -> None:
+        """Go on from the `state` of an accumulator that was made in the same way, on whatever device.
+
+        Raises:
+            ValueError: if tensors are missing, surplus, or of another shape or dtype; nothing has changed then.
+        """
+        own = self.state()
+        check_state(own, state)
+        self._generator.set_state(state["generator"].cpu())
+        for name in own.keys() - {"generator"}:
+            own[name].copy_(state[name])
+
+    @abstractmethod
+    def _accumulated(self) -> dict[str, Tensor]: ...
+
     @abstractmethod
     def finish(self) -> LowRank:
         """The leading eigenpairs of what was added."""
@@ -101,6 +124,9 @@ class ExactGram(GramSketch):
 
     def _update(self, x: Tensor, groups: ExpertGroups) -> None:
         self._gram += groups.outer_sum(x, x)
+
+    def _accumulated(self) -> dict[str, Tensor]:
+        return {"gram": self._gram}
 
     def sums(self) -> list[Tensor]:
         """The full sums."""
@@ -127,6 +153,10 @@ class NystromGram(GramSketch):
 
     def _update(self, x: Tensor, groups: ExpertGroups) -> None:
         self._sketch += groups.outer_sum(x, x @ self._omega)
+
+    def _accumulated(self) -> dict[str, Tensor]:
+        # The test matrix too: another machine may round its QR otherwise.
+        return {"sketch": self._sketch, "omega": self._omega}
 
     def sums(self) -> list[Tensor]:
         """The sketches, for the one test matrix that a seed gives."""
@@ -171,6 +201,9 @@ class RandomizedGram(GramSketch):
         old, new = frame.mT @ self._factor, groups.matmul(x, frame)
         small = _leading(old @ old.mT + groups.outer_sum(new, new), self.rank)
         self._factor = frame @ small.basis * small.eigenvalues.sqrt().unsqueeze(-2)
+
+    def _accumulated(self) -> dict[str, Tensor]:
+        return {"factor": self._factor}
 
     def sums(self) -> list[Tensor]:
         """Refused: what each batch truncates depends on the batches before it."""
@@ -226,6 +259,27 @@ def check_linear(name: str) -> None:
     """
     if name == "rsvd":
         raise ValueError(_NOT_LINEAR)
+
+
+def check_state(own: Mapping[str, Tensor], state: Mapping[str, Tensor]) -> None:
+    """Refuse a state that is not of the kind that an accumulator has.
+
+    Args:
+        own: the accumulator's own tensors by name.
+        state: those that shall take their place.
+
+    Raises:
+        ValueError: naming what is missing or surplus, or a tensor of another shape or dtype.
+    """
+    if own.keys() != state.keys():
+        raise ValueError(f"the state holds {sorted(state)}, and {sorted(own)} are needed")
+    for name, tensor in own.items():
+        found = state[name]
+        if (found.shape, found.dtype) != (tensor.shape, tensor.dtype):
+            raise ValueError(
+                f"{name!r} is of shape {tuple(found.shape)} and {found.dtype}, and {tuple(tensor.shape)} and "
+                f"{tensor.dtype} are needed"
+            )
 
 
 def _leading(gram: Tensor, rank: int) -> LowRank:

@@ -12,36 +12,17 @@ from pathlib import Path
 from typing import Any, get_args
 
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
-from bmoe_lightning.atomic import replaced_file
 from bmoe_lightning.curvature.factors import KroneckerFactors, LayerFactors
 from bmoe_lightning.experts.layer import ExpertLayer, LayoutName
+from bmoe_lightning.tensor_file import read_safetensors, write_safetensors
 
 FORMAT = "bmoe_lightning.posterior"
 VERSION = 1
 _FIELDS = (
     "slots", "a_basis", "a_eigenvalues", "g_basis", "g_eigenvalues", "a_trace", "g_trace",
 )  # fmt: skip
-
-
-def write_safetensors(path: str | Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> None:
-    """Write tensors to a temporary file beside `path`, then rename it: a full disk leaves the old file as it was.
-
-    Raises:
-        OSError: if the file cannot be written.
-    """
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    try:
-        with replaced_file(path) as temporary:
-            permissions = temporary.stat().st_mode
-            save_file({k: v.detach().cpu().contiguous() for k, v in tensors.items()}, temporary, dict(metadata))
-            temporary.chmod(permissions)  # safetensors lets nobody but the owner read what it writes
-    except SafetensorError as error:
-        raise OSError(f"could not write {path}: {error}; the file that was there before is unchanged") from error
 
 
 def save_posterior(path: str | Path, factors: KroneckerFactors, prior_precision: Tensor, prior_mean: str) -> None:
@@ -67,15 +48,7 @@ def load_posterior(path: str | Path) -> tuple[KroneckerFactors, Tensor, str]:
     path = Path(path)
     if not path.is_file():
         raise FileNotFoundError(f"no posterior at {path}")
-    try:
-        with safe_open(path, framework="pt") as file:
-            metadata = file.metadata() or {}
-            # Cloned for their alignment: tensors in a file begin anywhere, and matrix kernels care.
-            tensors = {name: file.get_tensor(name).clone() for name in file.keys()}  # noqa: SIM118  (no mapping)
-    except SafetensorError as error:
-        raise ValueError(
-            f"{path} is no complete safetensors file ({error}); was the download or copy cut off?"
-        ) from error
+    tensors, metadata = read_safetensors(path)
     header = _header(path, metadata)
     try:
         layers = tuple(_layer(path, position, layer, tensors) for position, layer in enumerate(header.pop("layers")))

@@ -138,7 +138,7 @@ def test_a_full_disk_leaves_the_old_file(tmp_path, other, monkeypatch):
     def full(*args, **kwargs):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("bmoe_lightning.laplace.storage.save_file", full)
+    monkeypatch.setattr("bmoe_lightning.tensor_file.save_file", full)
     with pytest.raises(OSError, match="No space"):
         save_snapshot(other, {"a": torch.zeros(3)})
     assert other.read_bytes() == old
