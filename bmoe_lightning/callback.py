@@ -13,6 +13,7 @@ from typing import Any, Literal
 import lightning as L
 from lightning.pytorch.loggers import TensorBoardLogger
 from torch import Tensor, nn
+from torch.utils.data import DataLoader
 
 from bmoe_lightning.baselines import save_snapshot
 from bmoe_lightning.baselines.method import Predictions
@@ -35,7 +36,15 @@ from bmoe_lightning.experts import ClassLogits, second_weights
 from bmoe_lightning.fitting import Fitted, fit
 from bmoe_lightning.laplace.predictive import NUM_SAMPLES, LinkName
 from bmoe_lightning.laplace.prior import Scope
-from bmoe_lightning.passes import Pass, as_list, best_weights, training_examples, training_pass, validation_pass
+from bmoe_lightning.passes import (
+    Pass,
+    as_list,
+    best_weights,
+    reproducible_order,
+    training_examples,
+    training_pass,
+    validation_pass,
+)
 from bmoe_lightning.processes import is_first, wait_for_all
 from bmoe_lightning.saved import POSTERIOR_FILE, SUMS_FILE, has_fitted, load_fitted, save_fitted
 from bmoe_lightning.settings import FitSettings
@@ -80,8 +89,7 @@ class BayesianMoECallback(L.Callback):
             up to the whole.
         curvature_checkpoint_every: write the running sums of the curvature epoch into the folder every so many batches,
             and remove them when the posterior is written. If the process is killed in between, `fit_posterior` with the
-            trained weights and the same batches (see `bmoe_lightning.passes.reproducible_order`) goes on from there.
-            None writes nothing.
+            trained weights and the same loader goes on from there. None writes nothing.
         fit_at: fit at the `last` weights, or at the `best` of the trainer's checkpoint callback (then test with
             `ckpt_path="best"`; the module keeps its last weights).
         dropout: probability of MC dropout.
@@ -307,7 +315,8 @@ class BayesianMoECallback(L.Callback):
         """Fit on a model that is already trained; `trainer.test` and `trainer.predict` then use the result.
 
         What was fitted is also written, if the callback was given a `dirpath`. A curvature epoch that was killed there
-        (see `curvature_checkpoint_every`) goes on.
+        (see `curvature_checkpoint_every`) goes on. A shuffling DataLoader gives the order that it gave when training
+        ended; around a call with a generator over one, put `with bmoe_lightning.passes.reproducible_order(loader)`.
 
         Args:
             module: the LightningModule (or whatever `class_logits` takes as its model), on its device.
@@ -325,15 +334,17 @@ class BayesianMoECallback(L.Callback):
             ValueError: if a method lacks data, labels or the prior mean, or the folder holds sums of a curvature epoch
                 over other batches, or with other weights or options.
         """
-        self._fit(
-            module,
-            curvature_batches,
-            calibration_batches,
-            prior_mean=prior_mean,
-            num_examples=num_examples,
-            distributed=distributed,
-            folder=self._dirpath,
-        )
+        loader = isinstance(curvature_batches, DataLoader)
+        with reproducible_order(curvature_batches) if loader else nullcontext():
+            self._fit(
+                module,
+                curvature_batches,
+                calibration_batches,
+                prior_mean=prior_mean,
+                num_examples=num_examples,
+                distributed=distributed,
+                folder=self._dirpath,
+            )
         if self._dirpath is not None and (is_first() or not distributed):
             save_fitted(self._dirpath, self._require_fitted(), self._snapshots)
         if distributed:

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from bmoe_lightning.atomic import replaced_file, write_bytes, write_text
+from bmoe_lightning.atomic import remove_leftovers, replaced_file, write_bytes, write_text
 
 
 def test_a_failed_write_keeps_the_old_file(tmp_path, monkeypatch):
@@ -38,3 +38,14 @@ def test_an_error_while_writing_keeps_the_old_file(tmp_path):
         stop_half_way()
     assert path.read_bytes() == "é".encode()
     assert [p.name for p in tmp_path.iterdir()] == ["a.txt"]
+
+
+def test_leftovers_of_a_killed_process_are_removed(tmp_path):
+    path = tmp_path / "a[1].bin"
+    with replaced_file(path) as temporary:
+        left = temporary.name
+    for name in (left, "a[1].bin", ".a1.bin.ff.tmp", ".a[1].bin.json", ".b.bin.ff.tmp"):
+        (tmp_path / name).write_text("")
+    remove_leftovers(path)
+    assert {p.name for p in tmp_path.iterdir()} == {"a[1].bin", ".a1.bin.ff.tmp", ".a[1].bin.json", ".b.bin.ff.tmp"}
+    remove_leftovers(tmp_path / "missing" / "a.bin")

@@ -19,8 +19,10 @@ from toy import ToyData, ToyModule, loader, trainer
 
 from bmoe_lightning.callback import BayesianMoECallback
 from bmoe_lightning.checks import check_later_callbacks, check_strategy
+from bmoe_lightning.curvature import collect_factors
 from bmoe_lightning.experts import find_expert_layers
 from bmoe_lightning.laplace import LaplacePosterior, WeightMismatchError
+from bmoe_lightning.passes import reproducible_order
 
 LAPLACE = ("map", "laplace_evidence", "laplace_lpo")
 
@@ -399,6 +401,139 @@ class TestWeightsAndProcesses:
         torch.testing.assert_close(first["entropy"], -(first["probs"] * first["log_probs"]).sum(1))
 
 
+class SaveWeights(L.Callback):
+    def __init__(self, path):
+        self.path = path
+
+    def on_train_end(self, trainer, pl_module):
+        torch.save(pl_module.state_dict(), self.path)
+
+
+class Mortal(ToyModule):
+    """Is killed in a forward pass after training; counts those it survived."""
+
+    def __init__(self, lives=None):
+        super().__init__()
+        self.lives = lives
+        self.passes = 0
+
+    def class_logits(self, batch):
+        if not self.training:
+            if self.passes == self.lives:
+                raise RuntimeError("killed")
+            self.passes += 1
+        return super().class_logits(batch)
+
+    def validation_step(self, batch, batch_idx):
+        return None
+
+
+CHECKPOINTED = {"methods": LAPLACE, "curvature_checkpoint_every": 4, "fisher": "mc"}
+
+
+class TestKilledInTheCurvatureEpoch:
+    """Ten batches, written every four."""
+
+    def run(self, folder, module, data=None, **options):
+        callback = BayesianMoECallback(**{**CHECKPOINTED, **options}, dirpath=str(folder / "bayesian"))
+        callbacks = [SaveWeights(folder / "weights.pt"), callback]
+        L.seed_everything(0, verbose=False)
+        trainer(folder, callbacks, max_epochs=1, num_sanity_val_steps=0).fit(
+            module, data or train_loader(), calibration_loader()
+        )
+        return callback
+
+    def killed(self, folder, lives, data=None):
+        folder.mkdir(exist_ok=True)
+        with pytest.raises(RuntimeError, match="killed"):
+            self.run(folder, Mortal(lives), data)
+        return folder / "bayesian"
+
+    def go_on(self, folder, data, **options):
+        pretrained = ToyModule()
+        module = Mortal()
+        module.load_state_dict(torch.load(folder / "weights.pt"))
+        callback = BayesianMoECallback(**{**CHECKPOINTED, **options}, dirpath=str(folder / "bayesian"))
+        torch.manual_seed(77)  # the state that a killed process leaves is nobody's
+        prior_mean = {n: p.detach() for n, p in pretrained.named_parameters() if "experts.down_proj" in n}
+        callback.fit_posterior(module, data, calibration_loader(), prior_mean=prior_mean)
+        return module.passes
+
+    @pytest.mark.parametrize(("lives", "kept"), [(2, 0), (9, 8), (10, 10), (12, 10)])
+    def test_fit_posterior_goes_on_to_the_same_bits(self, tmp_path, lives, kept):
+        whole = tmp_path / "whole"
+        whole.mkdir()
+        self.run(whole, Mortal(), curvature_checkpoint_every=None)
+        folder = self.killed(tmp_path / "killed", lives)
+        assert [p.name for p in folder.glob("*")] == (["curvature.safetensors"] if kept else [])
+        assert self.go_on(tmp_path / "killed", train_loader()) == 10 + 7 - kept
+        for name in ("posterior.safetensors", "methods.json"):
+            assert (folder / name).read_bytes() == (whole / "bayesian" / name).read_bytes()
+        assert {p.name for p in folder.iterdir()} == {"posterior.safetensors", "methods.json"}
+
+    @pytest.mark.parametrize("own_generator", [False, True])
+    def test_a_generator_over_a_loader(self, tmp_path, own_generator):
+        def batches(data):
+            for batch in data:
+                yield dict(batch)
+
+        for number, way in enumerate((batches, iter, lambda data: (dict(batch) for batch in data))):
+            folder = tmp_path / str(number)
+            generator = torch.Generator().manual_seed(number) if own_generator else None
+            data = DataLoader(ToyData(160, 1), batch_size=16, shuffle=True, generator=generator)
+            self.killed(folder, 9, data)
+            with reproducible_order(data):
+                assert self.go_on(folder, way(data)) == 9
+
+    def test_another_order_is_refused(self, tmp_path):
+        folder = self.killed(tmp_path, 9)
+        with pytest.raises(ValueError, match=r"in another order than in the pass that wrote .*curvature.safetensors"):
+            self.go_on(tmp_path, loader(160, 1))
+        assert [p.name for p in folder.iterdir()] == ["curvature.safetensors"]
+
+    def test_training_again_drops_the_sums_of_earlier_weights(self, tmp_path):
+        folder = self.killed(tmp_path, 9)
+        (folder / "curvature-rank1of2.safetensors").write_bytes(b"of a run on two devices")
+        callback = BayesianMoECallback(**CHECKPOINTED, dirpath=str(folder))
+        trainer(tmp_path, [callback], max_epochs=1).fit(ToyModule(seed=5), train_loader(), calibration_loader())
+        assert {p.name for p in folder.iterdir()} == {"posterior.safetensors", "methods.json"}
+
+    def test_a_fast_dev_run_leaves_them_alone(self, tmp_path):
+        folder = self.killed(tmp_path, 9)
+        before = (folder / "curvature.safetensors").read_bytes()
+        callback = BayesianMoECallback(**{**CHECKPOINTED, "curvature_checkpoint_every": 1}, dirpath=str(folder))
+        trainer(tmp_path, [callback], fast_dev_run=True).fit(ToyModule(), train_loader(), calibration_loader())
+        assert [p.name for p in folder.iterdir()] == ["curvature.safetensors"]
+        assert (folder / "curvature.safetensors").read_bytes() == before
+
+    def test_fit_posterior_without_a_folder_writes_nothing(self, tmp_path, monkeypatch):
+        monkeypatch.chdir(tmp_path)
+        callback = BayesianMoECallback(methods=("map", "laplace_lpo"), curvature_checkpoint_every=1)
+        callback.fit_posterior(ToyModule(), train_loader(), calibration_loader())
+        assert list(tmp_path.iterdir()) == []
+
+
+def test_accumulated_gradients(tmp_path):
+    """The curvature is that of the examples, however many batches a step takes."""
+    callback = BayesianMoECallback(methods=("map", "laplace_evidence"))
+    module = ToyModule().double()
+    module.network.set_experts_implementation("eager")  # the default has no float64
+    run = trainer(tmp_path, [callback], accumulate_grad_batches=3, max_epochs=1, precision="64-true")
+    run.fit(module, train_loader())
+    assert run.global_step == 4
+    found = callback.fitted.posterior.factors
+    assert found.num_examples_used == 160
+    expected = collect_factors(module, lambda m, b: m.class_logits(b), loader(160, 1, batch_size=3), rank=10)
+    for one, other in zip(found.layers, expected.layers, strict=True):
+        assert torch.equal(one.slots, other.slots)
+        for basis, eigenvalues in (("a_basis", "a_eigenvalues"), ("g_basis", "g_eigenvalues")):
+            a, b = (
+                getattr(x, basis) @ torch.diag_embed(getattr(x, eigenvalues)) @ getattr(x, basis).mT
+                for x in (one, other)
+            )
+            torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-11 * float(b.abs().max()))
+
+
 class TestException:
     def test_everything_is_restored_when_the_fit_fails(self, tmp_path):
         class Failing(ToyModule):
@@ -590,6 +725,7 @@ class TestRefusals:
             ({"link": "logit"}, "link"),
             ({"fit_at": "middle"}, "fit_at"),
             ({"curvature_batches": 0}, "curvature_batches"),
+            ({"curvature_checkpoint_every": 0}, "curvature_checkpoint_every must be at least 1, got 0"),
             ({"methods": ("mc_dropout",), "dropout": 0.0}, "dropout"),
             ({"methods": ("deep_ensemble",)}, "ensemble_members"),
             ({"methods": ("checkpoint_ensemble",), "num_snapshots": 1}, "snapshots"),

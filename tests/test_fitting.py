@@ -156,6 +156,34 @@ class TestWhatIsLookedAt:
             assert other.grad is None
 
 
+class TestCheckpoint:
+    def test_a_fit_that_was_cut_off_goes_on_to_the_same_bits(self, model, train, calibration, prior_mean, tmp_path):
+        settings = FitSettings(("laplace_evidence", "laplace_lpo"), rank=3, fisher="mc", num_samples=500)
+        expected = fit(model, answer_logits, settings, train, calibration, prior_mean=prior_mean)
+        path = tmp_path / "sums.safetensors"
+        checkpoint = {"curvature_checkpoint": path, "curvature_checkpoint_every": 1}
+
+        def cut_off():
+            yield from train[:2]
+            raise RuntimeError("killed")
+
+        with pytest.raises(RuntimeError, match="killed"):
+            fit(model, answer_logits, settings, cut_off(), calibration, prior_mean=prior_mean, **checkpoint)
+        counted = Counted()
+        found = fit(model, counted, settings, train, calibration, prior_mean=prior_mean, **checkpoint)
+        assert counted.seen == [identity(batch) for batch in [train[2], *calibration]]
+        expected.posterior.save(tmp_path / "expected")
+        found.posterior.save(tmp_path / "found")
+        assert (tmp_path / "found").read_bytes() == (tmp_path / "expected").read_bytes()
+        assert found.state == expected.state
+        assert path.is_file()  # whoever writes the posterior removes it
+
+    def test_by_default_nothing_is_written(self, model, train, prior_mean, tmp_path, monkeypatch):
+        monkeypatch.chdir(tmp_path)
+        fit(model, answer_logits, FitSettings(("laplace_evidence",)), train, None, prior_mean=prior_mean)
+        assert list(tmp_path.iterdir()) == []
+
+
 class TestNumbers:
     def test_temperature_is_where_the_nll_is_least(self, model, calibration, everything):
         logits, labels = whole(model, calibration)

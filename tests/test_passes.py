@@ -15,6 +15,7 @@ from torch.utils.data import (
     DistributedSampler,
     IterableDataset,
     RandomSampler,
+    Sampler,
     SubsetRandomSampler,
     TensorDataset,
 )
@@ -24,6 +25,7 @@ from bmoe_lightning.passes import (
     Pass,
     best_weights,
     progress,
+    reproducible_order,
     training_examples,
     training_pass,
     validation_pass,
@@ -251,6 +253,97 @@ class TestRandomState:
             trainer(tmp_path, callbacks, max_epochs=3).fit(module, loader(shuffle=True))
             seen.append(module.trained)
         assert_same(*seen)
+
+
+class Epochs(Sampler):
+    """Another order every epoch, of which it keeps count."""
+
+    def __init__(self, size=20):
+        self.size = size
+        self.epoch = 0
+
+    def set_epoch(self, epoch):
+        self.epoch = epoch
+
+    def __iter__(self):
+        generator = torch.Generator().manual_seed(self.epoch)
+        self.epoch += 1
+        return iter(torch.randperm(self.size, generator=generator).tolist())
+
+    def __len__(self):
+        return self.size
+
+
+COUNTING = {
+    "epochs": lambda g: loader(sampler=Epochs()),
+    "epochs of a batch sampler": lambda g: DataLoader(numbers(20), batch_sampler=BatchSampler(Epochs(), 8, False)),
+    "distributed": lambda g: loader(sampler=DistributedSampler(numbers(20), 2, 1, shuffle=True)),
+}
+
+
+def values(batches):
+    return [batch[0].flatten().tolist() for batch in batches]
+
+
+class TestReproducibleOrder:
+    @pytest.mark.parametrize("kind", [*SHUFFLING, *COUNTING])
+    def test_whatever_ran_before(self, kind):
+        orders = []
+        for seed in range(2):
+            torch.manual_seed(seed)
+            data = (SHUFFLING | COUNTING)[kind](torch.Generator().manual_seed(seed))
+            for _ in range(seed):
+                list(data)
+            with reproducible_order(data):
+                orders.append(values(data))
+        assert orders[0] == orders[1]
+        flat = sum(orders[0], [])
+        assert (flat == sorted(flat)) == (kind == "in order")
+
+    @pytest.mark.parametrize("kind", [*SHUFFLING, *COUNTING])
+    def test_what_follows_is_as_if_nothing_had_been(self, kind):
+        follow = []
+        for looks in (False, True):
+            torch.manual_seed(1)
+            data = (SHUFFLING | COUNTING)[kind](torch.Generator().manual_seed(1))
+            list(data)
+            if looks:
+                with reproducible_order(data):
+                    list(data)
+            follow.append((values(data), torch.rand(1)))
+        assert follow[0] == follow[1]
+
+    def test_workers_that_stay(self):
+        """They draw their seed once, before the first order."""
+        generator = torch.Generator().manual_seed(1)
+        data = loader(shuffle=True, generator=generator, num_workers=1, persistent_workers=True)
+        orders = []
+        for _ in range(2):
+            with reproducible_order(data):
+                orders.append(values(data))
+        assert orders[0] == orders[1]
+
+    def test_when_training_ends_and_in_another_process(self, tmp_path):
+        data = loader(shuffle=True)
+        found = at_the_end(tmp_path, lambda t: values(training_pass(t, "x")), data)
+        torch.manual_seed(123)
+        fresh = loader(shuffle=True)
+        with reproducible_order(fresh):
+            assert values(fresh) == found
+
+    def test_plain_batches(self):
+        batches = [[torch.ones(1)]]
+        with reproducible_order(batches):
+            assert values(batches) == [[1.0]]
+
+    def test_evaluation_sees_the_order_of_its_loop(self, tmp_path):
+        """A sampler's epoch, for one, is that of the trainer's loop."""
+        sampler = Epochs()
+        sampler.set_epoch(5)
+        data = loader(sampler=sampler)
+        found = at_the_end(tmp_path, lambda t: values(Pass(t, data, 3, "x", repeats=True)))
+        sampler.set_epoch(5)
+        assert found == values(data)
 
 
 class TestProgress:

@@ -17,6 +17,7 @@ from bmoe_lightning.processes import (
     gather_examples,
     is_first,
     num_processes,
+    numbers_of_all,
     process_rank,
     share_size,
     sum_over_processes,
@@ -103,6 +104,10 @@ def agreeing(rank, world_size):
     assert _of_first(state) == FittedState(temperature=0.1, lpo_precision=(1 / 3, 2.0))
 
 
+def telling(rank, world_size):
+    assert numbers_of_all(10 * rank - 1) == [10 * r - 1 for r in range(world_size)]
+
+
 def forking(rank, world_size):
     before = torch.get_rng_state()
     with forked_random_state():
@@ -111,7 +116,7 @@ def forking(rank, world_size):
 
 
 @pytest.mark.parametrize("world_size", [2, 3])
-@pytest.mark.parametrize("function", [agreeing, forking, adding, copying, gathering])
+@pytest.mark.parametrize("function", [agreeing, forking, adding, telling, copying, gathering])
 def test_between_processes(function, world_size, tmp_path):
     run(function, world_size, tmp_path)
 
@@ -134,6 +139,7 @@ def test_one_process_has_everything():
     sum_over_processes([values])
     copy_from_first([values])
     wait_for_all()
+    assert numbers_of_all(7) == [7]
     assert gather_examples(values) is values
     assert values.tolist() == [1.0, 2.0]
 

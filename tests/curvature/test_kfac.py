@@ -156,6 +156,18 @@ def test_batch_split_order_and_padding_do_not_matter(approximation):
         assert_same(collect_factors(model, answer_logits, other, **options), whole)
 
 
+@pytest.mark.parametrize("sketch", ["nystrom", "exact"])
+def test_batches_of_one_three_and_eight(sketch):
+    """However many batches a training step accumulates, the factors are those of the examples."""
+    model, batch = toy_model(), toy_batch(num_rows=24)
+    one, three, eight = (
+        collect_factors(model, answer_logits, split(batch, *[size] * (24 // size)), rank=FULL, sketch=sketch)
+        for size in (1, 3, 8)
+    )
+    assert_same(three, one)
+    assert_same(eight, one)
+
+
 def test_low_rank_sketch_does_not_see_the_split():
     model, batch = toy_model(width=12, inner=12), toy_batch(num_rows=8)
     options = {"rank": 2, "sketch": "nystrom"}

@@ -205,3 +205,30 @@ def test_rsvd_has_no_sums():
     with pytest.raises(ValueError, match="'nystrom'"):
         check_linear("rsvd")
     check_linear("auto")
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("name", NAMES)
+def test_goes_on_from_a_state_as_if_nothing_had_been(name, dtype):
+    x, experts = torch.randn(60, 32, dtype=dtype), torch.randint(3, (60,))
+    whole = sketch_of(name, x, experts, 3, 4, sizes=[25, 20, 15], dtype=dtype)
+    first = sketch_of(name, x[:45], experts[:45], 3, 4, sizes=[25, 20], dtype=dtype)
+    other = sketch_of(name, x[:5], experts[:5], 3, 4, dtype=dtype, seed=1)  # has seen, and drawn, something else
+    other.load_state({n: tensor.clone() for n, tensor in first.state().items()})
+    groups = ExpertGroups(experts[45:], 3)
+    other.update(x[45:][groups.order], groups)
+    assert torch.equal(other.finish().basis, whole.finish().basis)
+    assert torch.equal(other.finish().eigenvalues, whole.finish().eigenvalues)
+    assert torch.equal(other.trace, whole.trace)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_state_that_does_not_fit_changes_nothing(name):
+    x, experts = torch.randn(60, 32), torch.randint(3, (60,))
+    sketch = sketch_of(name, x, experts, 3, 4, dtype=torch.float32)
+    own = {n: tensor.clone() for n, tensor in sketch.state().items()}
+    for change in ({"trace": torch.zeros(4).double()}, {"trace": torch.zeros(3)}, {"more": torch.zeros(1)}):
+        with pytest.raises(ValueError, match="needed"):
+            sketch.load_state({**{n: torch.zeros_like(tensor) for n, tensor in own.items()}, **change})
+    for n, tensor in sketch.state().items():
+        assert torch.equal(tensor, own[n])
