@@ -1,7 +1,7 @@
 """Fit, test and predict with one process and with several, and write down what each process has to say.
 
 A script of its own, since a process that has run a backward pass cannot be forked: `python distributed_runs.py FOLDER
-whole|small|launched WORLD_SIZE...`.
+whole|small|launched|resumed WORLD_SIZE...`.
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ import json
 import multiprocessing
 import os
 import sys
+import time
 import warnings
 from pathlib import Path
 
@@ -23,6 +24,8 @@ from toy import ToyData, ToyModule, loader, trainer
 import bmoe_lightning.callback as callback_module
 from bmoe_lightning.baselines import save_snapshot
 from bmoe_lightning.callback import BayesianMoECallback
+from bmoe_lightning.curvature import collect_factors, remove_checkpoint
+from bmoe_lightning.curvature.checkpoint import own_path
 
 TRAIN, CALIBRATION, TEST = 50, 113, 47  # neither 2 nor 3 divides any of them
 METHODS = (
@@ -211,6 +214,86 @@ def one_of_several(rank: int, world_size: int, folder: Path, weights: Path) -> N
     dist.destroy_process_group()
 
 
+class Killed(Exception):
+    pass
+
+
+def stopping(batches, after: int):
+    for number, batch in enumerate(batches):
+        if number == after:
+            raise Killed
+        yield batch
+
+
+def resumed(world_size: int, folder: Path, weights: Path) -> None:
+    """Curvature that is cut off on all processes and goes on."""
+    context = multiprocessing.get_context("fork")
+    children = [context.Process(target=resuming, args=(r, world_size, folder, weights)) for r in range(world_size)]
+    for child in children:
+        child.start()
+    for child in children:
+        child.join()
+
+
+def resuming(rank: int, world_size: int, folder: Path, weights: Path) -> None:
+    store = dist.FileStore(str(folder / f"store-{world_size}"), world_size)
+    dist.init_process_group("gloo", store=store, rank=rank, world_size=world_size)
+    module = SameWeights(weights).double()
+    batches = list(DataLoader(Subset(ToyData(25, 1), range(rank, 25, world_size)), batch_size=2))
+    path = folder / f"sums-{world_size}.safetensors"
+    calls, said = [], {}
+
+    def class_logits(model, batch):
+        if rank == 1:
+            time.sleep(0.05)  # the others would be far ahead of it
+        calls.append(0)
+        return model.class_logits(batch)
+
+    def collect(name, data=batches, **options):
+        calls.clear()
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            error = None
+            try:
+                factors = collect_factors(module, class_logits, data, rank=3, distributed=True, **options)
+                found = {f"{i}.{n}": t for i, layer in enumerate(factors.layers) for n, t in layer.tensors().items()}
+                save_file(
+                    {n: t.contiguous() for n, t in found.items()}, folder / f"{name}-{world_size}-{rank}.safetensors"
+                )
+            except (Killed, ValueError) as raised:
+                error = str(raised)
+        files = sorted(p.name for p in folder.glob(f"*sums-{world_size}*"))
+        said[name] = {"calls": len(calls), "error": error, "warned": [str(w.message) for w in caught], "files": files}
+        dist.barrier()
+
+    for fisher, sketch in (("exact", "nystrom"), ("mc", "exact")):
+        options = {"fisher": fisher, "sketch": sketch}
+        kept = {**options, "checkpoint": path, "checkpoint_every": 2}
+        collect(f"{fisher}-whole", **options)
+        collect(f"{fisher}-killed", stopping(batches, 3), **kept)
+        collect(f"{fisher}-resumed", **kept)
+        collect(f"{fisher}-finished", **kept)  # killed after its last batch
+        remove_checkpoint(path)
+        dist.barrier()
+    options = {"checkpoint": path, "checkpoint_every": 1}
+    collect("differing-killed", stopping(batches, 3), **options)
+    if rank == 1:
+        own_path(path, distributed=True).unlink()
+    dist.barrier()
+    collect("differing-resumed", **options)
+    if rank == 1:
+        own_path(path, distributed=True).write_bytes(b"damaged")
+    dist.barrier()
+    collect("damaged", **options)
+    remove_checkpoint(path)
+    dist.barrier()
+    collect("removed", batches[:0] if rank else batches, checkpoint=path, checkpoint_every=2)
+    collect("nothing-again", batches[:0] if rank else batches, checkpoint=path, checkpoint_every=2)
+    (folder / f"resumed-{world_size}-{rank}.json").write_text(json.dumps({"said": said, "batches": len(batches)}))
+    dist.barrier()
+    dist.destroy_process_group()
+
+
 class Several(ToyModule):
     """May be validated on several loaders."""
 
@@ -247,5 +330,5 @@ if __name__ == "__main__":
         child.start()
         child.join()
     for size in sizes:
-        for run in {"whole": [whole], "small": [small, direct], "launched": [launched]}[kind]:
+        for run in {"whole": [whole], "small": [small, direct], "launched": [launched], "resumed": [resumed]}[kind]:
             run(size, where, learned)

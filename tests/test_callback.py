@@ -447,6 +447,7 @@ class TestKilledInTheCurvatureEpoch:
         folder.mkdir(exist_ok=True)
         with pytest.raises(RuntimeError, match="killed"):
             self.run(folder, Mortal(lives), data)
+        torch.manual_seed(77)  # the state that a killed process leaves is nobody's
         return folder / "bayesian"
 
     def go_on(self, folder, data, **options):
@@ -454,7 +455,6 @@ class TestKilledInTheCurvatureEpoch:
         module = Mortal()
         module.load_state_dict(torch.load(folder / "weights.pt"))
         callback = BayesianMoECallback(**{**CHECKPOINTED, **options}, dirpath=str(folder / "bayesian"))
-        torch.manual_seed(77)  # the state that a killed process leaves is nobody's
         prior_mean = {n: p.detach() for n, p in pretrained.named_parameters() if "experts.down_proj" in n}
         callback.fit_posterior(module, data, calibration_loader(), prior_mean=prior_mean)
         return module.passes

@@ -297,7 +297,7 @@ class TestReproducibleOrder:
             with reproducible_order(data):
                 orders.append(values(data))
         assert orders[0] == orders[1]
-        flat = sum(orders[0], [])
+        flat = [value for batch in orders[0] for value in batch]
         assert (flat == sorted(flat)) == (kind == "in order")
 
     @pytest.mark.parametrize("kind", [*SHUFFLING, *COUNTING])

@@ -5,10 +5,16 @@ from __future__ import annotations
 import contextlib
 import io
 import json
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 import torch
 
+import bmoe_lightning
 from bmoe_lightning import LaplacePosterior
 from recipes import experiment
 from recipes.qwen_obqa import main
@@ -30,6 +36,36 @@ def finished(tmp_path_factory):
         assert run(folder) == 0
     (folder / "shown.txt").write_text(shown.getvalue())
     return folder
+
+
+def killed_at(folder, batch, *arguments):
+    """Have the process killed by a batch of the curvature pass, or by none; how many batches it has added."""
+    script = (
+        "import os, signal, sys, torch\n"
+        "from bmoe_lightning.curvature import kfac\n"
+        "from test_experiment import run\n"
+        "torch.set_num_threads(1)\n"
+        "added, add = [], kfac._add_batch\n"
+        "def deadly(*args, **options):\n"
+        "    if str(len(added)) == sys.argv[2]:\n"
+        "        os.kill(os.getpid(), signal.SIGKILL)\n"
+        "    add(*args, **options)\n"
+        "    added.append(0)\n"
+        "    print('added', len(added), file=sys.stderr, flush=True)\n"
+        "kfac._add_batch = deadly\n"
+        "assert run(sys.argv[1], *sys.argv[3:]) == 0\n"
+    )
+    paths = [str(Path(bmoe_lightning.__file__).parents[1]), str(Path(__file__).parent)]
+    done = subprocess.run(
+        [sys.executable, "-c", script, str(folder), str(batch), *arguments],
+        env={**os.environ, "PYTHONPATH": os.pathsep.join(paths)},
+        capture_output=True,
+        text=True,
+        timeout=300,
+        check=False,
+    )
+    assert done.returncode == (0 if batch is None else -signal.SIGKILL), done.stderr[-3000:]
+    return sum(line.startswith("added ") for line in done.stderr.splitlines())
 
 
 class TestOutput:
@@ -116,6 +152,24 @@ class TestResume:
         resumed, straight = (json.loads((f / "results.json").read_text())["rows"] for f in (folder, whole))
         for one, other in zip(resumed, straight, strict=True):
             assert one["nll"]["mean"] == pytest.approx(other["nll"]["mean"], rel=1e-4)
+
+    @pytest.mark.slow
+    @pytest.mark.parametrize("precision", ["32-true", "bf16-true"])
+    def test_a_curvature_pass_that_was_killed_goes_on(self, tmp_path, precision):
+        """Once while training's own process collects, once more in the process that goes on."""
+        flags = ["--methods", METHODS, "--precision", precision, "--batch-size", "8"]
+        whole, folder = tmp_path / "whole", tmp_path / "run"
+        batches = killed_at(whole, None, *flags)
+        checkpointed = [*flags, "--curvature-checkpoint-every", "4"]
+        added = [killed_at(folder, batch, *checkpointed) for batch in (11, 7)]
+        assert added == [11, 7]
+        assert killed_at(folder, None, *flags) == batches - 8 - 4
+        found, expected = (f / "seed-0" / "bayesian_moe" for f in (folder, whole))
+        assert not (found / "curvature.safetensors").exists()
+        assert (found / "posterior.safetensors").read_bytes() == (expected / "posterior.safetensors").read_bytes()
+        assert json.loads((found / "methods.json").read_text()) == json.loads((expected / "methods.json").read_text())
+        one, other = (json.loads((f / "results.json").read_text())["rows"] for f in (folder, whole))
+        assert one == other
 
     def test_a_folder_with_other_things_is_left_alone(self, tmp_path, capsys):
         (tmp_path / "thesis.tex").write_text("mine")

@@ -74,6 +74,7 @@ def test_missing_file():
         ({"prompt": "poem"}, "prompt"),
         ({"methods": "map,temperature,map"}, "names map more than once"),
         ({"first_seed": -1}, "--first-seed"),
+        ({"curvature_checkpoint_every": 0}, "--curvature-checkpoint-every must be at least 1, got 0"),
         ({"resume": True, "overwrite": True}, "one of the two"),
         ({"learning_rate": 0.0}, "--learning-rate"),
         ({"learning_rate": float("nan")}, "--learning-rate"),

@@ -60,6 +60,9 @@ class TestEarlierRun:
     def test_more_seeds_go_on(self, earlier):
         assert start(earlier, seeds=3, first_seed=1) is True
 
+    def test_how_often_sums_are_written_may_change(self, earlier):
+        assert start(earlier, curvature_checkpoint_every=7) is True
+
     def test_other_settings_are_refused_with_both_ways_out(self, earlier):
         before = content(earlier)
         for resume in (False, True):
