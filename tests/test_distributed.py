@@ -282,6 +282,11 @@ class TestCurvatureThatWasKilled:
                     one, other = dense(found, layer, kind), dense(expected, layer, kind)
                     torch.testing.assert_close(one, other, rtol=1e-12, atol=1e-12 * float(other.abs().max()))
 
+    def test_nobody_runs_far_ahead(self, said, world_size):
+        """Files of different ages could not be gone on with; so the fast ones wait when they write."""
+        fast, slow = (said[rank]["said"]["exact-resumed"]["times"] for rank in (0, 1))
+        assert fast[2] >= slow[1] + 0.2  # the first batch after the next write
+
     def test_begins_anew_where_one_file_is_missing(self, resumed_runs, said, world_size):
         for rank in range(world_size):
             own = said[rank]["said"]["differing-resumed"]

@@ -89,7 +89,6 @@ class PassCheckpoint:
         if every < 1:
             raise ValueError(f"checkpoint_every must be at least 1, got {every}")
         self.progress = Progress()
-        self.resumed = False
         self._distributed = distributed
         self._every = every
         self._fingerprint = fingerprint

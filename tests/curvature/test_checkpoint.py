@@ -92,9 +92,11 @@ def path(tmp_path):
 
 
 class TestGoingOn:
-    @pytest.mark.parametrize("approximation", ["expand", "reduce"])
     @pytest.mark.parametrize("fisher", ["exact", "mc", "empirical"])
-    @pytest.mark.parametrize("sketch", ["auto", "nystrom", "rsvd", "exact"])
+    @pytest.mark.parametrize(
+        ("sketch", "approximation"),
+        [("auto", "expand"), ("nystrom", "expand"), ("rsvd", "expand"), ("exact", "expand"), ("rsvd", "reduce")],
+    )
     def test_gives_the_bits_of_a_pass_that_was_not_interrupted(self, path, sketch, fisher, approximation):
         options = {"fisher": fisher, "sketch": sketch, "approximation": approximation, "seed": 3}
         expected = collect_factors(wide_model(), answer_logits, batches(), rank=2, **options)

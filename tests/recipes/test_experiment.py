@@ -154,7 +154,7 @@ class TestResume:
             assert one["nll"]["mean"] == pytest.approx(other["nll"]["mean"], rel=1e-4)
 
     @pytest.mark.slow
-    @pytest.mark.parametrize("precision", ["32-true", "bf16-true"])
+    @pytest.mark.parametrize("precision", ["32-true", "bf16-true", "bf16-mixed"])
     def test_a_curvature_pass_that_was_killed_goes_on(self, tmp_path, precision):
         """Once while training's own process collects, once more in the process that goes on."""
         flags = ["--methods", METHODS, "--precision", precision, "--batch-size", "8"]
