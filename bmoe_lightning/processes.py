@@ -74,6 +74,14 @@ def forked_random_state() -> AbstractContextManager[None]:
     return torch.random.fork_rng([torch.cuda.current_device()] if in_use else [])
 
 
+def gather_number(number: int) -> list[int]:
+    """A number of every process, by rank. A collective."""
+    numbers = torch.zeros(num_processes(), dtype=torch.int64)
+    numbers[process_rank()] = number
+    sum_over_processes([numbers])
+    return numbers.tolist()
+
+
 def gather_examples(tensor: Tensor) -> Tensor:
     """Put the processes' examples together again, in the order in which they were dealt out. A collective.
 
