@@ -22,6 +22,8 @@ from bmoe_lightning.checks import (
     check_later_callbacks,
     check_loaders,
     check_loss,
+    check_prediction,
+    check_prior_mean,
     check_sketch,
     check_snapshots,
     check_strategy,
@@ -33,6 +35,7 @@ from bmoe_lightning.curvature.kfac import ApproximationName
 from bmoe_lightning.curvature.sketch import SketchName
 from bmoe_lightning.evaluation_run import EvaluationRun, uncertain_prediction
 from bmoe_lightning.experts import ClassLogits, second_weights
+from bmoe_lightning.experts.sharding import local_part, reshard, whole
 from bmoe_lightning.fitting import Fitted, fit
 from bmoe_lightning.laplace.predictive import NUM_SAMPLES, LinkName
 from bmoe_lightning.laplace.prior import Scope
@@ -41,6 +44,7 @@ from bmoe_lightning.passes import (
     as_list,
     best_weights,
     reproducible_order,
+    shards_weights,
     training_examples,
     training_pass,
     validation_pass,
@@ -198,6 +202,11 @@ class BayesianMoECallback(L.Callback):
         """Refuse what cannot work before time is spent; let evaluation loops keep gradients possible."""
         check_strategy(trainer)
         check_sketch(trainer, self.settings)
+        if self.fit_at == "best" and shards_weights(trainer):
+            raise ValueError(
+                "fit_at='best' reads a checkpoint in one piece, and ModelParallelStrategy shards the weights; fit at "
+                "the last ones, or load the best ones into one process and call fit_posterior"
+            )
         callbacks = trainer.callbacks  # type: ignore[attr-defined]
         check_later_callbacks(callbacks[callbacks.index(self) + 1 :])
         if self._class_logits is None and not callable(getattr(pl_module, "class_logits", None)):
@@ -216,12 +225,13 @@ class BayesianMoECallback(L.Callback):
         self._dirpath, default = trainer.strategy.broadcast((self._dirpath, default))
         self._folder = None if is_trial(trainer) else self._dirpath or default
         self._precision = trainer.precision_plugin.forward_context
-        if stage == "fit":
+        # Sharded weights are remembered in parts, once there are parts; a checkpoint is loaded before that.
+        if stage == "fit" and not (shards_weights(trainer) and trainer.ckpt_path is None):
             self._remember_prior_mean(pl_module)
 
     def on_load_checkpoint(self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]) -> None:
         """Take the prior mean of a module that was built after `setup`, before the checkpoint overwrites it."""
-        if trainer.state.fn == "fit":
+        if trainer.state.fn == "fit" and not shards_weights(trainer):
             self._remember_prior_mean(pl_module)
 
     # -- training
@@ -232,6 +242,7 @@ class BayesianMoECallback(L.Callback):
         unknown = set(self.settings.skip_layers) - {layer.index for layer in layers}
         if unknown:
             raise ValueError(f"skip_layers names {sorted(unknown)}, but the model has {len(layers)} expert layers")
+        check_prior_mean(trainer, self.settings, known=self._remembers(pl_module))
         self._remember_prior_mean(pl_module)
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
@@ -264,8 +275,12 @@ class BayesianMoECallback(L.Callback):
         self._snapshots.append(path)
         surplus = self._snapshots[: -self.num_snapshots]
         del self._snapshots[: -self.num_snapshots]
+        reshard(pl_module)
+        # All processes put them together, and the first one keeps them.
+        gathered = ((n, whole(p)) for n, p in pl_module.named_parameters() if p.requires_grad)
+        kept = {n: weight.cpu() for n, weight in gathered if trainer.is_global_zero}
         if trainer.is_global_zero:
-            save_snapshot(path, {n: p for n, p in pl_module.named_parameters() if p.requires_grad})
+            save_snapshot(path, kept)
             for earlier in surplus:
                 earlier.unlink(missing_ok=True)
 
@@ -413,6 +428,7 @@ class BayesianMoECallback(L.Callback):
 
     def on_predict_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Replace the module's predict step by one that returns probabilities with their uncertainty."""
+        check_prediction(trainer, as_list(trainer.predict_dataloaders))
         posterior = self._ready(pl_module).posterior
         if posterior is None:
             raise RuntimeError(f"none of the methods {list(self.settings.methods)} has a posterior to predict with")
@@ -452,17 +468,20 @@ class BayesianMoECallback(L.Callback):
     def _remember_prior_mean(self, module: nn.Module) -> None:
         """Copy the second weights of all experts to the CPU, once a module, if a method will ask how far they moved."""
         wanted = self.settings.needs_evidence and self.settings.prior_mean == "pretrained"
-        if not wanted or (self._prior_module is not None and self._prior_module() is module):
+        if not wanted or self._remembers(module):
             return
         self._prior_mean = self._prior_module = None
         with suppress(ValueError):  # no experts yet: a module that is built in configure_model
             layers = self.settings.find_layers(module)
             self._prior_mean = {
-                name: weight.to("cpu", copy=True)
+                name: local_part(weight).values.to("cpu", copy=True)
                 for layer in layers
                 for name, weight in second_weights(module, layer).items()
             }
             self._prior_module = weakref.ref(module)
+
+    def _remembers(self, module: nn.Module) -> bool:
+        return self._prior_module is not None and self._prior_module() is module
 
     def _engine_logits(self, model: Any, batch: Any) -> tuple[Tensor, Tensor | None]:
         with self._precision():

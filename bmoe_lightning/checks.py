@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping, Sequence, Sized
 from typing import Any
 
 import lightning as L
@@ -12,11 +12,12 @@ from torch import Tensor
 
 from bmoe_lightning.curvature.sketch import check_linear
 from bmoe_lightning.laplace.predictive import MIN_UNLABELLED
-from bmoe_lightning.passes import Pass
+from bmoe_lightning.passes import Pass, shards_weights
+from bmoe_lightning.processes import gather_number
 from bmoe_lightning.settings import FitSettings
 from bmoe_lightning.shares import check_order, find_share
 
-_SHARDED = ("FSDPStrategy", "DeepSpeedStrategy", "ModelParallelStrategy", "XLAFSDPStrategy")
+_SHARDED = ("FSDPStrategy", "DeepSpeedStrategy", "XLAFSDPStrategy")
 
 
 def check_strategy(trainer: L.Trainer) -> None:
@@ -29,15 +30,52 @@ def check_strategy(trainer: L.Trainer) -> None:
     sharded = sorted(names & set(_SHARDED))
     if sharded:
         raise ValueError(
-            f"BayesianMoECallback does not support {sharded[0]} yet: its weights are sharded outside of the "
-            "training step. Use one device or DDP, or train first and call fit_posterior on the unsharded model"
+            f"BayesianMoECallback does not support {sharded[0]}: its weights are sharded outside of the training "
+            "step. Use ModelParallelStrategy(data_parallel_size=..., tensor_parallel_size=1), one device or DDP, or "
+            "train first and call fit_posterior on the unsharded model"
         )
-    if trainer.world_size > 1 and ("DDPStrategy" not in names or "XLAStrategy" in names):
+    if "ModelParallelStrategy" in names:
+        _check_mesh(trainer)
+    elif trainer.world_size > 1 and ("DDPStrategy" not in names or "XLAStrategy" in names):
         raise ValueError(
-            f"BayesianMoECallback runs on several processes with DDP only, and the trainer has {trainer.world_size} "
-            f"with {type(trainer.strategy).__name__}. Use strategy='ddp', or train with all of them, load the "
-            "checkpoint in one process and call fit_posterior"
+            "BayesianMoECallback runs on several processes with DDP and with ModelParallelStrategy (FSDP2), and the "
+            f"trainer has {trainer.world_size} with {type(trainer.strategy).__name__}. Use one of these, or train with "
+            "all of them, load the checkpoint in one process and call fit_posterior"
         )
+
+
+def _check_mesh(trainer: L.Trainer) -> None:
+    """Refuse tensor and expert parallelism, which give a process a part of an activation or of the experts."""
+    strategy: Any = trainer.strategy
+    size = strategy.device_mesh["tensor_parallel"].size()
+    if size > 1:
+        raise ValueError(
+            f"ModelParallelStrategy has a tensor-parallel group of {size} processes (by default that is all of a "
+            "node's), in which none sees a whole activation. BayesianMoECallback supports sharded weights alone: give "
+            f"ModelParallelStrategy(data_parallel_size={trainer.world_size}, tensor_parallel_size=1) and apply "
+            "fully_shard in configure_model"
+        )
+
+
+def check_prediction(trainer: L.Trainer, loaders: Sequence[Any]) -> None:
+    """Refuse to predict with sharded weights if some processes would wait in vain for others. A collective.
+
+    Lightning gives every example to one process in a prediction, and repeats none.
+
+    Raises:
+        ValueError: naming the numbers of examples, or a loader that does not tell its own.
+    """
+    for loader in loaders if shards_weights(trainer) else ():
+        sampler = getattr(getattr(loader, "batch_sampler", None), "sampler", None)
+        # -1 rather than an error at once: the other processes are about to compare too.
+        numbers = gather_number(len(sampler) if isinstance(sampler, Sized) else -1)
+        if min(numbers) < 0 or len(set(numbers)) > 1:
+            found = ", ".join("unknown" if number < 0 else str(number) for number in numbers)
+            raise ValueError(
+                "processes put sharded weights together in step, so each must predict as many examples, and they have "
+                f"{found}. Predict a number of examples that the processes divide, from a DataLoader over a data set "
+                "with a length; or use trainer.test, or one process"
+            )
 
 
 def check_sketch(trainer: L.Trainer, settings: FitSettings) -> None:
@@ -76,6 +114,26 @@ def check_later_callbacks(later: Sequence[L.Callback]) -> None:
                 f"{type(other).__name__} changes the weights when training ends, so it must come before "
                 "BayesianMoECallback in the trainer's callbacks"
             )
+
+
+def check_prior_mean(trainer: L.Trainer, settings: FitSettings, *, known: bool) -> None:
+    """Refuse an evidence around weights that were overwritten before anybody saw them.
+
+    Args:
+        trainer: at the start of training.
+        settings: of the callback.
+        known: whether the weights from before fine-tuning are.
+
+    Raises:
+        ValueError: if a run with sharded weights is resumed, and the prior mean is gone.
+    """
+    wanted = settings.needs_evidence and settings.prior_mean == "pretrained"
+    if wanted and not known and shards_weights(trainer) and trainer.ckpt_path is not None:
+        raise ValueError(
+            "the evidence measures how far fine-tuning moved the experts, and ModelParallelStrategy had loaded the "
+            "checkpoint before the weights of before were there. Build the model in the module's __init__, use "
+            "prior_mean='zero', or leave out the methods that need an evidence"
+        )
 
 
 def check_calibration(settings: FitSettings, calibration: Pass | None, *, trial: bool) -> None:

@@ -32,6 +32,7 @@ from bmoe_lightning.experts import (
     squared_distances,
     weight_fingerprint,
 )
+from bmoe_lightning.experts.batches import count_of, plain_batch
 from bmoe_lightning.laplace.posterior import LaplacePosterior, WeightMismatchError
 from bmoe_lightning.laplace.predictive import (
     class_probabilities,
@@ -112,7 +113,8 @@ def fit(
             evidence with `prior_mean="pretrained"`.
         num_examples: examples that the curvature shall stand for, if `curvature_batches` is a part of the data.
         distributed: whether all processes of torch.distributed's group call this, each with its share of the data:
-            examples r, r + W, r + 2 W, ... for process r of W. All get the same result, which is that of one process
+            examples r, r + W, r + 2 W, ... for process r of W, and, where weights are sharded, in as many batches of
+            the same sizes (see `CountedBatch`). All get the same result, which is that of one process
             with all the data, to rounding. Otherwise nothing is exchanged, however many processes there are.
         curvature_checkpoint: file for the running sums of the curvature, so that a killed pass goes on; see
             `collect_factors`. To be removed with `remove_checkpoint` once the posterior is written.
@@ -283,11 +285,12 @@ def plain_logits(
     """
     all_logits, all_labels = [torch.empty(0, dtype=torch.float64)], [torch.empty(0, dtype=torch.int64)]
     for batch in batches:
-        view = BatchView(model, class_logits, batch)
+        view = BatchView(model, class_logits, plain_batch(batch))
         if view.labels is None:
             raise ValueError("temperatures are fitted on labels, but class_logits returned None for them")
-        all_logits.append(view.logits.cpu())
-        all_labels.append(view.labels.cpu())
+        num_counted = count_of(batch, len(view.logits))
+        all_logits.append(view.logits[:num_counted].cpu())
+        all_labels.append(view.labels[:num_counted].cpu())
     # An empty tensor of one dimension goes with tensors of any shape.
     logits, labels = torch.cat(all_logits), torch.cat(all_labels)
     if distributed:

@@ -17,6 +17,7 @@ from transformers import PreTrainedModel
 
 from bmoe_lightning.experts.dropout import expert_dropout as dropout_in_experts
 from bmoe_lightning.experts.layout import down_proj_parameters, expert_parameters, find_expert_layers
+from bmoe_lightning.experts.sharding import is_sharded, shard_blocks
 from bmoe_lightning.loading import DtypeName, load_causal_model
 
 TrainedPart = Literal["down_proj", "experts"]
@@ -35,8 +36,9 @@ class ExpertFinetuner(LightningModule):
     A batch is a mapping with `input_ids` and `attention_mask` `[B, T]`, padded on either side, and where there are any
     `choice_mask [B, K]`, `label [B]` and `index [B]`; see `MultipleChoiceDataModule`.
 
-    Checkpoints hold the trained tensors and no others. `load_from_checkpoint(path)` loads the rest from where `model`
-    says; if that was an object, pass it again: `load_from_checkpoint(path, model=model)`.
+    Checkpoints hold the trained tensors and no others; those of sharded weights, which each process writes a part of,
+    hold all. `load_from_checkpoint(path)` loads the rest from where `model` says; if that was an object, pass it again:
+    `load_from_checkpoint(path, model=model)`.
 
     Args:
         model: a causal language model with experts, or its local folder or hub id, which is loaded when the trainer (or
@@ -125,9 +127,11 @@ class ExpertFinetuner(LightningModule):
     def configure_model(self) -> None:
         """Load the model if it was named by a string, and freeze all but the experts. Calling it again changes nothing.
 
+        Under `ModelParallelStrategy` its blocks are sharded with FSDP2.
+
         Raises:
             ModelUnavailableError: as in `load_causal_model`.
-            ValueError: if it has no experts.
+            ValueError: if it has no experts, or the strategy wants tensor parallelism.
         """
         if self.model is None:
             assert self._source is not None
@@ -137,6 +141,15 @@ class ExpertFinetuner(LightningModule):
         self.model.requires_grad_(False)
         for parameter in self.trained_parameters().values():
             parameter.requires_grad_(True)
+        if self.device_mesh is not None:
+            size = self.device_mesh["tensor_parallel"].size()
+            if size > 1:
+                raise ValueError(
+                    f"ModelParallelStrategy has tensor-parallel groups of {size} processes (by default all of a "
+                    "node's), and ExpertFinetuner shards weights alone: give "
+                    "ModelParallelStrategy(data_parallel_size=<number of processes>, tensor_parallel_size=1)"
+                )
+            shard_blocks(self.model, find_expert_layers(self.model), self.device_mesh["data_parallel"])
 
     def configure_callbacks(self) -> list[Callback]:
         """Have expert dropout taken out after an exception too; a LightningModule itself is not told of those."""
@@ -267,9 +280,14 @@ class ExpertFinetuner(LightningModule):
         self._dropout.close()
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Keep only what was trained, and note the answer tokens."""
+        """Keep only what was trained, and note the answer tokens.
+
+        A checkpoint that each process writes its shards of keeps all: Lightning reads it back as a whole.
+        """
         state = checkpoint["state_dict"]
-        checkpoint["state_dict"] = {name: state[name] for name in self.trained_parameters()}
+        if not any(isinstance(value, Tensor) and is_sharded(value) for value in state.values()):
+            # Under ModelParallelStrategy only the first process has them.
+            checkpoint["state_dict"] = {name: state[name] for name in self.trained_parameters() if name in state}
         if self._answer_ids is not None:
             checkpoint[_ANSWERS_KEY] = self._answer_ids.tolist()
 
@@ -279,9 +297,13 @@ class ExpertFinetuner(LightningModule):
         Raises:
             RuntimeError: naming what is missing and what does not belong there.
         """
-        expected, found = set(self.trained_parameters()), set(checkpoint["state_dict"])
+        trained_then = checkpoint.get(self.CHECKPOINT_HYPER_PARAMS_KEY, {}).get("train")
+        expected = set(self.trained_parameters())
+        if "state_dict" in checkpoint:
+            found = set(checkpoint["state_dict"])
+        else:  # ModelParallelStrategy has loaded it; what it held is not said
+            found = expected if trained_then == self.train_part else set()
         if expected != found:
-            trained_then = checkpoint.get(self.CHECKPOINT_HYPER_PARAMS_KEY, {}).get("train")
             raise RuntimeError(
                 f"the checkpoint does not hold what this module trains (train={self.train_part!r}; the checkpoint says "
                 f"{trained_then!r}): missing are {_shown(expected - found)}, unexpected are "

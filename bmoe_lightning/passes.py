@@ -11,6 +11,7 @@ from typing import Any
 import lightning as L
 import torch
 from lightning.pytorch.callbacks import RichProgressBar, TQDMProgressBar
+from lightning.pytorch.strategies import ModelParallelStrategy
 from torch.utils.data import BatchSampler, DataLoader
 
 from bmoe_lightning.processes import forked_random_state
@@ -28,7 +29,8 @@ class Pass:
         dataloader_idx: which of several loaders it is, as the module's transfer hooks are told.
         transient: whether the bar goes when a pass is over, as for one of many.
         repeats: on several processes, whether to see the examples that a distributed sampler repeats, as the trainer's
-            loops do. Without them a process may have a batch less than another, or none.
+            loops do. Without them a process may have a batch less than another, or none; where the trainer's strategy
+            shards weights, they run, but batches say that they do not count (see `CountedBatch`).
 
     Raises:
         ValueError: if repeated examples shall be left out, and it cannot be told which they are.
@@ -53,6 +55,7 @@ class Pass:
         self._transient = transient
         self._order = unchanged_random_state if repeats else reproducible_order
         self._share = None if repeats else find_share(trainer, loader, num_batches)
+        self._in_step = self._share is not None and shards_weights(trainer)
 
     def __len__(self) -> int:
         return self._num_batches
@@ -68,16 +71,23 @@ class Pass:
         Without `repeats` in an order that does not depend on what ran before; see `reproducible_order`.
         """
         trainer = self._trainer
+        share = self._share if self._in_step else None
         bar = progress(trainer, self._num_batches, self._description, transient=self._transient)
         with self._order(self._loader), self._without_repeats(), bar as advance:
-            for batch in islice(self._loader, self._num_batches):
+            for position, batch in enumerate(islice(self._loader, self._num_batches)):
                 batch = trainer.precision_plugin.convert_input(batch)
                 batch = trainer.lightning_module._on_before_batch_transfer(batch, dataloader_idx=self._index)
-                yield trainer.strategy.batch_to_device(batch, dataloader_idx=self._index)
+                batch = trainer.strategy.batch_to_device(batch, dataloader_idx=self._index)
+                yield batch if share is None else share.counted(position, batch)
                 advance()
 
     def _without_repeats(self) -> AbstractContextManager[None]:
-        return nullcontext() if self._share is None else self._share.without_repeats()
+        return nullcontext() if self._share is None or self._in_step else self._share.without_repeats()
+
+
+def shards_weights(trainer: L.Trainer) -> bool:
+    """Whether a trainer's processes put weights together while they run, and so have to run the same steps."""
+    return isinstance(trainer.strategy, ModelParallelStrategy)
 
 
 @contextmanager

@@ -57,14 +57,6 @@ def copy_from_first(tensors: Sequence[Tensor]) -> None:
     _in_buckets(tensors, lambda flat: dist.broadcast(flat, src=0))
 
 
-def numbers_of_all(number: int) -> list[int]:
-    """Tell all processes a number; returns those of all, in the order of their ranks. A collective."""
-    numbers = torch.zeros(num_processes(), dtype=torch.int64)
-    numbers[process_rank()] = number
-    sum_over_processes([numbers])
-    return numbers.tolist()
-
-
 def wait_for_all() -> None:
     """Return once every process has come here. A collective."""
     # The sum comes back to the CPU, so this waits; a barrier of an accelerator's backend may not.
@@ -80,6 +72,14 @@ def forked_random_state() -> AbstractContextManager[None]:
         return torch.random.fork_rng()
     in_use = torch.cuda.is_available() and torch.cuda.is_initialized()
     return torch.random.fork_rng([torch.cuda.current_device()] if in_use else [])
+
+
+def gather_number(number: int) -> list[int]:
+    """A number of every process, by rank. A collective."""
+    numbers = torch.zeros(num_processes(), dtype=torch.int64)
+    numbers[process_rank()] = number
+    sum_over_processes([numbers])
+    return numbers.tolist()
 
 
 def gather_examples(tensor: Tensor) -> Tensor:

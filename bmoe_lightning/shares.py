@@ -21,6 +21,7 @@ from lightning.pytorch.overrides.distributed import (
 from torch import Tensor
 from torch.utils.data import BatchSampler, DataLoader, DistributedSampler, Sampler
 
+from bmoe_lightning.experts.batches import CountedBatch
 from bmoe_lightning.processes import gather_examples, share_size
 
 # Others may put what they repeat anywhere.
@@ -73,6 +74,17 @@ class Share:
         finally:
             self.batch_sampler.sampler = self.sampler
             self.batch_sampler.drop_last = drop_last
+
+    def counted(self, position: int, batch: Any) -> CountedBatch:
+        """Say of a batch of the loader which examples are not another process's too.
+
+        Args:
+            position: of the batch, from 0.
+            batch: the batch.
+        """
+        first = position * self.batch_sampler.batch_size
+        size = min(self.batch_sampler.batch_size, self.padded_size - first)
+        return CountedBatch(batch, max(0, min(size, self.size - first)), size)
 
     def gather(self, values: Tensor) -> Tensor:
         """Put results of the trainer's loops together, without those of repeated examples. A collective.

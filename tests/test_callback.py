@@ -12,7 +12,7 @@ import pytest
 import torch
 from lightning.pytorch.callbacks import ModelCheckpoint, StochasticWeightAveraging
 from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
-from lightning.pytorch.strategies import FSDPStrategy, ModelParallelStrategy
+from lightning.pytorch.strategies import DeepSpeedStrategy, FSDPStrategy
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from torch.utils.data import DataLoader, IterableDataset
 from toy import ToyData, ToyModule, loader, trainer
@@ -640,14 +640,14 @@ class TestRefusals:
             )
 
     def test_sharded_strategies(self):
-        for kind in (FSDPStrategy, ModelParallelStrategy):
+        for kind in (FSDPStrategy, DeepSpeedStrategy):
             fake = types.SimpleNamespace(strategy=kind.__new__(kind), world_size=1)
             with pytest.raises(ValueError, match=kind.__name__):
                 check_strategy(fake)
 
     def test_several_processes_without_ddp(self):
         fake = types.SimpleNamespace(strategy=object(), world_size=2)
-        with pytest.raises(ValueError, match="with DDP only"):
+        with pytest.raises(ValueError, match="with DDP and with ModelParallelStrategy"):
             check_strategy(fake)
 
     def test_callbacks_that_change_weights_must_come_first(self, tmp_path):

@@ -28,11 +28,11 @@ from bmoe_lightning.laplace import LaplacePosterior
 from bmoe_lightning.settings import FitSettings
 
 
-def run_script(folder, kind, *world_sizes):
-    """Run `distributed_runs.py` in a fresh process."""
+def run_script(folder, kind, *world_sizes, script="distributed_runs.py", **variables):
+    """Run a script of this folder in a fresh process."""
     paths = [str(Path(bmoe_lightning.__file__).parents[1]), str(Path(__file__).parent)]
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(paths), "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, str(Path(__file__).with_name("distributed_runs.py")), str(folder), kind]
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(paths), "OMP_NUM_THREADS": "1", **variables}
+    command = [sys.executable, str(Path(__file__).with_name(script)), str(folder), kind]
     done = subprocess.run(
         [*command, *map(str, world_sizes)], env=environment, capture_output=True, text=True, timeout=300, check=False
     )

@@ -453,7 +453,7 @@ class TestTrainingExamples:
     def test_are_those_of_all_processes_without_repeats(self):
         data = numbers(21)
         train = DataLoader(data, 4, sampler=DistributedSampler(data, 2, 1), drop_last=True)
-        several = {"world_size": 2, "global_rank": 1, "train_dataloader": train}
+        several = {"world_size": 2, "global_rank": 1, "train_dataloader": train, "strategy": None}
         assert training_examples(types.SimpleNamespace(**several, num_training_batches=2)) == 16
         train = DataLoader(data, 4, sampler=DistributedSampler(data, 2, 1))
         assert (

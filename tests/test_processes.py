@@ -15,9 +15,9 @@ from bmoe_lightning.processes import (
     copy_from_first,
     forked_random_state,
     gather_examples,
+    gather_number,
     is_first,
     num_processes,
-    numbers_of_all,
     process_rank,
     share_size,
     sum_over_processes,
@@ -105,7 +105,7 @@ def agreeing(rank, world_size):
 
 
 def telling(rank, world_size):
-    assert numbers_of_all(10 * rank - 1) == [10 * r - 1 for r in range(world_size)]
+    assert gather_number(10 * rank - 1) == [10 * r - 1 for r in range(world_size)]
 
 
 def forking(rank, world_size):
@@ -139,7 +139,7 @@ def test_one_process_has_everything():
     sum_over_processes([values])
     copy_from_first([values])
     wait_for_all()
-    assert numbers_of_all(7) == [7]
+    assert gather_number(7) == [7]
     assert gather_examples(values) is values
     assert values.tolist() == [1.0, 2.0]
 

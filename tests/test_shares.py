@@ -16,7 +16,7 @@ from bmoe_lightning.shares import check_order, find_share
 
 
 def fake_trainer(rank, world_size):
-    return types.SimpleNamespace(world_size=world_size, global_rank=rank)
+    return types.SimpleNamespace(world_size=world_size, global_rank=rank, strategy=None)
 
 
 def loader_of(rank, world_size, size=47, *, kind=DistributedSampler, batch_size=8, drop_last=False, **options):
@@ -174,3 +174,24 @@ def test_a_wrapped_sampler_s_generator_is_left_as_it_was():
         list(loader)
         assert not torch.equal(generator.get_state(), before)
     assert torch.equal(generator.get_state(), before)
+
+
+@pytest.mark.parametrize("drop_last", [False, True])
+@pytest.mark.parametrize(("size", "batch_size"), [(47, 8), (9, 4), (2, 1), (41, 8)])
+@pytest.mark.parametrize("world_size", [2, 3])
+def test_batches_in_step_count_every_example_once(world_size, size, batch_size, drop_last):
+    """All processes have as many batches of the same sizes, and the counted examples are those of a share."""
+    seen, sizes = [], []
+    for rank in range(world_size):
+        loader = loader_of(rank, world_size, size, batch_size=batch_size, shuffle=False, drop_last=drop_last)
+        share = find_share(fake_trainer(rank, world_size), loader, len(loader))
+        batches = [share.counted(position, batch) for position, batch in enumerate(loader)]
+        assert [batch.size for batch in batches] == [len(batch.batch) for batch in batches]
+        sizes.append([batch.size for batch in batches])
+        own = [index for batch in batches for index in batch.batch[: batch.num_counted].tolist()]
+        assert len(own) == share.size
+        seen += own
+    assert all(found == sizes[0] for found in sizes)
+    assert len(seen) == len(set(seen)) == share.total
+    if not drop_last:
+        assert sorted(seen) == list(range(size))

@@ -10,6 +10,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
+from bmoe_lightning.experts.sharding import local_part, reshard
 from bmoe_lightning.tensor_file import write_safetensors
 
 FORMAT = "bmoe_lightning.snapshot"
@@ -21,7 +22,7 @@ def save_snapshot(path: str | Path, named_parameters: Mapping[str, Tensor]) -> N
 
     Args:
         path: the file.
-        named_parameters: qualified name, as in `model.named_parameters()`, to tensor.
+        named_parameters: qualified name, as in `model.named_parameters()`, to tensor; whole ones.
 
     Raises:
         ValueError: if there is nothing to save.
@@ -76,7 +77,7 @@ def swapped_weights(model: nn.Module, path: str | Path) -> Iterator[None]:
     """Put a snapshot's tensors into a model's parameters for a while.
 
     The parameters stay the same objects. Their own values wait on the CPU and come back bit for bit, also after an
-    exception. One tensor at a time is read and moved.
+    exception. One tensor at a time is read and moved. Of weights that FSDP2 has sharded, each process takes its part.
 
     Args:
         model: the model whose parameters the snapshot names.
@@ -88,6 +89,7 @@ def swapped_weights(model: nn.Module, path: str | Path) -> Iterator[None]:
             has not been touched then.
     """
     shapes = snapshot_shapes(path)
+    reshard(model)
     parameters = dict(model.named_parameters())
     _check_fit(path, shapes, parameters)
     originals: dict[str, Tensor] = {}
@@ -95,13 +97,15 @@ def swapped_weights(model: nn.Module, path: str | Path) -> Iterator[None]:
         with safe_open(path, framework="pt") as file, torch.no_grad():
             for name in shapes:
                 value = file.get_tensor(name)
-                originals[name] = parameters[name].detach().to("cpu", copy=True)
-                parameters[name].copy_(value)
+                part = local_part(parameters[name])
+                originals[name] = part.values.to("cpu", copy=True)
+                part.values.copy_(part.of(value))
         yield
     finally:
+        reshard(model)
         with torch.no_grad():
             for name, original in originals.items():
-                parameters[name].copy_(original)
+                local_part(parameters[name]).values.copy_(original)
 
 
 def _check_fit(path: str | Path, shapes: Mapping[str, tuple[int, ...]], parameters: Mapping[str, nn.Parameter]) -> None:

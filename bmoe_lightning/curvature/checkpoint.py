@@ -20,7 +20,8 @@ import torch
 from torch import Tensor
 
 from bmoe_lightning.atomic import remove_leftovers
-from bmoe_lightning.processes import num_processes, numbers_of_all, process_rank
+from bmoe_lightning.experts.batches import CountedBatch, plain_batch
+from bmoe_lightning.processes import gather_number, num_processes, process_rank
 from bmoe_lightning.tensor_file import read_safetensors, write_safetensors
 
 FORMAT = "bmoe_lightning.curvature"
@@ -157,7 +158,7 @@ class PassCheckpoint:
 
     def _num_running(self, own: int) -> int:
         """On how many processes the pass is going on. A collective."""
-        return sum(numbers_of_all(own)) if self._distributed else own
+        return sum(gather_number(own)) if self._distributed else own
 
     def _remaining(self, batches: Iterator[Any]) -> Iterator[Any]:
         digest, expected = "", self.progress.batches
@@ -208,7 +209,7 @@ class PassCheckpoint:
 
     def _agree(self, *, failed: bool) -> None:
         """Go on only if all processes do, from the same write."""
-        writes = numbers_of_all(_DAMAGED if failed else self.progress.writes)
+        writes = gather_number(_DAMAGED if failed else self.progress.writes)
         if _DAMAGED in writes and not failed:
             raise ValueError(
                 f"the checkpoint of the curvature pass on process {writes.index(_DAMAGED)} cannot be gone on with; "
@@ -247,14 +248,16 @@ def extended_digest(digest: str, batch: Any) -> str:
     """The digest of some batches and one more.
 
     Of a batch all tensors count, by dtype, shape and bytes, and all plain strings, numbers and truth values, in nested
-    mappings, lists, tuples and dataclasses; anything else is left out.
+    mappings, lists, tuples and dataclasses; anything else is left out. A `CountedBatch` of which all examples count is
+    the batch itself.
 
     Args:
         digest: of the batches before, a hexadecimal SHA-256 digest; empty if there is none.
         batch: the next one.
     """
     running = hashlib.sha256(digest.encode())
-    _add(running, batch)
+    counts_whole = isinstance(batch, CountedBatch) and batch.num_counted == batch.size
+    _add(running, plain_batch(batch) if counts_whole else batch)
     return running.hexdigest()
 
 

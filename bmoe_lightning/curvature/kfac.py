@@ -69,7 +69,7 @@ def collect_factors(
     Args:
         model: any module with expert layers.
         class_logits: `(model, batch) -> (logits [B, K], labels [B] or None)`.
-        batches: the data; each element is handed to `class_logits` as it is.
+        batches: the data; each element is handed to `class_logits` as it is, or is a `CountedBatch`.
         rank: eigenpairs kept of each factor.
         fisher: `exact` (all classes), `mc` (a drawn label) or `empirical` (the true label).
         approximation: `expand` or `reduce`.
@@ -79,8 +79,9 @@ def collect_factors(
             is scaled by this over the number of examples seen. By default the number seen.
         seed: of the drawn labels and the random test matrices.
         distributed: whether all processes of torch.distributed's group call this, each with its own part of the data,
-            maybe none. Sums and counts are added up, and every process gets the same factors. Drawn labels (`mc`) come
-            from a stream of its own on each process: the factors then equal those of one process in distribution only.
+            maybe none; where weights are sharded, in as many batches of the same sizes. Sums and counts are added up,
+            and every process gets the same factors. Drawn labels (`mc`) come from a stream of its own on each process:
+            the factors then equal those of one process in distribution only.
         checkpoint: file for the running sums, so that a killed pass goes on: called again with the same weights, data
             and options it skips the batches that were added already, without running the model on them, and gives the
             factors of a pass that was never interrupted. Several processes write files of their own beside it. It is
@@ -137,10 +138,11 @@ def collect_factors(
                     ]
                     kept.restore(sums, generator)
                 weights = fisher_weights(fisher, tapped.log_probs, tapped.labels, generator)
+                weights = weights * tapped.counts.to(weights.device).view(1, -1, 1)
                 # Once a model: whether it keeps examples apart is a matter of its code.
                 thorough, checked = not checked, checked or len(tapped.logits) > 1
                 _add_batch(sums, tapped, slots, weights, approximation, thorough=thorough)
-                used += len(tapped.logits)
+                used += tapped.num_counted
             kept.batch_done(sums, generator, used, checked=checked)
     if not sums and (distributed or kept.resumed):
         # A process without a batch adds zeros, or what it had added before.

@@ -11,7 +11,9 @@ from torch import Tensor, nn
 
 from bmoe_lightning.experts.fused import outermost_pretrained
 from bmoe_lightning.experts.layer import ExpertLayer
+from bmoe_lightning.experts.sharding import has_shards, local_part, reshard
 from bmoe_lightning.experts.wrapping import plain_name, present, unusable
+from bmoe_lightning.processes import sum_over_processes
 
 _SAMPLES = 64
 # Steps by the golden ratio of 2^32 fall everywhere in a matrix, whatever its width.
@@ -25,7 +27,8 @@ def weight_fingerprint(model: nn.Module, layers: Sequence[ExpertLayer]) -> str:
     that it moves at all. Values are compared as float32, so a checkpoint and its exact copy in a wider dtype agree,
     while a copy rounded to a narrower dtype does not. Of quantised weights the names alone are hashed. What is hashed
     is `fingerprinted_module`, with names relative to it and without what wrappers add to them: a model has the same
-    fingerprint inside a LightningModule and outside, compiled or not.
+    fingerprint inside a LightningModule and outside, compiled or not, sharded by FSDP2 or whole; where it is sharded,
+    all processes call this.
 
     Args:
         model: the model.
@@ -35,21 +38,28 @@ def weight_fingerprint(model: nn.Module, layers: Sequence[ExpertLayer]) -> str:
         A hexadecimal SHA-256 digest.
     """
     digest = hashlib.sha256()
-    samples = sorted(_samples(fingerprinted_module(model, layers)), key=lambda sample: sample[0])
+    reshard(model)
+    sharded = has_shards(model)
+    samples = sorted(_samples(fingerprinted_module(model, layers), sharded=sharded), key=lambda sample: sample[0])
     digest.update("\n".join(f"{name}:{len(values)}" for name, values in samples).encode())
     # One transfer a device.
     for device in sorted({values.device for _, values in samples}, key=str):
         together = torch.cat([values.float() for _, values in samples if values.device == device]).cpu()
+        if sharded:
+            sum_over_processes([together])
         digest.update(together.numpy().tobytes())
     return digest.hexdigest()
 
 
-def _samples(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
-    """The name of every parameter, without what wrappers add to it, and some of its values."""
+def _samples(model: nn.Module, *, sharded: bool) -> Iterator[tuple[str, Tensor]]:
+    """The name of every parameter, without what wrappers add to it, and some of its values.
+
+    Of a sharded model those that other processes count are zero here, so that the sum over processes has them all.
+    """
     for prefix, module in model.named_modules():
         for name, parameter in module.named_parameters(recurse=False):
             # Packed weights are not compared: some libraries pack them anew while they are used.
-            values = torch.empty(0) if unusable(parameter) else _sample(present(module, name).detach())
+            values = torch.empty(0) if unusable(parameter) else _sample(present(module, name).detach(), sharded=sharded)
             yield plain_name(f"{prefix}.{name}" if prefix else name), values
 
 
@@ -67,11 +77,22 @@ def fingerprinted_module(model: nn.Module, layers: Sequence[ExpertLayer]) -> nn.
     return model.get_submodule(".".join(parts[0] for parts in shared))
 
 
-def _sample(parameter: Tensor) -> Tensor:
+def _sample(parameter: Tensor, *, sharded: bool) -> Tensor:
     """Scattered values of a parameter; of every leading entry for a stack of matrices."""
-    rows = parameter.reshape(len(parameter), -1) if parameter.dim() == 3 else parameter.reshape(1, -1)
-    size = rows.shape[1]
-    positions = torch.arange(min(_SAMPLES, size), device=rows.device)
+    stacked = len(parameter) if parameter.dim() == 3 else 1
+    size = parameter.numel() // max(stacked, 1)
+    part = local_part(parameter)
+    values = part.values
+    positions = torch.arange(min(_SAMPLES, size), device=values.device)
     if size > _SAMPLES:
         positions = positions * _STRIDE % size
-    return rows[:, positions].flatten()
+    if not sharded:
+        return values.reshape(stacked, -1)[:, positions].flatten()
+    firsts = torch.arange(stacked, device=values.device) * size
+    places = list(torch.unravel_index((firsts.unsqueeze(1) + positions).flatten(), parameter.shape))
+    if not part.counts or not values.numel():
+        return values.new_zeros(len(places[0]))
+    cut = places[part.dim] - part.offset
+    here = (cut >= 0) & (cut < values.shape[part.dim])
+    places[part.dim] = torch.where(here, cut, 0)
+    return torch.where(here, values[tuple(places)], 0)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import fnmatch
 import itertools
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 
@@ -16,9 +16,11 @@ from bmoe_lightning.experts.adapted import adapter_of, refusal_of
 from bmoe_lightning.experts.fused import check_overlooked, fused_implementation, is_fused_experts
 from bmoe_lightning.experts.layer import Dropout, ExpertLayer, Tap
 from bmoe_lightning.experts.layouts import LAYOUTS
+from bmoe_lightning.experts.sharding import has_shards, local_part, reshard
 from bmoe_lightning.experts.structure import second_linear_name, shared_experts_near
 from bmoe_lightning.experts.ties import check_ties, parameter_owners, tied_modules, weight_ids
 from bmoe_lightning.experts.wrapping import check_adapter_part, is_linear, is_wrapped_name, plain_name
+from bmoe_lightning.processes import sum_over_processes
 
 
 def find_expert_layers(
@@ -45,8 +47,8 @@ def find_expert_layers(
 
     Raises:
         ValueError: if no expert layer is found, an expert's second linear layer is ambiguous, shared experts are asked
-            for and there are none, or second weights are out of reach: quantised, parametrised, spread over processes,
-            or tied to something that is no second weight at the same place.
+            for and there are none, or second weights are out of reach: quantised, parametrised, spread over processes
+            other than by FSDP2, or tied to something that is no second weight at the same place.
     """
     modules = dict(model.named_modules())
     found: dict[str, ExpertLayer] = {}
@@ -207,13 +209,18 @@ def second_weights(model: nn.Module, layer: ExpertLayer) -> dict[str, Tensor]:
     return {f"{layer.name}.{name}": w for name, w in LAYOUTS[layer.layout].weights(model, layer).items()}
 
 
-def squared_distances(model: nn.Module, layers: list[ExpertLayer], reference: dict[str, Tensor] | None) -> list[Tensor]:
+def squared_distances(
+    model: nn.Module, layers: list[ExpertLayer], reference: Mapping[str, Tensor] | None
+) -> list[Tensor]:
     """Measure how far each expert's second weight is from the prior mean.
+
+    Where weights are sharded, each process adds its part, and all of them call this.
 
     Args:
         model: the model.
         layers: expert layers of `model`.
-        reference: the prior mean as in `second_weights`, on any device; `None` is a mean of zero.
+        reference: the prior mean as in `second_weights`, on any device, whole or of this process's parts; `None` is a
+            mean of zero.
 
     Returns:
         One `[E]` float64 tensor a layer, on the CPU: `||W_e - M_e||^2`.
@@ -222,18 +229,29 @@ def squared_distances(model: nn.Module, layers: list[ExpertLayer], reference: di
         KeyError: if the reference lacks a weight.
     """
     distances = []
+    sharded = has_shards(model)
+    reshard(model)
     for layer in layers:
-        parts = []
+        totals = torch.zeros(layer.num_experts, dtype=torch.float64)
         seconds = second_weights(model, layer)
-        for name, second in seconds.items():
-            weight = second.to(torch.promote_types(second.dtype, torch.float32))
+        held = layer.num_experts // len(seconds)  # experts in one parameter
+        for position, (name, second) in enumerate(seconds.items()):
+            part = local_part(second)
+            if sharded and not part.counts:
+                continue
+            weight = part.values.to(torch.promote_types(second.dtype, torch.float32))
             if reference is not None:
                 # One parameter at a time: the prior mean never has a second full copy beside the weights.
                 # Through the weight's own dtype: what rounding a wider mean costs is no movement.
-                weight = weight - reference[name].to(weight.device, second.dtype).to(weight.dtype)
-            by_expert = weight.reshape(layer.num_experts // len(seconds), -1)
-            parts.append(torch.linalg.vector_norm(by_expert, dim=1, dtype=torch.float64).square().cpu())
-        distances.append(torch.cat(parts))
+                mean = part.of(reference[name]).to(weight.device, second.dtype)
+                weight = weight - mean.to(weight.dtype)
+            norms = torch.linalg.vector_norm(weight.flatten(1), dim=1, dtype=torch.float64).cpu()
+            # An expert has one row of a stack of matrices, and as many of a matrix.
+            rows = torch.arange(len(norms)) + (part.offset if part.dim == 0 else 0)
+            totals.index_add_(0, position * held + rows * held // len(second), norms.square())
+        distances.append(totals)
+    if sharded:
+        sum_over_processes(distances)
     return distances
 
 

@@ -15,9 +15,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from bmoe_lightning.experts.batches import count_of, plain_batch
 from bmoe_lightning.experts.fused import outermost_pretrained
 from bmoe_lightning.experts.layer import ExpertLayer
 from bmoe_lightning.experts.layout import intercepted_layers
+from bmoe_lightning.experts.sharding import reshard, roots_together
 from bmoe_lightning.experts.streaming import Collector, joined
 from bmoe_lightning.experts.wrapping import gradients_checked, write_count
 
@@ -256,12 +258,19 @@ class TappedBatch:
         present: `[B, K]` bool, which classes each example has.
         labels: `[B]` int64 or None.
         taps: the slots and their gradients.
+        num_counted: how many examples, from the first, are to enter results.
     """
 
     logits: Tensor
     present: Tensor
     labels: Tensor | None
     taps: Taps
+    num_counted: int
+
+    @property
+    def counts(self) -> Tensor:
+        """`[B]` bool, which examples are to enter results."""
+        return torch.arange(len(self.logits), device=self.logits.device) < self.num_counted
 
     @property
     def log_probs(self) -> Tensor:
@@ -282,7 +291,7 @@ def tapped_batch(
         model: the model.
         layers: which of its expert layers to tap.
         class_logits: `(model, batch) -> (logits [B, K], labels [B] or None)`.
-        batch: whatever `class_logits` takes.
+        batch: whatever `class_logits` takes, or a `CountedBatch`.
 
     Raises:
         ValueError: if what `class_logits` returns are no logits (wrong shape, NaN, probabilities).
@@ -295,17 +304,19 @@ def tapped_batch(
         stack.enter_context(torch.enable_grad())
         stack.enter_context(evaluation_mode(model))
         stack.enter_context(_frozen(model))
+        stack.enter_context(roots_together(model))
         stack.enter_context(taps.attach(model))
         stack.enter_context(gradients_checked(model))
         # Compiled code knows nothing of taps; what was compiled stays for later.
         stack.enter_context(torch.compiler.set_stance("force_eager"))
-        logits, labels = class_logits(model, _without_inference_tensors(batch))
+        logits, labels = class_logits(model, _without_inference_tensors(plain_batch(batch)))
         taps.finish_recording()
         check_logits(logits)
         present = logits.detach() != -torch.inf
         # A caller's autocast is for the model alone: what is done with its slots keeps their precision.
         stack.enter_context(torch.autocast(logits.device.type, enabled=False))
-        yield TappedBatch(torch.where(present, logits, 0), present, labels, taps)
+        num_counted = count_of(batch, len(logits))
+        yield TappedBatch(torch.where(present, logits, 0), present, labels, taps, num_counted)
 
 
 def check_logits(logits: Tensor) -> None:
@@ -345,12 +356,14 @@ def evaluation_mode(model: nn.Module) -> Iterator[None]:
 
 @contextmanager
 def _frozen(model: nn.Module) -> Iterator[None]:
+    reshard(model)
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     for parameter in trained:
         parameter.requires_grad_(False)
     try:
         yield
     finally:
+        reshard(model)  # weights that were put together for the time have copied the flag
         for parameter in trained:
             parameter.requires_grad_(True)
 

@@ -14,9 +14,15 @@ import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
+from bmoe_lightning.experts.sharding import is_sharded, local_part, sharding_refusal, unsharded_class
+
 # Under which names wrappers keep the module that was there before.
 _INNER = ("base_layer", "original_module", "_orig_mod", "_checkpoint_wrapped_module")
 _FLOATS = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
+_ADAPTED_SHARDS = (
+    "the second weights have adapters of PEFT and are sharded over processes, so that what they add up to is known "
+    "nowhere; merge the adapters into the weights, shard less than these, or use methods without an evidence"
+)
 
 
 def _inner(module: nn.Module) -> str | None:
@@ -86,10 +92,12 @@ def effective_weight(module: nn.Module) -> Tensor:
 
     Where there are wrappers the layer is asked: it is given the unit vectors, and zero for its bias.
     """
-    if type(module) is nn.Linear:
+    if unsharded_class(module) is nn.Linear:
         return present(module, "weight").detach()
     linear: Any = unwrapped(module)
     weight = linear.weight
+    if is_sharded(weight):
+        raise ValueError(_ADAPTED_SHARDS)
     device = weight.device if weight.device.type != "meta" else execution_device(linear)
     if device.type == "meta":
         present(linear, "weight")  # says that there are none
@@ -123,6 +131,8 @@ def added_by_adapters(model: nn.Module, name: str, parameter: str) -> Tensor | N
             continue
         for adapter in wrapper.active_adapters:
             if adapter in wrapper.lora_A:
+                if is_sharded(getattr(wrapper.get_base_layer(), parameter)):
+                    raise ValueError(_ADAPTED_SHARDS)
                 delta = wrapper.get_delta_weight(adapter).detach()
                 total = delta if total is None else total + delta
     return total
@@ -159,10 +169,20 @@ def write_count(tensor: Tensor) -> int:
     return 0 if tensor.is_inference() else tensor._version
 
 
+def weights_state(module: nn.Module) -> tuple[tuple[int, int], ...]:
+    """Where the weights of a module are and how often each was written to; costs no look at them.
+
+    Writes through `.data` are not counted.
+    """
+    # Packed weights are rewritten while they are used.
+    parts = [local_part(p).values for p in module.parameters() if unusable(p) is None]
+    return tuple((values.data_ptr(), write_count(values)) for values in parts)
+
+
 def unusable(weight: Any) -> str | None:
     """Why a weight is no matrix of numbers that a Gaussian can be put over, or None if it is one."""
-    if isinstance(weight, Tensor) and hasattr(weight, "placements"):
-        return "sharded over processes, which is not supported"
+    if isinstance(weight, Tensor) and is_sharded(weight):
+        return sharding_refusal(weight)
     if not isinstance(weight, Tensor) or is_traceable_wrapper_subclass(weight):  # type: ignore[unreachable]
         return f"quantised ({type(weight).__name__})"
     return None if weight.dtype in _FLOATS else f"quantised ({weight.dtype})"

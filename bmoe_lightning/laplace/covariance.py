@@ -13,7 +13,7 @@ layer, `N` groups, a group being the slots of one example and expert.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -77,13 +77,14 @@ def batch_terms(
         layers: its expert layers, one for each entry of `factors`.
         factors: curvature of these layers, on the model's device.
         class_logits: `(model, batch) -> (logits [B, K], labels [B] or None)`.
-        batch: whatever `class_logits` takes.
+        batch: whatever `class_logits` takes, or a `CountedBatch`, of which the counted examples are described alone.
         centred: True takes K - 1 backward passes and describes the logits up to a common shift, which no softmax sees;
             False takes K and describes the logits themselves.
         thorough: whether to look for a mixing of examples in the whole model; see `slot_owners`.
     """
     with tapped_batch(model, layers, class_logits, batch) as tapped, torch.no_grad():
         weights, embedding = _contrasts(tapped.present, centred)
+        weights = weights * tapped.counts.unsqueeze(1)  # so that no slot of another example counts
         num_examples = len(embedding)
         slots = [tapped.taps.slots(position) for position in range(len(layers))]
         owners = slot_owners(tapped, slots, thorough=thorough)
@@ -101,7 +102,14 @@ def batch_terms(
             for (layer_slots, gradients, _, _), groups, layer_factors in zip(seen, grouped, factors, strict=True)
         )
         logits = tapped.logits.detach().double().masked_fill(~tapped.present, -torch.inf)
-        return BatchTerms(logits, tapped.labels, embedding, terms)
+        return _first(BatchTerms(logits, tapped.labels, embedding, terms), tapped.num_counted)
+
+
+def _first(terms: BatchTerms, count: int) -> BatchTerms:
+    """The terms of the first examples, where only these have slots."""
+    layers = tuple(replace(layer, prior=layer.prior[:count]) for layer in terms.layers)
+    labels = None if terms.labels is None else terms.labels[:count]
+    return BatchTerms(terms.logits[:count], labels, terms.embedding[:count], layers)
 
 
 def _contrasts(present: Tensor, centred: bool) -> tuple[Tensor, Tensor]:

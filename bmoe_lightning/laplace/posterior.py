@@ -24,8 +24,9 @@ from bmoe_lightning.curvature.factors import KroneckerFactors
 from bmoe_lightning.experts.fingerprint import fingerprinted_module, weight_fingerprint
 from bmoe_lightning.experts.layer import ExpertLayer
 from bmoe_lightning.experts.layout import locate_expert_layers
+from bmoe_lightning.experts.sharding import reshard
 from bmoe_lightning.experts.taps import ClassLogits
-from bmoe_lightning.experts.wrapping import execution_device, unusable, write_count
+from bmoe_lightning.experts.wrapping import execution_device, weights_state
 from bmoe_lightning.laplace.covariance import BatchTerms, batch_terms, covariance
 from bmoe_lightning.laplace.predictive import (
     NUM_SAMPLES,
@@ -331,17 +332,18 @@ class LaplacePosterior:
 
     def _bind(self, model: nn.Module) -> _Binding:
         """Find the layers in a model, check its weights and bring the factors to its device; again when it changed."""
+        reshard(model)
         device = execution_device(model)
         bound = self._bound
         if (
             bound is None
             or bound.model() is not model
             or bound.device != device
-            or bound.weights != _weights_state(model, bound.layers)
+            or bound.weights != weights_state(fingerprinted_module(model, bound.layers))
         ):
             self.check_weights(model)
             layers = _match_layers(model, self.factors)
-            weights = _weights_state(model, layers)
+            weights = weights_state(fingerprinted_module(model, layers))
             bound = _Binding(weakref.ref(model), device, weights, layers, self.factors.to(device))
             self._bound = bound
         return bound
@@ -362,18 +364,6 @@ def _precision_tensor(factors: KroneckerFactors, value: float | Tensor | Mapping
     if not bool((precision.isfinite() & (precision > 0)).all()):
         raise ValueError(f"prior precisions must be positive and finite, got {precision.tolist()}")
     return precision
-
-
-def _weights_state(model: nn.Module, layers: Sequence[ExpertLayer]) -> tuple[tuple[int, int], ...]:
-    """Which parameters the model has and how often each was written to; costs no look at the weights.
-
-    Writes through `.data` are not counted; `LaplacePosterior.check_weights` notices those too.
-    """
-    return tuple(
-        (parameter.data_ptr(), write_count(parameter))
-        for parameter in fingerprinted_module(model, layers).parameters()
-        if unusable(parameter) is None  # packed weights are not part of the fingerprint either
-    )
 
 
 def _match_layers(model: nn.Module, factors: KroneckerFactors) -> list[ExpertLayer]:

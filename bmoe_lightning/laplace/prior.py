@@ -289,7 +289,7 @@ def _bin_products(projections: Tensor, examples: Tensor, s: Tensor, centres: Ten
         centres: `[bins]`.
         num_examples: B.
     """
-    num_groups, num_contrasts = projections.shape[:2]
+    num_contrasts = projections.shape[1]
     rows = projections.double().flatten(2)  # [N, P, Q]
     products = rows.unsqueeze(1) * rows.unsqueeze(2)  # [N, P, P, Q]
     low, high = math.log(centres[0]), math.log(centres[-1])
@@ -300,6 +300,6 @@ def _bin_products(projections: Tensor, examples: Tensor, s: Tensor, centres: Ten
     sums = products.new_zeros(num_examples * len(centres), num_contrasts, num_contrasts)
     for index, share in ((lower.long(), 1 - upper_share), (lower.long() + 1, upper_share)):
         target = (examples.unsqueeze(1) * len(centres) + index).flatten()
-        values = (products * share.view(num_groups, 1, 1, -1)).permute(0, 3, 1, 2).flatten(0, 1)
+        values = (products * share[:, None, None]).permute(0, 3, 1, 2).flatten(0, 1)
         sums.index_add_(0, target, values)
     return sums.view(num_examples, len(centres), num_contrasts, num_contrasts)

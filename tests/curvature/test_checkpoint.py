@@ -19,6 +19,7 @@ from bmoe_lightning.curvature import checkpoint as checkpoint_module
 from bmoe_lightning.curvature import collect_factors, kfac, remove_checkpoint
 from bmoe_lightning.curvature.checkpoint import FORMAT, extended_digest, own_path
 from bmoe_lightning.experts import find_expert_layers
+from bmoe_lightning.experts.batches import CountedBatch
 from bmoe_lightning.tensor_file import read_safetensors, write_safetensors
 
 SIZES = (1, 2, 1, 3, 2, 1, 2)  # the first batch is too small for the thorough check of owners
@@ -467,6 +468,12 @@ class TestDigest:
         x = torch.arange(12.0).view(3, 4)
         assert extended_digest("d", batch(x)) == extended_digest("d", batch(x.T.contiguous().T))
         assert extended_digest("", torch.ones(2).conj()) == extended_digest("", torch.ones(2))
+
+    def test_examples_that_do_not_count_are_told_apart(self):
+        x = torch.arange(3)
+        plain = extended_digest("", {"x": x})
+        assert extended_digest("", CountedBatch({"x": x}, 3, 3)) == plain
+        assert len({plain, *(extended_digest("", CountedBatch({"x": x}, n, 3)) for n in (1, 2))}) == 3
 
     def test_knows_what_came_before(self):
         one, other = self.DIFFERENT[0], self.DIFFERENT[2]

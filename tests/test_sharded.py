@@ -1,0 +1,186 @@
+"""Weights that FSDP2 shards: the same posterior and the same metrics as with whole ones; real processes, over gloo."""
+
+from __future__ import annotations
+
+import json
+import types
+from concurrent.futures import ThreadPoolExecutor
+
+import pytest
+import torch
+from distributed_runs import TEST
+from lightning.pytorch.strategies import DDPStrategy, ModelParallelStrategy
+from safetensors.torch import load_file
+from test_distributed import SameAsOneProcess, read, run_script
+from toy import ToyData, ToyModule
+
+from bmoe_lightning.checks import check_prior_mean, check_strategy
+from bmoe_lightning.curvature import collect_factors
+from bmoe_lightning.experts.batches import CountedBatch, count_of, plain_batch
+from bmoe_lightning.experts.sharding import sharding_refusal
+from bmoe_lightning.fitting import plain_logits
+from bmoe_lightning.laplace import LaplacePosterior
+from bmoe_lightning.settings import FitSettings
+
+SCRIPT = "sharded_runs.py"
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory):
+    """With one process and whole weights, then with two that share them."""
+    folder = run_script(tmp_path_factory.mktemp("sharded"), "whole", 1)
+    return run_script(folder, "whole", 2, script=SCRIPT)
+
+
+class TestEndToEnd(SameAsOneProcess):
+    world_size = 2
+
+    @pytest.fixture
+    def folder(self, runs):
+        return runs
+
+    def test_prediction_is_split_as_lightning_does(self, folder):
+        found = {}
+        for path in sorted(folder.glob("predict*-2-*.safetensors")):
+            content = load_file(path)
+            found |= dict(zip(map(tuple, content["ids"].tolist()), content["probs"], strict=True))
+        ids = ToyData(TEST, 3).ids[: TEST - TEST % 6]
+        probs = torch.stack([found[tuple(row)] for row in ids.tolist()])
+        expected = read(folder, "test", 1, 0)[1]["laplace_lpo"].exp()[: len(ids)]
+        torch.testing.assert_close(probs, expected, rtol=1e-6, atol=1e-6)
+
+    @pytest.mark.parametrize(
+        ("name", "said"),
+        [
+            ("predict", "they have 24, 23"),
+            ("best", "fit_at='best'"),
+            ("tensor", r"tensor-parallel group of 2 processes.*data_parallel_size=2, tensor_parallel_size=1"),
+        ],
+    )
+    def test_what_cannot_work_is_refused_on_all_processes(self, folder, name, said):
+        for rank in range(2):
+            message = json.loads((folder / f"refusals-{rank}.json").read_text())[name]
+            with pytest.raises(ValueError, match=said):
+                raise ValueError(message)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("world_size", [1, 2, 3])
+def test_whatever_looks_at_weights_sees_the_same_in_parts(tmp_path, world_size):
+    """Factors, distances, fingerprint, predictions, borrowed weights; fused experts and separate ones."""
+
+    def process(rank):
+        return run_script(tmp_path, "parts", world_size, script=SCRIPT, RANK=str(rank))
+
+    with ThreadPoolExecutor(world_size) as pool:
+        assert len(list(pool.map(process, range(world_size)))) == world_size
+    for rank in range(world_size):
+        found = json.loads((tmp_path / f"parts-{world_size}-{rank}.json").read_text())
+        assert set(found) == {"fused", "modules"}
+        for kinds in found.values():
+            assert set(kinds) == {"FSDP", "HSDP", "by width"}
+            for differences in kinds.values():
+                assert len(differences) == 13
+                assert max(differences.values()) < 1e-12
+                assert differences["fingerprint"] == differences["whole"] == 0
+
+
+@pytest.mark.slow
+def test_a_finetuner_shards_itself_and_its_checkpoints_are_read_back(tmp_path):
+    run_script(tmp_path, "finetuner", 2, script=SCRIPT)
+    first, second = (json.loads((tmp_path / f"finetuner-{rank}.json").read_text()) for rank in range(2))
+    assert first == second
+    assert set(first) == {"distributed", "single"}
+    for said in first.values():
+        assert said["same"]
+        assert said["epochs"] == 2
+        assert said["nll"] == said["nll read back"] < said["map"]
+
+
+class TestRefusals:
+    def trainer(self, size, world_size=4):
+        strategy = ModelParallelStrategy(data_parallel_size=world_size // size, tensor_parallel_size=size)
+        strategy._device_mesh = {"tensor_parallel": types.SimpleNamespace(size=lambda: size)}
+        return types.SimpleNamespace(strategy=strategy, world_size=world_size)
+
+    def test_sharded_weights_alone_are_let_through(self):
+        check_strategy(self.trainer(1))
+
+    def test_tensor_parallelism(self):
+        with pytest.raises(ValueError, match=r"group of 2 .*data_parallel_size=4, tensor_parallel_size=1"):
+            check_strategy(self.trainer(2))
+
+    @pytest.mark.parametrize(
+        ("placements", "size", "reason"),
+        [
+            (["Shard"], 1, None),
+            (["Replicate", "Shard"], 1, None),
+            (["Replicate"], 1, "parallel plan"),
+            (["Shard", "Shard"], 1, "parallel plan"),
+            (["_StridedShard", "Shard"], 1, "parallel plan"),
+            (["Shard"], 2, "2 of 1 processes"),
+        ],
+    )
+    def test_placements(self, placements, size, reason):
+        tensor = types.SimpleNamespace(
+            placements=[type(name, (), {})() for name in placements],
+            device_mesh=types.SimpleNamespace(size=lambda: size),
+        )
+        found = sharding_refusal(tensor)
+        assert found is None if reason is None else reason in found
+
+    def test_a_prior_mean_that_is_gone(self):
+        resumed = types.SimpleNamespace(strategy=ModelParallelStrategy(), ckpt_path="last.ckpt")
+        settings = FitSettings(methods=("laplace_evidence",))
+        with pytest.raises(ValueError, match="had loaded the checkpoint before"):
+            check_prior_mean(resumed, settings, known=False)
+        check_prior_mean(resumed, settings, known=True)
+        check_prior_mean(resumed, FitSettings(methods=("laplace_evidence",), prior_mean="zero"), known=False)
+        check_prior_mean(resumed, FitSettings(methods=("laplace_lpo",)), known=False)
+        others = ((ModelParallelStrategy(), None), (DDPStrategy(), "last.ckpt"))
+        for strategy, path in others:
+            check_prior_mean(types.SimpleNamespace(strategy=strategy, ckpt_path=path), settings, known=False)
+
+
+def answers(module, batch):
+    return module.class_logits(batch)
+
+
+def batch_of(*indices):
+    data = ToyData(8, 1)
+    return {"input_ids": data.ids[list(indices)], "labels": data.labels[list(indices)]}
+
+
+class TestCountedBatches:
+    """Examples that run and do not count."""
+
+    @pytest.mark.parametrize("fisher", ["exact", "empirical"])
+    @pytest.mark.parametrize("approximation", ["expand", "reduce"])
+    def test_curvature_is_that_of_the_counted_ones(self, fisher, approximation):
+        module = ToyModule()
+        options = {"fisher": fisher, "approximation": approximation, "rank": 3}
+        expected = collect_factors(module, answers, [batch_of(0, 1, 2), batch_of(3, 4)], **options)
+        padded = [batch_of(0, 1, 2), CountedBatch(batch_of(3, 4, 0), 2, 3), CountedBatch(batch_of(5, 6), 0, 2)]
+        found = collect_factors(module, answers, padded, **options)
+        assert found.num_examples_used == expected.num_examples_used == 5
+        for mine, other in zip(found.layers, expected.layers, strict=True):
+            assert torch.equal(mine.slots, other.slots)
+            torch.testing.assert_close(mine.curvature(), other.curvature(), rtol=1e-4, atol=1e-6)
+
+    def test_calibration_is_that_of_the_counted_ones(self):
+        module = ToyModule()
+        batches = [batch_of(0, 1, 2), batch_of(3, 4)]
+        padded = [batch_of(0, 1, 2), CountedBatch(batch_of(3, 4, 0), 2, 3), CountedBatch(batch_of(5, 6), 0, 2)]
+        posterior = LaplacePosterior(collect_factors(module, answers, batches, rank=3))
+        expected, found = (posterior.validation_cache(module, answers, x) for x in (batches, padded))
+        for name in ("logits", "labels", "embedding", "prior", "binned"):
+            torch.testing.assert_close(getattr(found, name), getattr(expected, name), rtol=1e-4, atol=1e-6)
+        for mine, other in zip(*(plain_logits(module, answers, x) for x in (padded, batches)), strict=True):
+            torch.testing.assert_close(mine, other, rtol=1e-5, atol=1e-6)
+
+    def test_examples_that_are_no_entries_are_refused_where_it_matters(self):
+        assert plain_batch(CountedBatch("batch", 2, 3)) == plain_batch("batch") == "batch"
+        assert count_of(CountedBatch("batch", 3, 3), 6) == count_of("batch", 6) == 6
+        assert count_of(CountedBatch("batch", 1, 3), 3) == 1
+        with pytest.raises(ValueError, match="6 examples for 3 entries"):
+            count_of(CountedBatch("batch", 2, 3), 6)
