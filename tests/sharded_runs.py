@@ -11,11 +11,24 @@ import os
 import sys
 import types
 import warnings
+from contextlib import suppress
 from pathlib import Path
 
 import torch
 import torch.distributed as dist
-from distributed_runs import CALIBRATION, METHODS, TEST, TRAIN, SameWeights, Witness, options, watch_writing, writes
+from distributed_runs import (
+    CALIBRATION,
+    METHODS,
+    TEST,
+    TRAIN,
+    Killed,
+    SameWeights,
+    Witness,
+    options,
+    stopping,
+    watch_writing,
+    writes,
+)
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.loggers import TensorBoardLogger
 from lightning.pytorch.strategies import ModelParallelStrategy
@@ -28,7 +41,7 @@ from toy import ToyData, loader, toy_model, trainer
 
 from bmoe_lightning import BayesianMoECallback, ExpertFinetuner, LaplacePosterior
 from bmoe_lightning.baselines.snapshots import swapped_weights
-from bmoe_lightning.curvature import collect_factors
+from bmoe_lightning.curvature import collect_factors, remove_checkpoint
 from bmoe_lightning.experts import find_expert_layers, second_weights, squared_distances, weight_fingerprint
 from bmoe_lightning.experts.batches import CountedBatch
 from bmoe_lightning.experts.sharding import has_shards, local_part, reshard, whole
@@ -227,6 +240,7 @@ def observed(model, batches, before, snapshot) -> dict:
         results[f"{fisher} {approximation}"] = [layer.curvature() for layer in factors.layers]
         results[f"{fisher} slots"] = [layer.slots for layer in factors.layers]
         assert (factors.num_examples, factors.num_examples_used) == (24, 24)
+    results["resumed"] = [layer.curvature() for layer in resumed(model, seen, snapshot, distributed=sharded).layers]
     results["distances"] = squared_distances(model, layers, before)
     results["norms"] = squared_distances(model, layers, None)
     results["fingerprint"] = weight_fingerprint(model, layers)
@@ -250,6 +264,25 @@ def observed(model, batches, before, snapshot) -> dict:
     assert weight_fingerprint(model, layers) == results["fingerprint"]
     results["whole"] = [whole(value).clone() for layer in layers for value in second_weights(model, layer).values()]
     return results
+
+
+def resumed(model, seen, snapshot, *, distributed):
+    """Factors of a pass that is cut off between two batches, where nobody waits for anybody, and goes on."""
+    sums = snapshot.with_name(f"sums-{snapshot.stem}" if distributed else f"sums-{snapshot.stem}-{rank()}")
+    kept = {"rank": 3, "distributed": distributed, "checkpoint": sums, "checkpoint_every": 2}
+    with suppress(Killed):
+        collect_factors(model, answers, stopping(seen, 2), **kept)
+    calls = []
+
+    def counted(m, batch):
+        calls.append(0)
+        return answers(m, batch)
+
+    factors = collect_factors(model, counted, seen, **kept)
+    assert len(calls) == len(seen) - 2
+    remove_checkpoint(sums)
+    dist.barrier()
+    return factors
 
 
 def apart(found, expected) -> float:

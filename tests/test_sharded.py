@@ -80,7 +80,7 @@ def test_whatever_looks_at_weights_sees_the_same_in_parts(tmp_path, world_size):
         for kinds in found.values():
             assert set(kinds) == {"FSDP", "HSDP", "by width"}
             for differences in kinds.values():
-                assert len(differences) == 13
+                assert len(differences) == 14
                 assert max(differences.values()) < 1e-12
                 assert differences["fingerprint"] == differences["whole"] == 0
 
