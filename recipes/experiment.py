@@ -10,7 +10,7 @@ import logging
 import shutil
 import time
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -28,8 +28,9 @@ from bmoe_lightning.atomic import write_text
 from bmoe_lightning.baselines import Method, load_snapshot, save_snapshot
 from bmoe_lightning.curvature import remove_checkpoint
 from bmoe_lightning.experts import ClassLogits, find_expert_layers, second_weights
+from bmoe_lightning.experts.sharding import local_part, shard_blocks, whole
 from bmoe_lightning.fitting import build_methods
-from bmoe_lightning.passes import reproducible_order
+from bmoe_lightning.processes import is_first, num_processes, wait_for_all
 from bmoe_lightning.report import (
     MethodResult,
     label_budget_figure,
@@ -48,6 +49,7 @@ from recipes.label_budget import label_budget
 from recipes.settings import ResolvedSettings
 from recipes.sources import RecipeError, Source, prepare_source
 from recipes.start import begin, check_start, plain_notes
+from recipes.together import agreed, first_then_others, joined, mesh_of, own_batches, trainer_options
 
 __all__ = ["RecipeError", "run"]
 
@@ -61,7 +63,7 @@ def run(settings: ResolvedSettings) -> None:
         RecipeError: with a sentence, if the model or the data cannot be had, the earlier run had other settings, or a
             setting cannot be used here.
     """
-    with plain_notes():
+    with plain_notes(), joined(settings):
         _quieten()
         _run(settings)
 
@@ -69,21 +71,31 @@ def run(settings: ResolvedSettings) -> None:
 def _run(settings: ResolvedSettings) -> None:
     started = time.monotonic()
     output = Path(settings.output_dir)
-    goes_on = check_start(settings, output)
-    if goes_on:
+    goes_on, source = first_then_others(lambda: _begun(settings, output))
+    if goes_on and is_first():
         print(f"Going on with the run in {output}: finished stages are not done again; --overwrite starts anew.")
-    source = prepare_source(settings)
-    begin(settings, output, source, goes_on=goes_on)
-    print(source.banner, flush=True)
+    if is_first():
+        print(source.banner, flush=True)
     results: list[MethodResult] = []
     calibration: list[MethodResult] = []
     for seed in range(settings.first_seed, settings.first_seed + settings.seeds):
         run_of_seed = SeedRun(settings, source, output, seed)
         results += run_of_seed.results("test")
         calibration += run_of_seed.results("val")
+    if not is_first():
+        return
     _report(settings, output, results, calibration)
     print(f"\nDone in {time.monotonic() - started:.0f} s. Everything is in {output}; compare the methods with")
     print(f"  tensorboard --logdir {output / 'tensorboard'}", flush=True)
+
+
+def _begun(settings: ResolvedSettings, output: Path) -> tuple[bool, Source]:
+    """Whether an earlier run goes on, and model and questions; the first process notes what the run is."""
+    goes_on = check_start(settings, output)
+    source = prepare_source(settings)
+    if is_first():
+        begin(settings, output, source, goes_on=goes_on)
+    return goes_on, source
 
 
 @dataclass
@@ -108,16 +120,21 @@ class SeedRun:
         return self.output / f"seed-{self.seed}"
 
     def results(self, stage: str) -> list[MethodResult]:
-        """Predictions of every method on the `test` or calibration (`val`) split, made now or by an earlier run."""
+        """Predictions of every method on the `test` or calibration (`val`) split, made now or by an earlier run.
+
+        Of several processes the first one has them.
+        """
         path = self.folder / "predictions.safetensors"
-        if not path.is_file():
+        if not agreed(path.is_file()):
             self._evaluate(path)
+        if not is_first():
+            return []
         return _read_predictions(path, stage, self.seed, self.source.ids(stage))
 
     def _member(self, index: int) -> Path:
         """Fine-tune one more member of the deep ensemble, if there is none yet; the file with its weights."""
         path = self.folder / f"member-{index}.safetensors"
-        if not path.is_file():
+        if not agreed(path.is_file()):
             self._say(f"fine-tuning member {index + 1} of {self.settings.ensemble_size} of the deep ensemble")
             module, data = self._fresh(index)
             self._trainer([_SaveTrained(path)], f"member-{index}").fit(module, datamodule=data)
@@ -139,7 +156,9 @@ class SeedRun:
         methods = build_methods(
             module, callback.settings, fitted, snapshots=snapshots, ensemble_members=callback.ensemble_members
         )
-        _write_predictions(path, callback, methods)
+        if is_first():
+            _write_predictions(path, callback, methods)
+        wait_for_all()
 
     @property
     def _posterior_folder(self) -> Path:
@@ -166,7 +185,7 @@ class SeedRun:
     def _train(self, module: ExpertFinetuner, data: MultipleChoiceDataModule, members: list[Path]) -> None:
         """Have the module fine-tuned and the methods fitted and written, as far as an earlier run has not done it."""
         trained = self.folder / "trained.safetensors"
-        if not trained.is_file():
+        if not agreed(trained.is_file()):
             size = self.settings.ensemble_size
             member = f" (member 1 of {size} of the deep ensemble)" if members else ""
             self._say(f"fine-tuning the experts{member}, then curvature and calibration")
@@ -176,16 +195,21 @@ class SeedRun:
         trainer = self._trainer([])
         module.configure_model()
         trainer.precision_plugin.convert_module(module)
+        mesh = mesh_of(self.settings)
+        layers = find_expert_layers(module)
+        if mesh is not None and module.model is not None:
+            shard_blocks(module.model, find_expert_layers(module.model), mesh)
         pretrained = {
-            name: weight.clone()
-            for layer in find_expert_layers(module)
+            name: local_part(weight).values.to("cpu", copy=True)
+            for layer in layers
             for name, weight in second_weights(module, layer).items()
         }
         parameters = dict(module.named_parameters())
         with torch.no_grad():
             for name, value in load_snapshot(trained).items():
-                parameters[name].copy_(value)
-        if not has_fitted(self._posterior_folder):
+                part = local_part(parameters[name])
+                part.values.copy_(part.of(value))
+        if not agreed(has_fitted(self._posterior_folder)):
             self._say("curvature and calibration of the weights that an earlier run fine-tuned")
 
             def class_logits(model: Any, batch: Any) -> tuple[Tensor, Tensor | None]:
@@ -197,13 +221,16 @@ class SeedRun:
             module.to(device)
             callback.fit_posterior(
                 module,
-                _on_device(data.train_dataloader(), device),
-                _on_device(data.calibration_dataloader(), device),
+                own_batches(data.train_dataloader(), device, training=True, in_step=mesh is not None),
+                own_batches(data.calibration_dataloader(), device, training=False, in_step=mesh is not None),
                 prior_mean=pretrained,
+                distributed=num_processes() > 1,
             )
             assert callback.fitted is not None
             snapshots = sorted((self._posterior_folder / "snapshots").glob("*.safetensors"))
-            save_fitted(self._posterior_folder, callback.fitted, snapshots)
+            if is_first():
+                save_fitted(self._posterior_folder, callback.fitted, snapshots)
+            wait_for_all()
         # Of a run that was killed just after the posterior was written.
         remove_checkpoint(self._posterior_folder / SUMS_FILE)
 
@@ -235,7 +262,6 @@ class SeedRun:
         return L.Trainer(
             max_epochs=self.settings.epochs,
             accelerator=self.settings.accelerator,
-            devices=1,
             precision=self.settings.precision,  # type: ignore[arg-type]  # Lightning checks it
             gradient_clip_val=1.0,
             callbacks=callbacks,
@@ -248,10 +274,12 @@ class SeedRun:
             check_val_every_n_epoch=self.settings.epochs,
             num_sanity_val_steps=0,
             default_root_dir=str(self.output),
+            **trainer_options(self.settings),
         )
 
     def _say(self, what: str) -> None:
-        print(f"[seed {self.seed}] {what}", flush=True)
+        if is_first():
+            print(f"[seed {self.seed}] {what}", flush=True)
 
 
 class _SaveTrained(L.Callback):
@@ -260,16 +288,14 @@ class _SaveTrained(L.Callback):
     def __init__(self, path: Path) -> None:
         self._path = path
 
-    def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:  # noqa: ARG002
+    def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         assert isinstance(pl_module, ExpertFinetuner)
-        save_snapshot(self._path, pl_module.trained_parameters())
-
-
-def _on_device(loader: Any, device: torch.device) -> Iterator[dict[str, Tensor]]:
-    """The batches in the order that the callback sees when training ends."""
-    with reproducible_order(loader):
-        for batch in loader:
-            yield {name: value.to(device) for name, value in batch.items()}
+        # All processes put sharded weights together, and the first one keeps them.
+        gathered = ((name, whole(weight)) for name, weight in pl_module.trained_parameters().items())
+        kept = {name: weight.cpu() for name, weight in gathered if trainer.is_global_zero}
+        if trainer.is_global_zero:
+            save_snapshot(self._path, kept)
+        trainer.strategy.barrier()
 
 
 def _write_predictions(path: Path, callback: BayesianMoECallback, methods: Sequence[Method]) -> None:
@@ -336,5 +362,6 @@ def _quieten() -> None:
         ".*LeafSpec.*",
         ".*Checkpoint directory.*",
         ".*logging interval.*",
+        ".*recommended to use `Trainer.*",  # on several processes; repeated examples are not counted here
     ):
         warnings.filterwarnings("ignore", message=message)

@@ -13,6 +13,7 @@ Plan a run for a mixture-of-experts language model from its configuration alone:
   python -m recipes.plan --model qwen1.5-moe-a2.7b --memory 24,40,80,141
   python -m recipes.plan --model path/to/config.json --rank 20 --json plan.json
   python -m recipes.plan --model owner/name            (asks the hub for the configuration)
+  python -m recipes.plan --model qwen1.5-moe-a2.7b --memory 24,40,80,141 --readme    (puts its launch lines there)
 """
 
 
@@ -31,15 +32,19 @@ def main(arguments: Sequence[str] | None = None) -> int:
     # Late: torch and transformers take seconds to import, and --help should not.
     from bmoe_lightning.loading import ModelUnavailableError
     from recipes.json_flag import written
-    from recipes.planning.report import PlanSettings, make_plan, plan_json, plan_text
+    from recipes.planning.report import PlanSettings, launch_section, make_plan, plan_json, plan_text
+    from recipes.readme import README, between
 
-    settings = PlanSettings(**{name: value for name, value in vars(flags).items() if name != "json"})
+    settings = PlanSettings(**{name: value for name, value in vars(flags).items() if name not in ("json", "readme")})
     try:
         plan = make_plan(settings)
     except (ModelUnavailableError, ValueError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
     print(plan_text(plan))
+    if flags.readme:
+        text = README.read_text(encoding="utf-8")
+        README.write_text(between(text, "launch lines", launch_section(plan)), encoding="utf-8")
     return 0 if flags.json is None or written(flags.json, plan_json(plan)) else 1
 
 
@@ -76,6 +81,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--experts-per-token", type=int, default=None, metavar="INT", help="where the configuration does not name it"
     )
+    parser.add_argument("--readme", action="store_true", help="also put the launch lines into README.md")
     parser.add_argument("--json", default=None, metavar="FILE", help="also write the figures as JSON")
     return parser
 

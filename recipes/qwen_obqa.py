@@ -17,6 +17,8 @@ of its answers: plain (MAP), MC dropout, ensembles, temperature scaling, and a L
       the small model on real questions (train.jsonl and test.jsonl in the hub's columns)
   python -m recipes.qwen_obqa --model Qwen/Qwen1.5-MoE-A2.7B --data allenai/openbookqa
       the paper's set-up, on a GPU; local folders work for both
+  torchrun --nproc-per-node 8 -m recipes.qwen_obqa --model Qwen/Qwen1.5-MoE-A2.7B --strategy sharded
+      on several GPUs; `python -m recipes.plan --model qwen1.5-moe-a2.7b` has the launch lines and what they need
 """
 
 
@@ -37,7 +39,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         run(settings)
     except RecipeError as error:
-        print(f"error: {error}", file=sys.stderr)
+        if str(error):  # of several processes the first one tells
+            print(f"error: {error}", file=sys.stderr)
         return 1
     return 0
 

@@ -14,6 +14,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
+README = ROOT / "README.md"
 FIGURES = ("reliability.png", "label_budget.png")
 
 
@@ -25,11 +26,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if not (run / "results.md").is_file():
         print(f"error: {run} holds no finished run", file=sys.stderr)
         return 1
-    readme = ROOT / "README.md"
-    text = readme.read_text(encoding="utf-8")
+    text = README.read_text(encoding="utf-8")
     text = between(text, "results", scores((run / "results.md").read_text(encoding="utf-8")))
     text = between(text, "label budget", budget_table(json.loads((run / "label_budget.json").read_text("utf-8"))))
-    readme.write_text(text, encoding="utf-8")
+    README.write_text(text, encoding="utf-8")
     for name in FIGURES:
         shutil.copyfile(run / "figures" / name, ROOT / "recipes" / "figures" / name)
     return 0

@@ -78,6 +78,10 @@ class Settings:
     ensemble_size: int = _setting(3, "members of the deep ensemble; each is a fine-tuning run of its own")
     num_snapshots: int = _setting(5, "members of the checkpoint ensemble")
     accelerator: str = _setting("auto", "auto, cpu or gpu")
+    strategy: str = _setting(
+        "auto",
+        "with several processes, which torchrun starts: auto (DDP, each holds the model) or sharded (FSDP2, together)",
+    )
     precision: str | None = _setting(None, "Lightning precision, such as 32-true or bf16-true")
 
     @property
@@ -145,6 +149,7 @@ class Settings:
             "sketch": ("auto", "nystrom", "rsvd", "exact"),
             "link": ("mc", "isotropic", "probit", "laplace_bridge"),
             "prompt": ("instruction", "letters"),
+            "strategy": ("auto", "sharded"),
         }
         for name, valid in choices.items():
             if getattr(self, name) not in valid:

@@ -18,9 +18,11 @@ import lightning as L
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 
 from bmoe_lightning.atomic import write_text
+from bmoe_lightning.processes import is_first, num_processes
 from bmoe_lightning.settings import FitSettings
 from recipes.settings import ResolvedSettings
 from recipes.sources import RecipeError, Source
+from recipes.together import trainer_options
 
 RUN_FILE = "run.json"
 # What a run makes, beside a folder for each seed. The small model is kept: it does not depend on the settings here.
@@ -68,12 +70,12 @@ def check_start(settings: ResolvedSettings, output: Path) -> bool:
     try:
         L.Trainer(
             accelerator=settings.accelerator,
-            devices=1,
             precision=settings.precision,  # type: ignore[arg-type]  # checked here
             logger=False,
             enable_checkpointing=False,
             enable_progress_bar=False,
             enable_model_summary=False,
+            **trainer_options(settings),
         )
     except (MisconfigurationException, ValueError) as error:
         raise RecipeError(
@@ -108,10 +110,11 @@ def begin(settings: ResolvedSettings, output: Path, source: Source, *, goes_on: 
 
 @contextlib.contextmanager
 def plain_notes() -> Iterator[None]:
-    """Show warnings as one line for a person, without the place in the code; as before afterwards."""
+    """Show the first process's warnings as one line for a person, without the place in the code, for a while."""
 
     def show(message: Warning | str, *_: Any, **__: Any) -> None:
-        print(f"note: {_one_line(message)}", file=sys.stderr, flush=True)
+        if is_first():
+            print(f"note: {_one_line(message)}", file=sys.stderr, flush=True)
 
     with warnings.catch_warnings():
         warnings.showwarning = show
@@ -152,8 +155,9 @@ def _read_run(path: Path) -> dict[str, Any]:
 
 
 def _lasting(settings: ResolvedSettings) -> dict[str, Any]:
-    """The settings that must stay the same for the files of a run to belong together."""
-    return {name: value for name, value in asdict(settings).items() if name not in _FREE}
+    """What must stay the same for the files of a run to belong together."""
+    lasting = {name: value for name, value in asdict(settings).items() if name not in _FREE}
+    return lasting | {"processes": num_processes()}
 
 
 def _fingerprint(source: Source) -> str:

@@ -13,6 +13,7 @@ import torch
 from recipes.planning import compute, memory
 from recipes.planning.architecture import Architecture, build, describe, load_configuration
 from recipes.planning.compute import Workload
+from recipes.planning.launch import Launch, launches
 from recipes.planning.memory import Precision, Training
 
 _GIB = 2**30
@@ -46,6 +47,7 @@ class Plan:
         sizes: bytes, by what they are of.
         operations: floating-point operations of a batch, by what it is a batch of.
         trainings: one entry a way of training.
+        launches: one entry a way of launching the main job.
     """
 
     settings: PlanSettings
@@ -53,6 +55,7 @@ class Plan:
     sizes: dict[str, int]
     operations: dict[str, float]
     trainings: tuple[Training, ...]
+    launches: tuple[Launch, ...]
 
 
 def make_plan(settings: PlanSettings) -> Plan:
@@ -88,7 +91,9 @@ def make_plan(settings: PlanSettings) -> Plan:
         memory.training_memory(model, work, part, own, checkpointing=checkpointing)
         for part, own, checkpointing in itertools.product(_TRAINED_NAMES, dtypes, (False, True))
     )
-    return Plan(settings, model, sizes, operations, trainings)
+    plain = {t.trained: t for t in trainings if not t.checkpointing and t.trained_dtype == settings.dtype}
+    ways = launches(model, settings.model, plain["down_proj"], plain["experts"])
+    return Plan(settings, model, sizes, operations, trainings, ways)
 
 
 def _check_fit(settings: PlanSettings, model: Architecture, config: Any) -> None:
@@ -135,13 +140,22 @@ def plan_json(plan: Plan) -> str:
             }
             for training in plan.trainings
         ],
+        "launch": [
+            {
+                **asdict(launch),
+                "peak": launch.training.peak,
+                "fits": {f"{size:g}": launch.training.fits(size) for size in plan.settings.memory},
+            }
+            for launch in plan.launches
+        ],
     }
     return json.dumps(content, indent=2) + "\n"
 
 
 def plan_text(plan: Plan) -> str:
     """The plan as tables for a terminal."""
-    return "\n\n".join((_model_part(plan), _posterior_part(plan), _operations_part(plan), _training_part(plan)))
+    parts = (_model_part, _posterior_part, _operations_part, _training_part, launch_text)
+    return "\n\n".join(part(plan) for part in parts)
 
 
 def _model_part(plan: Plan) -> str:
@@ -264,6 +278,50 @@ def _training_part(plan: Plan) -> str:
             "Files in GiB.",
             *_table(["trained", "as", "snapshot", "checkpoint with AdamW", f"{memory.SNAPSHOTS} snapshots"], saved),
         ]
+    )
+
+
+def launch_text(plan: Plan) -> str:
+    """How the main job is launched on this model, and what each device has to hold."""
+    rows = []
+    for launch in plan.launches:
+        training = launch.training
+        parts = (training.weights, training.gradients + training.optimizer, training.activations, training.curvature)
+        rows.append(
+            [
+                launch.name,
+                _TRAINED_NAMES[training.trained],
+                *(_gib(part) for part in (*parts, training.peak)),
+                *("yes" if training.fits(size) else "no" for size in plan.settings.memory),
+            ]
+        )
+    sizes = [f"{size:g} GiB" for size in plan.settings.memory]
+    header = ["launch", "trained", "weights", "grad+AdamW", "activations ~", "curvature ~", "peak ~", *sizes]
+    return "\n".join(
+        [
+            f"Launch lines, and GiB of each device in {plan.settings.dtype} without gradient checkpointing.",
+            *_table(header, rows),
+            "~ estimated. DDP: with the buckets of gradients. Sharded: with blocks that are put together for a while.",
+            "",
+            *(f"{launch.name}:\n  {_folded(launch.command)}" for launch in plan.launches),
+            "On several nodes the line is run on each, with HOST the name of one of them, and an --output-dir that all see.",
+        ]
+    )
+
+
+def _folded(command: str) -> str:
+    """A command on one line, or on two if it begins with torchrun's own arguments."""
+    launcher, _, recipe = command.partition(" -m ")
+    return command if launcher == "python" else f"{launcher} \\\n    -m {recipe}"
+
+
+def launch_section(plan: Plan) -> str:
+    """The launch lines as markdown, with the command that makes them."""
+    settings = plan.settings
+    sizes = ",".join(f"{size:g}" for size in settings.memory)
+    return (
+        f"(from `python -m recipes.plan --model {settings.model} --memory {sizes} --readme`)\n\n"
+        f"```text\n{launch_text(plan)}\n```"
     )
 
 

@@ -29,7 +29,8 @@ def test_text_names_what_was_found(settings):
     assert re.search(r"\n +3 +8 +2 +48 +64 +fused\n", text)
     assert "curvature, exact (3 backward passes)" in text
     assert "curvature, mc (1 backward pass)" in text
-    assert max(map(len, text.splitlines())) < 150
+    table = [line for line in text.splitlines() if "recipes.qwen_obqa" not in line]
+    assert max(map(len, table)) < 150
 
 
 def test_unlike_expert_layers_have_a_line_each(settings, monkeypatch):
@@ -51,6 +52,7 @@ def test_json_holds_the_same_figures(settings):
     ]
     assert content["model"]["expert_layers"][0]["experts_per_token"] == 2
     assert len(content["training"]) == 8
+    assert [entry["peak"] for entry in content["launch"]] == [launch.training.peak for launch in plan.launches]
     for training, entry in zip(plan.trainings, content["training"], strict=True):
         assert entry["peak"] == training.peak
         assert entry["fits"] == {"0.0001": False, "80": True}
@@ -59,7 +61,7 @@ def test_json_holds_the_same_figures(settings):
 
 def test_yes_and_no(settings):
     rows = [line.split() for line in plan_text(make_plan(settings)).splitlines() if line.endswith(" yes")]
-    assert [row[-2:] for row in rows] == [["no", "yes"]] * 8
+    assert [row[-2:] for row in rows] == [["no", "yes"]] * 12
 
 
 def test_qwen_as_the_paper_runs_it(qwen):
