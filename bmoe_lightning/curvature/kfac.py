@@ -104,6 +104,7 @@ def collect_factors(
                 thorough, checked = not checked, checked or len(tapped.logits) > 1
                 _add_batch(sums, tapped, slots, weights, approximation, thorough=thorough)
                 used += len(tapped.logits)
+            del tapped, slots  # or this batch's graph stays while the next one's is made
     if distributed:
         # A process without a batch adds zeros.
         sums = sums or [_LayerSums(layer, _parameter_of(model, layer), rank, sketch, seed) for layer in layers]

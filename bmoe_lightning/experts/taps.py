@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import copy
 import math
+import weakref
 from collections.abc import Callable, Iterable, Iterator, MutableMapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
@@ -18,7 +19,8 @@ from torch import Tensor, nn
 from bmoe_lightning.experts.fused import outermost_pretrained
 from bmoe_lightning.experts.layer import ExpertLayer
 from bmoe_lightning.experts.layout import intercepted_layers
-from bmoe_lightning.experts.streaming import Collector, joined
+from bmoe_lightning.experts.recomputing import recomputed_activations
+from bmoe_lightning.experts.streaming import Collector, Output, differentiated, joined
 from bmoe_lightning.experts.wrapping import gradients_checked, write_count
 
 _INPUTS = ("input_ids", "inputs_embeds", "decoder_input_ids", "decoder_inputs_embeds")
@@ -52,7 +54,7 @@ class _LayerTap:
     inputs: list[Tensor] = field(default_factory=list)
     experts: list[Tensor] = field(default_factory=list)
     rows: list[Tensor | None] = field(default_factory=list)
-    outputs: list[Tensor] = field(default_factory=list)
+    outputs: list[Output] = field(default_factory=list)
     write_counts: list[int] = field(default_factory=list)
 
     def check_inputs(self) -> None:
@@ -86,7 +88,7 @@ class _LayerTap:
         self.write_counts.append(write_count(inputs))
         self.experts.append(experts)
         self.rows.append(self.source.rows_of(tokens, num_tokens))
-        self.outputs.append(outputs)
+        self.outputs.append(Output(outputs))
         return outputs
 
 
@@ -105,7 +107,8 @@ class Taps:
         self.num_rows = 0
         self.recording = True
         self._call = (0, frozenset[int]())
-        self._layer_taps = [_LayerTap(self, layer) for layer in layers]
+        # Weak, or a batch and its graph would stay until Python looks for cycles.
+        self._layer_taps = [_LayerTap(weakref.proxy(self), layer) for layer in layers]
 
     def begin_call(self, num_rows: int, token_counts: Iterable[int]) -> None:
         """Note that the model is called on `num_rows` rows, and how many tokens there are in each of its inputs."""
@@ -172,10 +175,9 @@ class Taps:
         positions = range(len(self.layers)) if positions is None else positions
         chunks = [self._layer_taps[position].outputs for position in positions]
         flat = [output for outputs_of_layer in chunks for output in outputs_of_layer]
-        found = torch.autograd.grad(outputs, flat, weights.to(outputs.dtype), retain_graph=True, allow_unused=True)
+        found = differentiated(outputs, weights.to(outputs.dtype), flat)
         gradients = iter(
-            torch.zeros_like(output) if gradient is None else gradient
-            for gradient, output in zip(found, flat, strict=True)
+            output.zeros() if gradient is None else gradient for gradient, output in zip(found, flat, strict=True)
         )
         return [
             joined([next(gradients) for _ in of_layer])
@@ -206,11 +208,10 @@ class Taps:
             for collector in collectors:
                 collector.listen(stack)
             if leaves:
-                torch.autograd.grad(outputs, leaves, weights, retain_graph=True, allow_unused=True)
+                differentiated(outputs, weights, leaves)
         # Unless they depend on something else that wants gradients, or move no logit at all.
         missing = [output for collector in collectors for output in collector.missing()]
-        found = torch.autograd.grad(outputs, missing, weights, retain_graph=True, allow_unused=True) if missing else ()
-        gradients = iter(found)
+        gradients = iter(differentiated(outputs, weights, missing) if missing else ())
         for collector in collectors:
             collector.finish(gradients, self.layers[collector.position], self._any_inputs())
 
@@ -297,6 +298,7 @@ def tapped_batch(
         stack.enter_context(_frozen(model))
         stack.enter_context(taps.attach(model))
         stack.enter_context(gradients_checked(model))
+        stack.enter_context(recomputed_activations(model))
         # Compiled code knows nothing of taps; what was compiled stays for later.
         stack.enter_context(torch.compiler.set_stance("force_eager"))
         logits, labels = class_logits(model, _without_inference_tensors(batch))
@@ -349,10 +351,19 @@ def _frozen(model: nn.Module) -> Iterator[None]:
     for parameter in trained:
         parameter.requires_grad_(False)
     try:
-        yield
+        with ExitStack() as stack:
+            for module in model.modules():
+                # Gradient checkpointing and PEFT let embeddings' hooks ask for gradients: the graph would begin there.
+                if isinstance(module, nn.Embedding) and module._forward_hooks:
+                    stack.callback(module.register_forward_hook(_detached).remove)
+            yield
     finally:
         for parameter in trained:
             parameter.requires_grad_(True)
+
+
+def _detached(_module: nn.Module, _inputs: Any, output: Any) -> Any:
+    return output.detach() if isinstance(output, Tensor) and output.is_leaf else output
 
 
 def _without_inference_tensors(batch: Any) -> Any:
