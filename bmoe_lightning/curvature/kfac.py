@@ -48,6 +48,7 @@ def collect_factors(
     num_examples: int | None = None,
     seed: int = 0,
     distributed: bool = False,
+    device: torch.device | str | None = None,
 ) -> KroneckerFactors:
     """Collect the curvature of every expert's second linear layer.
 
@@ -70,9 +71,10 @@ def collect_factors(
         distributed: whether all processes of torch.distributed's group call this, each with its own part of the data,
             maybe none. Sums and counts are added up, and every process gets the same factors. Drawn labels (`mc`) come
             from a stream of its own on each process: the factors then equal those of one process in distribution only.
+        device: where the factors go, layer by layer; by default each stays where its layer is.
 
     Returns:
-        The factors, on the model's device, in float32 or, for a float64 model, float64.
+        The factors, in float32 or, for a float64 model, float64.
 
     Raises:
         ValueError: for an unknown option, an empty `batches`, logits that are none, a factor that is not finite (the
@@ -112,7 +114,7 @@ def collect_factors(
     if used == 0:
         raise ValueError("no batch to collect curvature from: `batches` is empty")
     num_examples = used if num_examples is None else num_examples
-    finished = tuple(layer_sums.finish(num_examples / used) for layer_sums in sums)
+    finished = tuple(layer_sums.finish(num_examples / used).to(device) for layer_sums in sums)
     if distributed:
         # Decompositions of the same sums may differ between machines in rounding, and in sign.
         copy_from_first([tensor for layer in finished for tensor in layer.tensors().values()])

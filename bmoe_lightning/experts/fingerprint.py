@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from bmoe_lightning.experts.fused import outermost_pretrained
 from bmoe_lightning.experts.layer import ExpertLayer
-from bmoe_lightning.experts.wrapping import plain_name, present, unusable
+from bmoe_lightning.experts.wrapping import fetched, plain_name, present, unusable
 
 _SAMPLES = 64
 # Steps by the golden ratio of 2^32 fall everywhere in a matrix, whatever its width.
@@ -37,10 +37,8 @@ def weight_fingerprint(model: nn.Module, layers: Sequence[ExpertLayer]) -> str:
     digest = hashlib.sha256()
     samples = sorted(_samples(fingerprinted_module(model, layers)), key=lambda sample: sample[0])
     digest.update("\n".join(f"{name}:{len(values)}" for name, values in samples).encode())
-    # One transfer a device.
-    for device in sorted({values.device for _, values in samples}, key=str):
-        together = torch.cat([values.float() for _, values in samples if values.device == device]).cpu()
-        digest.update(together.numpy().tobytes())
+    # In the order of their names, wherever they are.
+    digest.update(torch.cat(fetched([values.float() for _, values in samples])).numpy().tobytes())
     return digest.hexdigest()
 
 

@@ -11,8 +11,6 @@ import torch
 from torch import Tensor
 from torch.autograd.graph import GradientEdge, get_gradient_edge
 
-from bmoe_lightning.experts.layer import ExpertLayer
-
 
 class Output:
     """A part of a layer's output as gradients see it: its place in the graph, and none of its values.
@@ -84,8 +82,8 @@ class Collector:
         """The outputs that the backward pass did not come by."""
         return [output for part, output in zip(self._parts, self._outputs, strict=False) if part is None]
 
-    def finish(self, gradients: Iterator[Tensor | None], layer: ExpertLayer, like: Tensor) -> None:
-        """Fill in the gradients of `missing`, None for zero, and hand the layer over."""
+    def finish(self, gradients: Iterator[Tensor | None], empty: Callable[[int], Tensor]) -> None:
+        """Fill in the gradients of `missing`, None for zero, and hand the layer over; `empty` if it has no slots."""
         if self._consumed:
             return
         for index, (part, output) in enumerate(zip(self._parts, self._outputs, strict=True)):
@@ -93,7 +91,7 @@ class Collector:
                 gradient = next(gradients)
                 self._parts[index] = output.zeros() if gradient is None else gradient
         if not self._parts:
-            self._parts = [like.new_empty(0, layer.d_out)]
+            self._parts = [empty(self.position)]
         self._hand_over()
 
     def _hand_over(self) -> None:

@@ -21,7 +21,7 @@ from bmoe_lightning.experts.layer import ExpertLayer
 from bmoe_lightning.experts.layout import intercepted_layers
 from bmoe_lightning.experts.recomputing import recomputed_activations
 from bmoe_lightning.experts.streaming import Collector, Output, differentiated, joined
-from bmoe_lightning.experts.wrapping import gradients_checked, write_count
+from bmoe_lightning.experts.wrapping import execution_device, gradients_checked, write_count
 
 _INPUTS = ("input_ids", "inputs_embeds", "decoder_input_ids", "decoder_inputs_embeds")
 
@@ -107,6 +107,7 @@ class Taps:
         self.num_rows = 0
         self.recording = True
         self._call = (0, frozenset[int]())
+        self._modules: list[nn.Module] = []
         # Weak, or a batch and its graph would stay until Python looks for cycles.
         self._layer_taps = [_LayerTap(weakref.proxy(self), layer) for layer in layers]
 
@@ -141,17 +142,20 @@ class Taps:
         tap = self._layer_taps[position]
         layer = self.layers[position]
         if not tap.inputs:
-            like = self._any_inputs()
-            none = torch.empty(0, dtype=torch.int64, device=like.device)
-            return Slots(like.new_empty(0, layer.d_in), none, none)
+            empty = self._empty(position, layer.d_in)
+            none = torch.empty(0, dtype=torch.int64, device=empty.device)
+            return Slots(empty, none, none)
         rows = [row for row in tap.rows if row is not None]
         known = len(rows) == len(tap.rows)
         return Slots(joined(tap.inputs), joined(tap.experts), joined(rows) if known else None)
 
-    def _any_inputs(self) -> Tensor:
+    def _empty(self, position: int, width: int) -> Tensor:
+        """`[0, width]`, where the slots of a layer would be that the batch does not reach."""
         for tap in self._layer_taps:
             if tap.inputs:
-                return tap.inputs[0]
+                device = execution_device(self._modules[position])
+                like = tap.inputs[0]
+                return like.new_empty(0, width, device=like.device if device.type == "meta" else device)
         raise RuntimeError(
             f"no token went through the expert layer {self.layers[0].name!r}, nor through another: class_logits ran "
             "another copy of the model, or none"
@@ -182,7 +186,7 @@ class Taps:
         return [
             joined([next(gradients) for _ in of_layer])
             if of_layer
-            else self._any_inputs().new_empty(0, self.layers[position].d_out)
+            else self._empty(position, self.layers[position].d_out)
             for position, of_layer in zip(positions, chunks, strict=True)
         ]
 
@@ -213,11 +217,12 @@ class Taps:
         missing = [output for collector in collectors for output in collector.missing()]
         gradients = iter(differentiated(outputs, weights, missing) if missing else ())
         for collector in collectors:
-            collector.finish(gradients, self.layers[collector.position], self._any_inputs())
+            collector.finish(gradients, lambda at: self._empty(at, self.layers[at].d_out))
 
     def attach(self, model: nn.Module) -> ExitStack:
         """Hook into a model; closing the returned stack takes everything away again."""
         stack = ExitStack()
+        self._modules = [model.get_submodule(layer.name) for layer in self.layers]
         try:
             for owner in outermost_pretrained(model):
                 stack.callback(owner.register_forward_pre_hook(self._see_call, with_kwargs=True).remove)
