@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from bmoe_lightning.experts.taps import Slots, TappedBatch
+from bmoe_lightning.experts.wrapping import fetched
 
 _UNKNOWN = -1
 _MIXED = -2
@@ -45,7 +46,7 @@ def slot_owners(batch: TappedBatch, slots: Sequence[Slots], *, thorough: bool = 
         if examples is not None and not (thorough and _contradicted(batch, slots, examples)):
             return [_at_rows(examples, layer_slots) for layer_slots in slots]
     owners = _owners_by_gradient(batch, range(len(slots)))
-    if any(bool((layer_owners == _MIXED).any()) for layer_owners in owners):
+    if any(map(bool, fetched([(layer_owners == _MIXED).any().view(1) for layer_owners in owners]))):
         raise RuntimeError(
             "a token moves the logits of several examples (examples that share a sequence, or a layer that mixes the "
             "batch): their covariance would not be a sum over examples. Give each example rows of its own."
