@@ -65,6 +65,12 @@ class _LayerTap:
                 "they ran; let it make a new tensor there"
             )
 
+    def join(self) -> None:
+        """Put the records one after the other; the parts are not kept beside the whole."""
+        rows = [row for row in self.rows if row is not None]
+        self.rows = [joined(rows) if len(rows) == len(self.rows) else None]
+        self.inputs, self.experts = [joined(self.inputs)], [joined(self.experts)]
+
     def record(
         self, inputs: Tensor, experts: Tensor, outputs: Tensor, tokens: Tensor | None, num_tokens: int
     ) -> Tensor:
@@ -145,9 +151,8 @@ class Taps:
             empty = self._empty(position, layer.d_in)
             none = torch.empty(0, dtype=torch.int64, device=empty.device)
             return Slots(empty, none, none)
-        rows = [row for row in tap.rows if row is not None]
-        known = len(rows) == len(tap.rows)
-        return Slots(joined(tap.inputs), joined(tap.experts), joined(rows) if known else None)
+        tap.join()
+        return Slots(tap.inputs[0], tap.experts[0], tap.rows[0])
 
     def _empty(self, position: int, width: int) -> Tensor:
         """`[0, width]`, where the slots of a layer would be that the batch does not reach."""
