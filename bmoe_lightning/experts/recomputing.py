@@ -12,7 +12,7 @@ from contextlib import ExitStack, contextmanager
 from typing import Any
 
 from torch import nn
-from torch.utils.checkpoint import checkpoint
+from torch.utils.checkpoint import checkpoint, set_checkpoint_early_stop
 from transformers import Cache
 from transformers.modeling_layers import GradientCheckpointingLayer
 
@@ -57,7 +57,9 @@ def _recomputed(layer: GradientCheckpointingLayer) -> Iterator[None]:
     def forward(*args: Any, **kwargs: Any) -> Any:
         if not layer._can_checkpoint_with_cache:
             kwargs = _without_caches(kwargs)
-        return recompute(functools.partial(own, **kwargs), *args)
+        # Otherwise hooks that undo something after a module, as accelerate's do, would be passed by at the end.
+        with set_checkpoint_early_stop(False):
+            return recompute(functools.partial(own, **kwargs), *args)
 
     layer.forward = forward
     try:

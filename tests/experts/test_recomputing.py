@@ -105,6 +105,16 @@ def test_a_way_of_checkpointing_of_the_users_own_is_kept_where_it_is_a_partial()
     assert_alike(covariance_of(model, answer_logits, BATCH), expected)
 
 
+def test_offloaded_weights_leave_again():
+    accelerate = pytest.importorskip("accelerate")
+    model = tiny_qwen(num_hidden_layers=3)
+    expected = covariance_of(model, answer_logits, BATCH)
+    model.gradient_checkpointing_enable()
+    accelerate.cpu_offload(model, execution_device="cpu")
+    assert_alike(covariance_of(model, answer_logits, BATCH), expected)
+    assert {parameter.device.type for parameter in model.model.layers.parameters()} == {"meta"}
+
+
 def test_some_layers_only():
     model = tiny_qwen(num_hidden_layers=4)
     expected = covariance_of(model, answer_logits, BATCH)
