@@ -180,8 +180,11 @@ def test_a_layer_that_is_not_reached_at_first(layout):
         close(one, other)
 
 
-@layouts
-@pytest.mark.parametrize("options", [{}, {"factor_dtype": "bfloat16", "offload_factors": True}], ids=str)
+@pytest.mark.parametrize(
+    ("layout", "options"),
+    [("fused", {}), ("modules", {"factor_dtype": "bfloat16", "offload_factors": True})],
+    ids=["fused", "modules, lean"],
+)
 def test_fitting_and_evaluating_with_every_method(layout, options):
     settings = FitSettings(methods=METHODS, rank=3, prior_mean="zero", dropout_samples=2, num_samples=50, **options)
     train, calibration, test = split(toy_batch(num_rows=130), 20, 104, 6)
