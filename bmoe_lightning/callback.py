@@ -51,7 +51,7 @@ from bmoe_lightning.passes import (
 )
 from bmoe_lightning.processes import is_first, wait_for_all
 from bmoe_lightning.saved import POSTERIOR_FILE, SUMS_FILE, has_fitted, load_fitted, save_fitted
-from bmoe_lightning.settings import FitSettings
+from bmoe_lightning.settings import FactorDtype, FitSettings
 from bmoe_lightning.shares import find_share
 
 
@@ -107,6 +107,8 @@ class BayesianMoECallback(L.Callback):
         down_proj: name of the second linear layer within an expert, likewise.
         shared_experts: whether shared experts get a posterior too.
         linear_layers: pattern over the names of plain linear layers that get the posterior instead of the experts.
+        factor_dtype: what the factors are kept and saved in, `float32` or `bfloat16`; computations are in float32.
+        offload_factors: whether the factors stay in main memory, and come to the model's devices layer by layer.
 
     Raises:
         ValueError: for an unknown name or a value out of range.
@@ -140,6 +142,8 @@ class BayesianMoECallback(L.Callback):
         down_proj: str | None = None,
         shared_experts: bool = False,
         linear_layers: str | None = None,
+        factor_dtype: FactorDtype = "float32",
+        offload_factors: bool = False,
     ) -> None:
         self.settings = FitSettings(
             methods=tuple(methods),
@@ -160,6 +164,8 @@ class BayesianMoECallback(L.Callback):
             down_proj=down_proj,
             shared_experts=shared_experts,
             linear_layers=linear_layers,
+            factor_dtype=factor_dtype,
+            offload_factors=offload_factors,
         )
         if fit_at not in ("last", "best"):
             raise ValueError(f"fit_at must be 'last' or 'best', got {fit_at!r}")
@@ -502,7 +508,7 @@ class BayesianMoECallback(L.Callback):
         """Read what an earlier process wrote, if there is something."""
         for folder in (self._dirpath, self._earlier, self._folder):
             if folder is not None and has_fitted(folder):
-                fitted, self._snapshots = load_fitted(folder)
+                fitted, self._snapshots = load_fitted(folder, offload=self.settings.offload_factors)
                 differing = self.settings.fitting_differences(fitted.settings)
                 if differing:
                     raise ValueError(

@@ -188,8 +188,11 @@ def _curvature(
         distributed=distributed,
         checkpoint=checkpoint,
         checkpoint_every=checkpoint_every,
+        device="cpu" if settings.offload_factors else None,
     )
-    posterior = LaplacePosterior(factors, prior_mean=settings.prior_mean)
+    if settings.factor_dtype == "bfloat16":
+        factors = factors.to(dtype=torch.bfloat16)
+    posterior = LaplacePosterior(factors, prior_mean=settings.prior_mean, offload=settings.offload_factors)
     if settings.skip_layers:
         posterior = posterior.without_layers(settings.skip_layers)
     if not settings.needs_evidence:

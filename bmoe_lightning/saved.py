@@ -49,8 +49,12 @@ def has_fitted(folder: Path) -> bool:
     return (folder / STATE_FILE).is_file()
 
 
-def load_fitted(folder: Path) -> tuple[Fitted, list[Path]]:
+def load_fitted(folder: Path, *, offload: bool = False) -> tuple[Fitted, list[Path]]:
     """Read what `save_fitted` wrote: the fitted state and the snapshots.
+
+    Args:
+        folder: that it wrote into.
+        offload: whether the factors stay in main memory; see `LaplacePosterior`.
 
     Raises:
         ValueError: if a file is damaged, of another version, or the two do not belong together.
@@ -64,7 +68,7 @@ def load_fitted(folder: Path) -> tuple[Fitted, list[Path]]:
         raise ValueError(f"{path} is damaged ({error}); fit again") from error
     posterior = None
     if content["posterior"] is not None:
-        posterior = LaplacePosterior.load(folder / POSTERIOR_FILE)
+        posterior = LaplacePosterior.load(folder / POSTERIOR_FILE, offload=offload)
         if posterior.factors.fingerprint != content["posterior"]:
             raise ValueError(f"{path} and {POSTERIOR_FILE} beside it come from different fits; fit again")
     snapshots = [folder / name for name in content["snapshots"]]

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, fields
-from typing import Any
+from typing import Any, Literal, get_args
 
 from torch import nn
 
@@ -15,6 +15,8 @@ from bmoe_lightning.curvature.sketch import SketchName
 from bmoe_lightning.experts import ExpertLayer, find_expert_layers, find_linear_layers
 from bmoe_lightning.laplace.predictive import LINKS, NUM_SAMPLES, LinkName
 from bmoe_lightning.laplace.prior import Scope
+
+FactorDtype = Literal["float32", "bfloat16"]
 
 METHODS = (
     "map",
@@ -60,6 +62,9 @@ class FitSettings:
         shared_experts: whether shared experts get a posterior too; in the paper the routed ones alone do.
         linear_layers: pattern over the names of plain linear layers (`"*.lora_[AB].default"`) that get the posterior
             instead of the experts; see `find_linear_layers`.
+        factor_dtype: what the factors' bases are kept and saved in, `float32` (of a float64 model float64) or
+            `bfloat16`, half of it; computations are in float32 at least either way.
+        offload_factors: whether the factors stay in main memory; see `LaplacePosterior`.
 
     Raises:
         ValueError: for an unknown name or a value out of range.
@@ -83,6 +88,8 @@ class FitSettings:
     down_proj: str | None = None
     shared_experts: bool = False
     linear_layers: str | None = None
+    factor_dtype: FactorDtype = "float32"
+    offload_factors: bool = False
 
     def __post_init__(self) -> None:
         unknown = [name for name in self.methods if name not in METHODS]
@@ -94,6 +101,7 @@ class FitSettings:
             "lpo_scope": (self.lpo_scope, ("global", "layer")),
             "prior_mean": (self.prior_mean, ("pretrained", "zero")),
             "link": (self.link, LINKS),
+            "factor_dtype": (self.factor_dtype, get_args(FactorDtype)),
         }
         for name, (value, valid) in choices.items():
             if value not in valid:
@@ -155,7 +163,7 @@ class FitSettings:
 
 _FITTING_SETTINGS = (
     "rank", "fisher", "approximation", "sketch", "evidence_scope", "lpo_scope", "prior_mean", "skip_layers",
-    "shared_experts", "linear_layers",
+    "shared_experts", "linear_layers", "factor_dtype",
 )  # fmt: skip
 
 

@@ -792,3 +792,23 @@ class TestOutside:
             callback = parser.instantiate_classes(config).callback
         assert (callback.settings.rank, callback.settings.fisher) == (4, "mc")
         assert callback.settings.skip_layers == (0,)
+
+
+def test_factors_that_take_less_memory(tmp_path):
+    """Fitted, saved, found again by another callback; one with another dtype refuses them."""
+    options = {"methods": ("map", "laplace_lpo"), "dirpath": str(tmp_path / "bayesian"), "offload_factors": True}
+    callback = BayesianMoECallback(factor_dtype="bfloat16", **options)
+    plain = BayesianMoECallback(options["methods"], name="plain", dirpath=str(tmp_path / "plain"))
+    module = ToyModule()
+    run = trainer(tmp_path, [callback, plain])
+    run.fit(module, train_loader(), calibration_loader())
+    metrics = run.test(module, test_loader(), verbose=False)[0]
+    for name in ("laplace_lpo/test/nll", "laplace_lpo/test/brier"):
+        assert metrics[name] == pytest.approx(metrics[f"plain/{name}"], rel=1e-3)
+    other = BayesianMoECallback(factor_dtype="bfloat16", **options)
+    again = trainer(tmp_path, [other]).test(module, test_loader(), verbose=False)[0]
+    assert again["laplace_lpo/test/nll"] == pytest.approx(metrics["laplace_lpo/test/nll"], rel=1e-6)
+    assert other.fitted.posterior.offload
+    assert other.fitted.posterior.factors.layers[0].a_basis.dtype == torch.bfloat16
+    with pytest.raises(ValueError, match=r"factor_dtype='bfloat16' \(here 'float32'\)"):
+        trainer(tmp_path, [BayesianMoECallback(**options)]).test(module, test_loader(), verbose=False)

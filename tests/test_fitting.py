@@ -456,3 +456,20 @@ class TestFitSettings:
 
     def test_any_fisher_serves_a_posterior(self):
         assert FitSettings(("laplace_evidence",), fisher="mc").needs_evidence
+
+
+def test_factors_in_half_precision_and_on_the_cpu(model, everything, train, calibration, prior_mean):
+    settings = replace(everything[0], factor_dtype="bfloat16", offload_factors=True)
+    fitted = fit(model, answer_logits, settings, train, calibration, prior_mean=prior_mean)
+    assert fitted.posterior.offload
+    assert {layer.g_basis.dtype for layer in fitted.posterior.factors.layers} == {torch.bfloat16}
+    expected = everything[1].state
+    for name, value in expected.scalars().items():
+        assert fitted.state.scalars()[name] == pytest.approx(value, rel=0.02), name
+    assert fitted.state.evidence_precision == expected.evidence_precision  # from eigenvalues alone
+    assert settings.fitting_differences(fitted.settings) == []
+    assert everything[0].fitting_differences(fitted.settings) == ["factor_dtype='bfloat16' (here 'float32')"]
+    assert replace(settings, offload_factors=False).fitting_differences(fitted.settings) == []
+    assert settings.fitting_differences({"rank": settings.rank}) == []  # of a release that knew one dtype
+    with pytest.raises(ValueError, match=r"unknown factor_dtype 'float16'; valid are float32, bfloat16"):
+        FitSettings(factor_dtype="float16")

@@ -3,13 +3,32 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from bmoe_lightning.experts.layer import ExpertLayer
+
+BASIS_DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
+
+
+def orthonormal(basis: Tensor, dtype: torch.dtype) -> Tensor:
+    """A basis in a wider dtype, its columns made orthonormal again if it was kept in half precision.
+
+    Otherwise rounding could let the data explain more of a variance than the prior has of it.
+
+    Args:
+        basis: `[E, d, r]`.
+        dtype: float32 or float64.
+    """
+    wide = basis.to(dtype)
+    if basis.dtype not in (torch.bfloat16, torch.float16):
+        return wide
+    # R of the QR decomposition, from what the columns' inner products lack to the identity.
+    root, _ = torch.linalg.cholesky_ex((wide.mT @ wide).double())
+    return torch.linalg.solve_triangular(root.mT.to(dtype), wide, upper=True, left=False)
 
 
 @dataclass(frozen=True)
@@ -68,6 +87,13 @@ class LayerFactors:
         """The tensors by field name."""
         return {name: value for name, value in vars(self).items() if isinstance(value, Tensor)}
 
+    def to(self, device: torch.device | str | None = None, dtype: torch.dtype | None = None) -> LayerFactors:
+        """The same factors on another device, or with bases of another dtype; see `KroneckerFactors.to`."""
+        moved: dict[str, Any] = {name: value.to(device) for name, value in self.tensors().items()}
+        if dtype is not None:
+            moved |= {name: moved[name].to(dtype) for name in ("a_basis", "g_basis")}
+        return replace(self, **moved)
+
 
 @dataclass(frozen=True)
 class KroneckerFactors:
@@ -96,13 +122,20 @@ class KroneckerFactors:
     expert_layers: tuple[ExpertLayer, ...]
     fingerprint: str = field(default="")
 
-    def to(self, device: torch.device | str) -> KroneckerFactors:
-        """The same factors on another device."""
-        moved = tuple(
-            LayerFactors(layer.name, layer.index, **{k: v.to(device) for k, v in layer.tensors().items()})
-            for layer in self.layers
-        )
-        return KroneckerFactors(moved, **self.description())
+    def to(self, device: torch.device | str | None = None, dtype: torch.dtype | None = None) -> KroneckerFactors:
+        """The same factors elsewhere, or in less memory.
+
+        Args:
+            device: where to; None leaves every layer where it is.
+            dtype: of the two bases, which are nearly all of the memory; None leaves it. Eigenvalues, traces and counts
+                keep theirs. Computations use the bases in float32 at least, orthonormal again (see `orthonormal`).
+
+        Raises:
+            ValueError: for a dtype other than float64, float32, bfloat16 and float16.
+        """
+        if dtype is not None and dtype not in BASIS_DTYPES:
+            raise ValueError(f"bases are kept in one of {', '.join(map(str, BASIS_DTYPES))}, not in {dtype}")
+        return KroneckerFactors(tuple(layer.to(device, dtype) for layer in self.layers), **self.description())
 
     def without(self, indices: Sequence[int]) -> KroneckerFactors:
         """The factors without some layers, which then count as known exactly.

@@ -42,7 +42,7 @@ def fisher_weights(
     if kind == "empirical":
         if labels is None:
             raise ValueError("the empirical Fisher needs labels, but class_logits returned None for them")
-        return label_weights(log_probs, labels).unsqueeze(0)
+        return label_weights(log_probs, labels.to(log_probs.device)).unsqueeze(0)
     raise ValueError(f"unknown Fisher {kind!r}; valid are {', '.join(FISHERS)}")
 
 

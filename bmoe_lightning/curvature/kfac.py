@@ -59,6 +59,7 @@ def collect_factors(
     distributed: bool = False,
     checkpoint: str | Path | None = None,
     checkpoint_every: int = 100,
+    device: torch.device | str | None = None,
 ) -> KroneckerFactors:
     """Collect the curvature of every expert's second linear layer.
 
@@ -87,9 +88,10 @@ def collect_factors(
             factors of a pass that was never interrupted. Several processes write files of their own beside it. It is
             not removed: call `remove_checkpoint` once the factors, or what was made of them, are safe.
         checkpoint_every: batches (of each process) from one write to the next; a shorter pass writes nothing.
+        device: where the factors go, layer by layer; by default each stays where its layer is.
 
     Returns:
-        The factors, on the model's device, in float32 or, for a float64 model, float64.
+        The factors, in float32 or, for a float64 model, float64.
 
     Raises:
         ValueError: for an unknown option, an empty `batches`, logits that are none, a factor that is not finite (the
@@ -143,6 +145,7 @@ def collect_factors(
                 thorough, checked = not checked, checked or len(tapped.logits) > 1
                 _add_batch(sums, tapped, slots, weights, approximation, thorough=thorough)
                 used += tapped.num_counted
+            del tapped, slots  # or this batch's graph stays while the next one's is made
             kept.batch_done(sums, generator, used, checked=checked)
     if not sums and (distributed or kept.resumed):
         # A process without a batch adds zeros, or what it had added before.
@@ -154,7 +157,7 @@ def collect_factors(
     if used == 0:
         raise ValueError("no batch to collect curvature from: `batches` is empty")
     num_examples = used if num_examples is None else num_examples
-    finished = tuple(layer_sums.finish(num_examples / used) for layer_sums in sums)
+    finished = tuple(layer_sums.finish(num_examples / used).to(device) for layer_sums in sums)
     if distributed:
         # Decompositions of the same sums may differ between machines in rounding, and in sign.
         copy_from_first([tensor for layer in finished for tensor in layer.tensors().values()])

@@ -20,14 +20,17 @@ class _Dropout:
     def __init__(self, p: float, seed: int | None) -> None:
         self.p = p
         self._seed = seed
-        self._generator: torch.Generator | None = None
+        self._generators: dict[torch.device, torch.Generator] = {}
 
     def __call__(self, hidden: Tensor, training: bool) -> Tensor:
         if self._seed is None:
             return nn.functional.dropout(hidden, self.p, training)
-        if self._generator is None:
-            self._generator = torch.Generator(hidden.device).manual_seed(self._seed)
-        keep = torch.empty_like(hidden).bernoulli_(1 - self.p, generator=self._generator)
+        generator = self._generators.get(hidden.device)
+        if generator is None:
+            # Each device's stream is another one, or layers on two of them would share their masks.
+            seed = self._seed + 5_915_587 * len(self._generators)
+            generator = self._generators[hidden.device] = torch.Generator(hidden.device).manual_seed(seed)
+        keep = torch.empty_like(hidden).bernoulli_(1 - self.p, generator=generator)
         return hidden * keep / (1 - self.p)
 
 

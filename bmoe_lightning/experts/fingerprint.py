@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from bmoe_lightning.experts.fused import outermost_pretrained
 from bmoe_lightning.experts.layer import ExpertLayer
 from bmoe_lightning.experts.sharding import has_shards, local_part, reshard
-from bmoe_lightning.experts.wrapping import plain_name, present, unusable
+from bmoe_lightning.experts.wrapping import fetched, plain_name, present, unusable
 from bmoe_lightning.processes import sum_over_processes
 
 _SAMPLES = 64
@@ -42,12 +42,11 @@ def weight_fingerprint(model: nn.Module, layers: Sequence[ExpertLayer]) -> str:
     sharded = has_shards(model)
     samples = sorted(_samples(fingerprinted_module(model, layers), sharded=sharded), key=lambda sample: sample[0])
     digest.update("\n".join(f"{name}:{len(values)}" for name, values in samples).encode())
-    # One transfer a device.
-    for device in sorted({values.device for _, values in samples}, key=str):
-        together = torch.cat([values.float() for _, values in samples if values.device == device]).cpu()
-        if sharded:
-            sum_over_processes([together])
-        digest.update(together.numpy().tobytes())
+    # In the order of their names, wherever they are.
+    together = torch.cat(fetched([values.float() for _, values in samples]))
+    if sharded:
+        sum_over_processes([together])
+    digest.update(together.numpy().tobytes())
     return digest.hexdigest()
 
 

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from bmoe_lightning.experts.taps import Slots, TappedBatch
+from bmoe_lightning.experts.wrapping import fetched
 
 _UNKNOWN = -1
 _MIXED = -2
@@ -43,9 +44,9 @@ def slot_owners(batch: TappedBatch, slots: Sequence[Slots], *, thorough: bool = 
     if all(layer_slots.rows is not None for layer_slots in slots):
         examples = _examples_of_rows(batch, slots)
         if examples is not None and not (thorough and _contradicted(batch, slots, examples)):
-            return [examples[layer_slots.rows] for layer_slots in slots]
+            return [_at_rows(examples, layer_slots) for layer_slots in slots]
     owners = _owners_by_gradient(batch, range(len(slots)))
-    if any(bool((layer_owners == _MIXED).any()) for layer_owners in owners):
+    if any(map(bool, fetched([(layer_owners == _MIXED).any().view(1) for layer_owners in owners]))):
         raise RuntimeError(
             "a token moves the logits of several examples (examples that share a sequence, or a layer that mixes the "
             "batch): their covariance would not be a sum over examples. Give each example rows of its own."
@@ -71,10 +72,15 @@ def _examples_of_rows(batch: TappedBatch, slots: Sequence[Slots]) -> Tensor | No
 def _contradicted(batch: TappedBatch, slots: Sequence[Slots], examples: Tensor) -> bool:
     """Whether the gradients at any layer name another example than the row does."""
     for layer_slots, owners in zip(slots, _owners_by_gradient(batch, range(len(slots))), strict=True):
-        assert layer_slots.rows is not None
-        if bool(((owners != _UNKNOWN) & (owners != examples[layer_slots.rows])).any()):
+        if bool(((owners != _UNKNOWN) & (owners != _at_rows(examples, layer_slots))).any()):
             return True
     return False
+
+
+def _at_rows(examples: Tensor, slots: Slots) -> Tensor:
+    """The example of every slot, where the slots are, from that of every row."""
+    assert slots.rows is not None
+    return examples.to(slots.rows.device)[slots.rows]
 
 
 def _owners_by_gradient(batch: TappedBatch, positions: Sequence[int]) -> list[Tensor]:

@@ -5,11 +5,48 @@ from __future__ import annotations
 import functools
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
+from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd.graph import GradientEdge, get_gradient_edge
 
-from bmoe_lightning.experts.layer import ExpertLayer
+
+class Output:
+    """A part of a layer's output as gradients see it: its place in the graph, and none of its values.
+
+    Where activations are recomputed, nobody else keeps the values.
+
+    Args:
+        values: `[s, d_out]`, with graph.
+    """
+
+    def __init__(self, values: Tensor) -> None:
+        self.is_leaf = values.is_leaf
+        # A leaf is in no graph without its tensor.
+        self.target: Tensor | GradientEdge = values if values.is_leaf else get_gradient_edge(values)
+        self._shape, self._dtype, self._device = values.shape, values.dtype, values.device
+        # The graph holds the relay, so that must not hold the graph.
+        self.relay = _Relay()
+        values.register_hook(self.relay)
+
+    def zeros(self) -> Tensor:
+        """A gradient of zeros."""
+        return torch.zeros(self._shape, dtype=self._dtype, device=self._device)
+
+
+class _Relay:
+    """Passes a gradient on to whoever listens."""
+
+    def __init__(self) -> None:
+        self.listener: Callable[[Tensor], None] | None = None
+
+    def __call__(self, gradient: Tensor) -> None:
+        if self.listener is not None:
+            self.listener(gradient)
+
+    def silence(self) -> None:
+        self.listener = None
 
 
 class Collector:
@@ -17,11 +54,11 @@ class Collector:
 
     Args:
         position: of the layer; handed over too.
-        outputs: its parts, each `[s, d_out]`; several where experts are separate modules or are called repeatedly.
+        outputs: its parts; several where experts are separate modules or are called repeatedly.
         consume: takes the position and the gradients of all parts, one after the other.
     """
 
-    def __init__(self, position: int, outputs: Sequence[Tensor], consume: Callable[[int, Tensor], None]) -> None:
+    def __init__(self, position: int, outputs: Sequence[Output], consume: Callable[[int, Tensor], None]) -> None:
         self.position = position
         self._outputs = outputs
         self._parts: list[Tensor | None] = [None] * len(outputs)
@@ -32,7 +69,8 @@ class Collector:
     def listen(self, stack: ExitStack) -> None:
         """Listen to backward passes until the stack is closed."""
         for index, output in enumerate(self._outputs):
-            stack.callback(output.register_hook(functools.partial(self._take, index)).remove)
+            output.relay.listener = functools.partial(self._take, index)
+            stack.callback(output.relay.silence)
 
     def _take(self, index: int, gradient: Tensor) -> None:
         self._parts[index] = gradient.detach()
@@ -40,20 +78,20 @@ class Collector:
         if not self._waiting:
             self._hand_over()
 
-    def missing(self) -> list[Tensor]:
+    def missing(self) -> list[Output]:
         """The outputs that the backward pass did not come by."""
         return [output for part, output in zip(self._parts, self._outputs, strict=False) if part is None]
 
-    def finish(self, gradients: Iterator[Tensor | None], layer: ExpertLayer, like: Tensor) -> None:
-        """Fill in the gradients of `missing`, None for zero, and hand the layer over."""
+    def finish(self, gradients: Iterator[Tensor | None], empty: Callable[[int], Tensor]) -> None:
+        """Fill in the gradients of `missing`, None for zero, and hand the layer over; `empty` if it has no slots."""
         if self._consumed:
             return
         for index, (part, output) in enumerate(zip(self._parts, self._outputs, strict=True)):
             if part is None:
                 gradient = next(gradients)
-                self._parts[index] = torch.zeros_like(output) if gradient is None else gradient
+                self._parts[index] = output.zeros() if gradient is None else gradient
         if not self._parts:
-            self._parts = [like.new_empty(0, layer.d_out)]
+            self._parts = [empty(self.position)]
         self._hand_over()
 
     def _hand_over(self) -> None:
@@ -61,6 +99,12 @@ class Collector:
         self._parts, self._consumed = [], True
         with torch.no_grad():
             self._consume(self.position, joined(parts))
+
+
+def differentiated(logits: Tensor, weights: Tensor, outputs: Sequence[Output]) -> tuple[Tensor | None, ...]:
+    """Gradients of weighted logits `[B, K]` with respect to some outputs, None for zero; the graph stays."""
+    targets: Any = [output.target for output in outputs]
+    return torch.autograd.grad(logits, targets, weights, retain_graph=True, allow_unused=True)
 
 
 def joined(parts: list[Tensor]) -> Tensor:

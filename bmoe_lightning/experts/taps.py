@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import copy
 import math
+import weakref
 from collections.abc import Callable, Iterable, Iterator, MutableMapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
@@ -19,9 +20,10 @@ from bmoe_lightning.experts.batches import count_of, plain_batch
 from bmoe_lightning.experts.fused import outermost_pretrained
 from bmoe_lightning.experts.layer import ExpertLayer
 from bmoe_lightning.experts.layout import intercepted_layers
+from bmoe_lightning.experts.recomputing import recomputed_activations
 from bmoe_lightning.experts.sharding import reshard, roots_together
-from bmoe_lightning.experts.streaming import Collector, joined
-from bmoe_lightning.experts.wrapping import gradients_checked, write_count
+from bmoe_lightning.experts.streaming import Collector, Output, differentiated, joined
+from bmoe_lightning.experts.wrapping import execution_device, gradients_checked, write_count
 
 _INPUTS = ("input_ids", "inputs_embeds", "decoder_input_ids", "decoder_inputs_embeds")
 
@@ -54,7 +56,7 @@ class _LayerTap:
     inputs: list[Tensor] = field(default_factory=list)
     experts: list[Tensor] = field(default_factory=list)
     rows: list[Tensor | None] = field(default_factory=list)
-    outputs: list[Tensor] = field(default_factory=list)
+    outputs: list[Output] = field(default_factory=list)
     write_counts: list[int] = field(default_factory=list)
 
     def check_inputs(self) -> None:
@@ -64,6 +66,12 @@ class _LayerTap:
                 f"the model changes in place what the second linear layers of {self.layer.name!r} got as input, after "
                 "they ran; let it make a new tensor there"
             )
+
+    def join(self) -> None:
+        """Put the records one after the other; the parts are not kept beside the whole."""
+        rows = [row for row in self.rows if row is not None]
+        self.rows = [joined(rows) if len(rows) == len(self.rows) else None]
+        self.inputs, self.experts = [joined(self.inputs)], [joined(self.experts)]
 
     def record(
         self, inputs: Tensor, experts: Tensor, outputs: Tensor, tokens: Tensor | None, num_tokens: int
@@ -88,7 +96,7 @@ class _LayerTap:
         self.write_counts.append(write_count(inputs))
         self.experts.append(experts)
         self.rows.append(self.source.rows_of(tokens, num_tokens))
-        self.outputs.append(outputs)
+        self.outputs.append(Output(outputs))
         return outputs
 
 
@@ -107,7 +115,9 @@ class Taps:
         self.num_rows = 0
         self.recording = True
         self._call = (0, frozenset[int]())
-        self._layer_taps = [_LayerTap(self, layer) for layer in layers]
+        self._modules: list[nn.Module] = []
+        # Weak, or a batch and its graph would stay until Python looks for cycles.
+        self._layer_taps = [_LayerTap(weakref.proxy(self), layer) for layer in layers]
 
     def begin_call(self, num_rows: int, token_counts: Iterable[int]) -> None:
         """Note that the model is called on `num_rows` rows, and how many tokens there are in each of its inputs."""
@@ -140,17 +150,19 @@ class Taps:
         tap = self._layer_taps[position]
         layer = self.layers[position]
         if not tap.inputs:
-            like = self._any_inputs()
-            none = torch.empty(0, dtype=torch.int64, device=like.device)
-            return Slots(like.new_empty(0, layer.d_in), none, none)
-        rows = [row for row in tap.rows if row is not None]
-        known = len(rows) == len(tap.rows)
-        return Slots(joined(tap.inputs), joined(tap.experts), joined(rows) if known else None)
+            empty = self._empty(position, layer.d_in)
+            none = torch.empty(0, dtype=torch.int64, device=empty.device)
+            return Slots(empty, none, none)
+        tap.join()
+        return Slots(tap.inputs[0], tap.experts[0], tap.rows[0])
 
-    def _any_inputs(self) -> Tensor:
+    def _empty(self, position: int, width: int) -> Tensor:
+        """`[0, width]`, where the slots of a layer would be that the batch does not reach."""
         for tap in self._layer_taps:
             if tap.inputs:
-                return tap.inputs[0]
+                device = execution_device(self._modules[position])
+                like = tap.inputs[0]
+                return like.new_empty(0, width, device=like.device if device.type == "meta" else device)
         raise RuntimeError(
             f"no token went through the expert layer {self.layers[0].name!r}, nor through another: class_logits ran "
             "another copy of the model, or none"
@@ -174,15 +186,14 @@ class Taps:
         positions = range(len(self.layers)) if positions is None else positions
         chunks = [self._layer_taps[position].outputs for position in positions]
         flat = [output for outputs_of_layer in chunks for output in outputs_of_layer]
-        found = torch.autograd.grad(outputs, flat, weights.to(outputs.dtype), retain_graph=True, allow_unused=True)
+        found = differentiated(outputs, weights.to(outputs.dtype), flat)
         gradients = iter(
-            torch.zeros_like(output) if gradient is None else gradient
-            for gradient, output in zip(found, flat, strict=True)
+            output.zeros() if gradient is None else gradient for gradient, output in zip(found, flat, strict=True)
         )
         return [
             joined([next(gradients) for _ in of_layer])
             if of_layer
-            else self._any_inputs().new_empty(0, self.layers[position].d_out)
+            else self._empty(position, self.layers[position].d_out)
             for position, of_layer in zip(positions, chunks, strict=True)
         ]
 
@@ -208,17 +219,17 @@ class Taps:
             for collector in collectors:
                 collector.listen(stack)
             if leaves:
-                torch.autograd.grad(outputs, leaves, weights, retain_graph=True, allow_unused=True)
+                differentiated(outputs, weights, leaves)
         # Unless they depend on something else that wants gradients, or move no logit at all.
         missing = [output for collector in collectors for output in collector.missing()]
-        found = torch.autograd.grad(outputs, missing, weights, retain_graph=True, allow_unused=True) if missing else ()
-        gradients = iter(found)
+        gradients = iter(differentiated(outputs, weights, missing) if missing else ())
         for collector in collectors:
-            collector.finish(gradients, self.layers[collector.position], self._any_inputs())
+            collector.finish(gradients, lambda at: self._empty(at, self.layers[at].d_out))
 
     def attach(self, model: nn.Module) -> ExitStack:
         """Hook into a model; closing the returned stack takes everything away again."""
         stack = ExitStack()
+        self._modules = [model.get_submodule(layer.name) for layer in self.layers]
         try:
             for owner in outermost_pretrained(model):
                 stack.callback(owner.register_forward_pre_hook(self._see_call, with_kwargs=True).remove)
@@ -307,6 +318,7 @@ def tapped_batch(
         stack.enter_context(roots_together(model))
         stack.enter_context(taps.attach(model))
         stack.enter_context(gradients_checked(model))
+        stack.enter_context(recomputed_activations(model))
         # Compiled code knows nothing of taps; what was compiled stays for later.
         stack.enter_context(torch.compiler.set_stance("force_eager"))
         logits, labels = class_logits(model, _without_inference_tensors(plain_batch(batch)))
@@ -361,11 +373,20 @@ def _frozen(model: nn.Module) -> Iterator[None]:
     for parameter in trained:
         parameter.requires_grad_(False)
     try:
-        yield
+        with ExitStack() as stack:
+            for module in model.modules():
+                # Gradient checkpointing and PEFT let embeddings' hooks ask for gradients: the graph would begin there.
+                if isinstance(module, nn.Embedding) and module._forward_hooks:
+                    stack.callback(module.register_forward_hook(_detached).remove)
+            yield
     finally:
         reshard(model)  # weights that were put together for the time have copied the flag
         for parameter in trained:
             parameter.requires_grad_(True)
+
+
+def _detached(_module: nn.Module, _inputs: Any, output: Any) -> Any:
+    return output.detach() if isinstance(output, Tensor) and output.is_leaf else output
 
 
 def _without_inference_tensors(batch: Any) -> Any:

@@ -6,7 +6,7 @@ Nothing of PEFT, accelerate or bitsandbytes is imported: each is told by the att
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from typing import Any
 
@@ -162,6 +162,16 @@ def execution_device(model: nn.Module) -> torch.device:
     hooks: list[Any] = [module._hf_hook for module in model.modules() if hasattr(module, "_hf_hook")]
     devices += [torch.device(hook.execution_device) for hook in hooks if getattr(hook, "execution_device", None)]
     return next((device for device in devices if device.type != "meta"), torch.device("meta"))
+
+
+def fetched(tensors: Sequence[Tensor]) -> list[Tensor]:
+    """Tensors of one dtype and dimension on the CPU, waiting once for each device that they are on."""
+    found: dict[int, Tensor] = {}
+    for device in dict.fromkeys(tensor.device for tensor in tensors):
+        there = [index for index, tensor in enumerate(tensors) if tensor.device == device]
+        together = torch.cat([tensors[index] for index in there]).cpu()
+        found |= dict(zip(there, together.split([len(tensors[index]) for index in there]), strict=True))
+    return [found[index] for index in range(len(tensors))]
 
 
 def write_count(tensor: Tensor) -> int:

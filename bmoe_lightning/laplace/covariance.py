@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from bmoe_lightning.curvature.factors import LayerFactors
+from bmoe_lightning.curvature.factors import LayerFactors, orthonormal
 from bmoe_lightning.experts.layer import ExpertLayer
 from bmoe_lightning.experts.ownership import slot_owners
 from bmoe_lightning.experts.taps import ClassLogits, tapped_batch
@@ -75,7 +75,7 @@ def batch_terms(
     Args:
         model: the model.
         layers: its expert layers, one for each entry of `factors`.
-        factors: curvature of these layers, on the model's device.
+        factors: curvature of these layers; used where the slots of each are, and brought there if it is elsewhere.
         class_logits: `(model, batch) -> (logits [B, K], labels [B] or None)`.
         batch: whatever `class_logits` takes, or a `CountedBatch`, of which the counted examples are described alone.
         centred: True takes K - 1 backward passes and describes the logits up to a common shift, which no softmax sees;
@@ -143,7 +143,7 @@ def layer_terms(
     """
     dtype = torch.promote_types(factors.a_basis.dtype, torch.promote_types(inputs.dtype, torch.float32))
     num_contrasts, d_out = len(gradients), gradients[0].shape[1]
-    a_basis, g_basis = factors.a_basis.to(dtype), factors.g_basis.to(dtype)
+    a_basis, g_basis = (orthonormal(basis.to(inputs.device), dtype) for basis in (factors.a_basis, factors.g_basis))
     keys = on_device(groups.keys, inputs.device)
     experts = keys // num_examples
     prior = inputs.new_zeros(num_examples, num_contrasts, num_contrasts, dtype=torch.float64)
@@ -186,11 +186,15 @@ def covariance(terms: BatchTerms, curvature: Sequence[Tensor], prior_precision: 
     Raises:
         ValueError: if the covariance is not positive semi-definite beyond rounding.
     """
+    # Each layer's part where its slots were; only the sums of a few numbers an example come together.
     contrast = sum(
-        layer_covariance(layer, s, precision)
-        for layer, s, precision in zip(terms.layers, curvature, prior_precision.to(terms.embedding), strict=True)
+        layer_covariance(layer, s, precision).to(terms.embedding.device)
+        for layer, s, precision in zip(terms.layers, curvature, prior_precision, strict=True)
     )
-    scale = sum(layer.prior / precision for layer, precision in zip(terms.layers, prior_precision, strict=True))
+    scale = sum(
+        layer.prior.to(terms.embedding) / precision
+        for layer, precision in zip(terms.layers, prior_precision.to(terms.embedding), strict=True)
+    )
     assert isinstance(contrast, Tensor)
     assert isinstance(scale, Tensor)
     _check_definite(contrast, scale)
@@ -199,8 +203,10 @@ def covariance(terms: BatchTerms, curvature: Sequence[Tensor], prior_precision: 
 
 def layer_covariance(terms: LayerTerms, curvature: Tensor, prior_precision: Tensor) -> Tensor:
     """One layer's share of the covariance of the contrasts: `[B, P, P]` float64."""
-    shrinkage = curvature / (prior_precision + curvature)
     projections = terms.projections.double()
+    curvature = curvature.to(projections)
+    prior_precision = prior_precision.to(projections)
+    shrinkage = curvature / (prior_precision + curvature)
     weighted = projections * shrinkage[terms.experts].unsqueeze(1)
     explained = weighted.flatten(2) @ projections.flatten(2).mT
     return (terms.prior.index_add(0, terms.examples, -explained)) / prior_precision

@@ -7,7 +7,7 @@ takes fewer operations:
     G_p : G_q, written out                           P h d_in d_out + P^2 d_in d_out.
 
 The first is for the many small groups of routed experts, the second for layers that see every token. Which slots there
-are is known on the device alone; its answer for all layers is fetched at once.
+are is known on the device alone; its answers for all layers are fetched at once.
 """
 
 from __future__ import annotations
@@ -22,6 +22,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from bmoe_lightning.experts.taps import Slots
+from bmoe_lightning.experts.wrapping import fetched
 
 # Transient floats of one chunk of groups; bounds memory whatever the batch.
 _CHUNK_FLOATS = 1 << 24
@@ -80,11 +81,10 @@ class SlotGroups:
 
 
 def group_slots(layers: Sequence[SlotKeys]) -> list[SlotGroups]:
-    """Sort the slots of all layers, waiting for the device once."""
-    ends = np.cumsum([len(layer.counts) for layer in layers])
-    counts = torch.cat([layer.counts for layer in layers]).cpu().numpy()
+    """Sort the slots of all layers, waiting for each device once."""
     grouped = []
-    for layer, counted in zip(layers, np.split(counts, ends[:-1]), strict=True):
+    for layer, counts in zip(layers, fetched([layer.counts for layer in layers]), strict=True):
+        counted = counts.numpy()
         groups = counted[:-2]
         keys = np.flatnonzero(groups)
         order = torch.argsort(layer.keys, stable=True)[: int(groups.sum())]

@@ -20,7 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from bmoe_lightning.curvature.factors import KroneckerFactors
+from bmoe_lightning.curvature.factors import KroneckerFactors, LayerFactors
 from bmoe_lightning.experts.fingerprint import fingerprinted_module, weight_fingerprint
 from bmoe_lightning.experts.layer import ExpertLayer
 from bmoe_lightning.experts.layout import locate_expert_layers
@@ -61,7 +61,7 @@ class _Binding:
     device: torch.device
     weights: tuple[tuple[int, int], ...]
     layers: list[ExpertLayer]
-    factors: KroneckerFactors
+    factors: tuple[LayerFactors, ...]
     owners_checked: bool = False
 
 
@@ -72,6 +72,8 @@ class LaplacePosterior:
         factors: curvature, from `collect_factors`.
         prior_precision: lambda: a number, a `[L]` tensor with one value a layer, or a mapping from layer names.
         prior_mean: `"pretrained"` or `"zero"`: what the evidence measured distances from; kept for the record.
+        offload: whether the factors stay on the CPU, and each layer's bases come to that layer's device for the moment
+            in which they are used. Otherwise a copy of them stays there, once a model was predicted with.
 
     Attributes:
         factors: as given.
@@ -87,8 +89,10 @@ class LaplacePosterior:
         prior_precision: float | Tensor | Mapping[str, float] = 1.0,
         *,
         prior_mean: str = "pretrained",
+        offload: bool = False,
     ) -> None:
-        self.factors = factors
+        self.factors = factors.to("cpu") if offload else factors
+        self.offload = offload
         self.prior_precision = _precision_tensor(factors, prior_precision)
         self.prior_mean = prior_mean
         self._curvature = [layer.curvature().cpu() for layer in factors.layers]
@@ -100,7 +104,7 @@ class LaplacePosterior:
 
     def with_prior_precision(self, prior_precision: float | Tensor | Mapping[str, float]) -> LaplacePosterior:
         """The same curvature under another prior precision."""
-        return LaplacePosterior(self.factors, prior_precision, prior_mean=self.prior_mean)
+        return LaplacePosterior(self.factors, prior_precision, prior_mean=self.prior_mean, offload=self.offload)
 
     def without_layers(self, indices: Sequence[int]) -> LaplacePosterior:
         """The posterior with some expert layers taken as known exactly (the paper's ablation over layers).
@@ -112,7 +116,8 @@ class LaplacePosterior:
             ValueError: if an index does not exist or no layer is left.
         """
         kept = [i for i, layer in enumerate(self.factors.layers) if layer.index not in set(indices)]
-        return LaplacePosterior(self.factors.without(indices), self.prior_precision[kept], prior_mean=self.prior_mean)
+        factors = self.factors.without(indices)
+        return LaplacePosterior(factors, self.prior_precision[kept], prior_mean=self.prior_mean, offload=self.offload)
 
     def log_det(self) -> Tensor:
         """Log-determinant of the posterior precision over all experts and layers: a float64 scalar."""
@@ -200,7 +205,7 @@ class LaplacePosterior:
         terms = batch_terms(
             model,
             bound.layers,
-            bound.factors.layers,
+            bound.factors,
             class_logits,
             batch,
             centred=centred,
@@ -212,8 +217,7 @@ class LaplacePosterior:
 
     def covariance_of(self, terms: BatchTerms) -> Tensor:
         """The logit covariance `[B, K, K]` of a batch from its terms, at this posterior's prior precision."""
-        curvature = [s.to(terms.embedding.device) for s in self._curvature]
-        return covariance(terms, curvature, self.prior_precision)
+        return covariance(terms, self._curvature, self.prior_precision)
 
     def logit_covariance(
         self, model: nn.Module, class_logits: ClassLogits, batch: Any, *, centred: bool = False
@@ -320,18 +324,18 @@ class LaplacePosterior:
         save_posterior(path, self.factors, self.prior_precision, self.prior_mean)
 
     @classmethod
-    def load(cls, path: str | Path, device: torch.device | str = "cpu") -> LaplacePosterior:
-        """Read a posterior that `save` wrote.
+    def load(cls, path: str | Path, device: torch.device | str = "cpu", *, offload: bool = False) -> LaplacePosterior:
+        """Read a posterior that `save` wrote; `offload` as for a new one.
 
         Raises:
             FileNotFoundError: if there is no such file.
             ValueError: if it is truncated, foreign, or of another version.
         """
         factors, prior_precision, prior_mean = load_posterior(path)
-        return cls(factors.to(device), prior_precision, prior_mean=prior_mean)
+        return cls(factors.to(device), prior_precision, prior_mean=prior_mean, offload=offload)
 
     def _bind(self, model: nn.Module) -> _Binding:
-        """Find the layers in a model, check its weights and bring the factors to its device; again when it changed."""
+        """Find the layers in a model, check its weights and bring factors to their devices; again when it changed."""
         reshard(model)
         device = execution_device(model)
         bound = self._bound
@@ -344,7 +348,14 @@ class LaplacePosterior:
             self.check_weights(model)
             layers = _match_layers(model, self.factors)
             weights = weights_state(fingerprinted_module(model, layers))
-            bound = _Binding(weakref.ref(model), device, weights, layers, self.factors.to(device))
+            factors = self.factors.layers
+            if not self.offload:
+                places = [execution_device(model.get_submodule(layer.name)) for layer in layers]
+                factors = tuple(
+                    layer.to(device if place.type == "meta" else place)
+                    for layer, place in zip(factors, places, strict=True)
+                )
+            bound = _Binding(weakref.ref(model), device, weights, layers, factors)
             self._bound = bound
         return bound
 

@@ -145,7 +145,7 @@ def cache_terms(
         parts["logits"].append(terms.logits.cpu())
         parts["labels"].append(terms.labels.cpu())
         parts["embedding"].append(terms.embedding.cpu())
-        parts["prior"].append(torch.stack([layer.prior for layer in terms.layers], dim=1).cpu())
+        parts["prior"].append(torch.stack([layer.prior.to(terms.embedding) for layer in terms.layers], dim=1).cpu())
         binned = [
             _bin_products(
                 layer.projections, layer.examples, s.to(layer.experts.device)[layer.experts], grid, len(terms.logits)

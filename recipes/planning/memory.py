@@ -118,9 +118,13 @@ def layer_factors(experts: Experts, rank: int) -> LayerFactors:
     return LayerFactors(layer.name, layer.index, **tensors)
 
 
-def factor_bytes(model: Architecture, rank: int) -> int:
-    """All tensors of the factors, as they are kept in memory and in the posterior's file."""
-    return sum(t.nbytes for experts in model.experts for t in layer_factors(experts, rank).tensors().values())
+def factor_bytes(model: Architecture, rank: int, dtype: torch.dtype = torch.float32) -> int:
+    """All tensors of the factors, as they are kept in memory and in the posterior's file, with bases of a dtype."""
+    return sum(_layer_factor_bytes(experts, rank, dtype) for experts in model.experts)
+
+
+def _layer_factor_bytes(experts: Experts, rank: int, dtype: torch.dtype = torch.float32) -> int:
+    return sum(tensor.nbytes for tensor in layer_factors(experts, rank).to(dtype=dtype).tensors().values())
 
 
 def posterior_file_bytes(model: Architecture, rank: int) -> int:
@@ -161,7 +165,9 @@ def _sketch_state(num_experts: int, width: int, rank: int) -> int:
     return sum(value.nbytes for value in vars(sketch).values() if isinstance(value, Tensor))
 
 
-def curvature_transients(model: Architecture, work: Workload, precision: Precision) -> int:
+def curvature_transients(
+    model: Architecture, work: Workload, precision: Precision, *, checkpointing: bool = False
+) -> int:
     """Memory of the curvature pass beyond the weights, estimated.
 
     The state of all sketches, what autograd keeps, the inputs of all slots, and the gradient of one layer at a time,
@@ -171,18 +177,28 @@ def curvature_transients(model: Architecture, work: Workload, precision: Precisi
         model: the model.
         work: the batch.
         precision: of the weights.
+        checkpointing: whether activations are computed again for every backward pass.
     """
     gradient = max(_layer_gradient_bytes(experts, work, precision) for experts in model.experts)
     adding = max(_adding_bytes(experts, work, precision) for experts in model.experts)
     moment = max(adding, _product_bytes(model, work, precision, None))
-    batch = _tapped_bytes(model, work, precision) + gradient + moment
+    batch = _tapped_bytes(model, work, precision, checkpointing=checkpointing) + gradient + moment
     return sketch_bytes(model, work.rank) + max(batch, _finishing_bytes(model, work.rank))
 
 
-def prediction_transients(model: Architecture, work: Workload, precision: Precision) -> int:
+def prediction_transients(
+    model: Architecture, work: Workload, precision: Precision, *, checkpointing: bool = False, offload: bool = False
+) -> int:
     """Memory of a prediction beyond the weights, the factors included, estimated.
 
     The gradients of all K - 1 passes are alive together.
+
+    Args:
+        model: the model.
+        work: the batch.
+        precision: of the weights.
+        checkpointing: whether activations are computed again for every backward pass.
+        offload: whether the factors stay in main memory, so that one layer's are there at a time.
     """
     slots = sum(work.positions * experts.top_k * experts.layer.d_out for experts in model.experts)
     gradients = precision.second * slots
@@ -190,8 +206,12 @@ def prediction_transients(model: Architecture, work: Workload, precision: Precis
     joining = gradients if any(experts.layer.layout == "modules" for experts in model.experts) else 0
     finding = joining + _product_bytes(model, work, precision, None)
     kernels = max(_kernel_bytes(experts, work) for experts in model.experts)
-    kept = factor_bytes(model, work.rank) + _tapped_bytes(model, work, precision) + work.contrasts * gradients
-    return kept + max(finding, kernels)
+    factors = [_layer_factor_bytes(experts, work.rank) for experts in model.experts]
+    kept = (max(factors) if offload else sum(factors)) + work.contrasts * gradients
+    if checkpointing:
+        # Passes that end at the last layer recompute all of its block, and what they do not ask for stays: two blocks.
+        kept += 2 * max(saved_bytes(model, work, precision, None))
+    return kept + _tapped_bytes(model, work, precision, checkpointing=checkpointing) + max(finding, kernels)
 
 
 def lpo_cache_bytes(model: Architecture, work: Workload, examples: int) -> int:
@@ -252,7 +272,6 @@ def training_memory(
     saved = saved_bytes(model, work, precision, trained, dropout=dropout)
     # The gradient of each kept thing is made, used and freed on the way down: one block's worth at a time.
     block = max(saved) + _product_bytes(model, work, precision, trained)
-    entrances = size * work.positions * model.hidden * len(model.blocks)
     return Training(
         trained=trained,
         trained_dtype=str(trained_dtype).removeprefix("torch."),
@@ -260,9 +279,9 @@ def training_memory(
         weights=model.weight_bytes + weights * (own - size),
         gradients=weights * own,
         optimizer=optimizer_bytes(weights, tensors, own),
-        activations=block + (max(saved) + entrances if checkpointing else sum(saved)),
+        activations=block + (max(saved) + _entrances(model, work) if checkpointing else sum(saved)),
         step=weights * own,
-        curvature=curvature_transients(model, work, precision),
+        curvature=curvature_transients(model, work, precision, checkpointing=checkpointing),
     )
 
 
@@ -334,17 +353,18 @@ def _layer_gradient_bytes(experts: Experts, work: Workload, precision: Precision
     return copies * precision.second * work.positions * experts.top_k * experts.layer.d_out
 
 
-def _tapped_bytes(model: Architecture, work: Workload, precision: Precision) -> int:
-    """What is alive after a tapped forward: autograd's share, all inputs, the outputs where gradients end.
-
-    Where every expert is a module, its inputs are recorded one by one and then joined to a second copy.
-    """
-    inputs = sum(
-        work.positions * experts.top_k * experts.layer.d_in * (2 if experts.layer.layout == "modules" else 1)
-        for experts in model.experts
-    )
+def _tapped_bytes(model: Architecture, work: Workload, precision: Precision, *, checkpointing: bool) -> int:
+    """What is alive after a tapped forward: autograd's share, all inputs, the outputs where gradients end."""
+    inputs = sum(work.positions * experts.top_k * experts.layer.d_in for experts in model.experts)
     ends = sum(work.positions * e.top_k * e.layer.d_out for e in model.blocks[model.first].experts)
-    return sum(saved_bytes(model, work, precision, None)) + precision.first * inputs + precision.second * ends
+    saved = saved_bytes(model, work, precision, None)
+    kept = max(saved) + _entrances(model, work) if checkpointing else sum(saved)
+    return kept + precision.first * inputs + precision.second * ends
+
+
+def _entrances(model: Architecture, work: Workload) -> int:
+    """What gradient checkpointing keeps: the input of every block."""
+    return model.dtype.itemsize * work.positions * model.hidden * len(model.blocks)
 
 
 def _adding_bytes(experts: Experts, work: Workload, precision: Precision) -> int:

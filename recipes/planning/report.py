@@ -73,10 +73,13 @@ def make_plan(settings: PlanSettings) -> Plan:
     precision = Precision(*[dtype.itemsize] * 3)
     sizes = {
         "factors": memory.factor_bytes(model, settings.rank),
+        "factors_bfloat16": memory.factor_bytes(model, settings.rank, torch.bfloat16),
         "posterior_file": memory.posterior_file_bytes(model, settings.rank),
         "sketches": memory.sketch_bytes(model, settings.rank),
         "curvature_transients": memory.curvature_transients(model, work, precision),
+        "curvature_recomputed": memory.curvature_transients(model, work, precision, checkpointing=True),
         "prediction_transients": memory.prediction_transients(model, work, precision),
+        "prediction_recomputed": memory.prediction_transients(model, work, precision, checkpointing=True, offload=True),
         "lpo_cache": memory.lpo_cache_bytes(model, work, settings.calibration_examples),
     }
     operations = {
@@ -188,10 +191,13 @@ def _posterior_part(plan: Plan) -> str:
     sizes, settings = plan.sizes, plan.settings
     rows = [
         ["factors, rank " + str(settings.rank), _mib(sizes["factors"])],
+        ["factors, in bfloat16", _mib(sizes["factors_bfloat16"])],
         ["posterior file", _mib(sizes["posterior_file"])],
         ["sums of the curvature pass, of which the factors are made", _mib(sizes["sketches"])],
         ["curvature pass, with these sums, beyond the weights ~", _mib(sizes["curvature_transients"])],
+        ["    with gradient checkpointing ~", _mib(sizes["curvature_recomputed"])],
         ["prediction, with the factors, beyond the weights ~", _mib(sizes["prediction_transients"])],
+        ["    with gradient checkpointing and offloaded factors ~", _mib(sizes["prediction_recomputed"])],
         [f"LPO's cache of {settings.calibration_examples} examples, in main memory", _mib(sizes["lpo_cache"])],
     ]
     return "\n".join(
@@ -304,7 +310,7 @@ def launch_text(plan: Plan) -> str:
             "~ estimated. DDP: with the buckets of gradients. Sharded: with blocks that are put together for a while.",
             "",
             *(f"{launch.name}:\n  {_folded(launch.command)}" for launch in plan.launches),
-            "On several nodes the line is run on each, with HOST the name of one of them, and an --output-dir that all see.",
+            "On several nodes it is run on each, with HOST the name of one of them and an --output-dir that all see.",
         ]
     )
 

@@ -4,6 +4,7 @@ from oracles.dense import low_rank_blocks
 from oracles.models import answer_logits, toy_batch, toy_model
 
 from bmoe_lightning.curvature import KroneckerFactors, LayerFactors, collect_factors
+from bmoe_lightning.curvature.factors import orthonormal
 
 
 @pytest.fixture(scope="module")
@@ -71,3 +72,36 @@ def test_to_moves_every_tensor(factors):
         assert set(layer.tensors()) == set(original.tensors())
         assert len(layer.tensors()) == 7
     assert moved.description() == factors.description()
+
+
+def test_other_dtypes_and_devices(factors):
+    half = factors.to(dtype=torch.bfloat16)
+    assert half.description() == factors.description()
+    for layer, wanted in zip(half.layers, factors.layers, strict=True):
+        for name, tensor in layer.tensors().items():
+            if name.endswith("basis"):
+                assert torch.equal(tensor, getattr(wanted, name).bfloat16())
+            else:
+                assert tensor.dtype == torch.float64
+                assert torch.equal(tensor, getattr(wanted, name))
+        assert torch.equal(layer.curvature(), wanted.curvature())
+    assert factors.to("meta").layers[0].g_basis.device.type == "meta"
+    with pytest.raises(ValueError, match=r"torch\.bfloat16.*not in torch\.int8"):
+        factors.to(dtype=torch.int8)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_bases_in_half_precision_are_orthonormal_again(dtype):
+    generator = torch.Generator().manual_seed(0)
+    basis = torch.linalg.qr(torch.randn(5, 40, 8, generator=generator, dtype=torch.float64)).Q
+    rounded = basis.to(dtype)
+    found = orthonormal(rounded, torch.float64)
+    identity = torch.eye(8, dtype=torch.float64).expand(5, 8, 8)
+    assert float((rounded.double().mT @ rounded.double() - identity).abs().max()) > 1e-5
+    torch.testing.assert_close(found.mT @ found, identity, rtol=0, atol=1e-13)
+    # The same space, and nearly the same columns.
+    assert float((rounded.double() - found @ (found.mT @ rounded.double())).abs().max()) < 1e-13
+    torch.testing.assert_close(found, basis, rtol=0, atol=0.02)
+    wide = orthonormal(rounded, torch.float32)
+    assert wide.dtype == torch.float32
+    assert orthonormal(basis, torch.float64) is basis

@@ -1,5 +1,6 @@
 import gc
 import weakref
+from dataclasses import replace
 
 import pytest
 import torch
@@ -10,6 +11,7 @@ from torch import nn
 from bmoe_lightning.curvature import collect_factors
 from bmoe_lightning.experts import down_proj_parameters, find_expert_layers, squared_distances
 from bmoe_lightning.laplace import LaplacePosterior, Prediction, WeightMismatchError
+from bmoe_lightning.laplace import covariance as covariance_module
 from bmoe_lightning.laplace.predictive import class_probabilities, monte_carlo
 
 layouts = pytest.mark.parametrize("layout", ["fused", "modules"])
@@ -264,3 +266,56 @@ def test_evidence_temperature_refusals():
     strong = posterior.with_prior_precision(1e9).evidence_temperature(model, answer_logits, [toy_batch(num_rows=100)])
     assert weak > 1.2
     assert strong == pytest.approx(1.0, abs=1e-6)
+
+
+@layouts
+@pytest.mark.parametrize("precision", [10.0, 1e-6])
+def test_factors_in_half_precision(layout, precision):
+    """Little is lost, whether the data explain little of the prior's variance or nearly all of it."""
+    model = toy_model(width=32, inner=24).float()
+    model = model if layout == "fused" else as_modules(model)
+    posterior = fit(model, rank=10)
+    half = LaplacePosterior(posterior.factors.to(dtype=torch.bfloat16), precision)
+    batch = toy_batch(num_rows=12, seed=4)
+    found, expected = (
+        p.logit_covariance(model, answer_logits, batch)[1]
+        for p in (half, LaplacePosterior(posterior.factors, precision))
+    )
+    error = float((found - expected).norm() / expected.norm())
+    print(f"relative error of the covariance with bfloat16 bases: {error:.1e}")
+    assert error < 1e-3
+    assert torch.equal(half.log_det(), LaplacePosterior(posterior.factors, precision).log_det())
+
+
+def test_half_precision_never_explains_more_than_the_prior(monkeypatch):
+    """Bases of all directions, and data that determine all of them: what is left is zero, and never less."""
+    model = toy_model().float()
+    batch = toy_batch(num_rows=12, seed=4)
+    factors = collect_factors(model, answer_logits, [batch], rank=100)
+    # As if every direction had been seen.
+    layers = [
+        replace(
+            x,
+            a_eigenvalues=torch.ones_like(x.a_eigenvalues),
+            slots=torch.ones_like(x.slots),
+            g_eigenvalues=torch.ones_like(x.g_eigenvalues),
+        )
+        for x in factors.layers
+    ]
+    half = replace(factors, layers=tuple(layers)).to(dtype=torch.bfloat16)
+    LaplacePosterior(half, 1e-6).logit_covariance(model, answer_logits, batch)
+    monkeypatch.setattr(covariance_module, "orthonormal", lambda basis, dtype: basis.to(dtype))
+    with pytest.raises(ValueError, match="eigenvalue of -"):
+        LaplacePosterior(half, 1e-6).logit_covariance(model, answer_logits, batch)
+
+
+def test_offloading_is_kept(tmp_path):
+    posterior = LaplacePosterior(fit(toy_model()).factors, offload=True)
+    posterior.save(tmp_path / "p.safetensors")
+    for other in (
+        posterior.with_prior_precision(2.0),
+        posterior.without_layers([0]),
+        LaplacePosterior.load(tmp_path / "p.safetensors", offload=True),
+    ):
+        assert other.offload
+    assert not LaplacePosterior.load(tmp_path / "p.safetensors").offload

@@ -58,6 +58,20 @@ def test_every_bit_comes_back(posterior, path):
     torch.testing.assert_close(found, expected, rtol=1e-12, atol=1e-14)  # tensors from a file lie elsewhere in memory
 
 
+def test_half_precision_comes_back_and_takes_half(tmp_path):
+    factors = collect_factors(toy_model(width=64, inner=64).float(), answer_logits, [toy_batch()], rank=20)
+    sizes = []
+    for kept in (factors, factors.to(dtype=torch.bfloat16)):
+        LaplacePosterior(kept).save(tmp_path / "p.safetensors")
+        sizes.append((tmp_path / "p.safetensors").stat().st_size)
+        loaded = LaplacePosterior.load(tmp_path / "p.safetensors").factors
+        for x, y in zip(loaded.layers, kept.layers, strict=True):
+            for name, tensor in y.tensors().items():
+                assert x.tensors()[name].dtype == tensor.dtype
+                assert torch.equal(x.tensors()[name], tensor)
+    assert sizes[1] < 0.56 * sizes[0]
+
+
 def test_float32_and_a_part_of_the_layers(tmp_path):
     model = toy_model(num_layers=3).float()
     posterior = LaplacePosterior(collect_factors(model, answer_logits, [toy_batch()], rank=2)).without_layers([0])

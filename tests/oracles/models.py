@@ -105,7 +105,7 @@ class ToyMixture(nn.Module):
         tokens = x.reshape(-1, x.shape[-1])
         scores = self.router(tokens)
         for expert in self.config.idle:
-            scores = scores.index_fill(1, torch.tensor([expert]), -1e9)
+            scores = scores.index_fill(1, torch.tensor([expert], device=scores.device), -1e9)
         weights, index = scores.softmax(-1).topk(self.config.top_k, dim=-1)
         if self.config.layout == "fused":
             return self.crew(tokens, index, weights).view_as(x)
@@ -159,8 +159,9 @@ class ToyMoE(PreTrainedModel):
         real = attention_mask.bool()
         segments = torch.zeros_like(input_ids) if segments is None else segments
         same = segments.unsqueeze(2) == segments.unsqueeze(1)
-        ahead = torch.ones(input_ids.shape[1], input_ids.shape[1], dtype=torch.bool).tril()
-        visible = (ahead & same & real.unsqueeze(1)) | torch.eye(input_ids.shape[1], dtype=torch.bool)
+        square = torch.ones(input_ids.shape[1], input_ids.shape[1], dtype=torch.bool, device=input_ids.device)
+        ahead = square.tril()
+        visible = (ahead & same & real.unsqueeze(1)) | (ahead & ahead.T)
         place = ((ahead & same) * attention_mask.unsqueeze(1)).sum(-1).sub(1).clamp(min=0)
         x = self.words(input_ids) + self.places(place)
         for layer in self.layers:
@@ -216,7 +217,7 @@ def answer_logits(model, batch):
     output = model(input_ids=batch["ids"], attention_mask=batch["mask"])
     output = output if isinstance(output, torch.Tensor) else output.logits
     last = batch["mask"].shape[1] - 1 - batch["mask"].flip(1).argmax(1)
-    logits = output[torch.arange(len(last)), last][:, list(ANSWERS)]
+    logits = output[torch.arange(len(last)), last.to(output.device)][:, list(ANSWERS)]
     if "absent" in batch:
         logits = logits.masked_fill(batch["absent"], -torch.inf)
     return logits, batch.get("labels")
