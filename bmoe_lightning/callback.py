@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import warnings
-import weakref
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext, suppress
+from contextlib import AbstractContextManager, nullcontext
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal
@@ -34,8 +33,8 @@ from bmoe_lightning.curvature.fisher import FisherName
 from bmoe_lightning.curvature.kfac import ApproximationName
 from bmoe_lightning.curvature.sketch import SketchName
 from bmoe_lightning.evaluation_run import EvaluationRun, uncertain_prediction
-from bmoe_lightning.experts import ClassLogits, second_weights
-from bmoe_lightning.experts.sharding import local_part, reshard, whole
+from bmoe_lightning.experts import ClassLogits
+from bmoe_lightning.experts.sharding import gathered, reshard
 from bmoe_lightning.fitting import Fitted, fit
 from bmoe_lightning.laplace.predictive import NUM_SAMPLES, LinkName
 from bmoe_lightning.laplace.prior import Scope
@@ -49,6 +48,7 @@ from bmoe_lightning.passes import (
     training_pass,
     validation_pass,
 )
+from bmoe_lightning.prior_mean import PriorMean
 from bmoe_lightning.processes import is_first, wait_for_all
 from bmoe_lightning.saved import POSTERIOR_FILE, SUMS_FILE, has_fitted, load_fitted, save_fitted
 from bmoe_lightning.settings import FactorDtype, FitSettings
@@ -191,8 +191,7 @@ class BayesianMoECallback(L.Callback):
         self._earlier: Path | None = None  # where the run of a loaded checkpoint wrote
         self._snapshots: list[Path] = []
         self._earlier_snapshots: list[Path] = []  # of the run that is being resumed
-        self._prior_mean: dict[str, Tensor] | None = None
-        self._prior_module: weakref.ref[nn.Module] | None = None
+        self._prior_mean = PriorMean(self.settings)
         self._precision: Callable[[], AbstractContextManager[Any]] = nullcontext
         self._undo: list[Callable[[], None]] = []
         self._run: EvaluationRun | None = None
@@ -233,12 +232,12 @@ class BayesianMoECallback(L.Callback):
         self._precision = trainer.precision_plugin.forward_context
         # Sharded weights are remembered in parts, once there are parts; a checkpoint is loaded before that.
         if stage == "fit" and not (shards_weights(trainer) and trainer.ckpt_path is None):
-            self._remember_prior_mean(pl_module)
+            self._prior_mean.remember(pl_module)
 
     def on_load_checkpoint(self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]) -> None:
         """Take the prior mean of a module that was built after `setup`, before the checkpoint overwrites it."""
         if trainer.state.fn == "fit" and not shards_weights(trainer):
-            self._remember_prior_mean(pl_module)
+            self._prior_mean.remember(pl_module)
 
     # -- training
 
@@ -248,8 +247,8 @@ class BayesianMoECallback(L.Callback):
         unknown = set(self.settings.skip_layers) - {layer.index for layer in layers}
         if unknown:
             raise ValueError(f"skip_layers names {sorted(unknown)}, but the model has {len(layers)} expert layers")
-        check_prior_mean(trainer, self.settings, known=self._remembers(pl_module))
-        self._remember_prior_mean(pl_module)
+        check_prior_mean(trainer, self.settings, known=self._prior_mean.is_of(pl_module))
+        self._prior_mean.remember(pl_module)
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Drop a posterior of earlier weights, and sums for one; check that the data allow fitting another one."""
@@ -282,9 +281,8 @@ class BayesianMoECallback(L.Callback):
         surplus = self._snapshots[: -self.num_snapshots]
         del self._snapshots[: -self.num_snapshots]
         reshard(pl_module)
-        # All processes put them together, and the first one keeps them.
-        gathered = ((n, whole(p)) for n, p in pl_module.named_parameters() if p.requires_grad)
-        kept = {n: weight.cpu() for n, weight in gathered if trainer.is_global_zero}
+        trained = {n: p for n, p in pl_module.named_parameters() if p.requires_grad}
+        kept = gathered(trained, keep=trainer.is_global_zero)
         if trainer.is_global_zero:
             save_snapshot(path, kept)
             for earlier in surplus:
@@ -390,7 +388,7 @@ class BayesianMoECallback(L.Callback):
             self.settings,
             curvature_batches,
             calibration_batches,
-            prior_mean=self._prior_mean if prior_mean is None else prior_mean,
+            prior_mean=self._prior_mean.weights if prior_mean is None else prior_mean,
             num_examples=num_examples,
             distributed=distributed,
             curvature_checkpoint=None if folder is None or every is None else folder / SUMS_FILE,
@@ -470,24 +468,6 @@ class BayesianMoECallback(L.Callback):
         self._earlier_snapshots = [Path(path) for path in state_dict.get("snapshots", [])]
 
     # -- helpers, in the order in which they are used above
-
-    def _remember_prior_mean(self, module: nn.Module) -> None:
-        """Copy the second weights of all experts to the CPU, once a module, if a method will ask how far they moved."""
-        wanted = self.settings.needs_evidence and self.settings.prior_mean == "pretrained"
-        if not wanted or self._remembers(module):
-            return
-        self._prior_mean = self._prior_module = None
-        with suppress(ValueError):  # no experts yet: a module that is built in configure_model
-            layers = self.settings.find_layers(module)
-            self._prior_mean = {
-                name: local_part(weight).values.to("cpu", copy=True)
-                for layer in layers
-                for name, weight in second_weights(module, layer).items()
-            }
-            self._prior_module = weakref.ref(module)
-
-    def _remembers(self, module: nn.Module) -> bool:
-        return self._prior_module is not None and self._prior_module() is module
 
     def _engine_logits(self, model: Any, batch: Any) -> tuple[Tensor, Tensor | None]:
         with self._precision():

@@ -28,7 +28,7 @@ from bmoe_lightning.atomic import write_text
 from bmoe_lightning.baselines import Method, load_snapshot, save_snapshot
 from bmoe_lightning.curvature import remove_checkpoint
 from bmoe_lightning.experts import ClassLogits, find_expert_layers, second_weights
-from bmoe_lightning.experts.sharding import local_part, shard_blocks, whole
+from bmoe_lightning.experts.sharding import gathered, local_part, shard_blocks
 from bmoe_lightning.fitting import build_methods
 from bmoe_lightning.processes import is_first, num_processes, wait_for_all
 from bmoe_lightning.report import (
@@ -290,9 +290,7 @@ class _SaveTrained(L.Callback):
 
     def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         assert isinstance(pl_module, ExpertFinetuner)
-        # All processes put sharded weights together, and the first one keeps them.
-        gathered = ((name, whole(weight)) for name, weight in pl_module.trained_parameters().items())
-        kept = {name: weight.cpu() for name, weight in gathered if trainer.is_global_zero}
+        kept = gathered(pl_module.trained_parameters(), keep=trainer.is_global_zero)
         if trainer.is_global_zero:
             save_snapshot(self._path, kept)
         trainer.strategy.barrier()

@@ -187,6 +187,7 @@ def of_model(name: str, world_size: int, folder: Path, batches) -> dict:
         "FSDP": (init_device_mesh("cpu", (world_size,)), 0),
         "HSDP": (init_device_mesh("cpu", (world_size, 1), mesh_dim_names=("replicas", "shards")), 0),
         "by width": (init_device_mesh("cpu", (world_size,)), 1),
+        "recomputed": (init_device_mesh("cpu", (world_size,)), 0),
     }
     found = {}
     for kind, (mesh, dim) in kinds.items():
@@ -196,6 +197,8 @@ def of_model(name: str, world_size: int, folder: Path, batches) -> dict:
         for block in sharded.model.layers:
             fully_shard(block, mesh=mesh, shard_placement_fn=place)
         fully_shard(sharded, mesh=mesh)
+        if kind == "recomputed" and name == "fused":
+            sharded.gradient_checkpointing_enable({"use_reentrant": False})
         for parameter_name, parameter in sharded.named_parameters():
             parameter.requires_grad_("experts" in parameter_name)
         sharded.train()

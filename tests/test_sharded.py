@@ -78,7 +78,7 @@ def test_whatever_looks_at_weights_sees_the_same_in_parts(tmp_path, world_size):
         found = json.loads((tmp_path / f"parts-{world_size}-{rank}.json").read_text())
         assert set(found) == {"fused", "modules"}
         for kinds in found.values():
-            assert set(kinds) == {"FSDP", "HSDP", "by width"}
+            assert set(kinds) == {"FSDP", "HSDP", "by width", "recomputed"}
             for differences in kinds.values():
                 assert len(differences) == 14
                 assert max(differences.values()) < 1e-12

@@ -7,7 +7,7 @@ Tensor and expert parallelism spread the computation too, and are another matter
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -86,6 +86,24 @@ def whole(tensor: Tensor) -> Tensor:
     sharded: Any = tensor.detach()
     together: Tensor = sharded.full_tensor() if is_sharded(tensor) else sharded
     return together
+
+
+def gathered(tensors: Mapping[str, Tensor], *, keep: bool) -> dict[str, Tensor]:
+    """Put tensors together one by one, on the CPU. A collective, if they are sharded.
+
+    Args:
+        tensors: by name.
+        keep: whether this process wants them.
+
+    Returns:
+        All of them, or none.
+    """
+    kept = {}
+    for name, tensor in tensors.items():
+        together = whole(tensor)
+        if keep:
+            kept[name] = together.cpu()
+    return kept
 
 
 def reshard(model: nn.Module) -> None:

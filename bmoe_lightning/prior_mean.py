@@ -1,0 +1,47 @@
+"""The weights from before fine-tuning, from which the evidence measures how far the experts have moved."""
+
+from __future__ import annotations
+
+import weakref
+from contextlib import suppress
+
+from torch import Tensor, nn
+
+from bmoe_lightning.experts import second_weights
+from bmoe_lightning.experts.sharding import local_part
+from bmoe_lightning.settings import FitSettings
+
+
+class PriorMean:
+    """Copies of the second weights of all experts on the CPU, taken once a module, if a method will ask for them.
+
+    Args:
+        settings: which methods, and which layers.
+
+    Attributes:
+        weights: as `second_weights` names them, of sharded ones this process's parts; None where nothing was taken.
+    """
+
+    def __init__(self, settings: FitSettings) -> None:
+        self.weights: dict[str, Tensor] | None = None
+        self._settings = settings
+        self._module: weakref.ref[nn.Module] | None = None
+
+    def is_of(self, module: nn.Module) -> bool:
+        """Whether the copies were taken from this very module."""
+        return self._module is not None and self._module() is module
+
+    def remember(self, module: nn.Module) -> None:
+        """Take the copies, unless they are there, or the module has no experts yet."""
+        wanted = self._settings.needs_evidence and self._settings.prior_mean == "pretrained"
+        if not wanted or self.is_of(module):
+            return
+        self.weights = self._module = None
+        with suppress(ValueError):  # no experts yet: a module that is built in configure_model
+            layers = self._settings.find_layers(module)
+            self.weights = {
+                name: local_part(weight).values.to("cpu", copy=True)
+                for layer in layers
+                for name, weight in second_weights(module, layer).items()
+            }
+            self._module = weakref.ref(module)
