@@ -140,7 +140,7 @@ def collect_factors(
                     ]
                     kept.restore(sums, generator)
                 weights = fisher_weights(fisher, tapped.log_probs, tapped.labels, generator)
-                weights = weights * tapped.counts.to(weights.device).view(1, -1, 1)
+                weights = weights * tapped.counts(weights.device).view(1, -1, 1)
                 # Once a model: whether it keeps examples apart is a matter of its code.
                 thorough, checked = not checked, checked or len(tapped.logits) > 1
                 _add_batch(sums, tapped, slots, weights, approximation, thorough=thorough)

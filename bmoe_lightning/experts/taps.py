@@ -278,10 +278,9 @@ class TappedBatch:
     taps: Taps
     num_counted: int
 
-    @property
-    def counts(self) -> Tensor:
+    def counts(self, device: torch.device) -> Tensor:
         """`[B]` bool, which examples are to enter results."""
-        return torch.arange(len(self.logits), device=self.logits.device) < self.num_counted
+        return torch.arange(len(self.logits), device=device) < self.num_counted
 
     @property
     def log_probs(self) -> Tensor:

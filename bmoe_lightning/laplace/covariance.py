@@ -84,7 +84,7 @@ def batch_terms(
     """
     with tapped_batch(model, layers, class_logits, batch) as tapped, torch.no_grad():
         weights, embedding = _contrasts(tapped.present, centred)
-        weights = weights * tapped.counts.unsqueeze(1)  # so that no slot of another example counts
+        weights = weights * tapped.counts(weights.device).unsqueeze(1)  # so that no slot of another example counts
         num_examples = len(embedding)
         slots = [tapped.taps.slots(position) for position in range(len(layers))]
         owners = slot_owners(tapped, slots, thorough=thorough)
