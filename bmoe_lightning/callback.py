@@ -23,6 +23,7 @@ from bmoe_lightning.checks import (
     check_loss,
     check_prediction,
     check_prior_mean,
+    check_shards,
     check_sketch,
     check_snapshots,
     check_strategy,
@@ -93,7 +94,8 @@ class BayesianMoECallback(L.Callback):
             up to the whole.
         curvature_checkpoint_every: write the running sums of the curvature epoch into the folder every so many batches,
             and remove them when the posterior is written. If the process is killed in between, `fit_posterior` with the
-            trained weights and the same loader goes on from there. None writes nothing.
+            trained weights and the same loader goes on from there, if the callback has that folder as its `dirpath`.
+            None writes nothing.
         fit_at: fit at the `last` weights, or at the `best` of the trainer's checkpoint callback (then test with
             `ckpt_path="best"`; the module keeps its last weights).
         dropout: probability of MC dropout.
@@ -243,6 +245,7 @@ class BayesianMoECallback(L.Callback):
 
     def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """The model is complete now: find its experts, and remember where its weights start."""
+        check_shards(trainer, pl_module)
         layers = self.settings.find_layers(pl_module)
         unknown = set(self.settings.skip_layers) - {layer.index for layer in layers}
         if unknown:
@@ -334,8 +337,10 @@ class BayesianMoECallback(L.Callback):
         """Fit on a model that is already trained; `trainer.test` and `trainer.predict` then use the result.
 
         What was fitted is also written, if the callback was given a `dirpath`. A curvature epoch that was killed there
-        (see `curvature_checkpoint_every`) goes on. A shuffling DataLoader gives the order that it gave when training
-        ended; around a call with a generator over one, put `with bmoe_lightning.passes.reproducible_order(loader)`.
+        (see `curvature_checkpoint_every`) goes on; in another process a method with an evidence needs `prior_mean`,
+        which the killed one had seen when training started. A shuffling DataLoader gives the order that it gave when
+        training ended; around a call with a generator over one, put
+        `with bmoe_lightning.passes.reproducible_order(loader)`.
 
         Args:
             module: the LightningModule (or whatever `class_logits` takes as its model), on its device.
@@ -345,14 +350,21 @@ class BayesianMoECallback(L.Callback):
                 those that this callback saw when training started.
             num_examples: examples that the curvature shall stand for, if `curvature_batches` is a part of the data.
             distributed: whether all processes of torch.distributed's group call this, each with its share of the data:
-                of W processes, process r has the examples r, r + W, r + 2 W, ..., and none of them twice. All get the
-                same result, and the first one writes. Otherwise the process that calls this fits on the batches it
-                gives and writes, by itself, however many processes there are.
+                of W processes, process r has the examples r, r + W, r + 2 W, ..., and none of them twice. Where weights
+                are sharded, all need as many batches of the same sizes: then give examples once more at the end, in a
+                `CountedBatch`. All get the same result, and the first one writes. Otherwise the process that calls this
+                fits on the batches it gives and writes, by itself, however many processes there are.
 
         Raises:
             ValueError: if a method lacks data, labels or the prior mean, or the folder holds sums of a curvature epoch
                 over other batches, or with other weights or options.
         """
+        if self.curvature_checkpoint_every is not None and self._dirpath is None:
+            warnings.warn(
+                "curvature_checkpoint_every writes into the callback's dirpath, and none was given: what an earlier"
+                " run may have left in its logger's folder is not gone on with",
+                stacklevel=2,
+            )
         loader = isinstance(curvature_batches, DataLoader)
         with reproducible_order(curvature_batches) if loader else nullcontext():
             self._fit(

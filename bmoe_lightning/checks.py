@@ -11,6 +11,7 @@ from lightning.pytorch.callbacks import ModelPruning, StochasticWeightAveraging
 from torch import Tensor
 
 from bmoe_lightning.curvature.sketch import check_linear
+from bmoe_lightning.experts.sharding import is_sharded, reshard
 from bmoe_lightning.laplace.predictive import MIN_UNLABELLED
 from bmoe_lightning.passes import Pass, shards_weights
 from bmoe_lightning.processes import gather_number
@@ -54,6 +55,24 @@ def _check_mesh(trainer: L.Trainer) -> None:
             "node's), in which none sees a whole activation. BayesianMoECallback supports sharded weights alone: give "
             f"ModelParallelStrategy(data_parallel_size={trainer.world_size}, tensor_parallel_size=1) and apply "
             "fully_shard in configure_model"
+        )
+
+
+def check_shards(trainer: L.Trainer, module: L.LightningModule) -> None:
+    """Refuse to train weights of which every process would have its own version in the end.
+
+    Raises:
+        ValueError: naming a parameter.
+    """
+    if trainer.world_size == 1 or not shards_weights(trainer):
+        return
+    reshard(module)
+    whole = [name for name, p in module.named_parameters() if p.requires_grad and not is_sharded(p)]
+    if whole:
+        raise ValueError(
+            f"{len(whole)} trained parameters are not sharded, {whole[0]!r} for one, and ModelParallelStrategy averages"
+            " no gradients of such: processes would end with different models. Call fully_shard on the whole model in "
+            "configure_model (on its blocks first), or freeze them"
         )
 
 

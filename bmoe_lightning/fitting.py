@@ -32,7 +32,8 @@ from bmoe_lightning.experts import (
     squared_distances,
     weight_fingerprint,
 )
-from bmoe_lightning.experts.batches import count_of, plain_batch
+from bmoe_lightning.experts.batches import count_of, in_step, plain_batch
+from bmoe_lightning.experts.sharding import check_together
 from bmoe_lightning.laplace.posterior import LaplacePosterior, WeightMismatchError
 from bmoe_lightning.laplace.predictive import (
     class_probabilities,
@@ -128,6 +129,7 @@ def fit(
     if settings.needs_calibration and calibration_batches is None:
         needy = sorted(NEEDS_CALIBRATION & set(settings.methods))
         raise ValueError(f"{needy} are fitted on held-out data, and there is no calibration split")
+    check_together(model, distributed=distributed)
     layers = settings.find_layers(model)
     record: dict[str, Any] = {"fingerprint": weight_fingerprint(model, layers), "settings": asdict(settings)}
     if distributed:
@@ -287,7 +289,7 @@ def plain_logits(
         ValueError: if there is no example or no label.
     """
     all_logits, all_labels = [torch.empty(0, dtype=torch.float64)], [torch.empty(0, dtype=torch.int64)]
-    for batch in batches:
+    for batch in in_step(model, batches):
         view = BatchView(model, class_logits, plain_batch(batch))
         if view.labels is None:
             raise ValueError("temperatures are fitted on labels, but class_logits returned None for them")

@@ -18,6 +18,7 @@ import lightning as L
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 
 from bmoe_lightning.atomic import write_text
+from bmoe_lightning.curvature.sketch import check_linear
 from bmoe_lightning.processes import is_first, num_processes
 from bmoe_lightning.settings import FitSettings
 from recipes.settings import ResolvedSettings
@@ -56,7 +57,7 @@ def check_start(settings: ResolvedSettings, output: Path) -> bool:
         raise RecipeError(f"--output-dir {output} cannot be written ({reason}); give another one") from None
     goes_on = _earlier_run(settings, output)
     try:
-        FitSettings(
+        wanted = FitSettings(
             methods=settings.method_names,
             rank=settings.rank,
             fisher=settings.fisher,  # type: ignore[arg-type]  # checked here
@@ -65,6 +66,8 @@ def check_start(settings: ResolvedSettings, output: Path) -> bool:
             num_samples=settings.num_samples,
             dropout=settings.expert_dropout,
         )
+        if num_processes() > 1 and wanted.needs_posterior:
+            check_linear(settings.sketch)
     except ValueError as error:
         raise RecipeError(str(error)) from None
     try:

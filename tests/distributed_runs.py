@@ -235,6 +235,12 @@ def resumed(world_size: int, folder: Path, weights: Path) -> None:
         child.join()
 
 
+def remove_own(path: Path) -> None:
+    """Remove all that one process has written."""
+    for file in path.parent.glob(f"{path.name}*"):
+        file.unlink()
+
+
 def resuming(rank: int, world_size: int, folder: Path, weights: Path) -> None:
     store = dist.FileStore(str(folder / f"store-{world_size}"), world_size)
     dist.init_process_group("gloo", store=store, rank=rank, world_size=world_size)
@@ -283,10 +289,17 @@ def resuming(rank: int, world_size: int, folder: Path, weights: Path) -> None:
         dist.barrier()
     options = {"checkpoint": path, "checkpoint_every": 1}
     collect("differing-killed", stopping(batches, 3), **options)
-    if rank == 1:
+    if rank == 1:  # killed between two writes of its own
         own_path(path, distributed=True).unlink()
     dist.barrier()
     collect("differing-resumed", **options)
+    remove_checkpoint(path)
+    dist.barrier()
+    collect("missing-killed", stopping(batches, 3), **options)
+    if rank == 1:
+        remove_own(own_path(path, distributed=True))
+    dist.barrier()
+    collect("missing-resumed", **options)
     if rank == 1:
         own_path(path, distributed=True).write_bytes(b"damaged")
     dist.barrier()

@@ -44,7 +44,8 @@ from bmoe_lightning.baselines.snapshots import swapped_weights
 from bmoe_lightning.curvature import collect_factors, remove_checkpoint
 from bmoe_lightning.experts import find_expert_layers, second_weights, squared_distances, weight_fingerprint
 from bmoe_lightning.experts.batches import CountedBatch
-from bmoe_lightning.experts.sharding import has_shards, local_part, reshard, whole
+from bmoe_lightning.experts.sharding import has_shards, local_part, reshard, shard_blocks, whole
+from bmoe_lightning.fitting import plain_logits
 
 
 def strategy(world_size: int, **others) -> ModelParallelStrategy:
@@ -166,6 +167,7 @@ def parts(world_size: int, folder: Path) -> None:
     data = ToyData(24, 1)
     batches = [{"input_ids": data.ids[i : i + 4], "labels": data.labels[i : i + 4]} for i in range(0, 24, 4)]
     found = {name: of_model(name, world_size, folder, batches) for name in ("fused", "modules")}
+    found["refused"] = refused(world_size, batches)
     (folder / f"parts-{world_size}-{rank()}.json").write_text(json.dumps(found))
     dist.destroy_process_group()
 
@@ -216,6 +218,63 @@ def of_model(name: str, world_size: int, folder: Path, batches) -> dict:
         gradients = {n: p.grad is not None for n, p in sharded.named_parameters()}
         assert {n for n, there in gradients.items() if there} == wants_gradients
     return found
+
+
+def two_choices(model, batch):
+    """A row for each choice; of the third choice, which some examples lack, no logit is looked at."""
+    ids = batch["input_ids"]
+    rows = torch.stack([ids, ids + 1, ids + 2], dim=1).clamp(max=23).flatten(0, 1)
+    logits = model(input_ids=rows, use_cache=False).logits[:, -1, 1].view(-1, 3)
+    absent = batch["absent"].unsqueeze(1) & (torch.arange(3) == 2)
+    return logits.masked_fill(absent, -torch.inf), batch["labels"].clamp(max=1)
+
+
+def refused(world_size: int, batches) -> dict:
+    """What depends on the data of one process, or goes wrong in one, and what the others make of it."""
+    model = build("fused")
+    layers = find_expert_layers(model)
+    shard_blocks(model, layers, init_device_mesh("cpu", (world_size,)))
+    found: dict = {}
+    # Only one process sees examples without a third choice, whose rows no logit comes from.
+    seen = [{**b, "absent": torch.full((len(b["labels"]),), rank() == world_size - 1)} for b in batches[:3]]
+    for approximation in ("expand", "reduce"):
+        factors = collect_factors(model, two_choices, seen, rank=3, approximation=approximation, distributed=True)
+    posterior = LaplacePosterior(factors)
+    found["absent"] = float(posterior.predict(model, two_choices, seen[0]).exp().sum(1).sub(1).abs().max())
+    kinds = {
+        "uneven": lambda: collect_factors(model, answers, batches[: 2 + (rank() == 0)], rank=3, distributed=True),
+        "uneven calibration": lambda: plain_logits(model, answers, batches[: 2 + (rank() == 0)], distributed=True),
+        "alone": lambda: collect_factors(model, answers, batches, rank=3),
+    }
+    attempts = Attempts()
+    for name, attempt in kinds.items():
+        attempts(name, attempt)
+        dist.barrier()
+    # In the middle of a forward, of all processes at once.
+    reshard(model)  # a plain forward leaves what lies in no block in one piece
+    before = {n: (type(p.data), p.requires_grad) for n, p in model.named_parameters()}
+    for handle in (model.model.layers[1].mlp.register_forward_hook(fail), head_gradient_fails(model)):
+        attempts("inside", lambda: collect_factors(model, answers, batches, rank=3, distributed=True))
+        handle.remove()
+        assert {n: (type(p.data), p.requires_grad) for n, p in model.named_parameters()} == before
+        dist.barrier()
+    again = collect_factors(model, two_choices, seen, rank=3, approximation="reduce", distributed=True)
+    found["afterwards"] = apart([x.curvature() for x in again.layers], [x.curvature() for x in factors.layers])
+    partly = build("fused")
+    fully_shard(partly.model, mesh=init_device_mesh("cpu", (world_size,)))  # and not the head
+    with torch.no_grad():
+        partly.lm_head.weight.add_(rank())
+    attempts("copies", lambda: weight_fingerprint(partly, layers))
+    return {**found, "said": attempts.said}
+
+
+def fail(*_):
+    raise ValueError("stopped inside")
+
+
+def head_gradient_fails(model):
+    """Fails in the backward pass."""
+    return model.model.layers[1].register_forward_hook(lambda _, __, output: output.register_hook(fail) and None)
 
 
 def shard_dimension(parameter, world_size):

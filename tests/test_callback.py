@@ -509,7 +509,8 @@ class TestKilledInTheCurvatureEpoch:
     def test_fit_posterior_without_a_folder_writes_nothing(self, tmp_path, monkeypatch):
         monkeypatch.chdir(tmp_path)
         callback = BayesianMoECallback(methods=("map", "laplace_lpo"), curvature_checkpoint_every=1)
-        callback.fit_posterior(ToyModule(), train_loader(), calibration_loader())
+        with pytest.warns(UserWarning, match="writes into the callback's dirpath"):
+            callback.fit_posterior(ToyModule(), train_loader(), calibration_loader())
         assert list(tmp_path.iterdir()) == []
 
 

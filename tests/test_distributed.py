@@ -283,19 +283,29 @@ class TestCurvatureThatWasKilled:
                     torch.testing.assert_close(one, other, rtol=1e-12, atol=1e-12 * float(other.abs().max()))
 
     def test_nobody_runs_far_ahead(self, said, world_size):
-        """Files of different ages could not be gone on with; so the fast ones wait when they write."""
+        """Files that are many writes apart could not be gone on with; so the fast ones wait when they write."""
         fast, slow = (said[rank]["said"]["exact-resumed"]["times"] for rank in (0, 1))
         assert fast[2] >= slow[1] + 0.2  # the first batch after the next write
 
-    def test_begins_anew_where_one_file_is_missing(self, resumed_runs, said, world_size):
+    def test_goes_on_from_the_newest_write_that_all_have(self, resumed_runs, said, world_size):
         for rank in range(world_size):
             own = said[rank]["said"]["differing-resumed"]
+            assert own["warned"] == []
+            assert own["calls"] == said[rank]["batches"] - 2
+            found = self.tensors(resumed_runs, "differing-resumed", world_size, rank)
+            expected = self.tensors(resumed_runs, "exact-whole", world_size, rank)
+            assert torch.equal(found["0.slots"], expected["0.slots"])
+            torch.testing.assert_close(found["1.g_trace"], expected["1.g_trace"], rtol=1e-12, atol=0)
+
+    def test_begins_anew_where_the_files_of_one_are_missing(self, resumed_runs, said, world_size):
+        for rank in range(world_size):
+            own = said[rank]["said"]["missing-resumed"]
             writes = [3] * world_size
             writes[1] = 0
             assert len(own["warned"]) == 1
-            assert f"of different ages (written {writes} times)" in own["warned"][0]
+            assert f"no age in common (written {writes} times)" in own["warned"][0]
             assert own["calls"] == said[rank]["batches"]
-            found = self.tensors(resumed_runs, "differing-resumed", world_size, rank)
+            found = self.tensors(resumed_runs, "missing-resumed", world_size, rank)
             expected = self.tensors(resumed_runs, "exact-whole", world_size, rank)
             assert torch.equal(found["0.slots"], expected["0.slots"])
             torch.testing.assert_close(found["1.g_trace"], expected["1.g_trace"], rtol=1e-12, atol=0)

@@ -14,7 +14,7 @@ from safetensors.torch import load_file
 from test_distributed import SameAsOneProcess, read, run_script
 from toy import ToyData, ToyModule
 
-from bmoe_lightning.checks import check_prior_mean, check_strategy
+from bmoe_lightning.checks import check_prior_mean, check_shards, check_strategy
 from bmoe_lightning.curvature import collect_factors
 from bmoe_lightning.experts.batches import CountedBatch, count_of, plain_batch
 from bmoe_lightning.experts.sharding import sharding_refusal
@@ -76,6 +76,18 @@ def test_whatever_looks_at_weights_sees_the_same_in_parts(tmp_path, world_size):
         assert len(list(pool.map(process, range(world_size)))) == world_size
     for rank in range(world_size):
         found = json.loads((tmp_path / f"parts-{world_size}-{rank}.json").read_text())
+        refused = found.pop("refused")
+        assert refused["absent"] < 1e-12
+        assert refused["afterwards"] < 1e-12
+        said = refused["said"]
+        assert said.pop("inside") == "stopped inside"
+        if world_size == 1:  # nobody to be out of step with
+            assert said == {}
+        else:
+            assert f"1 of {world_size} processes have a batch left" in said["uneven"]
+            assert said["uneven calibration"] == said["uneven"]
+            assert "with distributed=True" in said["alone"]
+            assert f"{world_size - 1} of {world_size} processes differ from the others" in said["copies"]
         assert set(found) == {"fused", "modules"}
         for kinds in found.values():
             assert set(kinds) == {"FSDP", "HSDP", "by width", "recomputed"}
@@ -184,3 +196,18 @@ class TestCountedBatches:
         assert count_of(CountedBatch("batch", 1, 3), 3) == 1
         with pytest.raises(ValueError, match="6 examples for 3 entries"):
             count_of(CountedBatch("batch", 2, 3), 6)
+
+
+class TestTrainedParameters:
+    def trainer(self, world_size=2, strategy=None):
+        return types.SimpleNamespace(strategy=strategy or ModelParallelStrategy(), world_size=world_size)
+
+    def test_whole_ones_are_refused_before_training(self):
+        with pytest.raises(ValueError, match=r"'network.model.embed_tokens.weight' for one.*fully_shard"):
+            check_shards(self.trainer(), ToyModule())
+
+    def test_frozen_ones_and_other_trainers_are_let_through(self):
+        module = ToyModule()
+        check_shards(self.trainer(1), module)
+        check_shards(self.trainer(2, DDPStrategy()), module)
+        check_shards(self.trainer(), module.requires_grad_(False))

@@ -7,15 +7,17 @@ the pass has come, and a digest of the batches so far, by which it is noticed if
 from __future__ import annotations
 
 import dataclasses
-import glob
 import hashlib
 import json
+import re
 import warnings
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -28,6 +30,7 @@ FORMAT = "bmoe_lightning.curvature"
 VERSION = 1
 _GENERATOR = "generator"
 _DAMAGED = -1  # in the place of the number of writes
+_BEFORE = ".before"  # of several processes, what each wrote the time before
 
 
 class Stateful(Protocol):
@@ -65,7 +68,8 @@ class PassCheckpoint:
     """Writes the state of a pass now and then, and gives back what a killed one has written.
 
     The processes of a distributed pass write together: every `every` batches those that have batches left meet, and
-    those that have none write what they have once more. So their files stay of the same age, whichever is faster.
+    those that have none write what they have once more. So their files stay of the same age, whichever is faster. A
+    kill may still come between two of them: each keeps what it wrote the time before, and all go on from what all have.
 
     Args:
         path: of the file; where the pass is distributed each process has one of its own beside it (see `own_path`).
@@ -80,8 +84,7 @@ class PassCheckpoint:
             kind or version, of other weights or options; on whichever process.
 
     Warns:
-        UserWarning: if the processes' files are not of the same age, as after a kill between two writes; the pass
-            begins anew then.
+        UserWarning: if the processes' files have no age in common, as where some were removed; the pass begins anew.
     """
 
     def __init__(
@@ -192,33 +195,45 @@ class PassCheckpoint:
             "options": self._options,
             "progress": asdict(self.progress),
         }
+        if self._distributed and path.is_file():
+            path.replace(path.with_name(path.name + _BEFORE))
         write_safetensors(path, {**tensors, _GENERATOR: generator.get_state()}, {FORMAT: json.dumps(header)})
 
     def _read(self, path: Path) -> None:
         remove_leftovers(path)
-        error = None
+        error, before = None, path.with_name(path.name + _BEFORE)
         try:
-            if path.is_file():
-                self.progress, self._tensors = _read(path, self._fingerprint, self._options)
+            if path.is_dir():
+                raise ValueError(f"{path} is a folder, and was to be the file for the sums of the curvature pass")
+            # Killed between two writes of its own, a process has the older one alone.
+            newest = before if self._distributed and not path.is_file() else path
+            if newest.is_file():
+                self.progress, self._tensors = _read(newest, self._fingerprint, self._options)
         except ValueError as found:
             error = found
         if self._distributed:
-            self._agree(failed=error is not None)
+            self._agree(before, failed=error is not None)
         if error is not None:
             raise error
 
-    def _agree(self, *, failed: bool) -> None:
+    def _agree(self, before: Path, *, failed: bool) -> None:
         """Go on only if all processes do, from the same write."""
         writes = gather_number(_DAMAGED if failed else self.progress.writes)
-        if _DAMAGED in writes and not failed:
+        if failed or len(set(writes)) == 1:
+            return
+        if _DAMAGED in writes:
             raise ValueError(
                 f"the checkpoint of the curvature pass on process {writes.index(_DAMAGED)} cannot be gone on with; "
                 "that process says why"
             )
-        if len(set(writes)) > 1:
+        if self.progress.writes > min(writes) and before.is_file():
+            with suppress(ValueError):  # of another pass, or damaged: then there is no age in common
+                self.progress, self._tensors = _read(before, self._fingerprint, self._options)
+        found = gather_number(self.progress.writes)
+        if len(set(found)) > 1:
             warnings.warn(
-                f"the processes' checkpoints of the curvature pass are of different ages (written {writes} times): the "
-                "run was killed between two writes, or files were removed. The pass begins anew",
+                f"the processes' checkpoints of the curvature pass have no age in common (written {writes} times): "
+                "files were removed, or copied from elsewhere. The pass begins anew",
                 stacklevel=5,
             )
             self.progress, self._tensors = Progress(), {}
@@ -239,48 +254,74 @@ def remove_checkpoint(path: str | Path) -> None:
     at a time, but none while another one still collects.
     """
     path = Path(path)
-    for found in (path, *path.parent.glob(f"{glob.escape(path.stem)}-rank*of*{glob.escape(path.suffix)}")):
+    own = re.compile(rf"{re.escape(path.stem)}(-rank\d+of\d+)?{re.escape(path.suffix)}({re.escape(_BEFORE)})?")
+    beside = [found for found in path.parent.glob("*") if own.fullmatch(found.name)] if path.parent.is_dir() else []
+    for found in beside:
         found.unlink(missing_ok=True)
+    for found in {path, *beside}:
         remove_leftovers(found)
 
 
 def extended_digest(digest: str, batch: Any) -> str:
     """The digest of some batches and one more.
 
-    Of a batch all tensors count, by dtype, shape and bytes, and all plain strings, numbers and truth values, in nested
-    mappings, lists, tuples and dataclasses; anything else is left out. A `CountedBatch` of which all examples count is
-    the batch itself.
+    Of a batch all tensors and arrays count, by dtype, shape and bytes, and all plain strings, bytes, numbers and truth
+    values, in nested mappings, lists, tuples, sets and the attributes of objects; anything else is left out. A
+    `CountedBatch` of which all examples count is the batch itself.
 
     Args:
         digest: of the batches before, a hexadecimal SHA-256 digest; empty if there is none.
         batch: the next one.
+
+    Raises:
+        ValueError: if nothing in the batch counts, so that it cannot be told from another one.
     """
     running = hashlib.sha256(digest.encode())
     counts_whole = isinstance(batch, CountedBatch) and batch.num_counted == batch.size
-    _add(running, plain_batch(batch) if counts_whole else batch)
+    if not _add(running, plain_batch(batch) if counts_whole else batch):
+        raise ValueError(
+            f"nothing in a batch of the kind {type(batch).__name__} tells it from another one, so a curvature pass over"
+            " such cannot be gone on with after a kill: give batches of tensors, or leave out the checkpoint"
+        )
     return running.hexdigest()
 
 
-def _add(running: Any, value: Any) -> None:
-    if isinstance(value, Tensor):
-        if value.layout is torch.strided and not (value.is_nested or value.is_quantized):
-            running.update(f"{value.dtype} {tuple(value.shape)};".encode())
-            flat = value.detach().cpu().resolve_conj().resolve_neg().contiguous().reshape(-1)
-            running.update(flat.view(torch.uint8).numpy())
-    elif isinstance(value, (str, int, float, bool)):
+def _add(running: Any, value: Any) -> bool:
+    """Add a value; whether there was something in it that counts."""
+    if isinstance(value, (Tensor, np.ndarray, np.generic)):
+        return _add_array(running, value)
+    if isinstance(value, (str, bytes, int, float, bool)):
         plain = repr(value).encode()
         running.update(f"{type(value).__name__} {len(plain)};".encode() + plain)
+        return True
+    if isinstance(value, (list, tuple)):
+        kind, items = "sequence", list(value)
+    elif isinstance(value, (set, frozenset)):
+        kind, items = "set", sorted(value, key=repr)
     elif isinstance(value, Mapping):
-        running.update(f"mapping {len(value)};".encode())
-        for key, item in value.items():
-            _add(running, key)
-            _add(running, item)
-    elif isinstance(value, (list, tuple)):
-        running.update(f"sequence {len(value)};".encode())
-        for item in value:
-            _add(running, item)
-    elif dataclasses.is_dataclass(value):
-        _add(running, {field.name: getattr(value, field.name) for field in dataclasses.fields(value)})
+        kind, items = "mapping", [item for pair in value.items() for item in pair]
+    else:
+        fields = dataclasses.fields(value) if dataclasses.is_dataclass(value) else ()
+        attributes = {field.name: getattr(value, field.name) for field in fields} or getattr(value, "__dict__", {})
+        kind, items = "object", [item for pair in attributes.items() for item in pair]
+    running.update(f"{kind} {len(items)};".encode())
+    counted = [_add(running, item) for item in items]
+    return any(counted)
+
+
+def _add_array(running: Any, value: Tensor | np.ndarray[Any, Any] | np.generic) -> bool:
+    if isinstance(value, Tensor):
+        if value.layout is not torch.strided or value.is_nested or value.is_quantized:
+            return False
+        flat = value.detach().cpu().resolve_conj().resolve_neg().contiguous().reshape(-1)
+        data: Any = flat.view(torch.uint8).numpy()
+    else:
+        if value.dtype.hasobject:
+            return _add(running, value.tolist())
+        data = np.ascontiguousarray(value).tobytes()
+    running.update(f"{value.dtype} {tuple(value.shape)};".encode())
+    running.update(data)
+    return True
 
 
 _ANEW = "delete the file, and the pass begins anew"

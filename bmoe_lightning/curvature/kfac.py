@@ -25,11 +25,13 @@ from bmoe_lightning.curvature.checkpoint import PassCheckpoint
 from bmoe_lightning.curvature.factors import KroneckerFactors, LayerFactors
 from bmoe_lightning.curvature.fisher import FISHERS, FisherName, fisher_weights
 from bmoe_lightning.curvature.sketch import SKETCHES, SketchName, check_linear, check_state, make_sketch
+from bmoe_lightning.experts.batches import in_step
 from bmoe_lightning.experts.fingerprint import weight_fingerprint
 from bmoe_lightning.experts.grouped import ExpertGroups
 from bmoe_lightning.experts.layer import ExpertLayer
 from bmoe_lightning.experts.layout import find_expert_layers, second_weights
 from bmoe_lightning.experts.ownership import slot_owners
+from bmoe_lightning.experts.sharding import check_together
 from bmoe_lightning.experts.taps import ClassLogits, Slots, TappedBatch, tapped_batch
 from bmoe_lightning.experts.ties import check_distinct
 from bmoe_lightning.processes import (
@@ -110,6 +112,7 @@ def collect_factors(
         raise ValueError(f"num_examples must be at least 1, got {num_examples}")
     layers = find_expert_layers(model) if layers is None else list(layers)
     check_distinct(model, layers)
+    check_together(model, distributed=distributed)
     generator = torch.Generator().manual_seed(seed + (process_rank() * 7_368_787 if distributed else 0))
     fingerprint = weight_fingerprint(model, layers)
     kept = PassCheckpoint(
@@ -131,7 +134,7 @@ def collect_factors(
     sums: list[_LayerSums] = []
     used, checked = kept.progress.examples, kept.progress.checked
     with forked_random_state():
-        for batch in kept.remaining(batches):
+        for batch in in_step(model, kept.remaining(batches)):
             with tapped_batch(model, layers, class_logits, batch) as tapped, torch.no_grad():
                 slots = [tapped.taps.slots(position) for position in range(len(layers))]
                 if not sums:

@@ -1,6 +1,7 @@
 """Expert layers: where they are in a model, and what flows through them."""
 
 from bmoe_lightning.experts.adapted import register_experts
+from bmoe_lightning.experts.batches import CountedBatch
 from bmoe_lightning.experts.dropout import expert_dropout
 from bmoe_lightning.experts.fingerprint import weight_fingerprint
 from bmoe_lightning.experts.layer import ExpertLayer
@@ -16,6 +17,7 @@ from bmoe_lightning.experts.taps import ClassLogits, tapped_batch
 
 __all__ = [
     "ClassLogits",
+    "CountedBatch",
     "ExpertLayer",
     "down_proj_parameters",
     "expert_dropout",

@@ -2,8 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
+
+from torch import nn
+
+from bmoe_lightning.experts.sharding import runs_in_step
+from bmoe_lightning.processes import gather_number
+
+_NONE = object()
 
 
 @dataclass(frozen=True)
@@ -43,3 +51,27 @@ def count_of(batch: Any, num_examples: int) -> int:
             "which of them the distributed sampler repeats; let one entry be one example, or use one process"
         )
     return batch.num_counted
+
+
+def in_step(model: nn.Module, batches: Iterable[Any]) -> Iterator[Any]:
+    """Batches for processes that share a model's weights, and so must have as many. A collective at every batch, then.
+
+    Raises:
+        ValueError: on all processes, as soon as one has no batch left and another one has.
+    """
+    if not runs_in_step(model):
+        yield from batches
+        return
+    iterator = iter(batches)
+    while True:
+        batch = next(iterator, _NONE)
+        running = gather_number(int(batch is not _NONE))
+        if not all(running):
+            break
+        yield batch
+    if any(running):
+        raise ValueError(
+            f"{sum(running)} of {len(running)} processes have a batch left and the others have none, but they put "
+            "sharded weights together in step: give each as many batches of the same sizes, and say with CountedBatch "
+            "which examples are there for that alone"
+        )

@@ -13,7 +13,7 @@ from bmoe_lightning.experts.fused import outermost_pretrained
 from bmoe_lightning.experts.layer import ExpertLayer
 from bmoe_lightning.experts.sharding import has_shards, local_part, reshard
 from bmoe_lightning.experts.wrapping import fetched, plain_name, present, unusable
-from bmoe_lightning.processes import sum_over_processes
+from bmoe_lightning.processes import gather_number, num_processes, sum_over_processes
 
 _SAMPLES = 64
 # Steps by the golden ratio of 2^32 fall everywhere in a matrix, whatever its width.
@@ -36,6 +36,9 @@ def weight_fingerprint(model: nn.Module, layers: Sequence[ExpertLayer]) -> str:
 
     Returns:
         A hexadecimal SHA-256 digest.
+
+    Raises:
+        ValueError: if the processes of a sharded model differ in weights that several of them hold.
     """
     digest = hashlib.sha256()
     reshard(model)
@@ -45,20 +48,36 @@ def weight_fingerprint(model: nn.Module, layers: Sequence[ExpertLayer]) -> str:
     # In the order of their names, wherever they are.
     together = torch.cat(fetched([values.float() for _, values in samples]))
     if sharded:
-        sum_over_processes([together])
+        together = _put_together(*together.unbind(1))
     digest.update(together.numpy().tobytes())
     return digest.hexdigest()
+
+
+def _put_together(values: Tensor, here: Tensor, counts: Tensor) -> Tensor:
+    """The samples of all processes, after a look at what several of them hold. A collective; see `_sample`."""
+    total = torch.where(counts > 0, values, 0)
+    sum_over_processes([total])
+    same = (values == total) | (values.isnan() & total.isnan()) | (here == 0)
+    differing = sum(gather_number(int(not bool(same.all()))))
+    if differing:
+        raise ValueError(
+            f"{differing} of {num_processes()} processes differ from the others in weights that several of them hold "
+            "(parameters that are not sharded, or replicas of sharded ones), so there is no one model. Nothing keeps "
+            "such parameters equal in training: shard the whole model with fully_shard, or freeze them"
+        )
+    return total
 
 
 def _samples(model: nn.Module, *, sharded: bool) -> Iterator[tuple[str, Tensor]]:
     """The name of every parameter, without what wrappers add to it, and some of its values.
 
-    Of a sharded model those that other processes count are zero here, so that the sum over processes has them all.
+    Of a sharded model with whether they are here, and whether they count here; see `_sample`.
     """
     for prefix, module in model.named_modules():
         for name, parameter in module.named_parameters(recurse=False):
             # Packed weights are not compared: some libraries pack them anew while they are used.
-            values = torch.empty(0) if unusable(parameter) else _sample(present(module, name).detach(), sharded=sharded)
+            none = torch.empty(0, 3) if sharded else torch.empty(0)
+            values = none if unusable(parameter) else _sample(present(module, name).detach(), sharded=sharded)
             yield plain_name(f"{prefix}.{name}" if prefix else name), values
 
 
@@ -77,7 +96,12 @@ def fingerprinted_module(model: nn.Module, layers: Sequence[ExpertLayer]) -> nn.
 
 
 def _sample(parameter: Tensor, *, sharded: bool) -> Tensor:
-    """Scattered values of a parameter; of every leading entry for a stack of matrices."""
+    """Scattered values of a parameter; of every leading entry for a stack of matrices.
+
+    Returns:
+        `[n]`, or of a sharded model `[n, 3]`: the values that this process holds, whether it holds them, and whether
+        its copy is the one that counts.
+    """
     stacked = len(parameter) if parameter.dim() == 3 else 1
     size = parameter.numel() // max(stacked, 1)
     part = local_part(parameter)
@@ -89,9 +113,10 @@ def _sample(parameter: Tensor, *, sharded: bool) -> Tensor:
         return values.reshape(stacked, -1)[:, positions].flatten()
     firsts = torch.arange(stacked, device=values.device) * size
     places = list(torch.unravel_index((firsts.unsqueeze(1) + positions).flatten(), parameter.shape))
-    if not part.counts or not values.numel():
-        return values.new_zeros(len(places[0]))
+    if not values.numel():
+        return torch.zeros(len(places[0]), 3, device=values.device)
     cut = places[part.dim] - part.offset
     here = (cut >= 0) & (cut < values.shape[part.dim])
     places[part.dim] = torch.where(here, cut, 0)
-    return torch.where(here, values[tuple(places)], 0)
+    held = torch.where(here, values[tuple(places)].float(), 0)
+    return torch.stack([held, here.float(), (here & part.counts).float()], dim=1)

@@ -41,10 +41,13 @@ def slot_owners(batch: TappedBatch, slots: Sequence[Slots], *, thorough: bool = 
     num_examples = len(batch.logits)
     if num_examples == 1:
         return [torch.zeros_like(layer_slots.experts) for layer_slots in slots]
-    if all(layer_slots.rows is not None for layer_slots in slots):
+    # Each answer decides about backward passes, which processes that share weights must run together.
+    if batch.agreed(all(layer_slots.rows is not None for layer_slots in slots)):
         examples = _examples_of_rows(batch, slots)
-        if examples is not None and not (thorough and _contradicted(batch, slots, examples)):
-            return [_at_rows(examples, layer_slots) for layer_slots in slots]
+        if batch.agreed(examples is not None) and examples is not None:
+            believed = not thorough or batch.agreed(not _contradicted(batch, slots, examples))
+            if believed:
+                return [_at_rows(examples, layer_slots) for layer_slots in slots]
     owners = _owners_by_gradient(batch, range(len(slots)))
     if any(map(bool, fetched([(layer_owners == _MIXED).any().view(1) for layer_owners in owners]))):
         raise RuntimeError(

@@ -56,6 +56,24 @@ def has_shards(model: nn.Module) -> bool:
     return any(_is_fully_sharded(module) for module in model.modules())
 
 
+def runs_in_step(model: nn.Module) -> bool:
+    """Whether processes have to run a model at the same time, since each holds a part of its weights."""
+    return num_processes() > 1 and has_shards(model)
+
+
+def check_together(model: nn.Module, *, distributed: bool) -> None:
+    """Refuse a fit by one of several processes that share a model's weights.
+
+    Raises:
+        ValueError: if it is not called as distributed.
+    """
+    if runs_in_step(model) and not distributed:
+        raise ValueError(
+            f"the model's weights are spread over {num_processes()} processes, and each would fit a posterior of its "
+            "own share of the data; call this on all of them with distributed=True"
+        )
+
+
 def sharding_refusal(tensor: Any) -> str | None:
     """Why a tensor that is spread over processes is out of reach, or None if `fully_shard` alone has spread it."""
     kinds = [type(placement).__name__ for placement in tensor.placements]
@@ -121,12 +139,19 @@ def roots_together(model: nn.Module) -> Iterator[None]:
     FSDP2 puts weights together again where a backward pass comes by a module's outputs. Those of the outermost module
     may be in a class of the user's own, in which it finds no tensors; one backward pass works all the same.
     """
-    groups = [group for root in _roots(model) for group in _groups(root)]
+    roots: list[Any] = _roots(model)
+    groups = [group for root in roots for group in _groups(root)]
     before = [group.reshard_after_backward for group in groups]
     for group in groups:
         group.reshard_after_backward = False
     try:
         yield
+    except BaseException:
+        for root in roots:
+            # Or it would go on in the middle of a forward that is over. Older releases of torch have no such method.
+            if hasattr(root, "reset_iter_state"):
+                root.reset_iter_state()
+        raise
     finally:
         for group, resharding in zip(groups, before, strict=True):
             group.reshard_after_backward = resharding

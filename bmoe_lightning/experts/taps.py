@@ -21,9 +21,10 @@ from bmoe_lightning.experts.fused import outermost_pretrained
 from bmoe_lightning.experts.layer import ExpertLayer
 from bmoe_lightning.experts.layout import intercepted_layers
 from bmoe_lightning.experts.recomputing import recomputed_activations
-from bmoe_lightning.experts.sharding import reshard, roots_together
+from bmoe_lightning.experts.sharding import reshard, roots_together, runs_in_step
 from bmoe_lightning.experts.streaming import Collector, Output, differentiated, joined
 from bmoe_lightning.experts.wrapping import execution_device, gradients_checked, write_count
+from bmoe_lightning.processes import gather_number
 
 _INPUTS = ("input_ids", "inputs_embeds", "decoder_input_ids", "decoder_inputs_embeds")
 
@@ -270,6 +271,7 @@ class TappedBatch:
         labels: `[B]` int64 or None.
         taps: the slots and their gradients.
         num_counted: how many examples, from the first, are to enter results.
+        in_step: whether other processes run the same passes at the same time, since they share weights.
     """
 
     logits: Tensor
@@ -277,6 +279,11 @@ class TappedBatch:
     labels: Tensor | None
     taps: Taps
     num_counted: int
+    in_step: bool = False
+
+    def agreed(self, found: bool) -> bool:
+        """Whether all processes that run in step have found something, where it decides which passes follow."""
+        return min(gather_number(int(found))) == 1 if self.in_step else found
 
     def counts(self, device: torch.device) -> Tensor:
         """`[B]` bool, which examples are to enter results."""
@@ -327,7 +334,7 @@ def tapped_batch(
         # A caller's autocast is for the model alone: what is done with its slots keeps their precision.
         stack.enter_context(torch.autocast(logits.device.type, enabled=False))
         num_counted = count_of(batch, len(logits))
-        yield TappedBatch(torch.where(present, logits, 0), present, labels, taps, num_counted)
+        yield TappedBatch(torch.where(present, logits, 0), present, labels, taps, num_counted, runs_in_step(model))
 
 
 def check_logits(logits: Tensor) -> None:

@@ -150,7 +150,7 @@ def layer_terms(
     projections = a_basis.new_zeros(len(keys), num_contrasts, g_basis.shape[2], a_basis.shape[2])
     for chosen, rows, filled in padded_groups(groups, inputs.shape[1], (num_contrasts, d_out), inputs.device):
         slots = groups.order[rows]
-        # What pads a group has no input, so that it adds nothing whatever its gradient.
+        # What pads a group has no input, so that it adds nothing whatever its gradient, as long as that is finite.
         a = inputs[slots].to(dtype) * filled.unsqueeze(2)  # [n, h, d_in]
         g = _gathered(gradients, slots, dtype)  # [P, n, h, d_out]
         prior.index_add_(0, keys[chosen] % num_examples, inner_products(a, g).double())

@@ -21,6 +21,7 @@ import torch
 from torch import Tensor, nn
 
 from bmoe_lightning.curvature.factors import KroneckerFactors, LayerFactors
+from bmoe_lightning.experts.batches import in_step
 from bmoe_lightning.experts.fingerprint import fingerprinted_module, weight_fingerprint
 from bmoe_lightning.experts.layer import ExpertLayer
 from bmoe_lightning.experts.layout import locate_expert_layers
@@ -191,7 +192,7 @@ class LaplacePosterior:
         Raises:
             ValueError: if there are no examples or no labels.
         """
-        terms = (self.batch_terms(model, class_logits, batch) for batch in batches)
+        terms = (self.batch_terms(model, class_logits, batch) for batch in in_step(model, batches))
         return cache_terms(terms, self._curvature, distributed=distributed)
 
     def batch_terms(
@@ -292,7 +293,7 @@ class LaplacePosterior:
             raise ValueError(
                 f"the evidence temperature needs the exact Fisher, this posterior has {self.factors.fisher!r}"
             )
-        pairs = [self.logit_covariance(model, class_logits, batch, centred=True) for batch in batches]
+        pairs = [self.logit_covariance(model, class_logits, batch, centred=True) for batch in in_step(model, batches)]
         variances = torch.cat([torch.empty(0, dtype=torch.float64), *(mean_variance(*pair).cpu() for pair in pairs)])
         if distributed:
             variances = gather_examples(variances)

@@ -6,9 +6,11 @@ import signal
 import stat
 import subprocess
 import sys
+import types
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from oracles.models import answer_logits, split, toy_batch, toy_model
@@ -280,6 +282,23 @@ class TestRemove:
     def test_nothing_to_remove(self, tmp_path):
         remove_checkpoint(tmp_path / "missing" / "sums.safetensors")
 
+    def test_removes_what_passes_wrote_and_nothing_else(self, tmp_path):
+        written = ["sums.safetensors", "sums-rank1of2.safetensors", "sums-rank0of2.safetensors.before"]
+        others = [
+            "sums-rank10-of-others.safetensors",
+            "sums-rank1of2.json",
+            "my-sums.safetensors",
+            "sums.safetensors.old",
+        ]
+        for name in (*written, *others):
+            (tmp_path / name).write_text("x")
+        remove_checkpoint(tmp_path / "sums.safetensors")
+        assert {found.name for found in tmp_path.iterdir()} == set(others)
+
+    def test_a_folder_in_its_place_is_refused_at_once(self, tmp_path):
+        with pytest.raises(ValueError, match="is a folder, and was to be the file"):
+            go_on(tmp_path)
+
     def test_one_process_writes_to_the_path_itself(self):
         assert own_path("a/sums.safetensors", distributed=True) == Path("a/sums.safetensors")
 
@@ -456,6 +475,14 @@ class TestDigest:
         Record(torch.tensor([1, 2])),
         Record(torch.tensor([1, 2]), "x"),
         7,
+        {"a": np.array([1, 2])},
+        {"a": np.array([2, 1])},
+        {"a": np.array([1, 2], dtype=np.int8)},
+        {"a": np.float32(1)},
+        {"a": b"12"},
+        {"a": {1, 2}},
+        types.SimpleNamespace(a=torch.tensor([1, 2])),
+        types.SimpleNamespace(a=torch.tensor([2, 1])),
     )
 
     def test_is_another_one_for_other_batches(self):
@@ -484,7 +511,13 @@ class TestDigest:
     def test_leaves_out_what_has_no_bytes_of_its_own(self):
         """An object's address differs from process to process."""
         assert extended_digest("", {"a": object(), "b": 1}) == extended_digest("", {"a": object(), "b": 1})
-        assert extended_digest("", None) == extended_digest("", torch.eye(2).to_sparse())
+        sparse = {"a": torch.eye(2).to_sparse(), "b": 1}
+        assert extended_digest("", sparse) == extended_digest("", {**sparse, "a": torch.zeros(2, 2).to_sparse()})
+
+    @pytest.mark.parametrize("batch", [None, [object()], torch.eye(2).to_sparse(), [None, []]])
+    def test_batches_that_nothing_tells_apart_are_refused(self, batch):
+        with pytest.raises(ValueError, match="nothing in a batch of the kind"):
+            extended_digest("", batch)
 
 
 def test_the_file_names_what_it_is(path):

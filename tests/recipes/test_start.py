@@ -179,3 +179,10 @@ class TestNotes:
         err = capsys.readouterr().err
         assert "note: odd questions\n" in err
         assert Path(__file__).name not in err
+
+
+def test_a_sketch_that_does_not_add_up_is_refused_on_several_processes(tmp_path, monkeypatch):
+    monkeypatch.setattr("recipes.start.num_processes", lambda: 2)
+    with pytest.raises(RecipeError, match="rsvd"):
+        start(tmp_path, sketch="rsvd", methods="laplace_lpo")
+    assert start(tmp_path, sketch="rsvd", methods="map") is False
