@@ -338,6 +338,16 @@ def launched(world_size: int, folder: Path, weights: Path) -> None:
     run.save_checkpoint(folder / "last.ckpt")
 
 
+def leave() -> None:
+    """Destroy the process group that a trainer has made.
+
+    Gloo's threads outlive the interpreter otherwise, and one that frees a tensor then aborts the process. Lightning
+    destroys the group itself with NCCL only.
+    """
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
 if __name__ == "__main__":
     warnings.simplefilter("ignore")
     torch.set_num_threads(1)
@@ -351,3 +361,4 @@ if __name__ == "__main__":
     for size in sizes:
         for run in {"whole": [whole], "small": [small, direct], "launched": [launched], "resumed": [resumed]}[kind]:
             run(size, where, learned)
+    leave()

@@ -24,6 +24,7 @@ from distributed_runs import (
     Killed,
     SameWeights,
     Witness,
+    leave,
     options,
     stopping,
     watch_writing,
@@ -424,3 +425,4 @@ if __name__ == "__main__":
     watch_writing()
     where, kind, size = Path(sys.argv[1]), sys.argv[2], int(sys.argv[3])
     {"whole": end_to_end, "parts": parts, "finetuner": finetuner}[kind](size, where)
+    leave()
