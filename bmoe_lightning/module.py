@@ -5,7 +5,7 @@ from __future__ import annotations
 import inspect
 import math
 from collections.abc import Mapping, Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, nullcontext
 from typing import Any, Literal
 
 import torch
@@ -19,6 +19,7 @@ from bmoe_lightning.experts.dropout import expert_dropout as dropout_in_experts
 from bmoe_lightning.experts.layout import down_proj_parameters, expert_parameters, find_expert_layers
 from bmoe_lightning.experts.sharding import is_sharded, shard_blocks
 from bmoe_lightning.loading import DtypeName, load_causal_model
+from bmoe_lightning.processes import in_turn
 
 TrainedPart = Literal["down_proj", "experts"]
 Schedule = Literal["linear", "cosine", "constant"]
@@ -127,12 +128,28 @@ class ExpertFinetuner(LightningModule):
     def configure_model(self) -> None:
         """Load the model if it was named by a string, and freeze all but the experts. Calling it again changes nothing.
 
-        Under `ModelParallelStrategy` its blocks are sharded with FSDP2.
+        Under `ModelParallelStrategy` its blocks are sharded with FSDP2. What is loaded goes through main memory as a
+        whole, so the processes of a machine do it one after the other.
 
         Raises:
             ModelUnavailableError: as in `load_causal_model`.
             ValueError: if it has no experts, or the strategy wants tensor parallelism.
         """
+        if self.device_mesh is None:
+            self._load()
+            return
+        size = self.device_mesh["tensor_parallel"].size()
+        if size > 1:
+            raise ValueError(
+                f"ModelParallelStrategy has tensor-parallel groups of {size} processes (by default all of a "
+                "node's), and ExpertFinetuner shards weights alone: give "
+                "ModelParallelStrategy(data_parallel_size=<number of processes>, tensor_parallel_size=1)"
+            )
+        with in_turn() if self.model is None else nullcontext():
+            model = self._load()
+            shard_blocks(model, find_expert_layers(model), self.device_mesh["data_parallel"])
+
+    def _load(self) -> PreTrainedModel:
         if self.model is None:
             assert self._source is not None
             model = load_causal_model(self._source, self.dtype_name)
@@ -141,15 +158,7 @@ class ExpertFinetuner(LightningModule):
         self.model.requires_grad_(False)
         for parameter in self.trained_parameters().values():
             parameter.requires_grad_(True)
-        if self.device_mesh is not None:
-            size = self.device_mesh["tensor_parallel"].size()
-            if size > 1:
-                raise ValueError(
-                    f"ModelParallelStrategy has tensor-parallel groups of {size} processes (by default all of a "
-                    "node's), and ExpertFinetuner shards weights alone: give "
-                    "ModelParallelStrategy(data_parallel_size=<number of processes>, tensor_parallel_size=1)"
-                )
-            shard_blocks(self.model, find_expert_layers(self.model), self.device_mesh["data_parallel"])
+        return self.model
 
     def configure_callbacks(self) -> list[Callback]:
         """Have expert dropout taken out after an exception too; a LightningModule itself is not told of those."""

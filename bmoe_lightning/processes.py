@@ -7,8 +7,10 @@ process r has those at the positions r, r + W, r + 2 W, ... of the whole.
 
 from __future__ import annotations
 
+import hashlib
+import socket
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, contextmanager
 
 import torch
 import torch.distributed as dist
@@ -19,14 +21,19 @@ _BUCKET = 1 << 24
 _MAX_DIMENSIONS = 8
 
 
+def is_running() -> bool:
+    """Whether torch.distributed has a group of processes, of one or more."""
+    return dist.is_available() and dist.is_initialized()
+
+
 def num_processes() -> int:
     """How many processes take part; 1 where nothing is distributed."""
-    return dist.get_world_size() if _is_running() else 1
+    return dist.get_world_size() if is_running() else 1
 
 
 def process_rank() -> int:
     """Which of them this is, counted from 0."""
-    return dist.get_rank() if _is_running() else 0
+    return dist.get_rank() if is_running() else 0
 
 
 def is_first() -> bool:
@@ -61,6 +68,25 @@ def wait_for_all() -> None:
     """Return once every process has come here. A collective."""
     # The sum comes back to the CPU, so this waits; a barrier of an accelerator's backend may not.
     sum_over_processes([torch.zeros(1)])
+
+
+@contextmanager
+def in_turn() -> Iterator[None]:
+    """Let the processes of each machine do something one after the other. A collective.
+
+    A process that fails waits for the others all the same, so that each of them comes to say why it fails.
+    """
+    host = int.from_bytes(hashlib.sha256(socket.gethostname().encode()).digest()[:7])
+    hosts = gather_number(host)
+    before = hosts[: process_rank()].count(host)
+    turns = max(hosts.count(other) for other in hosts)
+    for _ in range(before):
+        wait_for_all()
+    try:
+        yield
+    finally:
+        for _ in range(turns - before - 1):
+            wait_for_all()
 
 
 def forked_random_state() -> AbstractContextManager[None]:
@@ -116,10 +142,6 @@ def gather_examples(tensor: Tensor) -> Tensor:
     parts = [torch.empty_like(own) for _ in range(world_size)]
     dist.all_gather(parts, own)
     return torch.stack(parts, dim=1).flatten(0, 1)[:total].to(tensor.device)
-
-
-def _is_running() -> bool:
-    return dist.is_available() and dist.is_initialized()
 
 
 def _device() -> torch.device:

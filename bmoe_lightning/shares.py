@@ -21,7 +21,7 @@ from lightning.pytorch.overrides.distributed import (
 from torch import Tensor
 from torch.utils.data import BatchSampler, DataLoader, DistributedSampler, Sampler
 
-from bmoe_lightning.experts.batches import CountedBatch
+from bmoe_lightning.experts.batches import CountedBatch, check_entries
 from bmoe_lightning.processes import gather_examples, share_size
 
 # Others may put what they repeat anywhere.
@@ -98,12 +98,7 @@ class Share:
         Raises:
             ValueError: if there are more or fewer entries than examples.
         """
-        if len(values) != self.padded_size:
-            raise ValueError(
-                f"class_logits gave {len(values)} examples for {self.padded_size} entries of the data set, so it is "
-                "unknown which of them the distributed sampler repeats; let one entry be one example, or evaluate "
-                "with one process"
-            )
+        check_entries(len(values), self.padded_size)
         return gather_examples(values[: self.size])
 
     def _size(self, rank: int) -> int:

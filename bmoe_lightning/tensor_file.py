@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
@@ -36,11 +38,23 @@ def read_safetensors(path: str | Path) -> tuple[dict[str, Tensor], dict[str, str
         ValueError: if it is no safetensors file, or is cut short.
         OSError: if there is no such file, or it cannot be read.
     """
+    with opened_safetensors(path) as file:
+        # Cloned for their alignment: tensors in a file begin anywhere, and matrix kernels care.
+        tensors = {name: file.get_tensor(name).clone() for name in file.keys()}  # noqa: SIM118  (no mapping)
+        return tensors, file.metadata() or {}
+
+
+@contextmanager
+def opened_safetensors(path: str | Path) -> Iterator[Any]:
+    """Open a file, to read its tensors one by one, on the CPU.
+
+    Raises:
+        ValueError: if it is no safetensors file, or is cut short.
+        OSError: if there is no such file, or it cannot be read.
+    """
     try:
         with safe_open(path, framework="pt") as file:
-            # Cloned for their alignment: tensors in a file begin anywhere, and matrix kernels care.
-            tensors = {name: file.get_tensor(name).clone() for name in file.keys()}  # noqa: SIM118  (no mapping)
-            return tensors, file.metadata() or {}
+            yield file
     except SafetensorError as error:
         raise ValueError(
             f"{path} is no complete safetensors file ({error}); was the download or copy cut off?"

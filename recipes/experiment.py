@@ -11,26 +11,26 @@ import shutil
 import time
 import warnings
 from collections.abc import Sequence
+from contextlib import nullcontext
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import huggingface_hub
 import lightning as L
-import torch
 import transformers
 from lightning.pytorch.loggers import TensorBoardLogger
-from safetensors import safe_open
 from torch import Tensor
 
 from bmoe_lightning import BayesianMoECallback, ExpertFinetuner, MultipleChoiceDataModule
 from bmoe_lightning.atomic import write_text
-from bmoe_lightning.baselines import Method, load_snapshot, save_snapshot
+from bmoe_lightning.baselines import Method, apply_snapshot, save_snapshot
 from bmoe_lightning.curvature import remove_checkpoint
-from bmoe_lightning.experts import ClassLogits, find_expert_layers, second_weights
-from bmoe_lightning.experts.sharding import gathered, local_part, shard_blocks
+from bmoe_lightning.experts import ClassLogits, find_expert_layers
+from bmoe_lightning.experts.sharding import gathered, shard_blocks
 from bmoe_lightning.fitting import build_methods
-from bmoe_lightning.processes import is_first, num_processes, wait_for_all
+from bmoe_lightning.prior_mean import PriorMean
+from bmoe_lightning.processes import in_turn, is_first, num_processes, wait_for_all
 from bmoe_lightning.report import (
     MethodResult,
     label_budget_figure,
@@ -44,7 +44,7 @@ from bmoe_lightning.report import (
     write_tensorboard,
 )
 from bmoe_lightning.saved import SUMS_FILE, has_fitted, load_fitted, save_fitted
-from bmoe_lightning.tensor_file import write_safetensors
+from bmoe_lightning.tensor_file import opened_safetensors, write_safetensors
 from recipes.label_budget import label_budget
 from recipes.settings import ResolvedSettings
 from recipes.sources import RecipeError, Source, prepare_source
@@ -193,37 +193,32 @@ class SeedRun:
             return
         # The weights' dtype and the precision of the forward are those of the run that was killed.
         trainer = self._trainer([])
-        module.configure_model()
-        trainer.precision_plugin.convert_module(module)
         mesh = mesh_of(self.settings)
-        layers = find_expert_layers(module)
-        if mesh is not None and module.model is not None:
-            shard_blocks(module.model, find_expert_layers(module.model), mesh)
-        pretrained = {
-            name: local_part(weight).values.to("cpu", copy=True)
-            for layer in layers
-            for name, weight in second_weights(module, layer).items()
-        }
-        parameters = dict(module.named_parameters())
-        with torch.no_grad():
-            for name, value in load_snapshot(trained).items():
-                part = local_part(parameters[name])
-                part.values.copy_(part.of(value))
+        # As where training begins: sharded weights are whole in one process of a machine at a time.
+        with nullcontext() if mesh is None else in_turn():
+            module.configure_model()
+            trainer.precision_plugin.convert_module(module)
+            if mesh is not None:
+                assert module.model is not None
+                shard_blocks(module.model, find_expert_layers(module.model), mesh)
+
+        def class_logits(model: Any, batch: Any) -> tuple[Tensor, Tensor | None]:
+            with trainer.precision_plugin.forward_context():
+                return model.class_logits(batch)
+
+        callback = self._callback(members, class_logits)
+        pretrained = PriorMean(callback.settings)
+        pretrained.remember(module)
+        apply_snapshot(module, trained)
         if not agreed(has_fitted(self._posterior_folder)):
             self._say("curvature and calibration of the weights that an earlier run fine-tuned")
-
-            def class_logits(model: Any, batch: Any) -> tuple[Tensor, Tensor | None]:
-                with trainer.precision_plugin.forward_context():
-                    return model.class_logits(batch)
-
-            callback = self._callback(members, class_logits)
             device = trainer.strategy.root_device
             module.to(device)
             callback.fit_posterior(
                 module,
                 own_batches(data.train_dataloader(), device, training=True, in_step=mesh is not None),
                 own_batches(data.calibration_dataloader(), device, training=False, in_step=mesh is not None),
-                prior_mean=pretrained,
+                prior_mean=pretrained.weights,
                 distributed=num_processes() > 1,
             )
             assert callback.fitted is not None
@@ -307,7 +302,7 @@ def _write_predictions(path: Path, callback: BayesianMoECallback, methods: Seque
 
 
 def _read_predictions(path: Path, stage: str, seed: int, ids: tuple[str, ...]) -> list[MethodResult]:
-    with safe_open(path, framework="pt") as file:
+    with opened_safetensors(path) as file:
         labels = file.get_tensor(f"{stage}/labels")
         return [
             MethodResult(

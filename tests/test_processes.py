@@ -3,7 +3,11 @@
 from __future__ import annotations
 
 import multiprocessing
+import os
+import time
 import traceback
+from contextlib import suppress
+from pathlib import Path
 
 import pytest
 import torch
@@ -16,6 +20,7 @@ from bmoe_lightning.processes import (
     forked_random_state,
     gather_examples,
     gather_number,
+    in_turn,
     is_first,
     num_processes,
     process_rank,
@@ -104,6 +109,31 @@ def agreeing(rank, world_size):
     assert _of_first(state) == FittedState(temperature=0.1, lpo_precision=(1 / 3, 2.0))
 
 
+def taking_turns(rank, world_size):
+    log = Path(os.environ["TURNS"])  # written by one at a time, or lines would be mixed
+    for failing in (None, 0, world_size - 1):
+        with suppress(KeyError), in_turn():
+            for _ in range(20):
+                with log.open("a") as file:
+                    file.write(f"{rank}\n")
+                time.sleep(0.002)
+            if rank == failing:
+                raise KeyError
+        wait_for_all()
+    expected = [str(r) for r in range(world_size) for _ in range(20)]
+    assert log.read_text().split() == 3 * expected
+
+
+def taking_turns_on_two_machines(rank, world_size):
+    processes.socket.gethostname = lambda: f"machine-{rank % 2}"
+    pairs = [dist.new_group([0, 1]), dist.new_group([2, 3])]
+    number = torch.tensor(10 ** (rank % 2))
+    with in_turn():
+        # Hangs unless the first process of either machine has its turn together with that of the other.
+        dist.all_reduce(number, group=pairs[rank // 2])
+    assert number == 11
+
+
 def telling(rank, world_size):
     assert gather_number(10 * rank - 1) == [10 * r - 1 for r in range(world_size)]
 
@@ -119,6 +149,16 @@ def forking(rank, world_size):
 @pytest.mark.parametrize("function", [agreeing, forking, adding, telling, copying, gathering])
 def test_between_processes(function, world_size, tmp_path):
     run(function, world_size, tmp_path)
+
+
+@pytest.mark.parametrize("world_size", [2, 3])
+def test_processes_take_turns(world_size, tmp_path, monkeypatch):
+    monkeypatch.setenv("TURNS", str(tmp_path / "turns"))
+    run(taking_turns, world_size, tmp_path)
+
+
+def test_each_machine_has_turns_of_its_own(tmp_path):
+    run(taking_turns_on_two_machines, 4, tmp_path)
 
 
 def test_refuses_what_is_not_dealt_out_in_turn(tmp_path):
@@ -139,7 +179,8 @@ def test_one_process_has_everything():
     sum_over_processes([values])
     copy_from_first([values])
     wait_for_all()
-    assert gather_number(7) == [7]
+    with in_turn():
+        assert gather_number(7) == [7]
     assert gather_examples(values) is values
     assert values.tolist() == [1.0, 2.0]
 

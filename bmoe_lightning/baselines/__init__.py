@@ -12,7 +12,7 @@ from bmoe_lightning.baselines.laplace import LaplaceMethod, LaplaceTemperature
 from bmoe_lightning.baselines.map import MAP
 from bmoe_lightning.baselines.mc_dropout import MCDropout
 from bmoe_lightning.baselines.method import BatchView, Method, Predictions, average_log_probs, evaluate
-from bmoe_lightning.baselines.snapshots import load_snapshot, save_snapshot, swapped_weights
+from bmoe_lightning.baselines.snapshots import apply_snapshot, save_snapshot, swapped_weights
 from bmoe_lightning.baselines.temperature import TemperatureScaling, fit_temperature
 
 __all__ = [
@@ -29,11 +29,11 @@ __all__ = [
     "ShrunkTemperature",
     "TemperatureScaling",
     "WeightEnsemble",
+    "apply_snapshot",
     "average_log_probs",
     "evaluate",
     "fit_shrunk_temperature",
     "fit_temperature",
-    "load_snapshot",
     "save_snapshot",
     "swapped_weights",
 ]

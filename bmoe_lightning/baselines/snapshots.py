@@ -6,12 +6,10 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 
-import torch
-from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
 from bmoe_lightning.experts.sharding import local_part, reshard
-from bmoe_lightning.tensor_file import write_safetensors
+from bmoe_lightning.tensor_file import opened_safetensors, write_safetensors
 
 FORMAT = "bmoe_lightning.snapshot"
 VERSION = "1"
@@ -33,16 +31,23 @@ def save_snapshot(path: str | Path, named_parameters: Mapping[str, Tensor]) -> N
     write_safetensors(path, named_parameters, {FORMAT: VERSION})
 
 
-def load_snapshot(path: str | Path) -> dict[str, Tensor]:
-    """Read all tensors of a snapshot, on the CPU.
+def apply_snapshot(model: nn.Module, path: str | Path) -> None:
+    """Put a snapshot's tensors into a model's parameters for good; `swapped_weights` does so for a while.
+
+    The parameters stay the same objects. One tensor at a time is read. Of weights that FSDP2 has sharded, each process
+    takes its part.
+
+    Args:
+        model: the model whose parameters the snapshot names.
+        path: the snapshot.
 
     Raises:
         FileNotFoundError: if there is no such file.
-        ValueError: if it is truncated, foreign, or of another version.
+        ValueError: if it is no snapshot, or names parameters that the model lacks or has in another shape; the model
+            has not been touched then.
     """
-    snapshot_shapes(path)
-    with safe_open(path, framework="pt") as file:
-        return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  (no mapping)
+    for parameter, value in _with_parameters(model, path):
+        local_part(parameter).take(value)
 
 
 def snapshot_shapes(path: str | Path) -> dict[str, tuple[int, ...]]:
@@ -55,14 +60,9 @@ def snapshot_shapes(path: str | Path) -> dict[str, tuple[int, ...]]:
     path = Path(path)
     if not path.is_file():
         raise FileNotFoundError(f"no snapshot at {path}")
-    try:
-        with safe_open(path, framework="pt") as file:
-            metadata = file.metadata() or {}
-            shapes = {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118
-    except SafetensorError as error:
-        raise ValueError(
-            f"{path} is no complete safetensors file ({error}); was the download or copy cut off?"
-        ) from error
+    with opened_safetensors(path) as file:
+        metadata = file.metadata() or {}
+        shapes = {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118  (no mapping)
     if FORMAT not in metadata:
         raise ValueError(f"{path} is a safetensors file, but no snapshot of bmoe_lightning")
     if metadata[FORMAT] != VERSION:
@@ -88,24 +88,28 @@ def swapped_weights(model: nn.Module, path: str | Path) -> Iterator[None]:
         ValueError: if it is no snapshot, or names parameters that the model lacks or has in another shape; the model
             has not been touched then.
     """
+    originals: list[tuple[nn.Parameter, Tensor]] = []
+    try:
+        for parameter, value in _with_parameters(model, path):
+            part = local_part(parameter)
+            originals.append((parameter, part.values.to("cpu", copy=True)))
+            part.take(value)
+        yield
+    finally:
+        reshard(model)
+        for parameter, original in originals:
+            local_part(parameter).take(original)  # FSDP2's first forward may have moved it
+
+
+def _with_parameters(model: nn.Module, path: str | Path) -> Iterator[tuple[nn.Parameter, Tensor]]:
+    """The parameters that a snapshot names, with its tensors; nothing is read before all of them fit."""
     shapes = snapshot_shapes(path)
     reshard(model)
     parameters = dict(model.named_parameters())
     _check_fit(path, shapes, parameters)
-    originals: dict[str, Tensor] = {}
-    try:
-        with safe_open(path, framework="pt") as file, torch.no_grad():
-            for name in shapes:
-                value = file.get_tensor(name)
-                part = local_part(parameters[name])
-                originals[name] = part.values.to("cpu", copy=True)
-                part.values.copy_(part.of(value))
-        yield
-    finally:
-        reshard(model)
-        with torch.no_grad():
-            for name, original in originals.items():
-                local_part(parameters[name]).values.copy_(original)
+    with opened_safetensors(path) as file:
+        for name in shapes:
+            yield parameters[name], file.get_tensor(name)
 
 
 def _check_fit(path: str | Path, shapes: Mapping[str, tuple[int, ...]], parameters: Mapping[str, nn.Parameter]) -> None:

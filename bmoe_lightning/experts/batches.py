@@ -45,12 +45,25 @@ def count_of(batch: Any, num_examples: int) -> int:
     """
     if not isinstance(batch, CountedBatch) or batch.num_counted == batch.size:
         return num_examples
-    if num_examples != batch.size:
-        raise ValueError(
-            f"class_logits gave {num_examples} examples for {batch.size} entries of the data set, so it is unknown "
-            "which of them the distributed sampler repeats; let one entry be one example, or use one process"
-        )
+    check_entries(num_examples, batch.size)
     return batch.num_counted
+
+
+def check_entries(num_examples: int, entries: int) -> None:
+    """Refuse examples of which it cannot be told which ones a distributed sampler has given twice.
+
+    Args:
+        num_examples: how many `class_logits` made of them.
+        entries: entries of the data set.
+
+    Raises:
+        ValueError: if the two differ.
+    """
+    if num_examples != entries:
+        raise ValueError(
+            f"class_logits gave {num_examples} examples for {entries} entries of the data set, so it is unknown which "
+            "of them the distributed sampler repeats; let one entry be one example, or use one process"
+        )
 
 
 def in_step(model: nn.Module, batches: Iterable[Any]) -> Iterator[Any]:

@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import cache
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -17,7 +18,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from bmoe_lightning.experts.layer import ExpertLayer
-from bmoe_lightning.processes import is_first, num_processes
+from bmoe_lightning.processes import is_first, is_running, num_processes
 
 if TYPE_CHECKING:
     from torch.distributed.device_mesh import DeviceMesh
@@ -45,6 +46,11 @@ class LocalPart:
             return whole
         return whole.narrow(self.dim, self.offset, self.values.shape[self.dim])
 
+    @torch.no_grad()
+    def take(self, whole: Tensor) -> None:
+        """Overwrite the values with the same part of another tensor."""
+        self.values.copy_(self.of(whole))
+
 
 def is_sharded(tensor: Tensor) -> bool:
     """Whether a tensor is spread over processes, in whatever way."""
@@ -53,7 +59,7 @@ def is_sharded(tensor: Tensor) -> bool:
 
 def has_shards(model: nn.Module) -> bool:
     """Whether a model's weights are spread over processes."""
-    return any(_is_fully_sharded(module) for module in model.modules())
+    return bool(_sharded_modules(model))
 
 
 def runs_in_step(model: nn.Module) -> bool:
@@ -126,10 +132,8 @@ def gathered(tensors: Mapping[str, Tensor], *, keep: bool) -> dict[str, Tensor]:
 
 def reshard(model: nn.Module) -> None:
     """Let every module of a model hold its parts again: some keep the whole weights after they ran."""
-    for module in model.modules():
-        if _is_fully_sharded(module):
-            sharded: Any = module
-            sharded.reshard()
+    for module in _sharded_modules(model):
+        module.reshard()
 
 
 @contextmanager
@@ -202,9 +206,20 @@ def shard_blocks(model: nn.Module, layers: Iterable[ExpertLayer], mesh: DeviceMe
     fully_shard(model, mesh=mesh)
 
 
+def _sharded_modules(model: nn.Module) -> list[Any]:
+    """The modules of a model that `fully_shard` was called for; it is called for none before there is a group."""
+    return [module for module in model.modules() if _is_fully_sharded(module)] if is_running() else []
+
+
 def _is_fully_sharded(module: nn.Module) -> bool:
+    return isinstance(module, _sharded_class())
+
+
+@cache
+def _sharded_class() -> type | tuple[()]:
+    """The class that `fully_shard` adds to a module's; none where torch was built without torch.distributed."""
     if not dist.is_available():
-        return False
+        return ()
     from torch.distributed.fsdp import FSDPModule
 
-    return isinstance(module, FSDPModule)
+    return FSDPModule

@@ -310,7 +310,8 @@ def launch_text(plan: Plan) -> str:
             "~ estimated. DDP: with the buckets of gradients. Sharded: with blocks that are put together for a while.",
             "",
             *(f"{launch.name}:\n  {_folded(launch.command)}" for launch in plan.launches),
-            f"Each process has the whole model in main memory while it is loaded: {_gib(plan.model.weight_bytes)} GiB.",
+            f"Main memory while the model is loaded: {_gib(plan.model.weight_bytes)} GiB in every process at once,",
+            "or with sharded weights in one process of a node after the other.",
             "On several nodes it is run on each, with HOST the name of one of them and an --output-dir that all see.",
         ]
     )

@@ -1,10 +1,10 @@
 import pytest
 import torch
 from oracles.models import answer_logits, toy_model
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 
-from bmoe_lightning.baselines import load_snapshot, save_snapshot, swapped_weights
-from bmoe_lightning.baselines import snapshots as snapshots_module
+from bmoe_lightning import tensor_file
+from bmoe_lightning.baselines import apply_snapshot, save_snapshot, swapped_weights
 from bmoe_lightning.baselines.snapshots import FORMAT
 
 DOWN = ["layers.0.mixture.crew.down_proj", "layers.1.mixture.crew.down_proj"]
@@ -25,7 +25,7 @@ def other(tmp_path):
 def test_comes_back_bit_equal(tmp_path):
     tensors = {"a": torch.randn(3, 4), "b": torch.randn(5).bfloat16(), "c": torch.randn(2, 3, 4).mT.double()}
     save_snapshot(tmp_path / "deep" / "one.safetensors", tensors)
-    found = load_snapshot(tmp_path / "deep" / "one.safetensors")
+    found = load_file(tmp_path / "deep" / "one.safetensors")
     assert found.keys() == tensors.keys()
     for name, tensor in tensors.items():
         assert found[name].dtype == tensor.dtype
@@ -47,6 +47,16 @@ def test_swaps_in_place_and_restores_bit_equal(model, other, batches):
     assert all(parameter.requires_grad for parameter in model.parameters())
 
 
+def test_applies_in_place_and_for_good(model, other):
+    objects = {name: id(parameter) for name, parameter in model.named_parameters()}
+    expected = {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
+    expected |= parameters(toy_model(seed=3))
+    apply_snapshot(model, other)
+    assert {name: id(parameter) for name, parameter in model.named_parameters()} == objects
+    assert all(torch.equal(parameter, expected[name]) for name, parameter in model.named_parameters())
+    assert all(parameter.requires_grad for parameter in model.parameters())
+
+
 def test_restores_after_an_exception(model, other):
     before = {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
     with pytest.raises(KeyboardInterrupt), swapped_weights(model, other):
@@ -56,7 +66,7 @@ def test_restores_after_an_exception(model, other):
 
 def test_restores_when_reading_fails_half_way(model, other, monkeypatch):
     before = {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
-    opened = snapshots_module.safe_open
+    opened = tensor_file.safe_open
 
     class Failing:
         def __init__(self, *args, **kwargs):
@@ -78,7 +88,7 @@ def test_restores_when_reading_fails_half_way(model, other, monkeypatch):
                 raise OSError("the disk is gone")
             return self.file.get_tensor(name)
 
-    monkeypatch.setattr(snapshots_module, "safe_open", Failing)
+    monkeypatch.setattr(tensor_file, "safe_open", Failing)
     with pytest.raises(OSError, match="disk"), swapped_weights(model, other):
         pytest.fail("entered with half a snapshot")
     assert all(torch.equal(parameter, before[name]) for name, parameter in model.named_parameters())
@@ -116,18 +126,18 @@ def test_refuses_other_shapes_before_touching_anything(model, tmp_path):
     assert model.get_parameter(DOWN[0])._version == version
 
 
-def test_refuses_what_is_no_snapshot(tmp_path, other):
+def test_refuses_what_is_no_snapshot(tmp_path, other, model):
     with pytest.raises(FileNotFoundError, match="no snapshot at"):
-        load_snapshot(tmp_path / "nothing")
+        apply_snapshot(model, tmp_path / "nothing")
     save_file({"a": torch.zeros(2)}, tmp_path / "foreign")
     with pytest.raises(ValueError, match="no snapshot of bmoe_lightning"):
-        load_snapshot(tmp_path / "foreign")
+        apply_snapshot(model, tmp_path / "foreign")
     save_file({"a": torch.zeros(2)}, tmp_path / "newer", {FORMAT: "99"})
     with pytest.raises(ValueError, match="version 99"):
-        load_snapshot(tmp_path / "newer")
+        apply_snapshot(model, tmp_path / "newer")
     (tmp_path / "cut").write_bytes(other.read_bytes()[:-20])
     with pytest.raises(ValueError, match="cut off"):
-        load_snapshot(tmp_path / "cut")
+        apply_snapshot(model, tmp_path / "cut")
     with pytest.raises(ValueError, match="without tensors"):
         save_snapshot(tmp_path / "empty", {})
 
