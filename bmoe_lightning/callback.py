@@ -14,7 +14,6 @@ from lightning.pytorch.loggers import TensorBoardLogger
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
-from bmoe_lightning.baselines import save_snapshot
 from bmoe_lightning.baselines.method import Predictions
 from bmoe_lightning.checks import (
     check_calibration,
@@ -29,13 +28,11 @@ from bmoe_lightning.checks import (
     check_strategy,
     is_trial,
 )
-from bmoe_lightning.curvature.checkpoint import remove_checkpoint
 from bmoe_lightning.curvature.fisher import FisherName
 from bmoe_lightning.curvature.kfac import ApproximationName
 from bmoe_lightning.curvature.sketch import SketchName
 from bmoe_lightning.evaluation_run import EvaluationRun, uncertain_prediction
 from bmoe_lightning.experts import ClassLogits
-from bmoe_lightning.experts.sharding import gathered, reshard
 from bmoe_lightning.fitting import Fitted, fit
 from bmoe_lightning.laplace.predictive import NUM_SAMPLES, LinkName
 from bmoe_lightning.laplace.prior import Scope
@@ -51,7 +48,8 @@ from bmoe_lightning.passes import (
 )
 from bmoe_lightning.prior_mean import PriorMean
 from bmoe_lightning.processes import is_first, wait_for_all
-from bmoe_lightning.saved import POSTERIOR_FILE, SUMS_FILE, has_fitted, load_fitted, save_fitted
+from bmoe_lightning.run_files import RunFiles, remove_sums
+from bmoe_lightning.saved import POSTERIOR_FILE, SUMS_FILE
 from bmoe_lightning.settings import FactorDtype, FitSettings
 from bmoe_lightning.shares import find_share
 
@@ -188,11 +186,7 @@ class BayesianMoECallback(L.Callback):
         self.fitted: Fitted | None = None
         self.predictions: dict[str, dict[str, Predictions]] = {}
         self._class_logits = class_logits
-        self._dirpath = Path(dirpath) if dirpath is not None else None
-        self._folder = self._dirpath  # where this run writes; None writes nothing
-        self._earlier: Path | None = None  # where the run of a loaded checkpoint wrote
-        self._snapshots: list[Path] = []
-        self._earlier_snapshots: list[Path] = []  # of the run that is being resumed
+        self._files = RunFiles(dirpath, self.settings)
         self._prior_mean = PriorMean(self.settings)
         self._precision: Callable[[], AbstractContextManager[Any]] = nullcontext
         self._undo: list[Callable[[], None]] = []
@@ -226,11 +220,7 @@ class BayesianMoECallback(L.Callback):
         for loop in (trainer.validate_loop, trainer.test_loop, trainer.predict_loop):
             self._undo.append(partial(setattr, loop, "inference_mode", loop.inference_mode))
             loop.inference_mode = False
-        log_dir = trainer.log_dir  # read on every rank: it may be a collective
-        default = Path(log_dir or trainer.default_root_dir) / "bayesian_moe" / self.name
-        # A path with the time in it is another one on each process.
-        self._dirpath, default = trainer.strategy.broadcast((self._dirpath, default))
-        self._folder = None if is_trial(trainer) else self._dirpath or default
+        self._files.settle(trainer, self.name)
         self._precision = trainer.precision_plugin.forward_context
         # Sharded weights are remembered in parts, once there are parts; a checkpoint is loaded before that.
         if stage == "fit" and not (shards_weights(trainer) and trainer.ckpt_path is None):
@@ -255,13 +245,10 @@ class BayesianMoECallback(L.Callback):
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Drop a posterior of earlier weights, and sums for one; check that the data allow fitting another one."""
-        _remove_sums(self._folder)
         self.fitted = None
         self.predictions = {}
-        found = [path for path in self._earlier_snapshots if path.is_file()]
-        self._snapshots = trainer.strategy.broadcast(found)
-        self._earlier_snapshots = []
-        check_snapshots(trainer, self.settings, len(self._snapshots))
+        self._files.begin_training(trainer)
+        check_snapshots(trainer, self.settings, len(self._files.snapshots))
         if self.settings.needs_posterior:
             training_pass(trainer, "Curvature", self.curvature_batches)
         if self.settings.needs_calibration:
@@ -277,19 +264,8 @@ class BayesianMoECallback(L.Callback):
 
     def on_train_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Keep the trained weights of the last epochs for the checkpoint ensemble."""
-        if "checkpoint_ensemble" not in self.settings.methods or self._folder is None:
-            return
-        path = self._folder / "snapshots" / f"epoch-{trainer.current_epoch:04d}.safetensors"
-        self._snapshots.append(path)
-        surplus = self._snapshots[: -self.num_snapshots]
-        del self._snapshots[: -self.num_snapshots]
-        reshard(pl_module)
-        trained = {n: p for n, p in pl_module.named_parameters() if p.requires_grad}
-        kept = gathered(trained, keep=trainer.is_global_zero)
-        if trainer.is_global_zero:
-            save_snapshot(path, kept)
-            for earlier in surplus:
-                earlier.unlink(missing_ok=True)
+        if "checkpoint_ensemble" in self.settings.methods:
+            self._files.keep_snapshot(trainer, pl_module, self.num_snapshots)
 
     def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Fit everything, while the model is still on its device and the loaders are alive."""
@@ -305,19 +281,19 @@ class BayesianMoECallback(L.Callback):
                 calibration,
                 num_examples=training_examples(trainer) if self.curvature_batches is not None else None,
                 distributed=trainer.world_size > 1,
-                folder=self._folder,
+                folder=self._files.folder,
             )
-        if self._folder is not None and trainer.is_global_zero:
-            save_fitted(self._folder, self._require_fitted(), self._snapshots)
+        if trainer.is_global_zero:
+            self._files.save(self._files.folder, self._require_fitted())
         trainer.strategy.barrier()  # nobody looks for files that are not there yet
-        _remove_sums(self._folder)
+        remove_sums(self._files.folder)
         scalars = {f"{self._prefix}{name}": value for name, value in self._require_fitted().scalars().items()}
         for logger in trainer.loggers:  # self.log is not allowed in this hook
             logger.log_metrics(scalars, step=trainer.fit_loop.epoch_loop._batches_that_stepped)
 
     def on_fit_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Say so if training was over before it began (a finished run was resumed), so that nothing was fitted."""
-        if self.fitted is None and not self._load_saved():
+        if self._found() is None:
             warnings.warn(
                 "training ended without a fitted posterior (was a finished run resumed?); call "
                 "BayesianMoECallback.fit_posterior before testing",
@@ -359,7 +335,8 @@ class BayesianMoECallback(L.Callback):
             ValueError: if a method lacks data, labels or the prior mean, or the folder holds sums of a curvature epoch
                 over other batches, or with other weights or options.
         """
-        if self.curvature_checkpoint_every is not None and self._dirpath is None:
+        folder = self._files.given
+        if self.curvature_checkpoint_every is not None and folder is None:
             warnings.warn(
                 "curvature_checkpoint_every writes into the callback's dirpath, and none was given: what an earlier"
                 " run may have left in its logger's folder is not gone on with",
@@ -374,13 +351,13 @@ class BayesianMoECallback(L.Callback):
                 prior_mean=prior_mean,
                 num_examples=num_examples,
                 distributed=distributed,
-                folder=self._dirpath,
+                folder=folder,
             )
-        if self._dirpath is not None and (is_first() or not distributed):
-            save_fitted(self._dirpath, self._require_fitted(), self._snapshots)
+        if is_first() or not distributed:
+            self._files.save(folder, self._require_fitted())
         if distributed:
             wait_for_all()
-        _remove_sums(self._dirpath)
+        remove_sums(folder)
 
     def _fit(
         self,
@@ -468,16 +445,11 @@ class BayesianMoECallback(L.Callback):
 
     def state_dict(self) -> dict[str, Any]:
         """A few numbers and a path; the factors are in a file of their own, not in every checkpoint."""
-        return {
-            "folder": None if self._folder is None else str(self._folder),
-            "snapshots": [str(path) for path in self._snapshots],
-        }
+        return self._files.state_dict()
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Remember where the posterior was written."""
-        if state_dict.get("folder"):
-            self._earlier = Path(state_dict["folder"])
-        self._earlier_snapshots = [Path(path) for path in state_dict.get("snapshots", [])]
+        self._files.load_state_dict(state_dict)
 
     # -- helpers, in the order in which they are used above
 
@@ -496,25 +468,15 @@ class BayesianMoECallback(L.Callback):
             )
         return self.fitted
 
-    def _load_saved(self) -> bool:
-        """Read what an earlier process wrote, if there is something."""
-        for folder in (self._dirpath, self._earlier, self._folder):
-            if folder is not None and has_fitted(folder):
-                fitted, self._snapshots = load_fitted(folder, offload=self.settings.offload_factors)
-                differing = self.settings.fitting_differences(fitted.settings)
-                if differing:
-                    raise ValueError(
-                        f"what was fitted in {folder} had other settings than this callback: {', '.join(differing)}. "
-                        "Give the callback the same ones, or fit again"
-                    )
-                self.fitted = fitted
-                return True
-        return False
+    def _found(self) -> Fitted | None:
+        """What was fitted, here or by an earlier process."""
+        if self.fitted is None:
+            self.fitted = self._files.load()
+        return self.fitted
 
     def _ready(self, module: nn.Module) -> Fitted:
-        """What was fitted, here or by an earlier process, for exactly these weights."""
-        if self.fitted is None:
-            self._load_saved()
+        """What was fitted for exactly these weights."""
+        self._found()
         fitted = self._require_fitted()
         fitted.check_weights(module, self.settings)
         return fitted
@@ -522,7 +484,7 @@ class BayesianMoECallback(L.Callback):
     def _begin(self, trainer: L.Trainer, module: L.LightningModule, stage: str, loaders: Any) -> None:
         check_loaders(trainer, as_list(loaders))
         fitted = self._ready(module)
-        self._run = EvaluationRun(stage, self.settings, fitted, self._snapshots, self.ensemble_members)
+        self._run = EvaluationRun(stage, self.settings, fitted, self._files.snapshots, self.ensemble_members)
 
     def _add_batch(self, trainer: L.Trainer, module: L.LightningModule, batch: Any, loader: int) -> None:
         if self._run is not None:
@@ -555,9 +517,3 @@ class BayesianMoECallback(L.Callback):
         while self._undo:
             self._undo.pop()()
         self._run = None
-
-
-def _remove_sums(folder: Path | None) -> None:
-    """Remove the sums of a curvature epoch that is over, or of weights that are no more."""
-    if folder is not None:
-        remove_checkpoint(folder / SUMS_FILE)

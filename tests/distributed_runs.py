@@ -21,11 +21,12 @@ from safetensors.torch import load_file, save_file
 from torch.utils.data import DataLoader, Subset, WeightedRandomSampler
 from toy import ToyData, ToyModule, loader, trainer
 
-import bmoe_lightning.callback as callback_module
+from bmoe_lightning import run_files
 from bmoe_lightning.baselines import save_snapshot
 from bmoe_lightning.callback import BayesianMoECallback
 from bmoe_lightning.curvature import collect_factors, remove_checkpoint
 from bmoe_lightning.curvature.checkpoint import own_path
+from bmoe_lightning.evaluation_run import EvaluationRun
 
 TRAIN, CALIBRATION, TEST = 50, 113, 47  # neither 2 nor 3 divides any of them
 METHODS = (
@@ -76,7 +77,7 @@ class Witness(L.Callback):
 
     def on_train_end(self, trainer, pl_module):
         fitted = self.watched.fitted
-        content = {"scalars": fitted.scalars(), "folder": str(self.watched._folder), "wrote": writes}
+        content = {"scalars": fitted.scalars(), "folder": str(self.watched._files.folder), "wrote": writes}
         if fitted.posterior is not None:
             fitted.posterior.save(self._file(trainer, "fit", "safetensors"))
         self._file(trainer, "fit", "json").write_text(json.dumps(content))
@@ -106,9 +107,8 @@ def watch_writing() -> None:
         return call
 
     for name in ("save_fitted", "save_snapshot"):
-        setattr(callback_module, name, watched(getattr(callback_module, name)))
-    run = callback_module.EvaluationRun
-    run.write_tensorboard = watched(run.write_tensorboard)
+        setattr(run_files, name, watched(getattr(run_files, name)))
+    EvaluationRun.write_tensorboard = watched(EvaluationRun.write_tensorboard)
 
 
 def train(path: Path) -> None:

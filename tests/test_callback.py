@@ -244,7 +244,7 @@ class TestTraining:
             checkpoint = ModelCheckpoint(tmp_path / "c", save_last=True, enable_version_counter=False)
             t = trainer(tmp_path, [checkpoint, callback], max_epochs=epochs, enable_checkpointing=True)
             t.fit(ToyModule(), train_loader(), **options)
-            return [path.name for path in callback._snapshots]
+            return [path.name for path in callback._files.snapshots]
 
         assert len(run(3)) == 3
         kept = run(4, ckpt_path=str(tmp_path / "c" / "last.ckpt"), weights_only=True)
