@@ -1,6 +1,7 @@
 """Settings that every test shares."""
 
 import os
+import types
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
@@ -14,3 +15,22 @@ torch.set_num_threads(1)
 @pytest.fixture(autouse=True)
 def _seeded():
     torch.manual_seed(0)
+
+
+@pytest.fixture(scope="session")
+def trained(tmp_path_factory):
+    """One run with the callback that several tests only look at."""
+    from toy import LAPLACE, ToyModule, calibration_loader, test_loader, train_loader, trainer
+
+    from bmoe_lightning.callback import BayesianMoECallback
+
+    folder = tmp_path_factory.mktemp("trained")
+    callback = BayesianMoECallback(
+        methods=(*LAPLACE, "temperature", "evidence_temperature", "shrunk_temperature", "laplace_temperature"),
+        dirpath=str(folder / "bayesian"),
+    )
+    module = ToyModule()
+    run = trainer(folder, [callback])
+    run.fit(module, train_loader(), calibration_loader())
+    metrics = run.test(module, test_loader(), verbose=False)[0]
+    return types.SimpleNamespace(folder=folder, callback=callback, module=module, run=run, metrics=metrics)

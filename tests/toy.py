@@ -10,6 +10,7 @@ from transformers import Qwen2MoeConfig, Qwen2MoeForCausalLM
 
 NUM_CLASSES = 3
 ANSWER_TOKENS = (1, 2, 3)
+LAPLACE = ("map", "laplace_evidence", "laplace_lpo")
 
 
 def toy_model(seed: int = 0) -> Qwen2MoeForCausalLM:
@@ -97,3 +98,18 @@ def trainer(folder, callbacks, **options) -> L.Trainer:
         "default_root_dir": str(folder),
     }
     return L.Trainer(**{**defaults, **options}, callbacks=callbacks)
+
+
+def train_loader(**options):
+    return loader(160, 1, shuffle=True, **options)
+
+
+def calibration_loader():
+    return loader(112, 2)
+
+
+def test_loader():
+    return loader(48, 3)
+
+
+test_loader.__test__ = False  # a loader, not a test

@@ -1,0 +1,272 @@
+"""What another process, another fit or another run finds of what the callback wrote."""
+
+from __future__ import annotations
+
+import json
+
+import lightning as L
+import pytest
+import torch
+from lightning.pytorch.callbacks import ModelCheckpoint
+from torch.utils.data import DataLoader
+from toy import (
+    LAPLACE,
+    ToyData,
+    ToyModule,
+    calibration_loader,
+    loader,
+    test_loader,
+    train_loader,
+    trainer,
+)
+
+from bmoe_lightning.callback import BayesianMoECallback
+from bmoe_lightning.laplace import WeightMismatchError
+from bmoe_lightning.passes import reproducible_order
+
+
+class TestWeightsAndProcesses:
+    def test_other_weights_are_refused(self, tmp_path):
+        callback = BayesianMoECallback()
+        module = ToyModule()
+        run = trainer(tmp_path, [callback], max_epochs=1)
+        run.fit(module, train_loader(), calibration_loader())
+        with torch.no_grad():
+            next(p for n, p in module.named_parameters() if "down_proj" in n).mul_(1.01)
+        with pytest.raises(WeightMismatchError, match="other weights"):
+            run.test(module, test_loader(), verbose=False)
+        assert run.test_loop.inference_mode  # restored after the exception
+
+    def test_best_weights(self, tmp_path):
+        checkpoint = ModelCheckpoint(
+            tmp_path / "checkpoints", monitor="val_loss", mode="max"
+        )  # the worst, surely not last
+        callback = BayesianMoECallback(fit_at="best")
+        module = ToyModule()
+        run = trainer(tmp_path, [callback, checkpoint], enable_checkpointing=True)
+        run.fit(module, train_loader(), calibration_loader())
+        last = [p.detach().clone() for p in module.parameters()]
+        with pytest.raises(WeightMismatchError):
+            run.test(module, test_loader(), verbose=False)
+        for one, other in zip(last, module.parameters(), strict=True):
+            torch.testing.assert_close(one, other, rtol=0, atol=0)
+        metrics = run.test(module, test_loader(), ckpt_path="best", weights_only=True, verbose=False)[0]
+        assert "laplace_lpo/test/nll" in metrics
+
+    def test_a_new_process_finds_the_posterior_by_its_folder(self, trained):
+        callback = BayesianMoECallback(methods=LAPLACE, dirpath=str(trained.folder / "bayesian"))
+        module = ToyModule()
+        module.load_state_dict(trained.module.state_dict())
+        metrics = trainer(trained.folder, [callback]).test(module, test_loader(), verbose=False)[0]
+        for method in LAPLACE:
+            assert metrics[f"{method}/test/nll"] == pytest.approx(trained.metrics[f"{method}/test/nll"], rel=1e-5)
+
+    def test_a_new_process_finds_the_posterior_through_a_checkpoint(self, trained, tmp_path):
+        path = tmp_path / "after.ckpt"
+        trained.run.save_checkpoint(path)
+        callback = BayesianMoECallback(methods=trained.callback.settings.methods)
+        metrics = trainer(tmp_path, [callback]).test(
+            ToyModule(seed=9), test_loader(), ckpt_path=str(path), weights_only=True, verbose=False
+        )[0]
+        assert metrics["laplace_lpo/test/nll"] == pytest.approx(trained.metrics["laplace_lpo/test/nll"], rel=1e-5)
+
+    def test_testing_before_fitting_says_what_to_do(self, tmp_path):
+        run = trainer(tmp_path, [BayesianMoECallback()])
+        with pytest.raises(RuntimeError, match="fit_posterior"):
+            run.test(ToyModule(), test_loader(), verbose=False)
+
+    def test_fit_posterior_on_a_trained_model(self, trained, tmp_path):
+        module = ToyModule()
+        module.load_state_dict(trained.module.state_dict())
+        callback = BayesianMoECallback(methods=("map", "laplace_lpo"))
+        callback.fit_posterior(module, train_loader(), calibration_loader())
+        metrics = trainer(tmp_path, [callback]).test(module, test_loader(), verbose=False)[0]
+        assert metrics["laplace_lpo/test/nll"] == pytest.approx(trained.metrics["laplace_lpo/test/nll"], rel=1e-3)
+
+    def test_fit_posterior_needs_the_prior_mean_for_the_evidence(self, trained):
+        callback = BayesianMoECallback(methods=("laplace_evidence",))
+        with pytest.raises(ValueError, match="prior_mean"):
+            callback.fit_posterior(trained.module, train_loader())
+
+    def test_the_prior_mean_survives_resuming(self, tmp_path):
+        def run(epochs, folder, **options):
+            L.seed_everything(1)
+            callback = BayesianMoECallback(methods=("map", "laplace_evidence"), dirpath=str(folder))
+            checkpoint = ModelCheckpoint(folder, save_last=True)
+            t = trainer(tmp_path, [callback, checkpoint], max_epochs=epochs, enable_checkpointing=True)
+            module = ToyModule()
+            # No shuffling: the resumed run sees the batches in the order of the whole one.
+            t.fit(module, loader(160, 1), calibration_loader(), **options)
+            return callback.fitted.state.evidence_precision
+
+        whole = run(3, tmp_path / "whole")
+        run(2, tmp_path / "half")
+        resumed = run(3, tmp_path / "rest", ckpt_path=str(tmp_path / "half" / "last.ckpt"), weights_only=True)
+        assert resumed == pytest.approx(whole, rel=1e-4)
+
+    def test_resuming_a_finished_run_says_that_nothing_was_fitted(self, tmp_path):
+        checkpoint = ModelCheckpoint(tmp_path / "finished", save_last=True)
+        t = trainer(tmp_path, [checkpoint], max_epochs=1, enable_checkpointing=True)
+        t.fit(ToyModule(), train_loader(), calibration_loader())
+        again = trainer(tmp_path, [BayesianMoECallback()], max_epochs=1)
+        with pytest.warns(UserWarning, match="fit_posterior"):
+            again.fit(
+                ToyModule(),
+                train_loader(),
+                calibration_loader(),
+                ckpt_path=str(tmp_path / "finished" / "last.ckpt"),
+                weights_only=True,
+            )
+
+    def test_state_is_small_and_loads_without_pickle(self, trained, tmp_path):
+        path = tmp_path / "state.ckpt"
+        trained.run.save_checkpoint(path)
+        state = torch.load(path, weights_only=True)["callbacks"][trained.callback.state_key]
+        assert len(json.dumps(state)) < 1000
+
+    def test_other_weights_are_refused_for_temperatures_too(self, tmp_path):
+        options = {"methods": ("map", "temperature"), "dirpath": str(tmp_path / "b")}
+        trainer(tmp_path, [BayesianMoECallback(**options)], max_epochs=1).fit(
+            ToyModule(), train_loader(), calibration_loader()
+        )
+        with pytest.raises(WeightMismatchError, match="temperatures"):
+            trainer(tmp_path, [BayesianMoECallback(**options)]).test(ToyModule(seed=5), test_loader(), verbose=False)
+
+    def test_a_fit_with_other_settings_is_refused(self, trained):
+        callback = BayesianMoECallback(methods=LAPLACE, rank=2, fisher="mc", dirpath=str(trained.folder / "bayesian"))
+        with pytest.raises(ValueError, match=r"rank=10 \(here 2\), fisher='exact' \(here 'mc'\)"):
+            trainer(trained.folder, [callback]).test(trained.module, test_loader(), verbose=False)
+
+    def test_fewer_methods_can_be_tested_than_were_fitted(self, trained, tmp_path):
+        path = tmp_path / "after.ckpt"
+        trained.run.save_checkpoint(path)
+        callback = BayesianMoECallback(methods=("map", "laplace_lpo"))
+        metrics = trainer(tmp_path, [callback]).test(
+            ToyModule(seed=9), test_loader(), ckpt_path=str(path), weights_only=True, verbose=False
+        )[0]
+        assert "laplace_lpo/test/nll" in metrics
+
+    def test_fit_posterior_writes_where_it_was_told_to(self, trained, tmp_path):
+        callback = BayesianMoECallback(dirpath=str(tmp_path / "b"))
+        callback.fit_posterior(trained.module, train_loader(), calibration_loader())
+        again = BayesianMoECallback(dirpath=str(tmp_path / "b"))
+        metrics = trainer(tmp_path, [again]).test(trained.module, test_loader(), verbose=False)[0]
+        assert "laplace_lpo/test/nll" in metrics
+
+    def test_entropy_belongs_to_the_probabilities_under_any_link(self, trained):
+        callback = BayesianMoECallback(methods=LAPLACE, link="probit", dirpath=str(trained.folder / "bayesian"))
+        first = trainer(trained.folder, [callback]).predict(trained.module, test_loader())[0]
+        torch.testing.assert_close(first["entropy"], -(first["probs"] * first["log_probs"]).sum(1))
+
+
+class SaveWeights(L.Callback):
+    def __init__(self, path):
+        self.path = path
+
+    def on_train_end(self, trainer, pl_module):
+        torch.save(pl_module.state_dict(), self.path)
+
+
+class Mortal(ToyModule):
+    """Is killed in a forward pass after training; counts those it survived."""
+
+    def __init__(self, lives=None):
+        super().__init__()
+        self.lives = lives
+        self.passes = 0
+
+    def class_logits(self, batch):
+        if not self.training:
+            if self.passes == self.lives:
+                raise RuntimeError("killed")
+            self.passes += 1
+        return super().class_logits(batch)
+
+    def validation_step(self, batch, batch_idx):
+        return None
+
+
+CHECKPOINTED = {"methods": LAPLACE, "curvature_checkpoint_every": 4, "fisher": "mc"}
+
+
+class TestKilledInTheCurvatureEpoch:
+    """Ten batches, written every four."""
+
+    def run(self, folder, module, data=None, **options):
+        callback = BayesianMoECallback(**{**CHECKPOINTED, **options}, dirpath=str(folder / "bayesian"))
+        callbacks = [SaveWeights(folder / "weights.pt"), callback]
+        L.seed_everything(0, verbose=False)
+        trainer(folder, callbacks, max_epochs=1, num_sanity_val_steps=0).fit(
+            module, data or train_loader(), calibration_loader()
+        )
+        return callback
+
+    def killed(self, folder, lives, data=None):
+        folder.mkdir(exist_ok=True)
+        with pytest.raises(RuntimeError, match="killed"):
+            self.run(folder, Mortal(lives), data)
+        torch.manual_seed(77)  # the state that a killed process leaves is nobody's
+        return folder / "bayesian"
+
+    def go_on(self, folder, data, **options):
+        pretrained = ToyModule()
+        module = Mortal()
+        module.load_state_dict(torch.load(folder / "weights.pt"))
+        callback = BayesianMoECallback(**{**CHECKPOINTED, **options}, dirpath=str(folder / "bayesian"))
+        prior_mean = {n: p.detach() for n, p in pretrained.named_parameters() if "experts.down_proj" in n}
+        callback.fit_posterior(module, data, calibration_loader(), prior_mean=prior_mean)
+        return module.passes
+
+    @pytest.mark.parametrize(("lives", "kept"), [(2, 0), (9, 8), (10, 10), (12, 10)])
+    def test_fit_posterior_goes_on_to_the_same_bits(self, tmp_path, lives, kept):
+        whole = tmp_path / "whole"
+        whole.mkdir()
+        self.run(whole, Mortal(), curvature_checkpoint_every=None)
+        folder = self.killed(tmp_path / "killed", lives)
+        assert [p.name for p in folder.glob("*")] == (["curvature.safetensors"] if kept else [])
+        assert self.go_on(tmp_path / "killed", train_loader()) == 10 + 7 - kept
+        for name in ("posterior.safetensors", "methods.json"):
+            assert (folder / name).read_bytes() == (whole / "bayesian" / name).read_bytes()
+        assert {p.name for p in folder.iterdir()} == {"posterior.safetensors", "methods.json"}
+
+    @pytest.mark.parametrize("own_generator", [False, True])
+    def test_a_generator_over_a_loader(self, tmp_path, own_generator):
+        def batches(data):
+            for batch in data:
+                yield dict(batch)
+
+        for number, way in enumerate((batches, iter, lambda data: (dict(batch) for batch in data))):
+            folder = tmp_path / str(number)
+            generator = torch.Generator().manual_seed(number) if own_generator else None
+            data = DataLoader(ToyData(160, 1), batch_size=16, shuffle=True, generator=generator)
+            self.killed(folder, 9, data)
+            with reproducible_order(data):
+                assert self.go_on(folder, way(data)) == 9
+
+    def test_another_order_is_refused(self, tmp_path):
+        folder = self.killed(tmp_path, 9)
+        with pytest.raises(ValueError, match=r"in another order than in the pass that wrote .*curvature.safetensors"):
+            self.go_on(tmp_path, loader(160, 1))
+        assert [p.name for p in folder.iterdir()] == ["curvature.safetensors"]
+
+    def test_training_again_drops_the_sums_of_earlier_weights(self, tmp_path):
+        folder = self.killed(tmp_path, 9)
+        (folder / "curvature-rank1of2.safetensors").write_bytes(b"of a run on two devices")
+        callback = BayesianMoECallback(**CHECKPOINTED, dirpath=str(folder))
+        trainer(tmp_path, [callback], max_epochs=1).fit(ToyModule(seed=5), train_loader(), calibration_loader())
+        assert {p.name for p in folder.iterdir()} == {"posterior.safetensors", "methods.json"}
+
+    def test_a_fast_dev_run_leaves_them_alone(self, tmp_path):
+        folder = self.killed(tmp_path, 9)
+        before = (folder / "curvature.safetensors").read_bytes()
+        callback = BayesianMoECallback(**{**CHECKPOINTED, "curvature_checkpoint_every": 1}, dirpath=str(folder))
+        trainer(tmp_path, [callback], fast_dev_run=True).fit(ToyModule(), train_loader(), calibration_loader())
+        assert [p.name for p in folder.iterdir()] == ["curvature.safetensors"]
+        assert (folder / "curvature.safetensors").read_bytes() == before
+
+    def test_fit_posterior_without_a_folder_writes_nothing(self, tmp_path, monkeypatch):
+        monkeypatch.chdir(tmp_path)
+        callback = BayesianMoECallback(methods=("map", "laplace_lpo"), curvature_checkpoint_every=1)
+        with pytest.warns(UserWarning, match="writes into the callback's dirpath"):
+            callback.fit_posterior(ToyModule(), train_loader(), calibration_loader())
+        assert list(tmp_path.iterdir()) == []
