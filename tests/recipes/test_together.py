@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -19,15 +20,44 @@ from recipes.together import agreed, first_then_others, joined, mesh_of, own_bat
 METHODS = "map,checkpoint_ensemble,temperature,laplace_evidence,laplace_lpo"
 
 
-def torchrun(folder, *arguments, code=0):
-    done = subprocess.run(
-        [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2",
+ONE_MACHINE = ("--standalone", "--nproc-per-node", "2")
+
+
+def started(folder, launch, *arguments):
+    return subprocess.Popen(
+        [sys.executable, "-m", "torch.distributed.run", *launch,
          "-m", "recipes.qwen_obqa", "--dry-run", "--quiet", "--accelerator", "cpu", "--methods", METHODS,
          "--output-dir", str(folder), *arguments],
-        capture_output=True, text=True, timeout=400, check=False, cwd=Path(__file__).parents[2],
+        stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=Path(__file__).parents[2],
     )  # fmt: skip
-    assert (done.returncode == 0) is (code == 0), done.stdout[-2000:] + done.stderr[-4000:]
-    return done.stdout, done.stderr
+
+
+def torchrun(folder, *arguments, code=0):
+    run = started(folder, ONE_MACHINE, *arguments)
+    shown, said = run.communicate(timeout=400)
+    assert (run.returncode == 0) is (code == 0), shown[-2000:] + said[-4000:]
+    return shown, said
+
+
+def torchrun_on_two_machines(folder, *arguments):
+    """Two launchers, each with a process of its own, as if each were on another machine."""
+    with socket.socket() as found:
+        found.bind(("localhost", 0))
+        port = found.getsockname()[1]
+    launch = (
+        "--nnodes",
+        "2",
+        "--nproc-per-node",
+        "1",
+        "--rdzv-backend",
+        "c10d",
+        "--rdzv-endpoint",
+        f"localhost:{port}",
+    )
+    runs = [started(folder, launch, *arguments) for _ in range(2)]
+    told = [run.communicate(timeout=400) for run in runs]
+    assert [run.returncode for run in runs] == [0, 0], told
+    return "".join(shown for shown, _ in told)
 
 
 @pytest.mark.slow
@@ -59,13 +89,16 @@ def test_a_run_and_its_continuation_have_the_same_bits(tmp_path, strategy):
 
 
 @pytest.mark.slow
-def test_weights_in_parts_train_as_whole_ones_do(tmp_path):
+def test_parts_of_weights_and_several_machines_change_nothing(tmp_path):
     tables = []
     for strategy in ("auto", "sharded"):
         torchrun(tmp_path / strategy, "--strategy", strategy)
         tables.append((tmp_path / strategy / "results.md").read_text())
         shutil.rmtree(tmp_path / strategy)
-    assert tables[0] == tables[1]
+    shown = torchrun_on_two_machines(tmp_path / "machines", "--strategy", "sharded")
+    assert shown.count("Done in") == 1
+    tables.append((tmp_path / "machines" / "results.md").read_text())
+    assert tables[0] == tables[1] == tables[2]
 
 
 class TestAlone:
