@@ -32,9 +32,17 @@ def started(folder, launch, *arguments):
     )  # fmt: skip
 
 
+def ended(run):
+    try:
+        return run.communicate(timeout=400)
+    except subprocess.TimeoutExpired:
+        run.kill()
+        raise
+
+
 def torchrun(folder, *arguments, code=0):
     run = started(folder, ONE_MACHINE, *arguments)
-    shown, said = run.communicate(timeout=400)
+    shown, said = ended(run)
     assert (run.returncode == 0) is (code == 0), shown[-2000:] + said[-4000:]
     return shown, said
 
@@ -44,18 +52,10 @@ def torchrun_on_two_machines(folder, *arguments):
     with socket.socket() as found:
         found.bind(("localhost", 0))
         port = found.getsockname()[1]
-    launch = (
-        "--nnodes",
-        "2",
-        "--nproc-per-node",
-        "1",
-        "--rdzv-backend",
-        "c10d",
-        "--rdzv-endpoint",
-        f"localhost:{port}",
-    )
+    meeting = ("--rdzv-backend", "c10d", "--rdzv-endpoint", f"localhost:{port}")
+    launch = ("--nnodes", "2", "--nproc-per-node", "1", *meeting)
     runs = [started(folder, launch, *arguments) for _ in range(2)]
-    told = [run.communicate(timeout=400) for run in runs]
+    told = [ended(run) for run in runs]
     assert [run.returncode for run in runs] == [0, 0], told
     return "".join(shown for shown, _ in told)
 
