@@ -41,6 +41,7 @@ from bmoe_lightning.passes import (
     as_list,
     best_weights,
     reproducible_order,
+    restores_checkpoint,
     shards_weights,
     training_examples,
     training_pass,
@@ -49,7 +50,7 @@ from bmoe_lightning.passes import (
 from bmoe_lightning.prior_mean import PriorMean
 from bmoe_lightning.processes import is_first, wait_for_all
 from bmoe_lightning.run_files import RunFiles, remove_sums
-from bmoe_lightning.saved import POSTERIOR_FILE, SUMS_FILE
+from bmoe_lightning.saved import POSTERIOR_FILE, SUMS_FILE, save_fitted
 from bmoe_lightning.settings import FactorDtype, FitSettings
 from bmoe_lightning.shares import find_share
 
@@ -222,13 +223,16 @@ class BayesianMoECallback(L.Callback):
             loop.inference_mode = False
         self._files.settle(trainer, self.name)
         self._precision = trainer.precision_plugin.forward_context
-        # Sharded weights are remembered in parts, once there are parts; a checkpoint is loaded before that.
-        if stage == "fit" and not (shards_weights(trainer) and trainer.ckpt_path is None):
+        # Sharded weights are remembered in parts, once there are parts; there a checkpoint is loaded after that.
+        if stage == "fit" and not shards_weights(trainer):
             self._prior_mean.remember(pl_module)
+            # A model that is built later is seen when a checkpoint is about to overwrite it: Lightning calls callbacks
+            # between the two for nothing else.
+            before = pl_module.register_load_state_dict_pre_hook(partial(self._before_loading, trainer))
+            self._undo.append(before.remove)
 
-    def on_load_checkpoint(self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]) -> None:
-        """Take the prior mean of a module that was built after `setup`, before the checkpoint overwrites it."""
-        if trainer.state.fn == "fit" and not shards_weights(trainer):
+    def _before_loading(self, trainer: L.Trainer, pl_module: L.LightningModule, *_: Any) -> None:
+        if restores_checkpoint(trainer):  # and it is not configure_model that loads pretrained weights
             self._prior_mean.remember(pl_module)
 
     # -- training
@@ -283,10 +287,11 @@ class BayesianMoECallback(L.Callback):
                 distributed=trainer.world_size > 1,
                 folder=self._files.folder,
             )
-        if trainer.is_global_zero:
-            self._files.save(self._files.folder, self._require_fitted())
+        folder = self._files.folder
+        if folder is not None and trainer.is_global_zero:
+            save_fitted(folder, self._require_fitted(), self._files.snapshots)
         trainer.strategy.barrier()  # nobody looks for files that are not there yet
-        remove_sums(self._files.folder)
+        remove_sums(folder)
         scalars = {f"{self._prefix}{name}": value for name, value in self._require_fitted().scalars().items()}
         for logger in trainer.loggers:  # self.log is not allowed in this hook
             logger.log_metrics(scalars, step=trainer.fit_loop.epoch_loop._batches_that_stepped)
@@ -353,8 +358,8 @@ class BayesianMoECallback(L.Callback):
                 distributed=distributed,
                 folder=folder,
             )
-        if is_first() or not distributed:
-            self._files.save(folder, self._require_fitted())
+        if folder is not None and (is_first() or not distributed):
+            save_fitted(folder, self._require_fitted(), self._files.snapshots)
         if distributed:
             wait_for_all()
         remove_sums(folder)

@@ -13,7 +13,7 @@ from torch import Tensor
 from bmoe_lightning.curvature.sketch import check_linear
 from bmoe_lightning.experts.sharding import is_sharded, reshard
 from bmoe_lightning.laplace.predictive import MIN_UNLABELLED
-from bmoe_lightning.passes import Pass, shards_weights
+from bmoe_lightning.passes import Pass, restores_checkpoint, shards_weights
 from bmoe_lightning.processes import gather_number
 from bmoe_lightning.settings import FitSettings
 from bmoe_lightning.shares import check_order, find_share
@@ -144,14 +144,13 @@ def check_prior_mean(trainer: L.Trainer, settings: FitSettings, *, known: bool) 
         known: whether the weights from before fine-tuning are.
 
     Raises:
-        ValueError: if a run with sharded weights is resumed, and the prior mean is gone.
+        ValueError: if a run is resumed, and the prior mean is gone.
     """
-    wanted = settings.needs_evidence and settings.prior_mean == "pretrained"
-    if wanted and not known and shards_weights(trainer) and trainer.ckpt_path is not None:
+    if settings.needs_prior_mean and not known and restores_checkpoint(trainer):
         raise ValueError(
-            "the evidence measures how far fine-tuning moved the experts, and ModelParallelStrategy had loaded the "
-            "checkpoint before the weights of before were there. Build the model in the module's __init__, use "
-            "prior_mean='zero', or leave out the methods that need an evidence"
+            "the evidence measures how far fine-tuning moved the experts, and the checkpoint has overwritten the "
+            "weights from before: a load_state_dict that does not call torch.nn.Module's goes unnoticed. Build the "
+            "model in the module's __init__, use prior_mean='zero', or leave out the methods that need an evidence"
         )
 
 

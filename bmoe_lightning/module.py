@@ -5,8 +5,8 @@ from __future__ import annotations
 import inspect
 import math
 from collections.abc import Mapping, Sequence
-from contextlib import ExitStack, nullcontext
-from typing import Any, Literal
+from contextlib import ExitStack
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from lightning import LightningModule, Trainer
@@ -19,7 +19,10 @@ from bmoe_lightning.experts.dropout import expert_dropout as dropout_in_experts
 from bmoe_lightning.experts.layout import down_proj_parameters, expert_parameters, find_expert_layers
 from bmoe_lightning.experts.sharding import is_sharded, shard_blocks
 from bmoe_lightning.loading import DtypeName, load_causal_model
-from bmoe_lightning.processes import in_turn
+from bmoe_lightning.processes import one_after_the_other
+
+if TYPE_CHECKING:
+    from torch.distributed.device_mesh import DeviceMesh
 
 TrainedPart = Literal["down_proj", "experts"]
 Schedule = Literal["linear", "cosine", "constant"]
@@ -128,15 +131,15 @@ class ExpertFinetuner(LightningModule):
     def configure_model(self) -> None:
         """Load the model if it was named by a string, and freeze all but the experts. Calling it again changes nothing.
 
-        Under `ModelParallelStrategy` its blocks are sharded with FSDP2. What is loaded goes through main memory as a
-        whole, so the processes of a machine do it one after the other.
+        Under `ModelParallelStrategy` its blocks are sharded with FSDP2; see `load`.
 
         Raises:
             ModelUnavailableError: as in `load_causal_model`.
+            RuntimeError: under `ModelParallelStrategy`, if another process could not load it.
             ValueError: if it has no experts, or the strategy wants tensor parallelism.
         """
         if self.device_mesh is None:
-            self._load()
+            self.load()
             return
         size = self.device_mesh["tensor_parallel"].size()
         if size > 1:
@@ -145,20 +148,40 @@ class ExpertFinetuner(LightningModule):
                 "node's), and ExpertFinetuner shards weights alone: give "
                 "ModelParallelStrategy(data_parallel_size=<number of processes>, tensor_parallel_size=1)"
             )
-        with in_turn() if self.model is None else nullcontext():
-            model = self._load()
-            shard_blocks(model, find_expert_layers(model), self.device_mesh["data_parallel"])
+        self.load(self.device_mesh["data_parallel"])
 
-    def _load(self) -> PreTrainedModel:
-        if self.model is None:
+    def load(self, mesh: DeviceMesh | None = None) -> None:
+        """Load the model if it was named by a string, freeze all but the experts, and shard its blocks with FSDP2.
+
+        A model that is loaded to be sharded goes through main memory as a whole. The processes of a machine do that one
+        after the other, so all of them have to call this, and the timeout of their group should allow for the time that
+        one of them takes (`ModelParallelStrategy(timeout=...)`, 30 minutes by default).
+
+        Args:
+            mesh: the processes that share the weights, in one dimension; None shards nothing.
+
+        Raises:
+            ModelUnavailableError: as in `load_causal_model`.
+            RuntimeError: with a mesh, if another process could not load it.
+            ValueError: if it has no experts.
+        """
+        if mesh is not None and self.model is None:
+            one_after_the_other(lambda: self._load(mesh))
+        else:
+            self._load(mesh)
+
+    def _load(self, mesh: DeviceMesh | None) -> None:
+        model = self.model
+        if model is None:
             assert self._source is not None
             model = load_causal_model(self._source, self.dtype_name)
-            find_expert_layers(model)
-            self.model = model
-        self.model.requires_grad_(False)
+        layers = find_expert_layers(model)
+        self.model = model
+        model.requires_grad_(False)
         for parameter in self.trained_parameters().values():
             parameter.requires_grad_(True)
-        return self.model
+        if mesh is not None:
+            shard_blocks(model, layers, mesh)
 
     def configure_callbacks(self) -> list[Callback]:
         """Have expert dropout taken out after an exception too; a LightningModule itself is not told of those."""

@@ -85,6 +85,11 @@ class Pass:
         return nullcontext() if self._share is None or self._in_step else self._share.without_repeats()
 
 
+def restores_checkpoint(trainer: L.Trainer) -> bool:
+    """Whether a checkpoint is just being restored; `trainer.ckpt_path` may be that of an earlier run."""
+    return bool(trainer._checkpoint_connector._loaded_checkpoint)
+
+
 def shards_weights(trainer: L.Trainer) -> bool:
     """Whether a trainer's processes put weights together while they run, and so have to run the same steps."""
     return isinstance(trainer.strategy, ModelParallelStrategy)

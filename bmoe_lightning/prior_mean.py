@@ -33,8 +33,7 @@ class PriorMean:
 
     def remember(self, module: nn.Module) -> None:
         """Take the copies, unless they are there, or the module has no experts yet."""
-        wanted = self._settings.needs_evidence and self._settings.prior_mean == "pretrained"
-        if not wanted or self.is_of(module):
+        if not self._settings.needs_prior_mean or self.is_of(module):
             return
         self.weights = self._module = None
         with suppress(ValueError):  # no experts yet: a module that is built in configure_model

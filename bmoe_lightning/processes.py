@@ -10,30 +10,28 @@ from __future__ import annotations
 import hashlib
 import socket
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager
+from typing import TypeVar
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
+
+T = TypeVar("T")
 
 # Small tensors travel together, large ones without a copy: at most 64 MiB of float32 is copied at a time.
 _BUCKET = 1 << 24
 _MAX_DIMENSIONS = 8
 
 
-def is_running() -> bool:
-    """Whether torch.distributed has a group of processes, of one or more."""
-    return dist.is_available() and dist.is_initialized()
-
-
 def num_processes() -> int:
     """How many processes take part; 1 where nothing is distributed."""
-    return dist.get_world_size() if is_running() else 1
+    return dist.get_world_size() if _is_running() else 1
 
 
 def process_rank() -> int:
     """Which of them this is, counted from 0."""
-    return dist.get_rank() if is_running() else 0
+    return dist.get_rank() if _is_running() else 0
 
 
 def is_first() -> bool:
@@ -70,23 +68,32 @@ def wait_for_all() -> None:
     sum_over_processes([torch.zeros(1)])
 
 
-@contextmanager
-def in_turn() -> Iterator[None]:
-    """Let the processes of each machine do something one after the other. A collective.
+def one_after_the_other(action: Callable[[], T]) -> T:
+    """Let the processes of each machine do something, one at a time. A collective; machines are told by their names.
 
-    A process that fails waits for the others all the same, so that each of them comes to say why it fails.
+    The others wait for each of them as long as the timeout of torch.distributed's group allows, which should be more
+    than the action takes.
+
+    Raises:
+        RuntimeError: on all other processes, as soon as the action has failed on one; on that one, whatever it raised.
     """
     host = int.from_bytes(hashlib.sha256(socket.gethostname().encode()).digest()[:7])
     hosts = gather_number(host)
-    before = hosts[: process_rank()].count(host)
-    turns = max(hosts.count(other) for other in hosts)
-    for _ in range(before):
-        wait_for_all()
-    try:
-        yield
-    finally:
-        for _ in range(turns - before - 1):
-            wait_for_all()
+    own_turn = hosts[: process_rank()].count(host)
+    results = []
+    for turn in range(max(hosts.count(other) for other in hosts)):
+        error = None
+        if turn == own_turn:
+            try:
+                results.append(action())
+            except Exception as raised:  # noqa: BLE001  (told to the others, and raised again)
+                error = raised
+        failed = gather_number(int(error is not None))
+        if error is not None:
+            raise error
+        if any(failed):
+            raise RuntimeError(f"process {failed.index(1)} has failed and says why; this one does not go on alone")
+    return results[0]
 
 
 def forked_random_state() -> AbstractContextManager[None]:
@@ -142,6 +149,10 @@ def gather_examples(tensor: Tensor) -> Tensor:
     parts = [torch.empty_like(own) for _ in range(world_size)]
     dist.all_gather(parts, own)
     return torch.stack(parts, dim=1).flatten(0, 1)[:total].to(tensor.device)
+
+
+def _is_running() -> bool:
+    return dist.is_available() and dist.is_initialized()
 
 
 def _device() -> torch.device:

@@ -12,7 +12,7 @@ from bmoe_lightning.checks import is_trial
 from bmoe_lightning.curvature.checkpoint import remove_checkpoint
 from bmoe_lightning.experts.sharding import gathered, reshard
 from bmoe_lightning.fitting import Fitted
-from bmoe_lightning.saved import SUMS_FILE, has_fitted, load_fitted, save_fitted
+from bmoe_lightning.saved import SUMS_FILE, has_fitted, load_fitted
 from bmoe_lightning.settings import FitSettings
 
 
@@ -24,7 +24,7 @@ class RunFiles:
         settings: what is fitted; what was fitted with other settings is refused.
 
     Attributes:
-        given: as above.
+        given: as above; of several processes, the first one's.
         folder: where the run writes; None writes nothing.
         snapshots: files of the checkpoint ensemble, the latest last.
     """
@@ -67,13 +67,8 @@ class RunFiles:
             for earlier in surplus:
                 earlier.unlink(missing_ok=True)
 
-    def save(self, folder: Path | None, fitted: Fitted) -> None:
-        """Write what was fitted, unless there is no folder."""
-        if folder is not None:
-            save_fitted(folder, fitted, self.snapshots)
-
     def load(self) -> Fitted | None:
-        """Read what an earlier process wrote; None if there is nothing.
+        """Read what an earlier process wrote, its snapshots included; None if there is nothing.
 
         Raises:
             ValueError: if that was fitted with other settings, or is damaged.
@@ -81,13 +76,14 @@ class RunFiles:
         """
         for folder in (self.given, self._earlier, self.folder):
             if folder is not None and has_fitted(folder):
-                fitted, self.snapshots = load_fitted(folder, offload=self._settings.offload_factors)
+                fitted, snapshots = load_fitted(folder, offload=self._settings.offload_factors)
                 differing = self._settings.fitting_differences(fitted.settings)
                 if differing:
                     raise ValueError(
                         f"what was fitted in {folder} had other settings than this callback: {', '.join(differing)}. "
                         "Give the callback the same ones, or fit again"
                     )
+                self.snapshots = snapshots
                 return fitted
         return None
 

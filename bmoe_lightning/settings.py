@@ -146,6 +146,11 @@ class FitSettings:
         return bool(NEEDS_EVIDENCE & set(self.methods))
 
     @property
+    def needs_prior_mean(self) -> bool:
+        """Whether a method measures how far the weights have come from those before fine-tuning."""
+        return self.needs_evidence and self.prior_mean == "pretrained"
+
+    @property
     def needs_calibration(self) -> bool:
         """Whether a method looks at the calibration split."""
         return bool(NEEDS_CALIBRATION & set(self.methods))

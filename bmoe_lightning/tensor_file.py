@@ -53,9 +53,10 @@ def opened_safetensors(path: str | Path) -> Iterator[Any]:
         OSError: if there is no such file, or it cannot be read.
     """
     try:
-        with safe_open(path, framework="pt") as file:
-            yield file
+        opened = safe_open(path, framework="pt")
     except SafetensorError as error:
         raise ValueError(
             f"{path} is no complete safetensors file ({error}); was the download or copy cut off?"
         ) from error
+    with opened as file:
+        yield file

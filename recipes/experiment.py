@@ -11,7 +11,6 @@ import shutil
 import time
 import warnings
 from collections.abc import Sequence
-from contextlib import nullcontext
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -26,11 +25,11 @@ from bmoe_lightning import BayesianMoECallback, ExpertFinetuner, MultipleChoiceD
 from bmoe_lightning.atomic import write_text
 from bmoe_lightning.baselines import Method, apply_snapshot, save_snapshot
 from bmoe_lightning.curvature import remove_checkpoint
-from bmoe_lightning.experts import ClassLogits, find_expert_layers
-from bmoe_lightning.experts.sharding import gathered, shard_blocks
+from bmoe_lightning.experts import ClassLogits
+from bmoe_lightning.experts.sharding import gathered
 from bmoe_lightning.fitting import build_methods
 from bmoe_lightning.prior_mean import PriorMean
-from bmoe_lightning.processes import in_turn, is_first, num_processes, wait_for_all
+from bmoe_lightning.processes import is_first, num_processes, wait_for_all
 from bmoe_lightning.report import (
     MethodResult,
     label_budget_figure,
@@ -194,13 +193,8 @@ class SeedRun:
         # The weights' dtype and the precision of the forward are those of the run that was killed.
         trainer = self._trainer([])
         mesh = mesh_of(self.settings)
-        # As where training begins: sharded weights are whole in one process of a machine at a time.
-        with nullcontext() if mesh is None else in_turn():
-            module.configure_model()
-            trainer.precision_plugin.convert_module(module)
-            if mesh is not None:
-                assert module.model is not None
-                shard_blocks(module.model, find_expert_layers(module.model), mesh)
+        module.load(mesh)
+        trainer.precision_plugin.convert_module(module)
 
         def class_logits(model: Any, batch: Any) -> tuple[Tensor, Tensor | None]:
             with trainer.precision_plugin.forward_context():

@@ -21,6 +21,7 @@ from safetensors.torch import load_file, save_file
 from torch.utils.data import DataLoader, Subset, WeightedRandomSampler
 from toy import ToyData, ToyModule, loader, trainer
 
+import bmoe_lightning.callback as callback_module
 from bmoe_lightning import run_files
 from bmoe_lightning.baselines import save_snapshot
 from bmoe_lightning.callback import BayesianMoECallback
@@ -106,8 +107,8 @@ def watch_writing() -> None:
 
         return call
 
-    for name in ("save_fitted", "save_snapshot"):
-        setattr(run_files, name, watched(getattr(run_files, name)))
+    callback_module.save_fitted = watched(callback_module.save_fitted)
+    run_files.save_snapshot = watched(run_files.save_snapshot)
     EvaluationRun.write_tensorboard = watched(EvaluationRun.write_tensorboard)
 
 

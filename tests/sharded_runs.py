@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import os
 import sys
+import time
 import types
 import warnings
 from contextlib import suppress
@@ -40,8 +41,9 @@ from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.utils.data import DataLoader, Dataset
 from toy import ToyData, loader, toy_model, trainer
 
+import bmoe_lightning.module as module_file
 from bmoe_lightning import BayesianMoECallback, ExpertFinetuner, LaplacePosterior
-from bmoe_lightning.baselines.snapshots import swapped_weights
+from bmoe_lightning.baselines.snapshots import apply_snapshot, swapped_weights
 from bmoe_lightning.curvature import collect_factors, remove_checkpoint
 from bmoe_lightning.experts import find_expert_layers, second_weights, squared_distances, weight_fingerprint
 from bmoe_lightning.experts.batches import CountedBatch
@@ -168,6 +170,7 @@ def parts(world_size: int, folder: Path) -> None:
     data = ToyData(24, 1)
     batches = [{"input_ids": data.ids[i : i + 4], "labels": data.labels[i : i + 4]} for i in range(0, 24, 4)]
     found = {name: of_model(name, world_size, folder, batches) for name in ("fused", "modules")}
+    found["snapshots"] = snapshots(world_size, folder / f"fused-{world_size}.safetensors", batches[0])
     found["refused"] = refused(world_size, batches)
     (folder / f"parts-{world_size}-{rank()}.json").write_text(json.dumps(found))
     dist.destroy_process_group()
@@ -218,6 +221,30 @@ def of_model(name: str, world_size: int, folder: Path, batches) -> dict:
         sum(logits.sum() for logits, _ in (answers(sharded, batch) for batch in batches)).backward()  # training goes on
         gradients = {n: p.grad is not None for n, p in sharded.named_parameters()}
         assert {n for n, there in gradients.items() if there} == wants_gradients
+    return found
+
+
+def snapshots(world_size: int, snapshot: Path, batch) -> dict:
+    """A snapshot borrowed before the first forward, which is when FSDP2 settles where the parts are, and taken over."""
+    plain, other, sharded = (build("fused") for _ in range(3))
+    apply_snapshot(other, snapshot)
+    for block in sharded.model.layers:
+        fully_shard(block)
+    fully_shard(sharded)
+    experts = [p for name, p in sharded.named_parameters() if name.endswith("experts.down_proj")]
+    found = {"uneven": any(local_part(p).values.shape[0] * world_size != p.shape[0] for p in experts)}
+
+    @torch.no_grad()
+    def differing(expected):
+        return apart([answers(sharded, batch)[0]], [answers(expected, batch)[0]])
+
+    with swapped_weights(sharded, snapshot):
+        found["inside"] = differing(other)
+    found["afterwards"] = differing(plain)
+    with swapped_weights(sharded, snapshot):
+        found["again"] = differing(other)
+    apply_snapshot(sharded, snapshot)
+    found["applied"] = differing(other)
     return found
 
 
@@ -391,7 +418,7 @@ def finetuner(world_size: int, folder: Path) -> None:
             return callback, trainer(own, [callback, kept], **wanted)
 
         module = ExpertFinetuner(toy_model(), answer_token_ids=[1, 2, 3], learning_rate=1e-2, expert_dropout=0.1)
-        _, first = run(1)
+        fitting, first = run(1)
         first.fit(module, training, calibration)
         trained = fingerprint_of(module)
         tested = first.test(module, calibration, verbose=False)[0]
@@ -403,12 +430,45 @@ def finetuner(world_size: int, folder: Path) -> None:
         _, second = run(1)
         result = second.test(again, calibration, ckpt_path=str(own / "last.ckpt"), weights_only=False, verbose=False)
         said[kind] |= {"same": fingerprint_of(again) == trained, "nll read back": result[0]["laplace_lpo/test/nll"]}
-        _, third = run(2)
+        refitting, third = run(2)
         resumed = ExpertFinetuner(toy_model(), answer_token_ids=[1, 2, 3], learning_rate=1e-2)
         third.fit(resumed, training, calibration, ckpt_path=str(own / "last.ckpt"), weights_only=False)
         assert fingerprint_of(resumed) != trained
         said[kind]["epochs"] = third.current_epoch
+        said[kind]["prior mean"], said[kind]["resumed prior mean"] = (
+            [float(dist_sum(weights[name].square().sum())) for name in sorted(weights)]
+            for weights in (fitting._prior_mean.weights, refitting._prior_mean.weights)
+        )
+        found = {n: p for n, p in resumed.named_parameters() if n in fitting._prior_mean.weights}
+        said[kind]["trained"] = [float(whole(found[name]).square().sum()) for name in sorted(found)]
     (folder / f"finetuner-{rank()}.json").write_text(json.dumps(said))
+
+
+def dist_sum(value):
+    dist.all_reduce(value)
+    return value
+
+
+def loading(world_size: int, folder: Path) -> None:
+    """`ExpertFinetuner` loads a model by its folder; when does each process?"""
+    if rank() == 0:
+        toy_model().save_pretrained(folder / "model")
+    load = module_file.load_causal_model
+    times = []
+
+    def watched(*arguments):
+        times.append(time.monotonic())
+        model = load(*arguments)
+        time.sleep(0.5)
+        times.append(time.monotonic())
+        return model
+
+    module_file.load_causal_model = watched
+    module = ExpertFinetuner(str(folder / "model"), answer_token_ids=[1, 2, 3])
+    run = trainer(folder, [], **options(world_size, strategy=strategy(world_size), precision="32-true", max_epochs=1))
+    run.fit(module, DataLoader(Questions(16, 1), batch_size=8))
+    assert has_shards(module)
+    (folder / f"loading-{rank()}.json").write_text(json.dumps(times))
 
 
 def fingerprint_of(module) -> str:
@@ -424,5 +484,5 @@ if __name__ == "__main__":
     torch.set_num_threads(1)
     watch_writing()
     where, kind, size = Path(sys.argv[1]), sys.argv[2], int(sys.argv[3])
-    {"whole": end_to_end, "parts": parts, "finetuner": finetuner}[kind](size, where)
+    {"whole": end_to_end, "parts": parts, "finetuner": finetuner, "loading": loading}[kind](size, where)
     leave()

@@ -16,6 +16,7 @@ from toy import (
     calibration_loader,
     loader,
     test_loader,
+    toy_model,
     train_loader,
     trainer,
 )
@@ -23,6 +24,27 @@ from toy import (
 from bmoe_lightning.callback import BayesianMoECallback
 from bmoe_lightning.laplace import WeightMismatchError
 from bmoe_lightning.passes import reproducible_order
+
+
+class BuiltLate(ToyModule):
+    """Has no model before `configure_model`."""
+
+    def __init__(self):
+        super().__init__()
+        del self.network
+
+    def configure_model(self):
+        if not hasattr(self, "network"):
+            self.network = toy_model()
+
+
+class LoadedLate(BuiltLate):
+    """Loads its pretrained weights in `configure_model`."""
+
+    def configure_model(self):
+        if not hasattr(self, "network"):
+            self.network = toy_model(seed=5)
+            self.load_state_dict(ToyModule().state_dict())
 
 
 class TestWeightsAndProcesses:
@@ -88,21 +110,48 @@ class TestWeightsAndProcesses:
         with pytest.raises(ValueError, match="prior_mean"):
             callback.fit_posterior(trained.module, train_loader())
 
-    def test_the_prior_mean_survives_resuming(self, tmp_path):
-        def run(epochs, folder, **options):
+    @pytest.mark.parametrize("kind", [ToyModule, BuiltLate, LoadedLate])
+    def test_the_prior_mean_survives_resuming(self, tmp_path, kind):
+        def run(epochs, folder, kind=kind, **options):
             L.seed_everything(1)
             callback = BayesianMoECallback(methods=("map", "laplace_evidence"), dirpath=str(folder))
             checkpoint = ModelCheckpoint(folder, save_last=True)
             t = trainer(tmp_path, [callback, checkpoint], max_epochs=epochs, enable_checkpointing=True)
-            module = ToyModule()
+            module = kind()
             # No shuffling: the resumed run sees the batches in the order of the whole one.
             t.fit(module, loader(160, 1), calibration_loader(), **options)
+            assert not module._load_state_dict_pre_hooks
             return callback.fitted.state.evidence_precision
 
         whole = run(3, tmp_path / "whole")
-        run(2, tmp_path / "half")
+        assert whole == run(3, tmp_path / "early", kind=ToyModule)
+        half = run(2, tmp_path / "half")
+        assert half != pytest.approx(whole, rel=1e-2)
         resumed = run(3, tmp_path / "rest", ckpt_path=str(tmp_path / "half" / "last.ckpt"), weights_only=True)
         assert resumed == pytest.approx(whole, rel=1e-4)
+
+    def test_a_prior_mean_that_was_overwritten_unseen_is_refused(self, tmp_path):
+        class Unseen(BuiltLate):
+            def load_state_dict(self, state_dict, strict=True, assign=False):
+                with torch.no_grad():
+                    for name, parameter in self.named_parameters():
+                        parameter.copy_(state_dict[name])
+
+        first = trainer(tmp_path, [], max_epochs=1)
+        first.fit(ToyModule(), train_loader())
+        first.save_checkpoint(tmp_path / "a.ckpt")
+
+        def resume(module, **options):
+            t = trainer(tmp_path, [BayesianMoECallback(("map", "laplace_evidence"), **options)], max_epochs=2)
+            t.fit(module, train_loader(), calibration_loader(), ckpt_path=str(tmp_path / "a.ckpt"), weights_only=True)
+            return t
+
+        with pytest.raises(ValueError, match="has overwritten the weights from before"):
+            resume(Unseen())
+        used = resume(Unseen(), prior_mean="zero")
+        # What that trainer resumed says nothing of what it trains next.
+        used.fit_loop.max_epochs = 3
+        used.fit(Unseen(), train_loader(), calibration_loader())
 
     def test_resuming_a_finished_run_says_that_nothing_was_fitted(self, tmp_path):
         checkpoint = ModelCheckpoint(tmp_path / "finished", save_last=True)

@@ -6,7 +6,6 @@ import multiprocessing
 import os
 import time
 import traceback
-from contextlib import suppress
 from pathlib import Path
 
 import pytest
@@ -20,9 +19,9 @@ from bmoe_lightning.processes import (
     forked_random_state,
     gather_examples,
     gather_number,
-    in_turn,
     is_first,
     num_processes,
+    one_after_the_other,
     process_rank,
     share_size,
     sum_over_processes,
@@ -110,27 +109,41 @@ def agreeing(rank, world_size):
 
 
 def taking_turns(rank, world_size):
-    log = Path(os.environ["TURNS"])  # written by one at a time, or lines would be mixed
-    for failing in (None, 0, world_size - 1):
-        with suppress(KeyError), in_turn():
-            for _ in range(20):
-                with log.open("a") as file:
-                    file.write(f"{rank}\n")
-                time.sleep(0.002)
+    log = Path(os.environ["TURNS"])
+
+    def write():
+        for _ in range(20):
+            with log.open("a") as file:
+                file.write(f"{rank}\n")
+            time.sleep(0.002)
+        return rank
+
+    assert one_after_the_other(write) == rank
+    wait_for_all()
+    assert log.read_text().split() == [str(r) for r in range(world_size) for _ in range(20)]
+
+
+def failing_in_turn(rank, world_size):
+    for failing in range(world_size):
+        tried = []
+
+        def action(failing=failing, tried=tried):
+            tried.append(rank)
             if rank == failing:
-                raise KeyError
-        wait_for_all()
-    expected = [str(r) for r in range(world_size) for _ in range(20)]
-    assert log.read_text().split() == 3 * expected
+                raise KeyError("mine")
+
+        with pytest.raises(KeyError if rank == failing else RuntimeError) as said:
+            one_after_the_other(action)
+        assert str(said.value).startswith("'mine'" if rank == failing else f"process {failing} has failed")
+        assert tried == [rank] * (rank <= failing)  # nobody begins after that
 
 
 def taking_turns_on_two_machines(rank, world_size):
     processes.socket.gethostname = lambda: f"machine-{rank % 2}"
     pairs = [dist.new_group([0, 1]), dist.new_group([2, 3])]
     number = torch.tensor(10 ** (rank % 2))
-    with in_turn():
-        # Hangs unless the first process of either machine has its turn together with that of the other.
-        dist.all_reduce(number, group=pairs[rank // 2])
+    # Hangs unless the first process of either machine has its turn together with that of the other.
+    one_after_the_other(lambda: dist.all_reduce(number, group=pairs[rank // 2]))
     assert number == 11
 
 
@@ -146,7 +159,7 @@ def forking(rank, world_size):
 
 
 @pytest.mark.parametrize("world_size", [2, 3])
-@pytest.mark.parametrize("function", [agreeing, forking, adding, telling, copying, gathering])
+@pytest.mark.parametrize("function", [agreeing, failing_in_turn, forking, adding, telling, copying, gathering])
 def test_between_processes(function, world_size, tmp_path):
     run(function, world_size, tmp_path)
 
@@ -179,8 +192,10 @@ def test_one_process_has_everything():
     sum_over_processes([values])
     copy_from_first([values])
     wait_for_all()
-    with in_turn():
-        assert gather_number(7) == [7]
+    assert one_after_the_other(lambda: 5) == 5
+    with pytest.raises(KeyError):
+        one_after_the_other(lambda: {}[0])
+    assert gather_number(7) == [7]
     assert gather_examples(values) is values
     assert values.tolist() == [1.0, 2.0]
 

@@ -14,13 +14,12 @@ from safetensors.torch import load_file
 from test_distributed import SameAsOneProcess, read, run_script
 from toy import ToyData, ToyModule
 
-from bmoe_lightning.checks import check_prior_mean, check_shards, check_strategy
+from bmoe_lightning.checks import check_shards, check_strategy
 from bmoe_lightning.curvature import collect_factors
 from bmoe_lightning.experts.batches import CountedBatch, count_of, plain_batch
 from bmoe_lightning.experts.sharding import sharding_refusal
 from bmoe_lightning.fitting import plain_logits
 from bmoe_lightning.laplace import LaplacePosterior
-from bmoe_lightning.settings import FitSettings
 
 SCRIPT = "sharded_runs.py"
 
@@ -88,6 +87,9 @@ def test_whatever_looks_at_weights_sees_the_same_in_parts(tmp_path, world_size):
             assert said["uneven calibration"] == said["uneven"]
             assert "with distributed=True" in said["alone"]
             assert f"{world_size - 1} of {world_size} processes differ from the others" in said["copies"]
+        snapshots = found.pop("snapshots")
+        assert snapshots.pop("uneven") is (world_size == 3)
+        assert snapshots == {"inside": 0.0, "afterwards": 0.0, "again": 0.0, "applied": 0.0}
         assert set(found) == {"fused", "modules"}
         for kinds in found.values():
             assert set(kinds) == {"FSDP", "HSDP", "by width", "recomputed"}
@@ -107,6 +109,14 @@ def test_a_finetuner_shards_itself_and_its_checkpoints_are_read_back(tmp_path):
         assert said["same"]
         assert said["epochs"] == 2
         assert said["nll"] == said["nll read back"] < said["map"]
+        assert said["prior mean"] == said["resumed prior mean"] != said["trained"]
+
+
+@pytest.mark.slow
+def test_a_model_is_whole_in_one_process_at_a_time(tmp_path):
+    run_script(tmp_path, "loading", 2, script=SCRIPT)
+    (begin, end), (later, _) = sorted(json.loads((tmp_path / f"loading-{rank}.json").read_text()) for rank in range(2))
+    assert begin < end <= later
 
 
 class TestRefusals:
@@ -140,18 +150,6 @@ class TestRefusals:
         )
         found = sharding_refusal(tensor)
         assert found is None if reason is None else reason in found
-
-    def test_a_prior_mean_that_is_gone(self):
-        resumed = types.SimpleNamespace(strategy=ModelParallelStrategy(), ckpt_path="last.ckpt")
-        settings = FitSettings(methods=("laplace_evidence",))
-        with pytest.raises(ValueError, match="had loaded the checkpoint before"):
-            check_prior_mean(resumed, settings, known=False)
-        check_prior_mean(resumed, settings, known=True)
-        check_prior_mean(resumed, FitSettings(methods=("laplace_evidence",), prior_mean="zero"), known=False)
-        check_prior_mean(resumed, FitSettings(methods=("laplace_lpo",)), known=False)
-        others = ((ModelParallelStrategy(), None), (DDPStrategy(), "last.ckpt"))
-        for strategy, path in others:
-            check_prior_mean(types.SimpleNamespace(strategy=strategy, ckpt_path=path), settings, known=False)
 
 
 def answers(module, batch):

@@ -45,6 +45,7 @@ def apply_snapshot(model: nn.Module, path: str | Path) -> None:
         FileNotFoundError: if there is no such file.
         ValueError: if it is no snapshot, or names parameters that the model lacks or has in another shape; the model
             has not been touched then.
+        OSError: if it cannot be read to its end; what was read until then is in the model.
     """
     for parameter, value in _with_parameters(model, path):
         local_part(parameter).take(value)
@@ -98,7 +99,7 @@ def swapped_weights(model: nn.Module, path: str | Path) -> Iterator[None]:
     finally:
         reshard(model)
         for parameter, original in originals:
-            local_part(parameter).take(original)  # FSDP2's first forward may have moved it
+            local_part(parameter).take(original)  # the model may have been moved
 
 
 def _with_parameters(model: nn.Module, path: str | Path) -> Iterator[tuple[nn.Parameter, Tensor]]:

@@ -18,7 +18,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from bmoe_lightning.experts.layer import ExpertLayer
-from bmoe_lightning.processes import is_first, is_running, num_processes
+from bmoe_lightning.processes import is_first, num_processes
 
 if TYPE_CHECKING:
     from torch.distributed.device_mesh import DeviceMesh
@@ -40,16 +40,16 @@ class LocalPart:
     offset: int
     counts: bool
 
-    def of(self, whole: Tensor) -> Tensor:
+    def of(self, tensor: Tensor) -> Tensor:
         """The same part of a tensor that is here as a whole, or of one that is cut already."""
-        if whole.shape == self.values.shape:
-            return whole
-        return whole.narrow(self.dim, self.offset, self.values.shape[self.dim])
+        if tensor.shape == self.values.shape:
+            return tensor
+        return tensor.narrow(self.dim, self.offset, self.values.shape[self.dim])
 
     @torch.no_grad()
-    def take(self, whole: Tensor) -> None:
-        """Overwrite the values with the same part of another tensor."""
-        self.values.copy_(self.of(whole))
+    def take(self, tensor: Tensor) -> None:
+        """Overwrite the values with the same part of another tensor, as `of` takes it; of any dtype."""
+        self.values.copy_(self.of(tensor))
 
 
 def is_sharded(tensor: Tensor) -> bool:
@@ -207,8 +207,8 @@ def shard_blocks(model: nn.Module, layers: Iterable[ExpertLayer], mesh: DeviceMe
 
 
 def _sharded_modules(model: nn.Module) -> list[Any]:
-    """The modules of a model that `fully_shard` was called for; it is called for none before there is a group."""
-    return [module for module in model.modules() if _is_fully_sharded(module)] if is_running() else []
+    """The modules of a model that `fully_shard` was called for."""
+    return [module for module in model.modules() if _is_fully_sharded(module)]
 
 
 def _is_fully_sharded(module: nn.Module) -> bool:

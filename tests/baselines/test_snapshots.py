@@ -1,6 +1,7 @@
 import pytest
 import torch
 from oracles.models import answer_logits, toy_model
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 from bmoe_lightning import tensor_file
@@ -55,6 +56,36 @@ def test_applies_in_place_and_for_good(model, other):
     assert {name: id(parameter) for name, parameter in model.named_parameters()} == objects
     assert all(torch.equal(parameter, expected[name]) for name, parameter in model.named_parameters())
     assert all(parameter.requires_grad for parameter in model.parameters())
+
+
+def test_restores_a_model_that_was_moved_meanwhile(model, other):
+    before = {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
+    with swapped_weights(model, other):
+        model.double()
+    assert all(torch.equal(parameter, before[name].double()) for name, parameter in model.named_parameters())
+
+
+def test_a_read_error_is_no_damaged_file(model, other, monkeypatch):
+    class Failing:
+        def __init__(self, *args, **kwargs):
+            self.opened = opened(*args, **kwargs)
+
+        def __enter__(self):
+            return self
+
+        def __exit__(self, *args):
+            return None
+
+        def __getattr__(self, name):
+            return getattr(self.opened, name)
+
+        def get_tensor(self, name):
+            raise SafetensorError("no such tensor")
+
+    opened = tensor_file.safe_open
+    monkeypatch.setattr(tensor_file, "safe_open", Failing)
+    with pytest.raises(SafetensorError, match="no such tensor"):
+        apply_snapshot(model, other)
 
 
 def test_restores_after_an_exception(model, other):
