@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 
 import lightning as L
@@ -129,6 +130,23 @@ class TestWeightsAndProcesses:
         assert half != pytest.approx(whole, rel=1e-2)
         resumed = run(3, tmp_path / "rest", ckpt_path=str(tmp_path / "half" / "last.ckpt"), weights_only=True)
         assert resumed == pytest.approx(whole, rel=1e-4)
+
+    def test_a_module_can_be_copied_while_it_is_watched(self, tmp_path):
+        callback = BayesianMoECallback(("map", "laplace_evidence"))
+
+        class Copied(BuiltLate):
+            def configure_model(self):
+                super().configure_model()
+                assert self._load_state_dict_pre_hooks
+                memo = {}
+                copy.deepcopy(self, memo).load_state_dict(self.state_dict())
+                assert not {id(callback), id(self.trainer)} & set(memo)
+
+            def on_train_start(self):
+                assert not self._load_state_dict_pre_hooks
+
+        trainer(tmp_path, [callback], max_epochs=1).fit(Copied(), train_loader(), calibration_loader())
+        assert callback.fitted is not None
 
     def test_a_prior_mean_that_was_overwritten_unseen_is_refused(self, tmp_path):
         class Unseen(BuiltLate):
