@@ -13,7 +13,6 @@ import lightning as L
 from lightning.pytorch.loggers import TensorBoardLogger
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
-from torch.utils.hooks import RemovableHandle
 
 from bmoe_lightning.baselines.method import Predictions
 from bmoe_lightning.checks import (
@@ -42,7 +41,6 @@ from bmoe_lightning.passes import (
     as_list,
     best_weights,
     reproducible_order,
-    restores_checkpoint,
     shards_weights,
     training_examples,
     training_pass,
@@ -191,7 +189,6 @@ class BayesianMoECallback(L.Callback):
         self._files = RunFiles(dirpath, self.settings)
         self._prior_mean = PriorMean(self.settings)
         self._precision: Callable[[], AbstractContextManager[Any]] = nullcontext
-        self._loading: RemovableHandle | None = None
         self._undo: list[Callable[[], None]] = []
         self._run: EvaluationRun | None = None
 
@@ -228,27 +225,14 @@ class BayesianMoECallback(L.Callback):
         # Sharded weights are remembered in parts, once there are parts; there a checkpoint is loaded after that.
         if stage == "fit" and not shards_weights(trainer):
             self._prior_mean.remember(pl_module)
-            self._watch_loading(trainer, pl_module)
-
-    def _watch_loading(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Remember a model that is built later when a checkpoint is about to overwrite it.
-
-        Lightning calls no hook of a callback between the two.
-        """
-
-        def before(module: L.LightningModule, *_: Any) -> None:  # a function, so that a copy of the module shares it
-            if restores_checkpoint(trainer):  # and it is not configure_model that loads pretrained weights
-                self._prior_mean.remember(module)
-
-        self._loading = pl_module.register_load_state_dict_pre_hook(before)
-        self._undo.append(self._loading.remove)
+            self._prior_mean.watch(trainer, pl_module)
+            self._undo.append(self._prior_mean.unwatch)
 
     # -- training
 
     def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """The model is complete now: find its experts, and remember where its weights start."""
-        if self._loading is not None:
-            self._loading.remove()
+        self._prior_mean.unwatch()
         check_shards(trainer, pl_module)
         layers = self.settings.find_layers(pl_module)
         unknown = set(self.settings.skip_layers) - {layer.index for layer in layers}

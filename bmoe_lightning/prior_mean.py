@@ -4,11 +4,15 @@ from __future__ import annotations
 
 import weakref
 from contextlib import suppress
+from typing import Any
 
+import lightning as L
 from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 
 from bmoe_lightning.experts import second_weights
 from bmoe_lightning.experts.sharding import local_part
+from bmoe_lightning.passes import restores_checkpoint
 from bmoe_lightning.settings import FitSettings
 
 
@@ -26,6 +30,7 @@ class PriorMean:
         self.weights: dict[str, Tensor] | None = None
         self._settings = settings
         self._module: weakref.ref[nn.Module] | None = None
+        self._watched: RemovableHandle | None = None
 
     def is_of(self, module: nn.Module) -> bool:
         """Whether the copies were taken from this very module."""
@@ -44,3 +49,21 @@ class PriorMean:
                 for name, weight in second_weights(module, layer).items()
             }
             self._module = weakref.ref(module)
+
+    def watch(self, trainer: L.Trainer, module: nn.Module) -> None:
+        """Remember a module whose model is built later, when a checkpoint of the trainer is about to overwrite it.
+
+        Lightning calls no hook of a callback between the two.
+        """
+
+        def before(loading: nn.Module, *_: Any) -> None:  # a function, so that a copy of the module shares it
+            if restores_checkpoint(trainer):  # and it is not configure_model that loads pretrained weights
+                self.remember(loading)
+
+        self._watched = module.register_load_state_dict_pre_hook(before)
+
+    def unwatch(self) -> None:
+        """Take the watch away again; may be called any number of times."""
+        if self._watched is not None:
+            self._watched.remove()
+            self._watched = None

@@ -26,7 +26,7 @@ from bmoe_lightning.atomic import write_text
 from bmoe_lightning.baselines import Method, apply_snapshot, save_snapshot
 from bmoe_lightning.curvature import remove_checkpoint
 from bmoe_lightning.experts import ClassLogits
-from bmoe_lightning.experts.sharding import gathered
+from bmoe_lightning.experts.sharding import gathered, has_shards
 from bmoe_lightning.fitting import build_methods
 from bmoe_lightning.prior_mean import PriorMean
 from bmoe_lightning.processes import is_first, num_processes, wait_for_all
@@ -192,9 +192,25 @@ class SeedRun:
             return
         # The weights' dtype and the precision of the forward are those of the run that was killed.
         trainer = self._trainer([])
-        mesh = mesh_of(self.settings)
-        module.load(mesh)
+        module.load(mesh_of(self.settings))
         trainer.precision_plugin.convert_module(module)
+        if agreed(has_fitted(self._posterior_folder)):
+            apply_snapshot(module, trained)
+        else:
+            self._say("curvature and calibration of the weights that an earlier run fine-tuned")
+            self._fit_trained(module, trained, data, members, trainer)
+        # Of a run that was killed just after the posterior was written.
+        remove_checkpoint(self._posterior_folder / SUMS_FILE)
+
+    def _fit_trained(
+        self,
+        module: ExpertFinetuner,
+        trained: Path,
+        data: MultipleChoiceDataModule,
+        members: list[Path],
+        trainer: L.Trainer,
+    ) -> None:
+        """Fit the methods to weights that an earlier run has fine-tuned, and write them."""
 
         def class_logits(model: Any, batch: Any) -> tuple[Tensor, Tensor | None]:
             with trainer.precision_plugin.forward_context():
@@ -204,24 +220,21 @@ class SeedRun:
         pretrained = PriorMean(callback.settings)
         pretrained.remember(module)
         apply_snapshot(module, trained)
-        if not agreed(has_fitted(self._posterior_folder)):
-            self._say("curvature and calibration of the weights that an earlier run fine-tuned")
-            device = trainer.strategy.root_device
-            module.to(device)
-            callback.fit_posterior(
-                module,
-                own_batches(data.train_dataloader(), device, training=True, in_step=mesh is not None),
-                own_batches(data.calibration_dataloader(), device, training=False, in_step=mesh is not None),
-                prior_mean=pretrained.weights,
-                distributed=num_processes() > 1,
-            )
-            assert callback.fitted is not None
-            snapshots = sorted((self._posterior_folder / "snapshots").glob("*.safetensors"))
-            if is_first():
-                save_fitted(self._posterior_folder, callback.fitted, snapshots)
-            wait_for_all()
-        # Of a run that was killed just after the posterior was written.
-        remove_checkpoint(self._posterior_folder / SUMS_FILE)
+        device = trainer.strategy.root_device
+        module.to(device)
+        in_step = has_shards(module)
+        callback.fit_posterior(
+            module,
+            own_batches(data.train_dataloader(), device, training=True, in_step=in_step),
+            own_batches(data.calibration_dataloader(), device, training=False, in_step=in_step),
+            prior_mean=pretrained.weights,
+            distributed=num_processes() > 1,
+        )
+        assert callback.fitted is not None
+        snapshots = sorted((self._posterior_folder / "snapshots").glob("*.safetensors"))
+        if is_first():
+            save_fitted(self._posterior_folder, callback.fitted, snapshots)
+        wait_for_all()
 
     def _fresh(self, member: int) -> tuple[ExpertFinetuner, MultipleChoiceDataModule]:
         """An untrained module and the data in this member's order."""

@@ -65,25 +65,39 @@ def test_restores_a_model_that_was_moved_meanwhile(model, other):
     assert all(torch.equal(parameter, before[name].double()) for name, parameter in model.named_parameters())
 
 
-def test_a_read_error_is_no_damaged_file(model, other, monkeypatch):
-    class Failing:
-        def __init__(self, *args, **kwargs):
-            self.opened = opened(*args, **kwargs)
-
-        def __enter__(self):
-            return self
-
-        def __exit__(self, *args):
-            return None
-
-        def __getattr__(self, name):
-            return getattr(self.opened, name)
-
-        def get_tensor(self, name):
-            raise SafetensorError("no such tensor")
-
+@pytest.fixture
+def failing_read(monkeypatch):
+    """Lets the n-th tensor that is read from an opened file raise an error."""
     opened = tensor_file.safe_open
-    monkeypatch.setattr(tensor_file, "safe_open", Failing)
+
+    def fail(at, error):
+        class Failing:
+            def __init__(self, *args, **kwargs):
+                self.file, self.reads = opened(*args, **kwargs), 0
+
+            def __enter__(self):
+                self.file = self.file.__enter__()
+                return self
+
+            def __exit__(self, *args):
+                return self.file.__exit__(*args)
+
+            def __getattr__(self, name):
+                return getattr(self.file, name)
+
+            def get_tensor(self, name):
+                self.reads += 1
+                if self.reads == at:
+                    raise error
+                return self.file.get_tensor(name)
+
+        monkeypatch.setattr(tensor_file, "safe_open", Failing)
+
+    return fail
+
+
+def test_a_read_error_is_no_damaged_file(model, other, failing_read):
+    failing_read(1, SafetensorError("no such tensor"))
     with pytest.raises(SafetensorError, match="no such tensor"):
         apply_snapshot(model, other)
 
@@ -95,31 +109,9 @@ def test_restores_after_an_exception(model, other):
     assert all(torch.equal(parameter, before[name]) for name, parameter in model.named_parameters())
 
 
-def test_restores_when_reading_fails_half_way(model, other, monkeypatch):
+def test_restores_when_reading_fails_half_way(model, other, failing_read):
     before = {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
-    opened = tensor_file.safe_open
-
-    class Failing:
-        def __init__(self, *args, **kwargs):
-            self.file, self.reads = opened(*args, **kwargs), 0
-
-        def __enter__(self):
-            self.file = self.file.__enter__()
-            return self
-
-        def __exit__(self, *args):
-            return self.file.__exit__(*args)
-
-        def __getattr__(self, name):
-            return getattr(self.file, name)
-
-        def get_tensor(self, name):
-            self.reads += 1
-            if self.reads == 2:
-                raise OSError("the disk is gone")
-            return self.file.get_tensor(name)
-
-    monkeypatch.setattr(tensor_file, "safe_open", Failing)
+    failing_read(2, OSError("the disk is gone"))
     with pytest.raises(OSError, match="disk"), swapped_weights(model, other):
         pytest.fail("entered with half a snapshot")
     assert all(torch.equal(parameter, before[name]) for name, parameter in model.named_parameters())
