@@ -6,6 +6,7 @@ into being while the others are still looking.
 
 from __future__ import annotations
 
+import gc
 import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
@@ -43,6 +44,7 @@ def joined(settings: ResolvedSettings) -> Iterator[None]:
     try:
         yield
     finally:
+        gc.collect()  # a sharded model that is left over would keep gloo's threads beyond the group
         dist.destroy_process_group()
 
 

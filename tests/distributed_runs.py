@@ -340,13 +340,16 @@ def launched(world_size: int, folder: Path, weights: Path) -> None:
 
 
 def leave() -> None:
-    """Destroy the process group that a trainer has made.
+    """End a process that has written everything, without ending its interpreter first.
 
-    Gloo's threads outlive the interpreter otherwise, and one that frees a tensor then aborts the process. Lightning
-    destroys the group itself with NCCL only.
+    Gloo's threads may outlive the interpreter, even after their group is destroyed if a model that FSDP2 has sharded
+    still refers to it; one that frees a tensor then aborts the process.
     """
     if dist.is_initialized():
         dist.destroy_process_group()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(0)
 
 
 if __name__ == "__main__":
