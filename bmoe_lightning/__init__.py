@@ -6,8 +6,8 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from bmoe_lightning.callback import BayesianMoECallback
     from bmoe_lightning.data import MultipleChoiceDataModule
+    from bmoe_lightning.finetuner import ExpertFinetuner
     from bmoe_lightning.laplace import LaplacePosterior
-    from bmoe_lightning.module import ExpertFinetuner
 
 __version__ = "0.1.0"
 
@@ -15,7 +15,7 @@ __all__ = ["BayesianMoECallback", "ExpertFinetuner", "LaplacePosterior", "Multip
 
 _HOMES = {
     "BayesianMoECallback": "bmoe_lightning.callback",
-    "ExpertFinetuner": "bmoe_lightning.module",
+    "ExpertFinetuner": "bmoe_lightning.finetuner",
     "LaplacePosterior": "bmoe_lightning.laplace",
     "MultipleChoiceDataModule": "bmoe_lightning.data",
 }

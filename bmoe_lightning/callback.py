@@ -14,8 +14,17 @@ from lightning.pytorch.loggers import TensorBoardLogger
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
-from bmoe_lightning.baselines.method import Predictions
-from bmoe_lightning.checks import (
+from bmoe_lightning.curvature.fisher import FisherName
+from bmoe_lightning.curvature.kfac import ApproximationName
+from bmoe_lightning.curvature.sketch import SketchName
+from bmoe_lightning.experts import ClassLogits
+from bmoe_lightning.laplace.predictive import NUM_SAMPLES, LinkName
+from bmoe_lightning.laplace.prior import Scope
+from bmoe_lightning.methods.method import Predictions
+from bmoe_lightning.methods.options import FactorDtype, FitSettings
+from bmoe_lightning.methods.storage import CURVATURE_STATE_FILE, POSTERIOR_FILE, save_fitted
+from bmoe_lightning.methods.workbench import Fitted, fit
+from bmoe_lightning.trainer.checks import (
     check_calibration,
     check_later_callbacks,
     check_loaders,
@@ -28,16 +37,8 @@ from bmoe_lightning.checks import (
     check_strategy,
     is_trial,
 )
-from bmoe_lightning.curvature.fisher import FisherName
-from bmoe_lightning.curvature.kfac import ApproximationName
-from bmoe_lightning.curvature.sketch import SketchName
-from bmoe_lightning.evaluation_run import EvaluationRun, uncertain_prediction
-from bmoe_lightning.experts import ClassLogits
-from bmoe_lightning.fitting import Fitted, fit
-from bmoe_lightning.laplace.predictive import NUM_SAMPLES, LinkName
-from bmoe_lightning.laplace.prior import Scope
-from bmoe_lightning.passes import (
-    Pass,
+from bmoe_lightning.trainer.data_passes import (
+    DataPass,
     as_list,
     best_weights,
     reproducible_order,
@@ -46,12 +47,11 @@ from bmoe_lightning.passes import (
     training_pass,
     validation_pass,
 )
-from bmoe_lightning.prior_mean import PriorMean
-from bmoe_lightning.processes import is_first, wait_for_all
-from bmoe_lightning.run_files import RunFiles, remove_sums
-from bmoe_lightning.saved import POSTERIOR_FILE, SUMS_FILE, save_fitted
-from bmoe_lightning.settings import FactorDtype, FitSettings
-from bmoe_lightning.shares import find_share
+from bmoe_lightning.trainer.evaluation import EvaluationRun, uncertain_prediction
+from bmoe_lightning.trainer.prior_mean import PriorMean
+from bmoe_lightning.trainer.run_folder import RunFiles, remove_curvature_state
+from bmoe_lightning.trainer.sampler_shards import find_sampler_shard
+from bmoe_lightning.utils.distributed import barrier, is_rank_zero
 
 
 class BayesianMoECallback(L.Callback):
@@ -76,7 +76,7 @@ class BayesianMoECallback(L.Callback):
         >>> trainer.test(module, datamodule=data)                     # doctest: +SKIP
 
     Args:
-        methods: which methods to fit and to log; names from `bmoe_lightning.settings.METHODS`.
+        methods: which methods to fit and to log; names from `bmoe_lightning.methods.options.METHODS`.
         class_logits: `(module, batch) -> (logits [B, K], labels [B])`, if the module has no method of that name.
         rank: eigenpairs kept of each Kronecker factor.
         fisher: labels of the curvature: `exact`, `mc` or `empirical`.
@@ -285,7 +285,7 @@ class BayesianMoECallback(L.Callback):
         if folder is not None and trainer.is_global_zero:
             save_fitted(folder, self._require_fitted(), self._files.snapshots)
         trainer.strategy.barrier()  # nobody looks for files that are not there yet
-        remove_sums(folder)
+        remove_curvature_state(folder)
         scalars = {f"{self._prefix}{name}": value for name, value in self._require_fitted().scalars().items()}
         for logger in trainer.loggers:  # self.log is not allowed in this hook
             logger.log_metrics(scalars, step=trainer.fit_loop.epoch_loop._batches_that_stepped)
@@ -315,7 +315,7 @@ class BayesianMoECallback(L.Callback):
         (see `curvature_checkpoint_every`) goes on; in another process a method with an evidence needs `prior_mean`,
         which the killed one had seen when training started. A shuffling DataLoader gives the order that it gave when
         training ended; around a call with a generator over one, put
-        `with bmoe_lightning.passes.reproducible_order(loader)`.
+        `with bmoe_lightning.trainer.data_passes.reproducible_order(loader)`.
 
         Args:
             module: the LightningModule (or whatever `class_logits` takes as its model), on its device.
@@ -352,11 +352,11 @@ class BayesianMoECallback(L.Callback):
                 distributed=distributed,
                 folder=folder,
             )
-        if folder is not None and (is_first() or not distributed):
+        if folder is not None and (is_rank_zero() or not distributed):
             save_fitted(folder, self._require_fitted(), self._files.snapshots)
         if distributed:
-            wait_for_all()
-        remove_sums(folder)
+            barrier()
+        remove_curvature_state(folder)
 
     def _fit(
         self,
@@ -379,7 +379,7 @@ class BayesianMoECallback(L.Callback):
             prior_mean=self._prior_mean.weights if prior_mean is None else prior_mean,
             num_examples=num_examples,
             distributed=distributed,
-            curvature_checkpoint=None if folder is None or every is None else folder / SUMS_FILE,
+            curvature_checkpoint=None if folder is None or every is None else folder / CURVATURE_STATE_FILE,
             curvature_checkpoint_every=every or 1,
         )
 
@@ -495,10 +495,10 @@ class BayesianMoECallback(L.Callback):
         run, self._run = self._run, None
         flat = as_list(loaders)
         passes = [
-            Pass(trainer, loader, int(n), "Ensembles", index, transient=True, repeats=True)
+            DataPass(trainer, loader, int(n), "Ensembles", index, transient=True, repeats=True)
             for index, (loader, n) in enumerate(zip(flat, counts, strict=True))
         ]
-        shares = [find_share(trainer, loader, n) for loader, n in zip(flat, counts, strict=True)]
+        shares = [find_sampler_shard(trainer, loader, n) for loader, n in zip(flat, counts, strict=True)]
         self.predictions |= run.finish(module, self._engine_logits, passes, shares)
         metrics = {f"{self._prefix}{key}": value for key, value in run.metrics().items()}
         # The same on every process, which Lightning must be told; a maximum does not round, as a mean would.

@@ -22,12 +22,12 @@ from torch.utils.data import DataLoader, Subset, WeightedRandomSampler
 from toy import ToyData, ToyModule, loader, trainer
 
 import bmoe_lightning.callback as callback_module
-from bmoe_lightning import run_files
-from bmoe_lightning.baselines import save_snapshot
 from bmoe_lightning.callback import BayesianMoECallback
 from bmoe_lightning.curvature import collect_factors, remove_checkpoint
 from bmoe_lightning.curvature.checkpoint import own_path
-from bmoe_lightning.evaluation_run import EvaluationRun
+from bmoe_lightning.methods import save_snapshot
+from bmoe_lightning.trainer import run_folder as run_files
+from bmoe_lightning.trainer.evaluation import EvaluationRun
 
 TRAIN, CALIBRATION, TEST = 50, 113, 47  # neither 2 nor 3 divides any of them
 METHODS = (

@@ -41,14 +41,14 @@ from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.utils.data import DataLoader, Dataset
 from toy import ToyData, loader, toy_model, trainer
 
-import bmoe_lightning.module as module_file
+import bmoe_lightning.finetuner as module_file
 from bmoe_lightning import BayesianMoECallback, ExpertFinetuner, LaplacePosterior
-from bmoe_lightning.baselines.snapshots import apply_snapshot, swapped_weights
 from bmoe_lightning.curvature import collect_factors, remove_checkpoint
-from bmoe_lightning.experts import find_expert_layers, second_weights, squared_distances, weight_fingerprint
-from bmoe_lightning.experts.batches import CountedBatch
-from bmoe_lightning.experts.sharding import has_shards, local_part, reshard, shard_blocks, whole
-from bmoe_lightning.fitting import plain_logits
+from bmoe_lightning.experts import down_proj_weights, find_expert_layers, squared_distances, weight_fingerprint
+from bmoe_lightning.experts.counted_batch import CountedBatch
+from bmoe_lightning.experts.fsdp import has_shards, local_part, reshard, shard_blocks, whole
+from bmoe_lightning.methods.snapshots import apply_snapshot, swapped_weights
+from bmoe_lightning.methods.workbench import plain_logits
 
 
 def strategy(world_size: int, **others) -> ModelParallelStrategy:
@@ -181,10 +181,10 @@ def of_model(name: str, world_size: int, folder: Path, batches) -> dict:
     layers = find_expert_layers(model)
     snapshot = folder / f"{name}-{world_size}.safetensors"
     if rank() == 0:
-        weights = {n: -value for layer in layers for n, value in second_weights(model, layer).items()}
+        weights = {n: -value for layer in layers for n, value in down_proj_weights(model, layer).items()}
         save_file({n: v.clone() for n, v in weights.items()}, snapshot, {"bmoe_lightning.snapshot": "1"})
     dist.barrier()
-    before = {n: value.clone() for layer in layers for n, value in second_weights(model, layer).items()}
+    before = {n: value.clone() for layer in layers for n, value in down_proj_weights(model, layer).items()}
     with torch.no_grad():
         for weight in before:
             model.get_parameter(weight).mul_(0.9)
@@ -210,7 +210,7 @@ def of_model(name: str, world_size: int, folder: Path, batches) -> dict:
         sharded.train()
         with torch.no_grad():
             sharded(input_ids=batches[0]["input_ids"])  # which leaves the root's weights in one piece
-        mine = {n: local_part(w).values.clone() for x in layers for n, w in second_weights(sharded, x).items()}
+        mine = {n: local_part(w).values.clone() for x in layers for n, w in down_proj_weights(sharded, x).items()}
         found[kind] = differences(observed(sharded, batches, before, snapshot), expected)
         found[kind]["distances from parts"] = apart(
             squared_distances(sharded, layers, mine), [torch.zeros(x.num_experts) for x in layers]
@@ -352,7 +352,7 @@ def observed(model, batches, before, snapshot) -> dict:
         results["borrowed fingerprint"] = weight_fingerprint(model, layers)
     assert results["borrowed fingerprint"] != results["fingerprint"]
     assert weight_fingerprint(model, layers) == results["fingerprint"]
-    results["whole"] = [whole(value).clone() for layer in layers for value in second_weights(model, layer).values()]
+    results["whole"] = [whole(value).clone() for layer in layers for value in down_proj_weights(model, layer).values()]
     return results
 
 

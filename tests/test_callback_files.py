@@ -24,7 +24,7 @@ from toy import (
 
 from bmoe_lightning.callback import BayesianMoECallback
 from bmoe_lightning.laplace import WeightMismatchError
-from bmoe_lightning.passes import reproducible_order
+from bmoe_lightning.trainer.data_passes import reproducible_order
 
 
 class BuiltLate(ToyModule):

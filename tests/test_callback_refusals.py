@@ -21,7 +21,7 @@ from toy import (
 )
 
 from bmoe_lightning.callback import BayesianMoECallback
-from bmoe_lightning.checks import check_later_callbacks, check_strategy
+from bmoe_lightning.trainer.checks import check_later_callbacks, check_strategy
 
 
 class TestRefusals:

@@ -22,10 +22,10 @@ from toy import ToyData, ToyModule, loader, trainer
 
 import bmoe_lightning
 from bmoe_lightning.callback import BayesianMoECallback
-from bmoe_lightning.checks import check_sketch, check_strategy
 from bmoe_lightning.curvature import collect_factors
 from bmoe_lightning.laplace import LaplacePosterior
-from bmoe_lightning.settings import FitSettings
+from bmoe_lightning.methods.options import FitSettings
+from bmoe_lightning.trainer.checks import check_sketch, check_strategy
 
 
 def run_script(folder, kind, *world_sizes, script="distributed_runs.py", **variables):

@@ -8,7 +8,7 @@ from toy import ANSWER_TOKENS, ToyModule, trainer
 from bmoe_lightning import ExpertFinetuner
 from bmoe_lightning.callback import BayesianMoECallback
 from bmoe_lightning.experts import find_expert_layers, find_linear_layers
-from recipes.families.tiny import build
+from recipes.supported_models.tiny import build
 
 METHODS = ("map", "mc_dropout", "laplace_evidence", "laplace_lpo")
 

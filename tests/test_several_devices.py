@@ -5,13 +5,13 @@ import torch
 from oracles.models import answer_logits, as_modules, choice_batch, choices_permuted, split, toy_batch, toy_model
 from oracles.places import PretendedDevices
 
-from bmoe_lightning.baselines import evaluate
 from bmoe_lightning.curvature import collect_factors
 from bmoe_lightning.experts import find_expert_layers, squared_distances, weight_fingerprint
 from bmoe_lightning.experts.dropout import _Dropout
-from bmoe_lightning.fitting import build_methods, fit
 from bmoe_lightning.laplace import LaplacePosterior
-from bmoe_lightning.settings import FitSettings
+from bmoe_lightning.methods import evaluate
+from bmoe_lightning.methods.options import FitSettings
+from bmoe_lightning.methods.workbench import build_methods, fit
 
 layouts = pytest.mark.parametrize("layout", ["fused", "modules"])
 METHODS = (

@@ -14,12 +14,12 @@ from safetensors.torch import load_file
 from test_distributed import SameAsOneProcess, read, run_script
 from toy import ToyData, ToyModule
 
-from bmoe_lightning.checks import check_shards, check_strategy
 from bmoe_lightning.curvature import collect_factors
-from bmoe_lightning.experts.batches import CountedBatch, count_of, plain_batch
-from bmoe_lightning.experts.sharding import sharding_refusal
-from bmoe_lightning.fitting import plain_logits
+from bmoe_lightning.experts.counted_batch import CountedBatch, count_of, plain_batch
+from bmoe_lightning.experts.fsdp import sharding_refusal
 from bmoe_lightning.laplace import LaplacePosterior
+from bmoe_lightning.methods.workbench import plain_logits
+from bmoe_lightning.trainer.checks import check_shards, check_strategy
 
 SCRIPT = "sharded_runs.py"
 

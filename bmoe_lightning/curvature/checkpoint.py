@@ -21,10 +21,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from bmoe_lightning.atomic import remove_leftovers
-from bmoe_lightning.experts.batches import CountedBatch, plain_batch
-from bmoe_lightning.processes import gather_number, num_processes, process_rank
-from bmoe_lightning.tensor_file import read_safetensors, write_safetensors
+from bmoe_lightning.experts.counted_batch import CountedBatch, plain_batch
+from bmoe_lightning.utils.atomic_io import remove_leftovers
+from bmoe_lightning.utils.distributed import gather_number, num_processes, process_rank
+from bmoe_lightning.utils.safetensors_io import read_safetensors, write_safetensors
 
 FORMAT = "bmoe_lightning.curvature"
 VERSION = 1

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from bmoe_lightning.experts.layer import ExpertLayer
+from bmoe_lightning.experts.types import ExpertLayer
 
 BASIS_DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 

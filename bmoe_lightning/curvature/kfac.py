@@ -25,17 +25,17 @@ from bmoe_lightning.curvature.checkpoint import PassCheckpoint
 from bmoe_lightning.curvature.factors import KroneckerFactors, LayerFactors
 from bmoe_lightning.curvature.fisher import FISHERS, FisherName, fisher_weights
 from bmoe_lightning.curvature.sketch import SKETCHES, SketchName, check_linear, check_state, make_sketch
-from bmoe_lightning.experts.batches import in_step
+from bmoe_lightning.experts.counted_batch import lockstep
+from bmoe_lightning.experts.discovery import down_proj_weights, find_expert_layers
 from bmoe_lightning.experts.fingerprint import weight_fingerprint
-from bmoe_lightning.experts.grouped import ExpertGroups
-from bmoe_lightning.experts.layer import ExpertLayer
-from bmoe_lightning.experts.layout import find_expert_layers, second_weights
+from bmoe_lightning.experts.fsdp import check_collective
+from bmoe_lightning.experts.grouped_matmul import ExpertGroups
 from bmoe_lightning.experts.ownership import slot_owners
-from bmoe_lightning.experts.sharding import check_together
 from bmoe_lightning.experts.taps import ClassLogits, Slots, TappedBatch, tapped_batch
-from bmoe_lightning.experts.ties import check_distinct
-from bmoe_lightning.processes import (
-    copy_from_first,
+from bmoe_lightning.experts.tied_weights import check_distinct
+from bmoe_lightning.experts.types import ExpertLayer
+from bmoe_lightning.utils.distributed import (
+    broadcast_,
     forked_random_state,
     num_processes,
     process_rank,
@@ -112,7 +112,7 @@ def collect_factors(
         raise ValueError(f"num_examples must be at least 1, got {num_examples}")
     layers = find_expert_layers(model) if layers is None else list(layers)
     check_distinct(model, layers)
-    check_together(model, distributed=distributed)
+    check_collective(model, distributed=distributed)
     generator = torch.Generator().manual_seed(seed + (process_rank() * 7_368_787 if distributed else 0))
     fingerprint = weight_fingerprint(model, layers)
     kept = PassCheckpoint(
@@ -134,7 +134,7 @@ def collect_factors(
     sums: list[_LayerSums] = []
     used, checked = kept.progress.examples, kept.progress.checked
     with forked_random_state():
-        for batch in in_step(model, kept.remaining(batches)):
+        for batch in lockstep(model, kept.remaining(batches)):
             with tapped_batch(model, layers, class_logits, batch) as tapped, torch.no_grad():
                 slots = [tapped.taps.slots(position) for position in range(len(layers))]
                 if not sums:
@@ -163,7 +163,7 @@ def collect_factors(
     finished = tuple(layer_sums.finish(num_examples / used).to(device) for layer_sums in sums)
     if distributed:
         # Decompositions of the same sums may differ between machines in rounding, and in sign.
-        copy_from_first([tensor for layer in finished for tensor in layer.tensors().values()])
+        broadcast_([tensor for layer in finished for tensor in layer.tensors().values()])
     _warn_of_unseen(finished)
     return KroneckerFactors(
         finished,
@@ -187,7 +187,7 @@ def _sum_up(sums: Sequence[_LayerSums], used: int) -> int:
 
 def _parameter_of(model: nn.Module, layer: ExpertLayer) -> Tensor:
     """A tensor of a layer, for its device and dtype."""
-    return next(iter(second_weights(model, layer).values()))
+    return next(iter(down_proj_weights(model, layer).values()))
 
 
 def _warn_of_unseen(layers: Sequence[LayerFactors]) -> None:

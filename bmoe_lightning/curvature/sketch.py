@@ -16,7 +16,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from bmoe_lightning.experts.grouped import ExpertGroups
+from bmoe_lightning.experts.grouped_matmul import ExpertGroups
 
 SketchName = Literal["auto", "nystrom", "rsvd", "exact"]
 

@@ -14,7 +14,7 @@ from transformers import PreTrainedTokenizerBase
 from bmoe_lightning.data.hub import DataUnavailableError, is_hub_id, load_questions
 from bmoe_lightning.data.prompts import answer_token_ids, fit_prompts, get_prompt_format
 from bmoe_lightning.data.questions import Question, Splits, draw, drop_overlap, split_train
-from bmoe_lightning.loading import load_tokenizer
+from bmoe_lightning.models.loading import load_tokenizer
 
 Part = Literal["train", "calibration", "test"]
 

@@ -12,8 +12,8 @@ from contextlib import ExitStack, contextmanager
 import torch
 from torch import Tensor, nn
 
-from bmoe_lightning.experts.layer import ExpertLayer
-from bmoe_lightning.experts.layout import intercepted_layers
+from bmoe_lightning.experts.discovery import intercepted_layers
+from bmoe_lightning.experts.types import ExpertLayer
 
 
 class _Dropout:

@@ -9,11 +9,11 @@ from collections.abc import Iterator, Sequence
 import torch
 from torch import Tensor, nn
 
-from bmoe_lightning.experts.fused import outermost_pretrained
-from bmoe_lightning.experts.layer import ExpertLayer
-from bmoe_lightning.experts.sharding import has_shards, local_part, reshard
-from bmoe_lightning.experts.wrapping import fetched, plain_name, present, unusable
-from bmoe_lightning.processes import gather_number, num_processes, sum_over_processes
+from bmoe_lightning.experts.fsdp import has_shards, local_part, reshard
+from bmoe_lightning.experts.layouts.fused import outermost_pretrained
+from bmoe_lightning.experts.types import ExpertLayer
+from bmoe_lightning.experts.wrappers import fetched, plain_name, present, unusable
+from bmoe_lightning.utils.distributed import gather_number, num_processes, sum_over_processes
 
 _SAMPLES = 64
 # Steps by the golden ratio of 2^32 fall everywhere in a matrix, whatever its width.

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from bmoe_lightning.experts.taps import Slots, TappedBatch
-from bmoe_lightning.experts.wrapping import fetched
+from bmoe_lightning.experts.wrappers import fetched
 
 _UNKNOWN = -1
 _MIXED = -2

@@ -16,15 +16,15 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from bmoe_lightning.experts.batches import count_of, plain_batch
-from bmoe_lightning.experts.fused import outermost_pretrained
-from bmoe_lightning.experts.layer import ExpertLayer
-from bmoe_lightning.experts.layout import intercepted_layers
-from bmoe_lightning.experts.recomputing import recomputed_activations
-from bmoe_lightning.experts.sharding import reshard, roots_together, runs_in_step
+from bmoe_lightning.experts.counted_batch import count_of, plain_batch
+from bmoe_lightning.experts.discovery import intercepted_layers
+from bmoe_lightning.experts.fsdp import reshard, runs_in_step, unsharded_roots
+from bmoe_lightning.experts.gradient_checkpointing import recomputed_activations
+from bmoe_lightning.experts.layouts.fused import outermost_pretrained
 from bmoe_lightning.experts.streaming import Collector, Output, differentiated, joined
-from bmoe_lightning.experts.wrapping import execution_device, gradients_checked, write_count
-from bmoe_lightning.processes import gather_number
+from bmoe_lightning.experts.types import ExpertLayer
+from bmoe_lightning.experts.wrappers import execution_device, gradients_checked, write_count
+from bmoe_lightning.utils.distributed import gather_number
 
 _INPUTS = ("input_ids", "inputs_embeds", "decoder_input_ids", "decoder_inputs_embeds")
 
@@ -271,7 +271,7 @@ class TappedBatch:
         labels: `[B]` int64 or None.
         taps: the slots and their gradients.
         num_counted: how many examples, from the first, are to enter results.
-        in_step: whether other processes run the same passes at the same time, since they share weights.
+        lockstep: whether other processes run the same passes at the same time, since they share weights.
     """
 
     logits: Tensor
@@ -279,11 +279,11 @@ class TappedBatch:
     labels: Tensor | None
     taps: Taps
     num_counted: int
-    in_step: bool = False
+    lockstep: bool = False
 
     def agreed(self, found: bool) -> bool:
         """Whether all processes that run in step have found something, where it decides which passes follow."""
-        return min(gather_number(int(found))) == 1 if self.in_step else found
+        return min(gather_number(int(found))) == 1 if self.lockstep else found
 
     def counts(self, device: torch.device) -> Tensor:
         """`[B]` bool, which examples are to enter results."""
@@ -321,7 +321,7 @@ def tapped_batch(
         stack.enter_context(torch.enable_grad())
         stack.enter_context(evaluation_mode(model))
         stack.enter_context(_frozen(model))
-        stack.enter_context(roots_together(model))
+        stack.enter_context(unsharded_roots(model))
         stack.enter_context(taps.attach(model))
         stack.enter_context(gradients_checked(model))
         stack.enter_context(recomputed_activations(model))

@@ -20,9 +20,9 @@ import torch
 from torch import Tensor, nn
 
 from bmoe_lightning.curvature.factors import LayerFactors, orthonormal
-from bmoe_lightning.experts.layer import ExpertLayer
 from bmoe_lightning.experts.ownership import slot_owners
 from bmoe_lightning.experts.taps import ClassLogits, tapped_batch
+from bmoe_lightning.experts.types import ExpertLayer
 from bmoe_lightning.laplace.groups import SlotGroups, SlotKeys, group_slots, inner_products, on_device, padded_groups
 
 

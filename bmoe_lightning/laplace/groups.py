@@ -22,7 +22,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from bmoe_lightning.experts.taps import Slots
-from bmoe_lightning.experts.wrapping import fetched
+from bmoe_lightning.experts.wrappers import fetched
 
 # Transient floats of one chunk of groups; bounds memory whatever the batch.
 _CHUNK_FLOATS = 1 << 24

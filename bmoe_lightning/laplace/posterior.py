@@ -21,13 +21,13 @@ import torch
 from torch import Tensor, nn
 
 from bmoe_lightning.curvature.factors import KroneckerFactors, LayerFactors
-from bmoe_lightning.experts.batches import in_step
+from bmoe_lightning.experts.counted_batch import lockstep
+from bmoe_lightning.experts.discovery import locate_expert_layers
 from bmoe_lightning.experts.fingerprint import fingerprinted_module, weight_fingerprint
-from bmoe_lightning.experts.layer import ExpertLayer
-from bmoe_lightning.experts.layout import locate_expert_layers
-from bmoe_lightning.experts.sharding import reshard
+from bmoe_lightning.experts.fsdp import reshard
 from bmoe_lightning.experts.taps import ClassLogits
-from bmoe_lightning.experts.wrapping import execution_device, weights_state
+from bmoe_lightning.experts.types import ExpertLayer
+from bmoe_lightning.experts.wrappers import execution_device, weights_state
 from bmoe_lightning.laplace.covariance import BatchTerms, batch_terms, covariance
 from bmoe_lightning.laplace.predictive import (
     NUM_SAMPLES,
@@ -47,7 +47,7 @@ from bmoe_lightning.laplace.prior import (
     log_evidence_penalty,
 )
 from bmoe_lightning.laplace.storage import load_posterior, save_posterior
-from bmoe_lightning.processes import gather_examples
+from bmoe_lightning.utils.distributed import gather_examples
 
 
 class WeightMismatchError(RuntimeError):
@@ -192,7 +192,7 @@ class LaplacePosterior:
         Raises:
             ValueError: if there are no examples or no labels.
         """
-        terms = (self.batch_terms(model, class_logits, batch) for batch in in_step(model, batches))
+        terms = (self.batch_terms(model, class_logits, batch) for batch in lockstep(model, batches))
         return cache_terms(terms, self._curvature, distributed=distributed)
 
     def batch_terms(
@@ -293,7 +293,7 @@ class LaplacePosterior:
             raise ValueError(
                 f"the evidence temperature needs the exact Fisher, this posterior has {self.factors.fisher!r}"
             )
-        pairs = [self.logit_covariance(model, class_logits, batch, centred=True) for batch in in_step(model, batches)]
+        pairs = [self.logit_covariance(model, class_logits, batch, centred=True) for batch in lockstep(model, batches)]
         variances = torch.cat([torch.empty(0, dtype=torch.float64), *(mean_variance(*pair).cpu() for pair in pairs)])
         if distributed:
             variances = gather_examples(variances)

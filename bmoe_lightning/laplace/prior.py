@@ -13,7 +13,7 @@ from torch import Tensor
 
 from bmoe_lightning.laplace.covariance import BatchTerms
 from bmoe_lightning.laplace.predictive import standard_normal
-from bmoe_lightning.processes import gather_examples
+from bmoe_lightning.utils.distributed import gather_examples
 
 Scope = Literal["global", "layer"]
 

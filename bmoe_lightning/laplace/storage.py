@@ -15,8 +15,8 @@ import torch
 from torch import Tensor
 
 from bmoe_lightning.curvature.factors import KroneckerFactors, LayerFactors
-from bmoe_lightning.experts.layer import ExpertLayer, LayoutName
-from bmoe_lightning.tensor_file import read_safetensors, write_safetensors
+from bmoe_lightning.experts.types import ExpertLayer, LayoutName
+from bmoe_lightning.utils.safetensors_io import read_safetensors, write_safetensors
 
 FORMAT = "bmoe_lightning.posterior"
 VERSION = 1

@@ -13,10 +13,10 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from bmoe_lightning.atomic import write_bytes
 from bmoe_lightning.metrics import ReliabilityCurve, draw_reliability_curve, new_axes, reliability_curve
 from bmoe_lightning.report.files import check_rows_match
 from bmoe_lightning.report.results import MethodResult, Row, by_method
+from bmoe_lightning.utils.atomic_io import write_bytes
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure

@@ -12,10 +12,10 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-from bmoe_lightning.atomic import write_text
 from bmoe_lightning.metrics import METRIC_NAMES
 from bmoe_lightning.report.results import MethodResult, Row, by_method, seed_values
 from bmoe_lightning.report.table import results_markdown
+from bmoe_lightning.utils.atomic_io import write_text
 
 _PACKAGES = ("torch", "lightning", "transformers", "torchmetrics", "bmoe-lightning")
 

@@ -21,8 +21,8 @@ from bmoe_lightning.curvature import checkpoint as checkpoint_module
 from bmoe_lightning.curvature import collect_factors, kfac, remove_checkpoint
 from bmoe_lightning.curvature.checkpoint import FORMAT, extended_digest, own_path
 from bmoe_lightning.experts import find_expert_layers
-from bmoe_lightning.experts.batches import CountedBatch
-from bmoe_lightning.tensor_file import read_safetensors, write_safetensors
+from bmoe_lightning.experts.counted_batch import CountedBatch
+from bmoe_lightning.utils.safetensors_io import read_safetensors, write_safetensors
 
 SIZES = (1, 2, 1, 3, 2, 1, 2)  # the first batch is too small for the thorough check of owners
 
@@ -251,7 +251,7 @@ class TestFile:
             raise OSError("No space left on device")
 
         with monkeypatch.context() as patch:
-            patch.setattr("bmoe_lightning.tensor_file.save_file", full)
+            patch.setattr("bmoe_lightning.utils.safetensors_io.save_file", full)
             with pytest.raises(OSError, match="No space left"):
                 go_on(path)
         assert path.read_bytes() == before

@@ -2,7 +2,7 @@ import pytest
 import torch
 
 from bmoe_lightning.curvature.sketch import EXACT_WIDTH, ExactGram, LowRank, NystromGram, check_linear, make_sketch
-from bmoe_lightning.experts.grouped import ExpertGroups
+from bmoe_lightning.experts.grouped_matmul import ExpertGroups
 
 NAMES = ("nystrom", "rsvd", "exact")
 

@@ -4,7 +4,7 @@ from oracles.dense import experts_modules
 from oracles.models import answer_logits, as_modules, tiny_qwen, toy_batch, toy_model
 
 from bmoe_lightning.experts import expert_dropout, find_expert_layers, tapped_batch
-from bmoe_lightning.experts.seam import attached_state, expert_state
+from bmoe_lightning.experts.layouts.intercept import attached_state, expert_state
 
 
 def built(layout):

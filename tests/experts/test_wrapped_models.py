@@ -7,7 +7,7 @@ from torch.utils.checkpoint import checkpoint
 
 from bmoe_lightning.curvature import collect_factors
 from bmoe_lightning.experts import expert_dropout, find_expert_layers, find_linear_layers, tapped_batch
-from bmoe_lightning.experts.layout import locate_expert_layers
+from bmoe_lightning.experts.discovery import locate_expert_layers
 from bmoe_lightning.laplace import LaplacePosterior
 
 layouts = pytest.mark.parametrize("layout", ["fused", "modules"])

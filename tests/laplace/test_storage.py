@@ -9,10 +9,10 @@ from oracles.models import answer_logits, split, toy_batch, toy_model
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
-from bmoe_lightning import tensor_file
 from bmoe_lightning.curvature import collect_factors
 from bmoe_lightning.laplace import LaplacePosterior
 from bmoe_lightning.laplace.storage import FORMAT
+from bmoe_lightning.utils import safetensors_io as tensor_file
 
 
 @pytest.fixture(scope="module")

@@ -27,10 +27,10 @@ from transformers import (
 from transformers.conversion_mapping import get_checkpoint_conversion_mapping
 
 from bmoe_lightning.data.tokenizer import train_word_tokenizer
-from bmoe_lightning.experts.layout import find_expert_layers
-from bmoe_lightning.loading import ModelUnavailableError, load_causal_model, load_tokenizer
+from bmoe_lightning.experts.discovery import find_expert_layers
+from bmoe_lightning.finetuner import ExpertFinetuner
 from bmoe_lightning.models import DeepseekForCausalLM, DeepseekModel, DeepseekMoeConfig, register_models
-from bmoe_lightning.module import ExpertFinetuner
+from bmoe_lightning.models.loading import ModelUnavailableError, load_causal_model, load_tokenizer
 
 
 def model_logits(model, ids, mask):
@@ -293,7 +293,7 @@ def byte_level_folder(path):
 def test_a_byte_level_tokenizer_keeps_its_spaces(tmp_path, monkeypatch, trusts_the_class):
     if trusts_the_class:
         monkeypatch.setattr(
-            "bmoe_lightning.loading.AutoTokenizer.from_pretrained",
+            "bmoe_lightning.models.loading.AutoTokenizer.from_pretrained",
             lambda source, **options: LlamaTokenizer.from_pretrained(source),
         )
     original = byte_level_folder(tmp_path / "tokens")

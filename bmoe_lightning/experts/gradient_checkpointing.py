@@ -1,0 +1,93 @@
+"""Gradient checkpointing of transformers, put to work in evaluation mode.
+
+transformers recomputes activations in training mode alone. A user who asked for it has no memory to keep them in a
+curvature pass or a prediction either, and these run in evaluation mode.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from typing import Any
+
+from torch import nn
+from torch.utils.checkpoint import checkpoint, set_checkpoint_early_stop
+from transformers import Cache
+from transformers.modeling_layers import GradientCheckpointingLayer
+
+from bmoe_lightning.experts.layouts.fused import outermost_pretrained
+
+# What transformers takes from a recomputed layer, too, under names of models' own.
+_CACHES = ("past_key_values", "layer_past")
+
+
+@contextmanager
+def recomputed_activations(model: nn.Module) -> Iterator[None]:
+    """Let layers recompute their activations in evaluation mode where `gradient_checkpointing_enable` asked for it.
+
+    The checkpoints are never reentrant, whatever was asked for: taps see nothing in reentrant ones. Layers get no cache
+    of keys and values. The model is as it was afterwards, also after an exception.
+
+    Args:
+        model: any module; without checkpointed layers nothing happens.
+
+    Raises:
+        RuntimeError: from within the model, if it is called with a cache.
+    """
+    layers = [
+        module
+        for module in model.modules()
+        if isinstance(module, GradientCheckpointingLayer) and module.gradient_checkpointing
+    ]
+    with ExitStack() as stack:
+        if layers:
+            for owner in outermost_pretrained(model):
+                stack.callback(owner.register_forward_pre_hook(_refuse_caches, with_kwargs=True).remove)
+            for layer in layers:
+                stack.enter_context(_recomputed(layer))
+        yield
+
+
+@contextmanager
+def _recomputed(layer: GradientCheckpointingLayer) -> Iterator[None]:
+    own, on_instance = layer.forward, "forward" in vars(layer)
+    recompute = _checkpoint_of(layer)
+
+    def forward(*args: Any, **kwargs: Any) -> Any:
+        if not layer._can_checkpoint_with_cache:
+            kwargs = _without_caches(kwargs)
+        # Otherwise hooks that undo something after a module, as accelerate's do, would be passed by at the end.
+        with set_checkpoint_early_stop(False):
+            return recompute(functools.partial(own, **kwargs), *args)
+
+    layer.forward = forward
+    try:
+        yield
+    finally:
+        if on_instance:
+            layer.forward = own
+        else:
+            del layer.forward
+
+
+def _checkpoint_of(layer: nn.Module) -> Callable[..., Any]:
+    """The layer's own way of checkpointing, which may offload as well, but not reentrant."""
+    chosen = getattr(layer, "_gradient_checkpointing_func", checkpoint)
+    # transformers' is a partial of what takes these two. Nothing is random in evaluation mode.
+    usual = chosen if isinstance(chosen, functools.partial) else checkpoint
+    return functools.partial(usual, use_reentrant=False, preserve_rng_state=False)
+
+
+def _without_caches(kwargs: dict[str, Any]) -> dict[str, Any]:
+    """A layer's arguments without caches, which every recomputation would write to once more."""
+    kept = {k: None if k in _CACHES or isinstance(value, Cache) else value for k, value in kwargs.items()}
+    return kept | ({"use_cache": False} if kwargs.get("use_cache") else {})
+
+
+def _refuse_caches(_module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    if any(isinstance(value, Cache) for value in (*args, *kwargs.values())):
+        raise RuntimeError(
+            "class_logits calls the model with a cache of keys and values, and gradient checkpointing does without; "
+            "call gradient_checkpointing_disable() on the model, or let class_logits do without a cache"
+        )

@@ -1,0 +1,1 @@
+"""How models store experts, one file a layout."""

@@ -1,0 +1,88 @@
+"""The place in an experts forward where its second linear layers are: where activations are dropped and slots seen."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+from torch import Tensor, nn
+
+from bmoe_lightning.experts.grouped_matmul import ExpertGroups
+from bmoe_lightning.experts.types import Dropout, Tap
+
+_STATE = "_bmoe_state"
+
+
+@dataclass(frozen=True)
+class ExpertState:
+    """What is attached to an experts module while slots are tapped or dropped.
+
+    Attributes:
+        tap: sees every slot; None while nobody looks.
+        dropout: see `bmoe_lightning.experts.dropout`; None while there is none.
+    """
+
+    tap: Tap | None = None
+    dropout: Dropout | None = None
+
+
+def expert_state(module: nn.Module) -> ExpertState | None:
+    """The state attached to an experts module, if any."""
+    return module.__dict__.get(_STATE)
+
+
+@contextmanager
+def attached_state(module: nn.Module, tap: Tap | None = None, dropout: Dropout | None = None) -> Iterator[None]:
+    """Attach a tap or dropout to a module, beside what is there; that alone is left afterwards."""
+    before = expert_state(module)
+    outer = before or ExpertState()
+    # Straight into __dict__: the state is no submodule, and nn.Module's bookkeeping has no part in it.
+    module.__dict__[_STATE] = ExpertState(tap or outer.tap, dropout or outer.dropout)
+    try:
+        yield
+    finally:
+        if before is None:
+            module.__dict__.pop(_STATE, None)
+        else:
+            module.__dict__[_STATE] = before
+
+
+def second_product(
+    module: nn.Module, groups: ExpertGroups, hidden: Tensor, weight: Tensor, tokens: Tensor | None, num_tokens: int
+) -> Tensor:
+    """Multiply slots with the second weights of their experts, past the module's dropout and tap.
+
+    Args:
+        module: the experts module.
+        groups: the slots' experts, sorted.
+        hidden: `[S, d_in]`, sorted by expert.
+        weight: `[E, d_in, d_out]`.
+        tokens: `[S]` int64, the flattened token of each slot, or None.
+        num_tokens: how many tokens there are.
+
+    Returns:
+        `[S, d_out]`.
+    """
+    state = expert_state(module)
+    if state is not None and state.dropout is not None:
+        hidden = state.dropout(hidden, module.training)
+    output = groups.matmul(hidden.to(weight.dtype), weight)
+    if state is not None and state.tap is not None:
+        output = state.tap.record(hidden, groups.experts, output, tokens, num_tokens)
+    return output
+
+
+def combine(groups: ExpertGroups, output: Tensor, top_k_weights: Tensor) -> Tensor:
+    """Weigh the outputs of sorted slots and sum those of each token, in an order that does not depend on the device.
+
+    Args:
+        groups: over the flattened slots of `T` tokens with `k` experts each.
+        output: `[T k, d_out]`, sorted by expert.
+        top_k_weights: `[T, k]`.
+
+    Returns:
+        `[T, d_out]`.
+    """
+    weighted = output * top_k_weights.reshape(-1)[groups.order].unsqueeze(-1)
+    return groups.restored(weighted).view(*top_k_weights.shape, output.shape[-1]).sum(dim=1)

@@ -1,0 +1,467 @@
+"""The LightningModule that fine-tunes only the experts of a causal language model, on multiple-choice questions."""
+
+from __future__ import annotations
+
+import inspect
+import math
+from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
+from typing import TYPE_CHECKING, Any, Literal
+
+import torch
+from lightning import LightningModule, Trainer
+from lightning.pytorch.callbacks import Callback
+from lightning.pytorch.utilities.types import OptimizerLRScheduler
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from bmoe_lightning.experts.discovery import down_proj_parameters, expert_parameters, find_expert_layers
+from bmoe_lightning.experts.dropout import expert_dropout as dropout_in_experts
+from bmoe_lightning.experts.fsdp import is_sharded, shard_blocks
+from bmoe_lightning.models.loading import DtypeName, load_causal_model
+from bmoe_lightning.utils.distributed import sequential_per_node
+
+if TYPE_CHECKING:
+    from torch.distributed.device_mesh import DeviceMesh
+
+TrainedPart = Literal["down_proj", "experts"]
+Schedule = Literal["linear", "cosine", "constant"]
+
+_ANSWERS_KEY = "answer_token_ids"
+
+
+class ExpertFinetuner(LightningModule):
+    """Fine-tunes the experts of a mixture-of-experts causal language model; everything else stays frozen.
+
+    The defaults are the paper's (Table 8). Its gradient clipping belongs to the trainer:
+    `Trainer(gradient_clip_val=1.0)`. Weights in bfloat16 swallow updates below 1/256 of their size; load them with
+    `dtype="float32"` and train with `Trainer(precision="bf16-mixed")` where memory allows.
+
+    A batch is a mapping with `input_ids` and `attention_mask` `[B, T]`, padded on either side, and where there are any
+    `choice_mask [B, K]`, `label [B]` and `index [B]`; see `MultipleChoiceDataModule`.
+
+    Checkpoints hold the trained tensors and no others; those of sharded weights, which each process writes a part of,
+    hold all. `load_from_checkpoint(path)` loads the rest from where `model` says; if that was an object, pass it again:
+    `load_from_checkpoint(path, model=model)`.
+
+    Args:
+        model: a causal language model with experts, or its local folder or hub id, which is loaded when the trainer (or
+            `load_from_checkpoint`) calls `configure_model`. Code from the hub is never run.
+        answer_token_ids: token that answers with each of the K choices; left out, the trainer's datamodule is asked for
+            its `answer_token_ids`.
+        train: `experts` (all weights of the experts) or `down_proj` (their second linear layers alone). Routers and
+            shared experts are frozen either way.
+        learning_rate: peak of AdamW's learning rate.
+        weight_decay: of AdamW.
+        betas: of AdamW.
+        schedule: `linear` or `cosine` (both fall to zero at the end of training), or `constant`.
+        warmup_fraction: share of the steps in which the learning rate rises linearly, in [0, 1).
+        expert_dropout: probability that an activation is dropped before the second linear layer of its expert, in
+            training only. 0 leaves the model's own experts implementation in place.
+        dtype: in which weights are loaded if `model` is a string; `auto` is as they were saved.
+
+    Raises:
+        TypeError: if `model` is of another type.
+        ValueError: if a setting is unknown or out of range, answer tokens collide, or the model has no experts.
+    """
+
+    def __init__(
+        self,
+        model: PreTrainedModel | str,
+        answer_token_ids: Sequence[int] | None = None,
+        train: TrainedPart = "experts",
+        learning_rate: float = 5e-5,
+        weight_decay: float = 0.0,
+        betas: tuple[float, float] = (0.9, 0.95),
+        schedule: Schedule = "linear",
+        warmup_fraction: float = 0.0,
+        expert_dropout: float = 0.1,
+        dtype: DtypeName = "auto",
+    ) -> None:
+        super().__init__()
+        if not isinstance(model, (PreTrainedModel, str)):
+            raise TypeError(f"model is a {type(model).__name__}; give a transformers model, or its folder or hub id")
+        _check_choice("train", train, TrainedPart)
+        _check_choice("schedule", schedule, Schedule)
+        _check_choice("dtype", dtype, DtypeName)
+        _check_numbers(learning_rate, weight_decay, betas, warmup_fraction, expert_dropout)
+        # Plain values: hyperparameters go into checkpoints and to loggers.
+        answer_token_ids = None if answer_token_ids is None else _checked_answer_ids(answer_token_ids)
+        betas = (float(betas[0]), float(betas[1]))
+        self.save_hyperparameters(ignore=[] if isinstance(model, str) else ["model"])
+        # A checkpoint lacks what was not trained; `on_load_checkpoint` checks what it has to have.
+        self.strict_loading = False
+        self.train_part: TrainedPart = train
+        self.learning_rate = learning_rate
+        self.weight_decay = weight_decay
+        self.betas = betas
+        self.schedule: Schedule = schedule
+        self.warmup_fraction = warmup_fraction
+        self.expert_dropout = expert_dropout
+        self.dtype_name: DtypeName = dtype
+        self._source = model if isinstance(model, str) else None
+        self._dropout = ExitStack()
+        self._answer_ids: Tensor | None
+        self.register_buffer("_answer_ids", None, persistent=False)
+        if answer_token_ids is not None:
+            self._answer_ids = torch.tensor(answer_token_ids)
+        self.model: PreTrainedModel | None = None
+        if isinstance(model, PreTrainedModel):
+            find_expert_layers(model)
+            self.model = model
+
+    def setup(self, stage: str) -> None:
+        """Take the answer tokens from the trainer's datamodule, unless they were given.
+
+        Raises:
+            ValueError: if nobody names them.
+        """
+        if self.hparams[_ANSWERS_KEY] is not None:
+            return
+        datamodule = getattr(self.trainer, "datamodule", None)
+        found = getattr(datamodule, _ANSWERS_KEY, None)
+        if found is not None:
+            self._answer_ids = torch.tensor(_checked_answer_ids(found))
+        elif self._answer_ids is None:
+            raise ValueError(
+                "nobody names the tokens that answer: give ExpertFinetuner(answer_token_ids=[...]), or give the "
+                "trainer a datamodule with an attribute answer_token_ids, such as MultipleChoiceDataModule"
+            )
+
+    def configure_model(self) -> None:
+        """Load the model if it was named by a string, and freeze all but the experts. Calling it again changes nothing.
+
+        Under `ModelParallelStrategy` its blocks are sharded with FSDP2; see `load`.
+
+        Raises:
+            ModelUnavailableError: as in `load_causal_model`.
+            RuntimeError: under `ModelParallelStrategy`, if another process could not load it.
+            ValueError: if it has no experts, or the strategy wants tensor parallelism.
+        """
+        if self.device_mesh is None:
+            self.load()
+            return
+        size = self.device_mesh["tensor_parallel"].size()
+        if size > 1:
+            raise ValueError(
+                f"ModelParallelStrategy has tensor-parallel groups of {size} processes (by default all of a "
+                "node's), and ExpertFinetuner shards weights alone: give "
+                "ModelParallelStrategy(data_parallel_size=<number of processes>, tensor_parallel_size=1)"
+            )
+        self.load(self.device_mesh["data_parallel"])
+
+    def load(self, mesh: DeviceMesh | None = None) -> None:
+        """Load the model if it was named by a string, freeze all but the experts, and shard its blocks with FSDP2.
+
+        A model that is loaded to be sharded goes through main memory as a whole. The processes of a machine do that one
+        after the other, so all of them have to call this, and the timeout of their group should allow for the time that
+        one of them takes (`ModelParallelStrategy(timeout=...)`, 30 minutes by default).
+
+        Args:
+            mesh: the processes that share the weights, in one dimension; None shards nothing.
+
+        Raises:
+            ModelUnavailableError: as in `load_causal_model`.
+            RuntimeError: with a mesh, if another process could not load it.
+            ValueError: if it has no experts.
+        """
+        if mesh is not None and self.model is None:
+            sequential_per_node(lambda: self._load(mesh))
+        else:
+            self._load(mesh)
+
+    def _load(self, mesh: DeviceMesh | None) -> None:
+        model = self.model
+        if model is None:
+            assert self._source is not None
+            model = load_causal_model(self._source, self.dtype_name)
+        layers = find_expert_layers(model)
+        self.model = model
+        model.requires_grad_(False)
+        for parameter in self.trained_parameters().values():
+            parameter.requires_grad_(True)
+        if mesh is not None:
+            shard_blocks(model, layers, mesh)
+
+    def configure_callbacks(self) -> list[Callback]:
+        """Have expert dropout taken out after an exception too; a LightningModule itself is not told of those."""
+        # A trainer that is used again has it already, and would announce that it is replaced.
+        known = any(isinstance(callback, _ReleaseOnException) for callback in self.trainer.callbacks)  # type: ignore[attr-defined]
+        return [] if known else [_ReleaseOnException()]
+
+    def trained_parameters(self) -> dict[str, nn.Parameter]:
+        """What is trained: name, as in `self.named_parameters()`, to parameter."""
+        model = self._ready()
+        trained: dict[str, nn.Parameter] = {}
+        for layer in find_expert_layers(model):
+            of_layer = down_proj_parameters if self.train_part == "down_proj" else expert_parameters
+            trained |= of_layer(model, layer)
+        return {f"model.{name}": parameter for name, parameter in trained.items()}
+
+    def class_logits(self, batch: Mapping[str, Tensor]) -> tuple[Tensor, Tensor | None]:
+        """Logits of the answer tokens at the last real position of each prompt.
+
+        Args:
+            batch: see the class.
+
+        Returns:
+            Logits `[B, K]`, in float32 at least, `-inf` where `choice_mask` is False; labels `[B]`, or None.
+
+        Raises:
+            RuntimeError: before the model is loaded or the answer tokens are known.
+            ValueError: if `choice_mask` has another number of choices than there are answer tokens.
+        """
+        model = self._ready()
+        if self._answer_ids is None:
+            raise RuntimeError(
+                "the tokens that answer are not known yet: give ExpertFinetuner(answer_token_ids=[...]), or let a "
+                "trainer set the module up with a datamodule that names them"
+            )
+        logits = _last_logits(model, batch["input_ids"], batch["attention_mask"])[:, self._answer_ids]
+        logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
+        present = batch.get("choice_mask")
+        if present is not None:
+            if present.shape != logits.shape:
+                raise ValueError(
+                    f"choice_mask has shape {tuple(present.shape)}, but there are {logits.shape[1]} answer tokens for "
+                    f"{logits.shape[0]} questions; answer_token_ids must name one token for each choice of the widest "
+                    "question"
+                )
+            logits = logits.masked_fill(~present, -torch.inf)
+        return logits, batch.get("label")
+
+    def training_step(self, batch: Mapping[str, Tensor], batch_idx: int) -> Tensor:
+        """Cross entropy over the choices of each question, averaged; logs `train/loss`.
+
+        Raises:
+            ValueError: if the loss is NaN or infinite, or the batch has no labels.
+        """
+        logits, labels = self._labelled(batch)
+        loss = nn.functional.cross_entropy(logits, labels)
+        if not bool(torch.isfinite(loss)):
+            raise ValueError(
+                f"the training loss is {loss.item()} at step {self.global_step} (epoch {self.current_epoch}, batch "
+                f"{batch_idx}), and training cannot go on from there: lower learning_rate (now "
+                f"{self.learning_rate:g}), set gradient_clip_val=1.0 in the trainer, use bfloat16 or float32 rather "
+                "than float16, and check that no label names a choice that its question does not have"
+            )
+        self.log("train/loss", loss, prog_bar=True, batch_size=len(labels))
+        return loss
+
+    def validation_step(self, batch: Mapping[str, Tensor], batch_idx: int) -> None:
+        """Log `val/loss` and `val/acc`."""
+        self._evaluate(batch, "val")
+
+    def test_step(self, batch: Mapping[str, Tensor], batch_idx: int) -> None:
+        """Log `test/loss` and `test/acc`."""
+        self._evaluate(batch, "test")
+
+    def predict_step(self, batch: Mapping[str, Tensor], batch_idx: int) -> dict[str, Tensor]:
+        """Predict a batch: `log_probs [B, K]` float32 and, where the batch has it, `index [B]`, both on the CPU."""
+        logits, _ = self.class_logits(batch)
+        prediction = {"log_probs": logits.log_softmax(-1).float().cpu()}
+        if "index" in batch:
+            prediction["index"] = batch["index"].cpu()
+        return prediction
+
+    def configure_optimizers(self) -> OptimizerLRScheduler:
+        """AdamW over what is trained, its learning rate set anew at every step.
+
+        Raises:
+            ValueError: if the schedule has to know the number of steps and the trainer does not.
+        """
+        optimizer = torch.optim.AdamW(
+            self.trained_parameters().values(),
+            lr=self.learning_rate,
+            betas=self.betas,
+            weight_decay=self.weight_decay,
+        )
+        total = self.trainer.estimated_stepping_batches
+        if math.isinf(total) and (self.schedule != "constant" or self.warmup_fraction):
+            raise ValueError(
+                f"the schedule {self.schedule!r} with warmup_fraction={self.warmup_fraction} needs to know how many "
+                "steps there will be; set max_steps or max_epochs in the trainer, or use schedule='constant' without "
+                "warm-up"
+            )
+        warmup = 0 if math.isinf(total) else round(self.warmup_fraction * total)
+        scheduler = torch.optim.lr_scheduler.LambdaLR(
+            optimizer, lambda step: learning_rate_factor(step, total, warmup, self.schedule)
+        )
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
+
+    def on_fit_start(self) -> None:
+        """Put the model in training mode: `from_pretrained` leaves it in evaluation mode, and Lightning keeps that."""
+        self.train()
+
+    def on_train_start(self) -> None:
+        """Switch expert dropout on, for training mode."""
+        if self.expert_dropout > 0:
+            model = self._ready()
+            self._dropout.enter_context(dropout_in_experts(model, find_expert_layers(model), self.expert_dropout))
+
+    def on_train_end(self) -> None:
+        """Take expert dropout out again."""
+        self.release()
+
+    def teardown(self, stage: str) -> None:
+        """Take expert dropout out, where training did not come to its end."""
+        self.release()
+
+    def release(self) -> None:
+        """Take expert dropout out and restore the model's experts implementation; may be called any number of times."""
+        self._dropout.close()
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Keep only what was trained, and note the answer tokens.
+
+        A checkpoint that each process writes its shards of keeps all: Lightning reads it back as a whole.
+        """
+        state = checkpoint["state_dict"]
+        if not any(isinstance(value, Tensor) and is_sharded(value) for value in state.values()):
+            # Under ModelParallelStrategy only the first process has them.
+            checkpoint["state_dict"] = {name: state[name] for name in self.trained_parameters() if name in state}
+        if self._answer_ids is not None:
+            checkpoint[_ANSWERS_KEY] = self._answer_ids.tolist()
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Check that the checkpoint holds exactly what this module trains.
+
+        Raises:
+            RuntimeError: naming what is missing and what does not belong there.
+        """
+        trained_then = checkpoint.get(self.CHECKPOINT_HYPER_PARAMS_KEY, {}).get("train")
+        expected = set(self.trained_parameters())
+        if "state_dict" in checkpoint:
+            found = set(checkpoint["state_dict"])
+        else:  # ModelParallelStrategy has loaded it; what it held is not said
+            found = expected if trained_then == self.train_part else set()
+        if expected != found:
+            raise RuntimeError(
+                f"the checkpoint does not hold what this module trains (train={self.train_part!r}; the checkpoint says "
+                f"{trained_then!r}): missing are {_shown(expected - found)}, unexpected are "
+                f"{_shown(found - expected)}. Give the model and the value of train that it was saved with."
+            )
+        if self._answer_ids is None and _ANSWERS_KEY in checkpoint:
+            self._answer_ids = torch.tensor(_checked_answer_ids(checkpoint[_ANSWERS_KEY]))
+
+    def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False) -> Any:
+        """Load tensors by name, as usual; but frozen ones may be missing, and nothing is said about them.
+
+        Raises:
+            RuntimeError: if shapes differ, or, with `strict`, a trained tensor is missing or a name is unknown.
+        """
+        found = super().load_state_dict(state_dict, strict=False, assign=assign)
+        trained = self.trained_parameters()
+        missing = [name for name in found.missing_keys if name in trained]
+        if strict and (missing or found.unexpected_keys):
+            raise RuntimeError(
+                f"missing are {_shown(set(missing))}, unexpected are {_shown(set(found.unexpected_keys))}: these "
+                "tensors belong to another model, or to another value of train"
+            )
+        return type(found)(missing, found.unexpected_keys)
+
+    def _evaluate(self, batch: Mapping[str, Tensor], stage: Literal["val", "test"]) -> None:
+        logits, labels = self._labelled(batch)
+        values = {
+            f"{stage}/loss": nn.functional.cross_entropy(logits, labels),
+            f"{stage}/acc": (logits.argmax(-1) == labels).float().mean(),
+        }
+        self.log_dict(values, batch_size=len(labels), on_step=False, on_epoch=True, sync_dist=True)
+
+    def _labelled(self, batch: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:
+        logits, labels = self.class_logits(batch)
+        if labels is None:
+            raise ValueError(f"this step needs labels, and the batch has no 'label'; it has {sorted(batch)}")
+        return logits, labels
+
+    def _ready(self) -> PreTrainedModel:
+        if self.model is None:
+            raise RuntimeError(f"the model {self._source!r} is not loaded yet; call configure_model() first")
+        return self.model
+
+
+class _ReleaseOnException(Callback):
+    """Tells the module about an exception."""
+
+    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
+        # The trainer may have gone on to a module of another kind.
+        if isinstance(pl_module, ExpertFinetuner):
+            pl_module.release()
+
+
+def learning_rate_factor(step: int, total: float, warmup: int, schedule: Schedule) -> float:
+    """The learning rate of a step as a share of its peak.
+
+    Args:
+        step: counted from 0.
+        total: number of steps; may be infinite for a constant schedule.
+        warmup: number of steps in which it rises, the first of them at `1 / warmup`.
+        schedule: `linear` or `cosine` (zero from step `total` on), or `constant`.
+    """
+    if step < warmup:
+        return (step + 1) / warmup
+    if schedule == "constant":
+        return 1.0
+    remaining = max(0.0, (total - step) / max(1, total - warmup))
+    return remaining if schedule == "linear" else 0.5 * (1 - math.cos(math.pi * remaining))
+
+
+def _last_logits(model: PreTrainedModel, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
+    """Logits `[B, V]` at the last position of each row that is no padding."""
+    ends_in_text = bool(attention_mask[:, -1].all())
+    options = {
+        "position_ids": (attention_mask.long().cumsum(-1) - 1).clamp(min=0),
+        "use_cache": False,
+        # Frozen routers need no balancing loss.
+        "output_router_logits": False,
+        # One position of a large vocabulary instead of all of them.
+        "logits_to_keep": 1 if ends_in_text else 0,
+    }
+    accepted = inspect.signature(model.forward).parameters
+    options = {name: value for name, value in options.items() if name in accepted}
+    logits = model(input_ids=input_ids, attention_mask=attention_mask, **options).logits
+    if ends_in_text:
+        return logits[:, -1]
+    positions = torch.arange(attention_mask.shape[1], device=attention_mask.device)
+    last = (attention_mask.ne(0) * positions).argmax(dim=1)
+    return logits[torch.arange(len(last), device=last.device), last]
+
+
+def _shown(names: Sequence[str] | set[str]) -> str:
+    """The first few names of many."""
+    ordered = sorted(names)
+    more = f" and {len(ordered) - 3} more" if len(ordered) > 3 else ""
+    return (", ".join(ordered[:3]) or "none") + more
+
+
+def _check_choice(name: str, value: str, literal: Any) -> None:
+    valid = literal.__args__
+    if value not in valid:
+        raise ValueError(f"unknown {name} {value!r}; valid are {', '.join(valid)}")
+
+
+def _check_numbers(
+    learning_rate: float, weight_decay: float, betas: Sequence[float], warmup_fraction: float, expert_dropout: float
+) -> None:
+    checks = (
+        ("learning_rate", learning_rate, 0 < learning_rate < math.inf, "positive"),
+        ("weight_decay", weight_decay, 0 <= weight_decay < math.inf, "0 or more"),
+        ("betas", betas, len(betas) == 2 and all(0 <= beta < 1 for beta in betas), "two numbers in [0, 1)"),
+        ("warmup_fraction", warmup_fraction, 0 <= warmup_fraction < 1, "in [0, 1)"),
+        ("expert_dropout", expert_dropout, 0 <= expert_dropout < 1, "in [0, 1)"),
+    )
+    for name, value, holds, wanted in checks:
+        if not holds:
+            raise ValueError(f"{name} must be {wanted}, got {value}")
+
+
+def _checked_answer_ids(ids: Sequence[int] | Tensor) -> list[int]:
+    """Answer tokens as a plain list.
+
+    Raises:
+        ValueError: if there are fewer than two, a token is negative, or two choices share one.
+    """
+    answers = [int(token) for token in ids]
+    if len(answers) < 2 or min(answers) < 0 or len(set(answers)) < len(answers):
+        raise ValueError(f"answer_token_ids must be two or more different token ids, one a choice; got {answers}")
+    return answers

@@ -1,0 +1,1 @@
+"""All that touches a Lightning Trainer, the callback itself aside."""

@@ -1,0 +1,1 @@
+"""Files, processes and random state: helpers that know nothing of models or methods."""

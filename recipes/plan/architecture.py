@@ -1,0 +1,326 @@
+"""A model without its weights: what a plan has to know about its blocks, its attention and its experts."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from huggingface_hub.errors import StrictDataclassError
+from torch import nn
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoModelForImageTextToText,
+    PreTrainedConfig,
+    PreTrainedModel,
+)
+
+from bmoe_lightning.experts import ExpertLayer, down_proj_parameters, expert_parameters, find_expert_layers
+from bmoe_lightning.models import register_models
+from bmoe_lightning.models.loading import HUB_ID, ModelUnavailableError
+
+CONFIGS = Path(__file__).parent / "configs"
+_TOP_K_NAMES = (
+    "top_k", "num_experts_per_tok", "num_experts_per_token", "experts_per_token", "num_selected_experts", "moe_topk",
+    "moe_top_k", "moe_k", "top_k_experts",
+)  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Experts:
+    """The experts of one MoE layer.
+
+    Attributes:
+        layer: where they are.
+        top_k: experts that a token goes to.
+        parameters: of all experts, biases included.
+        matrices: weights of one expert's matrices.
+        second: weights of one expert's second matrix.
+        all_tensors: parameter tensors of all experts.
+        second_tensors: parameter tensors that hold the second matrices.
+    """
+
+    layer: ExpertLayer
+    top_k: int
+    parameters: int
+    matrices: int
+    second: int
+    all_tensors: int
+    second_tensors: int
+
+    @property
+    def share(self) -> float:
+        """Share of the experts that a token goes to."""
+        return self.top_k / self.layer.num_experts
+
+    @property
+    def first_width(self) -> int:
+        """Width of what the first matrices of an expert give: two times `d_in` with a gate, `d_in` without."""
+        return (self.matrices - self.second) // self.layer.d_out
+
+    @property
+    def gated(self) -> bool:
+        """Whether the first matrices are a gate and what it multiplies."""
+        return self.first_width > self.layer.d_in
+
+
+@dataclass(frozen=True)
+class Block:
+    """One layer of the decoder.
+
+    Attributes:
+        matrices: shape `(out, in)` of every matrix that all tokens go through: attention, routers, shared experts.
+        norms: normalisations.
+        attention: whether every token looks at all others (a linear attention or a state space does not).
+        experts: none in a dense layer.
+    """
+
+    matrices: tuple[tuple[int, int], ...]
+    norms: int
+    attention: bool
+    experts: tuple[Experts, ...]
+
+    @property
+    def weights(self) -> int:
+        """Weights that every token goes through."""
+        return sum(out * into for out, into in self.matrices)
+
+
+@dataclass(frozen=True)
+class Architecture:
+    """A model as a plan sees it.
+
+    Attributes:
+        name: class of the model.
+        model_type: as in its configuration.
+        dtype: of most weights.
+        parameters: all of them.
+        weight_bytes: of all of them.
+        hidden: width of the model.
+        vocabulary: rows of the head.
+        attention_width: of queries and values together, over all heads.
+        one_position: whether the head can be run on the last position of each row alone.
+        blocks: the decoder's layers.
+        outside: shapes of matrices beside the blocks, the head and the embedding aside.
+    """
+
+    name: str
+    model_type: str
+    dtype: torch.dtype
+    parameters: int
+    weight_bytes: int
+    hidden: int
+    vocabulary: int
+    attention_width: int
+    one_position: bool
+    blocks: tuple[Block, ...]
+    outside: tuple[tuple[int, int], ...]
+
+    @property
+    def experts(self) -> tuple[Experts, ...]:
+        """The expert layers in order."""
+        return tuple(experts for block in self.blocks for experts in block.experts)
+
+    @property
+    def first(self) -> int:
+        """The first block with experts: gradients end there."""
+        return next(i for i, block in enumerate(self.blocks) if block.experts)
+
+    @property
+    def routed(self) -> int:
+        """Parameters of all routed experts."""
+        return sum(experts.parameters for experts in self.experts)
+
+    @property
+    def second(self) -> int:
+        """Weights of all second matrices."""
+        return sum(experts.second * experts.layer.num_experts for experts in self.experts)
+
+    @property
+    def active(self) -> int:
+        """Parameters that a token goes through, embedding and head included."""
+        return self.parameters - self.routed + round(sum(e.parameters * e.share for e in self.experts))
+
+
+def known_names() -> list[str]:
+    """The models whose configuration is here."""
+    return sorted(path.stem for path in CONFIGS.glob("*.json"))
+
+
+def load_configuration(source: str) -> PreTrainedConfig:
+    """Find a model's configuration. Code that comes with one is never run.
+
+    Args:
+        source: a configuration file, a folder with a `config.json`, one of `known_names()` or a hub id.
+
+    Raises:
+        ModelUnavailableError: if it is nowhere, is no configuration, or is of a kind that transformers does not know.
+    """
+    register_models()
+    path = CONFIGS / f"{source}.json" if source in known_names() else Path(source)
+    local = path.exists()
+    if not local and not HUB_ID.fullmatch(source):
+        raise ModelUnavailableError(
+            f"there is no file or folder {source!r}, and it is neither a hub id, which is owner/name, nor one of "
+            f"{', '.join(known_names())}"
+        )
+    try:
+        return AutoConfig.from_pretrained(str(path) if local else source, trust_remote_code=False)
+    except (OSError, ValueError, KeyError, StrictDataclassError) as error:
+        raise ModelUnavailableError(
+            f"the configuration {source!r} could not be had ({_reason(error)}); "
+            + (
+                "it must be the config.json of a model that the installed transformers or bmoe_lightning knows"
+                if local
+                else f"a config.json file works without the hub, and so does one of {', '.join(known_names())}"
+            )
+        ) from None
+
+
+def build(config: PreTrainedConfig, dtype: torch.dtype) -> PreTrainedModel:
+    """Build a causal language model on the meta device: shapes alone, no weights.
+
+    Args:
+        config: of the model; of one that also sees, the text model where there is one of its own.
+        dtype: of the weights.
+
+    Raises:
+        ModelUnavailableError: if there is no causal language model for the configuration.
+    """
+    failures: list[Exception] = []
+    text = config.get_text_config(decoder=True)
+    candidates = [(AutoModelForCausalLM, config), (AutoModelForCausalLM, text), (AutoModelForImageTextToText, config)]
+    for kind, candidate in candidates if text is not config else candidates[:1]:
+        try:
+            with torch.device("meta"):
+                model = kind.from_config(candidate, dtype=dtype, trust_remote_code=False)
+        # A configuration from anywhere can trip a model's own code in any of these ways.
+        except (ValueError, TypeError, LookupError, AttributeError, RuntimeError, ImportError) as error:
+            failures.append(error)
+        else:
+            assert isinstance(model, PreTrainedModel)
+            return model
+    raise ModelUnavailableError(
+        f"no causal language model can be built from this configuration of type {config.model_type!r} "
+        f"({_reason(failures[0])})"
+    )
+
+
+def describe(model: PreTrainedModel, experts_per_token: int | None = None) -> Architecture:
+    """Read off a model what a plan needs.
+
+    Args:
+        model: on any device.
+        experts_per_token: where neither the routers nor the configuration name it.
+
+    Raises:
+        ValueError: if the model has no experts, or it is not known how many a token goes to.
+    """
+    layers = find_expert_layers(model)
+    config = model.config.get_text_config(decoder=True)
+    stack_name = _stack(model, layers[0].name)
+    stack = model.get_submodule(stack_name)
+    experts: dict[int, list[Experts]] = {}
+    for layer in layers:
+        place = int(layer.name.removeprefix(f"{stack_name}.").split(".")[0])
+        experts.setdefault(place, []).append(_experts(model, layer, config, experts_per_token))
+    head: Any = model.get_output_embeddings()
+    vocabulary, hidden = head.weight.shape
+    in_experts = {id(p) for layer in layers for p in expert_parameters(model, layer).values()}
+    elsewhere = in_experts | {id(head.weight)} | {id(p) for p in stack.parameters()}
+    return Architecture(
+        name=type(model).__name__,
+        model_type=model.config.model_type,
+        dtype=next(p.dtype for p in expert_parameters(model, layers[0]).values()),
+        parameters=sum(p.numel() for p in model.parameters()),
+        weight_bytes=sum(p.numel() * p.element_size() for p in model.parameters()),
+        hidden=hidden,
+        vocabulary=vocabulary,
+        attention_width=_attention_width(config),
+        one_position="logits_to_keep" in inspect.signature(model.forward).parameters,
+        blocks=tuple(_block(block, tuple(experts.get(i, ())), in_experts) for i, block in enumerate(stack.children())),
+        outside=tuple(_matrices(model.get_decoder(), elsewhere)),
+    )
+
+
+def _stack(model: nn.Module, name: str) -> str:
+    """The list of decoder layers that an expert layer lies in."""
+    parts = name.split(".")
+    for end in range(1, len(parts)):
+        prefix = ".".join(parts[:end])
+        if isinstance(model.get_submodule(prefix), nn.ModuleList):
+            return prefix
+    raise ValueError(f"the experts {name!r} lie in no list of layers, so nothing can be said about the model around it")
+
+
+def _experts(model: nn.Module, layer: ExpertLayer, config: Any, experts_per_token: int | None) -> Experts:
+    parameters = expert_parameters(model, layer)
+    matrices = sum(p.numel() for name, p in parameters.items() if p.dim() > 1 and "bias" not in name)
+    return Experts(
+        layer=layer,
+        top_k=experts_per_token or _top_k(model, layer, config),
+        parameters=sum(p.numel() for p in parameters.values()),
+        matrices=matrices // layer.num_experts,
+        second=layer.d_in * layer.d_out,
+        all_tensors=len(parameters),
+        second_tensors=len(down_proj_parameters(model, layer)),
+    )
+
+
+def _top_k(model: nn.Module, layer: ExpertLayer, config: Any) -> int:
+    """Experts that a token goes to, as the router beside the experts says, or else the configuration."""
+    beside = model.get_submodule(layer.name.rpartition(".")[0])
+    sources = [*(module for name, module in beside.named_modules() if name.count(".") < 2), config]
+    for source in sources:
+        for name in _TOP_K_NAMES:
+            value = getattr(source, name, None)
+            # One number a layer, in some configurations; they agree where the experts do.
+            value = value[0] if isinstance(value, (list, tuple)) and value else value
+            if isinstance(value, int) and not isinstance(value, bool) and 0 < value <= layer.num_experts:
+                return value
+    raise ValueError(
+        f"how many experts of {layer.name!r} a token goes to is named neither by the router nor by the configuration; "
+        "give --experts-per-token"
+    )
+
+
+def _matrices(module: nn.Module, left_out: set[int]) -> Iterator[tuple[int, int]]:
+    """Shapes `(out, in)` of the matrices that tokens are multiplied with; embeddings only look rows up."""
+    for part in module.modules():
+        if isinstance(part, nn.Embedding):
+            continue
+        for name, parameter in part.named_parameters(recurse=False):
+            if parameter.dim() == 2 and "bias" not in name and id(parameter) not in left_out:
+                yield parameter.shape[0], parameter.shape[1]
+
+
+def _block(block: nn.Module, experts: tuple[Experts, ...], in_experts: set[int]) -> Block:
+    kinds = [type(module).__name__ for module in block.modules()]
+    return Block(
+        matrices=tuple(_matrices(block, in_experts)),
+        norms=sum("Norm" in kind for kind in kinds),
+        attention=any(
+            kind.endswith("Attention") and "Linear" not in kind and "Lightning" not in kind for kind in kinds
+        ),
+        experts=experts,
+    )
+
+
+def _attention_width(config: Any) -> int:
+    heads = config.num_attention_heads
+    width = getattr(config, "head_dim", None) or config.hidden_size // heads
+    query = (getattr(config, "qk_nope_head_dim", None) or 0) + (getattr(config, "qk_rope_head_dim", None) or 0)
+    return heads * ((query or width) + (getattr(config, "v_head_dim", None) or width))
+
+
+def _reason(error: Exception) -> str:
+    text = str(error)
+    if "custom code" in text or "trust_remote_code" in text:
+        return "it names code of its own, which is never run, and a kind of model that is not known here"
+    if isinstance(error, StrictDataclassError):
+        return " ".join(text.split()).rstrip(".")
+    return text.splitlines()[0].rstrip(".:") if text else type(error).__name__

@@ -1,0 +1,399 @@
+"""Bytes of weights, optimiser states, factors and files, which are exact, and of activations, which are estimated.
+
+What autograd keeps of a decoder block above the first one with experts (below it nothing has a gradient), `n` tokens,
+frozen weights unless said otherwise:
+
+- of every matrix that tokens go through, its output; of one that leads back to the model's width, its input (a product
+  of activations, or the attention's output); of a gate of width one, what it multiplies;
+- of every normalisation, its input in float32;
+- of every slot, the first matrices' output, the activated gate, and the second matrix's output before the
+  routing weight; with trained weights also their inputs, and with dropout a mask of one byte.
+
+Where torch's grouped kernel does not take the experts' dtype or widths, a product keeps its input also with frozen
+weights. It lays slots out in blocks and copies a matrix for each block, so many at a time, which is not kept.
+
+Attention is taken to be one of torch's fused kernels, which keep no scores.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict, dataclass
+from functools import lru_cache
+
+import torch
+from torch import Tensor
+
+from bmoe_lightning.curvature import LayerFactors
+from bmoe_lightning.curvature.sketch import EXACT_WIDTH, make_sketch
+from recipes.plan.architecture import Architecture, Experts
+from recipes.plan.compute import Workload
+
+SNAPSHOTS = 5
+LPO_BINS = 128
+HEADROOM = 0.05
+# Of the dtypes that a plan knows, torch's grouped product takes bfloat16 alone on a GPU.
+_KERNEL_BYTES = 2
+# It wants rows of a multiple of so many bytes.
+_KERNEL_ALIGNMENT = 16
+# Rows of a block in which experts share one batched product, where no grouped kernel fits, and how many weights are
+# copied for such blocks at a time.
+_BLOCK_ROWS = 32
+_COPIED_WEIGHTS = 1 << 26
+# What a posterior's header says beside layers and tensors: format, rank, Fisher, fingerprint, numbers of examples.
+_HEADER = 520
+# A chunk of the prediction's kernels: 2^24 float32 values, and what is made on the way to them.
+_CHUNK = 5 * (1 << 24)
+
+
+@dataclass(frozen=True)
+class Training:
+    """Accelerator memory of a training run, in bytes.
+
+    Attributes:
+        trained: `down_proj` or `experts`.
+        trained_dtype: dtype of the trained weights; everything else stays in the model's.
+        checkpointing: whether activations are computed again in the backward pass (gradient checkpointing).
+        weights: all parameters.
+        gradients: of the trained ones.
+        optimizer: AdamW's two moments and step counts.
+        activations: kept for the backward pass, estimated, with the gradients of one block.
+        step: AdamW's copy of the trained weights during a step, when no activations are there.
+        curvature: transients of the curvature pass after training, gradients and moments still being there.
+    """
+
+    trained: str
+    trained_dtype: str
+    checkpointing: bool
+    weights: int
+    gradients: int
+    optimizer: int
+    activations: int
+    step: int
+    curvature: int
+
+    @property
+    def peak(self) -> int:
+        """The most that is alive at once."""
+        return self.weights + self.gradients + self.optimizer + max(self.activations, self.step, self.curvature)
+
+    def fits(self, gib: float) -> bool:
+        """Whether it fits into so many GiB, 5 % left for the driver and for gaps between allocations."""
+        return self.peak <= gib * 2**30 * (1 - HEADROOM)
+
+
+@dataclass(frozen=True)
+class Precision:
+    """Bytes of a weight: of what is frozen in any case, of the experts' first matrices and of their second ones."""
+
+    frozen: int
+    first: int
+    second: int
+
+
+def trained_size(model: Architecture, trained: str) -> tuple[int, int]:
+    """Numbers of trained weights and of the tensors that hold them."""
+    if trained == "experts":
+        return model.routed, sum(experts.all_tensors for experts in model.experts)
+    return model.second, sum(experts.second_tensors for experts in model.experts)
+
+
+def optimizer_bytes(weights: int, tensors: int, size: int) -> int:
+    """AdamW's states after a step: two moments in the dtype of the weights, and a float32 count a tensor."""
+    return 2 * weights * size + 4 * tensors
+
+
+def layer_factors(experts: Experts, rank: int) -> LayerFactors:
+    """The factors of one layer, on the meta device."""
+    layer = experts.layer
+    count = layer.num_experts
+    ranks = {"a": (layer.d_in, min(rank, layer.d_in)), "g": (layer.d_out, min(rank, layer.d_out))}
+    tensors: dict[str, Tensor] = {"slots": _meta(count, dtype=torch.float64)}
+    for side, (width, kept) in ranks.items():
+        tensors |= {
+            f"{side}_basis": _meta(count, width, kept),
+            f"{side}_eigenvalues": _meta(count, kept),
+            f"{side}_trace": _meta(count, dtype=torch.float64),
+        }
+    return LayerFactors(layer.name, layer.index, **tensors)
+
+
+def factor_bytes(model: Architecture, rank: int, dtype: torch.dtype = torch.float32) -> int:
+    """All tensors of the factors, as they are kept in memory and in the posterior's file, with bases of a dtype."""
+    return sum(_layer_factor_bytes(experts, rank, dtype) for experts in model.experts)
+
+
+def _layer_factor_bytes(experts: Experts, rank: int, dtype: torch.dtype = torch.float32) -> int:
+    return sum(tensor.nbytes for tensor in layer_factors(experts, rank).to(dtype=dtype).tensors().values())
+
+
+def posterior_file_bytes(model: Architecture, rank: int) -> int:
+    """The posterior's file: factors, a float64 precision a layer, and a header that names every layer and tensor."""
+    offset, entries = 8 * len(model.experts), {}
+    for position, experts in enumerate(model.experts):
+        for name, tensor in layer_factors(experts, rank).tensors().items():
+            places = [offset, offset + tensor.nbytes]
+            offset = places[1]
+            entries[f"{position}.{name}"] = {"dtype": "F32", "shape": list(tensor.shape), "data_offsets": places}
+    layers = [asdict(experts.layer) for experts in model.experts]
+    description = json.dumps([layers, [{"name": layer["name"], "index": layer["index"]} for layer in layers]])
+    header = json.dumps(entries, separators=(",", ":")) + json.dumps(description)
+    return offset + len(header) + _HEADER
+
+
+def sketch_bytes(model: Architecture, rank: int) -> int:
+    """State of the curvature pass: the sums of all layers, before they become factors."""
+    return sum(
+        8 * experts.layer.num_experts
+        + _sketch_state(experts.layer.num_experts, experts.layer.d_in, rank)
+        + _sketch_state(experts.layer.num_experts, experts.layer.d_out, rank)
+        for experts in model.experts
+    )
+
+
+@lru_cache
+def _sketch_state(num_experts: int, width: int, rank: int) -> int:
+    sketch = make_sketch(
+        "auto",
+        num_experts,
+        width,
+        rank,
+        device=torch.device("meta"),
+        dtype=torch.float32,
+        generator=torch.Generator().manual_seed(0),
+    )
+    return sum(value.nbytes for value in vars(sketch).values() if isinstance(value, Tensor))
+
+
+def curvature_transients(
+    model: Architecture, work: Workload, precision: Precision, *, checkpointing: bool = False
+) -> int:
+    """Memory of the curvature pass beyond the weights, estimated.
+
+    The state of all sketches, what autograd keeps, the inputs of all slots, and the gradient of one layer at a time,
+    which is found and added to its sketch before the next. Passes come one after the other: how many changes nothing.
+
+    Args:
+        model: the model.
+        work: the batch.
+        precision: of the weights.
+        checkpointing: whether activations are computed again for every backward pass.
+    """
+    gradient = max(_layer_gradient_bytes(experts, work, precision) for experts in model.experts)
+    adding = max(_adding_bytes(experts, work, precision) for experts in model.experts)
+    moment = max(adding, _product_bytes(model, work, precision, None))
+    batch = _tapped_bytes(model, work, precision, checkpointing=checkpointing) + gradient + moment
+    return sketch_bytes(model, work.rank) + max(batch, _finishing_bytes(model, work.rank))
+
+
+def prediction_transients(
+    model: Architecture, work: Workload, precision: Precision, *, checkpointing: bool = False, offload: bool = False
+) -> int:
+    """Memory of a prediction beyond the weights, the factors included, estimated.
+
+    The gradients of all K - 1 passes are alive together.
+
+    Args:
+        model: the model.
+        work: the batch.
+        precision: of the weights.
+        checkpointing: whether activations are computed again for every backward pass.
+        offload: whether the factors stay in main memory, so that one layer's are there at a time.
+    """
+    slots = sum(work.positions * experts.top_k * experts.layer.d_out for experts in model.experts)
+    gradients = precision.second * slots
+    # Where every expert is a module, the gradients of the last pass are there one by one and then joined.
+    joining = gradients if any(experts.layer.layout == "modules" for experts in model.experts) else 0
+    finding = joining + _product_bytes(model, work, precision, None)
+    kernels = max(_kernel_bytes(experts, work) for experts in model.experts)
+    factors = [_layer_factor_bytes(experts, work.rank) for experts in model.experts]
+    kept = (max(factors) if offload else sum(factors)) + work.contrasts * gradients
+    if checkpointing:
+        # Passes that end at the last layer recompute all of its block, and what they do not ask for stays: two blocks.
+        kept += 2 * max(saved_bytes(model, work, precision, None))
+    return kept + _tapped_bytes(model, work, precision, checkpointing=checkpointing) + max(finding, kernels)
+
+
+def lpo_cache_bytes(model: Architecture, work: Workload, examples: int) -> int:
+    """The validation cache of LPO, on the CPU in float64; twice that for a moment when it is put together."""
+    layers, classes, contrasts = len(model.experts), work.classes, work.contrasts
+    an_example = classes + 1 + classes * contrasts + layers * (1 + LPO_BINS) * contrasts**2
+    return 8 * (examples * an_example + layers * LPO_BINS)
+
+
+def saved_bytes(
+    model: Architecture, work: Workload, precision: Precision, trained: str | None, *, dropout: bool = False
+) -> list[int]:
+    """What autograd keeps of each block, estimated; see the module.
+
+    Args:
+        model: the model.
+        work: the batch.
+        precision: of the weights.
+        trained: `down_proj`, `experts`, or None where gradients end at the second matrices' outputs.
+        dropout: whether there is dropout in the experts.
+    """
+    kept = []
+    for position, block in enumerate(model.blocks):
+        above, total = position > model.first, 0
+        if above:
+            total += 4 * work.positions * model.hidden * block.norms
+            total += precision.frozen * work.positions * sum(_side(*shape, model.hidden) for shape in block.matrices)
+        if position >= model.first:
+            for experts in block.experts:
+                a_slot = _slot_bytes(experts, precision, trained, dropout=dropout, above=above)
+                total += work.positions * experts.top_k * a_slot
+        kept.append(total)
+    return kept
+
+
+def training_memory(
+    model: Architecture,
+    work: Workload,
+    trained: str,
+    trained_dtype: torch.dtype,
+    *,
+    checkpointing: bool,
+    dropout: bool = True,
+) -> Training:
+    """Plan a training run and the curvature pass at its end, which finds gradients and moments still there.
+
+    Args:
+        model: the model.
+        work: the batch of training and curvature.
+        trained: `down_proj` or `experts`.
+        trained_dtype: of the trained weights.
+        checkpointing: gradient checkpointing while training.
+        dropout: whether there is dropout in the experts.
+    """
+    size, own = model.dtype.itemsize, trained_dtype.itemsize
+    precision = Precision(size, own if trained == "experts" else size, own)
+    weights, tensors = trained_size(model, trained)
+    saved = saved_bytes(model, work, precision, trained, dropout=dropout)
+    # The gradient of each kept thing is made, used and freed on the way down: one block's worth at a time.
+    block = max(saved) + _product_bytes(model, work, precision, trained)
+    return Training(
+        trained=trained,
+        trained_dtype=str(trained_dtype).removeprefix("torch."),
+        checkpointing=checkpointing,
+        weights=model.weight_bytes + weights * (own - size),
+        gradients=weights * own,
+        optimizer=optimizer_bytes(weights, tensors, own),
+        activations=block + (max(saved) + _entrances(model, work) if checkpointing else sum(saved)),
+        step=weights * own,
+        curvature=curvature_transients(model, work, precision, checkpointing=checkpointing),
+    )
+
+
+def _meta(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
+    return torch.empty(shape, dtype=dtype, device="meta")
+
+
+def _side(out: int, into: int, hidden: int) -> int:
+    """Values a token that autograd keeps of a frozen matrix."""
+    return into if out in (1, hidden) else out
+
+
+def _slot_bytes(experts: Experts, precision: Precision, trained: str | None, *, dropout: bool, above: bool) -> int:
+    d_in, d_out = experts.layer.d_in, experts.layer.d_out
+    total = 0
+    if above or trained == "experts":
+        total += precision.first * (experts.first_width + (d_in if experts.gated else 0))
+    if above:
+        total += precision.second * d_out
+    if trained is not None:
+        total += precision.second * d_in
+    elif above and precision.first != precision.second and not _has_kernel(experts, precision.second):
+        total += precision.second * d_in  # in the dtype of the second matrices; taps see it in that of the first
+    if trained == "experts" or (
+        above and experts.layer.layout == "fused" and not _has_kernel(experts, precision.first)
+    ):
+        total += precision.first * d_out
+    return total + (d_in if dropout and (above or trained == "experts") else 0)
+
+
+def _has_kernel(experts: Experts, size: int) -> bool:
+    """Whether a GPU has torch's grouped product for weights of so many bytes, where experts share a product at all."""
+    if experts.layer.layout not in ("fused", "adapted"):
+        return True
+    widths = (experts.layer.d_in, experts.layer.d_out, experts.first_width)
+    return size == _KERNEL_BYTES and all(width * size % _KERNEL_ALIGNMENT == 0 for width in widths)
+
+
+def _product_bytes(model: Architecture, work: Workload, precision: Precision, trained: str | None) -> int:
+    """What the largest product of slots and their experts' matrices takes where no grouped kernel fits, for a moment.
+
+    The gradient that comes in, slots in blocks on both sides, and copies of matrices or the product once more; for a
+    trained matrix's gradient one matrix for every block.
+    """
+    most = 0
+    for experts in model.experts:
+        d_in, d_out = experts.layer.d_in, experts.layer.d_out
+        slots, blocks = work.positions * experts.top_k, _product_blocks(experts, work)
+        products = [(d_in, d_out, precision.second, trained is not None)]
+        if experts.layer.layout == "fused":
+            products.append((d_out, experts.first_width, precision.first, trained == "experts"))
+        for into, out, size, has_gradient in products:
+            if not _has_kernel(experts, size):
+                at_a_time = min(blocks, max(1, _COPIED_WEIGHTS // (into * out)))
+                moment = max(at_a_time * into * out, blocks * _BLOCK_ROWS * max(into, out))
+                gradient = (blocks + experts.layer.num_experts) * into * out if has_gradient else 0
+                rows = slots * out + blocks * _BLOCK_ROWS * (into + out)
+                most = max(most, size * (rows + max(moment, gradient)))
+    return most
+
+
+def _product_blocks(experts: Experts, work: Workload) -> int:
+    return -(-work.positions * experts.top_k // _BLOCK_ROWS) + experts.layer.num_experts
+
+
+def _layer_gradient_bytes(experts: Experts, work: Workload, precision: Precision) -> int:
+    """The gradient of one pass with respect to the outputs of all slots of a layer; of modules also one by one."""
+    copies = 2 if experts.layer.layout == "modules" else 1
+    return copies * precision.second * work.positions * experts.top_k * experts.layer.d_out
+
+
+def _tapped_bytes(model: Architecture, work: Workload, precision: Precision, *, checkpointing: bool) -> int:
+    """What is alive after a tapped forward: autograd's share, all inputs, the outputs where gradients end."""
+    inputs = sum(work.positions * experts.top_k * experts.layer.d_in for experts in model.experts)
+    ends = sum(work.positions * e.top_k * e.layer.d_out for e in model.blocks[model.first].experts)
+    saved = saved_bytes(model, work, precision, None)
+    kept = max(saved) + _entrances(model, work) if checkpointing else sum(saved)
+    return kept + precision.first * inputs + precision.second * ends
+
+
+def _entrances(model: Architecture, work: Workload) -> int:
+    """What gradient checkpointing keeps: the input of every block."""
+    return model.dtype.itemsize * work.positions * model.hidden * len(model.blocks)
+
+
+def _adding_bytes(experts: Experts, work: Workload, precision: Precision) -> int:
+    """Adding the slots of one layer to its sketches: picked, sorted, in float32, squared, laid out in blocks."""
+    slots, blocks = work.positions * experts.top_k, _product_blocks(experts, work)
+
+    def side(width: int, size: int) -> int:
+        a_value = 2 * size + 4 + (4 if size < 4 else 0)
+        columns = width if width <= EXACT_WIDTH else min(4 * work.rank, width)
+        products = (blocks + experts.layer.num_experts) * width * columns
+        layout = 4 * (blocks * _BLOCK_ROWS * (width + columns) + products)
+        return slots * (a_value * width + 4 * columns) + layout
+
+    return max(side(experts.layer.d_in, precision.first), side(experts.layer.d_out, precision.second))
+
+
+def _finishing_bytes(model: Architecture, rank: int) -> int:
+    """Turning the sums of one layer into factors, those of the others being there already."""
+    layers = (experts.layer for experts in model.experts)
+    # Float64 copies of a sketch, or the eigenvectors of a sum.
+    widest = max(
+        layer.num_experts * (12 * width**2 if width <= EXACT_WIDTH else 32 * width * min(4 * rank, width))
+        for layer in layers
+        for width in (layer.d_in, layer.d_out)
+    )
+    return factor_bytes(model, rank) + widest
+
+
+def _kernel_bytes(experts: Experts, work: Workload) -> int:
+    """A chunk of one layer's slots in float32: inputs, gradients, and the gradients summed over pairs."""
+    slots, gradients = work.positions * experts.top_k, work.contrasts * experts.layer.d_out
+    return min(_CHUNK, 8 * slots * (experts.layer.d_in + gradients))

@@ -1,0 +1,381 @@
+"""The plan as figures, as text and as JSON."""
+
+from __future__ import annotations
+
+import itertools
+import json
+from collections.abc import Iterable, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+
+from recipes.plan import compute, memory
+from recipes.plan.architecture import Architecture, build, describe, load_configuration
+from recipes.plan.compute import Workload
+from recipes.plan.launch import Launch, launches
+from recipes.plan.memory import Precision, Training
+
+_GIB = 2**30
+_MIB = 2**20
+_TRAINED_NAMES = {"down_proj": "down_proj only", "experts": "all experts"}
+
+
+@dataclass(frozen=True)
+class PlanSettings:
+    """What to plan for; the names are those of the command's flags."""
+
+    model: str
+    examples: int = 4957
+    calibration_examples: int = 500
+    tokens: int = 256
+    batch_size: int = 8
+    classes: int = 4
+    rank: int = 10
+    dtype: str = "bfloat16"
+    memory: tuple[float, ...] = (80.0,)
+    experts_per_token: int | None = None
+
+
+@dataclass(frozen=True)
+class Plan:
+    """All figures of a plan.
+
+    Attributes:
+        settings: what was asked for.
+        model: the model without its weights.
+        sizes: bytes, by what they are of.
+        operations: floating-point operations of a batch, by what it is a batch of.
+        trainings: one entry a way of training.
+        launches: one entry a way of launching the main job.
+    """
+
+    settings: PlanSettings
+    model: Architecture
+    sizes: dict[str, int]
+    operations: dict[str, float]
+    trainings: tuple[Training, ...]
+    launches: tuple[Launch, ...]
+
+
+def make_plan(settings: PlanSettings) -> Plan:
+    """Build the model without weights and count.
+
+    Raises:
+        ModelUnavailableError: if the configuration cannot be had, or no model can be built from it.
+        ValueError: if the model has no experts, or rank or tokens are more than it has room for.
+    """
+    config = load_configuration(settings.model)
+    dtype: torch.dtype = getattr(torch, settings.dtype)
+    model = describe(build(config, dtype), settings.experts_per_token)
+    _check_fit(settings, model, config)
+    work = Workload(settings.batch_size, settings.tokens, settings.classes, settings.rank)
+    precision = Precision(*[dtype.itemsize] * 3)
+    sizes = {
+        "factors": memory.factor_bytes(model, settings.rank),
+        "factors_bfloat16": memory.factor_bytes(model, settings.rank, torch.bfloat16),
+        "posterior_file": memory.posterior_file_bytes(model, settings.rank),
+        "sketches": memory.sketch_bytes(model, settings.rank),
+        "curvature_transients": memory.curvature_transients(model, work, precision),
+        "curvature_recomputed": memory.curvature_transients(model, work, precision, checkpointing=True),
+        "prediction_transients": memory.prediction_transients(model, work, precision),
+        "prediction_recomputed": memory.prediction_transients(model, work, precision, checkpointing=True, offload=True),
+        "lpo_cache": memory.lpo_cache_bytes(model, work, settings.calibration_examples),
+    }
+    operations = {
+        "forward": compute.forward(model, work),
+        "training_down_proj": compute.training_step(model, work, "down_proj"),
+        "training_experts": compute.training_step(model, work, "experts"),
+        **{f"curvature_{kind}": compute.curvature_batch(model, work, kind) for kind in ("mc", "empirical", "exact")},
+        "prediction": compute.prediction(model, work),
+    }
+    dtypes = dict.fromkeys((dtype, torch.float32))
+    trainings = tuple(
+        memory.training_memory(model, work, part, own, checkpointing=checkpointing)
+        for part, own, checkpointing in itertools.product(_TRAINED_NAMES, dtypes, (False, True))
+    )
+    plain = {t.trained: t for t in trainings if not t.checkpointing and t.trained_dtype == settings.dtype}
+    ways = launches(model, settings.model, plain["down_proj"], plain["experts"])
+    return Plan(settings, model, sizes, operations, trainings, ways)
+
+
+def _check_fit(settings: PlanSettings, model: Architecture, config: Any) -> None:
+    for experts in model.experts:
+        layer = experts.layer
+        if settings.rank > min(layer.d_in, layer.d_out):
+            raise ValueError(
+                f"--rank {settings.rank} is more than the experts {layer.name!r} are wide (d_in {layer.d_in}, d_out "
+                f"{layer.d_out}); give at most {min(layer.d_in, layer.d_out)}"
+            )
+        if experts.top_k > layer.num_experts:
+            raise ValueError(f"--experts-per-token {experts.top_k} is more than the {layer.num_experts} experts")
+    longest = getattr(config.get_text_config(decoder=True), "max_position_embeddings", None)
+    if longest is not None and settings.tokens > longest:
+        raise ValueError(f"--tokens {settings.tokens} is more than the {longest} positions of the model")
+
+
+def plan_json(plan: Plan) -> str:
+    """All figures as JSON: bytes, operations of one batch, parameters."""
+    model = plan.model
+    content = {
+        "settings": asdict(plan.settings),
+        "model": {
+            "class": model.name,
+            "model_type": model.model_type,
+            "parameters": model.parameters,
+            "parameters_routed": model.routed,
+            "parameters_second": model.second,
+            "parameters_active": model.active,
+            "weight_bytes": model.weight_bytes,
+            "expert_layers": [
+                {**asdict(experts.layer), "experts_per_token": experts.top_k} for experts in model.experts
+            ],
+        },
+        "bytes": plan.sizes,
+        "operations": plan.operations,
+        "training": [
+            {
+                **asdict(training),
+                "peak": training.peak,
+                "snapshot": training.gradients,
+                "checkpoint": training.gradients + training.optimizer,
+                "fits": {f"{size:g}": training.fits(size) for size in plan.settings.memory},
+            }
+            for training in plan.trainings
+        ],
+        "launch": [
+            {
+                **asdict(launch),
+                "peak": launch.training.peak,
+                "fits": {f"{size:g}": launch.training.fits(size) for size in plan.settings.memory},
+            }
+            for launch in plan.launches
+        ],
+    }
+    return json.dumps(content, indent=2) + "\n"
+
+
+def plan_text(plan: Plan) -> str:
+    """The plan as tables for a terminal."""
+    parts = (_model_part, _posterior_part, _operations_part, _training_part, launch_text)
+    return "\n\n".join(part(plan) for part in parts)
+
+
+def _model_part(plan: Plan) -> str:
+    model = plan.model
+    kinds: dict[tuple[Any, ...], int] = {}
+    for experts in model.experts:
+        layer = experts.layer
+        key = (layer.num_experts, experts.top_k, layer.d_in, layer.d_out, layer.layout)
+        kinds[key] = kinds.get(key, 0) + 1
+    layers = [[str(count), *map(str, key)] for key, count in kinds.items()]
+    share = [
+        ["total", _billions(model.parameters), ""],
+        ["routed experts", _billions(model.routed), _percent(model.routed, model.parameters)],
+        ["second layers (down_proj)", _billions(model.second), _percent(model.second, model.parameters)],
+        ["active for a token", _billions(model.active), _percent(model.active, model.parameters)],
+    ]
+    return "\n".join(
+        [
+            f"{plan.settings.model}: {model.name} ({model.model_type}), {len(model.blocks)} layers, width "
+            f"{model.hidden}, vocabulary {model.vocabulary}",
+            "",
+            *_table(["expert layers", "experts", "a token", "d_in", "d_out", "layout"], layers),
+            "",
+            *_table(["parameters", "billion", "share"], share),
+        ]
+    )
+
+
+def _posterior_part(plan: Plan) -> str:
+    sizes, settings = plan.sizes, plan.settings
+    rows = [
+        ["factors, rank " + str(settings.rank), _mib(sizes["factors"])],
+        ["factors, in bfloat16", _mib(sizes["factors_bfloat16"])],
+        ["posterior file", _mib(sizes["posterior_file"])],
+        ["sums of the curvature pass, of which the factors are made", _mib(sizes["sketches"])],
+        ["curvature pass, with these sums, beyond the weights ~", _mib(sizes["curvature_transients"])],
+        ["    with gradient checkpointing ~", _mib(sizes["curvature_recomputed"])],
+        ["prediction, with the factors, beyond the weights ~", _mib(sizes["prediction_transients"])],
+        ["    with gradient checkpointing and offloaded factors ~", _mib(sizes["prediction_recomputed"])],
+        [f"LPO's cache of {settings.calibration_examples} examples, in main memory", _mib(sizes["lpo_cache"])],
+    ]
+    return "\n".join(
+        [
+            *_table(["posterior", "MiB"], rows),
+            f"~ estimated: batches of {settings.batch_size} x {settings.tokens} tokens, {settings.classes} classes.",
+        ]
+    )
+
+
+def _operations_part(plan: Plan) -> str:
+    settings, operations = plan.settings, plan.operations
+    one = operations["forward"]
+    passes = settings.classes - 1
+    names = {
+        "forward": "forward",
+        "training_down_proj": "training step, down_proj only",
+        "training_experts": "training step, all experts",
+        "curvature_mc": "curvature, mc (1 backward pass)",
+        "curvature_empirical": "curvature, empirical (1 backward pass)",
+        "curvature_exact": f"curvature, exact ({_count(passes, 'backward pass', 'backward passes')})",
+        "prediction": f"prediction ({_count(passes, 'backward pass', 'backward passes')})",
+    }
+    batches = settings.examples / settings.batch_size
+    rows = [
+        [
+            text,
+            f"{operations[name] / 1e12:.3g}",
+            f"{operations[name] / one:.2f}",
+            f"{operations[name] * batches / 1e15:.3g}",
+        ]
+        for name, text in names.items()
+    ]
+    header = ["operations", "TFLOP a batch", "x forward", f"PFLOP for {settings.examples} examples"]
+    return "\n".join(
+        [
+            *_table(header, rows),
+            "Gradient checkpointing adds up to one forward to a training step. LPO is one prediction pass over its "
+            f"{settings.calibration_examples} examples.",
+        ]
+    )
+
+
+def _training_part(plan: Plan) -> str:
+    sizes = [f"{size:g} GiB" for size in plan.settings.memory]
+    rows = []
+    for training in plan.trainings:
+        parts = (training.weights, training.gradients + training.optimizer, training.activations, training.step)
+        rows.append(
+            [
+                _TRAINED_NAMES[training.trained],
+                training.trained_dtype,
+                "yes" if training.checkpointing else "no",
+                *(_gib(part) for part in (*parts, training.curvature, training.peak)),
+                *("yes" if training.fits(size) else "no" for size in plan.settings.memory),
+            ]
+        )
+    header = [
+        "trained",
+        "as",
+        "recompute",
+        "weights",
+        "grad+AdamW",
+        "activations ~",
+        "step",
+        "curvature ~",
+        "peak ~",
+        *sizes,
+    ]
+    saved = [
+        [_TRAINED_NAMES[t.trained], t.trained_dtype, _gib(t.gradients), _gib(t.gradients + t.optimizer),
+         _gib(t.gradients * memory.SNAPSHOTS)]
+        for t in plan.trainings if not t.checkpointing
+    ]  # fmt: skip
+    return "\n".join(
+        [
+            "Accelerator memory in GiB; the other weights are in " + plan.settings.dtype + ".",
+            *_table(header, rows),
+            "~ estimated. peak = weights + grad+AdamW + the largest of the three after them: activations of a batch",
+            "(recompute: with gradient checkpointing), AdamW's copy during a step, the curvature pass after training.",
+            f"yes: with {memory.HEADROOM:.0%} of the memory to spare for the driver and for gaps between allocations.",
+            *_float32_note(plan),
+            "",
+            "Files in GiB.",
+            *_table(["trained", "as", "snapshot", "checkpoint with AdamW", f"{memory.SNAPSHOTS} snapshots"], saved),
+        ]
+    )
+
+
+def launch_text(plan: Plan) -> str:
+    """How the main job is launched on this model, and what each device has to hold."""
+    rows = []
+    for launch in plan.launches:
+        training = launch.training
+        parts = (training.weights, training.gradients + training.optimizer, training.activations, training.curvature)
+        rows.append(
+            [
+                launch.name,
+                _TRAINED_NAMES[training.trained],
+                *(_gib(part) for part in (*parts, training.peak)),
+                *("yes" if training.fits(size) else "no" for size in plan.settings.memory),
+            ]
+        )
+    sizes = [f"{size:g} GiB" for size in plan.settings.memory]
+    header = ["launch", "trained", "weights", "grad+AdamW", "activations ~", "curvature ~", "peak ~", *sizes]
+    return "\n".join(
+        [
+            f"Launch lines, and GiB of each device in {plan.settings.dtype} without gradient checkpointing.",
+            *_table(header, rows),
+            "~ estimated. DDP: with the buckets of gradients. Sharded: with blocks that are put together for a while.",
+            "",
+            *(f"{launch.name}:\n  {_folded(launch.command)}" for launch in plan.launches),
+            f"Main memory while the model is loaded: {_gib(plan.model.weight_bytes)} GiB in every process at once,",
+            "or with sharded weights in one process of a node after the other.",
+            "On several nodes it is run on each, with HOST the name of one of them and an --output-dir that all see.",
+        ]
+    )
+
+
+def _folded(command: str) -> str:
+    """A command on one line, or on two if it begins with torchrun's own arguments."""
+    launcher, _, recipe = command.partition(" -m ")
+    return command if launcher == "python" else f"{launcher} \\\n    -m {recipe}"
+
+
+def launch_section(plan: Plan) -> str:
+    """The launch lines as markdown, with the command that makes them."""
+    settings = plan.settings
+    sizes = ",".join(f"{size:g}" for size in settings.memory)
+    return (
+        f"(from `python -m recipes.plan --model {settings.model} --memory {sizes} --readme`)\n\n"
+        f"```text\n{launch_text(plan)}\n```"
+    )
+
+
+def _float32_note(plan: Plan) -> list[str]:
+    if all(experts.layer.layout != "fused" for experts in plan.model.experts):
+        return []
+    return [
+        "Float32 experts have no grouped kernel on a GPU. A product copies their matrices for every 32 slots, 256 MiB",
+        "at a time, and keeps no copy; the gradient of a trained matrix is made of one matrix for every 32 slots.",
+    ]
+
+
+def _table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> list[str]:
+    """Aligned lines: the first column to the left, numbers to the right."""
+    lines = [list(header), *map(list, rows)]
+    numeric = [
+        all(line[i][:1].isdigit() or not line[i] or line[i] in ("yes", "no") for line in lines[1:])
+        for i in range(len(header))
+    ]
+    widths = [max(len(line[i]) for line in lines) for i in range(len(header))]
+
+    def text(line: Sequence[str]) -> str:
+        cells = (
+            cell.rjust(width) if right else cell.ljust(width)
+            for cell, width, right in zip(line, widths, numeric, strict=True)
+        )
+        return "  ".join(cells).rstrip()
+
+    return [text(lines[0]), "  ".join("-" * width for width in widths), *map(text, lines[1:])]
+
+
+def _billions(count: int) -> str:
+    return f"{count / 1e9:.3f}" if count >= 1e6 else f"{count / 1e9:.6f}"
+
+
+def _percent(part: int, whole: int) -> str:
+    return f"{part / whole:.1%}"
+
+
+def _mib(size: int) -> str:
+    return f"{size / _MIB:,.1f}" if size < 100 * _MIB else f"{size / _MIB:,.0f}"
+
+
+def _gib(size: int) -> str:
+    return f"{size / _GIB:.2f}" if size < 10 * _GIB else f"{size / _GIB:.1f}"
+
+
+def _count(number: int, one: str, many: str) -> str:
+    return f"{number} {one if number == 1 else many}"

@@ -1,0 +1,172 @@
+"""Whether a run can begin: the folder it writes to, an earlier run in there, and values that only the library knows."""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import shutil
+import sys
+import tempfile
+import warnings
+from collections.abc import Iterator
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+from lightning.fabric.utilities.exceptions import MisconfigurationException
+
+from bmoe_lightning.curvature.sketch import check_linear
+from bmoe_lightning.methods.options import FitSettings
+from bmoe_lightning.utils.atomic_io import write_text
+from bmoe_lightning.utils.distributed import is_rank_zero, num_processes
+from recipes.qwen_obqa.distributed import trainer_options
+from recipes.qwen_obqa.settings import ResolvedSettings
+from recipes.qwen_obqa.sources import RecipeError, Source
+
+RUN_FILE = "run.json"
+# What a run makes, beside a folder for each seed. The small model is kept: it does not depend on the settings here.
+_OWN_FOLDERS = ("tensorboard", "training_curves", "figures")
+_OWN_FILES = ("results.json", "results.csv", "results.md", "predictions.jsonl", "label_budget.json", RUN_FILE)
+_KEPT_FOLDER = "model"
+_QUESTIONS = "questions"
+# These say how a run goes, not what comes out. More seeds may be asked for later: each has files of its own.
+_FREE = ("resume", "overwrite", "quiet", "output_dir", "seeds", "first_seed", "curvature_checkpoint_every")
+
+
+def check_start(settings: ResolvedSettings, output: Path) -> bool:
+    """Refuse at once what would fail after hours; nothing that an earlier run wrote is changed.
+
+    Args:
+        settings: resolved.
+        output: folder of the run; made if missing.
+
+    Returns:
+        Whether an earlier run with the same settings goes on.
+
+    Raises:
+        RecipeError: with a sentence, if the folder holds something else or cannot be written, or if accelerator,
+            precision or a method's options are of no use here.
+    """
+    try:
+        output.mkdir(parents=True, exist_ok=True)
+        tempfile.TemporaryFile(dir=output).close()
+    except OSError as error:
+        reason = "it is a file" if output.is_file() else error.strerror
+        raise RecipeError(f"--output-dir {output} cannot be written ({reason}); give another one") from None
+    goes_on = _earlier_run(settings, output)
+    try:
+        wanted = FitSettings(
+            methods=settings.method_names,
+            rank=settings.rank,
+            fisher=settings.fisher,  # type: ignore[arg-type]  # checked here
+            sketch=settings.sketch,  # type: ignore[arg-type]
+            link=settings.link,  # type: ignore[arg-type]
+            num_samples=settings.num_samples,
+            dropout=settings.expert_dropout,
+        )
+        if num_processes() > 1 and wanted.needs_posterior:
+            check_linear(settings.sketch)
+    except ValueError as error:
+        raise RecipeError(str(error)) from None
+    try:
+        L.Trainer(
+            accelerator=settings.accelerator,
+            precision=settings.precision,  # type: ignore[arg-type]  # checked here
+            logger=False,
+            enable_checkpointing=False,
+            enable_progress_bar=False,
+            enable_model_summary=False,
+            **trainer_options(settings),
+        )
+    except (MisconfigurationException, ValueError) as error:
+        raise RecipeError(
+            f"--accelerator {settings.accelerator} with --precision {settings.precision} does not work here: "
+            f"{_one_line(error)}"
+        ) from None
+    return goes_on
+
+
+def begin(settings: ResolvedSettings, output: Path, source: Source, *, goes_on: bool) -> None:
+    """Note what the run is, once its model and questions are there; with `overwrite`, remove the earlier run first.
+
+    Raises:
+        RecipeError: if the run goes on, and its questions are no longer the same.
+    """
+    path = output / RUN_FILE
+    fingerprint = _fingerprint(source)
+    if goes_on and _read_run(path).get(_QUESTIONS) != fingerprint:
+        raise RecipeError(
+            f"the questions are not those that the earlier run in {output} used; --overwrite starts anew, or give "
+            "another --output-dir"
+        )
+    if not goes_on:
+        # An earlier run's own files and nothing else, its description last: event files of two runs would be one curve.
+        for folder in (*output.glob("seed-*"), *(output / name for name in _OWN_FOLDERS)):
+            if folder.is_dir():
+                shutil.rmtree(folder)
+        for name in _OWN_FILES:
+            (output / name).unlink(missing_ok=True)
+    write_text(path, json.dumps({**_lasting(settings), _QUESTIONS: fingerprint}, indent=2) + "\n")
+
+
+@contextlib.contextmanager
+def plain_notes() -> Iterator[None]:
+    """Show the first process's warnings as one line for a person, without the place in the code, for a while."""
+
+    def show(message: Warning | str, *_: Any, **__: Any) -> None:
+        if is_rank_zero():
+            print(f"note: {_one_line(message)}", file=sys.stderr, flush=True)
+
+    with warnings.catch_warnings():
+        warnings.showwarning = show
+        yield
+
+
+def _earlier_run(settings: ResolvedSettings, output: Path) -> bool:
+    """Whether there is one that goes on."""
+    path = output / RUN_FILE
+    if not path.is_file():
+        if any(entry.name != _KEPT_FOLDER for entry in output.iterdir()):
+            raise RecipeError(f"{output} is not empty and holds no earlier run; give another --output-dir")
+        return False
+    if settings.overwrite:
+        return False
+    found, wanted = _read_run(path), _lasting(settings)
+    differing = sorted(name for name in wanted if found.get(name) != wanted[name])
+    if differing:
+        had = ", ".join(f"{name}={found.get(name)!r}" for name in differing)
+        raise RecipeError(
+            f"the earlier run in {output} had other settings ({had}); give the same ones to go on with it, "
+            "--overwrite to start anew, or another --output-dir"
+        )
+    return True
+
+
+def _read_run(path: Path) -> dict[str, Any]:
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except (ValueError, OSError):
+        content = None
+    if not isinstance(content, dict):
+        raise RecipeError(
+            f"{path}, which describes the earlier run, is damaged; --overwrite starts anew, or give another "
+            "--output-dir"
+        )
+    return content
+
+
+def _lasting(settings: ResolvedSettings) -> dict[str, Any]:
+    """What must stay the same for the files of a run to belong together."""
+    lasting = {name: value for name, value in asdict(settings).items() if name not in _FREE}
+    return lasting | {"processes": num_processes()}
+
+
+def _fingerprint(source: Source) -> str:
+    parts = [[asdict(question) for question in part] for part in (source.train, source.calibration, source.test)]
+    return hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:16]
+
+
+def _one_line(message: object) -> str:
+    return " ".join(str(message).split())

@@ -1,0 +1,401 @@
+"""Does the library work on a model family, and how exactly: a tiny model against the dense oracle."""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+import math
+import warnings
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from bmoe_lightning.curvature import collect_factors
+from bmoe_lightning.curvature.factors import KroneckerFactors
+from bmoe_lightning.experts import ExpertLayer, find_expert_layers
+from bmoe_lightning.experts.taps import tapped_batch
+from bmoe_lightning.laplace import LaplacePosterior
+from recipes.supported_models.catalogue import is_own, uses_interface
+from recipes.supported_models.oracle import (
+    DenseFactors,
+    dense_factors,
+    dense_logit_covariance,
+    observe,
+    weighted_jacobians,
+)
+from recipes.supported_models.overrides import settings_of
+from recipes.supported_models.tiny import NUM_CLASSES, CannotBuildError, TinyFamily, build, wrapper_name
+from recipes.supported_models.watch import SecondWeights, down_proj_weights
+
+# Most families compute norms, rotary angles and router scores in float32 whatever their weights are. One rounding there
+# is 6e-8; a few layers of weights of size 0.3 carry it on some tens of times. A wrong slot, expert, routing weight or
+# bias shows as 1e-2 or more.
+BOUND = 1e-5
+PRIOR_PRECISION = 2.0
+
+
+@dataclass(frozen=True)
+class Row:
+    """What was found about one family.
+
+    Attributes:
+        family: its name.
+        interface: whether its own code sends experts through transformers' experts interface.
+        refused: why there is no figure: it cannot be built small, or the library says that it does not support it.
+        failed: the error that ended the comparison, if one did.
+        experts: number of experts of each expert layer.
+        layout: how the experts are stored, in words.
+        notes: what else the model has, in words.
+        errors: relative error (norm of the difference over the norm) by quantity, largest over batches and layers, with
+            weights in float64.
+        float32_errors: the same for the tapped forward against the model's own `grouped_mm`, with weights in float32.
+        disturbed: what the library left in the model or the process; should be empty.
+        wrapper: in words, if what was compared is a multimodal wrapper, or one of two models is.
+    """
+
+    family: str
+    interface: bool
+    refused: str | None = None
+    failed: str | None = None
+    experts: tuple[int, ...] = ()
+    layout: str = ""
+    notes: tuple[str, ...] = ()
+    errors: tuple[tuple[str, float], ...] = ()
+    float32_errors: tuple[tuple[str, float], ...] = ()
+    disturbed: tuple[str, ...] = ()
+    wrapper: str = ""
+
+    @property
+    def own(self) -> bool:
+        """Whether it is a class of this library, not of transformers."""
+        return is_own(self.family)
+
+    @property
+    def error(self) -> float | None:
+        """The largest error with float64 weights; None where nothing was compared."""
+        return max((value for _, value in self.errors), default=None)
+
+    @property
+    def float32_error(self) -> float | None:
+        """The largest error with float32 weights; None where nothing was compared."""
+        return max((value for _, value in self.float32_errors), default=None)
+
+    @property
+    def complaint(self) -> str | None:
+        """What is wrong: an exception, an error above the bound, or something left behind; None if nothing is."""
+        wrong = [self.failed] if self.failed is not None else []
+        wrong += [f"{name} {value:.1e}" for name, value in self.errors if not value < BOUND]
+        wrong += [f"float32 {name} {value:.1e}" for name, value in self.float32_errors if not value < BOUND]
+        wrong += [f"{name} not restored" for name in self.disturbed]
+        return "; ".join(wrong) or None
+
+    @property
+    def supported(self) -> bool:
+        """Whether it was compared and nothing is wrong."""
+        return self.refused is None and self.complaint is None
+
+
+def survey(family: str) -> Row:
+    """Build a family's tiny model and hold the library against the dense oracle and the family's own implementations.
+
+    Of a family that has a text model and a multimodal wrapper around it, both are built and compared.
+
+    Args:
+        family: a name from `families()`.
+
+    Raises:
+        ValueError: for an unknown family.
+        RuntimeError: if expert layers of the experts interface are not found, or the oracle cannot follow the model.
+    """
+    text = _survey(family, wrapper=False)
+    if text.refused is not None or wrapper_name(family) is None:
+        return text
+    return _both(text, _survey(family, wrapper=True))
+
+
+def _survey(family: str, *, wrapper: bool) -> Row:
+    interface = uses_interface(family)
+    with torch.random.fork_rng():
+        try:
+            tiny = build(family, wrapper=wrapper)
+        except CannotBuildError as error:
+            return Row(family, interface, refused=str(error))
+        try:
+            layers = find_expert_layers(tiny.model)
+        except ValueError as error:
+            return Row(family, interface, refused=str(error))
+        return _compare(tiny, layers, interface)
+
+
+def _both(text: Row, wrapper: Row) -> Row:
+    """One row of a family's text model and its wrapper: the larger errors, and what is said of either."""
+    if wrapper.refused is not None:
+        return dataclasses.replace(text, notes=(*text.notes, f"not its wrapper: {wrapper.refused}"))
+    return dataclasses.replace(
+        wrapper,  # which may have more expert layers, in its towers
+        notes=tuple(dict.fromkeys((*text.notes, *wrapper.notes))),
+        errors=_larger(text.errors, wrapper.errors),
+        float32_errors=_larger(text.float32_errors, wrapper.float32_errors),
+        disturbed=tuple(dict.fromkeys((*text.disturbed, *wrapper.disturbed))),
+        wrapper="text model and wrapper, text only",
+    )
+
+
+def _larger(first: Sequence[tuple[str, float]], second: Sequence[tuple[str, float]]) -> tuple[tuple[str, float], ...]:
+    both = _Errors()
+    for name, value in (*first, *second):
+        both.keep(name, value)
+    return tuple(both.largest.items())
+
+
+def _compare(tiny: TinyFamily, layers: Sequence[ExpertLayer], interface: bool) -> Row:
+    model = tiny.model
+    weights = [down_proj_weights(model, layer) for layer in layers]
+    _check_all_found(model, weights)
+    observations = [observe(model, tiny.class_logits, batch, weights) for batch in tiny.batches]
+    dense = dense_factors(observations, weights)
+    if not any(layer.slots.any() for layer in dense):
+        raise RuntimeError("no token reaches an expert layer")
+    errors, float32_errors = _Errors(), _Errors()
+    switchable = bool(_interface_modules(model))
+    _compare_with_own(tiny, layers, ["eager", "batched_mm"] if switchable else ["eager"], errors)
+    # grouped_mm takes no float64.
+    single = dataclasses.replace(tiny, model=copy.deepcopy(model).float())
+    fastest = _fastest_own(single, layers)
+    _compare_with_own(single, layers, [fastest], float32_errors)
+    with _unusual_state(model), warnings.catch_warnings():
+        # Layers that text does not reach are in the notes.
+        warnings.filterwarnings("ignore", "no token that moves a logit", UserWarning)
+        before = _state(model)
+        factors = collect_factors(
+            model, tiny.class_logits, tiny.batches, rank=_full_rank(layers), sketch="exact", layers=layers
+        )
+        posterior = LaplacePosterior(factors, prior_precision=PRIOR_PRECISION)
+        covariances = [posterior.logit_covariance(model, tiny.class_logits, batch)[1] for batch in tiny.batches]
+        disturbed = _differences(before, _state(model))
+    _compare_factors(factors, dense, errors)
+    for covariance, observation in zip(covariances, observations, strict=True):
+        expected = dense_logit_covariance(observation.jacobians, dense, PRIOR_PRECISION)
+        errors.add("covariance", covariance, expected)
+    return Row(
+        tiny.family,
+        interface,
+        experts=tuple(layer.num_experts for layer in layers),
+        layout=_layout(model, layers),
+        notes=_notes(tiny, layers, dense, fastest),
+        errors=tuple(errors.largest.items()),
+        float32_errors=tuple(float32_errors.largest.items()),
+        disturbed=disturbed,
+        wrapper="wrapper, text only" if tiny.wrapper else "",
+    )
+
+
+class _Errors:
+    """The largest relative error of each quantity."""
+
+    def __init__(self) -> None:
+        self.largest: dict[str, float] = {}
+
+    def add(self, name: str, value: Tensor, expected: Tensor) -> None:
+        value, expected = value.double(), expected.double()
+        present = expected != -torch.inf  # absent classes
+        difference = torch.linalg.vector_norm((value - expected)[present])
+        scale = torch.linalg.vector_norm(expected[present])
+        self.keep(name, float(difference / scale if scale > 0 else difference))
+
+    def keep(self, name: str, error: float) -> None:
+        self.largest[name] = max(self.largest.get(name, 0.0), math.inf if math.isnan(error) else error)
+
+
+def _check_all_found(model: nn.Module, weights: Sequence[SecondWeights]) -> None:
+    """Every module of the experts interface has a layer; tied ones share it."""
+    known = {id(parameter) for layer in weights for parameter in layer.parameters}
+    missed = [name for name, module in _interface_modules(model) if id(module.down_proj) not in known]
+    if missed:
+        raise RuntimeError(f"find_expert_layers does not find {', '.join(missed)}")
+
+
+def _interface_modules(model: nn.Module) -> list[tuple[str, nn.Module]]:
+    """The modules whose class `use_experts_implementation` has decorated."""
+    return [(name, module) for name, module in model.named_modules() if _decorated(module)]
+
+
+def _decorated(module: nn.Module) -> bool:
+    return all(hasattr(module, attribute) for attribute in ("has_gate", "has_bias", "is_transposed"))
+
+
+def _compare_with_own(
+    tiny: TinyFamily, layers: Sequence[ExpertLayer], implementations: Sequence[str], errors: _Errors
+) -> None:
+    """Logits and weight gradients of the tapped forward against the model's own implementations."""
+    generator = torch.Generator().manual_seed(0)
+    weights = [down_proj_weights(tiny.model, layer) for layer in layers]
+    for batch in tiny.batches:
+        mix = torch.rand(len(batch["labels"]), NUM_CLASSES, generator=generator, dtype=torch.float64)
+        logits, jacobians = _tapped(tiny, layers, batch, mix)
+        for name in implementations:
+            with _implementation(tiny.model, name):
+                own_logits, own_jacobians = weighted_jacobians(tiny.model, tiny.class_logits, batch, weights, mix)
+            errors.add(f"logits ({name})", logits, own_logits)
+            for jacobian, expected in zip(jacobians, own_jacobians, strict=True):
+                errors.add(f"gradients ({name})", jacobian, expected)
+
+
+def _fastest_own(tiny: TinyFamily, layers: Sequence[ExpertLayer]) -> str:
+    """`grouped_mm` where the model's own one runs, forward and backward: it wants rows of a multiple of 16 bytes."""
+    if not _interface_modules(tiny.model):
+        return "eager"
+    weights = [down_proj_weights(tiny.model, layer) for layer in layers]
+    try:
+        with _implementation(tiny.model, "grouped_mm"):
+            weighted_jacobians(tiny.model, tiny.class_logits, tiny.batches[0], weights, torch.ones(1, NUM_CLASSES))
+    except RuntimeError:
+        return "batched_mm"
+    return "grouped_mm"
+
+
+def _tapped(tiny: TinyFamily, layers: Sequence[ExpertLayer], batch: Any, mix: Tensor) -> tuple[Tensor, list[Tensor]]:
+    """Logits of the tapped forward, and the weights' gradients `[E, d_out, d_in]` that its slots amount to."""
+    with tapped_batch(tiny.model, layers, tiny.class_logits, batch) as tapped:
+        gradients = tapped.taps.gradients(tapped.logits, mix)
+        jacobians = []
+        for position, layer in enumerate(layers):
+            slots = tapped.taps.slots(position)
+            outer = gradients[position].double().unsqueeze(2) * slots.inputs.double().unsqueeze(1)
+            jacobians.append(outer.new_zeros(layer.num_experts, *outer.shape[1:]).index_add(0, slots.experts, outer))
+        return torch.where(tapped.present, tapped.logits.detach(), -torch.inf), jacobians
+
+
+def _compare_factors(factors: KroneckerFactors, dense: Sequence[DenseFactors], errors: _Errors) -> None:
+    for layer, expected in zip(factors.layers, dense, strict=True):
+        errors.add("slots", layer.slots, expected.slots)
+        errors.add("A", _written_out(layer.a_basis, layer.a_eigenvalues), expected.a)
+        errors.add("G", _written_out(layer.g_basis, layer.g_eigenvalues), expected.g)
+
+
+def _written_out(basis: Tensor, eigenvalues: Tensor) -> Tensor:
+    return (basis * eigenvalues.unsqueeze(1)) @ basis.mT
+
+
+def _full_rank(layers: Sequence[ExpertLayer]) -> int:
+    return max(max(layer.d_in, layer.d_out) for layer in layers)
+
+
+@contextmanager
+def _implementation(model: PreTrainedModel, name: str) -> Iterator[None]:
+    if not _interface_modules(model):  # its own code is all there is
+        yield
+        return
+    before = model.get_experts_implementation()
+    model.set_experts_implementation(name)
+    try:
+        yield
+    finally:
+        model.set_experts_implementation(before)
+
+
+@contextmanager
+def _unusual_state(model: PreTrainedModel) -> Iterator[None]:
+    """Give every second module training mode, freeze every third parameter, and switch the implementation."""
+    for index, module in enumerate(model.modules()):
+        module.training = index % 2 == 0
+    for index, parameter in enumerate(model.parameters()):
+        parameter.requires_grad_(index % 3 > 0)
+    if _interface_modules(model):
+        model.set_experts_implementation("grouped_mm")
+    yield
+
+
+def _state(model: nn.Module) -> dict[str, Any]:
+    """What a look at the curvature may not change."""
+    modules = dict(model.named_modules())
+    parameters = dict(model.named_parameters())
+    configs = [getattr(module, "config", None) for module in modules.values()]
+    return {
+        "experts implementation": [getattr(config, "_experts_implementation", None) for config in configs],
+        "training modes": {name: module.training for name, module in modules.items()},
+        "requires_grad": {name: parameter.requires_grad for name, parameter in parameters.items()},
+        "gradients": {name for name, parameter in parameters.items() if parameter.grad is not None},
+        "weights": {name: (parameter.data_ptr(), parameter._version) for name, parameter in parameters.items()},
+        "attributes": {name: set(vars(module)) for name, module in modules.items()},
+        "hooks": {
+            name: len(module._forward_hooks) + len(module._forward_pre_hooks) for name, module in modules.items()
+        },
+        "random state": torch.get_rng_state().tolist(),
+    }
+
+
+def _differences(before: dict[str, Any], after: dict[str, Any]) -> tuple[str, ...]:
+    return tuple(name for name, value in before.items() if value != after[name])
+
+
+def _layout(model: nn.Module, layers: Sequence[ExpertLayer]) -> str:
+    """How the experts of a model are stored, in words; one description for each kind of layer in it."""
+    return "; ".join(dict.fromkeys(_layer_layout(model, layer) for layer in layers))
+
+
+def _layer_layout(model: nn.Module, layer: ExpertLayer) -> str:
+    words: list[str] = [layer.layout]
+    module = model.get_submodule(layer.name)
+    if _decorated(module):
+        features: dict[str, Any] = {
+            "bias": module.has_bias,
+            "no gate": not module.has_gate,
+            "interleaved": not module.is_concatenated,
+            "norm after each expert": getattr(module, "has_post_expert_norm", False),  # from transformers 5.21 on
+        }
+    else:
+        names = [name for name, _ in module.named_parameters()]
+        features = {"bias": any(name.endswith("bias") for name in names)}
+    features = {"transposed": layer.transposed, **features}
+    words += [word for word, has in features.items() if has]
+    if layer.down_proj != "down_proj":
+        words.append(f"second layer `{layer.down_proj}`")
+    return ", ".join(words)
+
+
+def _notes(
+    tiny: TinyFamily, layers: Sequence[ExpertLayer], dense: Sequence[DenseFactors], fastest: str
+) -> tuple[str, ...]:
+    model, remark = tiny.model, settings_of(tiny.family).remark
+    notes = [remark] if remark is not None else []
+    if _has_shared_experts(model):
+        notes.append("shared experts")
+    without = _layers_without_experts(model, layers)
+    if without:
+        notes.append(f"{without} layer{'s' if without > 1 else ''} without experts")
+    unreached = sum(not layer.slots.any() for layer in dense)
+    if unreached:  # towers for images or sound may have expert layers of their own
+        notes.append(f"{unreached} of the expert layers not reached by text")
+    if fastest == "batched_mm":
+        notes.append("its own `grouped_mm` does not run at these sizes")
+    if model.dtype != torch.float64:
+        notes.append(f"compared in {str(model.dtype).removeprefix('torch.')}")
+    return tuple(notes)
+
+
+def _has_shared_experts(model: nn.Module) -> bool:
+    """Whether the library can take shared experts in."""
+    try:
+        return bool(find_expert_layers(model, shared_experts=True))
+    except ValueError:
+        return False
+
+
+def _layers_without_experts(model: nn.Module, layers: Sequence[ExpertLayer]) -> int:
+    """Blocks that stand in a row with those that hold the expert layers, and hold none."""
+    modules = dict(model.named_modules())
+    rows, holders = set(), set()
+    for layer in layers:
+        path = layer.name.split(".")
+        prefixes = [".".join(path[:length]) for length in range(1, len(path))]
+        outermost = next((name for name in prefixes if isinstance(modules[name], nn.ModuleList)), None)
+        if outermost is not None:
+            rows.add(outermost)
+            holders.add(prefixes[prefixes.index(outermost) + 1])
+    return sum(len(list(modules[name].children())) for name in rows) - len(holders)

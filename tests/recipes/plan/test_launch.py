@@ -1,0 +1,72 @@
+"""Launch lines: what each device holds, and that the commands are ones the recipe takes."""
+
+from __future__ import annotations
+
+import shlex
+
+import pytest
+import torch
+from planned import WORK, built
+
+from recipes.common.readme import README, between
+from recipes.plan.architecture import describe
+from recipes.plan.launch import launches, sharded, with_buckets
+from recipes.plan.memory import training_memory
+from recipes.plan.report import PlanSettings, launch_section, make_plan
+from recipes.qwen_obqa.settings import parse_settings
+
+
+@pytest.fixture(params=[{}, {"mlp_only_layers": [0]}], ids=["moe", "dense first"])
+def model(request):
+    return built(torch.bfloat16, **request.param)
+
+
+@pytest.fixture(params=[("down_proj", torch.bfloat16), ("experts", torch.bfloat16), ("down_proj", torch.float32)])
+def training(request, model):
+    part, dtype = request.param
+    return training_memory(describe(model), WORK, part, dtype, checkpointing=False)
+
+
+@pytest.mark.parametrize("processes", [1, 2, 7])
+def test_shares_and_what_is_put_together(model, training, processes):
+    planned = describe(model)
+    found = sharded(planned, training, processes)
+    for name in ("weights", "gradients", "optimizer", "step"):
+        assert getattr(found, name) == -(-getattr(training, name) // processes)
+    # Against the parameters themselves, in the dtype of what is trained and what is not.
+    own = 4 if training.trained_dtype == "float32" else 2
+    sizes, gradients = [], []
+    for block in model.model.layers:
+        trained = {id(p) for n, p in block.named_parameters() if "experts." in n and
+                   (training.trained == "experts" or "experts.down_proj" in n)}  # fmt: skip
+        sizes.append(sum(p.numel() * (own if id(p) in trained else 2) for p in block.parameters() if p.dim() > 1))
+        gradients.append(sum(p.numel() * own for p in block.parameters() if id(p) in trained))
+    around = training.weights - sum(sizes)
+    assert found.curvature - training.curvature == around + 3 * max(sizes)
+    assert found.activations - training.activations == around + 3 * max(sizes) + 2 * max(gradients)
+
+
+def test_buckets(training):
+    assert with_buckets(training).peak == training.peak + training.gradients
+
+
+def test_every_command_is_one_that_the_recipe_takes():
+    plan = make_plan(PlanSettings("qwen1.5-moe-a2.7b"))
+    for launch in plan.launches:
+        words = shlex.split(launch.command)
+        settings = parse_settings(words[words.index("recipes.qwen_obqa") + 1 :], program="x", description="x")
+        assert settings.model == "Qwen/Qwen1.5-MoE-A2.7B"
+        assert (settings.strategy == "sharded") is launch.sharded
+        assert settings.train == launch.training.trained
+        assert launch.training.fits(80)
+
+
+def test_the_readme_has_what_the_plan_says():
+    text = README.read_text(encoding="utf-8")
+    section = launch_section(make_plan(PlanSettings("qwen1.5-moe-a2.7b", memory=(24.0, 40.0, 80.0, 141.0))))
+    assert between(text, "launch lines", section) == text
+
+
+def test_a_configuration_file_stands_for_its_folder(model, training):
+    commands = [launch.command for launch in launches(describe(model), "models/own/config.json", training, training)]
+    assert all("--model models/own" in command for command in commands)

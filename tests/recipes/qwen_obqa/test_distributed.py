@@ -1,0 +1,132 @@
+"""The recipe on several processes."""
+
+from __future__ import annotations
+
+import shutil
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from lightning.pytorch.strategies import ModelParallelStrategy
+from torch.utils.data import DataLoader, TensorDataset
+
+from recipes.qwen_obqa.distributed import agreed, first_then_others, joined, mesh_of, own_batches, trainer_options
+from recipes.qwen_obqa.settings import Settings
+from recipes.qwen_obqa.sources import RecipeError
+
+METHODS = "map,checkpoint_ensemble,temperature,laplace_evidence,laplace_lpo"
+
+
+ONE_MACHINE = ("--standalone", "--nproc-per-node", "2")
+
+
+def started(folder, launch, *arguments):
+    return subprocess.Popen(
+        [sys.executable, "-m", "torch.distributed.run", *launch,
+         "-m", "recipes.qwen_obqa", "--dry-run", "--quiet", "--accelerator", "cpu", "--methods", METHODS,
+         "--output-dir", str(folder), *arguments],
+        stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=Path(__file__).parents[3],
+    )  # fmt: skip
+
+
+def ended(run):
+    try:
+        return run.communicate(timeout=400)
+    except subprocess.TimeoutExpired:
+        run.kill()
+        raise
+
+
+def torchrun(folder, *arguments, code=0):
+    run = started(folder, ONE_MACHINE, *arguments)
+    shown, said = ended(run)
+    assert (run.returncode == 0) is (code == 0), shown[-2000:] + said[-4000:]
+    return shown, said
+
+
+def torchrun_on_two_machines(folder, *arguments):
+    """Two launchers, each with a process of its own, as if each were on another machine."""
+    with socket.socket() as found:
+        found.bind(("localhost", 0))
+        port = found.getsockname()[1]
+    meeting = ("--rdzv-backend", "c10d", "--rdzv-endpoint", f"localhost:{port}")
+    launch = ("--nnodes", "2", "--nproc-per-node", "1", *meeting)
+    runs = [started(folder, launch, *arguments) for _ in range(2)]
+    told = [ended(run) for run in runs]
+    assert [run.returncode for run in runs] == [0, 0], told
+    return "".join(shown for shown, _ in told)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("strategy", ["auto", "sharded"])
+def test_a_run_and_its_continuation_have_the_same_bits(tmp_path, strategy):
+    shown, _ = torchrun(tmp_path / "run", "--strategy", strategy)
+    # One process talks.
+    assert shown.count("Bayesian-MoE (LPO)") == shown.count("Done in") == shown.count("] evaluating") == 1
+    seed = tmp_path / "run" / "seed-0"
+    written = {path.name for path in (seed / "bayesian_moe").iterdir()}
+    assert written == {"posterior.safetensors", "methods.json", "snapshots"}
+    first = {name: (seed / "bayesian_moe" / name).read_bytes() for name in ("posterior.safetensors", "methods.json")}
+    scores = (tmp_path / "run" / "results.md").read_text()
+
+    # As if it had been killed after the training.
+    for name in first:
+        (seed / "bayesian_moe" / name).unlink()
+    (seed / "predictions.safetensors").unlink()
+    shown, _ = torchrun(tmp_path / "run", "--strategy", strategy)
+    assert "weights that an earlier run fine-tuned" in shown
+    assert {name: (seed / "bayesian_moe" / name).read_bytes() for name in first} == first
+    assert (tmp_path / "run" / "results.md").read_text() == scores
+
+    # Other numbers of processes train in another way.
+    (seed / "predictions.safetensors").unlink()
+    other = "sharded" if strategy == "auto" else "auto"
+    _, said = torchrun(tmp_path / "run", "--strategy", other, code=1)
+    assert said.count("had other settings (strategy=") == 1
+
+
+@pytest.mark.slow
+def test_parts_of_weights_and_several_machines_change_nothing(tmp_path):
+    tables = []
+    for strategy in ("auto", "sharded"):
+        torchrun(tmp_path / strategy, "--strategy", strategy)
+        tables.append((tmp_path / strategy / "results.md").read_text())
+        shutil.rmtree(tmp_path / strategy)
+    shown = torchrun_on_two_machines(tmp_path / "machines", "--strategy", "sharded")
+    assert shown.count("Done in") == 1
+    tables.append((tmp_path / "machines" / "results.md").read_text())
+    assert tables[0] == tables[1] == tables[2]
+
+
+class TestAlone:
+    def test_nothing_is_exchanged(self):
+        settings = Settings().resolved()
+        with joined(settings):
+            assert trainer_options(settings) == {"devices": 1, "num_nodes": 1, "strategy": "auto"}
+            assert mesh_of(settings) is None
+            assert (agreed(True), agreed(False)) == (True, False)
+            assert first_then_others(lambda: 3) == 3
+
+    def test_sharding(self):
+        strategy = trainer_options(Settings(strategy="sharded").resolved())["strategy"]
+        assert isinstance(strategy, ModelParallelStrategy)
+        assert (strategy._data_parallel_size, strategy._tensor_parallel_size) == (1, 1)
+
+    def test_an_error_stays_the_same(self):
+        def fails():
+            raise RecipeError("no such folder")
+
+        with pytest.raises(RecipeError, match="no such folder"):
+            first_then_others(fails)
+
+    def test_all_batches_are_one_s_own(self):
+        loader = DataLoader(
+            TensorDataset(torch.arange(5)),
+            batch_size=2,
+            collate_fn=lambda rows: {"x": torch.stack([r[0] for r in rows])},
+        )
+        batches = list(own_batches(loader, torch.device("cpu"), training=True, lockstep=False))
+        assert [batch["x"].tolist() for batch in batches] == [[0, 1], [2, 3], [4]]

@@ -1,0 +1,227 @@
+"""The recipe through its command, on a model with random weights."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import json
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+import bmoe_lightning
+from bmoe_lightning import LaplacePosterior
+from recipes.qwen_obqa import experiment
+from recipes.qwen_obqa.__main__ import main
+
+METHODS = "map,checkpoint_ensemble,temperature,laplace_evidence,laplace_lpo"
+
+
+def run(folder, *arguments):
+    torch.manual_seed(0)
+    return main(["--dry-run", "--quiet", "--accelerator", "cpu", "--output-dir", str(folder), *arguments])
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    """One run with all methods."""
+    folder = tmp_path_factory.mktemp("recipe") / "run"
+    shown = io.StringIO()
+    with contextlib.redirect_stdout(shown):
+        assert run(folder) == 0
+    (folder / "shown.txt").write_text(shown.getvalue())
+    return folder
+
+
+def killed_at(folder, batch, *arguments):
+    """Have the process killed by a batch of the curvature pass, or by none; how many batches it has added."""
+    script = (
+        "import os, signal, sys, torch\n"
+        "from bmoe_lightning.curvature import kfac\n"
+        "from test_experiment import run\n"
+        "torch.set_num_threads(1)\n"
+        "added, add = [], kfac._add_batch\n"
+        "def deadly(*args, **options):\n"
+        "    if str(len(added)) == sys.argv[2]:\n"
+        "        os.kill(os.getpid(), signal.SIGKILL)\n"
+        "    add(*args, **options)\n"
+        "    added.append(0)\n"
+        "    print('added', len(added), file=sys.stderr, flush=True)\n"
+        "kfac._add_batch = deadly\n"
+        "assert run(sys.argv[1], *sys.argv[3:]) == 0\n"
+    )
+    paths = [str(Path(bmoe_lightning.__file__).parents[1]), str(Path(__file__).parent)]
+    done = subprocess.run(
+        [sys.executable, "-c", script, str(folder), str(batch), *arguments],
+        env={**os.environ, "PYTHONPATH": os.pathsep.join(paths)},
+        capture_output=True,
+        text=True,
+        timeout=300,
+        check=False,
+    )
+    assert done.returncode == (0 if batch is None else -signal.SIGKILL), done.stderr[-3000:]
+    return sum(line.startswith("added ") for line in done.stderr.splitlines())
+
+
+class TestOutput:
+    def test_every_file_is_there_and_says_the_same(self, finished):
+        content = json.loads((finished / "results.json").read_text())
+        rows = {row["method"]: row for row in content["rows"]}
+        assert len(rows) == 10
+        lines = [json.loads(line) for line in (finished / "predictions.jsonl").read_text().splitlines()]
+        assert len(lines) == 10 * 128
+        plain = [line for line in lines if line["method"] == "map"]
+        right = sum(max(range(4), key=lambda k: line["log_probs"][k]) == line["label"] for line in plain)
+        assert rows["map"]["acc"]["mean"] == pytest.approx(right / 128)
+        for name in ("results.csv", "results.md", "label_budget.json", "run.json"):
+            assert (finished / name).stat().st_size > 0
+
+    def test_every_member_of_the_deep_ensemble_is_announced(self, finished):
+        shown = (finished / "shown.txt").read_text()
+        assert all(f"member {number} of 3 of the deep ensemble" in shown for number in (1, 2, 3))
+
+    def test_the_posterior_can_be_served(self, finished):
+        posterior = LaplacePosterior.load(finished / "seed-0" / "bayesian_moe" / "posterior.safetensors")
+        assert len(posterior.factors.layers) == 3
+
+    def test_tensorboard_has_a_run_for_each_method(self, finished):
+        runs = {path.name for path in (finished / "tensorboard").iterdir() if path.is_dir()}
+        assert runs >= {"map", "mc_dropout", "deep_ensemble", "laplace_lpo", "evidence_temperature"}
+
+    def test_figures(self, finished):
+        pytest.importorskip("matplotlib")
+        assert (finished / "figures" / "label_budget.png").is_file()
+
+
+class TestResume:
+    def test_a_finished_run_is_only_reported_again(self, finished, monkeypatch, capsys):
+        def never(*_):
+            raise AssertionError("a finished stage was done again")
+
+        monkeypatch.setattr(experiment.SeedRun, "_evaluate", never)
+        before = (finished / "results.csv").read_text()
+        for flags in (["--resume"], []):
+            assert run(finished, *flags) == 0
+            assert (finished / "results.csv").read_text() == before
+            shown = capsys.readouterr().out
+            assert shown.startswith(f"Going on with the run in {finished}: ")
+            assert "Bayesian-MoE" in shown
+
+    @pytest.mark.parametrize("flags", [["--resume"], []])
+    def test_other_settings_are_refused(self, finished, capsys, flags):
+        before = {path: path.stat().st_mtime_ns for path in finished.rglob("*")}
+        assert run(finished, "--rank", "3", *flags) == 1
+        message = capsys.readouterr().err
+        assert "(rank=32)" in message
+        assert "--overwrite" in message
+        assert "--output-dir" in message
+        assert {path: path.stat().st_mtime_ns for path in finished.rglob("*")} == before
+
+    def test_only_the_stage_that_was_cut_off_is_done_again(self, tmp_path, monkeypatch, capsys):
+        folder = tmp_path / "run"
+        whole = tmp_path / "whole"
+        assert run(whole, "--methods", METHODS) == 0
+
+        with monkeypatch.context() as patch:
+
+            def killed(*_, **__):
+                raise RuntimeError("killed")
+
+            patch.setattr("bmoe_lightning.callback.fit", killed)
+            with pytest.raises(RuntimeError, match="killed"):
+                run(folder, "--methods", METHODS)
+        trained = folder / "seed-0" / "trained.safetensors"
+        written = trained.stat().st_mtime_ns
+
+        with monkeypatch.context() as patch:
+            patch.setattr(experiment, "_write_predictions", killed)
+            with pytest.raises(RuntimeError, match="killed"):
+                run(folder, "--methods", METHODS, "--resume")
+        posterior = folder / "seed-0" / "bayesian_moe" / "posterior.safetensors"
+        fitted = posterior.stat().st_mtime_ns
+        capsys.readouterr()
+
+        assert run(folder, "--methods", METHODS, "--resume") == 0
+        assert "fine-tuning" not in capsys.readouterr().out
+        assert (trained.stat().st_mtime_ns, posterior.stat().st_mtime_ns) == (written, fitted)
+        resumed, straight = (json.loads((f / "results.json").read_text())["rows"] for f in (folder, whole))
+        for one, other in zip(resumed, straight, strict=True):
+            assert one["nll"]["mean"] == pytest.approx(other["nll"]["mean"], rel=1e-4)
+
+    @pytest.mark.slow
+    @pytest.mark.parametrize("precision", ["32-true", "bf16-true", "bf16-mixed"])
+    def test_a_curvature_pass_that_was_killed_goes_on(self, tmp_path, precision):
+        """Once while training's own process collects, once more in the process that goes on."""
+        flags = ["--methods", METHODS, "--precision", precision, "--batch-size", "8"]
+        whole, folder = tmp_path / "whole", tmp_path / "run"
+        batches = killed_at(whole, None, *flags)
+        checkpointed = [*flags, "--curvature-checkpoint-every", "4"]
+        added = [killed_at(folder, batch, *checkpointed) for batch in (11, 7)]
+        assert added == [11, 7]
+        assert killed_at(folder, None, *flags) == batches - 8 - 4
+        found, expected = (f / "seed-0" / "bayesian_moe" for f in (folder, whole))
+        assert not (found / "curvature.safetensors").exists()
+        assert (found / "posterior.safetensors").read_bytes() == (expected / "posterior.safetensors").read_bytes()
+        assert json.loads((found / "methods.json").read_text()) == json.loads((expected / "methods.json").read_text())
+        one, other = (json.loads((f / "results.json").read_text())["rows"] for f in (folder, whole))
+        assert one == other
+
+    def test_a_folder_with_other_things_is_left_alone(self, tmp_path, capsys):
+        (tmp_path / "thesis.tex").write_text("mine")
+        assert run(tmp_path) == 1
+        assert "not empty" in capsys.readouterr().err
+        assert [path.name for path in tmp_path.iterdir()] == ["thesis.tex"]
+
+
+class TestRefusals:
+    def test_unreachable_hub_is_one_sentence(self, tmp_path, capsys):
+        assert run(tmp_path / "run", "--model", "Qwen/Qwen1.5-MoE-A2.7B", "--data", "allenai/openbookqa") == 1
+        message = capsys.readouterr().err
+        assert message.startswith("error: the model 'Qwen/Qwen1.5-MoE-A2.7B' could not be had")
+        assert len(message.splitlines()) == 1
+
+    def test_unreachable_data_are_one_sentence(self, tmp_path, capsys):
+        assert run(tmp_path / "run", "--data", "allenai/openbookqa") == 1
+        message = capsys.readouterr().err
+        assert message.startswith("error: 'allenai/openbookqa' could not be had")
+        assert len(message.splitlines()) == 1
+
+    def test_malformed_row(self, tmp_path, capsys):
+        data = tmp_path / "data"
+        data.mkdir()
+        row = {"id": "1", "question_stem": "q", "choices": {"text": ["a", "b"], "label": ["A", "B"]}, "answerKey": "Z"}
+        for split in ("train", "test"):
+            (data / f"{split}.jsonl").write_text(json.dumps(row) + "\n")
+        assert run(tmp_path / "run", "--data", str(data)) == 1
+        message = capsys.readouterr().err
+        assert "train.jsonl" in message
+        assert "Z" in message
+
+    def test_too_few_questions_for_the_evidence_temperature(self, tmp_path, capsys):
+        assert run(tmp_path / "run", "--limit", "50") == 1
+        assert "at least 100" in capsys.readouterr().err
+
+
+def test_real_questions_with_a_small_model(tmp_path):
+    data = tmp_path / "data"
+    data.mkdir()
+    for split, size in (("train", 80), ("test", 20)):
+        rows = [
+            {
+                "id": f"{split}-{i}",
+                "question_stem": f"which number follows {i} in {split}",
+                "choices": {"text": [str(i + k) for k in range(1, 4 + i % 2)], "label": list("ABCD")[: 3 + i % 2]},
+                "answerKey": "A",
+            }
+            for i in range(size)
+        ]
+        (data / f"{split}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    folder = tmp_path / "run"
+    assert run(folder, "--data", str(data), "--methods", "map,temperature,laplace_lpo") == 0
+    lines = [json.loads(line) for line in (folder / "predictions.jsonl").read_text().splitlines()]
+    assert sum(line["log_probs"][3] is None for line in lines) == 3 * 10  # three choices have no fourth

@@ -1,0 +1,104 @@
+"""Exit codes of the command, and where its messages go."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from recipes.qwen_obqa import __main__ as qwen_obqa
+from recipes.qwen_obqa import experiment
+from recipes.qwen_obqa.__main__ import main
+from recipes.qwen_obqa.settings import ResolvedSettings
+
+ROOT = Path(__file__).parents[3]
+
+
+@pytest.fixture
+def ran(monkeypatch):
+    """The settings that the run was started with, in place of the run."""
+    seen = []
+    monkeypatch.setattr(experiment, "run", seen.append)
+    return seen
+
+
+def test_success_is_0_and_settings_arrive_resolved(ran, capsys):
+    assert main(["--seeds", "2", "--model", "some/model"]) == 0
+    (settings,) = ran
+    assert isinstance(settings, ResolvedSettings)
+    assert (settings.seeds, settings.data, settings.learning_rate) == (2, "allenai/openbookqa", 5e-5)
+    assert "".join(capsys.readouterr()) == ""
+
+
+def test_without_arguments_the_command_line_is_read(ran, monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["qwen_obqa.py", "--rank", "3"])
+    assert main() == 0
+    assert ran[0].rank == 3
+    assert main([]) == 0
+    assert ran[1].rank != 3
+
+
+def test_a_run_that_cannot_go_on_is_1_with_a_sentence(monkeypatch, capsys):
+    def cannot(settings):
+        raise experiment.RecipeError("the hub is away; give a local folder")
+
+    monkeypatch.setattr(experiment, "run", cannot)
+    assert main([]) == 1
+    shown = capsys.readouterr()
+    assert shown.err == "error: the hub is away; give a local folder\n"
+    assert shown.out == ""
+
+
+@pytest.mark.parametrize("error", [KeyError("a defect"), KeyboardInterrupt()])
+def test_what_is_no_expected_failure_keeps_its_traceback(monkeypatch, error):
+    def broken(settings):
+        raise error
+
+    monkeypatch.setattr(experiment, "run", broken)
+    with pytest.raises(type(error)):
+        main([])
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--methods", "temprature"], "did you mean 'temperature'"),
+        (["--epochs", "0"], "--epochs must be at least 1"),
+        (["--config", "nowhere.yaml"], "no config file nowhere.yaml"),
+        (["--sketch", "svd"], "--sketch must be one of"),
+    ],
+)
+def test_wrong_settings_are_2_and_nothing_runs(ran, capsys, arguments, message):
+    assert main(arguments) == 2
+    shown = capsys.readouterr()
+    assert shown.err.startswith("error: ")
+    assert message in shown.err
+    assert len(shown.err.splitlines()) == 1
+    assert shown.out == ""
+    assert ran == []
+
+
+@pytest.mark.parametrize("arguments", [["--rank", "four"], ["--method", "map"], ["extra"]])
+def test_wrong_usage_is_2(ran, capsys, arguments):
+    with pytest.raises(SystemExit) as stop:
+        main(arguments)
+    assert stop.value.code == 2
+    assert "usage: python -m recipes.qwen_obqa" in capsys.readouterr().err
+    assert ran == []
+
+
+def test_help_shows_the_three_ways_to_run_it(capsys):
+    with pytest.raises(SystemExit) as stop:
+        main(["--help"])
+    assert stop.value.code == 0
+    shown = capsys.readouterr().out
+    assert qwen_obqa.DESCRIPTION.strip() in shown
+
+
+def test_the_process_exits_with_main_s_code():
+    command = [sys.executable, "-m", "recipes.qwen_obqa", "--methods", "magic"]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, check=False)
+    assert done.returncode == 2
+    assert done.stderr.startswith("error: unknown method 'magic'")

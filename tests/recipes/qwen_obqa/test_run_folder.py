@@ -1,0 +1,188 @@
+"""Whether a run can begin, and what becomes of an earlier one."""
+
+from __future__ import annotations
+
+import json
+import warnings
+from pathlib import Path
+
+import pytest
+
+from bmoe_lightning.data import Question
+from recipes.qwen_obqa import experiment
+from recipes.qwen_obqa.run_folder import begin, check_start, plain_notes
+from recipes.qwen_obqa.settings import Settings
+from recipes.qwen_obqa.sources import RecipeError, Source
+
+OWN = ("results.json", "results.csv", "results.md", "predictions.jsonl", "label_budget.json")
+
+
+def settings(folder, **options):
+    return Settings(**{"output_dir": str(folder), "methods": "map", "accelerator": "cpu", **options}).resolved()
+
+
+def source(chosen, answer=0):
+    question = Question("q", "which one", ("this", "that"), answer)
+    return Source(chosen, "m", "m", [question], [question], [question], "")
+
+
+def start(folder, answer=0, **options):
+    chosen = settings(folder, **options)
+    goes_on = check_start(chosen, folder)
+    begin(chosen, folder, source(chosen, answer), goes_on=goes_on)
+    return goes_on
+
+
+def content(folder):
+    return {str(path.relative_to(folder)): path.is_file() and path.read_bytes() for path in folder.rglob("*")}
+
+
+@pytest.fixture
+def earlier(tmp_path):
+    """A folder with the files of a run, the small model and something of the person's own."""
+    folder = tmp_path / "deep" / "run"
+    assert start(folder) is False
+    for name in ("seed-0", "seed-12", "tensorboard", "training_curves", "figures", "model"):
+        (folder / name).mkdir()
+        (folder / name / "file").write_text("x")
+    for name in (*OWN, "notes.txt"):
+        (folder / name).write_text("x")
+    return folder
+
+
+class TestEarlierRun:
+    def test_the_same_settings_go_on(self, earlier):
+        before = content(earlier)
+        assert start(earlier) is True
+        assert start(earlier, resume=True, quiet=True) is True
+        assert content(earlier) == before
+
+    def test_more_seeds_go_on(self, earlier):
+        assert start(earlier, seeds=3, first_seed=1) is True
+
+    def test_how_often_sums_are_written_may_change(self, earlier):
+        assert start(earlier, curvature_checkpoint_every=7) is True
+
+    def test_other_settings_are_refused_with_both_ways_out(self, earlier):
+        before = content(earlier)
+        for resume in (False, True):
+            with pytest.raises(RecipeError, match=r"\(rank=32\).*--overwrite.*--output-dir"):
+                start(earlier, rank=3, resume=resume)
+        assert content(earlier) == before
+
+    def test_other_questions_are_refused(self, earlier):
+        before = content(earlier)
+        with pytest.raises(RecipeError, match=r"questions are not those.*--overwrite"):
+            start(earlier, answer=1)
+        assert content(earlier) == before
+
+    def test_overwriting_removes_the_run_s_own_files_alone(self, earlier):
+        assert start(earlier, rank=3, overwrite=True) is False
+        assert sorted(path.name for path in earlier.iterdir()) == ["model", "notes.txt", "run.json"]
+        assert (earlier / "model" / "file").is_file()
+        assert json.loads((earlier / "run.json").read_text())["rank"] == 3
+        assert start(earlier, rank=3) is True
+
+    @pytest.mark.parametrize("text", ["{", "[]", ""])
+    def test_a_damaged_description(self, earlier, text):
+        (earlier / "run.json").write_text(text)
+        with pytest.raises(RecipeError, match=r"run\.json.* is damaged; --overwrite"):
+            start(earlier)
+        assert start(earlier, overwrite=True) is False
+        assert not (earlier / "seed-0").exists()
+
+    def test_overwriting_waits_until_the_new_run_can_start(self, earlier):
+        before = content(earlier)
+        for wrong in ({"data": "/no/such/folder"}, {"model": "/no/such/folder"}, {"precision": "float7"}):
+            with pytest.raises(RecipeError):
+                experiment.run(settings(earlier, overwrite=True, quiet=True, **wrong))
+            assert content(earlier) == before
+
+    def test_a_run_that_could_not_start_is_in_nobody_s_way(self, tmp_path):
+        with pytest.raises(RecipeError, match="not there"):
+            experiment.run(settings(tmp_path, quiet=True, data="/no/such/folder"))
+        (tmp_path / "model").mkdir()  # pre-training may have been cut off later
+        assert start(tmp_path) is False
+
+    @pytest.mark.parametrize("overwrite", [False, True])
+    def test_a_folder_with_other_things(self, tmp_path, overwrite):
+        (tmp_path / "seed-0").mkdir()
+        with pytest.raises(RecipeError, match="holds no earlier run"):
+            start(tmp_path, overwrite=overwrite)
+        assert [path.name for path in tmp_path.iterdir()] == ["seed-0"]
+
+
+class TestChecks:
+    def test_a_file_is_no_output_folder(self, tmp_path):
+        (tmp_path / "file").write_text("mine")
+        with pytest.raises(RecipeError, match=r"--output-dir .*file cannot be written .it is a file."):
+            start(tmp_path / "file")
+        with pytest.raises(RecipeError, match=r"--output-dir .*below cannot be written"):
+            start(tmp_path / "file" / "below")
+        assert (tmp_path / "file").read_text() == "mine"
+
+    def test_a_folder_that_cannot_be_written(self, tmp_path, monkeypatch):
+        def denied(**_):
+            raise PermissionError(13, "Permission denied")
+
+        monkeypatch.setattr("tempfile.TemporaryFile", denied)
+        with pytest.raises(RecipeError, match=r"cannot be written .Permission denied."):
+            start(tmp_path)
+
+    @pytest.mark.parametrize(
+        ("wrong", "message"),
+        [({"accelerator": "quantum"}, "--accelerator quantum"), ({"precision": "float7"}, "--precision float7")],
+    )
+    def test_what_lightning_does_not_know(self, tmp_path, wrong, message):
+        with pytest.raises(RecipeError, match=f"{message}.* does not work here: ") as caught:
+            start(tmp_path, **wrong)
+        assert len(str(caught.value).splitlines()) == 1
+        assert list(tmp_path.iterdir()) == []
+
+    def test_a_gpu_that_is_not_there(self, tmp_path, monkeypatch):
+        for kind in ("cuda.CUDAAccelerator", "mps.MPSAccelerator"):
+            monkeypatch.setattr(f"lightning.pytorch.accelerators.{kind}.is_available", staticmethod(lambda: False))
+        with pytest.raises(RecipeError, match=r"--accelerator gpu .*does not work here"):
+            start(tmp_path, accelerator="gpu")
+
+    def test_what_the_library_refuses(self, tmp_path, monkeypatch):
+        def refuses(**_):
+            raise ValueError("not with these methods")
+
+        monkeypatch.setattr("recipes.qwen_obqa.run_folder.FitSettings", refuses)
+        with pytest.raises(RecipeError, match="not with these methods"):
+            start(tmp_path)
+
+
+class TestNotes:
+    def test_one_line_without_the_place_and_as_before_afterwards(self, capsys):
+        def fails():
+            with plain_notes():
+                warnings.simplefilter("always")
+                warnings.warn("few questions:\n  12 of them", UserWarning, stacklevel=1)
+                raise KeyError
+
+        before = warnings.showwarning
+        with pytest.raises(KeyError):
+            fails()
+        assert capsys.readouterr().err == "note: few questions: 12 of them\n"
+        assert warnings.showwarning is before
+
+    def test_a_run_shows_its_warnings_so(self, tmp_path, monkeypatch, capsys):
+        def warns(_):
+            warnings.warn("odd questions", UserWarning, stacklevel=1)
+            raise RecipeError("stop")
+
+        monkeypatch.setattr(experiment, "prepare_source", warns)
+        with pytest.raises(RecipeError, match="stop"):
+            experiment.run(settings(tmp_path))
+        err = capsys.readouterr().err
+        assert "note: odd questions\n" in err
+        assert Path(__file__).name not in err
+
+
+def test_a_sketch_that_does_not_add_up_is_refused_on_several_processes(tmp_path, monkeypatch):
+    monkeypatch.setattr("recipes.qwen_obqa.run_folder.num_processes", lambda: 2)
+    with pytest.raises(RecipeError, match="rsvd"):
+        start(tmp_path, sketch="rsvd", methods="laplace_lpo")
+    assert start(tmp_path, sketch="rsvd", methods="map") is False

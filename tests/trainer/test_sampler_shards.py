@@ -1,0 +1,198 @@
+"""What a process's share of a loader is, without processes: samplers can be told that there are some."""
+
+from __future__ import annotations
+
+import types
+
+import pytest
+import torch
+from lightning.fabric.utilities.distributed import DistributedSamplerWrapper
+from lightning.pytorch.overrides.distributed import UnrepeatedDistributedSampler
+from torch.utils.data import BatchSampler, DataLoader, DistributedSampler, IterableDataset, SubsetRandomSampler
+
+from bmoe_lightning.trainer.checks import check_loaders
+from bmoe_lightning.trainer.data_passes import DataPass, unchanged_random_state
+from bmoe_lightning.trainer.sampler_shards import check_order, find_sampler_shard
+
+
+def fake_trainer(rank, world_size):
+    return types.SimpleNamespace(world_size=world_size, global_rank=rank, strategy=None)
+
+
+def loader_of(rank, world_size, size=47, *, kind=DistributedSampler, batch_size=8, drop_last=False, **options):
+    data = list(range(size))
+    sampler = kind(data, num_replicas=world_size, rank=rank, **options)
+    return DataLoader(data, batch_size=batch_size, sampler=sampler, drop_last=drop_last)
+
+
+def seen(loader, num_batches=None):
+    batches = list(loader)[:num_batches]
+    return torch.cat(batches).tolist() if batches else []
+
+
+def shares(world_size, num_batches=float("inf"), **options):
+    loaders = [loader_of(rank, world_size, **options) for rank in range(world_size)]
+    found = [find_sampler_shard(fake_trainer(r, world_size), x, num_batches) for r, x in enumerate(loaders)]
+    return list(zip(loaders, found, strict=True))
+
+
+@pytest.mark.parametrize("world_size", [2, 3, 5])
+@pytest.mark.parametrize("shuffle", [False, True])
+@pytest.mark.parametrize("size", [0, 1, 4, 30, 47])
+class TestWithoutRepeats:
+    def test_every_example_is_seen_once(self, world_size, shuffle, size):
+        everything = []
+        for loader, share in shares(world_size, size=size, shuffle=shuffle):
+            with share.without_repeats():
+                own = seen(loader)
+            assert len(own) == share.size
+            everything += own
+            assert share.total == size
+        assert sorted(everything) == list(range(size))
+
+    def test_the_loader_repeats_examples_otherwise(self, world_size, shuffle, size):
+        everything = []
+        for loader, share in shares(world_size, size=size, shuffle=shuffle):
+            with share.without_repeats():
+                pass
+            everything += seen(loader)
+            assert len(seen(loader)) == share.padded_size
+        assert len(everything) == -(-size // world_size) * world_size
+
+    def test_what_a_loop_saw_first_is_what_a_share_keeps(self, world_size, shuffle, size):
+        for loader, share in shares(world_size, size=size, shuffle=shuffle):
+            looped = seen(loader)
+            with share.without_repeats():
+                assert seen(loader) == looped[: share.size]
+
+
+class TestLimits:
+    @pytest.mark.parametrize("drop_last", [False, True])
+    @pytest.mark.parametrize("num_batches", [0, 1, 2, 3, 10])
+    def test_caps_are_of_each_process(self, num_batches, drop_last):
+        # 47 on 2 processes are 24 and 23: exactly three batches, but for the example that is not repeated.
+        everything = []
+        for loader, share in shares(2, num_batches, drop_last=drop_last):
+            with share.without_repeats():
+                own = seen(loader, share.num_batches)
+            assert len(own) == share.size
+            assert len(own) == min(8 * num_batches, share.size)
+            everything += own
+            assert loader.drop_last == loader.batch_sampler.drop_last == drop_last
+        assert len(everything) == len(set(everything)) == share.total == min(16 * num_batches, 47)
+
+    def test_the_loader_is_put_back_after_an_error(self):
+        ((loader, share), _) = shares(2)
+        with pytest.raises(KeyError), share.without_repeats():
+            raise KeyError
+        assert loader.batch_sampler.sampler is share.sampler
+
+    def test_samplers_that_drop_or_never_repeat(self):
+        for _, share in shares(2, kind=UnrepeatedDistributedSampler, shuffle=False):
+            assert share.size == share.padded_size
+        assert [share.size for _, share in shares(2, drop_last=False)] == [24, 23]
+        dropping = [DistributedSampler(range(47), 2, rank, drop_last=True) for rank in (0, 1)]
+        found = [
+            find_sampler_shard(fake_trainer(r, 2), DataLoader(range(47), 4, sampler=s), 99)
+            for r, s in enumerate(dropping)
+        ]
+        assert [share.size for share in found] == [23, 23]
+
+    def test_the_user_s_own_order_is_kept(self):
+        order = [5, 3, 4, 0, 1]
+        everything = []
+        for rank in range(2):
+            sampler = DistributedSamplerWrapper(order, num_replicas=2, rank=rank, shuffle=False)
+            loader = DataLoader(range(10), batch_size=2, sampler=sampler)
+            share = find_sampler_shard(fake_trainer(rank, 2), loader, 9)
+            check_order(share)
+            with share.without_repeats():
+                everything.append(seen(loader))
+        assert everything == [[5, 4, 1], [3, 0]]
+
+
+class TestGather:
+    def test_with_one_process_it_only_cuts(self):
+        (_, (_, share)) = shares(2)
+        assert share.gather(torch.arange(24)).tolist() == list(range(23))
+
+    def test_examples_that_are_no_entries_are_refused(self):
+        (_, (_, share)) = shares(2)
+        with pytest.raises(ValueError, match="46 examples for 24 entries"):
+            share.gather(torch.arange(46))
+
+
+class Stream(IterableDataset):
+    def __iter__(self):
+        return iter(range(5))
+
+
+class Own(DistributedSampler):
+    """Might repeat anything anywhere."""
+
+
+class OwnBatches(BatchSampler):
+    """Might group anything."""
+
+
+class TestRefusals:
+    @pytest.mark.parametrize(
+        "loader",
+        [
+            [torch.zeros(2)],
+            DataLoader(Stream()),
+            DataLoader(range(5)),
+            DataLoader(range(5), batch_size=None),
+            DataLoader(range(5), sampler=Own(range(5), 2, 0)),
+            DataLoader(range(5), batch_sampler=OwnBatches(DistributedSampler(range(5), 2, 0), 2, False)),
+            DataLoader(range(5), sampler=DistributedSampler(range(5), 2, 1)),
+            DataLoader(range(5), sampler=DistributedSampler(range(5), 4, 0)),
+        ],
+        ids=["list", "stream", "not-distributed", "no-batches", "own", "own-batches", "other-rank", "other-size"],
+    )
+    def test_loaders_of_which_nothing_is_known(self, loader):
+        trainer = fake_trainer(0, 2)
+        with pytest.raises(ValueError, match="use_distributed_sampler"):
+            check_loaders(trainer, [loader])
+        with pytest.raises(ValueError, match="counted once"):
+            DataPass(trainer, loader, 2, "x")
+        DataPass(trainer, loader, 2, "x", repeats=True)
+        check_loaders(fake_trainer(0, 1), [loader])
+
+    def test_random_samplers_in_an_evaluation(self):
+        sampler = DistributedSamplerWrapper(SubsetRandomSampler(range(5)), num_replicas=2, rank=0, shuffle=False)
+        with pytest.raises(ValueError, match="SubsetRandomSampler draws another order"):
+            check_loaders(fake_trainer(0, 2), [DataLoader(range(5), sampler=sampler)])
+
+
+def test_a_wrapped_sampler_s_generator_is_left_as_it_was():
+    generator = torch.Generator().manual_seed(1)
+    sampler = SubsetRandomSampler(range(5), generator=generator)
+    wrapped = DistributedSamplerWrapper(sampler, num_replicas=2, rank=0, shuffle=False)
+    loader = DataLoader(range(5), sampler=wrapped)
+    before = generator.get_state()
+    with unchanged_random_state(loader):
+        list(loader)
+        assert not torch.equal(generator.get_state(), before)
+    assert torch.equal(generator.get_state(), before)
+
+
+@pytest.mark.parametrize("drop_last", [False, True])
+@pytest.mark.parametrize(("size", "batch_size"), [(47, 8), (9, 4), (2, 1), (41, 8)])
+@pytest.mark.parametrize("world_size", [2, 3])
+def test_batches_in_step_count_every_example_once(world_size, size, batch_size, drop_last):
+    """All processes have as many batches of the same sizes, and the counted examples are those of a share."""
+    seen, sizes = [], []
+    for rank in range(world_size):
+        loader = loader_of(rank, world_size, size, batch_size=batch_size, shuffle=False, drop_last=drop_last)
+        share = find_sampler_shard(fake_trainer(rank, world_size), loader, len(loader))
+        batches = [share.counted(position, batch) for position, batch in enumerate(loader)]
+        assert [batch.size for batch in batches] == [len(batch.batch) for batch in batches]
+        sizes.append([batch.size for batch in batches])
+        own = [index for batch in batches for index in batch.batch[: batch.num_counted].tolist()]
+        assert len(own) == share.size
+        seen += own
+    assert all(found == sizes[0] for found in sizes)
+    assert len(seen) == len(set(seen)) == share.total
+    if not drop_last:
+        assert sorted(seen) == list(range(size))

@@ -1,0 +1,51 @@
+"""Files that are replaced whole."""
+
+from __future__ import annotations
+
+import stat
+from pathlib import Path
+
+import pytest
+
+from bmoe_lightning.utils.atomic_io import remove_leftovers, replaced_file, write_bytes, write_text
+
+
+def test_a_failed_write_keeps_the_old_file(tmp_path, monkeypatch):
+    path = tmp_path / "a.json"
+    write_bytes(path, b"old")
+    assert stat.S_IMODE(path.stat().st_mode) & 0o400
+
+    def broken(self, target):
+        raise OSError("disk full")
+
+    monkeypatch.setattr(Path, "replace", broken)
+    with pytest.raises(OSError, match="disk full"):
+        write_bytes(path, b"new")
+    assert path.read_bytes() == b"old"
+    assert [p.name for p in tmp_path.iterdir()] == ["a.json"]
+
+
+def test_an_error_while_writing_keeps_the_old_file(tmp_path):
+    path = tmp_path / "a.txt"
+    write_text(path, "é")
+
+    def stop_half_way():
+        with replaced_file(path) as temporary:
+            temporary.write_text("half")
+            raise RuntimeError("half way")
+
+    with pytest.raises(RuntimeError, match="half way"):
+        stop_half_way()
+    assert path.read_bytes() == "é".encode()
+    assert [p.name for p in tmp_path.iterdir()] == ["a.txt"]
+
+
+def test_leftovers_of_a_killed_process_are_removed(tmp_path):
+    path = tmp_path / "a[1].bin"
+    with replaced_file(path) as temporary:
+        left = temporary.name
+    for name in (left, "a[1].bin", ".a1.bin.ff.tmp", ".a[1].bin.json", ".b.bin.ff.tmp"):
+        (tmp_path / name).write_text("")
+    remove_leftovers(path)
+    assert {p.name for p in tmp_path.iterdir()} == {"a[1].bin", ".a1.bin.ff.tmp", ".a[1].bin.json", ".b.bin.ff.tmp"}
+    remove_leftovers(tmp_path / "missing" / "a.bin")

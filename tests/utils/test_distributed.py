@@ -1,0 +1,207 @@
+"""Sums and gathers between real processes, over gloo."""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import time
+import traceback
+from pathlib import Path
+
+import pytest
+import torch
+import torch.distributed as dist
+
+from bmoe_lightning.methods.options import FittedState
+from bmoe_lightning.methods.workbench import _check_same, _of_first
+from bmoe_lightning.utils import distributed as processes
+from bmoe_lightning.utils.distributed import (
+    barrier,
+    broadcast_,
+    forked_random_state,
+    gather_examples,
+    gather_number,
+    is_rank_zero,
+    num_processes,
+    process_rank,
+    sequential_per_node,
+    shard_size,
+    sum_over_processes,
+)
+
+
+def run(function, world_size, folder):
+    """Call `function(rank, world_size)` in as many processes; whatever goes wrong there fails the test."""
+    context = multiprocessing.get_context("fork")  # they run no backward pass, which would forbid it
+    children = [context.Process(target=enter, args=(function, rank, world_size, folder)) for rank in range(world_size)]
+    for child in children:
+        child.start()
+    for child in children:
+        child.join(timeout=60)
+    hanging = [child for child in children if child.is_alive()]
+    for child in hanging:
+        child.kill()
+    said = "\n".join(path.read_text() for path in sorted(folder.glob("error-*")))
+    assert not said, said
+    assert not hanging
+    assert [child.exitcode for child in children] == [0] * world_size
+
+
+def enter(function, rank, world_size, folder):
+    try:
+        torch.set_num_threads(1)
+        store = dist.FileStore(str(folder / "store"), world_size)
+        dist.init_process_group("gloo", store=store, rank=rank, world_size=world_size)
+        dist.barrier()  # nobody leaves while others still connect
+        function(rank, world_size)
+        dist.destroy_process_group()
+    except BaseException:  # noqa: BLE001  (told to the parent)
+        (folder / f"error-{rank}").write_text(traceback.format_exc())
+
+
+def adding(rank, world_size):
+    assert (num_processes(), process_rank(), is_rank_zero()) == (world_size, rank, rank == 0)
+    total = sum(range(1, world_size + 1))
+    processes._BUCKET = 8  # so that some tensors travel together, and one alone
+    large = torch.full((3, 4), rank + 1.0)
+    strided = torch.full((4, 2), rank + 1.0, dtype=torch.float64).T
+    scalar, count, empty = torch.tensor(rank + 1.0), torch.tensor([rank + 1]), torch.empty(0)
+    sum_over_processes([scalar, large, strided, count, empty, torch.zeros(5)])
+    assert scalar == total
+    assert count.dtype == torch.int64
+    assert count.tolist() == [total]
+    assert torch.equal(large, torch.full((3, 4), float(total)))
+    assert torch.equal(strided, torch.full((2, 4), float(total), dtype=torch.float64))
+
+
+def copying(rank, world_size):
+    tensors = [torch.full((2, 3), rank + 0.1, dtype=torch.float64), torch.tensor(rank), torch.ones(2, 2).T * rank]
+    broadcast_(tensors)
+    assert torch.equal(tensors[0], torch.full((2, 3), 0.1, dtype=torch.float64))
+    assert tensors[1] == 0
+    assert not tensors[2].any()
+    barrier()
+
+
+def gathering(rank, world_size):
+    for total in (0, 1, 2, 3, 7, 12):
+        whole = torch.arange(total * 6, dtype=torch.float64).view(total, 2, 3)
+        own = whole[rank::world_size]
+        own = own if len(own) else torch.empty(0, dtype=torch.float64)  # knows no other size
+        found = gather_examples(own)
+        assert torch.equal(found, whole if total else torch.empty(0, dtype=torch.float64)), total
+        assert torch.equal(gather_examples(torch.arange(total)[rank::world_size]), torch.arange(total))
+
+
+def refusing(rank, world_size):
+    with pytest.raises(ValueError, match=r"have \[2, 0\] examples"):
+        gather_examples(torch.zeros(2 - 2 * rank))
+    with pytest.raises(ValueError, match="different sizes"):
+        gather_examples(torch.zeros(1, 2 + rank))
+
+
+def agreeing(rank, world_size):
+    _check_same("00ff" * 16)
+    with pytest.raises(ValueError, match=f"weights on 1 of {world_size} processes"):
+        _check_same("00ff" * 15 + ("00ff" if rank != 1 else "00fe"))
+    state = FittedState(temperature=0.1 + rank, lpo_precision=(1 / 3 + rank, 2.0))
+    assert _of_first(state) == FittedState(temperature=0.1, lpo_precision=(1 / 3, 2.0))
+
+
+def taking_turns(rank, world_size):
+    log = Path(os.environ["TURNS"])
+
+    def write():
+        for _ in range(20):
+            with log.open("a") as file:
+                file.write(f"{rank}\n")
+            time.sleep(0.002)
+        return rank
+
+    assert sequential_per_node(write) == rank
+    barrier()
+    assert log.read_text().split() == [str(r) for r in range(world_size) for _ in range(20)]
+
+
+def failing_in_turn(rank, world_size):
+    for failing in range(world_size):
+        tried = []
+
+        def action(failing=failing, tried=tried):
+            tried.append(rank)
+            if rank == failing:
+                raise KeyError("mine")
+
+        with pytest.raises(KeyError if rank == failing else RuntimeError) as said:
+            sequential_per_node(action)
+        assert str(said.value).startswith("'mine'" if rank == failing else f"process {failing} has failed")
+        assert tried == [rank] * (rank <= failing)  # nobody begins after that
+
+
+def taking_turns_on_two_machines(rank, world_size):
+    processes.socket.gethostname = lambda: f"machine-{rank % 2}"
+    pairs = [dist.new_group([0, 1]), dist.new_group([2, 3])]
+    number = torch.tensor(10 ** (rank % 2))
+    # Hangs unless the first process of either machine has its turn together with that of the other.
+    sequential_per_node(lambda: dist.all_reduce(number, group=pairs[rank // 2]))
+    assert number == 11
+
+
+def telling(rank, world_size):
+    assert gather_number(10 * rank - 1) == [10 * r - 1 for r in range(world_size)]
+
+
+def forking(rank, world_size):
+    before = torch.get_rng_state()
+    with forked_random_state():
+        torch.rand(3)
+    assert torch.equal(torch.get_rng_state(), before)
+
+
+@pytest.mark.parametrize("world_size", [2, 3])
+@pytest.mark.parametrize("function", [agreeing, failing_in_turn, forking, adding, telling, copying, gathering])
+def test_between_processes(function, world_size, tmp_path):
+    run(function, world_size, tmp_path)
+
+
+@pytest.mark.parametrize("world_size", [2, 3])
+def test_processes_take_turns(world_size, tmp_path, monkeypatch):
+    monkeypatch.setenv("TURNS", str(tmp_path / "turns"))
+    run(taking_turns, world_size, tmp_path)
+
+
+def test_each_machine_has_turns_of_its_own(tmp_path):
+    run(taking_turns_on_two_machines, 4, tmp_path)
+
+
+def test_refuses_what_is_not_dealt_out_in_turn(tmp_path):
+    run(refusing, 2, tmp_path)
+
+
+def test_a_failing_process_fails_the_test(tmp_path):
+    def failing(rank, world_size):
+        assert rank == 0, "as it should"
+
+    with pytest.raises(AssertionError, match="as it should"):
+        run(failing, 2, tmp_path)
+
+
+def test_one_process_has_everything():
+    assert (num_processes(), process_rank(), is_rank_zero()) == (1, 0, True)
+    values = torch.tensor([1.0, 2.0])
+    sum_over_processes([values])
+    broadcast_([values])
+    barrier()
+    assert sequential_per_node(lambda: 5) == 5
+    with pytest.raises(KeyError):
+        sequential_per_node(lambda: {}[0])
+    assert gather_number(7) == [7]
+    assert gather_examples(values) is values
+    assert values.tolist() == [1.0, 2.0]
+
+
+def test_shares_add_up():
+    for total in range(8):
+        sizes = [shard_size(total, rank, 3) for rank in range(3)]
+        assert sizes == [len(list(range(total))[rank::3]) for rank in range(3)]
+        assert sum(sizes) == total
