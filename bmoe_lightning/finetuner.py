@@ -1,8 +1,7 @@
-"""The LightningModule that fine-tunes only the experts of a causal language model, on multiple-choice questions."""
+"""A LightningModule that fine-tunes only the experts of a causal language model, on multiple-choice questions."""
 
 from __future__ import annotations
 
-import inspect
 import math
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
@@ -15,17 +14,21 @@ from lightning.pytorch.utilities.types import OptimizerLRScheduler
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from bmoe_lightning.experts.discovery import down_proj_parameters, expert_parameters, find_expert_layers
+from bmoe_lightning.experts.discovery import find_expert_layers
 from bmoe_lightning.experts.dropout import expert_dropout as dropout_in_experts
 from bmoe_lightning.experts.fsdp import is_sharded, shard_blocks
+from bmoe_lightning.experts.weights import down_proj_parameters, expert_parameters
+from bmoe_lightning.models.last_logits import last_logits
 from bmoe_lightning.models.loading import DtypeName, load_causal_model
+from bmoe_lightning.trainer.checks import check_tensor_parallel
+from bmoe_lightning.trainer.learning_rate import Schedule, learning_rate_factor
 from bmoe_lightning.utils.distributed import sequential_per_node
+from bmoe_lightning.utils.messages import first_names
 
 if TYPE_CHECKING:
     from torch.distributed.device_mesh import DeviceMesh
 
 TrainedPart = Literal["down_proj", "experts"]
-Schedule = Literal["linear", "cosine", "constant"]
 
 _ANSWERS_KEY = "answer_token_ids"
 
@@ -33,36 +36,35 @@ _ANSWERS_KEY = "answer_token_ids"
 class ExpertFinetuner(LightningModule):
     """Fine-tunes the experts of a mixture-of-experts causal language model; everything else stays frozen.
 
-    The defaults are the paper's (Table 8). Its gradient clipping belongs to the trainer:
-    `Trainer(gradient_clip_val=1.0)`. Weights in bfloat16 swallow updates below 1/256 of their size; load them with
-    `dtype="float32"` and train with `Trainer(precision="bf16-mixed")` where memory allows.
+    The defaults are those of the paper (https://arxiv.org/abs/2511.08968, Table 8). Its gradient clipping is the
+    trainer's: `Trainer(gradient_clip_val=1.0)`. Weights in bfloat16 lose updates below 1/256 of their size; load them
+    with `dtype="float32"` and train with `Trainer(precision="bf16-mixed")` where memory allows.
 
-    A batch is a mapping with `input_ids` and `attention_mask` `[B, T]`, padded on either side, and where there are any
+    A batch is a mapping with `input_ids` and `attention_mask` `[B, T]`, padded on either side, and optionally
     `choice_mask [B, K]`, `label [B]` and `index [B]`; see `MultipleChoiceDataModule`.
 
-    Checkpoints hold the trained tensors and no others; those of sharded weights, which each process writes a part of,
-    hold all. `load_from_checkpoint(path)` loads the rest from where `model` says; if that was an object, pass it again:
+    Checkpoints contain only the trained tensors; sharded checkpoints, of which each rank writes its shards, contain
+    all. `load_from_checkpoint(path)` loads the rest from `model`; if that was an object, pass it again:
     `load_from_checkpoint(path, model=model)`.
 
     Args:
-        model: a causal language model with experts, or its local folder or hub id, which is loaded when the trainer (or
+        model: A causal language model with experts, or its local folder or hub id, which is loaded when the trainer (or
             `load_from_checkpoint`) calls `configure_model`. Code from the hub is never run.
-        answer_token_ids: token that answers with each of the K choices; left out, the trainer's datamodule is asked for
-            its `answer_token_ids`.
+        answer_token_ids: The token of each of the K choices; by default `answer_token_ids` of the trainer's datamodule.
         train: `experts` (all weights of the experts) or `down_proj` (their second linear layers alone). Routers and
             shared experts are frozen either way.
-        learning_rate: peak of AdamW's learning rate.
-        weight_decay: of AdamW.
-        betas: of AdamW.
+        learning_rate: Peak learning rate of AdamW (https://arxiv.org/abs/1711.05101).
+        weight_decay: Weight decay of AdamW.
+        betas: Betas of AdamW.
         schedule: `linear` or `cosine` (both fall to zero at the end of training), or `constant`.
-        warmup_fraction: share of the steps in which the learning rate rises linearly, in [0, 1).
-        expert_dropout: probability that an activation is dropped before the second linear layer of its expert, in
-            training only. 0 leaves the model's own experts implementation in place.
-        dtype: in which weights are loaded if `model` is a string; `auto` is as they were saved.
+        warmup_fraction: Fraction of the steps in which the learning rate rises linearly, in [0, 1).
+        expert_dropout: Probability that an activation is dropped before the `down_proj` of its expert, in training
+            only. 0 leaves the model's experts implementation in place.
+        dtype: Dtype of the weights if `model` is a string; `auto` is as they were saved.
 
     Raises:
-        TypeError: if `model` is of another type.
-        ValueError: if a setting is unknown or out of range, answer tokens collide, or the model has no experts.
+        TypeError: If `model` is of another type.
+        ValueError: If an argument is unknown or out of range, two choices share a token, or the model has no experts.
     """
 
     def __init__(
@@ -89,7 +91,7 @@ class ExpertFinetuner(LightningModule):
         answer_token_ids = None if answer_token_ids is None else _checked_answer_ids(answer_token_ids)
         betas = (float(betas[0]), float(betas[1]))
         self.save_hyperparameters(ignore=[] if isinstance(model, str) else ["model"])
-        # A checkpoint lacks what was not trained; `on_load_checkpoint` checks what it has to have.
+        # A checkpoint lacks frozen weights; `on_load_checkpoint` checks that it has the trained ones.
         self.strict_loading = False
         self.train_part: TrainedPart = train
         self.learning_rate = learning_rate
@@ -114,7 +116,7 @@ class ExpertFinetuner(LightningModule):
         """Take the answer tokens from the trainer's datamodule, unless they were given.
 
         Raises:
-            ValueError: if nobody names them.
+            ValueError: If there are none.
         """
         if self.hparams[_ANSWERS_KEY] is not None:
             return
@@ -124,7 +126,7 @@ class ExpertFinetuner(LightningModule):
             self._answer_ids = torch.tensor(_checked_answer_ids(found))
         elif self._answer_ids is None:
             raise ValueError(
-                "nobody names the tokens that answer: give ExpertFinetuner(answer_token_ids=[...]), or give the "
+                "the tokens of the answers are unknown: give ExpertFinetuner(answer_token_ids=[...]), or give the "
                 "trainer a datamodule with an attribute answer_token_ids, such as MultipleChoiceDataModule"
             )
 
@@ -134,36 +136,30 @@ class ExpertFinetuner(LightningModule):
         Under `ModelParallelStrategy` its blocks are sharded with FSDP2; see `load`.
 
         Raises:
-            ModelUnavailableError: as in `load_causal_model`.
-            RuntimeError: under `ModelParallelStrategy`, if another process could not load it.
-            ValueError: if it has no experts, or the strategy wants tensor parallelism.
+            ModelUnavailableError: As in `load_causal_model`.
+            RuntimeError: If another rank of `ModelParallelStrategy` could not load it.
+            ValueError: If it has no experts, or the strategy uses tensor parallelism.
         """
         if self.device_mesh is None:
             self.load()
             return
-        size = self.device_mesh["tensor_parallel"].size()
-        if size > 1:
-            raise ValueError(
-                f"ModelParallelStrategy has tensor-parallel groups of {size} processes (by default all of a "
-                "node's), and ExpertFinetuner shards weights alone: give "
-                "ModelParallelStrategy(data_parallel_size=<number of processes>, tensor_parallel_size=1)"
-            )
+        check_tensor_parallel(self.device_mesh)
         self.load(self.device_mesh["data_parallel"])
 
     def load(self, mesh: DeviceMesh | None = None) -> None:
         """Load the model if it was named by a string, freeze all but the experts, and shard its blocks with FSDP2.
 
-        A model that is loaded to be sharded goes through main memory as a whole. The processes of a machine do that one
-        after the other, so all of them have to call this, and the timeout of their group should allow for the time that
-        one of them takes (`ModelParallelStrategy(timeout=...)`, 30 minutes by default).
+        Before it is sharded, each rank loads the whole model into main memory. The ranks of a node do that one after
+        the other, so all of them have to call this, and the timeout of their group should be longer than the loading
+        takes (`ModelParallelStrategy(timeout=...)`, 30 minutes by default).
 
         Args:
-            mesh: the processes that share the weights, in one dimension; None shards nothing.
+            mesh: A device mesh with one dimension, over which the weights are sharded; None shards nothing.
 
         Raises:
-            ModelUnavailableError: as in `load_causal_model`.
-            RuntimeError: with a mesh, if another process could not load it.
-            ValueError: if it has no experts.
+            ModelUnavailableError: As in `load_causal_model`.
+            RuntimeError: If there is a mesh, and another rank could not load the model.
+            ValueError: If it has no experts.
         """
         if mesh is not None and self.model is None:
             sequential_per_node(lambda: self._load(mesh))
@@ -184,13 +180,13 @@ class ExpertFinetuner(LightningModule):
             shard_blocks(model, layers, mesh)
 
     def configure_callbacks(self) -> list[Callback]:
-        """Have expert dropout taken out after an exception too; a LightningModule itself is not told of those."""
-        # A trainer that is used again has it already, and would announce that it is replaced.
+        """A callback that removes expert dropout after an exception, for which a LightningModule has no hook."""
+        # A trainer that is used again has it already, and would warn that it is replaced.
         known = any(isinstance(callback, _ReleaseOnException) for callback in self.trainer.callbacks)  # type: ignore[attr-defined]
         return [] if known else [_ReleaseOnException()]
 
     def trained_parameters(self) -> dict[str, nn.Parameter]:
-        """What is trained: name, as in `self.named_parameters()`, to parameter."""
+        """The trained parameters by name, as in `self.named_parameters()`."""
         model = self._ready()
         trained: dict[str, nn.Parameter] = {}
         for layer in find_expert_layers(model):
@@ -199,25 +195,25 @@ class ExpertFinetuner(LightningModule):
         return {f"model.{name}": parameter for name, parameter in trained.items()}
 
     def class_logits(self, batch: Mapping[str, Tensor]) -> tuple[Tensor, Tensor | None]:
-        """Logits of the answer tokens at the last real position of each prompt.
+        """Logits of the answer tokens at the last position of each prompt that is not padding.
 
         Args:
-            batch: see the class.
+            batch: A batch; see the class.
 
         Returns:
             Logits `[B, K]`, in float32 at least, `-inf` where `choice_mask` is False; labels `[B]`, or None.
 
         Raises:
-            RuntimeError: before the model is loaded or the answer tokens are known.
-            ValueError: if `choice_mask` has another number of choices than there are answer tokens.
+            RuntimeError: Before the model is loaded or the answer tokens are known.
+            ValueError: If `choice_mask` has another number of choices than there are answer tokens.
         """
         model = self._ready()
         if self._answer_ids is None:
             raise RuntimeError(
-                "the tokens that answer are not known yet: give ExpertFinetuner(answer_token_ids=[...]), or let a "
-                "trainer set the module up with a datamodule that names them"
+                "the tokens of the answers are not known yet: give ExpertFinetuner(answer_token_ids=[...]), or let a "
+                "trainer set the module up with a datamodule that has answer_token_ids"
             )
-        logits = _last_logits(model, batch["input_ids"], batch["attention_mask"])[:, self._answer_ids]
+        logits = last_logits(model, batch["input_ids"], batch["attention_mask"])[:, self._answer_ids]
         logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
         present = batch.get("choice_mask")
         if present is not None:
@@ -234,17 +230,10 @@ class ExpertFinetuner(LightningModule):
         """Cross entropy over the choices of each question, averaged; logs `train/loss`.
 
         Raises:
-            ValueError: if the loss is NaN or infinite, or the batch has no labels.
+            ValueError: If the batch has no labels.
         """
         logits, labels = self._labelled(batch)
         loss = nn.functional.cross_entropy(logits, labels)
-        if not bool(torch.isfinite(loss)):
-            raise ValueError(
-                f"the training loss is {loss.item()} at step {self.global_step} (epoch {self.current_epoch}, batch "
-                f"{batch_idx}), and training cannot go on from there: lower learning_rate (now "
-                f"{self.learning_rate:g}), set gradient_clip_val=1.0 in the trainer, use bfloat16 or float32 rather "
-                "than float16, and check that no label names a choice that its question does not have"
-            )
         self.log("train/loss", loss, prog_bar=True, batch_size=len(labels))
         return loss
 
@@ -265,10 +254,10 @@ class ExpertFinetuner(LightningModule):
         return prediction
 
     def configure_optimizers(self) -> OptimizerLRScheduler:
-        """AdamW over what is trained, its learning rate set anew at every step.
+        """AdamW over the trained parameters, with a learning rate for every step.
 
         Raises:
-            ValueError: if the schedule has to know the number of steps and the trainer does not.
+            ValueError: If the schedule needs the number of steps and the trainer does not know it.
         """
         optimizer = torch.optim.AdamW(
             self.trained_parameters().values(),
@@ -279,9 +268,9 @@ class ExpertFinetuner(LightningModule):
         total = self.trainer.estimated_stepping_batches
         if math.isinf(total) and (self.schedule != "constant" or self.warmup_fraction):
             raise ValueError(
-                f"the schedule {self.schedule!r} with warmup_fraction={self.warmup_fraction} needs to know how many "
-                "steps there will be; set max_steps or max_epochs in the trainer, or use schedule='constant' without "
-                "warm-up"
+                f"the schedule {self.schedule!r} with warmup_fraction={self.warmup_fraction} needs the "
+                "number of training steps, which is unknown; set max_steps or max_epochs in the trainer, or use "
+                "schedule='constant' without warm-up"
             )
         warmup = 0 if math.isinf(total) else round(self.warmup_fraction * total)
         scheduler = torch.optim.lr_scheduler.LambdaLR(
@@ -290,73 +279,73 @@ class ExpertFinetuner(LightningModule):
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
 
     def on_fit_start(self) -> None:
-        """Put the model in training mode: `from_pretrained` leaves it in evaluation mode, and Lightning keeps that."""
+        """Put the model in training mode: `from_pretrained` leaves it in evaluation mode, and Lightning would too."""
         self.train()
 
     def on_train_start(self) -> None:
-        """Switch expert dropout on, for training mode."""
+        """Add expert dropout, which drops in training mode."""
         if self.expert_dropout > 0:
             model = self._ready()
             self._dropout.enter_context(dropout_in_experts(model, find_expert_layers(model), self.expert_dropout))
 
     def on_train_end(self) -> None:
-        """Take expert dropout out again."""
+        """Remove expert dropout."""
         self.release()
 
     def teardown(self, stage: str) -> None:
-        """Take expert dropout out, where training did not come to its end."""
+        """Remove expert dropout if training was interrupted."""
         self.release()
 
     def release(self) -> None:
-        """Take expert dropout out and restore the model's experts implementation; may be called any number of times."""
+        """Remove expert dropout and restore the model's experts implementation; may be called any number of times."""
         self._dropout.close()
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Keep only what was trained, and note the answer tokens.
+        """Store only the trained tensors, and the answer tokens.
 
-        A checkpoint that each process writes its shards of keeps all: Lightning reads it back as a whole.
+        A sharded checkpoint, of which each rank writes its shards, stores all: Lightning reads it back as a whole.
         """
         state = checkpoint["state_dict"]
         if not any(isinstance(value, Tensor) and is_sharded(value) for value in state.values()):
-            # Under ModelParallelStrategy only the first process has them.
+            # Under ModelParallelStrategy only rank zero has them.
             checkpoint["state_dict"] = {name: state[name] for name in self.trained_parameters() if name in state}
         if self._answer_ids is not None:
             checkpoint[_ANSWERS_KEY] = self._answer_ids.tolist()
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Check that the checkpoint holds exactly what this module trains.
+        """Check that the checkpoint holds exactly the tensors that this module trains.
 
         Raises:
-            RuntimeError: naming what is missing and what does not belong there.
+            RuntimeError: Naming missing and unexpected tensors.
         """
         trained_then = checkpoint.get(self.CHECKPOINT_HYPER_PARAMS_KEY, {}).get("train")
         expected = set(self.trained_parameters())
         if "state_dict" in checkpoint:
             found = set(checkpoint["state_dict"])
-        else:  # ModelParallelStrategy has loaded it; what it held is not said
+        else:  # ModelParallelStrategy has loaded it, and does not tell its tensors
             found = expected if trained_then == self.train_part else set()
         if expected != found:
             raise RuntimeError(
-                f"the checkpoint does not hold what this module trains (train={self.train_part!r}; the checkpoint says "
-                f"{trained_then!r}): missing are {_shown(expected - found)}, unexpected are "
-                f"{_shown(found - expected)}. Give the model and the value of train that it was saved with."
+                f"the checkpoint does not hold the tensors that this module trains (train={self.train_part!r}; the "
+                f"checkpoint says {trained_then!r}): missing are {first_names(expected - found)}, unexpected are "
+                f"{first_names(found - expected)}. Give the model and the value of train with which it was saved"
             )
         if self._answer_ids is None and _ANSWERS_KEY in checkpoint:
             self._answer_ids = torch.tensor(_checked_answer_ids(checkpoint[_ANSWERS_KEY]))
 
     def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False) -> Any:
-        """Load tensors by name, as usual; but frozen ones may be missing, and nothing is said about them.
+        """Load tensors by name; frozen ones may be missing and are not reported.
 
         Raises:
-            RuntimeError: if shapes differ, or, with `strict`, a trained tensor is missing or a name is unknown.
+            RuntimeError: If shapes differ, or, with `strict`, a trained tensor is missing or a name is unknown.
         """
         found = super().load_state_dict(state_dict, strict=False, assign=assign)
         trained = self.trained_parameters()
         missing = [name for name in found.missing_keys if name in trained]
         if strict and (missing or found.unexpected_keys):
             raise RuntimeError(
-                f"missing are {_shown(set(missing))}, unexpected are {_shown(set(found.unexpected_keys))}: these "
-                "tensors belong to another model, or to another value of train"
+                f"missing are {first_names(missing)}, unexpected are {first_names(found.unexpected_keys)}: these "
+                "tensors belong to another model, or to another value of train; give those with which they were saved"
             )
         return type(found)(missing, found.unexpected_keys)
 
@@ -371,7 +360,7 @@ class ExpertFinetuner(LightningModule):
     def _labelled(self, batch: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:
         logits, labels = self.class_logits(batch)
         if labels is None:
-            raise ValueError(f"this step needs labels, and the batch has no 'label'; it has {sorted(batch)}")
+            raise ValueError(f"this step needs labels, and the batch has no 'label' (it has {sorted(batch)})")
         return logits, labels
 
     def _ready(self) -> PreTrainedModel:
@@ -381,63 +370,18 @@ class ExpertFinetuner(LightningModule):
 
 
 class _ReleaseOnException(Callback):
-    """Tells the module about an exception."""
+    """Removes a module's expert dropout after an exception."""
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
-        # The trainer may have gone on to a module of another kind.
+        # The trainer may be used with a module of another class by now.
         if isinstance(pl_module, ExpertFinetuner):
             pl_module.release()
-
-
-def learning_rate_factor(step: int, total: float, warmup: int, schedule: Schedule) -> float:
-    """The learning rate of a step as a share of its peak.
-
-    Args:
-        step: counted from 0.
-        total: number of steps; may be infinite for a constant schedule.
-        warmup: number of steps in which it rises, the first of them at `1 / warmup`.
-        schedule: `linear` or `cosine` (zero from step `total` on), or `constant`.
-    """
-    if step < warmup:
-        return (step + 1) / warmup
-    if schedule == "constant":
-        return 1.0
-    remaining = max(0.0, (total - step) / max(1, total - warmup))
-    return remaining if schedule == "linear" else 0.5 * (1 - math.cos(math.pi * remaining))
-
-
-def _last_logits(model: PreTrainedModel, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
-    """Logits `[B, V]` at the last position of each row that is no padding."""
-    ends_in_text = bool(attention_mask[:, -1].all())
-    options = {
-        "position_ids": (attention_mask.long().cumsum(-1) - 1).clamp(min=0),
-        "use_cache": False,
-        # Frozen routers need no balancing loss.
-        "output_router_logits": False,
-        # One position of a large vocabulary instead of all of them.
-        "logits_to_keep": 1 if ends_in_text else 0,
-    }
-    accepted = inspect.signature(model.forward).parameters
-    options = {name: value for name, value in options.items() if name in accepted}
-    logits = model(input_ids=input_ids, attention_mask=attention_mask, **options).logits
-    if ends_in_text:
-        return logits[:, -1]
-    positions = torch.arange(attention_mask.shape[1], device=attention_mask.device)
-    last = (attention_mask.ne(0) * positions).argmax(dim=1)
-    return logits[torch.arange(len(last), device=last.device), last]
-
-
-def _shown(names: Sequence[str] | set[str]) -> str:
-    """The first few names of many."""
-    ordered = sorted(names)
-    more = f" and {len(ordered) - 3} more" if len(ordered) > 3 else ""
-    return (", ".join(ordered[:3]) or "none") + more
 
 
 def _check_choice(name: str, value: str, literal: Any) -> None:
     valid = literal.__args__
     if value not in valid:
-        raise ValueError(f"unknown {name} {value!r}; valid are {', '.join(valid)}")
+        raise ValueError(f"unknown {name} {value!r}; choose one of {', '.join(valid)}")
 
 
 def _check_numbers(
@@ -450,18 +394,20 @@ def _check_numbers(
         ("warmup_fraction", warmup_fraction, 0 <= warmup_fraction < 1, "in [0, 1)"),
         ("expert_dropout", expert_dropout, 0 <= expert_dropout < 1, "in [0, 1)"),
     )
-    for name, value, holds, wanted in checks:
+    for name, value, holds, valid in checks:
         if not holds:
-            raise ValueError(f"{name} must be {wanted}, got {value}")
+            raise ValueError(f"{name} must be {valid}, got {value}")
 
 
 def _checked_answer_ids(ids: Sequence[int] | Tensor) -> list[int]:
-    """Answer tokens as a plain list.
+    """Answer tokens as a list of ints.
 
     Raises:
-        ValueError: if there are fewer than two, a token is negative, or two choices share one.
+        ValueError: If there are fewer than two, a token is negative, or two choices share one.
     """
     answers = [int(token) for token in ids]
     if len(answers) < 2 or min(answers) < 0 or len(set(answers)) < len(answers):
-        raise ValueError(f"answer_token_ids must be two or more different token ids, one a choice; got {answers}")
+        raise ValueError(
+            f"answer_token_ids must be two or more different token ids, one for each choice; got {answers}"
+        )
     return answers

@@ -1,7 +1,7 @@
 """Fit, test and predict with one process and with several, and write down what each process has to say.
 
 A script of its own, since a process that has run a backward pass cannot be forked: `python distributed_runs.py FOLDER
-whole|small|launched|resumed WORLD_SIZE...`.
+whole|small|launched WORLD_SIZE...`.
 """
 
 from __future__ import annotations
@@ -21,15 +21,23 @@ from safetensors.torch import load_file, save_file
 from torch.utils.data import DataLoader, Subset, WeightedRandomSampler
 from toy import ToyData, ToyModule, loader, trainer
 
-import bmoe_lightning.callback as callback_module
 from bmoe_lightning.callback import BayesianMoECallback
-from bmoe_lightning.curvature import collect_factors, remove_checkpoint
-from bmoe_lightning.curvature.checkpoint import own_path
-from bmoe_lightning.methods import save_snapshot
+from bmoe_lightning.curvature.spec import Curvature
+from bmoe_lightning.methods import (
+    DeepEnsemble,
+    LaplaceEvidence,
+    LaplaceLPO,
+    LaplaceTemperature,
+    Method,
+    fit_methods,
+    get_method,
+    save_snapshot,
+)
+from bmoe_lightning.methods.workbench import Batches, Workbench
 from bmoe_lightning.trainer import run_folder as run_files
 from bmoe_lightning.trainer.evaluation import EvaluationRun
 
-TRAIN, CALIBRATION, TEST = 50, 113, 47  # neither 2 nor 3 divides any of them
+TRAIN, CALIBRATION, TEST = 50, 113, 47  # 3 divides none of them, and 2 only the first
 METHODS = (
     "map",
     "checkpoint_ensemble",
@@ -41,6 +49,17 @@ METHODS = (
     "evidence_temperature",
     "shrunk_temperature",
 )
+
+
+def methods(member: Path) -> list[str | Method]:
+    """All of `METHODS`, with few samples."""
+    lean = {
+        "deep_ensemble": DeepEnsemble(runs=(str(member),)),
+        "laplace_evidence": LaplaceEvidence(num_samples=200),
+        "laplace_lpo": LaplaceLPO(num_samples=200),
+        "laplace_temperature": LaplaceTemperature(num_samples=200),
+    }
+    return [lean.get(name, name) for name in METHODS]
 
 
 class SameWeights(ToyModule):
@@ -67,21 +86,40 @@ class SameWeights(ToyModule):
 
 
 class Witness(L.Callback):
-    """Writes down what a process knows at the end of each stage."""
+    """Writes down what a process knows at the end of each stage.
 
-    def __init__(self, folder: Path, watched: BayesianMoECallback) -> None:
+    Args:
+        folder: Folder of the files.
+        watched: The callback.
+        stage: Name of what ends with a fit.
+        tell: What is written down besides, as JSON.
+    """
+
+    def __init__(self, folder: Path, watched: BayesianMoECallback, stage: str = "fit", tell=dict) -> None:
         self.folder = folder
         self.watched = watched
+        self.stage = stage
+        self.tell = tell
 
     def _file(self, trainer, stage: str, ending: str) -> Path:
         return self.folder / f"{stage}-{trainer.world_size}-{trainer.global_rank}.{ending}"
 
-    def on_train_end(self, trainer, pl_module):
-        fitted = self.watched.fitted
-        content = {"scalars": fitted.scalars(), "folder": str(self.watched._files.folder), "wrote": writes}
-        if fitted.posterior is not None:
-            fitted.posterior.save(self._file(trainer, "fit", "safetensors"))
-        self._file(trainer, "fit", "json").write_text(json.dumps(content))
+    def on_fit_end(self, trainer, pl_module):
+        fitted, folder = self.watched.fitted, self.watched.state_dict()["folder"]
+        content = {
+            "scalars": fitted.scalars(),
+            "states": {
+                name: {key: value.tolist() for key, value in method.state.items()}
+                for name, method in fitted.methods.items()
+            },
+            "id": fitted.fit_id,
+            "folder": folder,
+            "sees": (Path(folder) / "index.json").exists(),
+            "wrote": list(writes),
+        }
+        for digest in fitted.posteriors:
+            fitted.served_posterior(digest).save(self._file(trainer, self.stage, "safetensors"))
+        self._file(trainer, self.stage, "json").write_text(json.dumps({**content, **self.tell()}))
 
     def on_test_end(self, trainer, pl_module):
         predictions = self.watched.predictions["test"]
@@ -103,11 +141,13 @@ def watch_writing() -> None:
     def watched(function):
         def call(*args, **options):
             writes.append(function.__name__)
+            if function.__name__ == "save_fit":
+                time.sleep(0.2)  # who did not wait would find no file
             return function(*args, **options)
 
         return call
 
-    callback_module.save_fitted = watched(callback_module.save_fitted)
+    run_files.save_fit = watched(run_files.save_fit)
     run_files.save_snapshot = watched(run_files.save_snapshot)
     EvaluationRun.write_tensorboard = watched(EvaluationRun.write_tensorboard)
 
@@ -120,6 +160,19 @@ def train(path: Path) -> None:
     save_file(module.state_dict(), path)
 
 
+def plain_logits(model, class_logits, batches, *, distributed=False):
+    """Logits and labels of held-out batches, as a method without curvature sees them."""
+    needing = [get_method("temperature")]
+    return Workbench(model, class_logits, needing, Batches([]), batches, distributed=distributed).calibration_logits()
+
+
+def train_elsewhere(path: Path) -> None:
+    """Train in a process of its own, so that this one may still be forked."""
+    child = multiprocessing.get_context("fork").Process(target=train, args=(path,))
+    child.start()
+    child.join()
+
+
 def options(world_size: int, **others) -> dict:
     launched = {"devices": world_size, "strategy": "ddp_fork"} if world_size > 1 else {"devices": 1}
     return {**launched, "precision": "64-true", "num_sanity_val_steps": 0, "max_epochs": 2, **others}
@@ -130,16 +183,15 @@ def whole(world_size: int, folder: Path, weights: Path) -> None:
     writes.clear()
     member = folder / f"member-{world_size}.safetensors"
     save_snapshot(member, {n: -p for n, p in ToyModule(seed=1).double().named_parameters() if "down_proj" in n})
-    settings = {"methods": METHODS, "num_samples": 200, "ensemble_members": [str(member)]}
     written = str(folder / f"written-{world_size}")
-    callback = BayesianMoECallback(**settings, dirpath=written)
+    callback = BayesianMoECallback(methods(member), dirpath=written)
     module = SameWeights(weights).double()  # or a launched process would return its weights rounded
     witness = Witness(folder, callback)
     logger = L.pytorch.loggers.TensorBoardLogger(folder, name=f"logs-{world_size}", version="run")
     run = trainer(folder, [callback, witness], **options(world_size))
     run.fit(module, loader(TRAIN, 1, shuffle=True, batch_size=8), loader(CALIBRATION, 2))
     # The process of the test is another one, and finds the posterior by its folder.
-    again = BayesianMoECallback(**settings, dirpath=written)
+    again = BayesianMoECallback(methods(member), dirpath=written, predict_method="laplace_lpo")
     run = trainer(folder, [again, Witness(folder, again)], **options(world_size, logger=logger))
     run.test(module, loader(TEST, 3), verbose=False)
     run.predict(module, loader(TEST, 3), return_predictions=False)
@@ -149,7 +201,7 @@ def small(world_size: int, folder: Path, weights: Path) -> None:
     """Less data than processes, a capped pass, a sampler of the user's own, labels that are drawn, no labels."""
     sets = {
         "tiny": (loader(2, 1), loader(2, 2), {"methods": ("laplace_evidence", "laplace_temperature")}),
-        "capped": (loader(TRAIN, 1, batch_size=4), loader(CALIBRATION, 2), {"curvature_batches": 2}),
+        "capped": (loader(TRAIN, 1, batch_size=4), loader(CALIBRATION, 2), {"curvature": Curvature(max_batches=2)}),
         "drop": (
             DataLoader(ToyData(TRAIN - 1, 1), batch_size=5, drop_last=True),
             loader(CALIBRATION, 2),
@@ -163,12 +215,18 @@ def small(world_size: int, folder: Path, weights: Path) -> None:
         "mc": (
             loader(200, 1),
             None,
-            {"methods": ("laplace_evidence",), "fisher": "mc", "sketch": "nystrom", "approximation": "reduce"},
+            {
+                "methods": ("laplace_evidence",),
+                "curvature": Curvature(fisher="mc", sketch="nystrom", approximation="reduce"),
+            },
         ),
         "reduced": (
             loader(TRAIN, 1),
             None,
-            {"methods": ("laplace_evidence",), "sketch": "nystrom", "approximation": "reduce", "rank": 2},
+            {
+                "methods": ("laplace_evidence",),
+                "curvature": Curvature(rank=2, sketch="nystrom", approximation="reduce"),
+            },
         ),
         "unlabelled": (loader(TRAIN, 1), loader(CALIBRATION, 2), {"methods": ("evidence_temperature",)}),
         "plain": (loader(TRAIN, 1), loader(CALIBRATION, 2), {"methods": ("temperature",)}),
@@ -182,7 +240,7 @@ def small(world_size: int, folder: Path, weights: Path) -> None:
 
 
 def direct(world_size: int, folder: Path, weights: Path) -> None:
-    """`fit_posterior` without a trainer: by all processes together, then by the last one alone."""
+    """`fit_methods`, without a trainer: by all processes together, then by the last one alone."""
     context = multiprocessing.get_context("fork")
     children = [
         context.Process(target=one_of_several, args=(r, world_size, folder, weights)) for r in range(world_size)
@@ -201,115 +259,14 @@ def one_of_several(rank: int, world_size: int, folder: Path, weights: Path) -> N
         DataLoader(Subset(ToyData(size, seed), range(rank, size, world_size)), batch_size=16)
         for size, seed in ((TRAIN, 1), (CALIBRATION, 2))
     )
-    written = folder / f"direct-{world_size}"
-    callback = BayesianMoECallback(dirpath=str(written))
-    writes.clear()
-    callback.fit_posterior(module, training, calibration, distributed=True)
-    content = {"scalars": callback.fitted.scalars(), "wrote": list(writes), "sees": (written / "methods.json").exists()}
-    callback.fitted.posterior.save(folder / f"direct-{world_size}-{rank}.safetensors")
+    chosen = [get_method(name).with_defaults(Curvature()) for name in ("map", "laplace_lpo")]
+    fit = fit_methods(chosen, module, ToyModule.class_logits, training, calibration, distributed=True)
+    content = {"scalars": fit.scalars()}
+    fit.served_posterior(Curvature().digest).save(folder / f"direct-{world_size}-{rank}.safetensors")
     if rank == world_size - 1:
-        callback.fit_posterior(module, training, calibration)
-        content["alone"] = callback.fitted.posterior.factors.num_examples
+        alone = fit_methods(chosen, module, ToyModule.class_logits, training, calibration)
+        content["alone"] = alone.posteriors[Curvature().digest].factors.num_examples
     (folder / f"direct-{world_size}-{rank}.json").write_text(json.dumps(content))
-    dist.barrier()
-    dist.destroy_process_group()
-
-
-class Killed(Exception):
-    pass
-
-
-def stopping(batches, after: int):
-    for number, batch in enumerate(batches):
-        if number == after:
-            raise Killed
-        yield batch
-
-
-def resumed(world_size: int, folder: Path, weights: Path) -> None:
-    """Curvature that is cut off on all processes and goes on."""
-    context = multiprocessing.get_context("fork")
-    children = [context.Process(target=resuming, args=(r, world_size, folder, weights)) for r in range(world_size)]
-    for child in children:
-        child.start()
-    for child in children:
-        child.join()
-
-
-def remove_own(path: Path) -> None:
-    """Remove all that one process has written."""
-    for file in path.parent.glob(f"{path.name}*"):
-        file.unlink()
-
-
-def resuming(rank: int, world_size: int, folder: Path, weights: Path) -> None:
-    store = dist.FileStore(str(folder / f"store-{world_size}"), world_size)
-    dist.init_process_group("gloo", store=store, rank=rank, world_size=world_size)
-    module = SameWeights(weights).double()
-    batches = list(DataLoader(Subset(ToyData(25, 1), range(rank, 25, world_size)), batch_size=2))
-    path = folder / f"sums-{world_size}.safetensors"
-    calls, said = [], {}
-
-    def class_logits(model, batch):
-        calls.append(time.monotonic())
-        if rank == 1:
-            time.sleep(0.2)  # the others would be far ahead of it
-        return model.class_logits(batch)
-
-    def collect(name, data=batches, **options):
-        calls.clear()
-        with warnings.catch_warnings(record=True) as caught:
-            warnings.simplefilter("always")
-            error = None
-            try:
-                factors = collect_factors(module, class_logits, data, rank=3, distributed=True, **options)
-                found = {f"{i}.{n}": t for i, layer in enumerate(factors.layers) for n, t in layer.tensors().items()}
-                save_file(
-                    {n: t.contiguous() for n, t in found.items()}, folder / f"{name}-{world_size}-{rank}.safetensors"
-                )
-            except (Killed, ValueError) as raised:
-                error = str(raised)
-        files = sorted(p.name for p in folder.glob(f"*sums-{world_size}*"))
-        said[name] = {
-            "calls": len(calls),
-            "times": list(calls),
-            "error": error,
-            "warned": [str(w.message) for w in caught],
-            "files": files,
-        }
-        dist.barrier()
-
-    for fisher, sketch in (("exact", "nystrom"), ("mc", "exact")):
-        options = {"fisher": fisher, "sketch": sketch}
-        kept = {**options, "checkpoint": path, "checkpoint_every": 2}
-        collect(f"{fisher}-whole", **options)
-        collect(f"{fisher}-killed", stopping(batches, 3), **kept)
-        collect(f"{fisher}-resumed", **kept)
-        collect(f"{fisher}-finished", **kept)  # killed after its last batch
-        remove_checkpoint(path)
-        dist.barrier()
-    options = {"checkpoint": path, "checkpoint_every": 1}
-    collect("differing-killed", stopping(batches, 3), **options)
-    if rank == 1:  # killed between two writes of its own
-        own_path(path, distributed=True).unlink()
-    dist.barrier()
-    collect("differing-resumed", **options)
-    remove_checkpoint(path)
-    dist.barrier()
-    collect("missing-killed", stopping(batches, 3), **options)
-    if rank == 1:
-        remove_own(own_path(path, distributed=True))
-    dist.barrier()
-    collect("missing-resumed", **options)
-    if rank == 1:
-        own_path(path, distributed=True).write_bytes(b"damaged")
-    dist.barrier()
-    collect("damaged", **options)
-    remove_checkpoint(path)
-    dist.barrier()
-    collect("removed", batches[:0] if rank else batches, checkpoint=path, checkpoint_every=2)
-    collect("nothing-again", batches[:0] if rank else batches, checkpoint=path, checkpoint_every=2)
-    (folder / f"resumed-{world_size}-{rank}.json").write_text(json.dumps({"said": said, "batches": len(batches)}))
     dist.barrier()
     dist.destroy_process_group()
 
@@ -337,6 +294,23 @@ def launched(world_size: int, folder: Path, weights: Path) -> None:
     content = {name: float(value) for name, value in run.callback_metrics.items()}
     (folder / f"validate-{run.global_rank}.json").write_text(json.dumps(content))
     run.save_checkpoint(folder / "last.ckpt")
+    # As after a kill: fresh modules, which start from other weights on each process again, and no fit in the folder.
+    index = Path(callback.state_dict()["folder"]) / "index.json"
+    if run.is_global_zero:
+        index.rename(index.with_suffix(".hidden"))
+    dist.barrier()
+    again = BayesianMoECallback(callback.methods, dirpath=str(folder / "again"))
+    run = trainer(folder, [again, Witness(folder, again, "again")], devices=world_size, strategy="ddp", max_epochs=3)
+    again.fit_posterior(
+        Several(seed=int(os.environ.get("LOCAL_RANK", 0))),
+        trainer=run,
+        train_dataloaders=loader(151, 1, shuffle=True),
+        val_dataloaders=loader(CALIBRATION, 2),
+        ckpt_path=str(folder / "last.ckpt"),
+    )
+    dist.barrier()
+    if run.is_global_zero:
+        index.with_suffix(".hidden").rename(index)
 
 
 def leave() -> None:
@@ -359,10 +333,8 @@ if __name__ == "__main__":
     where, kind, sizes = Path(sys.argv[1]), sys.argv[2], [int(size) for size in sys.argv[3:]]
     learned = where / "trained.safetensors"
     if kind != "launched":
-        child = multiprocessing.get_context("fork").Process(target=train, args=(learned,))
-        child.start()
-        child.join()
+        train_elsewhere(learned)
     for size in sizes:
-        for run in {"whole": [whole], "small": [small, direct], "launched": [launched], "resumed": [resumed]}[kind]:
+        for run in {"whole": [whole], "small": [small, direct], "launched": [launched]}[kind]:
             run(size, where, learned)
     leave()

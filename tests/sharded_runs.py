@@ -1,7 +1,7 @@
 """Fit, test and predict with weights that FSDP2 shards, and write down what each process has to say.
 
-Lightning runs this script once more for every other process: `python sharded_runs.py FOLDER whole|parts|finetuner
-WORLD_SIZE`. The folder holds what `distributed_runs.py FOLDER whole 1` has left.
+Lightning runs this script once more for every other process: `python sharded_runs.py FOLDER whole|parts WORLD_SIZE`.
+The folder holds what `distributed_runs.py FOLDER whole 1` has left.
 """
 
 from __future__ import annotations
@@ -9,7 +9,6 @@ from __future__ import annotations
 import json
 import os
 import sys
-import time
 import types
 import warnings
 from contextlib import suppress
@@ -19,36 +18,31 @@ import torch
 import torch.distributed as dist
 from distributed_runs import (
     CALIBRATION,
-    METHODS,
     TEST,
     TRAIN,
-    Killed,
     SameWeights,
     Witness,
     leave,
+    methods,
     options,
-    stopping,
+    plain_logits,
     watch_writing,
     writes,
 )
-from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.loggers import TensorBoardLogger
 from lightning.pytorch.strategies import ModelParallelStrategy
-from safetensors.torch import save_file
+from resumed_runs import Killed, stopping
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FSDPModule, fully_shard
-from torch.utils.data import DataLoader, Dataset
 from toy import ToyData, loader, toy_model, trainer
 
-import bmoe_lightning.finetuner as module_file
-from bmoe_lightning import BayesianMoECallback, ExpertFinetuner, LaplacePosterior
+from bmoe_lightning import BayesianMoECallback, LaplacePosterior
 from bmoe_lightning.curvature import collect_factors, remove_checkpoint
 from bmoe_lightning.experts import down_proj_weights, find_expert_layers, squared_distances, weight_fingerprint
 from bmoe_lightning.experts.counted_batch import CountedBatch
-from bmoe_lightning.experts.fsdp import has_shards, local_part, reshard, shard_blocks, whole
-from bmoe_lightning.methods.snapshots import apply_snapshot, swapped_weights
-from bmoe_lightning.methods.workbench import plain_logits
+from bmoe_lightning.experts.fsdp import full_tensor, has_shards, local_part, reshard, shard_blocks
+from bmoe_lightning.methods import apply_snapshot, save_snapshot, swapped_weights
 
 
 def strategy(world_size: int, **others) -> ModelParallelStrategy:
@@ -81,8 +75,11 @@ class Attempts:
 
 def end_to_end(world_size: int, folder: Path) -> None:
     """All methods, from fitting to prediction."""
-    settings = {"methods": METHODS, "num_samples": 200, "ensemble_members": [str(folder / "member-1.safetensors")]}
-    callback = BayesianMoECallback(**settings, dirpath=str(folder / f"written-{world_size}"))
+    callback = BayesianMoECallback(
+        methods(folder / "member-1.safetensors"),
+        dirpath=str(folder / f"written-{world_size}"),
+        predict_method="laplace_lpo",
+    )
     module = ShardedWeights(folder / "trained.safetensors").double()
     wanted = {
         "strategy": strategy(world_size),
@@ -182,7 +179,7 @@ def of_model(name: str, world_size: int, folder: Path, batches) -> dict:
     snapshot = folder / f"{name}-{world_size}.safetensors"
     if rank() == 0:
         weights = {n: -value for layer in layers for n, value in down_proj_weights(model, layer).items()}
-        save_file({n: v.clone() for n, v in weights.items()}, snapshot, {"bmoe_lightning.snapshot": "1"})
+        save_snapshot(snapshot, weights)
     dist.barrier()
     before = {n: value.clone() for layer in layers for n, value in down_proj_weights(model, layer).items()}
     with torch.no_grad():
@@ -352,7 +349,9 @@ def observed(model, batches, before, snapshot) -> dict:
         results["borrowed fingerprint"] = weight_fingerprint(model, layers)
     assert results["borrowed fingerprint"] != results["fingerprint"]
     assert weight_fingerprint(model, layers) == results["fingerprint"]
-    results["whole"] = [whole(value).clone() for layer in layers for value in down_proj_weights(model, layer).values()]
+    results["whole"] = [
+        full_tensor(value).clone() for layer in layers for value in down_proj_weights(model, layer).values()
+    ]
     return results
 
 
@@ -388,93 +387,6 @@ def differences(found: dict, expected: dict) -> dict:
     }
 
 
-class Questions(Dataset):
-    """The toy's data as `ExpertFinetuner` takes them."""
-
-    def __init__(self, size: int, seed: int) -> None:
-        self._data = ToyData(size, seed)
-
-    def __len__(self) -> int:
-        return len(self._data)
-
-    def __getitem__(self, index):
-        ids, label = self._data.ids[index], self._data.labels[index]
-        return {"input_ids": ids, "attention_mask": torch.ones_like(ids), "label": label}
-
-
-def finetuner(world_size: int, folder: Path) -> None:
-    """`ExpertFinetuner` shards its model by itself; its checkpoints are read back, of both kinds."""
-    training, calibration = (DataLoader(Questions(*drawn), batch_size=8) for drawn in ((40, 1), (120, 2)))
-    said = {}
-    for kind in ("distributed", "single"):
-        chosen = {"max_epochs": 1, "gradient_clip_val": 1.0, "precision": "32-true", "enable_checkpointing": True}
-        own = folder / kind
-
-        def run(epochs, own=own, chosen=chosen, kind=kind):
-            callback = BayesianMoECallback(("map", "laplace_evidence", "laplace_lpo"), dirpath=str(own / str(epochs)))
-            given = strategy(world_size, save_distributed_checkpoint=kind == "distributed")
-            kept = ModelCheckpoint(own, filename="last")
-            wanted = options(world_size, **{**chosen, "max_epochs": epochs, "strategy": given})
-            return callback, trainer(own, [callback, kept], **wanted)
-
-        module = ExpertFinetuner(toy_model(), answer_token_ids=[1, 2, 3], learning_rate=1e-2, expert_dropout=0.1)
-        fitting, first = run(1)
-        first.fit(module, training, calibration)
-        trained = fingerprint_of(module)
-        tested = first.test(module, calibration, verbose=False)[0]
-        said[kind] = {"nll": tested["laplace_lpo/test/nll"], "map": tested["map/test/nll"]}
-        # What each process has written its shards of holds the frozen weights too.
-        again = ExpertFinetuner(
-            toy_model(seed=3 * (kind == "distributed")), answer_token_ids=[1, 2, 3], learning_rate=1e-2
-        )
-        _, second = run(1)
-        result = second.test(again, calibration, ckpt_path=str(own / "last.ckpt"), weights_only=False, verbose=False)
-        said[kind] |= {"same": fingerprint_of(again) == trained, "nll read back": result[0]["laplace_lpo/test/nll"]}
-        refitting, third = run(2)
-        resumed = ExpertFinetuner(toy_model(), answer_token_ids=[1, 2, 3], learning_rate=1e-2)
-        third.fit(resumed, training, calibration, ckpt_path=str(own / "last.ckpt"), weights_only=False)
-        assert fingerprint_of(resumed) != trained
-        said[kind]["epochs"] = third.current_epoch
-        said[kind]["prior mean"], said[kind]["resumed prior mean"] = (
-            [float(dist_sum(weights[name].square().sum())) for name in sorted(weights)]
-            for weights in (fitting._prior_mean.weights, refitting._prior_mean.weights)
-        )
-        found = {n: p for n, p in resumed.named_parameters() if n in fitting._prior_mean.weights}
-        said[kind]["trained"] = [float(whole(found[name]).square().sum()) for name in sorted(found)]
-    (folder / f"finetuner-{rank()}.json").write_text(json.dumps(said))
-
-
-def dist_sum(value):
-    dist.all_reduce(value)
-    return value
-
-
-def loading(world_size: int, folder: Path) -> None:
-    """`ExpertFinetuner` loads a model by its folder; when does each process?"""
-    if rank() == 0:
-        toy_model().save_pretrained(folder / "model")
-    load = module_file.load_causal_model
-    times = []
-
-    def watched(*arguments):
-        times.append(time.monotonic())
-        model = load(*arguments)
-        time.sleep(0.5)
-        times.append(time.monotonic())
-        return model
-
-    module_file.load_causal_model = watched
-    module = ExpertFinetuner(str(folder / "model"), answer_token_ids=[1, 2, 3])
-    run = trainer(folder, [], **options(world_size, strategy=strategy(world_size), precision="32-true", max_epochs=1))
-    run.fit(module, DataLoader(Questions(16, 1), batch_size=8))
-    assert has_shards(module)
-    (folder / f"loading-{rank()}.json").write_text(json.dumps(times))
-
-
-def fingerprint_of(module) -> str:
-    return weight_fingerprint(module, find_expert_layers(module))
-
-
 def rank() -> int:
     return int(os.environ.get("RANK", os.environ.get("LOCAL_RANK", 0)))
 
@@ -484,5 +396,5 @@ if __name__ == "__main__":
     torch.set_num_threads(1)
     watch_writing()
     where, kind, size = Path(sys.argv[1]), sys.argv[2], int(sys.argv[3])
-    {"whole": end_to_end, "parts": parts, "finetuner": finetuner, "loading": loading}[kind](size, where)
+    {"whole": end_to_end, "parts": parts}[kind](size, where)
     leave()

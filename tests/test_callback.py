@@ -24,9 +24,10 @@ from toy import (
 )
 
 from bmoe_lightning.callback import BayesianMoECallback
-from bmoe_lightning.curvature import collect_factors
+from bmoe_lightning.curvature import Curvature, collect_factors
 from bmoe_lightning.experts import find_expert_layers
 from bmoe_lightning.laplace import LaplacePosterior
+from bmoe_lightning.methods import CheckpointEnsemble, LaplaceLPO, NotFittedError
 
 
 def plain_metrics(module):
@@ -38,11 +39,16 @@ def plain_metrics(module):
     return (logits.argmax(1) == labels).double().mean(), torch.nn.functional.cross_entropy(logits.double(), labels)
 
 
+def only_posterior(callback):
+    (posterior,) = callback.fitted.posteriors.values()
+    return posterior
+
+
 class TestAfterTraining:
     def test_logs_four_metrics_for_each_method(self, trained):
-        for method in trained.callback.settings.methods:
+        for method in trained.callback.methods:
             for metric in ("acc", "ece", "nll", "brier"):
-                assert f"{method}/test/{metric}" in trained.metrics
+                assert f"{method.name}/test/{metric}" in trained.metrics
 
     def test_map_is_the_module_itself(self, trained):
         accuracy, nll = plain_metrics(trained.module)
@@ -51,8 +57,8 @@ class TestAfterTraining:
 
     def test_laplace_predictions_are_the_posterior_s(self, trained):
         batch = next(iter(test_loader()))
-        state = trained.callback.fitted.state
-        posterior = trained.callback.fitted.posterior.with_prior_precision(torch.tensor(state.evidence_precision))
+        precision = trained.callback.fitted.methods["laplace_evidence"].state["prior_precision"]
+        posterior = only_posterior(trained.callback).with_prior_precision(precision)
         expected = posterior.predict(trained.module, lambda m, b: m.class_logits(b), batch)
         found = trained.callback.predictions["test"]["laplace_evidence"].log_probs[: len(expected)]
         torch.testing.assert_close(found, expected)
@@ -68,16 +74,24 @@ class TestAfterTraining:
             return model(input_ids=data["input_ids"], use_cache=False).logits[:, -1, [1, 2, 3]], data["labels"]
 
         found = posterior.predict(network, class_logits, batch)
-        expected = trained.callback.predictions["test"]["laplace_lpo"].log_probs[: len(found)]
+        # At the prior precision of the first method that has one.
+        expected = trained.callback.predictions["test"]["laplace_evidence"].log_probs[: len(found)]
         torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
 
     def test_validation_after_training_predicts_too(self, trained):
         metrics = trained.run.validate(trained.module, test_loader(), verbose=False)[0]
         assert metrics["laplace_lpo/val/nll"] == pytest.approx(trained.metrics["laplace_lpo/test/nll"])
 
-    def test_predict_returns_probabilities_with_uncertainty(self, trained):
+    def test_predict_is_the_module_s_own_unless_a_method_is_named(self, trained):
         outputs = trained.run.predict(trained.module, test_loader())
-        first = outputs[0]
+        torch.testing.assert_close(outputs[0], trained.module.predict_step(next(iter(test_loader())), 0))
+
+    def test_predict_returns_probabilities_with_uncertainty(self, trained):
+        callback = BayesianMoECallback(LAPLACE, predict_method="laplace_lpo", dirpath=str(trained.folder / "bayesian"))
+        first = trainer(trained.folder, [callback]).predict(trained.module, test_loader())[0]
+        assert first["method"] == "laplace_lpo"
+        own_step = trained.module.predict_step(next(iter(test_loader())), 0)
+        torch.testing.assert_close(first["step_output"], own_step)
         torch.testing.assert_close(first["probs"].sum(1), torch.ones(16, dtype=torch.float64))
         torch.testing.assert_close(
             first["log_probs"], trained.callback.predictions["test"]["laplace_lpo"].log_probs[:16]
@@ -115,13 +129,13 @@ class TestTraining:
         callback = BayesianMoECallback()
         run = trainer(tmp_path, [callback], limit_train_batches=3, limit_val_batches=2, max_epochs=1)
         run.fit(ToyModule(), train_loader(), calibration_loader())
-        factors = callback.fitted.posterior.factors
+        factors = only_posterior(callback).factors
         assert (factors.num_examples_used, factors.num_examples) == (48, 48)
 
     def test_capped_curvature_stands_for_the_whole(self, tmp_path):
-        callback = BayesianMoECallback(curvature_batches=2)
+        callback = BayesianMoECallback(curvature=Curvature(max_batches=2))
         trainer(tmp_path, [callback], max_epochs=1).fit(ToyModule(), train_loader(), calibration_loader())
-        factors = callback.fitted.posterior.factors
+        factors = only_posterior(callback).factors
         assert (factors.num_examples_used, factors.num_examples) == (32, 160)
 
     def test_sanity_check_and_validation_within_training_predict_nothing(self, tmp_path):
@@ -142,31 +156,31 @@ class TestTraining:
 
     def test_scalars_of_the_fit_reach_any_logger(self, tmp_path):
         logger = CSVLogger(tmp_path)
-        callback = BayesianMoECallback(lpo_scope="global")
+        callback = BayesianMoECallback(("map", LaplaceLPO(scope="global")))
         trainer(tmp_path, [callback], logger=logger, max_epochs=1).fit(
             ToyModule(), train_loader(), calibration_loader()
         )
         text = (Path(logger.log_dir) / "metrics.csv").read_text()
-        assert "posterior/lpo_precision" in text
+        assert "posterior/laplace_lpo/prior_precision" in text
         assert "curvature/discarded_energy" in text
 
     def test_a_second_fit_drops_the_first_posterior(self, tmp_path):
         callback = BayesianMoECallback()
         module = ToyModule()
         trainer(tmp_path, [callback], max_epochs=1).fit(module, train_loader(), calibration_loader())
-        first = callback.fitted.posterior.factors.fingerprint
+        first = callback.fitted.fingerprint
         trainer(tmp_path, [callback], max_epochs=1).fit(module, train_loader(), calibration_loader())
-        assert callback.fitted.posterior.factors.fingerprint != first
+        assert callback.fitted.fingerprint != first
 
     def test_checkpoint_ensemble_keeps_the_last_epochs(self, tmp_path):
         callback = BayesianMoECallback(
-            methods=("map", "checkpoint_ensemble"), num_snapshots=2, dirpath=str(tmp_path / "b")
+            methods=("map", CheckpointEnsemble(num_snapshots=2)), dirpath=str(tmp_path / "b")
         )
         module = ToyModule()
         run = trainer(tmp_path, [callback], max_epochs=4)
         run.fit(module, train_loader())
         files = sorted(path.name for path in (tmp_path / "b" / "snapshots").iterdir())
-        assert files == ["epoch-0002.safetensors", "epoch-0003.safetensors"]
+        assert [name.split("-", 1)[1] for name in files] == ["epoch-0002.safetensors", "epoch-0003.safetensors"]
         before = [p.detach().clone() for p in module.parameters()]
         metrics = run.test(module, test_loader(), verbose=False)[0]
         assert metrics["checkpoint_ensemble/test/nll"] != pytest.approx(metrics["map/test/nll"], abs=1e-6)
@@ -185,11 +199,14 @@ class TestTraining:
         run = trainer(tmp_path, [callback], max_epochs=1, precision="bf16-mixed")
         module = Watching()
         run.fit(module, train_loader(), calibration_loader())
-        assert callback.fitted.posterior.factors.layers[0].a_basis.dtype == torch.float32
+        assert only_posterior(callback).factors.layers[0].a_basis.dtype == torch.float32
         metrics = run.test(module, test_loader(), verbose=False)[0]
-        assert 0 < metrics["laplace_lpo/test/nll"] < 3
+        callback.predict_method = "laplace_lpo"
         assert run.predict(module, test_loader())[0]["probs"].shape == (16, 3)
         assert all(seen)
+        _, nll = plain_metrics(module)
+        assert metrics["map/test/nll"] == pytest.approx(float(nll), rel=0.05)  # bfloat16
+        assert metrics["laplace_lpo/test/nll"] != metrics["map/test/nll"]
 
     def test_a_trial_leaves_an_earlier_posterior_alone(self, tmp_path):
         folder = tmp_path / "b"
@@ -203,7 +220,7 @@ class TestTraining:
         def precision(callback, seed):
             L.seed_everything(0)
             trainer(tmp_path, [callback], max_epochs=1).fit(ToyModule(seed=seed), loader(160, 1))
-            return callback.fitted.state.evidence_precision
+            return callback.fitted.methods["laplace_evidence"].state["prior_precision"].tolist()
 
         used = BayesianMoECallback(methods=("laplace_evidence",))
         precision(used, 0)
@@ -216,11 +233,13 @@ class TestTraining:
             checkpoint = ModelCheckpoint(tmp_path / "c", save_last=True, enable_version_counter=False)
             t = trainer(tmp_path, [checkpoint, callback], max_epochs=epochs, enable_checkpointing=True)
             t.fit(ToyModule(), train_loader(), **options)
-            return [path.name for path in callback._files.snapshots]
+            return [path.name for path in sorted((tmp_path / "b" / "snapshots").iterdir())]
 
-        assert len(run(3)) == 3
-        kept = run(4, ckpt_path=str(tmp_path / "c" / "last.ckpt"), weights_only=True)
-        assert kept == [f"epoch-000{i}.safetensors" for i in range(4)]
+        first = run(3)
+        assert len(first) == 3
+        resumed = run(4, ckpt_path=str(tmp_path / "c" / "last.ckpt"), weights_only=True)
+        assert resumed[:3] == first
+        assert [name.split("-", 1)[1] for name in resumed] == [f"epoch-000{i}.safetensors" for i in range(4)]
 
 
 class TestProgress:
@@ -247,7 +266,7 @@ def test_accumulated_gradients(tmp_path):
     run = trainer(tmp_path, [callback], accumulate_grad_batches=3, max_epochs=1, precision="64-true")
     run.fit(module, train_loader())
     assert run.global_step == 4
-    found = callback.fitted.posterior.factors
+    found = only_posterior(callback).factors
     assert found.num_examples_used == 160
     expected = collect_factors(module, lambda m, b: m.class_logits(b), loader(160, 1, batch_size=3), rank=10)
     for one, other in zip(found.layers, expected.layers, strict=True):
@@ -286,26 +305,30 @@ class TestException:
 
     def test_predict_step_is_restored_when_prediction_fails(self, trained):
         broken = DataLoader([{"labels": torch.tensor(0)}])
+        callback = BayesianMoECallback(predict_method="map", dirpath=str(trained.folder / "bayesian"))
         with pytest.raises(KeyError):
-            trained.run.predict(trained.module, broken)
+            trainer(trained.folder, [callback]).predict(trained.module, broken)
         assert "predict_step" not in vars(trained.module)
 
 
 class TestTwoCallbacks:
     def test_need_different_names(self, tmp_path):
-        callbacks = [BayesianMoECallback(rank=2), BayesianMoECallback(rank=4)]
+        callbacks = [BayesianMoECallback(curvature=Curvature(rank=rank)) for rank in (2, 4)]
         with pytest.raises(RuntimeError, match="more than one stateful callback"):
             trainer(tmp_path, callbacks).fit(ToyModule(), train_loader(), calibration_loader())
 
     def test_work_side_by_side(self, tmp_path):
-        callbacks = [BayesianMoECallback(rank=1, name="one"), BayesianMoECallback(skip_layers=(0,), name="last")]
+        callbacks = [
+            BayesianMoECallback(curvature=Curvature(rank=1), name="one"),
+            BayesianMoECallback(curvature=Curvature(skip_layers=(0,)), name="last"),
+        ]
         module = ToyModule()
         run = trainer(tmp_path, callbacks, max_epochs=1)
         run.fit(module, train_loader(), calibration_loader())
         metrics = run.test(module, test_loader(), verbose=False)[0]
         assert metrics["one/map/test/nll"] == metrics["last/map/test/nll"]
         assert metrics["one/laplace_lpo/test/nll"] != metrics["last/laplace_lpo/test/nll"]
-        assert len(callbacks[1].fitted.posterior.factors.layers) == 1
+        assert len(only_posterior(callbacks[1]).factors.layers) == 1
         assert (tmp_path / "bayesian_moe" / "one" / "posterior.safetensors").is_file()
 
 
@@ -332,20 +355,26 @@ class TestOutside:
                 "callback:\n"
                 "  class_path: bmoe_lightning.callback.BayesianMoECallback\n"
                 "  init_args:\n"
-                "    methods: [map, laplace_lpo]\n"
-                "    rank: 4\n"
-                "    fisher: mc\n"
-                "    skip_layers: [0]\n"
+                "    methods:\n"
+                "    - map\n"
+                "    - laplace_lpo\n"
+                "    - class_path: bmoe_lightning.methods.laplace_lpo.LaplaceLPO\n"
+                "      init_args: {name: lpo_probit, link: probit}\n"
+                "    curvature: {rank: 4, fisher: mc, skip_layers: [0]}\n"
+                "    predict_method: lpo_probit\n"
             )
             callback = parser.instantiate_classes(config).callback
-        assert (callback.settings.rank, callback.settings.fisher) == (4, "mc")
-        assert callback.settings.skip_layers == (0,)
+        assert [method.name for method in callback.methods] == ["map", "laplace_lpo", "lpo_probit"]
+        assert callback.methods[2].link == "probit"
+        expected = Curvature(rank=4, fisher="mc", skip_layers=(0,))
+        assert [method.curvatures for method in callback.methods] == [(), (expected,), (expected,)]
 
 
 def test_factors_that_take_less_memory(tmp_path):
     """Fitted, saved, found again by another callback; one with another dtype refuses them."""
-    options = {"methods": ("map", "laplace_lpo"), "dirpath": str(tmp_path / "bayesian"), "offload_factors": True}
-    callback = BayesianMoECallback(factor_dtype="bfloat16", **options)
+    options = {"methods": ("map", "laplace_lpo"), "dirpath": str(tmp_path / "bayesian")}
+    small = Curvature(factor_dtype="bfloat16", offload=True)
+    callback = BayesianMoECallback(curvature=small, **options)
     plain = BayesianMoECallback(options["methods"], name="plain", dirpath=str(tmp_path / "plain"))
     module = ToyModule()
     run = trainer(tmp_path, [callback, plain])
@@ -353,10 +382,10 @@ def test_factors_that_take_less_memory(tmp_path):
     metrics = run.test(module, test_loader(), verbose=False)[0]
     for name in ("laplace_lpo/test/nll", "laplace_lpo/test/brier"):
         assert metrics[name] == pytest.approx(metrics[f"plain/{name}"], rel=1e-3)
-    other = BayesianMoECallback(factor_dtype="bfloat16", **options)
+    other = BayesianMoECallback(curvature=small, **options)
     again = trainer(tmp_path, [other]).test(module, test_loader(), verbose=False)[0]
     assert again["laplace_lpo/test/nll"] == pytest.approx(metrics["laplace_lpo/test/nll"], rel=1e-6)
-    assert other.fitted.posterior.offload
-    assert other.fitted.posterior.factors.layers[0].a_basis.dtype == torch.bfloat16
-    with pytest.raises(ValueError, match=r"factor_dtype='bfloat16' \(here 'float32'\)"):
+    assert only_posterior(other).offload
+    assert only_posterior(other).factors.layers[0].a_basis.dtype == torch.bfloat16
+    with pytest.raises(NotFittedError, match=r"laplace_lpo was fitted with other options: curvature="):
         trainer(tmp_path, [BayesianMoECallback(**options)]).test(module, test_loader(), verbose=False)

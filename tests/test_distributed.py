@@ -7,14 +7,12 @@ import os
 import pickle
 import subprocess
 import sys
-import types
 from pathlib import Path
 
 import lightning as L
 import pytest
 import torch
 from distributed_runs import CALIBRATION, METHODS, TEST, TRAIN
-from lightning.pytorch.strategies import DDPStrategy, DeepSpeedStrategy, FSDPStrategy, XLAStrategy
 from safetensors.torch import load_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from torch.utils.data import DataLoader, DistributedSampler
@@ -23,9 +21,9 @@ from toy import ToyData, ToyModule, loader, trainer
 import bmoe_lightning
 from bmoe_lightning.callback import BayesianMoECallback
 from bmoe_lightning.curvature import collect_factors
+from bmoe_lightning.curvature.spec import Curvature
 from bmoe_lightning.laplace import LaplacePosterior
-from bmoe_lightning.methods.options import FitSettings
-from bmoe_lightning.trainer.checks import check_sketch, check_strategy
+from bmoe_lightning.methods import fit_methods, get_method
 
 
 def run_script(folder, kind, *world_sizes, script="distributed_runs.py", **variables):
@@ -87,11 +85,6 @@ def small_runs(tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def resumed_runs(tmp_path_factory):
-    return run_script(tmp_path_factory.mktemp("resumed"), "resumed", 2, 3)
-
-
-@pytest.fixture(scope="module")
 def launched_runs(tmp_path_factory):
     return run_script(tmp_path_factory.mktemp("launched"), "launched", 2)
 
@@ -114,6 +107,7 @@ class SameAsOneProcess:
         for rank in range(1, self.world_size):
             content, found = read(folder, "fit", self.world_size, rank)
             assert content["scalars"] == first["scalars"]
+            assert content["states"] == first["states"]
             assert all(torch.equal(found[name], value) for name, value in tensors.items())
 
     def test_predictions_of_every_method(self, folder):
@@ -134,13 +128,22 @@ class SameAsOneProcess:
             assert found == pytest.approx(expected, rel=1e-6, abs=1e-7)
 
     def test_the_first_process_alone_writes(self, folder):
-        for stage, expected in (("fit", ["save_snapshot", "save_snapshot", "save_fitted"]), ("test", None)):
+        for stage, expected in (("fit", ["save_snapshot", "save_snapshot", "save_fit"]), ("test", None)):
             assert read(folder, stage, self.world_size, 0)[0]["wrote"] == (expected or ["write_tensorboard"])
             for rank in range(1, self.world_size):
                 assert read(folder, stage, self.world_size, rank)[0]["wrote"] == []
-        written = {path.name for path in (folder / f"written-{self.world_size}").rglob("*") if path.is_file()}
-        snapshots = {f"epoch-000{epoch}.safetensors" for epoch in (0, 1)}
-        assert written == {"posterior.safetensors", "methods.json"} | snapshots
+        written = sorted(path.name for path in (folder / f"written-{self.world_size}").rglob("*") if path.is_file())
+        fit_id = read(folder, "fit", self.world_size, 0)[0]["id"]
+        snapshots = sorted(f"{fit_id[:8]}-epoch-000{epoch}.safetensors" for epoch in (0, 1))
+        assert [name for name in written if "-epoch-" in name] == snapshots
+        (methods,) = (name for name in written if name.startswith("methods-"))
+        assert written == sorted([*snapshots, "index.json", methods, "posterior.safetensors"])
+
+    def test_every_process_sees_what_was_written(self, folder):
+        for rank in range(self.world_size):
+            content, _ = read(folder, "fit", self.world_size, rank)
+            assert content["sees"]
+            assert content["id"] == read(folder, "fit", self.world_size, 0)[0]["id"]
 
     def test_tensorboard_holds_the_whole_data_set_s_metrics(self, folder):
         events = EventAccumulator(str(folder / f"logs-{self.world_size}" / "run" / "methods" / "laplace_lpo"))
@@ -226,14 +229,12 @@ class TestSmall:
         assert LaplacePosterior.load(path).factors.num_examples_used == used
 
     @pytest.mark.parametrize("world_size", [2, 3])
-    def test_fit_posterior_by_all_processes_and_by_one(self, small_runs, world_size):
+    def test_fit_methods_by_all_processes_and_by_one(self, small_runs, world_size):
         expected, tensors = read(small_runs, "direct", 1, 0)
         for rank in range(world_size):
             content, found = read(small_runs, "direct", world_size, rank)
             assert_same_factors(found, tensors)
             assert_same_scalars(content["scalars"], expected["scalars"])
-            assert content["wrote"] == ["save_fitted"] * (rank == 0)
-            assert content["sees"]
         assert content["alone"] == TRAIN // world_size  # without the others: on its own share alone
 
     def test_drawn_labels_differ_between_processes(self, small_runs):
@@ -246,85 +247,6 @@ class TestSmall:
             assert not torch.allclose(one[f"{layer}.g_trace"], two[f"{layer}.g_trace"])
             mean, other = (float(x[f"{layer}.g_trace"].sum()) for x in (one, two))
             assert mean == pytest.approx(other, rel=0.5)
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("world_size", [2, 3])
-class TestCurvatureThatWasKilled:
-    """Batches of two examples, of which the first process has one more than the last."""
-
-    @pytest.fixture
-    def said(self, resumed_runs, world_size):
-        """What each process said, and how many batches it has."""
-        return [read(resumed_runs, "resumed", world_size, rank)[0] for rank in range(world_size)]
-
-    def tensors(self, folder, name, world_size, rank):
-        return load_file(folder / f"{name}-{world_size}-{rank}.safetensors")
-
-    def names(self, world_size):
-        return [f"sums-{world_size}-rank{rank}of{world_size}.safetensors" for rank in range(world_size)]
-
-    @pytest.mark.parametrize("fisher", ["exact", "mc"])
-    @pytest.mark.parametrize("name", ["resumed", "finished"])
-    def test_goes_on_to_the_same_factors(self, resumed_runs, said, world_size, fisher, name):
-        assert said[0]["batches"] == said[-1]["batches"] + 1
-        for rank in range(world_size):
-            own = said[rank]["said"]
-            assert own[f"{fisher}-killed"]["error"] == ""
-            assert own[f"{fisher}-killed"]["files"] == self.names(world_size)
-            assert own[f"{fisher}-{name}"]["warned"] == []
-            assert own[f"{fisher}-{name}"]["calls"] == (said[rank]["batches"] - 2 if name == "resumed" else 0)
-            found = self.tensors(resumed_runs, f"{fisher}-{name}", world_size, rank)
-            expected = self.tensors(resumed_runs, f"{fisher}-whole", world_size, rank)
-            for layer in range(2):
-                assert torch.equal(found[f"{layer}.slots"], expected[f"{layer}.slots"])
-                for kind in ("a", "g"):
-                    one, other = dense(found, layer, kind), dense(expected, layer, kind)
-                    torch.testing.assert_close(one, other, rtol=1e-12, atol=1e-12 * float(other.abs().max()))
-
-    def test_nobody_runs_far_ahead(self, said, world_size):
-        """Files that are many writes apart could not be gone on with; so the fast ones wait when they write."""
-        fast, slow = (said[rank]["said"]["exact-resumed"]["times"] for rank in (0, 1))
-        assert fast[2] >= slow[1] + 0.2  # the first batch after the next write
-
-    def test_goes_on_from_the_newest_write_that_all_have(self, resumed_runs, said, world_size):
-        for rank in range(world_size):
-            own = said[rank]["said"]["differing-resumed"]
-            assert own["warned"] == []
-            assert own["calls"] == said[rank]["batches"] - 2
-            found = self.tensors(resumed_runs, "differing-resumed", world_size, rank)
-            expected = self.tensors(resumed_runs, "exact-whole", world_size, rank)
-            assert torch.equal(found["0.slots"], expected["0.slots"])
-            torch.testing.assert_close(found["1.g_trace"], expected["1.g_trace"], rtol=1e-12, atol=0)
-
-    def test_begins_anew_where_the_files_of_one_are_missing(self, resumed_runs, said, world_size):
-        for rank in range(world_size):
-            own = said[rank]["said"]["missing-resumed"]
-            writes = [3] * world_size
-            writes[1] = 0
-            assert len(own["warned"]) == 1
-            assert f"no age in common (written {writes} times)" in own["warned"][0]
-            assert own["calls"] == said[rank]["batches"]
-            found = self.tensors(resumed_runs, "missing-resumed", world_size, rank)
-            expected = self.tensors(resumed_runs, "exact-whole", world_size, rank)
-            assert torch.equal(found["0.slots"], expected["0.slots"])
-            torch.testing.assert_close(found["1.g_trace"], expected["1.g_trace"], rtol=1e-12, atol=0)
-
-    def test_a_damaged_file_stops_all_processes(self, said, world_size):
-        for rank in range(world_size):
-            own = said[rank]["said"]["damaged"]
-            assert ("no complete safetensors file" if rank == 1 else "on process 1 cannot be gone on with") in own[
-                "error"
-            ]
-            assert own["calls"] == 0
-
-    def test_a_process_without_a_batch_keeps_step(self, said, world_size):
-        for rank in range(world_size):
-            one, again = said[rank]["said"]["removed"], said[rank]["said"]["nothing-again"]
-            assert one["error"] is again["error"] is None
-            assert one["calls"] == (0 if rank else said[rank]["batches"])
-            assert again["calls"] == 0
-            assert again["warned"] == []
 
 
 class TestLaunchedByLightning:
@@ -343,6 +265,15 @@ class TestLaunchedByLightning:
         assert metrics[0].pop("test_loss") != metrics[1].pop("test_loss")
         assert metrics[0] == metrics[1]
 
+    def test_fit_posterior_finds_where_differing_modules_start(self, folder):
+        expected, tensors = read(folder, "fit", 2, 0)
+        for rank in (0, 1):
+            found, found_tensors = read(folder, "again", 2, rank)
+            assert found["id"] == expected["id"]  # that of the run, to which a snapshot would belong
+            assert found["folder"] != expected["folder"]
+            assert_same_scalars(found["scalars"], expected["scalars"])
+            assert_same_factors(found_tensors, tensors)
+
     def test_one_process_goes_on_with_what_two_have_written(self, folder, tmp_path):
         callback = BayesianMoECallback(methods=("map", "laplace_evidence", "laplace_lpo"))
         metrics = trainer(tmp_path, [callback]).test(
@@ -353,8 +284,9 @@ class TestLaunchedByLightning:
             verbose=False,
         )[0]
         logged = read(folder, "test", 2, 0)[0]["metrics"]
-        for name in callback.settings.methods:
-            assert metrics[f"{name}/test/nll"] == pytest.approx(logged[f"{name}/test/nll"], rel=1e-4)
+        for method in callback.methods:
+            name = f"{method.name}/test/nll"
+            assert metrics[name] == pytest.approx(logged[name], rel=1e-4)
 
     def test_several_and_shuffled_loaders(self, folder):
         found = [json.loads((folder / f"validate-{rank}.json").read_text()) for rank in (0, 1)]
@@ -364,55 +296,40 @@ class TestLaunchedByLightning:
         assert found[0]["map/val_1/nll"] != pytest.approx(found[0]["map/val_0/nll"], rel=1e-3)
 
 
-class TestRefusals:
-    def test_ddp_is_let_through(self):
-        check_strategy(types.SimpleNamespace(strategy=DDPStrategy.__new__(DDPStrategy), world_size=2))
-
-    @pytest.mark.parametrize("kind", [FSDPStrategy, DeepSpeedStrategy])
-    def test_sharded_weights(self, kind):
-        with pytest.raises(ValueError, match=f"does not support {kind.__name__}"):
-            check_strategy(types.SimpleNamespace(strategy=kind.__new__(kind), world_size=2))
-
-    @pytest.mark.parametrize("kind", [XLAStrategy, object])
-    def test_other_strategies(self, kind):
-        with pytest.raises(ValueError, match=f"2 with {kind.__name__}"):
-            check_strategy(types.SimpleNamespace(strategy=kind.__new__(kind), world_size=2))
-
-    def test_a_sketch_that_does_not_add_up(self):
-        several = types.SimpleNamespace(world_size=2)
-        with pytest.raises(ValueError, match="rsvd"):
-            check_sketch(several, FitSettings(sketch="rsvd"))
-        check_sketch(several, FitSettings(sketch="rsvd", methods=("map",)))
-        check_sketch(types.SimpleNamespace(world_size=1), FitSettings(sketch="rsvd"))
-        with pytest.raises(ValueError, match="rsvd"):
-            collect_factors(ToyModule(), lambda m, b: m.class_logits(b), loader(4, 1), sketch="rsvd", distributed=True)
+def test_a_sketch_that_does_not_add_up():
+    with pytest.raises(ValueError, match="rsvd"):
+        collect_factors(ToyModule(), lambda m, b: m.class_logits(b), loader(4, 1), sketch="rsvd", distributed=True)
 
 
-class TestFitPosterior:
-    def test_distributed_with_one_process_changes_nothing(self, tmp_path):
-        found = []
-        for distributed in (False, True):
-            callback = BayesianMoECallback(dirpath=str(tmp_path / str(distributed)))
-            module = ToyModule()
-            callback.fit_posterior(module, loader(30, 1), loader(20, 2), distributed=distributed)
-            assert (tmp_path / str(distributed) / "posterior.safetensors").is_file()
-            found.append(callback.fitted.scalars())
-        assert found[0] == found[1]
+def class_logits(module, batch):
+    return module.class_logits(batch)
+
+
+def fitted(*, distributed=False, training=None):
+    methods = [get_method(name).with_defaults(Curvature()) for name in ("map", "laplace_lpo")]
+    training = loader(30, 1) if training is None else training
+    module = ToyModule()
+    return module, fit_methods(methods, module, class_logits, training, loader(20, 2), distributed=distributed)
+
+
+class TestFitMethods:
+    def test_distributed_with_one_process_changes_nothing(self):
+        assert fitted()[1].scalars() == fitted(distributed=True)[1].scalars()
 
     def test_no_data_at_all_is_refused(self):
         with pytest.raises(ValueError, match="no batch"):
-            BayesianMoECallback().fit_posterior(ToyModule(), [], loader(20, 2), distributed=True)
+            fitted(training=[], distributed=True)
 
 
-def test_a_posterior_in_use_can_be_sent_to_another_process():
-    module = ToyModule()
-    callback = BayesianMoECallback()
-    callback.fit_posterior(module, loader(30, 1), loader(20, 2))
-    posterior = callback.fitted.posterior
+def test_a_fit_in_use_can_be_sent_to_another_process():
+    module, fit = fitted()
     batch = next(iter(loader(5, 3)))
-    expected = posterior.predict(module, lambda m, b: m.class_logits(b), batch)
-    sent = pickle.loads(pickle.dumps(callback.fitted)).posterior
-    torch.testing.assert_close(sent.predict(module, lambda m, b: m.class_logits(b), batch), expected)
+    used = [fit.posteriors[Curvature().digest], fit.served_posterior(Curvature().digest)]
+    expected = [posterior.predict(module, class_logits, batch) for posterior in used]
+    sent = pickle.loads(pickle.dumps((fit, used[1])))
+    found = [sent[0].posteriors[Curvature().digest], sent[1]]
+    for posterior, log_probs in zip(found, expected, strict=True):
+        torch.testing.assert_close(posterior.predict(module, class_logits, batch), log_probs)
 
 
 def test_a_trainer_of_one_process_knows_nothing_of_others(tmp_path):
@@ -421,4 +338,5 @@ def test_a_trainer_of_one_process_knows_nothing_of_others(tmp_path):
     callback = BayesianMoECallback(methods=("map", "laplace_evidence"))
     L.seed_everything(0, verbose=False)
     trainer(tmp_path, [callback], max_epochs=1).fit(ToyModule(), DataLoader(ToyData(31, 1), 8, sampler=sampler))
-    assert callback.fitted.posterior.factors.num_examples_used == 16
+    (posterior,) = callback.fitted.posteriors.values()
+    assert posterior.factors.num_examples_used == 16

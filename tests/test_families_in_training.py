@@ -2,12 +2,13 @@
 
 import pytest
 import torch
-from test_callback import calibration_loader, test_loader, train_loader
-from toy import ANSWER_TOKENS, ToyModule, trainer
+from toy import ANSWER_TOKENS, ToyModule, calibration_loader, test_loader, train_loader, trainer
 
 from bmoe_lightning import ExpertFinetuner
 from bmoe_lightning.callback import BayesianMoECallback
+from bmoe_lightning.curvature.spec import Curvature, ExpertLayers, LinearLayers
 from bmoe_lightning.experts import find_expert_layers, find_linear_layers
+from bmoe_lightning.methods import NotFittedError
 from recipes.supported_models.tiny import build
 
 METHODS = ("map", "mc_dropout", "laplace_evidence", "laplace_lpo")
@@ -32,7 +33,7 @@ def test_fine_tuning_and_posterior(family, part, tmp_path):
     layers = find_expert_layers(model)
     trained = {p.data_ptr() for p in module.trained_parameters().values()}
     before = {name: p.detach().clone() for name, p in model.named_parameters()}
-    callback = BayesianMoECallback(methods=METHODS, dirpath=str(tmp_path / "bayesian"), rank=4)
+    callback = BayesianMoECallback(methods=METHODS, curvature=Curvature(rank=4), dirpath=str(tmp_path / "bayesian"))
     run = trainer(tmp_path, [callback], max_epochs=1)
     run.fit(module, renamed(train_loader()), renamed(calibration_loader()))
     (metrics,) = run.test(module, renamed(test_loader()), verbose=False)
@@ -42,45 +43,42 @@ def test_fine_tuning_and_posterior(family, part, tmp_path):
     for name, parameter in model.named_parameters():
         moved = not torch.equal(parameter.detach(), before[name])
         assert moved == (parameter.data_ptr() in trained), name
-    posterior = callback.fitted.posterior
+    (posterior,) = callback.fitted.posteriors.values()
     assert [layer.num_experts for layer in posterior.factors.layers] == [layer.num_experts for layer in layers]
     assert all(float(layer.slots.sum()) > 0 for layer in posterior.factors.layers)
     assert "forward" not in vars(model.get_submodule(layers[0].name))
 
 
 @pytest.mark.parametrize(
-    ("options", "layers"),
+    ("selection", "layers", "said"),
     [
-        ({"linear_layers": "*.self_attn.?_proj"}, 8),
-        ({"linear_layers": "*.lm_head"}, 1),
-        ({"shared_experts": True}, 4),
+        (LinearLayers("*.self_attn.?_proj"), 8, "'selection': 'LinearLayers'"),
+        (LinearLayers("*.lm_head"), 1, "'selection': 'LinearLayers'"),
+        (ExpertLayers(shared_experts=True), 4, "'shared_experts': True"),
     ],
+    ids=str,
 )
-def test_posteriors_elsewhere(options, layers, tmp_path):
-    callback = BayesianMoECallback(methods=METHODS, dirpath=str(tmp_path / "bayesian"), **options)
+def test_posteriors_elsewhere(selection, layers, said, tmp_path):
+    curvature, folder = Curvature(layers=selection), str(tmp_path / "bayesian")
+    callback = BayesianMoECallback(METHODS, curvature, dirpath=folder)
     module = ToyModule()
     run = trainer(tmp_path, [callback], max_epochs=1)
     run.fit(module, train_loader(), calibration_loader())
     (metrics,) = run.test(module, test_loader(), verbose=False)
-    factors = callback.fitted.posterior.factors
+    factors = callback.fitted.posteriors[curvature.digest].factors
     assert len(factors.layers) == layers
     assert metrics["laplace_evidence/test/nll"] != metrics["map/test/nll"]
 
-    again = BayesianMoECallback(methods=METHODS, dirpath=str(tmp_path / "bayesian"), **options)
+    again = BayesianMoECallback(METHODS, curvature, dirpath=folder)
     (loaded,) = trainer(tmp_path, [again]).test(module, test_loader(), verbose=False)
     assert loaded == pytest.approx(metrics, rel=1e-4)
-    other = BayesianMoECallback(methods=METHODS, dirpath=str(tmp_path / "bayesian"))
-    with pytest.raises(ValueError, match=next(iter(options))):
+    other = BayesianMoECallback(METHODS, dirpath=folder)
+    with pytest.raises(NotFittedError, match=f"other options: .*{said}"):
         trainer(tmp_path, [other]).test(module, test_loader(), verbose=False)
 
 
-def test_settings_that_exclude_each_other():
-    with pytest.raises(ValueError, match="linear_layers puts the posterior on plain layers instead of experts"):
-        BayesianMoECallback(linear_layers="*", shared_experts=True)
-
-
 def test_a_pattern_without_a_layer_is_refused_before_training(tmp_path):
-    callback = BayesianMoECallback(methods=METHODS, linear_layers="*.nothing")
+    callback = BayesianMoECallback(METHODS, Curvature(layers=LinearLayers("*.nothing")))
     with pytest.raises(ValueError, match=r"no linear layer of ToyModule matches '\*.nothing'"):
         trainer(tmp_path, [callback]).fit(ToyModule(), train_loader(), calibration_loader())
     assert len(find_linear_layers(ToyModule(), "*.?_proj")) == 8

@@ -4,14 +4,17 @@ import warnings
 import lightning as L
 import pytest
 import torch
+from fake_trainer import FakeMesh
 from lightning.pytorch.callbacks import Callback, ModelCheckpoint
 from oracles.models import as_modules, tiny_qwen, toy_model
+from oracles.waits import Waits
 from published import write_published_folder
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from bmoe_lightning.data import MultipleChoiceDataModule, Question, get_prompt_format, train_word_tokenizer
+from bmoe_lightning.curvature.kfac import collect_factors
+from bmoe_lightning.data import MultipleChoiceDataModule, Question, Splits, get_prompt_format, train_word_tokenizer
 from bmoe_lightning.experts.layouts.intercept import expert_state
-from bmoe_lightning.finetuner import ExpertFinetuner, learning_rate_factor
+from bmoe_lightning.finetuner import ExpertFinetuner
 from bmoe_lightning.methods import save_snapshot, swapped_weights
 
 EXPERTS = {f"model.model.layers.{i}.mlp.experts.{n}" for i in (0, 1) for n in ("gate_up_proj", "down_proj")}
@@ -37,8 +40,8 @@ def tokenizer():
 
 @pytest.fixture
 def data(tokenizer):
-    return MultipleChoiceDataModule.from_questions(
-        TRAIN, CALIBRATION, TEST, tokenizer, prompt="letters", batch_size=4, eval_batch_size=3
+    return MultipleChoiceDataModule(
+        Splits(TRAIN, CALIBRATION, TEST), tokenizer, prompt="letters", batch_size=4, eval_batch_size=3
     )
 
 
@@ -291,7 +294,7 @@ def test_refuses_another_number_of_choices(data):
 
 
 def test_says_what_it_lacks():
-    with pytest.raises(RuntimeError, match="tokens that answer are not known"):
+    with pytest.raises(RuntimeError, match="tokens of the answers are not known"):
         finetuner().class_logits({})
     with pytest.raises(RuntimeError, match="not loaded yet"):
         finetuner("some/model").trained_parameters()
@@ -322,15 +325,38 @@ def test_answer_tokens_come_from_the_datamodule_or_the_argument(data, tmp_path):
     given = finetuner(answer_token_ids=(9, 8, 7, 6))
     trainer(tmp_path).test(given, datamodule=data, verbose=False)
     assert given._answer_ids.tolist() == [9, 8, 7, 6]
-    with pytest.raises(ValueError, match="nobody names the tokens"):
+    with pytest.raises(ValueError, match="tokens of the answers are unknown"):
         trainer(tmp_path).test(finetuner(), dataloaders=data.test_dataloader(), verbose=False)
 
 
-def test_refuses_a_broken_loss_and_names_the_step(data, tmp_path):
+def test_a_nan_loss_is_the_trainers_matter(data, tmp_path):
     model = qwen()
     model.lm_head.weight.data[:] = torch.nan
-    with pytest.raises(ValueError, match=r"loss is nan at step 0 \(epoch 0, batch 0\).*lower learning_rate"):
-        trainer(tmp_path, num_sanity_val_steps=0).fit(finetuner(model), datamodule=data)
+    module = finetuner(model)
+    trainer(tmp_path, num_sanity_val_steps=0, limit_val_batches=0).fit(module, datamodule=data)
+    batch = next(iter(data.train_dataloader()))
+    with pytest.raises(ValueError, match=r"NaN or \+inf.*lower the learning rate"):
+        collect_factors(module, lambda m, b: m.class_logits(b), [batch])
+
+
+def test_a_training_step_waits_for_no_device(data):
+    """Apart from the model's own forward, whose padding decides about shapes."""
+    module = finetuner()
+    prepare(module, data)
+    module.log = lambda *_, **__: None
+    batch = next(iter(data.train_dataloader()))
+    with Waits() as forward:
+        module.class_logits(batch)
+    with Waits() as step:
+        module.training_step(batch, 0)
+    assert step.count == forward.count
+
+
+def test_tensor_parallelism_is_refused():
+    module = finetuner()
+    module._device_mesh = FakeMesh(data_parallel=2, tensor_parallel=2)
+    with pytest.raises(ValueError, match=r"tensor-parallel group of 2 .*data_parallel_size=4, tensor_parallel_size=1"):
+        module.configure_model()
 
 
 # Checkpoints
@@ -439,15 +465,6 @@ def test_a_model_without_experts_is_refused_at_once(tmp_path):
 # Settings
 
 
-def test_learning_rate_factors():
-    linear = [learning_rate_factor(step, 10, 2, "linear") for step in range(11)]
-    assert linear == pytest.approx([0.5, 1.0, 1.0, 7 / 8, 6 / 8, 5 / 8, 4 / 8, 3 / 8, 2 / 8, 1 / 8, 0.0])
-    cosine = [learning_rate_factor(step, 8, 0, "cosine") for step in (0, 2, 4, 8, 9)]
-    assert cosine == pytest.approx([1, 0.5 + math.sqrt(2) / 4, 0.5, 0, 0])
-    assert [learning_rate_factor(step, math.inf, 0, "constant") for step in (0, 10**9)] == [1, 1]
-    assert learning_rate_factor(1, 8, 4, "constant") == 0.5
-
-
 def test_the_optimiser_is_the_papers_and_steps_its_schedule(data, tmp_path):
     module, rates = ExpertFinetuner(qwen()), []
 
@@ -473,7 +490,7 @@ def test_a_schedule_without_an_end_is_refused(data, tmp_path):
 @pytest.mark.parametrize(
     ("options", "says"),
     [
-        ({"train": "router"}, "unknown train 'router'; valid are down_proj, experts"),
+        ({"train": "router"}, "unknown train 'router'; choose one of down_proj, experts"),
         ({"schedule": "step"}, "unknown schedule"),
         ({"dtype": "float8"}, "unknown dtype"),
         ({"learning_rate": 0.0}, "learning_rate must be positive"),

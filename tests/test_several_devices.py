@@ -6,18 +6,33 @@ from oracles.models import answer_logits, as_modules, choice_batch, choices_perm
 from oracles.places import PretendedDevices
 
 from bmoe_lightning.curvature import collect_factors
+from bmoe_lightning.curvature.spec import Curvature
 from bmoe_lightning.experts import find_expert_layers, squared_distances, weight_fingerprint
 from bmoe_lightning.experts.dropout import _Dropout
 from bmoe_lightning.laplace import LaplacePosterior
-from bmoe_lightning.methods import evaluate
-from bmoe_lightning.methods.options import FitSettings
-from bmoe_lightning.methods.workbench import build_methods, fit
+from bmoe_lightning.methods import (
+    EvidenceTemperature,
+    LaplaceEvidence,
+    LaplaceLPO,
+    LaplaceTemperature,
+    MCDropout,
+    ShrunkTemperature,
+    evaluate,
+    fit_methods,
+    get_method,
+)
 
 layouts = pytest.mark.parametrize("layout", ["fused", "modules"])
 METHODS = (
-    "map", "mc_dropout", "temperature", "laplace_evidence", "laplace_lpo", "laplace_temperature",
-    "evidence_temperature", "shrunk_temperature",
-)  # fmt: skip
+    get_method("map"),
+    MCDropout(num_samples=2),
+    get_method("temperature"),
+    LaplaceEvidence(prior_mean="zero", num_samples=50),
+    LaplaceLPO(num_samples=50),
+    LaplaceTemperature(prior_mean="zero", num_samples=50),
+    EvidenceTemperature(prior_mean="zero"),
+    ShrunkTemperature(prior_mean="zero"),
+)
 FIRST, SECOND = torch.device("cuda:0"), torch.device("cuda:1")
 
 
@@ -182,28 +197,32 @@ def test_a_layer_that_is_not_reached_at_first(layout):
 
 @pytest.mark.parametrize(
     ("layout", "options"),
-    [("fused", {}), ("modules", {"factor_dtype": "bfloat16", "offload_factors": True})],
+    [("fused", {}), ("modules", {"factor_dtype": "bfloat16", "offload": True})],
     ids=["fused", "modules, lean"],
 )
 def test_fitting_and_evaluating_with_every_method(layout, options):
-    settings = FitSettings(methods=METHODS, rank=3, prior_mean="zero", dropout_samples=2, num_samples=50, **options)
+    methods = [method.with_defaults(Curvature(rank=3, **options)) for method in METHODS]
     train, calibration, test = split(toy_batch(num_rows=130), 20, 104, 6)
 
     def run(model, moved=dict):
-        fitted = fit(model, answer_logits, settings, [moved(train)], [moved(calibration)])
-        methods = build_methods(model, settings, fitted)
-        found = evaluate(methods, model, answer_logits, [moved(test)], fitted.posterior)
+        fitted = fit_methods(methods, model, answer_logits, [moved(train)], [moved(calibration)])
+        found = evaluate(methods, fitted, model, answer_logits, [moved(test)])
         return fitted, {name: predictions.log_probs for name, predictions in found.items()}
 
     expected, log_probs = run(built(layout))
     with PretendedDevices() as devices:
         fitted, found = run(spread(devices, built(layout)), there)
         assert all(value.device.type == "cpu" for value in found.values())
-    for name, value in expected.state.scalars().items():
-        assert fitted.state.scalars()[name] == pytest.approx(value, rel=1e-6), name
-    for name in METHODS:
-        if name != "mc_dropout":  # each device has a stream of its own
-            torch.testing.assert_close(found[name], log_probs[name], rtol=1e-5, atol=1e-7)
+        states = [fitted.state_of(method) for method in methods]
+        assert {value.device.type for state in states for value in state.values()} == {"cpu"}
+    scalars = fitted.scalars()
+    assert len(scalars) > len(METHODS)
+    for name, value in expected.scalars().items():
+        if name.startswith("posterior/"):
+            assert scalars[name] == pytest.approx(value, rel=1e-6), name
+    for method in methods:
+        if method.name != "mc_dropout":  # each device has a stream of its own
+            torch.testing.assert_close(found[method.name], log_probs[method.name], rtol=1e-5, atol=1e-7)
     assert fitted.fingerprint == expected.fingerprint
 
 

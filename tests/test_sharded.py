@@ -8,18 +8,15 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
-from distributed_runs import TEST
-from lightning.pytorch.strategies import DDPStrategy, ModelParallelStrategy
+from distributed_runs import TEST, plain_logits
 from safetensors.torch import load_file
-from test_distributed import SameAsOneProcess, read, run_script
+from test_distributed import SameAsOneProcess, assert_same_scalars, read, run_script
 from toy import ToyData, ToyModule
 
 from bmoe_lightning.curvature import collect_factors
 from bmoe_lightning.experts.counted_batch import CountedBatch, count_of, plain_batch
 from bmoe_lightning.experts.fsdp import sharding_refusal
 from bmoe_lightning.laplace import LaplacePosterior
-from bmoe_lightning.methods.workbench import plain_logits
-from bmoe_lightning.trainer.checks import check_shards, check_strategy
 
 SCRIPT = "sharded_runs.py"
 
@@ -101,7 +98,7 @@ def test_whatever_looks_at_weights_sees_the_same_in_parts(tmp_path, world_size):
 
 @pytest.mark.slow
 def test_a_finetuner_shards_itself_and_its_checkpoints_are_read_back(tmp_path):
-    run_script(tmp_path, "finetuner", 2, script=SCRIPT)
+    run_script(tmp_path, "finetuner", 2, script="finetuner_runs.py")
     first, second = (json.loads((tmp_path / f"finetuner-{rank}.json").read_text()) for rank in range(2))
     assert first == second
     assert set(first) == {"distributed", "single"}
@@ -110,28 +107,17 @@ def test_a_finetuner_shards_itself_and_its_checkpoints_are_read_back(tmp_path):
         assert said["epochs"] == 2
         assert said["nll"] == said["nll read back"] < said["map"]
         assert said["prior mean"] == said["resumed prior mean"] != said["trained"]
+        assert_same_scalars(said["completed fit"], said["fit"])
 
 
 @pytest.mark.slow
 def test_a_model_is_whole_in_one_process_at_a_time(tmp_path):
-    run_script(tmp_path, "loading", 2, script=SCRIPT)
+    run_script(tmp_path, "loading", 2, script="finetuner_runs.py")
     (begin, end), (later, _) = sorted(json.loads((tmp_path / f"loading-{rank}.json").read_text()) for rank in range(2))
     assert begin < end <= later
 
 
 class TestRefusals:
-    def trainer(self, size, world_size=4):
-        strategy = ModelParallelStrategy(data_parallel_size=world_size // size, tensor_parallel_size=size)
-        strategy._device_mesh = {"tensor_parallel": types.SimpleNamespace(size=lambda: size)}
-        return types.SimpleNamespace(strategy=strategy, world_size=world_size)
-
-    def test_sharded_weights_alone_are_let_through(self):
-        check_strategy(self.trainer(1))
-
-    def test_tensor_parallelism(self):
-        with pytest.raises(ValueError, match=r"group of 2 .*data_parallel_size=4, tensor_parallel_size=1"):
-            check_strategy(self.trainer(2))
-
     @pytest.mark.parametrize(
         ("placements", "size", "reason"),
         [
@@ -194,18 +180,3 @@ class TestCountedBatches:
         assert count_of(CountedBatch("batch", 1, 3), 3) == 1
         with pytest.raises(ValueError, match="6 examples for 3 entries"):
             count_of(CountedBatch("batch", 2, 3), 6)
-
-
-class TestTrainedParameters:
-    def trainer(self, world_size=2, strategy=None):
-        return types.SimpleNamespace(strategy=strategy or ModelParallelStrategy(), world_size=world_size)
-
-    def test_whole_ones_are_refused_before_training(self):
-        with pytest.raises(ValueError, match=r"'network.model.embed_tokens.weight' for one.*fully_shard"):
-            check_shards(self.trainer(), ToyModule())
-
-    def test_frozen_ones_and_other_trainers_are_let_through(self):
-        module = ToyModule()
-        check_shards(self.trainer(1), module)
-        check_shards(self.trainer(2, DDPStrategy()), module)
-        check_shards(self.trainer(), module.requires_grad_(False))

@@ -3,5 +3,15 @@
 from bmoe_lightning.curvature.checkpoint import remove_checkpoint
 from bmoe_lightning.curvature.factors import KroneckerFactors, LayerFactors
 from bmoe_lightning.curvature.kfac import collect_factors
+from bmoe_lightning.curvature.spec import Curvature, ExpertLayers, LayerSelection, LinearLayers
 
-__all__ = ["KroneckerFactors", "LayerFactors", "collect_factors", "remove_checkpoint"]
+__all__ = [
+    "Curvature",
+    "ExpertLayers",
+    "KroneckerFactors",
+    "LayerFactors",
+    "LayerSelection",
+    "LinearLayers",
+    "collect_factors",
+    "remove_checkpoint",
+]

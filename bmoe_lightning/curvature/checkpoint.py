@@ -1,7 +1,7 @@
-"""The running sums of a curvature pass on disk, so that a pass that was killed goes on instead of beginning anew.
+"""Checkpoints of a curvature pass, from which a killed pass resumes.
 
-One safetensors file for each process, replaced whole at every write: all sums, the state of every generator, how far
-the pass has come, and a digest of the batches so far, by which it is noticed if they come in another order.
+One safetensors file for each rank, replaced atomically at every write: all running sums, the state of every generator,
+how far the pass has come, and a digest of the batches so far, by which another order of them is noticed.
 """
 
 from __future__ import annotations
@@ -24,24 +24,30 @@ from torch import Tensor
 from bmoe_lightning.experts.counted_batch import CountedBatch, plain_batch
 from bmoe_lightning.utils.atomic_io import remove_leftovers
 from bmoe_lightning.utils.distributed import gather_number, num_processes, process_rank
-from bmoe_lightning.utils.safetensors_io import read_safetensors, write_safetensors
+from bmoe_lightning.utils.safetensors_io import (
+    read_tensor_file,
+    remove_tensor_file,
+    tensor_bytes,
+    write_tensor_file,
+)
 
-FORMAT = "bmoe_lightning.curvature"
+FORMAT = "curvature checkpoint"
 VERSION = 1
 _GENERATOR = "generator"
-_DAMAGED = -1  # in the place of the number of writes
-_BEFORE = ".before"  # of several processes, what each wrote the time before
+_UNUSABLE = -1  # in the place of the number of writes
+_PREVIOUS = ".before"  # suffix of what each of several ranks wrote the time before
+_RESTART = "delete the file to start the curvature pass from the beginning"
 
 
 class Stateful(Protocol):
     """Something whose sums go into a checkpoint."""
 
     def state(self) -> dict[str, Tensor]:
-        """All that it needs to go on elsewhere, by name."""
+        """All tensors that it needs to resume, by name."""
         ...
 
     def load_state(self, state: Mapping[str, Tensor]) -> None:
-        """Go on from a `state`; a ValueError if it does not fit."""
+        """Resume from a `state`; a ValueError if it does not fit."""
         ...
 
 
@@ -50,11 +56,11 @@ class Progress:
     """How far a pass has come.
 
     Attributes:
-        batches: that have been added, of this process.
-        examples: in them.
-        checked: whether it has been checked thoroughly that the model keeps examples apart.
-        writes: how often the checkpoint has been written; all processes write together.
-        digest: of the batches; see `extended_digest`.
+        batches: Number of batches that this rank has added.
+        examples: Number of examples in them.
+        checked: Whether the thorough check that the model does not mix examples is done.
+        writes: Number of times that the checkpoint was written; all ranks write together.
+        digest: Digest of the batches; see `extended_digest`.
     """
 
     batches: int = 0
@@ -65,26 +71,29 @@ class Progress:
 
 
 class PassCheckpoint:
-    """Writes the state of a pass now and then, and gives back what a killed one has written.
+    """Writes the state of a pass every few batches, and restores what a killed pass has written.
 
-    The processes of a distributed pass write together: every `every` batches those that have batches left meet, and
-    those that have none write what they have once more. So their files stay of the same age, whichever is faster. A
-    kill may still come between two of them: each keeps what it wrote the time before, and all go on from what all have.
+    The ranks of a distributed pass write in lockstep: every `every` batches those that have batches left meet, and
+    those that have none write their state once more. So their files stay at the same write, whichever rank is faster. A
+    kill may still come between two of them: each rank has its previous file as well, and all resume from the newest
+    write that every rank has.
 
     Args:
-        path: of the file; where the pass is distributed each process has one of its own beside it (see `own_path`).
-            None neither reads nor writes.
-        every: batches from one write to the next.
-        fingerprint: of the model's weights.
-        options: all that the sums depend on beside weights and batches, as values that JSON knows.
-        distributed: whether all processes of torch.distributed's group take part.
+        path: Path of the file; in a distributed pass each rank has a file of its own beside it (see `rank_path`). None
+            neither reads nor writes.
+        every: Number of batches between two writes.
+        fingerprint: Fingerprint of the model's weights.
+        options: Everything else but the batches that the sums depend on, in values that JSON has.
+        distributed: Whether all ranks of torch.distributed's default group take part.
 
     Raises:
-        ValueError: if `every` is below 1, or a file is there that this pass cannot go on with: damaged, of another
-            kind or version, of other weights or options; on whichever process.
+        ValueError: If `every` is below 1, or a file is there from which this pass cannot resume: damaged, of another
+            format or version, of other weights or options; on whichever rank.
+        OSError: If a file is there that cannot be read.
 
     Warns:
-        UserWarning: if the processes' files have no age in common, as where some were removed; the pass begins anew.
+        UserWarning: If the ranks' files have no write in common, since some were removed; the pass starts from the
+            beginning.
     """
 
     def __init__(
@@ -98,9 +107,9 @@ class PassCheckpoint:
         self._fingerprint = fingerprint
         self._options = json.loads(json.dumps(options))
         self._tensors: dict[str, Tensor] = {}
-        self._path = None if path is None else own_path(path, distributed=distributed)
+        self._path = None if path is None else rank_path(path, distributed=distributed)
         if self._path is not None:
-            self._read(self._path)
+            self._resume(self._path)
         self._batches, self._digest = self.progress.batches, self.progress.digest
         self.resumed = self.progress.writes > 0
 
@@ -108,15 +117,15 @@ class PassCheckpoint:
         """The batches that have not been added yet.
 
         Raises:
-            ValueError: if the others are not those that were added before the kill, in the same order.
+            ValueError: If the first ones are not those that were added before the kill, in the same order.
         """
         return batches if self._path is None else self._remaining(iter(batches))
 
     def restore(self, sums: Sequence[Stateful], generator: torch.Generator) -> None:
-        """Put what was read into freshly made sums, and into the generator of drawn labels.
+        """Load what was read into newly created sums, and into the generator of sampled labels.
 
         Raises:
-            ValueError: if it does not fit.
+            ValueError: If it does not fit.
         """
         if not self.resumed:
             return
@@ -128,20 +137,20 @@ class PassCheckpoint:
                     {name.removeprefix(start): t for name, t in self._tensors.items() if name.startswith(start)}
                 )
         except (KeyError, RuntimeError, ValueError) as error:
-            raise ValueError(f"{self._path} does not fit this pass ({error}); {_ANEW}") from error
+            raise _refusal(self._path, f"does not fit this pass ({error})") from error
         self._tensors = {}
 
     def batch_done(self, sums: Sequence[Stateful], generator: torch.Generator, examples: int, *, checked: bool) -> None:
-        """Write if enough batches have been added since the last time. A collective of a distributed pass.
+        """Write if enough batches were added since the last write. A collective of a distributed pass.
 
         Args:
-            sums: of all layers.
-            generator: of drawn labels.
-            examples: in all batches so far.
-            checked: see `Progress`.
+            sums: Running sums of all layers.
+            generator: Generator of sampled labels.
+            examples: Number of examples in all batches so far.
+            checked: Whether the thorough check is done; see `Progress`.
 
         Raises:
-            OSError: if the file cannot be written; the one that was written before is still there.
+            OSError: If the file cannot be written; the previous one is unchanged.
         """
         if self._path is not None and self._batches % self._every == 0:
             self._num_running(1)
@@ -159,9 +168,9 @@ class PassCheckpoint:
         if self.progress.writes and (self._distributed or self._batches > self.progress.batches):
             self._write(self._path, sums, generator, examples, checked=checked)
 
-    def _num_running(self, own: int) -> int:
-        """On how many processes the pass is going on. A collective."""
-        return sum(gather_number(own)) if self._distributed else own
+    def _num_running(self, running: int) -> int:
+        """Number of ranks on which the pass still runs. A collective."""
+        return sum(gather_number(running)) if self._distributed else running
 
     def _remaining(self, batches: Iterator[Any]) -> Iterator[Any]:
         digest, expected = "", self.progress.batches
@@ -169,17 +178,17 @@ class PassCheckpoint:
             try:
                 digest = extended_digest(digest, next(batches))
             except StopIteration:
-                raise ValueError(
-                    f"{self._path} is of a pass over {expected} batches or more, and now there are only {done}: give "
-                    f"the same data again, or {_ANEW}"
-                ) from None
+                raise _refusal(
+                    self._path, f"is of a pass over at least {expected} batches, and now there are only {done}",
+                    "Give the same data again",
+                ) from None  # fmt: skip
         if digest != self._digest:
-            raise ValueError(
-                f"the batches come in another order than in the pass that wrote {self._path}, or are others: give the "
-                f"same data in the same order (of a shuffling loader, seed the generator), or {_ANEW}"
-            )
+            raise _refusal(
+                self._path, "is of a pass whose batches came in another order or had other contents",
+                "Give the same data in the same order (seed the generator of a loader that shuffles)",
+            )  # fmt: skip
         for batch in batches:
-            # Before anybody changes the batch in place.
+            # Before the batch is changed in place.
             self._batches, self._digest = self._batches + 1, extended_digest(self._digest, batch)
             yield batch
 
@@ -189,58 +198,54 @@ class PassCheckpoint:
         writes = self.progress.writes + 1
         self.progress = Progress(self._batches, examples, checked, writes, self._digest)
         tensors = {f"{p}.{name}": t for p, layer in enumerate(sums) for name, t in layer.state().items()}
-        header = {
-            "version": VERSION,
+        tensors[_GENERATOR] = generator.get_state()
+        description = {
             "fingerprint": self._fingerprint,
             "options": self._options,
             "progress": asdict(self.progress),
         }
         if self._distributed and path.is_file():
-            path.replace(path.with_name(path.name + _BEFORE))
-        write_safetensors(path, {**tensors, _GENERATOR: generator.get_state()}, {FORMAT: json.dumps(header)})
+            path.replace(_previous(path))
+        write_tensor_file(path, tensors, format=FORMAT, version=VERSION, description=description)
 
-    def _read(self, path: Path) -> None:
+    def _resume(self, path: Path) -> None:
         remove_leftovers(path)
-        error, before = None, path.with_name(path.name + _BEFORE)
+        error: OSError | ValueError | None = None
         try:
-            if path.is_dir():
-                raise ValueError(f"{path} is a folder, and was to be the file for the sums of the curvature pass")
-            # Killed between two writes of its own, a process has the older one alone.
-            newest = before if self._distributed and not path.is_file() else path
-            if newest.is_file():
-                self.progress, self._tensors = _read(newest, self._fingerprint, self._options)
-        except ValueError as found:
+            # A rank that was killed between its two writes has the previous file alone.
+            newest = _previous(path) if self._distributed and not path.exists() else path
+            if newest.exists():
+                self.progress, self._tensors = read_checkpoint(newest, self._fingerprint, self._options)
+        except (OSError, ValueError) as found:
             error = found
         if self._distributed:
-            self._agree(before, failed=error is not None)
+            self._agree(_previous(path), failed=error is not None)
         if error is not None:
             raise error
 
-    def _agree(self, before: Path, *, failed: bool) -> None:
-        """Go on only if all processes do, from the same write."""
-        writes = gather_number(_DAMAGED if failed else self.progress.writes)
+    def _agree(self, previous: Path, *, failed: bool) -> None:
+        """Resume only if all ranks do, from the same write. A collective."""
+        writes = gather_number(_UNUSABLE if failed else self.progress.writes)
         if failed or len(set(writes)) == 1:
             return
-        if _DAMAGED in writes:
-            raise ValueError(
-                f"the checkpoint of the curvature pass on process {writes.index(_DAMAGED)} cannot be gone on with; "
-                "that process says why"
-            )
-        if self.progress.writes > min(writes) and before.is_file():
-            with suppress(ValueError):  # of another pass, or damaged: then there is no age in common
-                self.progress, self._tensors = _read(before, self._fingerprint, self._options)
+        if _UNUSABLE in writes:
+            rank = writes.index(_UNUSABLE)
+            raise ValueError(f"rank {rank} cannot resume from its curvature checkpoint. See the error on that rank.")
+        if self.progress.writes > min(writes) and previous.is_file():
+            with suppress(OSError, ValueError):  # of another pass, or damaged: then there is no write in common
+                self.progress, self._tensors = read_checkpoint(previous, self._fingerprint, self._options)
         found = gather_number(self.progress.writes)
         if len(set(found)) > 1:
             warnings.warn(
-                f"the processes' checkpoints of the curvature pass have no age in common (written {writes} times): "
-                "files were removed, or copied from elsewhere. The pass begins anew",
+                f"the ranks' curvature checkpoints have no write in common (written {writes} times), as if files were "
+                "removed or copied from elsewhere; the curvature pass starts from the beginning",
                 stacklevel=5,
             )
             self.progress, self._tensors = Progress(), {}
 
 
-def own_path(path: str | Path, *, distributed: bool) -> Path:
-    """The file of this process: `path` itself or, of several, such as `sums-rank0of2.safetensors`."""
+def rank_path(path: str | Path, *, distributed: bool) -> Path:
+    """The file of this rank: `path` itself or, of several ranks, such as `sums-rank0of2.safetensors`."""
     path = Path(path)
     if not distributed or num_processes() == 1:
         return path
@@ -248,121 +253,129 @@ def own_path(path: str | Path, *, distributed: bool) -> Path:
 
 
 def remove_checkpoint(path: str | Path) -> None:
-    """Remove the files that passes with this `checkpoint` have written, on however many processes.
+    """Remove the files that passes with this `checkpoint` wrote, on however many ranks.
 
-    For whoever called `collect_factors`, when what was made of the factors is written. Several processes may call this
-    at a time, but none while another one still collects.
+    For the caller of `collect_factors`, once the factors or their results are saved. Several ranks may call this at the
+    same time, but none while another one still runs its pass. Files whose header does not name a curvature checkpoint
+    stay.
+
+    Args:
+        path: The `checkpoint` of the passes.
     """
     path = Path(path)
-    own = re.compile(rf"{re.escape(path.stem)}(-rank\d+of\d+)?{re.escape(path.suffix)}({re.escape(_BEFORE)})?")
-    beside = [found for found in path.parent.glob("*") if own.fullmatch(found.name)] if path.parent.is_dir() else []
-    for found in beside:
-        found.unlink(missing_ok=True)
-    for found in {path, *beside}:
-        remove_leftovers(found)
+    name = re.compile(rf"{re.escape(path.stem)}(-rank\d+of\d+)?{re.escape(path.suffix)}({re.escape(_PREVIOUS)})?")
+    if not path.parent.is_dir():
+        return
+    for found in {path, *(found for found in path.parent.iterdir() if name.fullmatch(found.name))}:
+        remove_tensor_file(found, format=FORMAT)
+    # A rank that was killed during its first write has left a temporary file alone.
+    for leftover in path.parent.glob(".*.tmp"):
+        target = leftover.name[1:].rsplit(".", 2)[0]
+        if name.fullmatch(target):
+            remove_leftovers(path.with_name(target))
 
 
 def extended_digest(digest: str, batch: Any) -> str:
     """The digest of some batches and one more.
 
-    Of a batch all tensors and arrays count, by dtype, shape and bytes, and all plain strings, bytes, numbers and truth
-    values, in nested mappings, lists, tuples, sets and the attributes of objects; anything else is left out. A
-    `CountedBatch` of which all examples count is the batch itself.
+    It depends on the dtypes, shapes and values of all tensors and arrays, and on all strings, bytes, numbers and
+    `None`s in nested mappings, sequences and dataclasses. A `CountedBatch` of which all examples count is the batch
+    itself.
 
     Args:
-        digest: of the batches before, a hexadecimal SHA-256 digest; empty if there is none.
-        batch: the next one.
+        digest: Digest of the batches before, hexadecimal; empty if there is none.
+        batch: The next batch.
 
     Raises:
-        ValueError: if nothing in the batch counts, so that it cannot be told from another one.
+        ValueError: If the batch contains anything else, or nothing that distinguishes it from another one.
     """
     running = hashlib.sha256(digest.encode())
     counts_whole = isinstance(batch, CountedBatch) and batch.num_counted == batch.size
     if not _add(running, plain_batch(batch) if counts_whole else batch):
         raise ValueError(
-            f"nothing in a batch of the kind {type(batch).__name__} tells it from another one, so a curvature pass over"
-            " such cannot be gone on with after a kill: give batches of tensors, or leave out the checkpoint"
+            f"a batch of type {type(batch).__name__} contains no values, so a curvature pass over such batches cannot "
+            "be resumed. Give batches of tensors, or leave out the curvature checkpoint."
         )
     return running.hexdigest()
 
 
 def _add(running: Any, value: Any) -> bool:
-    """Add a value; whether there was something in it that counts."""
-    if isinstance(value, (Tensor, np.ndarray, np.generic)):
-        return _add_array(running, value)
-    if isinstance(value, (str, bytes, int, float, bool)):
+    """Add a value to a digest; whether it contains anything but containers and `None`."""
+    if isinstance(value, Tensor) and value.layout is torch.strided and not (value.is_nested or value.is_quantized):
+        running.update(f"{value.dtype} {tuple(value.shape)};".encode())
+        running.update(tensor_bytes(value))
+        return True
+    if isinstance(value, np.ndarray) and value.dtype.hasobject:
+        return _add(running, value.tolist())
+    if isinstance(value, (np.ndarray, np.generic)):
+        running.update(f"{value.dtype} {value.shape};".encode())
+        running.update(np.ascontiguousarray(value).tobytes())
+        return True
+    if value is None or isinstance(value, (str, bytes, int, float)):
         plain = repr(value).encode()
         running.update(f"{type(value).__name__} {len(plain)};".encode() + plain)
-        return True
-    if isinstance(value, (list, tuple)):
-        kind, items = "sequence", list(value)
-    elif isinstance(value, (set, frozenset)):
-        kind, items = "set", sorted(value, key=repr)
-    elif isinstance(value, Mapping):
-        kind, items = "mapping", [item for pair in value.items() for item in pair]
+        return value is not None
+    if isinstance(value, Mapping):
+        items = [item for pair in value.items() for item in pair]
+    elif isinstance(value, Sequence):
+        items = list(value)
+    elif dataclasses.is_dataclass(value) and not isinstance(value, type):
+        items = [item for field in dataclasses.fields(value) for item in (field.name, getattr(value, field.name))]
     else:
-        fields = dataclasses.fields(value) if dataclasses.is_dataclass(value) else ()
-        attributes = {field.name: getattr(value, field.name) for field in fields} or getattr(value, "__dict__", {})
-        kind, items = "object", [item for pair in attributes.items() for item in pair]
-    running.update(f"{kind} {len(items)};".encode())
-    counted = [_add(running, item) for item in items]
-    return any(counted)
-
-
-def _add_array(running: Any, value: Tensor | np.ndarray[Any, Any] | np.generic) -> bool:
-    if isinstance(value, Tensor):
-        if value.layout is not torch.strided or value.is_nested or value.is_quantized:
-            return False
-        flat = value.detach().cpu().resolve_conj().resolve_neg().contiguous().reshape(-1)
-        data: Any = flat.view(torch.uint8).numpy()
-    else:
-        if value.dtype.hasobject:
-            return _add(running, value.tolist())
-        data = np.ascontiguousarray(value).tobytes()
-    running.update(f"{value.dtype} {tuple(value.shape)};".encode())
-    running.update(data)
-    return True
-
-
-_ANEW = "delete the file, and the pass begins anew"
-
-
-def _read(path: Path, fingerprint: str, options: Mapping[str, Any]) -> tuple[Progress, dict[str, Tensor]]:
-    """What a file holds, if it is one of this pass."""
-    try:
-        tensors, metadata = read_safetensors(path)
-    except ValueError as error:
-        raise ValueError(f"{error} It was to be a checkpoint of the curvature pass; {_ANEW}") from error
-    if FORMAT not in metadata:
         raise ValueError(
-            f"{path} is a safetensors file, but no checkpoint of a curvature pass; give another name, or {_ANEW}"
+            f"a batch contains a value of type {type(value).__name__}, and two of them cannot be compared for a "
+            "resumed curvature pass. Give batches of tensors, arrays, numbers and strings in mappings, sequences and "
+            "dataclasses, or leave out the curvature checkpoint."
         )
+    running.update(f"{_kind(value)} {len(items)};".encode())
+    found = [_add(running, item) for item in items]
+    return any(found)
+
+
+def _kind(container: Any) -> str:
+    return "mapping" if isinstance(container, Mapping) else "sequence" if isinstance(container, Sequence) else "object"
+
+
+def read_checkpoint(path: Path, fingerprint: str, options: Mapping[str, Any]) -> tuple[Progress, dict[str, Tensor]]:
+    """Read progress and tensors of a file from which a pass can resume.
+
+    Args:
+        path: Path of the file.
+        fingerprint: Fingerprint that the pass has; see `PassCheckpoint`.
+        options: Options that the pass has, as JSON has them.
+
+    Raises:
+        OSError: If it cannot be read.
+        ValueError: If it is foreign, damaged, of another version, or of a pass with other weights or options.
+    """
+    file = read_tensor_file(path, format=FORMAT, version=VERSION, remedy=_RESTART)
     try:
-        header = json.loads(metadata[FORMAT])
-        version = header["version"]
-        if version != VERSION:
-            raise ValueError(
-                f"{path} has version {version} of the format of curvature checkpoints; this release reads version "
-                f"{VERSION}: go on with the release that wrote it, or {_ANEW}"
-            )
-        progress, found = Progress(**header["progress"]), dict(header["options"])
-        same_weights = header["fingerprint"] == fingerprint
-    except (json.JSONDecodeError, KeyError, TypeError) as error:
-        raise ValueError(f"{path} has a header that does not describe a pass ({error!r}); {_ANEW}") from error
+        known = {field.name: file.description["progress"][field.name] for field in dataclasses.fields(Progress)}
+        progress, found = Progress(**known), dict(file.description["options"])
+        same_weights = file.description["fingerprint"] == fingerprint
+    except (KeyError, TypeError) as error:
+        raise _refusal(path, f"has a header that does not describe a pass ({error!r})") from error
     if not same_weights:
-        raise ValueError(
-            f"{path} is of a curvature pass with other weights than the model has: load those that it was begun with, "
-            f"or {_ANEW}"
+        raise _refusal(
+            path, "is of a curvature pass with other weights than the model has", "Load the weights of that pass"
         )
     differing = sorted(name for name in found.keys() | options.keys() if found.get(name) != options.get(name))
     if differing:
-        had = ", ".join(f"{name}={_shown(found.get(name))}" for name in differing)
-        wanted = ", ".join(f"{name}={_shown(options.get(name))}" for name in differing)
-        raise ValueError(
-            f"{path} is of a curvature pass with other settings ({had}, now {wanted}): give the same ones to go on, or "
-            f"{_ANEW}"
+        before = ", ".join(f"{name}={_shown(found.get(name))}" for name in differing)
+        now = ", ".join(f"{name}={_shown(options.get(name))}" for name in differing)
+        raise _refusal(
+            path, f"is of a curvature pass with other settings ({before}, now {now})", "Resume with the same settings"
         )
-    return progress, tensors
+    return progress, file.tensors
+
+
+def _refusal(path: Path | None, reason: str, action: str = "") -> ValueError:
+    remedy = f"{action}, or {_RESTART}" if action else _RESTART[0].upper() + _RESTART[1:]
+    return ValueError(f"{path} {reason}. {remedy}.")
+
+
+def _previous(path: Path) -> Path:
+    return path.with_name(path.name + _PREVIOUS)
 
 
 def _shown(value: Any) -> str:

@@ -16,17 +16,18 @@ import warnings
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from bmoe_lightning.curvature.checkpoint import PassCheckpoint
 from bmoe_lightning.curvature.factors import KroneckerFactors, LayerFactors
-from bmoe_lightning.curvature.fisher import FISHERS, FisherName, fisher_weights
-from bmoe_lightning.curvature.sketch import SKETCHES, SketchName, check_linear, check_state, make_sketch
+from bmoe_lightning.curvature.fisher import FisherName, fisher_weights
+from bmoe_lightning.curvature.sketch import SketchName, check_linear, check_state, make_sketch
+from bmoe_lightning.curvature.spec import ApproximationName, Curvature
 from bmoe_lightning.experts.counted_batch import lockstep
-from bmoe_lightning.experts.discovery import down_proj_weights, find_expert_layers
+from bmoe_lightning.experts.discovery import find_expert_layers
 from bmoe_lightning.experts.fingerprint import weight_fingerprint
 from bmoe_lightning.experts.fsdp import check_collective
 from bmoe_lightning.experts.grouped_matmul import ExpertGroups
@@ -34,16 +35,9 @@ from bmoe_lightning.experts.ownership import slot_owners
 from bmoe_lightning.experts.taps import ClassLogits, Slots, TappedBatch, tapped_batch
 from bmoe_lightning.experts.tied_weights import check_distinct
 from bmoe_lightning.experts.types import ExpertLayer
-from bmoe_lightning.utils.distributed import (
-    broadcast_,
-    forked_random_state,
-    num_processes,
-    process_rank,
-    sum_over_processes,
-)
-
-ApproximationName = Literal["expand", "reduce"]
-APPROXIMATIONS = ("expand", "reduce")
+from bmoe_lightning.experts.weights import down_proj_weights
+from bmoe_lightning.utils.distributed import broadcast_, num_processes, process_rank, sum_over_processes
+from bmoe_lightning.utils.random_state import forked_random_state
 
 
 def collect_factors(
@@ -105,7 +99,9 @@ def collect_factors(
         UserWarning: naming layers that no token which moves a logit went through; they keep their prior. If the
             checkpoints of several processes are not of the same age, so that the pass begins anew.
     """
-    check_options(rank, fisher, approximation, sketch)
+    if rank < 1:
+        raise ValueError(f"rank must be at least 1, got {rank}")
+    Curvature(rank=rank, fisher=fisher, approximation=approximation, sketch=sketch)  # refuses unknown names
     if distributed:
         check_linear(sketch)
     if num_examples is not None and num_examples < 1:
@@ -178,6 +174,36 @@ def collect_factors(
     )
 
 
+def prior_factors(model: nn.Module, layers: Sequence[ExpertLayer]) -> KroneckerFactors:
+    """Factors of rank 0, without a pass over data: every expert keeps the prior.
+
+    Args:
+        model: Any module with these layers.
+        layers: From `find_expert_layers` or `find_linear_layers`.
+    """
+    empty = []
+    for layer in layers:
+        like = _parameter_of(model, layer)
+        dtype = torch.promote_types(like.dtype, torch.float32)
+        count = layer.num_experts
+        # On the CPU: there is nothing in them, and a posterior brings them to where they are used.
+        none = torch.zeros(count, 0, dtype=dtype)
+        zeros = torch.zeros(count, dtype=torch.float64)
+        a_basis, g_basis = (torch.zeros(count, width, 0, dtype=dtype) for width in (layer.d_in, layer.d_out))
+        empty.append(LayerFactors(layer.name, layer.index, zeros, a_basis, none, g_basis, none, zeros, zeros))
+    return KroneckerFactors(
+        tuple(empty),
+        rank=0,
+        fisher="exact",
+        approximation="expand",
+        sketch="auto",
+        num_examples=0,
+        num_examples_used=0,
+        expert_layers=tuple(layers),
+        fingerprint=weight_fingerprint(model, layers),
+    )
+
+
 def _sum_up(sums: Sequence[_LayerSums], used: int) -> int:
     """Add up what all processes have collected, in place; returns the number of examples of all."""
     count = torch.tensor([used], dtype=torch.int64)
@@ -199,23 +225,6 @@ def _warn_of_unseen(layers: Sequence[LayerFactors]) -> None:
             "model multiplies with the weights without running the modules",
             stacklevel=3,
         )
-
-
-def check_options(rank: int, fisher: str, approximation: str, sketch: str) -> None:
-    """Refuse options that `collect_factors` does not know.
-
-    Raises:
-        ValueError: naming the option and what is valid.
-    """
-    if rank < 1:
-        raise ValueError(f"rank must be at least 1, got {rank}")
-    for name, value, valid in (
-        ("fisher", fisher, FISHERS),
-        ("approximation", approximation, APPROXIMATIONS),
-        ("sketch", sketch, SKETCHES),
-    ):
-        if value not in valid:
-            raise ValueError(f"unknown {name} {value!r}; valid are {', '.join(valid)}")
 
 
 def _add_batch(

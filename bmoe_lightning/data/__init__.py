@@ -1,10 +1,16 @@
 """Multiple-choice data: tasks, prompts and the DataModule."""
 
-from bmoe_lightning.data.datamodule import MultipleChoiceDataModule
-from bmoe_lightning.data.hub import DataUnavailableError, load_questions
-from bmoe_lightning.data.prompts import PromptFormat, answer_token_ids, get_prompt_format
-from bmoe_lightning.data.questions import LETTERS, Question, Splits, split_train
-from bmoe_lightning.data.tokenizer import train_word_tokenizer
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from bmoe_lightning.data.datamodule import MultipleChoiceDataModule
+    from bmoe_lightning.data.files import DataUnavailableError
+    from bmoe_lightning.data.hub import load_questions
+    from bmoe_lightning.data.prompts import PromptFormat, answer_token_ids, get_prompt_format
+    from bmoe_lightning.data.questions import LETTERS, Question, Splits, split_train
+    from bmoe_lightning.data.tasks import Task, get_task, register_task, task_names
+    from bmoe_lightning.data.tokenizer import train_word_tokenizer
 
 __all__ = [
     "LETTERS",
@@ -13,9 +19,35 @@ __all__ = [
     "PromptFormat",
     "Question",
     "Splits",
+    "Task",
     "answer_token_ids",
     "get_prompt_format",
+    "get_task",
     "load_questions",
+    "register_task",
     "split_train",
+    "task_names",
     "train_word_tokenizer",
 ]
+
+_MODULES = {
+    "datamodule": ("MultipleChoiceDataModule",),
+    "files": ("DataUnavailableError",),
+    "hub": ("load_questions",),
+    "prompts": ("PromptFormat", "answer_token_ids", "get_prompt_format"),
+    "questions": ("LETTERS", "Question", "Splits", "split_train"),
+    "tasks": ("Task", "get_task", "register_task", "task_names"),
+    "tokenizer": ("train_word_tokenizer",),
+}
+_HOMES = {name: module for module, names in _MODULES.items() for name in names}
+
+
+def __getattr__(name: str) -> Any:
+    # Imported when first asked for: the names of tasks are listed without torch.
+    if name not in _HOMES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(import_module(f"{__name__}.{_HOMES[name]}"), name)
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

@@ -17,17 +17,18 @@ from bmoe_lightning.data.questions import LETTERS, Question
 
 @dataclass(frozen=True)
 class PromptFormat:
-    """How a question is written out: `head`, question, `before_choices`, lettered choices, `tail`.
+    """How a question is written out: `head`, passage if any, question, `before_choices`, lettered choices, `tail`.
 
     Args:
-        name: the name under which it is chosen.
-        head: what stands before the question.
-        before_choices: what stands between the question and the first choice.
-        separator: what stands between two choices.
-        tail: the end; the answer token follows it directly, so it must not end in white space.
+        name: Name under which it is chosen.
+        head: Text before passage and question.
+        before_choices: Text between the question and the first choice.
+        separator: Text between two choices.
+        tail: Text at the end; the answer token follows it directly, so it must not end in white space.
+        after_passage: Text between the passage and the question, where there is a passage.
 
     Raises:
-        ValueError: if `tail` is empty or ends in white space.
+        ValueError: If `tail` is empty or ends in white space.
     """
 
     name: str
@@ -35,21 +36,38 @@ class PromptFormat:
     before_choices: str
     separator: str
     tail: str
+    after_passage: str = "\n"
 
     def __post_init__(self) -> None:
         if not self.tail or self.tail != self.tail.rstrip():
             raise ValueError(
-                f"prompt {self.name!r} ends in {self.tail!r}; end it without white space, that is part of the answer."
+                f"prompt {self.name!r} ends in {self.tail!r}; end it without white space, that is part of the answer"
             )
 
+    def before_question(self, passage: str | None) -> str:
+        """What stands before the question's text: the head, and the passage if there is one.
+
+        Args:
+            passage: Passage of the question.
+        """
+        return self.head if passage is None else self.head + passage.strip() + self.after_passage
+
     def after_question(self, question: Question) -> str:
-        """Return what follows the question's text: the lettered choices and the tail."""
+        """What follows the question's text: the lettered choices and the tail.
+
+        Args:
+            question: Whose choices to write out.
+        """
         choices = (f"{letter}. {text.strip()}" for letter, text in zip(LETTERS, question.choices, strict=False))
         return self.before_choices + self.separator.join(choices) + self.tail
 
     def render(self, question: Question) -> str:
-        """Return the whole prompt of a question."""
-        return self.head + question.question.strip() + self.after_question(question)
+        """The prompt of a question.
+
+        Args:
+            question: What to write out.
+        """
+        return self.before_question(question.passage) + question.question.strip() + self.after_question(question)
 
 
 _FORMATS = {
@@ -62,6 +80,7 @@ _FORMATS = {
             before_choices=" Choices: ",
             separator=" ",
             tail=" Answer:",
+            after_passage=" ",
         ),
     )
 }
@@ -69,13 +88,16 @@ PROMPT_NAMES = tuple(_FORMATS)
 
 
 def get_prompt_format(name: str) -> PromptFormat:
-    """Return the format of that name.
+    """The format of that name.
+
+    Args:
+        name: One of `PROMPT_NAMES`.
 
     Raises:
-        ValueError: listing the names that exist, if `name` is not one of them.
+        ValueError: If there is no such format.
     """
     if name not in _FORMATS:
-        raise ValueError(f"prompt {name!r} is not known; choose from {', '.join(PROMPT_NAMES)}.")
+        raise ValueError(f"unknown prompt {name!r}; choose from {', '.join(PROMPT_NAMES)}")
     return _FORMATS[name]
 
 
@@ -85,13 +107,16 @@ def _plain_ids(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
 
 
 def leading_special_ids(tokenizer: PreTrainedTokenizerBase) -> list[int]:
-    """Return the tokens that the tokenizer puts before a text, such as a beginning-of-sequence token.
+    """The tokens that the tokenizer puts before a text, such as a beginning-of-sequence token.
 
     Those that it puts after a text are left out on purpose: with an end-of-sequence token appended, the last position
     no longer predicts the answer.
 
+    Args:
+        tokenizer: Any tokenizer; its settings are left as they are.
+
     Raises:
-        ValueError: if the tokenizer encodes the text itself differently when it adds special tokens.
+        ValueError: If the tokenizer encodes the text itself differently when it adds special tokens.
     """
     text = "Answer:"
     plain = _plain_ids(tokenizer, text)
@@ -101,26 +126,26 @@ def leading_special_ids(tokenizer: PreTrainedTokenizerBase) -> list[int]:
             return framed[:start]
     raise ValueError(
         f"the tokenizer encodes {text!r} as {plain} without and as {framed} with special tokens; "
-        "a tokenizer that only puts special tokens around the text is needed."
+        "a tokenizer that only puts special tokens around the text is needed"
     )
 
 
 def encode_prompts(tokenizer: PreTrainedTokenizerBase, prompts: Sequence[str]) -> list[list[int]]:
-    """Encode prompts so that the last token is the last of the prompt's own.
+    """Encode prompts so that the last token is the last of the prompt's text.
 
     Args:
-        tokenizer: any tokenizer; its settings are left as they are.
-        prompts: the texts.
+        tokenizer: Any tokenizer; its settings are left as they are.
+        prompts: Texts to encode.
 
     Returns:
         One list of token ids for each prompt: leading special tokens, then the text, and nothing after it.
 
     Raises:
-        ValueError: if a prompt ends in white space, gives no token, or ends in a special token all the same.
+        ValueError: If a prompt ends in white space, gives no token, or ends in a special token all the same.
     """
     for prompt in prompts:
         if not prompt or prompt != prompt.rstrip():
-            raise ValueError(f"the prompt ends in {prompt[-12:]!r}; end it without white space.")
+            raise ValueError(f"the prompt ends in {prompt[-12:]!r}; end it without white space")
     if not prompts:
         return []
     leading = leading_special_ids(tokenizer)
@@ -131,7 +156,7 @@ def encode_prompts(tokenizer: PreTrainedTokenizerBase, prompts: Sequence[str]) -
             shown = tokenizer.convert_ids_to_tokens(list(ids[-3:]))
             raise ValueError(
                 f"the prompt that ends in {prompt[-12:]!r} is encoded with {shown} at its end; nothing may follow the "
-                "prompt's own text. Switch off the tokenizer's end-of-sequence token (add_eos_token=False)."
+                "prompt's text; switch off the tokenizer's end-of-sequence token (add_eos_token=False)"
             )
     return [leading + list(ids) for ids in encoded["input_ids"]]
 
@@ -144,20 +169,20 @@ def answer_token_ids(tokenizer: PreTrainedTokenizerBase, prompts: Sequence[str],
     `encode("A")[1]`, which presumes a beginning-of-sequence token.
 
     Args:
-        tokenizer: any tokenizer; its settings are left as they are.
-        prompts: some prompts of the task, at least one; several show whether the tokens depend on the prompt.
-        num_choices: how many letters, from A on.
+        tokenizer: Any tokenizer; its settings are left as they are.
+        prompts: Some prompts of the task, at least one; several show whether the tokens depend on the prompt.
+        num_choices: Number of letters, from A on.
 
     Returns:
-        `[num_choices]` int64, the id of each letter.
+        The id of each letter, `[num_choices]` int64.
 
     Raises:
-        ValueError: if a letter is not one token of its own, two letters share a token, or it changes between prompts.
+        ValueError: If a letter is not one token, two letters share a token, or it changes between prompts.
     """
     if not prompts:
-        raise ValueError("no prompts were given; pass some prompts of the task.")
+        raise ValueError("no prompts were given; pass some prompts of the task")
     if not 2 <= num_choices <= len(LETTERS):
-        raise ValueError(f"num_choices is {num_choices}; 2 to {len(LETTERS)} are supported.")
+        raise ValueError(f"num_choices is {num_choices}; 2 to {len(LETTERS)} are supported")
     letters = LETTERS[:num_choices]
     first = [_answer_id(tokenizer, prompts[0], letter) for letter in letters]
     for prompt in prompts[1:]:
@@ -165,31 +190,31 @@ def answer_token_ids(tokenizer: PreTrainedTokenizerBase, prompts: Sequence[str],
         if ids != first:
             raise ValueError(
                 f"the answer tokens depend on the prompt: {tokenizer.convert_ids_to_tokens(first)} and "
-                f"{tokenizer.convert_ids_to_tokens(ids)}; use a prompt format whose end is always the same."
+                f"{tokenizer.convert_ids_to_tokens(ids)}; use a prompt format whose end is always the same"
             )
     tokens = dict(zip(letters, tokenizer.convert_ids_to_tokens(first), strict=True))
     if len(set(first)) != num_choices:
         raise ValueError(
-            f"some letters share a token: {tokens}; the tokenizer does not know them apart. "
-            f"Train or choose one whose vocabulary has the letters {letters[0]} to {letters[-1]}."
+            f"some letters share a token: {tokens}; the tokenizer does not know them apart; "
+            f"train or choose one whose vocabulary has the letters {letters[0]} to {letters[-1]}"
         )
     if tokenizer.unk_token_id in first:
         raise ValueError(
-            f"a letter is unknown to the tokenizer: {tokens}; choose one whose vocabulary has {', '.join(letters)}."
+            f"a letter is unknown to the tokenizer: {tokens}; choose one whose vocabulary has {', '.join(letters)}"
         )
     return torch.tensor(first, dtype=torch.int64)
 
 
 def _answer_id(tokenizer: PreTrainedTokenizerBase, prompt: str, letter: str) -> int:
     if prompt != prompt.rstrip():
-        raise ValueError(f"the prompt ends in {prompt[-12:]!r}; end it without white space.")
+        raise ValueError(f"the prompt ends in {prompt[-12:]!r}; end it without white space")
     before, after = _plain_ids(tokenizer, prompt), _plain_ids(tokenizer, f"{prompt} {letter}")
     answer = after[len(before) :]
     if after[: len(before)] != before or len(answer) != 1:
         shown = tokenizer.convert_ids_to_tokens(after[-4:])
         raise ValueError(
-            f"' {letter}' after {prompt[-12:]!r} is not one token of its own: the text then ends in {shown}. "
-            "Use a tokenizer that has the space and the letter, or the letter, as one token."
+            f"' {letter}' after {prompt[-12:]!r} is not one token: the text then ends in {shown}; "
+            "use a tokenizer that has the space and the letter, or the letter, as one token"
         )
     return answer[0]
 
@@ -197,46 +222,51 @@ def _answer_id(tokenizer: PreTrainedTokenizerBase, prompt: str, letter: str) -> 
 def fit_prompts(
     tokenizer: PreTrainedTokenizerBase, prompt_format: PromptFormat, questions: Sequence[Question], max_length: int
 ) -> tuple[list[list[int]], int]:
-    """Encode questions in at most `max_length` tokens, cutting words from the front of the question's text only.
+    """Encode questions in at most `max_length` tokens, cutting words from the front of passage and question only.
 
-    The choices and the end of the prompt always survive: a tokenizer's own truncation cuts off `Answer:`.
+    The choices and the end of the prompt always survive: a tokenizer's own truncation cuts off `Answer:`. The question
+    loses words only where its passage has none left.
 
     Args:
-        tokenizer: any tokenizer; its settings are left as they are.
-        prompt_format: how to write the question out.
-        questions: the questions.
-        max_length: most tokens a prompt may have, leading special tokens included.
+        tokenizer: Any tokenizer; its settings are left as they are.
+        prompt_format: How to write the question out.
+        questions: Questions to encode.
+        max_length: Most tokens in a prompt, leading special tokens included.
 
     Returns:
         `(token ids of each prompt, number of prompts that were cut)`.
 
     Raises:
-        ValueError: naming the item and both lengths, if not even the question's last word fits.
+        ValueError: If not even the question's last word fits; names the item and both lengths.
     """
     encoded = encode_prompts(tokenizer, [prompt_format.render(question) for question in questions])
     long = [row for row, ids in enumerate(encoded) if len(ids) > max_length]
     for row in long:
-        encoded[row] = _cut_question(tokenizer, prompt_format, questions[row], max_length)
+        encoded[row] = _cut(tokenizer, prompt_format, questions[row], max_length)
     return encoded, len(long)
 
 
-def _cut_question(
+def _cut(
     tokenizer: PreTrainedTokenizerBase, prompt_format: PromptFormat, question: Question, max_length: int
 ) -> list[int]:
-    words = question.question.split()
+    passage, words = (question.passage or "").split(), question.question.split()
     rest = prompt_format.after_question(question)
 
-    def encode(kept: int) -> list[int]:
-        return encode_prompts(tokenizer, [prompt_format.head + " ".join(words[len(words) - kept :]) + rest])[0]
+    def encode(length: int) -> list[int]:
+        """The prompt of the last `length` words of passage and question."""
+        of_passage = passage[len(passage) - max(0, length - len(words)) :]
+        of_question = words[max(0, len(words) - length) :]
+        before = prompt_format.before_question(" ".join(of_passage) or None)
+        return encode_prompts(tokenizer, [before + " ".join(of_question) + rest])[0]
 
     best = encode(1)
     if len(best) > max_length:
         raise ValueError(
             f"question {question.id!r}: cut to the last word of its text, the prompt still has {len(best)} tokens, and "
-            f"max_length is {max_length}; raise max_length or drop the item."
+            f"max_length is {max_length}; raise max_length or drop the item"
         )
     # Bisection for the most words that fit; `low` words are always known to.
-    low, high = 1, len(words)
+    low, high = 1, len(passage) + len(words)
     while high - low > 1:
         middle = (low + high) // 2
         ids = encode(middle)

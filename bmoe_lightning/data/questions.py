@@ -1,7 +1,7 @@
 """Multiple-choice questions as plain values, and how they are divided without leaks.
 
-Everything that is measured later rests on two rules kept here: the questions that tune a prior or a temperature are
-neither trained on nor reported on, and a question never sits on two sides of a split, whatever its spelling.
+Everything that is measured later rests on two rules of this module: the questions that tune a prior or a temperature
+are neither trained on nor reported on, and a question never sits on two sides of a split, whatever its spelling.
 """
 
 import random
@@ -19,52 +19,69 @@ class Question:
     """One multiple-choice question.
 
     Args:
-        id: name of the item, used in every message about it.
-        question: the text that is asked.
-        choices: the texts to choose from, in the order in which they are lettered. A list is turned into a tuple.
-        answer: position of the right choice, counted from 0.
+        id: Name of the item, used in every message about it.
+        question: Text that is asked.
+        choices: Texts to choose from, in the order in which they are lettered. A list is turned into a tuple.
+        answer: Position of the right choice, counted from 0.
+        passage: Text that the question is about, None if there is none.
 
     Raises:
-        TypeError: if a text is not a string, `choices` is one string, or `answer` is not an integer.
-        ValueError: if a text is empty, there are fewer than 2 or more than 26 choices, or `answer` names none of them.
+        TypeError: If a text is not a string, `choices` is one string, or `answer` is not an integer.
+        ValueError: If a text is empty or not valid Unicode, there are fewer than 2 or more than 26 choices, or `answer`
+            names none of them.
     """
 
     id: str
     question: str
     choices: tuple[str, ...]
     answer: int
+    passage: str | None = None
 
     def __post_init__(self) -> None:
         _check_is_sequence(self.id, self.choices)
         object.__setattr__(self, "choices", tuple(self.choices))
         _check_texts(self)
         if not 2 <= len(self.choices) <= len(LETTERS):
-            raise ValueError(
-                f"question {self.id!r} has {len(self.choices)} choices; 2 to {len(LETTERS)} are supported."
-            )
+            raise ValueError(f"question {self.id!r} has {len(self.choices)} choices; 2 to {len(LETTERS)} are supported")
         if isinstance(self.answer, bool) or not isinstance(self.answer, int):
-            raise TypeError(f"question {self.id!r}: answer must be an integer position, found {self.answer!r}.")
+            raise TypeError(f"question {self.id!r}: answer must be an integer position, found {self.answer!r}")
         if not 0 <= self.answer < len(self.choices):
             raise ValueError(
                 f"question {self.id!r}: answer {self.answer} is outside its {len(self.choices)} choices; "
-                "positions count from 0."
+                "positions count from 0"
             )
 
 
 def _check_is_sequence(identity: str, choices: object) -> None:
     # One string is a sequence too, and would pass as one choice a character.
     if isinstance(choices, str) or not isinstance(choices, Sequence):
-        raise TypeError(f"question {identity!r}: choices must be a tuple of texts, found {type(choices).__name__}.")
+        raise TypeError(f"question {identity!r}: choices must be a tuple of texts, found {type(choices).__name__}")
 
 
 def _check_texts(question: Question) -> None:
     named: list[tuple[str, object]] = [("id", question.id), ("question", question.question)]
     named += [(f"choice {LETTERS[i % 26]}", text) for i, text in enumerate(question.choices)]
+    named += [] if question.passage is None else [("passage", question.passage)]
     for name, text in named:
         if not isinstance(text, str):
-            raise TypeError(f"question {question.id!r}: {name} must be a string, found {type(text).__name__}.")
+            raise TypeError(f"question {question.id!r}: {name} must be a string, found {type(text).__name__}")
         if not text.strip():
-            raise ValueError(f"question {question.id!r}: {name} is empty; drop or repair the item.")
+            raise ValueError(f"question {question.id!r}: {name} is empty; drop or repair the item")
+        if not is_encodable(text):
+            raise ValueError(f"question {question.id!r}: {name} is not valid Unicode; drop or repair the item")
+
+
+def is_encodable(text: str) -> bool:
+    """Whether a text is valid Unicode: JSON can spell half a surrogate pair, which no tokenizer and no file takes.
+
+    Args:
+        text: Any text.
+    """
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
 @dataclass(frozen=True)
@@ -72,9 +89,9 @@ class Splits:
     """The three disjoint parts of a task.
 
     Args:
-        train: what the weights are fitted on.
-        calibration: what prior precision and temperature may be tuned on.
-        test: what is reported, and used for nothing else.
+        train: Questions that the weights are fitted to.
+        calibration: Questions that prior precision and temperature may be tuned on.
+        test: Questions that are reported, and used for nothing else.
     """
 
     train: tuple[Question, ...]
@@ -83,14 +100,23 @@ class Splits:
 
 
 def question_key(question: Question) -> str:
-    """Return the text by which two questions count as the same one.
+    """The text by which two questions count as the same one.
 
     Compatibility characters, case, runs of white space and closing punctuation are levelled; anything inside the text
-    is kept, because `5 - 3` and `5 + 3` are different questions. The choices do not count: the same question with other
-    distractors still gives the answer away.
+    stays, because `5 - 3` and `5 + 3` are different questions. A passage is part of the key: "Which of these is true?"
+    is another question about another text. The choices are not: the same question with other distractors still gives
+    the answer away.
+
+    Args:
+        question: Any question.
     """
-    text = unicodedata.normalize("NFKC", question.question).casefold()
-    return re.sub(r"\s+", " ", text).strip().rstrip(" .,:;?!") or text.strip()
+    key = _levelled(question.question)
+    return key if question.passage is None else f"{_levelled(question.passage)}\n{key}"
+
+
+def _levelled(text: str) -> str:
+    folded = unicodedata.normalize("NFKC", text).casefold()
+    return re.sub(r"\s+", " ", folded).strip().rstrip(" .,:;?!") or folded.strip()
 
 
 def drop_overlap(
@@ -99,26 +125,26 @@ def drop_overlap(
     """Drop every question that is also asked in the held-out part, and warn with the count.
 
     Args:
-        questions: the part that gives way.
-        held_out: the part that is kept whole.
-        name: what to call the first part in the warning.
-        held_out_name: what to call the second part in the warning.
+        questions: Part that loses questions.
+        held_out: Part that stays as it is.
+        name: Name of the first part in the warning.
+        held_out_name: Name of the second part in the warning.
 
     Returns:
         The questions that remain, in their order.
     """
     questions = tuple(questions)
     keys = {question_key(question) for question in held_out}
-    kept = tuple(question for question in questions if question_key(question) not in keys)
-    dropped = len(questions) - len(kept)
+    remaining = tuple(question for question in questions if question_key(question) not in keys)
+    dropped = len(questions) - len(remaining)
     if dropped:
         warnings.warn(
             f"{dropped} of {len(questions)} {name} questions are also asked in the {held_out_name} split; "
-            f"they were dropped from {name}.",
+            f"they were dropped from {name}",
             UserWarning,
             stacklevel=2,
         )
-    return kept
+    return remaining
 
 
 def split_train(
@@ -131,19 +157,19 @@ def split_train(
     whatever order the file happens to have.
 
     Args:
-        questions: the training questions.
-        fraction: share to set aside, strictly between 0 and 1.
-        seed: seed of the draw; the global random state is not used.
+        questions: Training questions.
+        fraction: Share to set aside, strictly between 0 and 1.
+        seed: Seed of the draw; the global random state is not used.
 
     Returns:
         `(fit, calibration)`, each in the order of `questions`; calibration holds `fraction` of them up to rounding and
         up to the size of the last group of equal texts in each stratum.
 
     Raises:
-        ValueError: if `fraction` is outside (0, 1) or one side would be empty.
+        ValueError: If `fraction` is outside (0, 1) or one side would be empty.
     """
     if not 0.0 < fraction < 1.0:
-        raise ValueError(f"fraction is {fraction}; it must lie strictly between 0 and 1.")
+        raise ValueError(f"fraction is {fraction}; it must lie strictly between 0 and 1")
     groups: dict[str, list[int]] = {}
     for position, question in enumerate(questions):
         groups.setdefault(question_key(question), []).append(position)
@@ -165,7 +191,7 @@ def split_train(
     if not chosen or len(chosen) == len(questions):
         raise ValueError(
             f"a fraction of {fraction} of {len(questions)} questions with {len(groups)} different texts leaves one "
-            "side empty; give more questions or another fraction."
+            "side empty; give more questions or another fraction"
         )
     fit = tuple(question for position, question in enumerate(questions) if position not in chosen)
     calibration = tuple(question for position, question in enumerate(questions) if position in chosen)
@@ -173,13 +199,18 @@ def split_train(
 
 
 def draw(questions: Sequence[Question], limit: int | None, *, seed: int = 0) -> tuple[Question, ...]:
-    """Return a seeded random choice of at most `limit` questions in their order, or all of them if `limit` is None.
+    """A seeded random choice of at most `limit` questions, in their order.
+
+    Args:
+        questions: Questions to choose from.
+        limit: How many at most; None for all of them.
+        seed: Seed of the draw; the global random state is not used.
 
     Raises:
-        ValueError: if `limit` is below 1.
+        ValueError: If `limit` is below 1.
     """
     if limit is not None and limit < 1:
-        raise ValueError(f"limit is {limit}; it must be at least 1.")
+        raise ValueError(f"limit is {limit}; it must be at least 1")
     if limit is None or limit >= len(questions):
         return tuple(questions)
     positions = sorted(random.Random(seed).sample(range(len(questions)), limit))

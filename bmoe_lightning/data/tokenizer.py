@@ -1,4 +1,4 @@
-"""A word tokenizer trained on the task's own text, for small models on real data without any download."""
+"""A word tokenizer trained on the text of a task, for small models on real data without any download."""
 
 from collections import Counter
 from collections.abc import Iterable, Sequence
@@ -19,33 +19,33 @@ def train_word_tokenizer(
 ) -> PreTrainedTokenizerFast:
     """Make a word-level tokenizer from the most frequent words of some texts.
 
-    Train it on training text alone (rendered prompts, so that the prompt's own words are in), or words of the test
-    split leak into the vocabulary. White space is dropped, so ` A` and `A` are the same token. Case is kept: the
-    letter `A` and the article `a` differ in nothing else. No special token is ever added to a text. Ties are broken by
-    the alphabet: the same texts always give the same vocabulary. It saves and loads with `save_pretrained` and
+    Train it on training text alone (rendered prompts, so that the words of the prompt format are in), or words of the
+    test split leak into the vocabulary. White space is dropped, so ` A` and `A` are the same token. Case matters:
+    the letter `A` and the article `a` differ in nothing else. No special token is ever added to a text. Ties are broken
+    by the alphabet: the same texts always give the same vocabulary. It saves and loads with `save_pretrained` and
     `from_pretrained`, without a network.
 
     Args:
-        texts: the training texts.
-        max_vocab: largest size of the vocabulary, padding and unknown token included.
-        keep: words that are in whatever their frequency; each must be one word to this tokenizer.
+        texts: Training texts.
+        max_vocab: Largest size of the vocabulary, padding and unknown token included.
+        keep: Words that are in whatever their frequency; each must be one word to this tokenizer.
 
     Returns:
         The tokenizer, with `pad_token` id 0 and `unk_token` id 1.
 
     Raises:
-        ValueError: if there is no text, `max_vocab` leaves no room for words, or a kept word is cut in pieces.
+        ValueError: If there is no text, `max_vocab` leaves no room for words, or an entry of `keep` is not one word.
     """
     splitter = pre_tokenizers.Split(Regex(_WORD), behavior="removed", invert=True)
     for word in keep:
         if [piece for piece, _ in splitter.pre_tokenize_str(word)] != [word]:
-            raise ValueError(f"the kept word {word!r} is not one word to this tokenizer; leave it out of keep.")
+            raise ValueError(f"the word {word!r} of keep is not one word to this tokenizer; leave it out")
     reserved = list(dict.fromkeys((PADDING_WORD, UNKNOWN_WORD, *keep)))
     if max_vocab <= len(reserved):
-        raise ValueError(f"max_vocab is {max_vocab}; {len(reserved)} entries are reserved, give more than that.")
+        raise ValueError(f"max_vocab is {max_vocab}; {len(reserved)} entries are reserved, give more than that")
     counts = Counter(piece for text in texts for piece, _ in splitter.pre_tokenize_str(text))
     if not counts:
-        raise ValueError("the texts hold no word; give the rendered prompts of the training split.")
+        raise ValueError("the texts hold no word; give the rendered prompts of the training split")
     frequent = sorted((word for word in counts if word not in reserved), key=lambda word: (-counts[word], word))
     words = reserved + frequent[: max_vocab - len(reserved)]
 

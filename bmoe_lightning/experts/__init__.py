@@ -1,19 +1,18 @@
-"""Expert layers: where they are in a model, and what flows through them."""
+"""Expert layers: find them in a model, and read what flows through them."""
 
 from bmoe_lightning.experts.counted_batch import CountedBatch
-from bmoe_lightning.experts.discovery import (
-    down_proj_parameters,
-    down_proj_weights,
-    expert_parameters,
-    find_expert_layers,
-    find_linear_layers,
-    squared_distances,
-)
+from bmoe_lightning.experts.discovery import find_expert_layers, find_linear_layers
 from bmoe_lightning.experts.dropout import expert_dropout
 from bmoe_lightning.experts.fingerprint import weight_fingerprint
 from bmoe_lightning.experts.layouts.registered import register_experts
 from bmoe_lightning.experts.taps import ClassLogits, tapped_batch
 from bmoe_lightning.experts.types import ExpertLayer
+from bmoe_lightning.experts.weights import (
+    down_proj_parameters,
+    down_proj_weights,
+    expert_parameters,
+    squared_distances,
+)
 
 __all__ = [
     "ClassLogits",

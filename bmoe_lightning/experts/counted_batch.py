@@ -1,4 +1,4 @@
-"""Batches in which some examples are there for company: they run through the model and enter no result."""
+"""Batches with padding examples, which run through the model and enter no result."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import nn
 
-from bmoe_lightning.experts.fsdp import runs_in_step
+from bmoe_lightning.experts.fsdp import runs_in_lockstep
 from bmoe_lightning.utils.distributed import gather_number
 
 _NONE = object()
@@ -16,15 +16,15 @@ _NONE = object()
 
 @dataclass(frozen=True)
 class CountedBatch:
-    """A batch of which the first examples alone count.
+    """A batch of which only the first examples are counted.
 
-    A distributed sampler gives some examples twice, so that all processes get as many. Where weights are sharded these
-    have to run, since processes put the weights together at the same time; counted they must not be.
+    A distributed sampler repeats some examples, so that all ranks get equally many. Where weights are sharded the
+    repeated ones have to run, since ranks all-gather the weights in lockstep; but they must not be counted twice.
 
     Attributes:
-        batch: whatever `class_logits` takes.
-        num_counted: how many examples count; 0 or more.
-        size: how many examples there are.
+        batch: Whatever `class_logits` takes.
+        num_counted: Number of examples that are counted, 0 or more.
+        size: Number of examples.
     """
 
     batch: Any
@@ -38,10 +38,14 @@ def plain_batch(batch: Any) -> Any:
 
 
 def count_of(batch: Any, num_examples: int) -> int:
-    """How many of the examples that `class_logits` made of a batch count.
+    """The number of examples of a batch that are counted.
+
+    Args:
+        batch: The batch, a `CountedBatch` or not.
+        num_examples: Number of examples that `class_logits` returned for it.
 
     Raises:
-        ValueError: if it cannot be told which.
+        ValueError: If that differs from the batch's size.
     """
     if not isinstance(batch, CountedBatch) or batch.num_counted == batch.size:
         return num_examples
@@ -50,29 +54,33 @@ def count_of(batch: Any, num_examples: int) -> int:
 
 
 def check_entries(num_examples: int, entries: int) -> None:
-    """Refuse examples of which it cannot be told which ones a distributed sampler has given twice.
+    """Refuse examples of which it is unknown which ones a distributed sampler repeats.
 
     Args:
-        num_examples: how many `class_logits` made of them.
-        entries: entries of the data set.
+        num_examples: Number of examples that `class_logits` returned.
+        entries: Number of entries of the data set.
 
     Raises:
-        ValueError: if the two differ.
+        ValueError: If the two differ.
     """
     if num_examples != entries:
         raise ValueError(
-            f"class_logits gave {num_examples} examples for {entries} entries of the data set, so it is unknown which "
-            "of them the distributed sampler repeats; let one entry be one example, or use one process"
+            f"class_logits returned {num_examples} examples for {entries} entries of the data set, so it is unknown "
+            "which of them the distributed sampler repeats; let one entry be one example, or use one process"
         )
 
 
 def lockstep(model: nn.Module, batches: Iterable[Any]) -> Iterator[Any]:
-    """Batches for processes that share a model's weights, and so must have as many. A collective at every batch, then.
+    """The batches, with a check that all ranks have equally many where weights are sharded. Then a collective each.
+
+    Args:
+        model: The model.
+        batches: The batches of this rank.
 
     Raises:
-        ValueError: on all processes, as soon as one has no batch left and another one has.
+        ValueError: On all ranks, as soon as one has no batch left and another one has.
     """
-    if not runs_in_step(model):
+    if not runs_in_lockstep(model):
         yield from batches
         return
     iterator = iter(batches)
@@ -84,7 +92,7 @@ def lockstep(model: nn.Module, batches: Iterable[Any]) -> Iterator[Any]:
         yield batch
     if any(running):
         raise ValueError(
-            f"{sum(running)} of {len(running)} processes have a batch left and the others have none, but they put "
-            "sharded weights together in step: give each as many batches of the same sizes, and say with CountedBatch "
-            "which examples are there for that alone"
+            f"{sum(running)} of {len(running)} processes have a batch left and the others have none, but they "
+            "all-gather sharded weights in lockstep: give each equally many batches of the same sizes, and mark "
+            "padding examples with CountedBatch"
         )

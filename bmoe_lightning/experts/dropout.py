@@ -1,7 +1,6 @@
-"""Dropout on the input of every expert's second linear layer, for training and for MC dropout.
+"""Dropout on the input of every expert's `down_proj`, for training and for MC dropout (https://arxiv.org/abs/1506.02142).
 
-Mixture-of-experts models of transformers hold no `nn.Dropout`: switching dropout modules on does nothing. This puts it
-where the method needs it.
+Mixture-of-experts models of transformers have no `nn.Dropout` in their experts, so training mode alone drops nothing.
 """
 
 from __future__ import annotations
@@ -12,8 +11,10 @@ from contextlib import ExitStack, contextmanager
 import torch
 from torch import Tensor, nn
 
-from bmoe_lightning.experts.discovery import intercepted_layers
+from bmoe_lightning.experts.interception import intercepted_layers
+from bmoe_lightning.experts.layouts.registry import LAYOUTS
 from bmoe_lightning.experts.types import ExpertLayer
+from bmoe_lightning.experts.wrappers.compiled import is_compiled
 
 
 class _Dropout:
@@ -27,7 +28,7 @@ class _Dropout:
             return nn.functional.dropout(hidden, self.p, training)
         generator = self._generators.get(hidden.device)
         if generator is None:
-            # Each device's stream is another one, or layers on two of them would share their masks.
+            # Another seed for each device, or layers on two devices would share their masks.
             seed = self._seed + 5_915_587 * len(self._generators)
             generator = self._generators[hidden.device] = torch.Generator(hidden.device).manual_seed(seed)
         keep = torch.empty_like(hidden).bernoulli_(1 - self.p, generator=generator)
@@ -38,39 +39,31 @@ class _Dropout:
 def expert_dropout(
     model: nn.Module, layers: Sequence[ExpertLayer], p: float, *, seed: int | None = None
 ) -> Iterator[None]:
-    """Drop activations before the second linear layer of every expert; of nested ones the innermost counts.
+    """Drop activations before the `down_proj` of every expert; of nested calls the innermost applies.
 
-    A model that is called from within compiled code of another function is not noticed to be compiled, and may run
-    without dropout there.
+    If a compiled function calls the model, that goes unnoticed, and the model may run without dropout there.
 
     Args:
-        model: the model.
-        layers: its expert layers.
-        p: probability that an activation is dropped, in [0, 1).
-        seed: None drops in training mode only, from torch's own random stream, as `nn.Dropout` does. A seed drops in
-            every mode, from a generator of its own: this is MC dropout, for predictions; where activations are
-            recomputed for gradients, other ones would be dropped.
+        model: The model.
+        layers: Its expert layers.
+        p: Probability that an activation is dropped, in [0, 1).
+        seed: Seed of a separate generator, from which activations are dropped in every mode: MC dropout, for
+            predictions (activations that are recomputed for gradients would get other masks). None drops in training
+            mode only, from torch's global generator, as `nn.Dropout` does.
 
     Raises:
-        ValueError: if p is outside [0, 1), or in training a compiled model would not notice.
+        ValueError: If p is outside [0, 1), or compiled code would skip the dropout in training.
     """
     if not 0 <= p < 1:
-        raise ValueError(f"expert dropout must be in [0, 1), got {p}")
-    if seed is None and any(layer.layout in ("modules", "linear") for layer in layers) and _is_compiled(model):
+        raise ValueError(f"expert dropout is {p}; give a probability in [0, 1)")
+    if seed is None and any(LAYOUTS[layer.layout].uses_hooks for layer in layers) and is_compiled(model):
         raise ValueError(
-            "expert dropout hooks into the experts of this model, and compiled code passes hooks by: train it without "
-            "torch.compile, or without expert dropout"
+            "expert dropout uses forward hooks in the experts of this model, and compiled code skips hooks: train it "
+            "without torch.compile, or without expert dropout"
         )
     with ExitStack() as stack:
         if seed is not None:
-            # A few passes, for which nothing is compiled anew.
+            # A few passes, for which a recompilation would not pay.
             stack.enter_context(torch.compiler.set_stance("force_eager"))
         stack.enter_context(intercepted_layers(model, layers, dropout=_Dropout(p, seed)))
         yield
-
-
-def _is_compiled(model: nn.Module) -> bool:
-    return any(
-        isinstance(module, torch._dynamo.OptimizedModule) or module._compiled_call_impl is not None
-        for module in model.modules()
-    )

@@ -1,4 +1,4 @@
-"""A fingerprint of a model's weights, so that a posterior is never used with others."""
+"""A fingerprint of a model's weights, so that a posterior is never used with other weights."""
 
 from __future__ import annotations
 
@@ -10,51 +10,53 @@ import torch
 from torch import Tensor, nn
 
 from bmoe_lightning.experts.fsdp import has_shards, local_part, reshard
-from bmoe_lightning.experts.layouts.fused import outermost_pretrained
 from bmoe_lightning.experts.types import ExpertLayer
-from bmoe_lightning.experts.wrappers import fetched, plain_name, present, unusable
+from bmoe_lightning.experts.wrappers.accelerate import materialized
+from bmoe_lightning.experts.wrappers.names import plain_name
+from bmoe_lightning.experts.wrappers.quantised import unusable
+from bmoe_lightning.experts.wrappers.transformers import outermost_pretrained
+from bmoe_lightning.utils.devices import to_cpu
 from bmoe_lightning.utils.distributed import gather_number, num_processes, sum_over_processes
 
 _SAMPLES = 64
-# Steps by the golden ratio of 2^32 fall everywhere in a matrix, whatever its width.
+# Steps of 2^32 divided by the golden ratio are spread evenly over a matrix, whatever its width.
 _STRIDE = 2654435761
 
 
 def weight_fingerprint(model: nn.Module, layers: Sequence[ExpertLayer]) -> str:
     """Hash a sample of the weights: 64 values of every parameter, and of each expert's part of a fused one.
 
-    Reading 14 billion weights would take longer than it is worth; training moves practically all entries of a matrix
-    that it moves at all. Values are compared as float32, so a checkpoint and its exact copy in a wider dtype agree,
-    while a copy rounded to a narrower dtype does not. Of quantised weights the names alone are hashed. What is hashed
-    is `fingerprinted_module`, with names relative to it and without what wrappers add to them: a model has the same
-    fingerprint inside a LightningModule and outside, compiled or not, sharded by FSDP2 or whole; where it is sharded,
-    all processes call this.
+    Hashing 14 billion weights would take too long, and training changes nearly all entries of a matrix that it changes
+    at all. Values are compared as float32, so a checkpoint and its exact copy in a wider dtype agree, while a copy
+    rounded to a narrower dtype does not. Of quantised weights only the names are hashed. The names are relative to
+    `fingerprinted_module` and without the parts that wrappers add: a model has the same fingerprint inside a
+    LightningModule and outside, compiled or not, sharded by FSDP2 or not. A collective, where it is sharded.
 
     Args:
-        model: the model.
-        layers: its expert layers.
+        model: The model.
+        layers: Its expert layers.
 
     Returns:
         A hexadecimal SHA-256 digest.
 
     Raises:
-        ValueError: if the processes of a sharded model differ in weights that several of them hold.
+        ValueError: If ranks of a sharded model differ in weights that several of them hold.
     """
     digest = hashlib.sha256()
     reshard(model)
     sharded = has_shards(model)
     samples = sorted(_samples(fingerprinted_module(model, layers), sharded=sharded), key=lambda sample: sample[0])
     digest.update("\n".join(f"{name}:{len(values)}" for name, values in samples).encode())
-    # In the order of their names, wherever they are.
-    together = torch.cat(fetched([values.float() for _, values in samples]))
+    # In the order of their names, on whatever devices they are.
+    joined = torch.cat(to_cpu([values.float() for _, values in samples]))
     if sharded:
-        together = _put_together(*together.unbind(1))
-    digest.update(together.numpy().tobytes())
+        joined = _reduced(*joined.unbind(1))
+    digest.update(joined.numpy().tobytes())
     return digest.hexdigest()
 
 
-def _put_together(values: Tensor, here: Tensor, counts: Tensor) -> Tensor:
-    """The samples of all processes, after a look at what several of them hold. A collective; see `_sample`."""
+def _reduced(values: Tensor, here: Tensor, counts: Tensor) -> Tensor:
+    """The samples of all ranks, checked for equality where several hold the same. A collective; see `_sample`."""
     total = torch.where(counts > 0, values, 0)
     sum_over_processes([total])
     same = (values == total) | (values.isnan() & total.isnan()) | (here == 0)
@@ -62,22 +64,19 @@ def _put_together(values: Tensor, here: Tensor, counts: Tensor) -> Tensor:
     if differing:
         raise ValueError(
             f"{differing} of {num_processes()} processes differ from the others in weights that several of them hold "
-            "(parameters that are not sharded, or replicas of sharded ones), so there is no one model. Nothing keeps "
-            "such parameters equal in training: shard the whole model with fully_shard, or freeze them"
+            "(parameters that are not sharded, or replicas of sharded ones), so they run different models. Nothing "
+            "averages the gradients of such parameters: shard the whole model with fully_shard, or freeze them"
         )
     return total
 
 
 def _samples(model: nn.Module, *, sharded: bool) -> Iterator[tuple[str, Tensor]]:
-    """The name of every parameter, without what wrappers add to it, and some of its values.
-
-    Of a sharded model with whether they are here, and whether they count here; see `_sample`.
-    """
+    """The plain name of every parameter, and its sample; see `_sample`."""
     for prefix, module in model.named_modules():
         for name, parameter in module.named_parameters(recurse=False):
-            # Packed weights are not compared: some libraries pack them anew while they are used.
+            # Packed weights are left out: some libraries rewrite them while they are used.
             none = torch.empty(0, 3) if sharded else torch.empty(0)
-            values = none if unusable(parameter) else _sample(present(module, name).detach(), sharded=sharded)
+            values = none if unusable(parameter) else _sample(materialized(module, name).detach(), sharded=sharded)
             yield plain_name(f"{prefix}.{name}" if prefix else name), values
 
 
@@ -99,8 +98,8 @@ def _sample(parameter: Tensor, *, sharded: bool) -> Tensor:
     """Scattered values of a parameter; of every leading entry for a stack of matrices.
 
     Returns:
-        `[n]`, or of a sharded model `[n, 3]`: the values that this process holds, whether it holds them, and whether
-        its copy is the one that counts.
+        `[n]`, or of a sharded model `[n, 3]`: the values of this rank, whether it holds them, and whether its copy
+        is the one that is counted.
     """
     stacked = len(parameter) if parameter.dim() == 3 else 1
     size = parameter.numel() // max(stacked, 1)

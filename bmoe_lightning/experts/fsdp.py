@@ -1,8 +1,12 @@
-"""Weights that FSDP2 (`torch.distributed.fsdp.fully_shard`) spreads over processes: which part of them a process holds.
+"""Weights that FSDP2 (`torch.distributed.fsdp.fully_shard`) shards, and which shard of them this rank holds.
 
-Every process runs the whole model on examples of its own, and each module's weights are put together while it runs. So
-activations and gradients are those of one device, and only what looks at the weights themselves has to know of parts.
-Tensor and expert parallelism spread the computation too, and are another matter.
+https://docs.pytorch.org/docs/stable/distributed.fsdp.fully_shard.html
+
+Every rank runs all modules on its own examples, and each module's weights are all-gathered while it runs. So
+activations and gradients are those of one device, and only code that reads the weights themselves has to know about
+shards. Tensor and expert parallelism shard the computation too, and are not supported.
+
+What is private in FSDP2 is read at the end of this file.
 """
 
 from __future__ import annotations
@@ -26,13 +30,13 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class LocalPart:
-    """The part of a tensor that this process holds.
+    """The shard of a tensor that this rank holds.
 
     Attributes:
-        values: these values; a view, through which they can be written.
-        dim: the dimension in which the tensor is cut; 0 for a tensor that is here as a whole.
-        offset: position of the first value in that dimension.
-        counts: whether this copy enters sums over all processes; several processes may hold the same part.
+        values: The values; a view, through which they can be written.
+        dim: The dimension along which the tensor is sharded; 0 for an unsharded tensor.
+        offset: Position of the first value in that dimension.
+        counts: Whether this copy enters sums over all ranks; several ranks may hold the same shard.
     """
 
     values: Tensor
@@ -41,124 +45,128 @@ class LocalPart:
     counts: bool
 
     def of(self, tensor: Tensor) -> Tensor:
-        """The same part of a tensor that is here as a whole, or of one that is cut already."""
+        """The same shard of an unsharded tensor; a tensor of the shard's shape is returned as it is."""
         if tensor.shape == self.values.shape:
             return tensor
         return tensor.narrow(self.dim, self.offset, self.values.shape[self.dim])
 
     @torch.no_grad()
     def take(self, tensor: Tensor) -> None:
-        """Overwrite the values with the same part of another tensor, as `of` takes it; of any dtype."""
+        """Overwrite the values with the same shard of another tensor (see `of`), of any dtype."""
         self.values.copy_(self.of(tensor))
 
 
 def is_sharded(tensor: Tensor) -> bool:
-    """Whether a tensor is spread over processes, in whatever way."""
+    """Whether a tensor is a DTensor: sharded or replicated by a device mesh."""
     return hasattr(tensor, "placements")
 
 
 def has_shards(model: nn.Module) -> bool:
-    """Whether a model's weights are spread over processes."""
+    """Whether modules of a model are sharded with FSDP2."""
     return bool(_sharded_modules(model))
 
 
-def runs_in_step(model: nn.Module) -> bool:
-    """Whether processes have to run a model at the same time, since each holds a part of its weights."""
+def runs_in_lockstep(model: nn.Module) -> bool:
+    """Whether ranks have to run a model in lockstep, since each of them holds a shard of its weights."""
     return num_processes() > 1 and has_shards(model)
 
 
 def check_collective(model: nn.Module, *, distributed: bool) -> None:
-    """Refuse a fit by one of several processes that share a model's weights.
+    """Refuse a fit by a single rank if the weights are sharded over several.
+
+    Args:
+        model: The model.
+        distributed: Whether all ranks fit together.
 
     Raises:
-        ValueError: if it is not called as distributed.
+        ValueError: If they do not.
     """
-    if runs_in_step(model) and not distributed:
+    if runs_in_lockstep(model) and not distributed:
         raise ValueError(
-            f"the model's weights are spread over {num_processes()} processes, and each would fit a posterior of its "
-            "own share of the data; call this on all of them with distributed=True"
+            f"the model's weights are sharded over {num_processes()} processes, and each would fit a posterior to its "
+            "shard of the data; call this on all of them with distributed=True"
         )
 
 
 def sharding_refusal(tensor: Any) -> str | None:
-    """Why a tensor that is spread over processes is out of reach, or None if `fully_shard` alone has spread it."""
+    """Why a DTensor cannot be used, or None if `fully_shard` has made it."""
     kinds = [type(placement).__name__ for placement in tensor.placements]
-    # With replicas, each group of processes holds the whole (HSDP).
+    # With replicas, each group of ranks holds all shards (HSDP).
     if kinds not in (["Shard"], ["Replicate", "Shard"]):
-        return f"spread over processes by a parallel plan ({', '.join(kinds)})"
+        return f"sharded by a parallel plan ({', '.join(kinds)})"
     if tensor.device_mesh.size() != num_processes():
-        return f"spread over {tensor.device_mesh.size()} of {num_processes()} processes"
+        return f"sharded over {tensor.device_mesh.size()} of {num_processes()} processes"
     return None
 
 
 def local_part(tensor: Tensor) -> LocalPart:
-    """The part of a tensor that this process holds; all of it, where it is not sharded."""
+    """The shard of a tensor that this rank holds; all of it, where it is not sharded."""
     if not is_sharded(tensor):
         return LocalPart(tensor.detach(), 0, 0, is_rank_zero())
     sharded: Any = tensor.detach()
     mesh, dim = sharded.device_mesh, sharded.placements[-1].dim
     with torch.no_grad():  # or the values would be a view in a graph
         values = sharded.to_local()
-    # As torch.chunk cuts: all parts are of the same size, but for the last ones.
+    # As torch.chunk: all shards have the same size, apart from the last ones.
     length = sharded.shape[dim]
     offset = min(mesh.get_local_rank(mesh.ndim - 1) * -(-length // mesh.size(mesh.ndim - 1)), length)
     return LocalPart(values, dim, offset, mesh.ndim == 1 or mesh.get_local_rank(0) == 0)
 
 
-def whole(tensor: Tensor) -> Tensor:
-    """A tensor put together from its parts, detached. A collective, if it is sharded."""
+def full_tensor(tensor: Tensor) -> Tensor:
+    """All values of a tensor, all-gathered, detached. A collective, if it is sharded."""
     sharded: Any = tensor.detach()
-    together: Tensor = sharded.full_tensor() if is_sharded(tensor) else sharded
-    return together
+    full: Tensor = sharded.full_tensor() if is_sharded(tensor) else sharded
+    return full
 
 
 def gathered(tensors: Mapping[str, Tensor], *, keep: bool) -> dict[str, Tensor]:
-    """Put tensors together one by one, on the CPU. A collective, if they are sharded.
+    """All-gather tensors one by one, onto the CPU. A collective, if they are sharded.
 
     Args:
-        tensors: by name.
-        keep: whether this process wants them.
+        tensors: Tensors by name.
+        keep: Whether this rank needs the result.
 
     Returns:
-        All of them, or none.
+        All of them, or an empty dictionary.
     """
-    kept = {}
+    found = {}
     for name, tensor in tensors.items():
-        together = whole(tensor)
+        full = full_tensor(tensor)
         if keep:
-            kept[name] = together.cpu()
-    return kept
+            found[name] = full.cpu()
+    return found
 
 
 def reshard(model: nn.Module) -> None:
-    """Let every module of a model hold its parts again: some keep the whole weights after they ran."""
+    """Reshard all modules of a model: some stay unsharded after they ran."""
     for module in _sharded_modules(model):
         module.reshard()
 
 
 @contextmanager
 def unsharded_roots(model: nn.Module) -> Iterator[None]:
-    """Keep what lies in no sharded block in one piece after a backward pass, for the next one through the same graph.
+    """Leave what belongs to no sharded block unsharded after a backward pass, for the next one through the same graph.
 
-    FSDP2 puts weights together again where a backward pass comes by a module's outputs. Those of the outermost module
-    may be in a class of the user's own, in which it finds no tensors; one backward pass works all the same.
+    FSDP2 all-gathers weights again when the backward pass reaches a module's outputs, and finds no tensors in outputs
+    of a custom class, which the outermost module may return; a single backward pass works all the same.
     """
     roots: list[Any] = _roots(model)
-    groups = [group for root in roots for group in _groups(root)]
-    before = [group.reshard_after_backward for group in groups]
-    for group in groups:
-        group.reshard_after_backward = False
+    before = [(root, resharding) for root in roots if (resharding := _reshards_after_backward(root)) is not None]
+    for root, _ in before:
+        root.set_reshard_after_backward(False, recurse=False)
     try:
         yield
     except BaseException:
         for root in roots:
-            # Or it would go on in the middle of a forward that is over. Older releases of torch have no such method.
-            if hasattr(root, "reset_iter_state"):
+            # Or the next forward would continue in the middle of the failed one. Older releases lack the method, and it
+            # fails before the first forward.
+            if hasattr(root, "reset_iter_state") and _has_run(root):
                 root.reset_iter_state()
         raise
     finally:
-        for group, resharding in zip(groups, before, strict=True):
-            group.reshard_after_backward = resharding
+        for root, resharding in before:
+            root.set_reshard_after_backward(resharding, recurse=False)
 
 
 def _roots(module: nn.Module) -> list[nn.Module]:
@@ -167,26 +175,13 @@ def _roots(module: nn.Module) -> list[nn.Module]:
     return [root for child in module.children() for root in _roots(child)]
 
 
-def _groups(module: Any) -> list[Any]:
-    state = module._get_fsdp_state()
-    # Older releases of torch have a single one.
-    groups = state._fsdp_param_groups if hasattr(state, "_fsdp_param_groups") else [state._fsdp_param_group]
-    return [group for group in groups if group is not None]
-
-
-def unsharded_class(module: nn.Module) -> type[nn.Module]:
-    """The class that a module had before `fully_shard` gave it one of its own."""
-    kind = type(module)
-    return kind.__mro__[2] if _is_fully_sharded(module) else kind
-
-
 def shard_blocks(model: nn.Module, layers: Iterable[ExpertLayer], mesh: DeviceMesh) -> None:
-    """Shard a model with FSDP2: each of its blocks by itself, then what is around them.
+    """Shard a model with FSDP2: each of its blocks, then the remaining weights.
 
     Args:
-        model: the model, on any device; nothing happens if it is sharded already.
-        layers: its expert layers. The outermost lists of modules that they lie in hold the blocks.
-        mesh: the processes, in one dimension.
+        model: The model, on any device; nothing happens if it is sharded already.
+        layers: Its expert layers. The outermost module lists that contain them hold the blocks.
+        mesh: A device mesh with one dimension.
     """
     from torch.distributed.fsdp import fully_shard
 
@@ -217,9 +212,38 @@ def _is_fully_sharded(module: nn.Module) -> bool:
 
 @cache
 def _sharded_class() -> type | tuple[()]:
-    """The class that `fully_shard` adds to a module's; none where torch was built without torch.distributed."""
+    """The class that `fully_shard` mixes into a module's; none where torch was built without torch.distributed."""
     if not dist.is_available():
         return ()
     from torch.distributed.fsdp import FSDPModule
 
     return FSDPModule
+
+
+# -- private in FSDP2
+
+
+def _reshards_after_backward(module: Any) -> bool | None:
+    """What `set_reshard_after_backward` was last called with for a module; None if it has no weights outside of blocks.
+
+    There is no public getter. Reads `FSDPModule._get_fsdp_state()._fsdp_param_groups` (seen in torch 2.13), or
+    the single `_fsdp_param_group` of older releases, and `reshard_after_backward` of a group.
+    """
+    state = module._get_fsdp_state()
+    groups = state._fsdp_param_groups if hasattr(state, "_fsdp_param_groups") else [state._fsdp_param_group]
+    found = [group.reshard_after_backward for group in groups if group is not None]
+    return found[0] if found else None
+
+
+def _has_run(module: Any) -> bool:
+    """Whether a module has run since `fully_shard`; reads `_get_fsdp_state()._is_root` (seen in torch 2.13)."""
+    return module._get_fsdp_state()._is_root is not None
+
+
+def unsharded_class(module: nn.Module) -> type[nn.Module]:
+    """The class that a module had before `fully_shard` replaced it.
+
+    Reads the bases of the class that `fully_shard` makes: itself, `FSDPModule`, the module's (seen in torch 2.13).
+    """
+    kind = type(module)
+    return kind.__mro__[2] if _is_fully_sharded(module) else kind

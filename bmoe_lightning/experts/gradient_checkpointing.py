@@ -1,6 +1,6 @@
-"""Gradient checkpointing of transformers, put to work in evaluation mode.
+"""Gradient checkpointing of transformers, in evaluation mode too.
 
-transformers recomputes activations in training mode alone. A user who asked for it has no memory to keep them in a
+transformers recomputes activations in training mode alone. A user who enabled it has no memory to store them in a
 curvature pass or a prediction either, and these run in evaluation mode.
 """
 
@@ -16,24 +16,28 @@ from torch.utils.checkpoint import checkpoint, set_checkpoint_early_stop
 from transformers import Cache
 from transformers.modeling_layers import GradientCheckpointingLayer
 
-from bmoe_lightning.experts.layouts.fused import outermost_pretrained
+from bmoe_lightning.experts.wrappers.transformers import (
+    can_checkpoint_with_cache,
+    checkpoint_function,
+    outermost_pretrained,
+)
 
-# What transformers takes from a recomputed layer, too, under names of models' own.
+# Arguments that transformers removes from a recomputed layer, too, under the names of various models.
 _CACHES = ("past_key_values", "layer_past")
 
 
 @contextmanager
 def recomputed_activations(model: nn.Module) -> Iterator[None]:
-    """Let layers recompute their activations in evaluation mode where `gradient_checkpointing_enable` asked for it.
+    """Recompute activations of layers in evaluation mode where `gradient_checkpointing_enable` was called.
 
-    The checkpoints are never reentrant, whatever was asked for: taps see nothing in reentrant ones. Layers get no cache
-    of keys and values. The model is as it was afterwards, also after an exception.
+    The checkpoints are never reentrant, whatever was set: taps record nothing in reentrant ones. Layers get no cache of
+    keys and values. The model is restored afterwards, also after an exception.
 
     Args:
-        model: any module; without checkpointed layers nothing happens.
+        model: Any module; nothing changes if it has no checkpointed layers.
 
     Raises:
-        RuntimeError: from within the model, if it is called with a cache.
+        RuntimeError: From within the model, if it is called with a cache.
     """
     layers = [
         module
@@ -55,9 +59,9 @@ def _recomputed(layer: GradientCheckpointingLayer) -> Iterator[None]:
     recompute = _checkpoint_of(layer)
 
     def forward(*args: Any, **kwargs: Any) -> Any:
-        if not layer._can_checkpoint_with_cache:
+        if not can_checkpoint_with_cache(layer):
             kwargs = _without_caches(kwargs)
-        # Otherwise hooks that undo something after a module, as accelerate's do, would be passed by at the end.
+        # Otherwise post-forward hooks, such as accelerate's, would not run after the last module.
         with set_checkpoint_early_stop(False):
             return recompute(functools.partial(own, **kwargs), *args)
 
@@ -72,8 +76,8 @@ def _recomputed(layer: GradientCheckpointingLayer) -> Iterator[None]:
 
 
 def _checkpoint_of(layer: nn.Module) -> Callable[..., Any]:
-    """The layer's own way of checkpointing, which may offload as well, but not reentrant."""
-    chosen = getattr(layer, "_gradient_checkpointing_func", checkpoint)
+    """The layer's checkpointing function, which may offload as well, but not reentrant."""
+    chosen = checkpoint_function(layer)
     # transformers' is a partial of what takes these two. Nothing is random in evaluation mode.
     usual = chosen if isinstance(chosen, functools.partial) else checkpoint
     return functools.partial(usual, use_reentrant=False, preserve_rng_state=False)

@@ -22,7 +22,7 @@ class ExpertGroups:
 
     Args:
         experts: `[S]` int64, the expert of each slot, in `0 .. num_experts - 1`, in any order.
-        num_experts: number of experts, those without a slot included.
+        num_experts: Number of experts, those without a slot included.
 
     Attributes:
         order: `[S]` int64; `x[order]` is sorted by expert.
@@ -32,7 +32,7 @@ class ExpertGroups:
 
     def __init__(self, experts: Tensor, num_experts: int) -> None:
         self.experts, self.order = torch.sort(experts, stable=True)
-        # scatter_add_ rather than bincount: bincount waits for the device to learn its output's length.
+        # scatter_add_ rather than bincount, which synchronises with the device to learn its output's length.
         self.counts = torch.zeros(num_experts, dtype=torch.int64, device=experts.device)
         self.counts.scatter_add_(0, self.experts, torch.ones_like(self.experts))
         self._offsets = self.counts.cumsum(0).to(torch.int32)
@@ -55,7 +55,7 @@ class ExpertGroups:
     def _blocked_matmul(self, x: Tensor, weight: Tensor) -> Tensor:
         rows, block_experts, num_rows = self._blocks()
         blocks = x.new_zeros(num_rows, x.shape[1]).index_copy(0, rows, x).view(-1, _BLOCK_ROWS, x.shape[1])
-        # Every block takes a copy of its expert's matrix; so many at a time.
+        # Every block copies its expert's matrix, so only as many at a time as fit.
         at_a_time = max(1, _COPIED_FLOATS // weight[0].numel())
         products = [
             torch.bmm(block, weight[experts])
@@ -78,7 +78,7 @@ class ExpertGroups:
         rows, block_experts, num_rows = self._blocks()
         left = x.new_zeros(num_rows, x.shape[1]).index_copy(0, rows, x).view(-1, _BLOCK_ROWS, x.shape[1])
         right = z.new_zeros(num_rows, z.shape[1]).index_copy(0, rows, z).view(-1, _BLOCK_ROWS, z.shape[1])
-        # Every block makes a matrix of its own; so many at a time.
+        # Every block makes a matrix, so only as many at a time as fit.
         at_a_time = max(1, _COPIED_FLOATS // (x.shape[1] * z.shape[1]))
         total = x.new_zeros(len(self.counts), x.shape[1], z.shape[1])
         for some_left, some_right, experts in zip(
@@ -102,7 +102,7 @@ class ExpertGroups:
 
         Returns:
             The padded row of each slot `[S]`, the expert of each block `[N]`, and the number of padded rows. `N` is an
-            upper bound that needs no word from the device.
+            upper bound that needs no synchronisation with the device.
         """
         num_slots, num_experts = len(self.experts), len(self.counts)
         num_blocks = -(-num_slots // _BLOCK_ROWS) + num_experts
@@ -117,13 +117,13 @@ class ExpertGroups:
 
 
 class _BlockedProduct(torch.autograd.Function):
-    """The product by blocks; what is kept for the backward pass are its arguments, not a matrix for every block."""
+    """The product by blocks; saved for the backward pass are its arguments, not a matrix for every block."""
 
     @staticmethod
     def forward(ctx: Any, groups: ExpertGroups, x: Tensor, weight: Tensor) -> Tensor:
         ctx.groups = groups
         ctx.save_for_backward(x, weight)
-        # The kernel ignores autocast; so does its stand-in.
+        # The kernel ignores autocast, so this does too.
         with torch.autocast(x.device.type, enabled=False):
             return groups._blocked_matmul(x, weight)
 
@@ -141,7 +141,7 @@ class _BlockedProduct(torch.autograd.Function):
 
 
 def _kernel_fits(x: Tensor, other: Tensor) -> bool:
-    """Whether torch's grouped matrix product takes these operands (it wants rows aligned to 16 bytes)."""
+    """Whether torch's grouped matrix product takes these operands (rows must be aligned to 16 bytes)."""
     if not hasattr(F, "grouped_mm") or x.dtype not in _KERNEL_DTYPES or x.dtype != other.dtype:
         return False
     if x.is_cuda and (x.dtype != torch.bfloat16 or torch.cuda.get_device_capability(x.device) < (8, 0)):
@@ -150,7 +150,7 @@ def _kernel_fits(x: Tensor, other: Tensor) -> bool:
     return (
         x.device.type in ("cpu", "cuda")
         and len(x) > 0
-        # Of a product's gradient, rows are as wide as the product; strides do not tell the width of one column.
+        # The product's gradient has rows as wide as the product, and a single column has no telling stride.
         and all(tensor.shape[-1] * x.element_size() % 16 == 0 for tensor in (x, other))
         and all(stride * x.element_size() % 16 == 0 for stride in strides)
         and x.data_ptr() % 16 == 0

@@ -1,12 +1,12 @@
 """Which example each slot belongs to.
 
-A model may lay its tokens out as it likes: one row an example, K rows an example, sorted rows, experts that are called
-on `x[tokens]`. What it cannot hide is which example's logits a slot moves. So ownership is read from gradients: the
-logits of example n are weighted by a power of two of its own, and the ratio of that gradient to the plain one names n.
-Powers of two scale floating-point numbers without rounding, so the ratio is exact.
+A model may arrange its tokens in any way: one row for each example, K rows, sorted rows, experts that are called on
+`x[tokens]`. But it shows in gradients which example's logits a slot moves: the logits of example n are weighted by a
+power of two that depends on n, and the ratio of that gradient to the unweighted one gives n. Powers of two scale
+floating-point numbers without rounding, so the ratio is exact.
 
-Where tokens carry a row, the last layer is enough to learn which row belongs to which example, and its gradients cost
-next to nothing. Otherwise all layers are asked, at the price of two backward passes.
+Where the row of each token is known, the last layer is enough to learn which row belongs to which example, and its
+gradients are cheap. Otherwise the gradients of all layers are needed, at the price of two backward passes.
 """
 
 from __future__ import annotations
@@ -17,31 +17,31 @@ import torch
 from torch import Tensor
 
 from bmoe_lightning.experts.taps import Slots, TappedBatch
-from bmoe_lightning.experts.wrappers import fetched
+from bmoe_lightning.utils.devices import to_cpu
 
 _UNKNOWN = -1
 _MIXED = -2
 
 
 def slot_owners(batch: TappedBatch, slots: Sequence[Slots], *, thorough: bool = False) -> list[Tensor]:
-    """Name the example of every slot that moves a logit.
+    """Find the example of every slot that moves a logit.
 
     Args:
-        batch: a tapped batch of B examples.
-        slots: the slots of each tapped layer.
-        thorough: whether to ask the other layers too, for two backward passes through the whole model. The last layer
-            cannot see a model that mixes examples further down, nor whether another one keeps its tokens in order.
+        batch: A tapped batch of B examples.
+        slots: The slots of each tapped layer.
+        thorough: Whether to check the other layers too, for two backward passes through the whole model. The last layer
+            does not show whether the model mixes examples in lower layers, nor whether those reorder tokens.
 
     Returns:
-        One `[S]` int64 tensor a layer: the example, or -1 where the slot moves no logit.
+        One `[S]` int64 tensor for each layer: the example, or -1 where the slot moves no logit.
 
     Raises:
-        RuntimeError: if a slot moves the logits of several examples.
+        RuntimeError: If a slot moves the logits of several examples.
     """
     num_examples = len(batch.logits)
     if num_examples == 1:
         return [torch.zeros_like(layer_slots.experts) for layer_slots in slots]
-    # Each answer decides about backward passes, which processes that share weights must run together.
+    # Each condition decides about backward passes, which ranks with sharded weights must run in lockstep.
     if batch.agreed(all(layer_slots.rows is not None for layer_slots in slots)):
         examples = _examples_of_rows(batch, slots)
         if batch.agreed(examples is not None) and examples is not None:
@@ -49,16 +49,16 @@ def slot_owners(batch: TappedBatch, slots: Sequence[Slots], *, thorough: bool = 
             if believed:
                 return [_at_rows(examples, layer_slots) for layer_slots in slots]
     owners = _owners_by_gradient(batch, range(len(slots)))
-    if any(map(bool, fetched([(layer_owners == _MIXED).any().view(1) for layer_owners in owners]))):
+    if any(map(bool, to_cpu([(layer_owners == _MIXED).any().view(1) for layer_owners in owners]))):
         raise RuntimeError(
             "a token moves the logits of several examples (examples that share a sequence, or a layer that mixes the "
-            "batch): their covariance would not be a sum over examples. Give each example rows of its own."
+            "batch): their covariance would not be a sum over examples. Give each example separate rows."
         )
     return owners
 
 
 def _examples_of_rows(batch: TappedBatch, slots: Sequence[Slots]) -> Tensor | None:
-    """The example of each row `[R]`, or None if the last layer that was reached does not settle it for every row."""
+    """The example of each row `[R]`, or None if the last layer that was reached is ambiguous about a row."""
     last = max(position for position, layer_slots in enumerate(slots) if len(layer_slots.inputs))
     owners = _owners_by_gradient(batch, [last])[0]
     if bool((owners == _MIXED).any()):
@@ -73,7 +73,7 @@ def _examples_of_rows(batch: TappedBatch, slots: Sequence[Slots]) -> Tensor | No
 
 
 def _contradicted(batch: TappedBatch, slots: Sequence[Slots], examples: Tensor) -> bool:
-    """Whether the gradients at any layer name another example than the row does."""
+    """Whether the gradients at any layer give another example than the row does."""
     for layer_slots, owners in zip(slots, _owners_by_gradient(batch, range(len(slots))), strict=True):
         if bool(((owners != _UNKNOWN) & (owners != _at_rows(examples, layer_slots))).any()):
             return True
@@ -81,7 +81,7 @@ def _contradicted(batch: TappedBatch, slots: Sequence[Slots], examples: Tensor) 
 
 
 def _at_rows(examples: Tensor, slots: Slots) -> Tensor:
-    """The example of every slot, where the slots are, from that of every row."""
+    """The example of every slot from that of its row, on the slots' device."""
     assert slots.rows is not None
     return examples.to(slots.rows.device)[slots.rows]
 
@@ -90,11 +90,11 @@ def _owners_by_gradient(batch: TappedBatch, positions: Sequence[int]) -> list[Te
     """Owners of the slots of some layers: an example, `_UNKNOWN` (moves no logit) or `_MIXED`."""
     logits = batch.logits
     num_examples, num_classes = logits.shape
-    # Uneven class weights: a slot that moves any logit moves their sum, short of an accident.
+    # Random class weights: a slot that moves any logit almost surely moves their weighted sum.
     generator = torch.Generator().manual_seed(0)
     class_weights = 1 + torch.rand(num_classes, generator=generator, dtype=torch.float64)
     plain_weights = batch.present * class_weights.to(logits.device)
-    # Fewer examples a pass in float16, whose exponents have less room.
+    # Fewer examples in one pass in float16, which has fewer exponents.
     base = 8 if logits.dtype == torch.float16 else 32
     digits = _digits(num_examples, base).to(logits.device)
 

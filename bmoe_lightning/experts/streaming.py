@@ -1,4 +1,4 @@
-"""Gradients of expert layers that are handed over during the backward pass, layer by layer, and not kept."""
+"""Gradients of expert layers that are consumed during the backward pass, layer by layer, and not stored."""
 
 from __future__ import annotations
 
@@ -13,9 +13,9 @@ from torch.autograd.graph import GradientEdge, get_gradient_edge
 
 
 class Output:
-    """A part of a layer's output as gradients see it: its place in the graph, and none of its values.
+    """A part of a layer's output for gradients: its node in the graph, without its values.
 
-    Where activations are recomputed, nobody else keeps the values.
+    Where activations are recomputed, the values are stored nowhere else.
 
     Args:
         values: `[s, d_out]`, with graph.
@@ -26,7 +26,7 @@ class Output:
         # A leaf is in no graph without its tensor.
         self.target: Tensor | GradientEdge = values if values.is_leaf else get_gradient_edge(values)
         self._shape, self._dtype, self._device = values.shape, values.dtype, values.device
-        # The graph holds the relay, so that must not hold the graph.
+        # The graph references the relay, so the relay must not reference the graph.
         self.relay = _Relay()
         values.register_hook(self.relay)
 
@@ -36,7 +36,7 @@ class Output:
 
 
 class _Relay:
-    """Passes a gradient on to whoever listens."""
+    """Passes a gradient on to a listener."""
 
     def __init__(self) -> None:
         self.listener: Callable[[Tensor], None] | None = None
@@ -50,12 +50,12 @@ class _Relay:
 
 
 class Collector:
-    """Waits during a backward pass for the gradients of all parts of one layer, and hands them over.
+    """Collects the gradients of all parts of one layer during a backward pass, and passes them on together.
 
     Args:
-        position: of the layer; handed over too.
-        outputs: its parts; several where experts are separate modules or are called repeatedly.
-        consume: takes the position and the gradients of all parts, one after the other.
+        position: Position of the layer; passed on too.
+        outputs: The layer's outputs; several where experts are separate modules or are called repeatedly.
+        consume: Function of the position and the concatenated gradients of all outputs.
     """
 
     def __init__(self, position: int, outputs: Sequence[Output], consume: Callable[[int, Tensor], None]) -> None:
@@ -79,11 +79,11 @@ class Collector:
             self._hand_over()
 
     def missing(self) -> list[Output]:
-        """The outputs that the backward pass did not come by."""
+        """The outputs that the backward pass did not reach."""
         return [output for part, output in zip(self._parts, self._outputs, strict=False) if part is None]
 
     def finish(self, gradients: Iterator[Tensor | None], empty: Callable[[int], Tensor]) -> None:
-        """Fill in the gradients of `missing`, None for zero, and hand the layer over; `empty` if it has no slots."""
+        """Pass the layer on with the gradients of `missing` (None is zero), or `empty` if it has no slots."""
         if self._consumed:
             return
         for index, (part, output) in enumerate(zip(self._parts, self._outputs, strict=True)):
@@ -108,5 +108,5 @@ def differentiated(logits: Tensor, weights: Tensor, outputs: Sequence[Output]) -
 
 
 def joined(parts: list[Tensor]) -> Tensor:
-    """Parts one after the other; a single one is not copied."""
+    """The concatenation of parts; a single one is not copied."""
     return parts[0] if len(parts) == 1 else torch.cat(parts)

@@ -1,6 +1,7 @@
-"""Read, for every slot of every expert layer, what goes in, what comes out and what the gradient there is.
+"""Taps: for every slot of every expert layer, the input and output of `down_proj`, and the gradient at its output.
 
-A *slot* is one (token, expert) pair that the router chose. Shapes: `S` slots of one layer, `B` examples, `K` classes.
+A *slot* is one routed token: a (token, expert) pair that the router chose. Shapes: `S` slots of one layer, `B`
+examples, `K` classes.
 """
 
 from __future__ import annotations
@@ -17,19 +18,21 @@ import torch
 from torch import Tensor, nn
 
 from bmoe_lightning.experts.counted_batch import count_of, plain_batch
-from bmoe_lightning.experts.discovery import intercepted_layers
-from bmoe_lightning.experts.fsdp import reshard, runs_in_step, unsharded_roots
+from bmoe_lightning.experts.fsdp import reshard, runs_in_lockstep, unsharded_roots
 from bmoe_lightning.experts.gradient_checkpointing import recomputed_activations
-from bmoe_lightning.experts.layouts.fused import outermost_pretrained
+from bmoe_lightning.experts.interception import intercepted_layers
 from bmoe_lightning.experts.streaming import Collector, Output, differentiated, joined
 from bmoe_lightning.experts.types import ExpertLayer
-from bmoe_lightning.experts.wrappers import execution_device, gradients_checked, write_count
+from bmoe_lightning.experts.wrappers.accelerate import execution_device
+from bmoe_lightning.experts.wrappers.quantised import gradients_checked
+from bmoe_lightning.experts.wrappers.transformers import outermost_pretrained
+from bmoe_lightning.experts.write_counts import write_count
 from bmoe_lightning.utils.distributed import gather_number
 
 _INPUTS = ("input_ids", "inputs_embeds", "decoder_input_ids", "decoder_inputs_embeds")
 
 ClassLogits = Callable[[Any, Any], tuple[Tensor, Tensor | None]]
-"""`(model, batch) -> (logits [B, K], labels [B] or None)`; `-inf` marks a class that an example does not have."""
+"""`(model, batch) -> (logits [B, K], labels [B] or None)`; `-inf` marks an absent class."""
 
 
 @dataclass(frozen=True)
@@ -37,10 +40,10 @@ class Slots:
     """The slots of one expert layer in one batch, in no particular order.
 
     Attributes:
-        inputs: `[S, d_in]`, what enters the second linear layer, detached, in the model's dtype.
+        inputs: `[S, d_in]`, the input of `down_proj`, detached, in the model's dtype.
         experts: `[S]` int64.
-        rows: `[S]` int64, the row of the model's input that the slot's token stands in, counted over all calls of the
-            model in this batch; None where the model's own code hides it.
+        rows: `[S]` int64, the row of the model's input that contains the slot's token, counted over all calls of the
+            model in this batch; None where the model's code does not tell.
     """
 
     inputs: Tensor
@@ -61,15 +64,15 @@ class _LayerTap:
     write_counts: list[int] = field(default_factory=list)
 
     def check_inputs(self) -> None:
-        """Refuse inputs that were written to after the layer had used them: what was kept is no longer what it saw."""
+        """Refuse inputs that were written to after `down_proj` ran: the recorded tensor is no longer its input."""
         if [write_count(inputs) for inputs in self.inputs] != self.write_counts:
             raise RuntimeError(
-                f"the model changes in place what the second linear layers of {self.layer.name!r} got as input, after "
-                "they ran; let it make a new tensor there"
+                f"the model writes in place to the input of down_proj in {self.layer.name!r}, after it ran; let it "
+                "make a new tensor there"
             )
 
     def join(self) -> None:
-        """Put the records one after the other; the parts are not kept beside the whole."""
+        """Concatenate the records, and free them."""
         rows = [row for row in self.rows if row is not None]
         self.rows = [joined(rows) if len(rows) == len(self.rows) else None]
         self.inputs, self.experts = [joined(self.inputs)], [joined(self.experts)]
@@ -79,8 +82,8 @@ class _LayerTap:
     ) -> Tensor:
         if inputs.shape[-1] != self.layer.d_in:
             raise RuntimeError(
-                f"the second linear layers of {self.layer.name!r} got {inputs.shape[-1]} of their {self.layer.d_in} "
-                "inputs: they are spread over processes (tensor parallelism), which is not supported"
+                f"down_proj of {self.layer.name!r} got {inputs.shape[-1]} of its {self.layer.d_in} inputs: it is "
+                "sharded by tensor parallelism, which is not supported; load the model without a parallel plan"
             )
         if not torch.is_grad_enabled():
             raise RuntimeError(
@@ -89,7 +92,7 @@ class _LayerTap:
                 "(use_reentrant=False works)"
             )
         if not outputs.requires_grad:
-            # With frozen parameters the graph begins at the first tapped layer: nothing below it is ever kept.
+            # With frozen parameters the graph begins at the first tapped layer: no activations below it are stored.
             outputs = outputs.detach().requires_grad_()
         if not self.source.recording:
             return outputs
@@ -102,12 +105,12 @@ class _LayerTap:
 
 
 class Taps:
-    """What the taps of one batch saw. Made by `tapped_batch`.
+    """What the taps of one batch recorded. Made by `tapped_batch`.
 
     Attributes:
-        layers: the tapped layers.
-        num_rows: rows of input that the model was given, over all calls.
-        recording: whether slots are kept. Off once the logits are there: what runs later is a recomputation of
+        layers: The tapped layers.
+        num_rows: Rows of input of the model, over all calls.
+        recording: Whether slots are recorded. Off after the forward pass: what runs later is a recomputation of
             checkpointed activations, whose slots are known.
     """
 
@@ -117,26 +120,26 @@ class Taps:
         self.recording = True
         self._call = (0, frozenset[int]())
         self._modules: list[nn.Module] = []
-        # Weak, or a batch and its graph would stay until Python looks for cycles.
+        # Weak, or a batch and its graph would live until Python collects reference cycles.
         self._layer_taps = [_LayerTap(weakref.proxy(self), layer) for layer in layers]
 
     def begin_call(self, num_rows: int, token_counts: Iterable[int]) -> None:
-        """Note that the model is called on `num_rows` rows, and how many tokens there are in each of its inputs."""
+        """Note that the model is called on `num_rows` rows, and the number of tokens in each of its inputs."""
         self._call = (num_rows, frozenset(token_counts))
         self.num_rows += num_rows
 
     def rows_of(self, tokens: Tensor | None, num_tokens: int) -> Tensor | None:
-        """The input row `[S]` of flattened tokens `[S]`, or None where the call's shape does not tell."""
+        """The input row `[S]` of flattened tokens `[S]`, or None where the shapes of the call are ambiguous."""
         num_rows, token_counts = self._call
         if tokens is None or num_tokens not in token_counts:
             return None
         return self.num_rows - num_rows + tokens // (num_tokens // num_rows)
 
     def finish_recording(self) -> None:
-        """The logits are there: what runs from now on is recomputation.
+        """End the forward pass: what runs from now on is recomputation.
 
         Raises:
-            RuntimeError: if the model has changed the input of a second linear layer after it was used.
+            RuntimeError: If the model has written to the input of a `down_proj` after it was used.
         """
         self.recording = False
         for tap in self._layer_taps:
@@ -146,7 +149,7 @@ class Taps:
         """The slots of the layer at a position of `layers`; none where the batch does not reach it.
 
         Raises:
-            RuntimeError: if the batch reaches no layer at all.
+            RuntimeError: If the batch reaches no layer at all.
         """
         tap = self._layer_taps[position]
         layer = self.layers[position]
@@ -158,30 +161,30 @@ class Taps:
         return Slots(tap.inputs[0], tap.experts[0], tap.rows[0])
 
     def _empty(self, position: int, width: int) -> Tensor:
-        """`[0, width]`, where the slots of a layer would be that the batch does not reach."""
+        """`[0, width]`, on the device of a layer that the batch does not reach."""
         for tap in self._layer_taps:
             if tap.inputs:
                 device = execution_device(self._modules[position])
                 like = tap.inputs[0]
                 return like.new_empty(0, width, device=like.device if device.type == "meta" else device)
         raise RuntimeError(
-            f"no token went through the expert layer {self.layers[0].name!r}, nor through another: class_logits ran "
-            "another copy of the model, or none"
+            f"no token was routed through the expert layer {self.layers[0].name!r}, nor through another: class_logits "
+            "must run the model that it gets, and no copy of it"
         )
 
     def gradients(self, outputs: Tensor, weights: Tensor, positions: Sequence[int] | None = None) -> list[Tensor]:
-        """Gradients of a weighted sum of outputs with respect to the second linear layers' outputs.
+        """Gradients of a weighted sum of logits with respect to the outputs of `down_proj`.
 
         Args:
             outputs: `[B, K]` logits of this batch.
             weights: `[B, K]` weight of each logit in the sum.
-            positions: which layers, as positions in `layers`; None for all.
+            positions: Positions of the layers in `layers`; None for all.
 
         Returns:
-            One `[S, d_out]` tensor a layer, in the order of `slots`, in the model's dtype.
+            One `[S, d_out]` tensor for each layer, in the order of `slots`, in the model's dtype.
 
         Raises:
-            RuntimeError: if the logits carry no graph.
+            RuntimeError: If the logits carry no graph.
         """
         _check_graph(outputs)
         positions = range(len(self.layers)) if positions is None else positions
@@ -199,36 +202,36 @@ class Taps:
         ]
 
     def stream_gradients(self, outputs: Tensor, weights: Tensor, consume: Callable[[int, Tensor], None]) -> None:
-        """As `gradients`, but each layer's is handed over as soon as it is known, and not kept.
+        """As `gradients`, but each layer's gradient is passed on as soon as it is computed, and not stored.
 
         Args:
             outputs: `[B, K]` logits of this batch.
             weights: `[B, K]` weight of each logit in the sum.
-            consume: takes a position in `layers` and `[S, d_out]`, in the order of `slots`; called once a layer, the
-                last layer first.
+            consume: Function of a position in `layers` and `[S, d_out]`, in the order of `slots`; called once for
+                each layer, the last layer first.
 
         Raises:
-            RuntimeError: if the logits carry no graph.
+            RuntimeError: If the logits carry no graph.
         """
         _check_graph(outputs)
         collectors = [Collector(position, tap.outputs, consume) for position, tap in enumerate(self._layer_taps)]
         flat = [output for tap in self._layer_taps for output in tap.outputs]
         weights = weights.to(outputs.dtype)
-        # The graph begins at the leaves, and the way to them leads past the other outputs.
+        # The graph begins at the leaves, so their gradients pass through all other outputs.
         leaves = [output for output in flat if output.is_leaf]
         with ExitStack() as stack:
             for collector in collectors:
                 collector.listen(stack)
             if leaves:
                 differentiated(outputs, weights, leaves)
-        # Unless they depend on something else that wants gradients, or move no logit at all.
+        # Outputs on no path to a leaf depend on another tensor that requires gradients, or move no logit.
         missing = [output for collector in collectors for output in collector.missing()]
         gradients = iter(differentiated(outputs, weights, missing) if missing else ())
         for collector in collectors:
             collector.finish(gradients, lambda at: self._empty(at, self.layers[at].d_out))
 
     def attach(self, model: nn.Module) -> ExitStack:
-        """Hook into a model; closing the returned stack takes everything away again."""
+        """Hook into a model; closing the returned stack removes all hooks."""
         stack = ExitStack()
         self._modules = [model.get_submodule(layer.name) for layer in self.layers]
         try:
@@ -256,22 +259,22 @@ class Taps:
 def _check_graph(outputs: Tensor) -> None:
     if not outputs.requires_grad:
         raise RuntimeError(
-            "class_logits returned logits without a graph, so nothing can be said about their derivatives: it must not "
-            "detach them, nor run the model under torch.no_grad() or torch.inference_mode()"
+            "class_logits returned logits without a graph, so they have no derivatives: it must not detach them, nor "
+            "run the model under torch.no_grad() or torch.inference_mode()"
         )
 
 
 @dataclass(frozen=True)
 class TappedBatch:
-    """One batch that went through a tapped model, its graph still alive.
+    """One batch after the forward pass of a tapped model, with its graph.
 
     Attributes:
         logits: `[B, K]` with graph; absent classes hold 0 here, so that no infinity enters a product.
-        present: `[B, K]` bool, which classes each example has.
+        present: `[B, K]` bool, False for absent classes.
         labels: `[B]` int64 or None.
-        taps: the slots and their gradients.
-        num_counted: how many examples, from the first, are to enter results.
-        lockstep: whether other processes run the same passes at the same time, since they share weights.
+        taps: The slots and their gradients.
+        num_counted: Number of examples, from the first, that are counted (see `CountedBatch`).
+        lockstep: Whether ranks run in lockstep, since weights are sharded.
     """
 
     logits: Tensor
@@ -282,16 +285,16 @@ class TappedBatch:
     lockstep: bool = False
 
     def agreed(self, found: bool) -> bool:
-        """Whether all processes that run in step have found something, where it decides which passes follow."""
+        """Whether a condition holds on all ranks that run in lockstep, where it decides which passes follow."""
         return min(gather_number(int(found))) == 1 if self.lockstep else found
 
     def counts(self, device: torch.device) -> Tensor:
-        """`[B]` bool, which examples are to enter results."""
+        """`[B]` bool, the examples that are counted."""
         return torch.arange(len(self.logits), device=device) < self.num_counted
 
     @property
     def log_probs(self) -> Tensor:
-        """`[B, K]` float64 log-probabilities of the model itself, `-inf` for absent classes, without graph."""
+        """`[B, K]` float64 log-probabilities of the MAP model, `-inf` for absent classes, without graph."""
         return self.logits.detach().double().masked_fill(~self.present, -torch.inf).log_softmax(-1)
 
 
@@ -299,24 +302,24 @@ class TappedBatch:
 def tapped_batch(
     model: nn.Module, layers: Sequence[ExpertLayer], class_logits: ClassLogits, batch: Any
 ) -> Iterator[TappedBatch]:
-    """Run a batch with every expert layer tapped, in evaluation mode, with frozen parameters.
+    """Run a batch with expert layers tapped, in evaluation mode, with frozen parameters.
 
-    Modes, `requires_grad` flags, the experts implementation and `.grad` are as before afterwards, also after an
+    Modes, `requires_grad` flags, the experts implementation and `.grad` are restored afterwards, also after an
     exception.
 
     Args:
-        model: the model.
-        layers: which of its expert layers to tap.
+        model: The model.
+        layers: The expert layers to tap.
         class_logits: `(model, batch) -> (logits [B, K], labels [B] or None)`.
-        batch: whatever `class_logits` takes, or a `CountedBatch`.
+        batch: Whatever `class_logits` takes, or a `CountedBatch`.
 
     Raises:
-        ValueError: if what `class_logits` returns are no logits (wrong shape, NaN, probabilities).
-        RuntimeError: if a layer is not reached.
+        ValueError: If what `class_logits` returns are no logits (wrong shape, NaN, probabilities).
+        RuntimeError: If no layer is reached, or logits carry no graph.
     """
     taps = Taps(layers)
     with ExitStack() as stack:
-        # Inference tensors cannot be part of a graph, so a caller's inference mode is left and its batch copied.
+        # Inference tensors cannot be part of a graph, so inference mode is left and the batch copied.
         stack.enter_context(torch.inference_mode(False))
         stack.enter_context(torch.enable_grad())
         stack.enter_context(evaluation_mode(model))
@@ -325,23 +328,23 @@ def tapped_batch(
         stack.enter_context(taps.attach(model))
         stack.enter_context(gradients_checked(model))
         stack.enter_context(recomputed_activations(model))
-        # Compiled code knows nothing of taps; what was compiled stays for later.
+        # Compiled code skips taps; what was compiled stays valid for later.
         stack.enter_context(torch.compiler.set_stance("force_eager"))
         logits, labels = class_logits(model, _without_inference_tensors(plain_batch(batch)))
         taps.finish_recording()
         check_logits(logits)
         present = logits.detach() != -torch.inf
-        # A caller's autocast is for the model alone: what is done with its slots keeps their precision.
+        # A caller's autocast is for the model alone, not for computations on its slots.
         stack.enter_context(torch.autocast(logits.device.type, enabled=False))
         num_counted = count_of(batch, len(logits))
-        yield TappedBatch(torch.where(present, logits, 0), present, labels, taps, num_counted, runs_in_step(model))
+        yield TappedBatch(torch.where(present, logits, 0), present, labels, taps, num_counted, runs_in_lockstep(model))
 
 
 def check_logits(logits: Tensor) -> None:
     """Refuse what cannot be class logits.
 
     Raises:
-        ValueError: if the shape is not `[B, K]` with K >= 2, a value is NaN or +inf, an example has fewer than two
+        ValueError: If the shape is not `[B, K]` with K >= 2, a value is NaN or +inf, an example has fewer than two
             classes, or every row is a distribution.
     """
     if logits.dim() != 2 or logits.shape[1] < 2 or not logits.is_floating_point():
@@ -350,9 +353,16 @@ def check_logits(logits: Tensor) -> None:
         )
     values = logits.detach().float()
     if bool(torch.isnan(values).any() | (values == torch.inf).any()):
-        raise ValueError("class_logits returned NaN or +inf: the model's weights or its input are broken")
+        raise ValueError(
+            "class_logits returned NaN or +inf, so the weights or the input are broken. If training diverged, lower "
+            "the learning rate, clip gradients (gradient_clip_val=1.0 in the trainer), or use bfloat16 or float32 "
+            "rather than float16"
+        )
     if bool(((values != -torch.inf).sum(-1) < 2).any()):
-        raise ValueError("class_logits returned an example with fewer than two classes: all others are -inf")
+        raise ValueError(
+            "class_logits returned an example with fewer than two classes (all others "
+            "are -inf); leave such examples out"
+        )
     if bool(((values >= 0) & (values <= 1)).all() & ((values.sum(-1) - 1).abs() < 1e-3).all()):
         raise ValueError(
             "class_logits returned probabilities (every row is non-negative and sums to 1); return the logits before "
@@ -362,7 +372,7 @@ def check_logits(logits: Tensor) -> None:
 
 @contextmanager
 def evaluation_mode(model: nn.Module) -> Iterator[None]:
-    """Put a model in evaluation mode; every module's own mode comes back afterwards."""
+    """Put a model in evaluation mode; every module's mode is restored afterwards."""
     modes = [(module, module.training) for module in model.modules()]
     model.eval()
     try:
@@ -381,12 +391,12 @@ def _frozen(model: nn.Module) -> Iterator[None]:
     try:
         with ExitStack() as stack:
             for module in model.modules():
-                # Gradient checkpointing and PEFT let embeddings' hooks ask for gradients: the graph would begin there.
-                if isinstance(module, nn.Embedding) and module._forward_hooks:
+                # Hooks of gradient checkpointing and PEFT make embeddings require gradients: a graph from there
+                if isinstance(module, nn.Embedding):
                     stack.callback(module.register_forward_hook(_detached).remove)
             yield
     finally:
-        reshard(model)  # weights that were put together for the time have copied the flag
+        reshard(model)  # unsharded weights have copied the flag
         for parameter in trained:
             parameter.requires_grad_(True)
 

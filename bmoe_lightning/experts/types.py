@@ -1,33 +1,30 @@
-"""What an expert layer is, and what every way of storing experts has to offer the engine."""
+"""What an expert layer is, and what a layout (one way in which models store experts) implements."""
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
-from typing import Literal, Protocol
+from typing import ClassVar, Protocol
 
 from torch import Tensor, nn
-
-LayoutName = Literal["fused", "modules", "linear", "adapted"]
 
 
 @dataclass(frozen=True)
 class ExpertLayer:
-    """The second linear layers of all experts of one MoE layer, or a plain linear layer as its only expert.
+    """The `down_proj` of all experts of one MoE layer, or a plain linear layer as its only expert.
 
     Attributes:
-        name: qualified name of the module that holds the experts, as in `model.named_modules()`.
-        index: position among the expert layers of the model, from 0, in the order of `named_modules()`.
-        num_experts: E.
-        d_in: width of the activation that enters the second linear layer.
-        d_out: width of its output.
-        layout: `"fused"` (one parameter `[E, d_out, d_in]`, or its transpose, behind transformers' experts interface),
-            `"modules"` (one `nn.Linear` an expert), `"linear"` (one `nn.Linear`, E = 1) or `"adapted"` (a class of
-            modules that `register_experts` knows).
-        down_proj: name of the second linear layer or its parameter, relative to the experts' module (fused, adapted) or
-            to an expert (modules); empty where the module is that layer (linear).
-        transposed: whether a weight of all experts is stored as `[E, d_in, d_out]`.
+        name: Qualified name of the module that holds the experts, as in `model.named_modules()`.
+        index: Position among the expert layers of the model, from 0, in the order of `named_modules()`.
+        num_experts: Number of experts E.
+        d_in: Width of the input of `down_proj`.
+        d_out: Width of its output.
+        layout: Name of the layout, a key of `bmoe_lightning.experts.layouts.registry.LAYOUTS`.
+        down_proj: Name of the second linear layer of an expert, or of its parameter, relative to the module that holds
+            the experts (or to an expert, where each is a module); empty where the module is that layer.
+        transposed: Whether one parameter holds the weights of all experts as `[E, d_in, d_out]`.
     """
 
     name: str
@@ -35,26 +32,26 @@ class ExpertLayer:
     num_experts: int
     d_in: int
     d_out: int
-    layout: LayoutName
+    layout: str
     down_proj: str
     transposed: bool = False
 
 
 class Tap(Protocol):
-    """What sees the slots of an expert layer."""
+    """Receives the routed tokens (slots) of an expert layer."""
 
     def record(
         self, inputs: Tensor, experts: Tensor, outputs: Tensor, tokens: Tensor | None, num_tokens: int
     ) -> Tensor:
-        """Take slots; return the outputs to go on with.
+        """Take slots, and return the outputs that the model continues with.
 
         Args:
-            inputs: `[S, d_in]`.
+            inputs: `[S, d_in]` input of `down_proj`.
             experts: `[S]` int64.
             outputs: `[S, d_out]`, before the routing weight.
-            tokens: `[S]` int64, position of each slot's token among the flattened tokens of this call, or None where
-                nobody knows it.
-            num_tokens: how many flattened tokens there were.
+            tokens: `[S]` int64, position of each slot's token among the flattened tokens of this call; None where it is
+                unknown.
+            num_tokens: Number of flattened tokens in this call.
         """
         ...
 
@@ -63,34 +60,69 @@ Dropout = Callable[[Tensor, bool], Tensor]
 """`(activations, whether the module is in training mode) -> activations`."""
 
 
-class Layout(Protocol):
-    """One way in which models store experts."""
+class Layout(ABC):
+    """One way in which models store experts.
 
-    def layer(self, name: str, index: int, module: nn.Module, down_proj: str) -> ExpertLayer:
-        """Describe a module that is stored this way.
+    To add one, write a subclass in a file of `bmoe_lightning.experts.layouts`, and its line in `registry.LAYOUTS`.
+
+    Attributes:
+        name: Name of the layout, as in `ExpertLayer.layout`.
+        description: What is detected, for the message where a model has no experts.
+        uses_hooks: Whether `intercepted` works through forward hooks, which compiled code may skip.
+        may_hold_block: Whether the module of the experts may be the MoE block itself, with router and shared experts.
+    """
+
+    name: ClassVar[str]
+    description: ClassVar[str]
+    uses_hooks: ClassVar[bool] = False
+    may_hold_block: ClassVar[bool] = False
+
+    @abstractmethod
+    def detect(
+        self, name: str, module: nn.Module, parent: nn.Module, down_proj: str | None, *, named: bool
+    ) -> ExpertLayer | None:
+        """Describe a module if it holds experts in this layout; None if it does not.
+
+        Args:
+            name: Qualified name of the module.
+            module: The module.
+            parent: The module that holds it; the model itself for the outermost one.
+            down_proj: Name of the second linear layer within an expert, where the user named it.
+            named: Whether the user named the module, so that it must hold experts if it is of this layout's kind.
 
         Raises:
-            ValueError: if it is not, or its second weights are out of reach.
+            ValueError: If it holds experts whose `down_proj` is ambiguous or not accessible.
         """
-        ...
 
+    @abstractmethod
+    def layer(self, name: str, index: int, module: nn.Module, down_proj: str) -> ExpertLayer:
+        """Describe a module that is known to be stored in this layout.
+
+        Raises:
+            ValueError: If it is not, or its `down_proj` weights are not accessible.
+        """
+
+    @abstractmethod
     def parameters(self, module: nn.Module, layer: ExpertLayer) -> dict[str, nn.Parameter]:
-        """The parameters of the second linear layers, by name relative to the module."""
-        ...
+        """The parameters that hold the `down_proj` weights, by name relative to the module."""
 
+    @abstractmethod
     def weights(self, model: nn.Module, layer: ExpertLayer) -> dict[str, Tensor]:
-        """What the second linear layers of a model's layer multiply with, by the same names, detached.
+        """What a layer's experts multiply with in `down_proj`, by the names of `parameters`, detached.
 
         That is the parameters, and what adapters add to them.
         """
-        ...
 
+    @abstractmethod
     def expert_parameters(self, module: nn.Module) -> dict[str, nn.Parameter]:
-        """All weights of the experts, routers and shared experts left out, by name relative to the module."""
-        ...
+        """All weights of the experts, without routers and shared experts, by name relative to the module."""
 
+    @abstractmethod
     def intercepted(
         self, module: nn.Module, layer: ExpertLayer, tap: Tap | None, dropout: Dropout | None
     ) -> AbstractContextManager[None]:
-        """Drop activations before the second linear layers, and hand their slots to a tap; either may be None."""
-        ...
+        """Apply dropout to the inputs of `down_proj`, and pass its slots to a tap; either may be None."""
+
+    def prepared(self, model: nn.Module) -> AbstractContextManager[None]:  # noqa: ARG002  (the default needs no model)
+        """What has to hold for the whole model while modules are `intercepted`; nothing by default."""
+        return nullcontext()

@@ -60,28 +60,43 @@ class BatchTerms:
     layers: tuple[LayerTerms, ...]
 
 
+LayersWithFactors = Sequence[tuple[ExpertLayer, LayerFactors]]
+"""The layers of one posterior, each with its curvature."""
+
+
 def batch_terms(
     model: nn.Module,
-    layers: Sequence[ExpertLayer],
-    factors: Sequence[LayerFactors],
+    posteriors: Sequence[LayersWithFactors],
     class_logits: ClassLogits,
     batch: Any,
     *,
     centred: bool,
     thorough: bool = False,
-) -> BatchTerms:
-    """Run one batch and gather what its logit covariance is made of.
+) -> list[BatchTerms]:
+    """Run one batch and collect what its logit covariance is made of, under one or several posteriors.
+
+    Several posteriors share the forward pass, the backward passes and, where they cover the same layer, the inner
+    products `<G_i, G_j>` there.
 
     Args:
-        model: the model.
-        layers: its expert layers, one for each entry of `factors`.
-        factors: curvature of these layers; used where the slots of each are, and brought there if it is elsewhere.
+        model: The model.
+        posteriors: Expert layers of the model and their curvature, for each posterior. Factors are used where the slots
+            of each layer are, and copied there if they are elsewhere.
         class_logits: `(model, batch) -> (logits [B, K], labels [B] or None)`.
-        batch: whatever `class_logits` takes, or a `CountedBatch`, of which the counted examples are described alone.
+        batch: Whatever `class_logits` takes, or a `CountedBatch`, of which only the counted examples are described.
         centred: True takes K - 1 backward passes and describes the logits up to a common shift, which no softmax sees;
             False takes K and describes the logits themselves.
-        thorough: whether to look for a mixing of examples in the whole model; see `slot_owners`.
+        thorough: Whether to check in the whole model that no layer mixes examples; see `slot_owners`.
+
+    Returns:
+        One entry a posterior.
     """
+    union = {layer.name: layer for posterior in posteriors for layer, _ in posterior}
+    layers = list(union.values())
+    if len(posteriors) > 1:  # in the model's order, as each posterior's are: ownership is read off the last one
+        position = {name: index for index, (name, _) in enumerate(model.named_modules())}
+        layers.sort(key=lambda layer: position[layer.name])
+    factors = {name: [f for posterior in posteriors for x, f in posterior if x.name == name] for name in union}
     with tapped_batch(model, layers, class_logits, batch) as tapped, torch.no_grad():
         weights, embedding = _contrasts(tapped.present, centred)
         weights = weights * tapped.counts(weights.device).unsqueeze(1)  # so that no slot of another example counts
@@ -97,12 +112,18 @@ def batch_terms(
                     f"a slot of layer {layer.name!r} moves a logit, but no example owns it: its gradients cancel or "
                     "underflow; try bfloat16 or float32 weights"
                 )
-        terms = tuple(
-            layer_terms(layer_slots.inputs, gradients, groups, layer_factors, num_examples)
-            for (layer_slots, gradients, _, _), groups, layer_factors in zip(seen, grouped, factors, strict=True)
-        )
+        terms = {
+            layer.name: iter(layer_terms(layer_slots.inputs, gradients, groups, factors[layer.name], num_examples))
+            for (layer_slots, gradients, _, layer), groups in zip(seen, grouped, strict=True)
+        }
         logits = tapped.logits.detach().double().masked_fill(~tapped.present, -torch.inf)
-        return _first(BatchTerms(logits, tapped.labels, embedding, terms), tapped.num_counted)
+        return [
+            _first(
+                BatchTerms(logits, tapped.labels, embedding, tuple(next(terms[layer.name]) for layer, _ in posterior)),
+                tapped.num_counted,
+            )
+            for posterior in posteriors
+        ]
 
 
 def _first(terms: BatchTerms, count: int) -> BatchTerms:
@@ -130,24 +151,31 @@ def _contrasts(present: Tensor, centred: bool) -> tuple[Tensor, Tensor]:
 
 
 def layer_terms(
-    inputs: Tensor, gradients: Sequence[Tensor], groups: SlotGroups, factors: LayerFactors, num_examples: int
-) -> LayerTerms:
-    """Reduce the slots of one layer to its covariance terms.
+    inputs: Tensor, gradients: Sequence[Tensor], groups: SlotGroups, factors: Sequence[LayerFactors], num_examples: int
+) -> list[LayerTerms]:
+    """Reduce the slots of one layer to its covariance terms, under each of several curvatures.
 
     Args:
         inputs: `[S, d_in]`.
         gradients: P times `[S, d_out]`.
-        groups: which of the slots belong together.
-        factors: the layer's curvature.
+        groups: Which of the slots belong together.
+        factors: Curvatures of this layer, one or more.
         num_examples: B.
     """
-    dtype = torch.promote_types(factors.a_basis.dtype, torch.promote_types(inputs.dtype, torch.float32))
+    dtype = torch.promote_types(inputs.dtype, torch.float32)
+    for layer in factors:
+        dtype = torch.promote_types(layer.a_basis.dtype, dtype)
     num_contrasts, d_out = len(gradients), gradients[0].shape[1]
-    a_basis, g_basis = (orthonormal(basis.to(inputs.device), dtype) for basis in (factors.a_basis, factors.g_basis))
+    bases = [
+        tuple(orthonormal(basis.to(inputs.device), dtype) for basis in (layer.a_basis, layer.g_basis))
+        for layer in factors
+    ]
     keys = on_device(groups.keys, inputs.device)
     experts = keys // num_examples
     prior = inputs.new_zeros(num_examples, num_contrasts, num_contrasts, dtype=torch.float64)
-    projections = a_basis.new_zeros(len(keys), num_contrasts, g_basis.shape[2], a_basis.shape[2])
+    projections = [
+        a_basis.new_zeros(len(keys), num_contrasts, g_basis.shape[2], a_basis.shape[2]) for a_basis, g_basis in bases
+    ]
     for chosen, rows, filled in padded_groups(groups, inputs.shape[1], (num_contrasts, d_out), inputs.device):
         slots = groups.order[rows]
         # What pads a group has no input, so that it adds nothing whatever its gradient, as long as that is finite.
@@ -155,9 +183,11 @@ def layer_terms(
         g = _gathered(gradients, slots, dtype)  # [P, n, h, d_out]
         prior.index_add_(0, keys[chosen] % num_examples, inner_products(a, g).double())
         of_groups = experts[chosen]
-        projected = (g @ g_basis[of_groups]).mT @ (a @ a_basis[of_groups])
-        projections[chosen] = projected.transpose(0, 1)
-    return LayerTerms(prior, projections, keys % num_examples, experts)
+        for (a_basis, g_basis), projection in zip(bases, projections, strict=True):
+            if a_basis.shape[2] and g_basis.shape[2]:
+                projected = (g @ g_basis[of_groups]).mT @ (a @ a_basis[of_groups])
+                projection[chosen] = projected.transpose(0, 1)
+    return [LayerTerms(prior, projection, keys % num_examples, experts) for projection in projections]
 
 
 def _gathered(gradients: Sequence[Tensor], slots: Tensor, dtype: torch.dtype) -> Tensor:

@@ -22,7 +22,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from bmoe_lightning.experts.taps import Slots
-from bmoe_lightning.experts.wrappers import fetched
+from bmoe_lightning.utils.devices import to_cpu
 
 # Transient floats of one chunk of groups; bounds memory whatever the batch.
 _CHUNK_FLOATS = 1 << 24
@@ -83,7 +83,7 @@ class SlotGroups:
 def group_slots(layers: Sequence[SlotKeys]) -> list[SlotGroups]:
     """Sort the slots of all layers, waiting for each device once."""
     grouped = []
-    for layer, counts in zip(layers, fetched([layer.counts for layer in layers]), strict=True):
+    for layer, counts in zip(layers, to_cpu([layer.counts for layer in layers]), strict=True):
         counted = counts.numpy()
         groups = counted[:-2]
         keys = np.flatnonzero(groups)

@@ -11,6 +11,7 @@ An expert that was never routed keeps the prior: variance 1/lambda in every dire
 
 from __future__ import annotations
 
+import copy
 import weakref
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -27,16 +28,15 @@ from bmoe_lightning.experts.fingerprint import fingerprinted_module, weight_fing
 from bmoe_lightning.experts.fsdp import reshard
 from bmoe_lightning.experts.taps import ClassLogits
 from bmoe_lightning.experts.types import ExpertLayer
-from bmoe_lightning.experts.wrappers import execution_device, weights_state
+from bmoe_lightning.experts.wrappers.accelerate import execution_device
+from bmoe_lightning.experts.write_counts import weights_state
 from bmoe_lightning.laplace.covariance import BatchTerms, batch_terms, covariance
 from bmoe_lightning.laplace.predictive import (
     NUM_SAMPLES,
     LinkName,
     Prediction,
     class_probabilities,
-    mean_variance,
     predict_with_uncertainty,
-    temperature_from_variances,
 )
 from bmoe_lightning.laplace.prior import (
     Scope,
@@ -47,7 +47,6 @@ from bmoe_lightning.laplace.prior import (
     log_evidence_penalty,
 )
 from bmoe_lightning.laplace.storage import load_posterior, save_posterior
-from bmoe_lightning.utils.distributed import gather_examples
 
 
 class WeightMismatchError(RuntimeError):
@@ -79,6 +78,7 @@ class LaplacePosterior:
     Attributes:
         factors: as given.
         prior_precision: `[L]` float64 on the CPU.
+        curvature: Eigenvalues `s_qp` of each layer's curvature, `[E, r_g, r_a]` float64 on the CPU.
 
     Raises:
         ValueError: if a precision is not positive and finite, or their number is not that of the layers.
@@ -96,7 +96,7 @@ class LaplacePosterior:
         self.offload = offload
         self.prior_precision = _precision_tensor(factors, prior_precision)
         self.prior_mean = prior_mean
-        self._curvature = [layer.curvature().cpu() for layer in factors.layers]
+        self.curvature = [layer.curvature().cpu() for layer in factors.layers]
         self._bound: _Binding | None = None
 
     def __getstate__(self) -> dict[str, Any]:
@@ -104,8 +104,10 @@ class LaplacePosterior:
         return vars(self) | {"_bound": None}
 
     def with_prior_precision(self, prior_precision: float | Tensor | Mapping[str, float]) -> LaplacePosterior:
-        """The same curvature under another prior precision."""
-        return LaplacePosterior(self.factors, prior_precision, prior_mean=self.prior_mean, offload=self.offload)
+        """The same curvature under another prior precision; nothing but the precision is computed anew."""
+        other = copy.copy(self)
+        other.prior_precision = _precision_tensor(self.factors, prior_precision)
+        return other
 
     def without_layers(self, indices: Sequence[int]) -> LaplacePosterior:
         """The posterior with some expert layers taken as known exactly (the paper's ablation over layers).
@@ -123,7 +125,7 @@ class LaplacePosterior:
     def log_det(self) -> Tensor:
         """Log-determinant of the posterior precision over all experts and layers: a float64 scalar."""
         total = torch.zeros((), dtype=torch.float64)
-        for layer, s, precision in zip(self.factors.layers, self._curvature, self.prior_precision, strict=True):
+        for layer, s, precision in zip(self.factors.layers, self.curvature, self.prior_precision, strict=True):
             size = layer.num_experts * layer.d_in * layer.d_out
             total = total + size * precision.log() + torch.log1p(s / precision).sum()
         return total
@@ -138,7 +140,7 @@ class LaplacePosterior:
         Returns:
             A float64 scalar.
         """
-        return log_likelihood + log_evidence_penalty(self._curvature, squared_distances, self.prior_precision)
+        return log_likelihood + log_evidence_penalty(self.curvature, squared_distances, self.prior_precision)
 
     def fit_prior_evidence(self, squared_distances: Sequence[Tensor], scope: Scope = "layer") -> LaplacePosterior:
         """The posterior at the prior precision that maximises the evidence.
@@ -147,7 +149,7 @@ class LaplacePosterior:
             squared_distances: `||W_e - M_e||^2`, `[E]` a layer.
             scope: `layer` (one precision a layer, measured better) or `global`.
         """
-        return self.with_prior_precision(fit_evidence(self._curvature, squared_distances, scope))
+        return self.with_prior_precision(fit_evidence(self.curvature, squared_distances, scope))
 
     def fit_prior_lpo(
         self,
@@ -193,7 +195,7 @@ class LaplacePosterior:
             ValueError: if there are no examples or no labels.
         """
         terms = (self.batch_terms(model, class_logits, batch) for batch in lockstep(model, batches))
-        return cache_terms(terms, self._curvature, distributed=distributed)
+        return cache_terms(terms, self.curvature, distributed=distributed)
 
     def batch_terms(
         self, model: nn.Module, class_logits: ClassLogits, batch: Any, *, centred: bool = True
@@ -202,23 +204,17 @@ class LaplacePosterior:
 
         Posteriors that differ in their prior precision alone share them; see `covariance_of`.
         """
-        bound = self._bind(model)
-        terms = batch_terms(
-            model,
-            bound.layers,
-            bound.factors,
-            class_logits,
-            batch,
-            centred=centred,
-            # Once a model: whether it keeps examples apart is a matter of its code.
-            thorough=not bound.owners_checked,
-        )
-        bound.owners_checked = bound.owners_checked or len(terms.logits) > 1
-        return terms
+        return posterior_terms([self], model, class_logits, batch, centred=centred)[0]
 
-    def covariance_of(self, terms: BatchTerms) -> Tensor:
-        """The logit covariance `[B, K, K]` of a batch from its terms, at this posterior's prior precision."""
-        return covariance(terms, self._curvature, self.prior_precision)
+    def covariance_of(self, terms: BatchTerms, prior_precision: Tensor | None = None) -> Tensor:
+        """The logit covariance `[B, K, K]` of a batch from its terms.
+
+        Args:
+            terms: From `batch_terms`.
+            prior_precision: `[L]`; by default this posterior's.
+        """
+        precision = self.prior_precision if prior_precision is None else prior_precision
+        return covariance(terms, self.curvature, precision)
 
     def logit_covariance(
         self, model: nn.Module, class_logits: ClassLogits, batch: Any, *, centred: bool = False
@@ -271,36 +267,6 @@ class LaplacePosterior:
         logits, logit_covariance = self.logit_covariance(model, class_logits, batch, centred=True)
         return predict_with_uncertainty(logits, logit_covariance, num_samples=num_samples, seed=seed)
 
-    def evidence_temperature(
-        self, model: nn.Module, class_logits: ClassLogits, batches: Iterable[Any], *, distributed: bool = False
-    ) -> float:
-        """One temperature from the posterior, without labels: `sqrt(1 + pi/4 median_n v_n)`.
-
-        `v_n` is the mean variance of the centred logits. Meant for the exact Fisher and a prior precision from the
-        evidence. Serving then costs a plain forward: `softmax(f / T)`. Where fine-tuning moved the weights far without
-        the data being unclear, it comes out too large.
-
-        Args:
-            model: the model the curvature was collected on.
-            class_logits: `(model, batch) -> (logits [B, K], labels or None)`; labels are not looked at.
-            batches: at least 100 inputs in all.
-            distributed: whether all processes call this, each with its share of the inputs (see `gather_examples`).
-
-        Raises:
-            ValueError: for fewer than 100 inputs, or a Fisher other than `exact`.
-        """
-        if self.factors.fisher != "exact":
-            raise ValueError(
-                f"the evidence temperature needs the exact Fisher, this posterior has {self.factors.fisher!r}"
-            )
-        pairs = [self.logit_covariance(model, class_logits, batch, centred=True) for batch in lockstep(model, batches)]
-        variances = torch.cat([torch.empty(0, dtype=torch.float64), *(mean_variance(*pair).cpu() for pair in pairs)])
-        if distributed:
-            variances = gather_examples(variances)
-        if not len(variances):
-            raise ValueError("the evidence temperature needs unlabelled inputs, got none")
-        return temperature_from_variances(variances)
-
     def check_weights(self, model: nn.Module) -> None:
         """Compare the model's weights with those the curvature was collected on.
 
@@ -329,11 +295,12 @@ class LaplacePosterior:
         """Read a posterior that `save` wrote; `offload` as for a new one.
 
         Raises:
-            FileNotFoundError: if there is no such file.
-            ValueError: if it is truncated, foreign, or of another version.
+            FileNotFoundError: If there is no such file.
+            OSError: If it cannot be read.
+            ValueError: If it is foreign, truncated, damaged, or of another version.
         """
-        factors, prior_precision, prior_mean = load_posterior(path)
-        return cls(factors.to(device), prior_precision, prior_mean=prior_mean, offload=offload)
+        stored = load_posterior(path)
+        return cls(stored.factors.to(device), stored.prior_precision, prior_mean=stored.prior_mean, offload=offload)
 
     def _bind(self, model: nn.Module) -> _Binding:
         """Find the layers in a model, check its weights and bring factors to their devices; again when it changed."""
@@ -359,6 +326,41 @@ class LaplacePosterior:
             bound = _Binding(weakref.ref(model), device, weights, layers, factors)
             self._bound = bound
         return bound
+
+
+def posterior_terms(
+    posteriors: Sequence[LaplacePosterior],
+    model: nn.Module,
+    class_logits: ClassLogits,
+    batch: Any,
+    *,
+    centred: bool = True,
+) -> list[BatchTerms]:
+    """The covariance terms of a batch under several posteriors, from one forward pass.
+
+    Args:
+        posteriors: Over the same or over other layers of one model.
+        model: The model.
+        class_logits: `(model, batch) -> (logits [B, K], labels [B] or None)`.
+        batch: Whatever `class_logits` takes.
+        centred: See `LaplacePosterior.logit_covariance`.
+
+    Raises:
+        WeightMismatchError: If the model's weights are not those that a curvature was collected on.
+    """
+    bound = [posterior._bind(model) for posterior in posteriors]
+    terms = batch_terms(
+        model,
+        [list(zip(binding.layers, binding.factors, strict=True)) for binding in bound],
+        class_logits,
+        batch,
+        centred=centred,
+        # Once a model: whether it keeps examples apart is a matter of its code.
+        thorough=not all(binding.owners_checked for binding in bound),
+    )
+    for binding in bound:
+        binding.owners_checked = binding.owners_checked or len(terms[0].logits) > 1
+    return terms
 
 
 def _precision_tensor(factors: KroneckerFactors, value: float | Tensor | Mapping[str, float]) -> Tensor:

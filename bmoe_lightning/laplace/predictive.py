@@ -62,9 +62,20 @@ def class_probabilities(
     Raises:
         ValueError: for an unknown link, or a covariance that is not positive semi-definite.
     """
+    check_link(link, num_samples)
+    return LINKS[link](logits, covariance, num_samples, seed)
+
+
+def check_link(link: str, num_samples: int) -> None:
+    """Refuse an unknown link, or no samples.
+
+    Raises:
+        ValueError: Naming what is valid.
+    """
     if link not in LINKS:
         raise ValueError(f"unknown link {link!r}; valid are {', '.join(LINKS)}")
-    return LINKS[link](logits, covariance, num_samples, seed)
+    if num_samples < 1:
+        raise ValueError(f"num_samples must be at least 1, got {num_samples}")
 
 
 def monte_carlo(logits: Tensor, covariance: Tensor, num_samples: int = NUM_SAMPLES, seed: int = 0) -> Tensor:

@@ -16,9 +16,12 @@ from bmoe_lightning.laplace.predictive import standard_normal
 from bmoe_lightning.utils.distributed import gather_examples
 
 Scope = Literal["global", "layer"]
+SCOPES: tuple[Scope, ...] = ("global", "layer")
 
 LOG_PRECISION_RANGE = (math.log(1e-8), math.log(1e12))
 _NUM_BINS = 128
+NO_LABEL = -(2**31)
+"""Stands for a label that class_logits did not give; any other negative number is an error of the data."""
 _LPO_RANGE = (math.log(1e-4), math.log(1e8))
 _GOLDEN_STEPS = 15  # down to .002 in log precision
 
@@ -61,6 +64,7 @@ def fit_evidence(curvature: Sequence[Tensor], squared_distances: Sequence[Tensor
         ValueError: if the weights equal the prior mean (the evidence then grows with lambda for ever), or there is no
             curvature.
     """
+    check_distances(squared_distances)
     spectra = [s.double().flatten().cpu() for s in curvature]
     distances = torch.stack([d.double().sum().cpu() for d in squared_distances])
     if scope == "layer":
@@ -70,12 +74,29 @@ def fit_evidence(curvature: Sequence[Tensor], squared_distances: Sequence[Tensor
     raise ValueError(f"unknown scope {scope!r}; valid are global, layer")
 
 
-def _stationary(spectrum: Tensor, distance: Tensor) -> Tensor:
-    if not float(distance) > 0:
+def check_distances(squared_distances: Sequence[Tensor]) -> None:
+    """Refuse distances from the prior mean at which the evidence has no maximum.
+
+    Args:
+        squared_distances: `||W_e - M_e||^2` of each layer, `[E]`.
+
+    Raises:
+        ValueError: If a layer has not moved at all, or a distance is not finite.
+    """
+    totals = [float(distances.double().sum()) for distances in squared_distances]
+    if not all(math.isfinite(total) for total in totals):
+        raise ValueError(
+            "the distance of the expert weights from the prior mean is not finite: the weights or the prior mean hold "
+            "NaN or infinity; load a checkpoint from before training diverged"
+        )
+    if not all(total > 0 for total in totals):
         raise ValueError(
             "the expert weights equal the prior mean, so the evidence has no maximum: was the model fine-tuned, and "
             "was the prior mean taken before that? A prior mean of zero needs no such weights."
         )
+
+
+def _stationary(spectrum: Tensor, distance: Tensor) -> Tensor:
     if not float(spectrum.sum()) > 0:
         raise ValueError("the curvature is zero everywhere: no slot moved a logit")
     low, high = LOG_PRECISION_RANGE
@@ -98,7 +119,7 @@ class ValidationCache:
 
     Attributes:
         logits: `[N, K]`, `-inf` for absent classes.
-        labels: `[N]` int64.
+        labels: `[N]` int64, or None where a batch had none.
         embedding: `[N, K, P]`.
         prior: `[N, L, P, P]`, `<G_i, G_j>`.
         binned: `[N, L, bins, P, P]`, sums of `R_i R_j`.
@@ -106,7 +127,7 @@ class ValidationCache:
     """
 
     logits: Tensor
-    labels: Tensor
+    labels: Tensor | None
     embedding: Tensor
     prior: Tensor
     binned: Tensor
@@ -123,44 +144,75 @@ class ValidationCache:
         return self.embedding @ self.contrast_covariance(precision) @ self.embedding.mT
 
 
-def cache_terms(
-    batches: Iterable[BatchTerms], curvature: Sequence[Tensor], *, distributed: bool = False
-) -> ValidationCache:
-    """Run through the validation set once and keep what `ValidationCache` needs, on the CPU in float64.
+class CacheBuilder:
+    """Collects a `ValidationCache` batch by batch, on the CPU in float64.
 
     Args:
-        batches: terms of each batch, centred.
         curvature: `s_qp` of each layer, `[E, r_g, r_a]`.
-        distributed: whether all processes call this, each with its share of the set (see `gather_examples`); every one
-            then gets the whole.
-
-    Raises:
-        ValueError: if there is no batch, or a batch has no labels.
     """
-    centres = torch.stack([_bin_centres(s) for s in curvature])
-    parts: dict[str, list[Tensor]] = {"logits": [], "labels": [], "embedding": [], "prior": [], "binned": []}
-    for terms in batches:
-        if terms.labels is None:
-            raise ValueError("LPO needs labels, but class_logits returned None for them")
+
+    def __init__(self, curvature: Sequence[Tensor]) -> None:
+        self._curvature = list(curvature)
+        self._centres = _bin_centres_of(self._curvature)
+        self._parts: dict[str, list[Tensor]] = {"logits": [], "labels": [], "embedding": [], "prior": [], "binned": []}
+
+    def add(self, terms: BatchTerms) -> None:
+        """Add the centred terms of one batch."""
+        parts, size = self._parts, len(terms.logits)
         parts["logits"].append(terms.logits.cpu())
-        parts["labels"].append(terms.labels.cpu())
+        # A number in the place of every missing label, so that all processes gather alike.
+        labels = torch.full((size,), NO_LABEL) if terms.labels is None else terms.labels.cpu()
+        parts["labels"].append(labels)
         parts["embedding"].append(terms.embedding.cpu())
         parts["prior"].append(torch.stack([layer.prior.to(terms.embedding) for layer in terms.layers], dim=1).cpu())
         binned = [
             _bin_products(
-                layer.projections, layer.examples, s.to(layer.experts.device)[layer.experts], grid, len(terms.logits)
+                layer.projections, layer.examples, s.to(layer.experts.device)[layer.experts], grid, size
             ).cpu()
-            for layer, s, grid in zip(terms.layers, curvature, centres, strict=True)
+            for layer, s, grid in zip(terms.layers, self._curvature, self._centres, strict=True)
         ]
         parts["binned"].append(torch.stack(binned, dim=1))
-    # A process without a batch has no sizes to offer, but must have the dtype.
-    empty = {name: torch.empty(0, dtype=torch.int64 if name == "labels" else torch.float64) for name in parts}
-    whole = {name: torch.cat(values) if values else empty[name] for name, values in parts.items()}
-    if distributed:
-        whole = {name: gather_examples(values) for name, values in whole.items()}
-    if not len(whole["logits"]):
-        raise ValueError("no validation example: the prior precision cannot be fitted on an empty calibration split")
-    return ValidationCache(**whole, centres=centres)
+
+    def finish(self, *, distributed: bool = False) -> ValidationCache:
+        """The cache of all batches.
+
+        Args:
+            distributed: Whether all processes call this, each with its shard of the set (see `gather_examples`); every
+                one then gets the full cache.
+
+        Raises:
+            ValueError: If there was no example.
+        """
+        # A process without a batch has no sizes to offer, but must have the dtype.
+        empty = {name: torch.empty(0, dtype=torch.int64 if name == "labels" else torch.float64) for name in self._parts}
+        full = {name: torch.cat(values) if values else empty[name] for name, values in self._parts.items()}
+        if distributed:
+            full = {name: gather_examples(values) for name, values in full.items()}
+        if not len(full["logits"]):
+            raise ValueError("no validation example: nothing can be fitted on an empty calibration split")
+        labels = full.pop("labels")
+        return ValidationCache(
+            **full, labels=None if bool((labels == NO_LABEL).all()) else labels, centres=self._centres
+        )
+
+
+def cache_terms(
+    batches: Iterable[BatchTerms], curvature: Sequence[Tensor], *, distributed: bool = False
+) -> ValidationCache:
+    """Run through a validation set once; see `CacheBuilder`.
+
+    Args:
+        batches: Terms of each batch, centred.
+        curvature: `s_qp` of each layer, `[E, r_g, r_a]`.
+        distributed: See `CacheBuilder.finish`.
+
+    Raises:
+        ValueError: If there is no example.
+    """
+    builder = CacheBuilder(curvature)
+    for terms in batches:
+        builder.add(terms)
+    return builder.finish(distributed=distributed)
 
 
 def fit_lpo(
@@ -209,7 +261,10 @@ class _Objective:
     """Mean validation NLL of the MC predictive as a function of the log precisions `[L]`."""
 
     def __init__(self, cache: ValidationCache, num_samples: int, seed: int) -> None:
+        if cache.labels is None:
+            raise ValueError("LPO needs labels, but class_logits returned None for them")
         self._cache = cache
+        self._labels = cache.labels
         self._noise = standard_normal(num_samples, cache.embedding.shape[2], seed)
 
     def __call__(self, log_precision: Tensor) -> Tensor:
@@ -221,7 +276,7 @@ class _Objective:
         root = cache.embedding @ torch.linalg.cholesky(contrast + jitter)
         # Samples last: sums over the few classes in the last axis would be the slowest part of it all.
         samples = cache.logits.unsqueeze(2) + root @ self._noise.mT  # [N, K, S]
-        chosen = samples.gather(1, cache.labels.view(-1, 1, 1).expand(-1, 1, len(self._noise))).squeeze(1)
+        chosen = samples.gather(1, self._labels.view(-1, 1, 1).expand(-1, 1, len(self._noise))).squeeze(1)
         log_probs = chosen - samples.logsumexp(1)
         return -(torch.logsumexp(log_probs, dim=1) - math.log(len(self._noise))).mean()
 
@@ -273,6 +328,13 @@ def _quasi_newton(objective: Callable[[Tensor], Tensor], start: Tensor, max_iter
     return best[1]
 
 
+def _bin_centres_of(curvature: Sequence[Tensor]) -> Tensor:
+    """The bins of every layer, `[L, bins]`; none where no layer has any curvature (rank 0)."""
+    if not any(s.numel() for s in curvature):
+        return torch.empty(len(curvature), 0, dtype=torch.float64)
+    return torch.stack([_bin_centres(s) for s in curvature])
+
+
 def _bin_centres(curvature: Tensor) -> Tensor:
     """`[bins]` values of s, evenly spaced in log s over twelve decades below the largest."""
     largest = max(float(curvature.max()), torch.finfo(torch.float32).tiny)
@@ -290,6 +352,8 @@ def _bin_products(projections: Tensor, examples: Tensor, s: Tensor, centres: Ten
         num_examples: B.
     """
     num_contrasts = projections.shape[1]
+    if not len(centres):
+        return projections.new_zeros(num_examples, 0, num_contrasts, num_contrasts, dtype=torch.float64)
     rows = projections.double().flatten(2)  # [N, P, Q]
     products = rows.unsqueeze(1) * rows.unsqueeze(2)  # [N, P, P, Q]
     low, high = math.log(centres[0]), math.log(centres[-1])

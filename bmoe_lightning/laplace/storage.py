@@ -1,113 +1,192 @@
 """A posterior on disk: one safetensors file, its description as JSON in the header.
 
-No pickle: nothing in the file is executed when it is read, and everything is checked before it is used.
+No pickle: reading a file runs nothing in it, and everything is checked before it is used.
 """
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
-from dataclasses import asdict
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from bmoe_lightning.curvature.factors import KroneckerFactors, LayerFactors
-from bmoe_lightning.experts.types import ExpertLayer, LayoutName
-from bmoe_lightning.utils.safetensors_io import read_safetensors, write_safetensors
+from bmoe_lightning.curvature.factors import BASIS_DTYPES, KroneckerFactors, LayerFactors
+from bmoe_lightning.experts.layouts.registry import LAYOUTS
+from bmoe_lightning.experts.types import ExpertLayer
+from bmoe_lightning.utils.safetensors_io import TensorFile, read_tensor_file, write_tensor_file
 
-FORMAT = "bmoe_lightning.posterior"
+FORMAT = "posterior"
 VERSION = 1
 _FIELDS = (
     "slots", "a_basis", "a_eigenvalues", "g_basis", "g_eigenvalues", "a_trace", "g_trace",
 )  # fmt: skip
+_FACTORS = (
+    "rank", "fisher", "approximation", "sketch", "num_examples", "num_examples_used", "fingerprint",
+)  # fmt: skip
+# How far the columns' inner products may be from the identity: rounding of the decomposition, and of the dtype. Bases
+# in half precision are made orthonormal again when they are used.
+_BASIS_TOLERANCE = {torch.float64: 1e-6, torch.float32: 1e-3, torch.float16: 1e-2, torch.bfloat16: 5e-2}
+# How far eigenvalues may add up to more than the trace, relatively: both are sums over all tokens.
+_TRACE_TOLERANCE = {torch.float64: 1e-6, torch.float32: 1e-2}
 
 
-def save_posterior(path: str | Path, factors: KroneckerFactors, prior_precision: Tensor, prior_mean: str) -> None:
-    """Write a posterior; see `LaplacePosterior.save`."""
+@dataclass(frozen=True)
+class StoredPosterior:
+    """A posterior that was read from a file.
+
+    Attributes:
+        factors: Curvature.
+        prior_precision: Prior precision of each layer, `[L]`.
+        prior_mean: Kind of prior mean.
+        description: Description that the writer gave, as JSON has it.
+        fit: Id of the fit that the file belongs to; empty if it belongs to none.
+        digest: SHA-256 digest of the content.
+    """
+
+    factors: KroneckerFactors
+    prior_precision: Tensor
+    prior_mean: str
+    description: dict[str, Any]
+    fit: str
+    digest: str
+
+
+def save_posterior(
+    path: str | Path,
+    factors: KroneckerFactors,
+    prior_precision: Tensor,
+    prior_mean: str,
+    *,
+    description: Mapping[str, Any] | None = None,
+    fit: str = "",
+) -> str:
+    """Write a posterior atomically.
+
+    Args:
+        path: Target path; its folder is created if missing.
+        factors: Curvature.
+        prior_precision: Prior precision of each layer, `[L]`.
+        prior_mean: Kind of prior mean.
+        description: How the curvature was specified, or anything else to find in the file again, in values that JSON
+            has.
+        fit: Id of the fit that the file belongs to.
+
+    Returns:
+        The SHA-256 digest of the content.
+
+    Raises:
+        OSError: If the file cannot be written; an existing file is unchanged.
+    """
     tensors = {
         f"{position}.{name}": value
         for position, layer in enumerate(factors.layers)
         for name, value in layer.tensors().items()
     }
-    header = {
-        "format": FORMAT,
-        "version": VERSION,
-        **factors.description(),
+    content = {
+        **{name: getattr(factors, name) for name in _FACTORS},
         "expert_layers": [asdict(layer) for layer in factors.expert_layers],
         "prior_mean": prior_mean,
         "layers": [{"name": layer.name, "index": layer.index} for layer in factors.layers],
+        "description": dict(description or {}),
     }
-    write_safetensors(path, {**tensors, "prior_precision": prior_precision}, {FORMAT: json.dumps(header)})
+    tensors["prior_precision"] = prior_precision
+    return write_tensor_file(path, tensors, format=FORMAT, version=VERSION, description=content, fit=fit)
 
 
-def load_posterior(path: str | Path) -> tuple[KroneckerFactors, Tensor, str]:
-    """Read factors, prior precision `[L]` and the kind of prior mean; see `LaplacePosterior.load`."""
+def load_posterior(path: str | Path) -> StoredPosterior:
+    """Read what `save_posterior` wrote; keys and tensors that this release does not know are ignored.
+
+    Raises:
+        FileNotFoundError: If there is no such file.
+        OSError: If it cannot be read, such as a `PermissionError`.
+        ValueError: If it is foreign, truncated, damaged, of another version, or holds values that no posterior has.
+    """
     path = Path(path)
-    if not path.is_file():
-        raise FileNotFoundError(f"no posterior at {path}")
-    tensors, metadata = read_safetensors(path)
-    header = _header(path, metadata)
+    file = read_tensor_file(path, format=FORMAT, version=VERSION, remedy="save the posterior again")
+    content = file.description
     try:
-        layers = tuple(_layer(path, position, layer, tensors) for position, layer in enumerate(header.pop("layers")))
-        header["expert_layers"] = tuple(ExpertLayer(**layer) for layer in header["expert_layers"])
-        unknown = {layer.layout for layer in header["expert_layers"]} - set(get_args(LayoutName))
-        if unknown:
-            raise ValueError(f"{path} has expert layers of a layout {sorted(unknown)} that this release does not know")
+        layers = tuple(_layer(position, layer, file) for position, layer in enumerate(content["layers"]))
+        expert_layers = tuple(_expert_layer(layer) for layer in content["expert_layers"])
+        factors = KroneckerFactors(layers, expert_layers=expert_layers, **{name: content[name] for name in _FACTORS})
+        prior_mean, description = content["prior_mean"], dict(content.get("description", {}))
+        precision = _prior_precision(file, len(layers))
     except (AttributeError, KeyError, TypeError) as error:
-        raise ValueError(f"{path} has a header that does not describe its layers: {error!r}") from error
-    precision = tensors.get("prior_precision")
-    if precision is None or precision.shape != (len(layers),):
-        raise ValueError(f"{path} has no prior precision for its {len(layers)} layers")
-    prior_mean = header.pop("prior_mean")
-    return KroneckerFactors(layers, **header), precision, prior_mean
+        raise _refusal(path, f"its header does not describe its layers ({error!r})") from error
+    except ValueError as error:
+        raise _refusal(path, str(error)) from error
+    return StoredPosterior(factors, precision, prior_mean, description, file.fit, file.digest)
 
 
-def _header(path: Path, metadata: Mapping[str, str]) -> dict[str, Any]:
-    if FORMAT not in metadata:
-        raise ValueError(f"{path} is a safetensors file, but no posterior of bmoe_lightning")
-    try:
-        header = json.loads(metadata[FORMAT])
-    except json.JSONDecodeError as error:
-        raise ValueError(f"{path} has a header that is no JSON ({error})") from error
-    if not isinstance(header, dict):
-        raise ValueError(f"{path} has a header that is no JSON object")
-    version = header.pop("version", None)
-    header.pop("format", None)
-    if version != VERSION:
-        raise ValueError(f"{path} has version {version} of the posterior format; this release reads version {VERSION}")
-    required = {
-        "rank",
-        "fisher",
-        "approximation",
-        "sketch",
-        "num_examples",
-        "num_examples_used",
-        "expert_layers",
-        "fingerprint",
-    }
-    if set(header) != required | {"prior_mean", "layers"}:
-        raise ValueError(f"{path} has an incomplete header: {sorted(header)}")
-    return header
+def _refusal(path: Path, reason: str) -> ValueError:
+    return ValueError(f"{path} holds no usable posterior: {reason}. Fit it again, and save it with this release.")
 
 
-def _layer(path: Path, position: int, described: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> LayerFactors:
-    missing = [name for name in _FIELDS if f"{position}.{name}" not in tensors]
+def _expert_layer(described: Mapping[str, Any]) -> ExpertLayer:
+    known = {field.name for field in fields(ExpertLayer)}
+    layer = ExpertLayer(**{name: value for name, value in described.items() if name in known})
+    if layer.layout not in LAYOUTS:
+        raise ValueError(f"this release does not know the layout {layer.layout!r} of expert layer {layer.name!r}")
+    return layer
+
+
+def _prior_precision(file: TensorFile, num_layers: int) -> Tensor:
+    precision = file.tensors.get("prior_precision")
+    if precision is None or precision.shape != (num_layers,):
+        raise ValueError(f"there is no prior precision for its {num_layers} layers")
+    if not precision.is_floating_point() or not bool((precision.isfinite() & (precision > 0)).all()):
+        raise ValueError(f"prior precisions must be positive and finite, and are {precision.tolist()}")
+    return precision
+
+
+def _layer(position: int, described: Mapping[str, Any], file: TensorFile) -> LayerFactors:
+    name = described["name"]
+    missing = [field for field in _FIELDS if f"{position}.{field}" not in file.tensors]
     if missing:
-        raise ValueError(f"{path} lacks {missing} of layer {described.get('name')!r}")
-    found = {name: tensors[f"{position}.{name}"] for name in _FIELDS}
-    num_experts = found["slots"].numel()
+        raise ValueError(f"it lacks {missing} of layer {name!r}")
+    layer = LayerFactors(name, described["index"], **{field: file.tensors[f"{position}.{field}"] for field in _FIELDS})
+    reason = _shape_fault(layer) or _value_fault(layer) or _factor_fault(layer, "a") or _factor_fault(layer, "g")
+    if reason:
+        raise ValueError(f"{reason} in layer {name!r}")
+    return layer
+
+
+def _shape_fault(layer: LayerFactors) -> str:
+    num_experts = layer.slots.numel()
     shapes: dict[str, tuple[int, ...]] = dict.fromkeys(("slots", "a_trace", "g_trace"), (num_experts,))
     for side in "ag":
-        d, rank = found[f"{side}_basis"].shape[-2:] if found[f"{side}_basis"].dim() == 3 else (0, 0)
+        basis: Tensor = getattr(layer, f"{side}_basis")
+        d, rank = basis.shape[-2:] if basis.dim() == 3 else (0, 0)
         shapes |= {f"{side}_basis": (num_experts, d, rank), f"{side}_eigenvalues": (num_experts, rank)}
-    for name, shape in shapes.items():
-        if tuple(found[name].shape) != shape:
-            raise ValueError(
-                f"{path}: {name} of layer {described['name']!r} has shape {tuple(found[name].shape)}, not {shape}"
-            )
-    if not all(bool(torch.isfinite(tensor).all()) for tensor in found.values()):
-        raise ValueError(f"{path}: layer {described['name']!r} holds values that are not finite")
-    return LayerFactors(described["name"], described["index"], **found)
+    for field, shape in shapes.items():
+        found = tuple(getattr(layer, field).shape)
+        if found != shape:
+            return f"{field} has shape {found} instead of {shape}"
+    return ""
+
+
+def _value_fault(layer: LayerFactors) -> str:
+    for field, tensor in layer.tensors().items():
+        if tensor.dtype not in (BASIS_DTYPES if field.endswith("basis") else _TRACE_TOLERANCE):
+            return f"{field} has the unexpected dtype {tensor.dtype}"
+        if not bool(torch.isfinite(tensor).all()):
+            return f"{field} has values that are not finite"
+        if not field.endswith("basis") and bool((tensor < 0).any()):
+            return f"{field} has negative values"
+    return ""
+
+
+def _factor_fault(layer: LayerFactors, side: str) -> str:
+    """Why basis, eigenvalues and trace of a factor cannot be those of one positive semi-definite matrix, or nothing."""
+    basis, values = getattr(layer, f"{side}_basis"), getattr(layer, f"{side}_eigenvalues")
+    wide = basis.to(torch.promote_types(basis.dtype, torch.float32))
+    error = (wide.mT @ wide - torch.eye(basis.shape[2], dtype=wide.dtype)).abs()
+    if error.numel() and float(error.max()) > _BASIS_TOLERANCE[basis.dtype]:
+        return f"the columns of {side}_basis are not orthonormal"
+    if bool((values.diff(dim=1) > 0).any()):
+        return f"{side}_eigenvalues are not in descending order"
+    if bool((values.double().sum(1) > getattr(layer, f"{side}_trace") * (1 + _TRACE_TOLERANCE[values.dtype])).any()):
+        return f"{side}_eigenvalues add up to more than {side}_trace"
+    return ""

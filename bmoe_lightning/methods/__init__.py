@@ -1,39 +1,69 @@
 """Methods that turn a model into class probabilities: one file a method, all of the same shape."""
 
-from bmoe_lightning.methods.checkpoint_ensemble import CheckpointEnsemble
-from bmoe_lightning.methods.deep_ensemble import DeepEnsemble
-from bmoe_lightning.methods.ensemble import WeightEnsemble
-from bmoe_lightning.methods.evidence_temperature import (
-    EvidenceTemperature,
-    ShrunkTemperature,
-    fit_shrunk_temperature,
-)
-from bmoe_lightning.methods.laplace import LaplaceMethod, LaplaceTemperature
-from bmoe_lightning.methods.map import MAP
-from bmoe_lightning.methods.mc_dropout import MCDropout
-from bmoe_lightning.methods.method import BatchView, Method, Predictions, average_log_probs, evaluate
-from bmoe_lightning.methods.snapshots import apply_snapshot, save_snapshot, swapped_weights
-from bmoe_lightning.methods.temperature import TemperatureScaling, fit_temperature
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+from bmoe_lightning.methods.registry import get_method, method_names, register_method
+
+if TYPE_CHECKING:
+    from bmoe_lightning.methods.base import CurvatureMethod, Method, State, option
+    from bmoe_lightning.methods.batch_view import BatchView
+    from bmoe_lightning.methods.evaluation import Predictions, average_log_probs, evaluate
+    from bmoe_lightning.methods.fit_result import FitResult, NotFittedError
+    from bmoe_lightning.methods.needs import Available, Needs, NeedsError, check_needs
+    from bmoe_lightning.methods.snapshots import apply_snapshot, read_snapshot, save_snapshot, swapped_weights
+    from bmoe_lightning.methods.workbench import Workbench, fit_methods
 
 __all__ = [
-    "MAP",
+    "Available",
     "BatchView",
-    "CheckpointEnsemble",
-    "DeepEnsemble",
-    "EvidenceTemperature",
-    "LaplaceMethod",
-    "LaplaceTemperature",
-    "MCDropout",
+    "CurvatureMethod",
+    "FitResult",
     "Method",
+    "Needs",
+    "NeedsError",
+    "NotFittedError",
     "Predictions",
-    "ShrunkTemperature",
-    "TemperatureScaling",
-    "WeightEnsemble",
+    "State",
+    "Workbench",
     "apply_snapshot",
     "average_log_probs",
+    "check_needs",
     "evaluate",
-    "fit_shrunk_temperature",
-    "fit_temperature",
+    "fit_methods",
+    "get_method",
+    "method_names",
+    "option",
+    "read_snapshot",
+    "register_method",
     "save_snapshot",
     "swapped_weights",
 ]
+
+_MODULES = {
+    "base": ("CurvatureMethod", "Method", "State", "option"),
+    "needs": ("Available", "Needs", "NeedsError", "check_needs"),
+    "batch_view": ("BatchView",),
+    "evaluation": ("Predictions", "average_log_probs", "evaluate"),
+    "fit_result": ("FitResult", "NotFittedError"),
+    "snapshots": ("apply_snapshot", "read_snapshot", "save_snapshot", "swapped_weights"),
+    "workbench": ("Workbench", "fit_methods"),
+}
+
+
+def __getattr__(name: str) -> Any:
+    # Imported when first asked for, so that the names of all methods are known without torch.
+    for module, names in _MODULES.items():
+        if name in names:
+            return getattr(import_module(f"{__name__}.{module}"), name)
+    from bmoe_lightning.methods.registry import built_in_class
+
+    return built_in_class(name)
+
+
+def __dir__() -> list[str]:
+    from bmoe_lightning.methods.registry import built_in_class_names
+
+    return sorted({*__all__, *built_in_class_names()})

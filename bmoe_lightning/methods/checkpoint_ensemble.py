@@ -1,28 +1,51 @@
-"""Checkpoint ensemble (Chen et al. 2017): the last snapshots of one training run."""
+"""Checkpoint ensemble: the last snapshots of one training run."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
 from pathlib import Path
 
-from bmoe_lightning.methods.ensemble import WeightEnsemble
+from torch import nn
+
+from bmoe_lightning.methods.base import State, option, scalar
+from bmoe_lightning.methods.needs import Needs
+from bmoe_lightning.methods.weight_ensemble import WeightEnsemble, weight_members
+from bmoe_lightning.methods.workbench import Workbench
 
 
+@dataclass(frozen=True)
 class CheckpointEnsemble(WeightEnsemble):
-    """Averages the probabilities of the last snapshots of one run.
+    """Averages the probabilities of the weights after the last epochs of one run.
 
-    Args:
-        paths: the snapshots, from `save_snapshot`.
-        include_current: whether the model's own weights are one more member. By default they are not: the last snapshot
-            usually holds them.
+    Chen, Lundberg and Lee 2017, Checkpoint Ensembles: Ensemble Methods from a Single Training Process.
 
     Raises:
-        FileNotFoundError: as in `WeightEnsemble`.
-        ValueError: as in `WeightEnsemble`.
+        ValueError: If `num_snapshots` is below 2.
     """
 
-    name = "checkpoint_ensemble"
-    label = "Checkpoint ensemble"
+    name: str = "checkpoint_ensemble"
+    label: str = "Checkpoint ensemble"
+    num_snapshots: int = option(5, "Members: the weights after each of the last epochs.")
 
-    def __init__(self, paths: Sequence[str | Path], *, include_current: bool = False) -> None:
-        super().__init__(paths, include_current=include_current)
+    source = "https://arxiv.org/abs/1710.03282"
+    cost = "one forward pass a member"
+
+    def __post_init__(self) -> None:
+        if self.num_snapshots < 2:
+            raise ValueError(
+                f"a checkpoint ensemble needs at least 2 snapshots, got num_snapshots={self.num_snapshots}"
+            )
+
+    @property
+    def needs(self) -> Needs:
+        return Needs(snapshots=2, max_snapshots=self.num_snapshots)
+
+    def fit(self, work: Workbench) -> State:
+        return {"members": scalar(len(work.snapshots[-self.num_snapshots :]))}  # a short run has fewer
+
+    def members(
+        self, model: nn.Module, state: State, snapshots: Sequence[Path]
+    ) -> Sequence[AbstractContextManager[None]]:
+        return weight_members(self.name, model, snapshots[-self.num_snapshots :], include_current=False)

@@ -1,30 +1,56 @@
-"""Deep ensemble (Lakshminarayanan et al. 2017): the final weights of runs that differ in their seed."""
+"""Deep ensemble: the final weights of runs that differ in their seed."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
 from pathlib import Path
 
-from bmoe_lightning.methods.ensemble import WeightEnsemble
+from torch import nn
+
+from bmoe_lightning.methods.base import State, option
+from bmoe_lightning.methods.needs import Needs
+from bmoe_lightning.methods.weight_ensemble import WeightEnsemble, weight_members
 
 
+@dataclass(frozen=True)
 class DeepEnsemble(WeightEnsemble):
-    """Averages the probabilities of the final weights of several runs.
+    """Averages the probabilities of the final weights of several runs, this one among them.
 
     Runs that start from the same pre-trained weights differ in the order of their data and in dropout alone, so their
-    members are more alike than those of an ensemble trained from scratch.
-
-    Args:
-        paths: snapshots of the other runs' final weights, from `save_snapshot`.
-        include_current: whether the model's own weights are one more member. False if `paths` holds them as well.
+    members are more alike than those of an ensemble trained from scratch. Lakshminarayanan, Pritzel and Blundell 2017,
+    Simple and Scalable Predictive Uncertainty Estimation using Deep Ensembles.
 
     Raises:
-        FileNotFoundError: as in `WeightEnsemble`.
-        ValueError: as in `WeightEnsemble`.
+        ValueError: If `size` is below 2.
     """
 
-    name = "deep_ensemble"
-    label = "Deep ensemble"
+    name: str = "deep_ensemble"
+    label: str = "Deep ensemble"
+    size: int = option(3, "Members, this run's weights among them; where `runs` are given, one more than these.")
+    runs: tuple[str, ...] = option(
+        (),
+        "Snapshot files with the other runs' final weights; a recipe makes these runs and fills this in.",
+        prediction_only=True,
+    )
 
-    def __init__(self, paths: Sequence[str | Path], *, include_current: bool = True) -> None:
-        super().__init__(paths, include_current=include_current)
+    source = "https://arxiv.org/abs/1612.01474"
+    cost = "one forward pass a member"
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "runs", tuple(map(str, self.runs)))
+        if self.size < 2:
+            raise ValueError(f"{self.name} needs at least 2 members, got size={self.size}")
+
+    @property
+    def needs(self) -> Needs:
+        return Needs(runs=0 if self.runs else self.size - 1)
+
+    def members(
+        self, model: nn.Module, state: State, snapshots: Sequence[Path]
+    ) -> Sequence[AbstractContextManager[None]]:
+        return weight_members(self.name, model, [Path(run) for run in self.runs], include_current=True)
+
+    def hyperparameters(self, state: State) -> dict[str, float]:
+        return {"members": len(self.runs) + 1}

@@ -1,102 +1,70 @@
-"""The evidence temperature: a temperature from the posterior, without labels; and one fitted with a few, shrunk to it.
+"""The evidence temperature: one temperature from the posterior, without labels.
 
-Both are served by a plain forward pass: once T is known, the posterior is no longer needed.
+It is served by a plain forward pass: once T is known, the posterior is no longer needed.
 """
 
 from __future__ import annotations
 
-import math
-from typing import Self
+from dataclasses import dataclass
 
 from torch import Tensor
 
-from bmoe_lightning.methods.method import BatchView, Method
-from bmoe_lightning.methods.temperature import (
-    TEMPERATURE_RANGE,
-    check_calibration,
-    check_temperature,
-    minimise,
-    negative_log_likelihood,
-)
-
-PRIOR_STD = 0.2
-"""Standard deviation of the logarithm of the evidence temperature around that of the best one, as measured."""
+from bmoe_lightning.curvature.spec import Curvature
+from bmoe_lightning.laplace.predictive import MIN_UNLABELLED, mean_variance, temperature_from_variances
+from bmoe_lightning.laplace.prior import SCOPES, Scope
+from bmoe_lightning.methods.base import CurvatureMethod, State, check_choice, option, scalar
+from bmoe_lightning.methods.batch_view import BatchView
+from bmoe_lightning.methods.needs import Needs
+from bmoe_lightning.methods.workbench import PRIOR_MEANS, PriorMeanName, Workbench
 
 
-class EvidenceTemperature(Method):
-    """`softmax(f / T)` with T from `LaplacePosterior.evidence_temperature`.
+@dataclass(frozen=True)
+class EvidenceTemperature(CurvatureMethod):
+    """`softmax(f / T)` with `T = sqrt(1 + pi/4 median_n v_n)` over unlabelled inputs; the accuracy stays.
 
-    Args:
-        temperature: T.
+    `v_n` is the mean variance of the centred logits under the posterior whose prior precision maximises the evidence.
+    The probit factor is MacKay's (1992, The Evidence Framework Applied to Classification Networks). It cannot see label
+    noise or a failure to learn, and is too large where fine-tuning moved the weights far without unclear data.
 
     Raises:
-        ValueError: if the temperature is not positive and finite.
+        ValueError: For an unknown scope or prior mean, or a Fisher other than `exact`.
     """
 
-    name = "evidence_temperature"
-    label = "Evidence temperature"
+    name: str = "evidence_temperature"
+    label: str = "Evidence temperature"
+    scope: Scope = option("layer", "One prior precision a layer (`layer`), or a single one (`global`).")
+    prior_mean: PriorMeanName = option(
+        "pretrained", "Prior mean: the weights from before fine-tuning (`pretrained`), or `zero`."
+    )
 
-    def __init__(self, temperature: float) -> None:
-        self.temperature = check_temperature(temperature)
+    source = "https://doi.org/10.1162/neco.1992.4.5.720"
 
-    def log_probs(self, view: BatchView) -> Tensor:
-        """Log-probabilities of one batch: `[B, K]` float64, `-inf` for absent classes."""
-        return (view.logits / self.temperature).log_softmax(-1)
+    def __post_init__(self) -> None:
+        check_choice("scope", self.scope, SCOPES)
+        check_choice("prior_mean", self.prior_mean, PRIOR_MEANS)
+        if self.curvature is not None and self.curvature.fisher != "exact":
+            raise ValueError(f"{self.name} needs a curvature with fisher='exact', got {self.curvature.fisher!r}")
 
-    def hyperparameters(self) -> dict[str, float]:
-        """The temperature."""
-        return {"temperature": self.temperature}
+    @property
+    def needs(self) -> Needs:
+        return Needs(calibration_inputs=MIN_UNLABELLED, prior_mean=self.prior_mean == "pretrained")
+
+    def fit(self, work: Workbench) -> State:
+        return {"temperature": evidence_temperature(work, self.spec, self.scope, self.prior_mean)}
+
+    def log_probs(self, batch: BatchView, state: State) -> Tensor:
+        return (batch.logits / state["temperature"].to(batch.logits)).log_softmax(-1)
+
+    def refit(self, state: State, logits: Tensor, labels: Tensor) -> State | None:
+        return state  # labels are not looked at
 
 
-class ShrunkTemperature(EvidenceTemperature):
-    """`softmax(f / T)` with T fitted on labels and shrunk towards the evidence temperature.
-
-    Args:
-        temperature: T, from `fit_shrunk_temperature`.
+def evidence_temperature(work: Workbench, curvature: Curvature, scope: Scope, prior_mean: PriorMeanName) -> Tensor:
+    """The evidence temperature over the held-out inputs, a float64 scalar.
 
     Raises:
-        ValueError: if the temperature is not positive and finite.
+        ValueError: For fewer than 100 inputs.
     """
-
-    name = "shrunk_temperature"
-    label = "Shrunk temperature"
-
-    @classmethod
-    def fit(cls, logits: Tensor, labels: Tensor, evidence_temperature: float, *, prior_std: float = PRIOR_STD) -> Self:
-        """Fit on held-out data; arguments as in `fit_shrunk_temperature`."""
-        return cls(fit_shrunk_temperature(logits, labels, evidence_temperature, prior_std=prior_std))
-
-
-def fit_shrunk_temperature(
-    logits: Tensor, labels: Tensor, evidence_temperature: float, *, prior_std: float = PRIOR_STD
-) -> float:
-    """Minimise `sum_n NLL(softmax(f_n / T)) + (log T - log T_ev)^2 / (2 prior_std^2)` over log T.
-
-    With no labels this is the evidence temperature, with many it is temperature scaling.
-
-    Args:
-        logits: `[N, K]`, `-inf` for absent classes; N may be 0.
-        labels: `[N]` int64.
-        evidence_temperature: T_ev.
-        prior_std: how far log T_ev is trusted.
-
-    Returns:
-        T.
-
-    Raises:
-        ValueError: if a temperature or `prior_std` is not positive and finite, and for what `fit_temperature` refuses
-            but an empty set.
-    """
-    centre = math.log(check_temperature(evidence_temperature))
-    if not (math.isfinite(prior_std) and prior_std > 0):
-        raise ValueError(f"prior_std must be positive and finite, got {prior_std}")
-    logits, labels = check_calibration(logits, labels)
-    if len(labels) == 0:
-        return float(evidence_temperature)
-
-    def objective(log_temperature: Tensor) -> Tensor:
-        penalty = (log_temperature - centre).square() / (2 * prior_std**2)
-        return negative_log_likelihood(logits, labels, log_temperature) + penalty
-
-    low, high = (math.log(value) for value in TEMPERATURE_RANGE)
-    return math.exp(minimise(objective, min(low, centre), max(high, centre)))
+    logits, _ = work.calibration_logits()
+    covariance = work.covariances(curvature).covariance(work.evidence_precision(curvature, scope, prior_mean))
+    return scalar(temperature_from_variances(mean_variance(logits, covariance)))

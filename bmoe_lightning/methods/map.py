@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 from torch import Tensor
 
-from bmoe_lightning.methods.method import BatchView, Method
+from bmoe_lightning.methods.base import Method, State
+from bmoe_lightning.methods.batch_view import BatchView
 
 
+@dataclass(frozen=True)
 class MAP(Method):
     """The softmax of the model's own logits: the maximum a posteriori weights, and no uncertainty about them."""
 
-    name = "map"
-    label = "MAP"
+    name: str = "map"
+    label: str = "MAP"
 
-    def log_probs(self, view: BatchView) -> Tensor:
-        """Log-probabilities of one batch: `[B, K]` float64, `-inf` for absent classes."""
-        return view.logits.log_softmax(-1)
+    def log_probs(self, batch: BatchView, state: State) -> Tensor:
+        return batch.logits.log_softmax(-1)

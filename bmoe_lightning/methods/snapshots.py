@@ -1,97 +1,135 @@
-"""Snapshots: what was trained, and nothing else, as one safetensors file; and a model that borrows one for a while."""
+"""Snapshots: the trained parameters in one safetensors file, and models that hold other weights for a while."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 
 from torch import Tensor, nn
 
 from bmoe_lightning.experts.fsdp import local_part, reshard
-from bmoe_lightning.utils.safetensors_io import opened_safetensors, write_safetensors
+from bmoe_lightning.utils.safetensors_io import (
+    OpenedTensorFile,
+    opened_tensor_file,
+    remove_tensor_file,
+    write_tensor_file,
+)
 
-FORMAT = "bmoe_lightning.snapshot"
-VERSION = "1"
+FORMAT = "snapshot"
+VERSION = 1
 
 
-def save_snapshot(path: str | Path, named_parameters: Mapping[str, Tensor]) -> None:
-    """Write tensors by name; an existing file is replaced only at the end.
+@dataclass(frozen=True)
+class SnapshotInfo:
+    """What a snapshot's header says.
+
+    Attributes:
+        shapes: Shape of each parameter by qualified name.
+        fit: Id of the fit that the file belongs to; empty if it belongs to none.
+        digest: SHA-256 digest of the content, as `save_snapshot` returned it.
+    """
+
+    shapes: dict[str, tuple[int, ...]]
+    fit: str
+    digest: str
+
+
+def save_snapshot(path: str | Path, named_parameters: Mapping[str, Tensor], fit: str = "") -> str:
+    """Write parameters by name atomically.
 
     Args:
-        path: the file.
-        named_parameters: qualified name, as in `model.named_parameters()`, to tensor; whole ones.
+        path: Target path; its folder is created if missing.
+        named_parameters: Unsharded parameters by qualified name, as in `model.named_parameters()`.
+        fit: Id of the fit that the file belongs to.
+
+    Returns:
+        The SHA-256 digest of the content.
 
     Raises:
-        ValueError: if there is nothing to save.
-        OSError: if it cannot be written; what was there before stays.
+        ValueError: If there are no parameters.
+        OSError: If the file cannot be written; an existing file is unchanged.
     """
     if not named_parameters:
-        raise ValueError("a snapshot without tensors says nothing; pass the trained parameters by name")
-    write_safetensors(path, named_parameters, {FORMAT: VERSION})
+        raise ValueError("there are no parameters to save. Pass the trained parameters by name.")
+    return write_tensor_file(path, named_parameters, format=FORMAT, version=VERSION, description={}, fit=fit)
+
+
+def snapshot_info(path: str | Path) -> SnapshotInfo:
+    """Read a snapshot's header.
+
+    Raises:
+        FileNotFoundError: If there is no such file.
+        OSError: If it cannot be read, such as a `PermissionError`.
+        ValueError: If it is foreign, truncated, or of another format or version.
+    """
+    with _opened(path) as file:
+        return SnapshotInfo(file.shapes, file.fit, file.digest)
+
+
+def read_snapshot(path: str | Path) -> dict[str, Tensor]:
+    """Read all tensors of a snapshot by qualified parameter name, on the CPU.
+
+    Raises:
+        FileNotFoundError: If there is no such file.
+        OSError: If it cannot be read, such as a `PermissionError`.
+        ValueError: If it is foreign, truncated, damaged, or of another format or version.
+    """
+    with _opened(path) as file:
+        return {name: file.read(name) for name in file.shapes}
+
+
+def remove_snapshot(path: str | Path) -> bool:
+    """Remove a file if it is a snapshot, and leave any other file alone.
+
+    Returns:
+        Whether it was removed.
+    """
+    return remove_tensor_file(path, format=FORMAT)
 
 
 def apply_snapshot(model: nn.Module, path: str | Path) -> None:
-    """Put a snapshot's tensors into a model's parameters for good; `swapped_weights` does so for a while.
+    """Copy a snapshot's tensors into a model's parameters.
 
-    The parameters stay the same objects. One tensor at a time is read. Of weights that FSDP2 has sharded, each process
-    takes its part.
+    The parameters stay the same objects. One tensor at a time is read. With FSDP2 each rank copies its shard. The file
+    is verified before the first parameter changes.
 
     Args:
-        model: the model whose parameters the snapshot names.
-        path: the snapshot.
+        model: Model whose parameters the snapshot names.
+        path: Path of the snapshot.
 
     Raises:
-        FileNotFoundError: if there is no such file.
-        ValueError: if it is no snapshot, or names parameters that the model lacks or has in another shape; the model
-            has not been touched then.
-        OSError: if it cannot be read to its end; what was read until then is in the model.
+        FileNotFoundError: If there is no such file.
+        ValueError: If it is no snapshot, is damaged, holds values that are not finite, or names parameters that the
+            model does not have or has in another shape; the model is unchanged then.
+        OSError: If it cannot be read; the model is unchanged unless that happens after the file was verified.
     """
     for parameter, value in _with_parameters(model, path):
         local_part(parameter).take(value)
 
 
-def snapshot_shapes(path: str | Path) -> dict[str, tuple[int, ...]]:
-    """Read names and shapes of a snapshot's tensors from its header.
-
-    Raises:
-        FileNotFoundError: if there is no such file.
-        ValueError: if it is truncated, foreign, or of another version.
-    """
-    path = Path(path)
-    if not path.is_file():
-        raise FileNotFoundError(f"no snapshot at {path}")
-    with opened_safetensors(path) as file:
-        metadata = file.metadata() or {}
-        shapes = {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118  (no mapping)
-    if FORMAT not in metadata:
-        raise ValueError(f"{path} is a safetensors file, but no snapshot of bmoe_lightning")
-    if metadata[FORMAT] != VERSION:
-        raise ValueError(
-            f"{path} has version {metadata[FORMAT]} of the snapshot format; this release reads version {VERSION}"
-        )
-    return shapes
-
-
 @contextmanager
-def swapped_weights(model: nn.Module, path: str | Path) -> Iterator[None]:
-    """Put a snapshot's tensors into a model's parameters for a while.
+def swapped_weights(model: nn.Module, source: str | Path | Mapping[str, Tensor]) -> Iterator[None]:
+    """Put other tensors into a model's parameters for a while.
 
-    The parameters stay the same objects. Their own values wait on the CPU and come back bit for bit, also after an
-    exception. One tensor at a time is read and moved. Of weights that FSDP2 has sharded, each process takes its part.
+    The parameters stay the same objects. Their original values wait on the CPU and come back bit for bit, also after an
+    exception. One tensor at a time is read and copied. With FSDP2 each rank copies its shard. A file is verified before
+    the first parameter changes.
 
     Args:
-        model: the model whose parameters the snapshot names.
-        path: the snapshot.
+        model: Model whose parameters the source names.
+        source: Path of a snapshot, or unsharded tensors by qualified name on any device.
 
     Raises:
-        FileNotFoundError: if there is no such file.
-        ValueError: if it is no snapshot, or names parameters that the model lacks or has in another shape; the model
-            has not been touched then.
+        FileNotFoundError: If there is no such file.
+        ValueError: If the file is no snapshot or is damaged, if a tensor has values that are not finite, or if the
+            source names parameters that the model does not have or has in another shape; the model is unchanged then.
+        OSError: If the file cannot be read; the model is unchanged then.
     """
     originals: list[tuple[nn.Parameter, Tensor]] = []
     try:
-        for parameter, value in _with_parameters(model, path):
+        for parameter, value in _with_parameters(model, source):
             part = local_part(parameter)
             originals.append((parameter, part.values.to("cpu", copy=True)))
             part.take(value)
@@ -102,28 +140,46 @@ def swapped_weights(model: nn.Module, path: str | Path) -> Iterator[None]:
             local_part(parameter).take(original)  # the model may have been moved
 
 
-def _with_parameters(model: nn.Module, path: str | Path) -> Iterator[tuple[nn.Parameter, Tensor]]:
-    """The parameters that a snapshot names, with its tensors; nothing is read before all of them fit."""
-    shapes = snapshot_shapes(path)
+def _opened(path: str | Path) -> AbstractContextManager[OpenedTensorFile]:
+    return opened_tensor_file(path, format=FORMAT, version=VERSION, remedy="train again")
+
+
+def _with_parameters(
+    model: nn.Module, source: str | Path | Mapping[str, Tensor]
+) -> Iterator[tuple[nn.Parameter, Tensor]]:
+    """Parameters with their new values; the first one comes after all values were checked."""
+    if isinstance(source, Mapping):
+        tensors = dict(source)
+        shapes = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
+        yield from _checked(model, "the source", shapes, tensors.__getitem__)
+        return
+    with _opened(source) as file:
+        yield from _checked(model, str(source), file.shapes, file.read)
+
+
+def _checked(
+    model: nn.Module, source: str, shapes: Mapping[str, tuple[int, ...]], read: Callable[[str], Tensor]
+) -> Iterator[tuple[nn.Parameter, Tensor]]:
     reshard(model)
     parameters = dict(model.named_parameters())
-    _check_fit(path, shapes, parameters)
-    with opened_safetensors(path) as file:
-        for name in shapes:
-            yield parameters[name], file.get_tensor(name)
-
-
-def _check_fit(path: str | Path, shapes: Mapping[str, tuple[int, ...]], parameters: Mapping[str, nn.Parameter]) -> None:
     unknown = [name for name in shapes if name not in parameters]
     if unknown:
         raise ValueError(
-            f"{path} holds {len(unknown)} tensors that this model does not have, the first is {unknown[0]!r}; load it "
-            "into the module whose parameters it was saved from"
+            f"{source} holds {len(unknown)} tensors that this model does not have, the first is {unknown[0]!r}. Load "
+            "it into the module whose parameters were saved."
         )
     for name, shape in shapes.items():
-        own = tuple(parameters[name].shape)
-        if shape != own:
+        expected = tuple(parameters[name].shape)
+        if shape != expected:
             raise ValueError(
-                f"{path} holds {name!r} with shape {shape}, the model has {own}: it was saved from a model of another "
-                "size"
+                f"{source} holds {name!r} with shape {shape}, the model has {expected}. Load it into a model of the "
+                "same size."
             )
+    for name in shapes:
+        # The first read of a file's tensor verifies its digest, too.
+        if not bool(read(name).isfinite().all()):
+            raise ValueError(
+                f"{source} holds values in {name!r} that are not finite. Use weights of a stable training."
+            )
+    for name in shapes:
+        yield parameters[name], read(name)

@@ -1,99 +1,215 @@
-"""What was fitted, on disk: `posterior.safetensors` and `methods.json` in one folder."""
+"""A fit on disk: one index, and the files that it names, each with the fit's id and a SHA-256 of its content.
+
+    index.json                        what was fitted, and the name and digest of every other file
+    methods-<random>.safetensors      the states of all methods, as `{name}/{key}`
+    posterior.safetensors             the first curvature, at the prior precision of the first method that has one
+    posterior-<curvature>.safetensors every further curvature
+    snapshots/...                     trained weights after the last epochs
+
+The index is replaced last, so that a reader finds the fit before or the fit after, and never parts of two.
+"""
 
 from __future__ import annotations
 
-import json
-from collections.abc import Sequence
+import uuid
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import asdict
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any
 
+from torch import Tensor
+
+from bmoe_lightning.experts import ExpertLayer
 from bmoe_lightning.laplace.posterior import LaplacePosterior
-from bmoe_lightning.methods.options import FittedState
-from bmoe_lightning.methods.workbench import Fitted
-from bmoe_lightning.utils.atomic_io import write_text
+from bmoe_lightning.laplace.storage import load_posterior, save_posterior
+from bmoe_lightning.methods.fit_result import FitResult, FittedMethod
+from bmoe_lightning.methods.snapshots import snapshot_info
+from bmoe_lightning.utils.file_header import FileHeader, damaged
+from bmoe_lightning.utils.json_io import read_json_file, write_json_file
+from bmoe_lightning.utils.safetensors_io import read_tensor_file, remove_tensor_file, write_tensor_file
 
+INDEX_FILE = "index.json"
 POSTERIOR_FILE = "posterior.safetensors"
-STATE_FILE = "methods.json"
-CURVATURE_STATE_FILE = "curvature.safetensors"  # while the curvature is being collected
+SNAPSHOT_FOLDER = "snapshots"
+_INDEX_FORMAT = "fit index"
+_METHODS_FORMAT = "methods"
 _VERSION = 1
+_REMEDY = "fit again"
+_CALIBRATION = ".calibration"  # no name of a method begins so
 
 
-def save_fitted(folder: Path, fitted: Fitted, snapshots: Sequence[Path] = ()) -> None:
-    """Write what was fitted; each file is replaced whole, the posterior first.
+def save_fit(folder: Path, fit: FitResult, snapshots: Sequence[Path] = ()) -> None:
+    """Write a fit; a curvature that an earlier write of it has at the same prior precision is not written again.
 
     Args:
-        folder: created if missing.
-        fitted: from `fit`.
-        snapshots: files of the checkpoint ensemble, within `folder`.
+        folder: Folder of the fit; created if missing.
+        fit: What was fitted.
+        snapshots: Trained weights after the last epochs, files within `folder`.
 
     Raises:
-        OSError: if a file cannot be written; the old one stays.
+        OSError: If a file cannot be written; what an index that is there names is still whole.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    if fitted.posterior is not None:
-        fitted.posterior.save(folder / POSTERIOR_FILE)
+    before = _index_of_same_fit(folder, fit.fit_id)
+    # A run that was resumed after its fit has the same id, and other weights.
+    same_weights = before.get("fingerprint") == fit.fingerprint
+    posteriors = dict(before["posteriors"]) if same_weights else {}
+    for digest in fit.posteriors:
+        posteriors[digest] = _save_curvature(folder, fit, digest, written=posteriors)
+    methods_file = f"methods-{uuid.uuid4().hex[:12]}.safetensors"
+    tensors = {f"{name}/{key}": value for name, fitted in fit.methods.items() for key, value in fitted.state.items()}
+    if fit.calibration is not None:
+        logits, labels = fit.calibration
+        tensors |= {f"{_CALIBRATION}/logits": logits} | ({} if labels is None else {f"{_CALIBRATION}/labels": labels})
+    sha256 = write_tensor_file(
+        folder / methods_file,
+        tensors,
+        format=_METHODS_FORMAT,
+        version=_VERSION,
+        description={"methods": list(fit.methods)},
+        fit=fit.fit_id,
+    )
     content = {
-        "version": _VERSION,
-        "fingerprint": fitted.fingerprint,
-        "settings": dict(fitted.settings),
-        "posterior": None if fitted.posterior is None else fitted.posterior.factors.fingerprint,
-        "fitted": asdict(fitted.state),
-        "snapshots": [str(path.relative_to(folder)) for path in snapshots],
+        "fingerprint": fit.fingerprint,
+        "layers": [asdict(layer) for layer in fit.layers],
+        "seed": fit.seed,
+        "methods": {
+            name: {"options": dict(fitted.options), "curvatures": list(fitted.curvatures)}
+            for name, fitted in fit.methods.items()
+        },
+        "states": {"file": methods_file, "sha256": sha256},
+        "posteriors": posteriors,
+        "snapshots": [
+            {"file": path.relative_to(folder).as_posix(), "sha256": snapshot_info(path).digest} for path in snapshots
+        ],
     }
-    write_text(folder / STATE_FILE, json.dumps(content, indent=2) + "\n")
+    write_json_file(folder / INDEX_FILE, format=_INDEX_FORMAT, version=_VERSION, description=content, fit=fit.fit_id)
+    if before:
+        remove_tensor_file(folder / before["states"]["file"], format=_METHODS_FORMAT)
 
 
-def has_fitted(folder: Path) -> bool:
-    """Whether `save_fitted` wrote into a folder."""
-    return (folder / STATE_FILE).is_file()
+def has_fit(folder: Path) -> bool:
+    """Whether `save_fit` wrote into a folder."""
+    return (folder / INDEX_FILE).is_file()
 
 
-def load_fitted(folder: Path, *, offload: bool = False) -> tuple[Fitted, list[Path]]:
-    """Read what `save_fitted` wrote: the fitted state and the snapshots.
+def stored_fit_id(folder: Path) -> str | None:
+    """The id of the fit in a folder; empty for a damaged one, None where there is no fit."""
+    if not has_fit(folder):
+        return None
+    try:
+        return _read_index(folder / INDEX_FILE).fit
+    except (OSError, ValueError):
+        return ""
+
+
+def load_fit(folder: Path, *, offload: Collection[str] = ()) -> tuple[FitResult, list[Path]]:
+    """Read a fit and the paths of its snapshots.
 
     Args:
-        folder: that it wrote into.
-        offload: whether the factors stay in main memory; see `LaplacePosterior`.
+        folder: Folder of the fit.
+        offload: Digests of the curvatures whose factors stay in CPU memory; see `LaplacePosterior`.
 
     Raises:
-        ValueError: if a file is damaged, of another version, or the two do not belong together.
-        FileNotFoundError: if the posterior or a snapshot is missing.
+        ValueError: If a file is damaged, of another version, or of another fit than the index.
+        FileNotFoundError: If the index or a file that it names is missing.
+        OSError: If a file cannot be read, such as a `PermissionError`.
     """
-    path = folder / STATE_FILE
-    content = _read(path)
+    path = folder / INDEX_FILE
+    header = _read_index(path)
+    content = header.description
     try:
-        state = FittedState.from_mapping(content["fitted"])
-    except ValueError as error:
-        raise ValueError(f"{path} is damaged ({error}); fit again") from error
-    posterior = None
-    if content["posterior"] is not None:
-        posterior = LaplacePosterior.load(folder / POSTERIOR_FILE, offload=offload)
-        if posterior.factors.fingerprint != content["posterior"]:
-            raise ValueError(f"{path} and {POSTERIOR_FILE} beside it come from different fits; fit again")
-    snapshots = [folder / name for name in content["snapshots"]]
-    missing = [str(snapshot) for snapshot in snapshots if not snapshot.is_file()]
-    if missing:
-        raise FileNotFoundError(f"{path} names snapshots that are gone: {missing}")
-    return Fitted(state, posterior, content["fingerprint"], content["settings"]), snapshots
+        states = _load_states(folder, header)
+        methods = {
+            name: FittedMethod(states.get(name, {}), dict(entry["options"]), tuple(entry["curvatures"]))
+            for name, entry in content["methods"].items()
+        }
+        posteriors = {
+            digest: _load_curvature(folder, entry, header.fit, offload=digest in offload)
+            for digest, entry in content["posteriors"].items()
+        }
+        layers = tuple(ExpertLayer(**layer) for layer in content["layers"])
+        snapshots = [_checked_snapshot(folder, entry, header.fit) for entry in content["snapshots"]]
+        held_out = states.get(_CALIBRATION)
+        calibration = None if held_out is None else (held_out["logits"], held_out.get("labels"))
+        fit = FitResult(header.fit, content["fingerprint"], layers, methods, posteriors, content["seed"], calibration)
+    except (KeyError, TypeError, AttributeError) as error:
+        raise damaged(path, _INDEX_FORMAT, f"it is incomplete ({error!r})", _REMEDY) from error
+    return fit, snapshots
 
 
-def _read(path: Path) -> dict[str, Any]:
+def _read_index(path: Path) -> FileHeader:
+    return read_json_file(path, format=_INDEX_FORMAT, version=_VERSION, remedy=_REMEDY)
+
+
+def _index_of_same_fit(folder: Path, fit_id: str) -> Mapping[str, Any]:
+    """What an earlier write of this very fit says, or nothing."""
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise ValueError(f"{path} is no JSON ({error}); fit again") from error
-    expected = {"version", "fingerprint", "settings", "posterior", "fitted", "snapshots"}
-    if not isinstance(content, dict) or set(content) != expected or content["version"] != _VERSION:
-        raise ValueError(f"{path} is not of version {_VERSION} of bmoe_lightning's format; fit again")
-    kinds: dict[str, type | tuple[type, ...]] = {
-        "fingerprint": str,
-        "settings": dict,
-        "posterior": (str, type(None)),
-        "fitted": dict,
-        "snapshots": list,
-    }
-    wrong = [name for name, kind in kinds.items() if not isinstance(content[name], kind)]
-    if wrong or not all(isinstance(name, str) for name in content["snapshots"]):
-        raise ValueError(f"{path} is damaged (another kind of {', '.join(wrong) or 'snapshots'}); fit again")
-    return content
+        header = _read_index(folder / INDEX_FILE)
+    except (OSError, ValueError):
+        return {}  # none, or of something else: it is replaced in the end
+    content = header.description
+    names = [entry["file"] for entry in content.get("posteriors", {}).values()]
+    return content if header.fit == fit_id and all((folder / name).is_file() for name in names) else {}
+
+
+def _save_curvature(folder: Path, fit: FitResult, digest: str, *, written: Mapping[str, Any]) -> dict[str, Any]:
+    """Write a curvature, unless an earlier write has it at the same prior precision; its entry in the index."""
+    served = fit.served_posterior(digest)
+    precision = served.prior_precision.tolist()
+    before = written.get(digest)
+    if before is not None and before["prior_precision"] == precision:
+        return dict(before)
+    first = all(entry["file"] != POSTERIOR_FILE for entry in written.values())
+    name = before["file"] if before else POSTERIOR_FILE if first else f"posterior-{digest}.safetensors"
+    sha256 = save_posterior(
+        folder / name,
+        served.factors,
+        served.prior_precision,
+        served.prior_mean,
+        description={"curvature": digest},
+        fit=fit.fit_id,
+    )
+    return {"file": name, "sha256": sha256, "prior_precision": precision}
+
+
+def _load_states(folder: Path, header: FileHeader) -> dict[str, dict[str, Tensor]]:
+    entry = header.description["states"]
+    path = _inside(folder, entry["file"])
+    file = read_tensor_file(path, format=_METHODS_FORMAT, version=_VERSION, remedy=_REMEDY)
+    _check_belongs(path, (file.fit, file.digest), header.fit, entry["sha256"])
+    states: dict[str, dict[str, Tensor]] = {}
+    for name, value in file.tensors.items():
+        method, _, key = name.partition("/")
+        states.setdefault(method, {})[key] = value
+    return states
+
+
+def _load_curvature(folder: Path, entry: Mapping[str, Any], fit_id: str, *, offload: bool) -> LaplacePosterior:
+    path = _inside(folder, entry["file"])
+    stored = load_posterior(path)
+    _check_belongs(path, (stored.fit, stored.digest), fit_id, entry["sha256"])
+    return LaplacePosterior(stored.factors, stored.prior_precision, prior_mean=stored.prior_mean, offload=offload)
+
+
+def _checked_snapshot(folder: Path, entry: Mapping[str, str], fit_id: str) -> Path:
+    path = _inside(folder, entry["file"])
+    info = snapshot_info(path)
+    _check_belongs(path, (info.fit, info.digest), fit_id, entry["sha256"])
+    return path
+
+
+def _check_belongs(path: Path, found: tuple[str, str], fit_id: str, sha256: str) -> None:
+    if found != (fit_id, sha256):
+        raise ValueError(
+            f"{path} and the {INDEX_FILE} of its folder come from different fits. Copy all files of one fit, "
+            "or fit again."
+        )
+
+
+def _inside(folder: Path, name: str) -> Path:
+    """A file of the folder, by its name within it."""
+    relative = PurePosixPath(name)
+    if relative.is_absolute() or ".." in relative.parts or not relative.parts:
+        raise ValueError(f"{folder / INDEX_FILE} names {name!r}, which is no file of its folder; fit again")
+    return folder / relative

@@ -1,405 +1,422 @@
-"""From a trained model to fitted methods: curvature, posterior, prior precisions, temperatures. Plain PyTorch."""
+"""Where methods are fitted: everything they may look at, each thing made once, in as few passes over data as can be.
+
+The workbench runs the collectives, the progress bars and the resumable passes; a method's `fit` reads data through it
+only, on every rank alike.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field, replace
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from itertools import islice
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor, nn
 
-from bmoe_lightning.curvature.kfac import collect_factors
-from bmoe_lightning.experts import (
-    ClassLogits,
-    ExpertLayer,
-    squared_distances,
-    weight_fingerprint,
-)
+from bmoe_lightning.curvature.kfac import collect_factors, prior_factors
+from bmoe_lightning.curvature.spec import Curvature
+from bmoe_lightning.experts import ClassLogits, ExpertLayer, squared_distances, weight_fingerprint
 from bmoe_lightning.experts.counted_batch import count_of, lockstep, plain_batch
 from bmoe_lightning.experts.fsdp import check_collective
-from bmoe_lightning.laplace.posterior import LaplacePosterior, WeightMismatchError
-from bmoe_lightning.laplace.predictive import (
-    class_probabilities,
-    mean_variance,
-    temperature_from_variances,
+from bmoe_lightning.laplace.posterior import LaplacePosterior, posterior_terms
+from bmoe_lightning.laplace.prior import (
+    NO_LABEL,
+    CacheBuilder,
+    Scope,
+    ValidationCache,
+    check_distances,
+    fit_evidence,
 )
-from bmoe_lightning.laplace.prior import ValidationCache, fit_lpo
-from bmoe_lightning.methods import (
-    MAP,
-    CheckpointEnsemble,
-    DeepEnsemble,
-    EvidenceTemperature,
-    LaplaceMethod,
-    LaplaceTemperature,
-    MCDropout,
-    Method,
-    ShrunkTemperature,
-    TemperatureScaling,
-    fit_shrunk_temperature,
-    fit_temperature,
-)
-from bmoe_lightning.methods.method import BatchView
-from bmoe_lightning.methods.options import NEEDS_CALIBRATION, FitSettings, FittedState
+from bmoe_lightning.methods.base import Method, check_method_names
+from bmoe_lightning.methods.batch_view import BatchView
+from bmoe_lightning.methods.fit_result import FitResult, FittedMethod
+from bmoe_lightning.methods.temperature_search import check_labelled
 from bmoe_lightning.utils.distributed import broadcast_, gather_examples, num_processes, sum_over_processes
+
+PriorMeanName = Literal["pretrained", "zero"]
+PRIOR_MEANS: tuple[PriorMeanName, ...] = ("pretrained", "zero")
+
+
+@runtime_checkable
+class TrainingData(Protocol):
+    """The training data of curvature passes."""
+
+    def batches(self, max_batches: int | None) -> Iterable[Any]:
+        """Batches of one pass; on each process at most `max_batches` of its shard."""
+        ...
+
+    def num_examples(self, max_batches: int | None) -> int | None:
+        """Examples that the curvature shall stand for; None for those of the pass itself."""
+        ...
 
 
 @dataclass(frozen=True)
-class Fitted:
-    """Fitted state with its curvature.
+class Batches:
+    """Training data from any iterable of batches; must allow being iterated over once a curvature.
 
     Attributes:
-        state: the numbers.
-        posterior: the curvature, its prior precision from LPO, else from the evidence; None if no method needs it.
-        fingerprint: of the weights that all this was fitted on.
-        settings: that it was fitted with, as plain values; empty if that is not known.
+        iterable: The batches.
+        size: Examples that the curvature shall stand for, if the batches are a part of the data.
     """
 
-    state: FittedState = field(default_factory=FittedState)
-    posterior: LaplacePosterior | None = None
-    fingerprint: str = ""
-    settings: Mapping[str, Any] = field(default_factory=dict)
+    iterable: Iterable[Any]
+    size: int | None = None
 
-    def check_weights(self, model: nn.Module, settings: FitSettings) -> None:
-        """Compare a model's weights with those that this was fitted on.
+    def batches(self, max_batches: int | None) -> Iterable[Any]:
+        """The batches, at most `max_batches` of them."""
+        return self.iterable if max_batches is None else islice(self.iterable, max_batches)
+
+    def num_examples(self, max_batches: int | None) -> int | None:
+        """The size that was given."""
+        return self.size
+
+
+@dataclass(frozen=True)
+class PassFiles:
+    """Where killed curvature passes resume from.
+
+    Attributes:
+        folder: Folder for the accumulators of passes that are under way.
+        every: Batches from one write to the next.
+    """
+
+    folder: Path
+    every: int
+
+    def path(self, curvature: Curvature) -> Path:
+        """The file of one curvature's accumulators."""
+        return self.folder / f"curvature_state-{curvature.digest}.safetensors"
+
+
+class Workbench:
+    """Everything that methods may look at while they are fitted.
+
+    Args:
+        model: The trained model.
+        class_logits: `(model, batch) -> (logits [B, K], labels [B] or None)`.
+        methods: Methods that are going to be fitted: what they need of one data set is collected in one pass.
+        training: Training data, for curvature.
+        calibration: Held-out data, for methods that need them; iterated over at most once.
+        prior_mean: Weights from before fine-tuning by qualified parameter name (see `down_proj_weights`).
+        snapshots: Trained weights after the last epochs, the latest last.
+        posteriors: Curvatures that are there already, by digest.
+        calibration_logits: Logits and labels of the held-out data, if they are there already; the data are then passed
+            over only for covariances.
+        seed: Seed for sampled labels, sketch matrices and Monte Carlo noise.
+        distributed: Whether all processes of torch.distributed's group take part, each with its shard of the data.
+        pass_files: Where curvature passes write their accumulators; None writes nothing.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        class_logits: ClassLogits,
+        methods: Sequence[Method],
+        training: TrainingData,
+        calibration: Iterable[Any] | None,
+        *,
+        prior_mean: Mapping[str, Tensor] | None = None,
+        snapshots: Sequence[Path] = (),
+        posteriors: Mapping[str, LaplacePosterior] | None = None,
+        calibration_logits: tuple[Tensor, Tensor | None] | None = None,
+        seed: int = 0,
+        distributed: bool = False,
+        pass_files: PassFiles | None = None,
+    ) -> None:
+        self.model = model
+        self.snapshots = tuple(snapshots)
+        self.seed = seed
+        self.posteriors = dict(posteriors or {})
+        self._class_logits = class_logits
+        self._methods = tuple(methods)
+        self._training = training
+        self._calibration = calibration
+        self._prior_mean = prior_mean
+        self._distributed = distributed
+        self._pass_files = pass_files
+        self._caches: dict[str, ValidationCache] = {}
+        needs_covariances = any(method.needs.calibration and method.curvatures for method in self._methods)
+        self._logits = None if needs_covariances else calibration_logits
+        self._distances: dict[tuple[str, str], list[Tensor]] = {}
+
+    def check_before_passes(self) -> None:
+        """Refuse what no pass over data is needed for to refuse.
 
         Raises:
-            WeightMismatchError: if they differ.
+            ValueError: If held-out data or the prior mean are missing, or the weights equal the prior mean.
         """
-        if self.posterior is not None:
-            self.posterior.check_weights(model)
-        elif self.fingerprint and weight_fingerprint(model, settings.find_layers(model)) != self.fingerprint:
-            raise WeightMismatchError(
-                "the temperatures were fitted on other weights than the model has; load the checkpoint they were "
-                "fitted on, or fit them again"
+        needing = [method.name for method in self._methods if method.needs.calibration]
+        if needing and self._calibration is None and self._logits is None:
+            raise ValueError(f"{needing} are fitted on held-out data, and there is no calibration split")
+        for method in self._methods:
+            if method.needs.prior_mean:
+                for curvature in method.curvatures:
+                    check_distances(self.squared_distances(curvature, "pretrained"))
+
+    def posterior(self, curvature: Curvature) -> LaplacePosterior:
+        """A curvature at prior precision 1: one pass over the training data, unless it is there already.
+
+        Raises:
+            ValueError: If the data are empty or the model has no such layers; see `collect_factors`.
+        """
+        if curvature.digest not in self.posteriors:
+            self.posteriors[curvature.digest] = self._collected(curvature)
+        return self.posteriors[curvature.digest]
+
+    def calibration_logits(self) -> tuple[Tensor, Tensor | None]:
+        """Logits `[N, K]` float64 and labels `[N]` int64 (None if there are none) of the held-out data, on the CPU.
+
+        Raises:
+            ValueError: If there are no held-out data.
+        """
+        if self._logits is None:
+            self._pass_over_calibration()
+        assert self._logits is not None
+        return self._logits
+
+    @property
+    def known_logits(self) -> tuple[Tensor, Tensor | None] | None:
+        """What `calibration_logits` gives, if the data have been passed over; else None."""
+        return self._logits
+
+    def labelled_logits(self) -> tuple[Tensor, Tensor]:
+        """The same, with labels that have been checked.
+
+        Raises:
+            ValueError: If there are no held-out data, no labels, or a label of an absent class.
+        """
+        logits, labels = self.calibration_logits()
+        if labels is None:
+            raise ValueError("held-out labels are needed, but class_logits returned None for them")
+        return check_labelled(logits, labels)
+
+    def covariances(self, curvature: Curvature) -> ValidationCache:
+        """All that the held-out predictions under a curvature need to know, for any prior precision.
+
+        Raises:
+            ValueError: If there are no held-out data, or the method that asks has not named this curvature.
+        """
+        self.calibration_logits()
+        if curvature.digest not in self._caches:
+            raise ValueError(
+                "the held-out data have been passed over without this curvature; a method that looks at its "
+                "covariances must name it in `curvatures` and held-out data in `needs`"
             )
+        return self._caches[curvature.digest]
 
-    def scalars(self) -> dict[str, float]:
-        """Flat numbers for a logger: what was fitted, and how much of the curvature the factors hold."""
-        flat = self.state.scalars()
-        if self.posterior is not None:
-            layers = self.posterior.factors.layers
-            slots = torch.cat([layer.slots.cpu() for layer in layers])
-            discarded = torch.cat([layer.discarded_energy() for layer in layers])[slots > 0]
-            flat["curvature/slots_per_expert_min"] = float(slots.min())
-            flat["curvature/slots_per_expert_mean"] = float(slots.mean())
-            flat["curvature/idle_experts"] = float((slots == 0).sum())
-            flat["curvature/discarded_energy"] = float(discarded.mean()) if len(discarded) else 0.0
-        return flat
+    def squared_distances(self, curvature: Curvature, prior_mean: PriorMeanName) -> list[Tensor]:
+        """`||W_e - M_e||^2` of each layer of a posterior, `[E]` float64 on the CPU.
+
+        Raises:
+            ValueError: If the weights from before fine-tuning are asked for and unknown.
+        """
+        key = (curvature.digest, prior_mean)
+        if key not in self._distances:
+            reference = None if prior_mean == "zero" else self._pretrained()
+            found = squared_distances(self.model, curvature.posterior_layers(self.model), reference)
+            if self._distributed:
+                # A module that starts at random starts elsewhere on each process, and training at rank 0's weights.
+                broadcast_(found)
+            self._distances[key] = found
+        return self._distances[key]
+
+    def evidence_precision(self, curvature: Curvature, scope: Scope, prior_mean: PriorMeanName) -> Tensor:
+        """The prior precision that maximises the evidence: `[L]` float64; see `fit_evidence`."""
+        distances = self.squared_distances(curvature, prior_mean)
+        return fit_evidence(self.posterior(curvature).curvature, distances, scope)
+
+    def _pretrained(self) -> dict[str, Tensor]:
+        if self._prior_mean is None:
+            raise ValueError(
+                "the evidence measures how far fine-tuning moved the experts, so it needs the weights from before: "
+                "pass prior_mean={parameter name: tensor}, or use prior_mean='zero'"
+            )
+        return dict(self._prior_mean)
+
+    def _collected(self, curvature: Curvature) -> LaplacePosterior:
+        if not curvature.collects:
+            factors = prior_factors(self.model, curvature.find_layers(self.model))
+        else:
+            files = self._pass_files
+            factors = collect_factors(
+                self.model,
+                self._class_logits,
+                self._training.batches(curvature.max_batches),
+                rank=curvature.rank,
+                fisher=curvature.fisher,
+                approximation=curvature.approximation,
+                sketch=curvature.sketch,
+                layers=curvature.find_layers(self.model),
+                num_examples=self._training.num_examples(curvature.max_batches),
+                seed=self.seed,
+                distributed=self._distributed,
+                checkpoint=None if files is None else files.path(curvature),
+                checkpoint_every=1 if files is None else files.every,
+                device="cpu" if curvature.offload else None,
+            )
+        if curvature.factor_dtype == "bfloat16":
+            factors = factors.to(dtype=torch.bfloat16)
+        posterior = LaplacePosterior(factors, offload=curvature.offload)
+        return posterior.without_layers(curvature.skip_layers) if curvature.skip_layers else posterior
+
+    def _pass_over_calibration(self) -> None:
+        """One pass for all methods: logits, labels and the covariance terms under every curvature."""
+        if self._calibration is None:
+            raise ValueError("a method asks for held-out data without naming them in its `needs`, and there are none")
+        collected = [c for method in self._methods if method.needs.calibration for c in method.curvatures]
+        posteriors = {curvature.digest: self.posterior(curvature) for curvature in collected}
+        builders = {digest: CacheBuilder(posterior.curvature) for digest, posterior in posteriors.items()}
+        plain = _LogitsBuilder()
+        for batch in lockstep(self.model, self._calibration):
+            if not builders:
+                plain.add(BatchView(self.model, self._class_logits, plain_batch(batch)), batch)
+                continue
+            terms = posterior_terms(list(posteriors.values()), self.model, self._class_logits, batch)
+            for builder, of_posterior in zip(builders.values(), terms, strict=True):
+                builder.add(of_posterior)
+        if not builders:
+            self._logits = plain.finish(distributed=self._distributed)
+            return
+        self._caches = {d: builder.finish(distributed=self._distributed) for d, builder in builders.items()}
+        cache = next(iter(self._caches.values()))
+        self._logits = (cache.logits, cache.labels)
 
 
-def fit(
+class _LogitsBuilder:
+    """Collects plain logits and labels."""
+
+    def __init__(self) -> None:
+        self._logits = [torch.empty(0, dtype=torch.float64)]
+        self._labels = [torch.empty(0, dtype=torch.int64)]
+
+    def add(self, view: BatchView, batch: Any) -> None:
+        count = count_of(batch, len(view.logits))
+        labels = torch.full((len(view.logits),), NO_LABEL) if view.labels is None else view.labels
+        self._logits.append(view.logits[:count].cpu())
+        self._labels.append(labels[:count].cpu())
+
+    def finish(self, *, distributed: bool) -> tuple[Tensor, Tensor | None]:
+        # An empty tensor of one dimension goes with tensors of any shape.
+        logits, labels = torch.cat(self._logits), torch.cat(self._labels)
+        if distributed:
+            logits, labels = gather_examples(logits), gather_examples(labels)
+        if not len(labels):
+            raise ValueError("no calibration example: the calibration split is empty")
+        return logits, None if bool((labels == NO_LABEL).all()) else labels
+
+
+def fit_methods(
+    methods: Sequence[Method],
     model: nn.Module,
     class_logits: ClassLogits,
-    settings: FitSettings,
-    curvature_batches: Iterable[Any],
-    calibration_batches: Iterable[Any] | None,
+    training: TrainingData | Iterable[Any],
+    calibration: Iterable[Any] | None = None,
     *,
     prior_mean: Mapping[str, Tensor] | None = None,
-    num_examples: int | None = None,
+    snapshots: Sequence[Path] = (),
+    earlier: FitResult | None = None,
+    seed: int = 0,
     distributed: bool = False,
-    curvature_checkpoint: str | Path | None = None,
-    curvature_checkpoint_every: int = 100,
-) -> Fitted:
-    """Fit everything that the methods asked for need: one pass over the curvature data, one over the calibration split.
+    pass_files: PassFiles | None = None,
+    fit_id: str | None = None,
+) -> FitResult:
+    """Fit methods: one curvature pass for each curvature, one pass over the held-out data for all methods together.
 
     Args:
-        model: the trained model.
+        methods: Methods with distinct names; see `Method.with_defaults`.
+        model: The trained model.
         class_logits: `(model, batch) -> (logits [B, K], labels [B] or None)`.
-        settings: which methods, and how.
-        curvature_batches: training data; looked at only if a method needs a posterior.
-        calibration_batches: held-out data; looked at only if a method needs it.
-        prior_mean: weights before fine-tuning by qualified parameter name (see `down_proj_weights`), needed for an
-            evidence with `prior_mean="pretrained"`.
-        num_examples: examples that the curvature shall stand for, if `curvature_batches` is a part of the data.
-        distributed: whether all processes of torch.distributed's group call this, each with its share of the data:
-            examples r, r + W, r + 2 W, ... for process r of W, and, where weights are sharded, in as many batches of
-            the same sizes (see `CountedBatch`). All get the same result, which is that of one process
-            with all the data, to rounding. Otherwise nothing is exchanged, however many processes there are.
-        curvature_checkpoint: file for the running sums of the curvature, so that a killed pass goes on; see
-            `collect_factors`. To be removed with `remove_checkpoint` once the posterior is written.
-        curvature_checkpoint_every: batches from one write to the next.
+        training: Training data; looked at only if a method has a curvature.
+        calibration: Held-out data; looked at only if a method needs them.
+        prior_mean: Weights from before fine-tuning by qualified parameter name (see `down_proj_weights`), for methods
+            that use the evidence with `prior_mean="pretrained"`.
+        snapshots: Trained weights after the last epochs, the latest last, for methods that need them.
+        earlier: An earlier fit to the same weights: what it holds is not fitted again, unless a method of the same name
+            has other options.
+        seed: Seed for sampled labels, sketch matrices and Monte Carlo noise.
+        distributed: Whether all processes of torch.distributed's group call this, each with its shard of the data:
+            examples r, r + W, r + 2 W, ... for rank r of W, and, where weights are sharded, in as many batches of the
+            same sizes (see `CountedBatch`). All get the same result, which is that of one process with all the data, to
+            rounding. Otherwise nothing is exchanged, however many processes there are.
+        pass_files: Where curvature passes write their accumulators, so that a killed pass resumes; the files are to be
+            removed with `remove_checkpoint` once the fit is written.
+        fit_id: Identifier of a new fit; by default a random one.
+
+    Returns:
+        The fit; with `earlier`, that one and what was missing.
 
     Raises:
-        ValueError: if data, labels or the prior mean are missing, `skip_layers` names every layer or one that the
-            model lacks, processes have different weights, or the checkpoint of the curvature is not one of this fit.
-        OSError: if that checkpoint cannot be written.
+        ValueError: If data, labels or the prior mean are missing, a curvature's layers are, processes have different
+            weights, or a file of `pass_files` is of another pass.
+        WeightMismatchError: If `earlier` was fitted on other weights.
+        OSError: If a file of `pass_files` cannot be written.
     """
-    if settings.needs_calibration and calibration_batches is None:
-        needy = sorted(NEEDS_CALIBRATION & set(settings.methods))
-        raise ValueError(f"{needy} are fitted on held-out data, and there is no calibration split")
+    check_method_names(methods)
     check_collective(model, distributed=distributed)
-    layers = settings.find_layers(model)
-    record: dict[str, Any] = {"fingerprint": weight_fingerprint(model, layers), "settings": asdict(settings)}
-    if distributed:
-        _check_same(record["fingerprint"])
-    posterior, state = None, FittedState()
-    if settings.needs_posterior:
-        posterior = _curvature(
-            model,
-            class_logits,
-            settings,
-            layers,
-            curvature_batches,
-            prior_mean=prior_mean,
-            num_examples=num_examples,
-            distributed=distributed,
-            checkpoint=curvature_checkpoint,
-            checkpoint_every=curvature_checkpoint_every,
-        )
-        state = _calibrate(model, class_logits, settings, posterior, calibration_batches or [], distributed=distributed)
-    elif settings.needs_labels:
-        logits, labels = plain_logits(model, class_logits, calibration_batches or [], distributed=distributed)
-        state = replace(state, temperature=fit_temperature(logits, labels))
-    if distributed:
-        state = _of_first(state)
-    precision = state.evidence_precision if state.lpo_precision is None else state.lpo_precision
-    if posterior is not None and precision is not None:
-        posterior = posterior.with_prior_precision(torch.tensor(precision, dtype=torch.float64))
-    return Fitted(state, posterior, **record)
-
-
-def _curvature(
-    model: nn.Module,
-    class_logits: ClassLogits,
-    settings: FitSettings,
-    layers: list[ExpertLayer],
-    batches: Iterable[Any],
-    *,
-    prior_mean: Mapping[str, Tensor] | None,
-    num_examples: int | None,
-    distributed: bool,
-    checkpoint: str | Path | None,
-    checkpoint_every: int,
-) -> LaplacePosterior:
-    """The posterior, at the prior precision from the evidence where a method needs that."""
-    kept = _kept_layers(settings, layers)
-    reference = _reference(settings, prior_mean) if settings.needs_evidence else None
-    factors = collect_factors(
+    if earlier is None:
+        earlier = _new_fit(methods, model, seed, fit_id)
+        if distributed:
+            _check_same(earlier.fingerprint)
+    else:
+        earlier.check_weights(model)
+    missing = [method for method in methods if not earlier.is_fitted(method)]
+    work = Workbench(
         model,
         class_logits,
-        batches,
-        rank=settings.rank,
-        fisher=settings.fisher,
-        approximation=settings.approximation,
-        sketch=settings.sketch,
-        layers=layers,
-        num_examples=num_examples,
-        seed=settings.seed,
+        missing,
+        training if isinstance(training, TrainingData) else Batches(training),
+        calibration,
+        prior_mean=prior_mean,
+        snapshots=snapshots,
+        posteriors=earlier.posteriors,
+        calibration_logits=earlier.calibration,
+        seed=earlier.seed,
         distributed=distributed,
-        checkpoint=checkpoint,
-        checkpoint_every=checkpoint_every,
-        device="cpu" if settings.offload_factors else None,
+        pass_files=pass_files,
     )
-    if settings.factor_dtype == "bfloat16":
-        factors = factors.to(dtype=torch.bfloat16)
-    posterior = LaplacePosterior(factors, prior_mean=settings.prior_mean, offload=settings.offload_factors)
-    if settings.skip_layers:
-        posterior = posterior.without_layers(settings.skip_layers)
-    if not settings.needs_evidence:
-        return posterior
-    distances = squared_distances(model, kept, reference)
-    if distributed:
-        # A module that starts at random starts elsewhere on each process, and training at the first one's weights.
-        broadcast_(distances)
-    return posterior.fit_prior_evidence(distances, settings.evidence_scope)
+    work.check_before_passes()
+    for method in missing:
+        for curvature in method.curvatures:
+            work.posterior(curvature)
+    fitted = {}
+    for method in missing:
+        state = {key: value.detach().cpu() for key, value in method.fit(work).items()}
+        if distributed:
+            broadcast_(list(state.values()))
+        fitted[method.name] = FittedMethod(state, method.fit_options(), tuple(c.digest for c in method.curvatures))
+    collected = {digest: p for digest, p in work.posteriors.items() if p.factors.rank > 0}
+    return replace(earlier.with_methods(fitted, collected), calibration=work.known_logits or earlier.calibration)
 
 
-def _calibrate(
-    model: nn.Module,
-    class_logits: ClassLogits,
-    settings: FitSettings,
-    posterior: LaplacePosterior,
-    batches: Iterable[Any],
-    *,
-    distributed: bool,
-) -> FittedState:
-    """All numbers, from one pass over the calibration split."""
-    state = FittedState()
-    if settings.needs_evidence:
-        state = replace(state, evidence_precision=tuple(posterior.prior_precision.tolist()))
-    if settings.needs_labels:
-        cache = posterior.validation_cache(model, class_logits, batches, distributed=distributed)
-        return _fit_on_cache(settings, state, cache)
-    if settings.evidence_temperatures:
-        temperature = posterior.evidence_temperature(model, class_logits, batches, distributed=distributed)
-        return replace(state, evidence_temperature=temperature)
-    return state
+def _new_fit(methods: Sequence[Method], model: nn.Module, seed: int, fit_id: str | None) -> FitResult:
+    layers = fingerprinted_layers(methods, model)
+    fit = FitResult(fingerprint=weight_fingerprint(model, layers), layers=tuple(layers), seed=seed)
+    return fit if fit_id is None else replace(fit, fit_id=fit_id)
 
 
-def _kept_layers(settings: FitSettings, layers: list[ExpertLayer]) -> list[ExpertLayer]:
-    unknown = set(settings.skip_layers) - {layer.index for layer in layers}
-    if unknown:
-        raise ValueError(f"skip_layers names {sorted(unknown)}, but the model has {len(layers)} expert layers")
-    kept = [layer for layer in layers if layer.index not in settings.skip_layers]
-    if not kept:
-        raise ValueError(f"skip_layers names all {len(layers)} expert layers, which leaves no posterior")
-    return kept
+def fingerprinted_layers(methods: Sequence[Method], model: nn.Module) -> list[ExpertLayer]:
+    """The layers around which a fit's fingerprint is taken: those of the first curvature, else the model's experts."""
+    curvatures = [curvature for method in methods for curvature in method.curvatures]
+    return (curvatures[0] if curvatures else Curvature()).find_layers(model)
 
 
-def _reference(settings: FitSettings, prior_mean: Mapping[str, Tensor] | None) -> dict[str, Tensor] | None:
-    if settings.prior_mean == "zero":
-        return None
-    if prior_mean is None:
-        raise ValueError(
-            "the evidence measures how far fine-tuning moved the experts, so it needs the weights from before: pass "
-            "prior_mean={parameter name: tensor}, or use prior_mean='zero'"
-        )
-    return dict(prior_mean)
-
-
-def _fit_on_cache(settings: FitSettings, state: FittedState, cache: ValidationCache) -> FittedState:
-    """Fit all that the calibration split decides, from its one pass."""
-    wanted = set(settings.methods)
-    if "temperature" in wanted:
-        state = replace(state, temperature=fit_temperature(cache.logits, cache.labels))
-    if "laplace_lpo" in wanted:
-        precision = fit_lpo(cache, settings.lpo_scope, seed=settings.seed)
-        state = replace(state, lpo_precision=tuple(precision.tolist()))
-    if not settings.needs_evidence:
-        return state
-    covariance = cache.covariance(torch.tensor(state.evidence_precision, dtype=torch.float64))
-    if settings.evidence_temperatures:
-        temperature = temperature_from_variances(mean_variance(cache.logits, covariance))
-        state = replace(state, evidence_temperature=temperature)
-        if "shrunk_temperature" in wanted:
-            shrunk = fit_shrunk_temperature(cache.logits, cache.labels, temperature)
-            state = replace(state, shrunk_temperature=shrunk)
-    if "laplace_temperature" in wanted:
-        log_probs = class_probabilities(
-            cache.logits, covariance, settings.link, num_samples=settings.num_samples, seed=settings.seed
-        )
-        state = replace(state, laplace_temperature=fit_temperature(log_probs, cache.labels))
-    return state
-
-
-def plain_logits(
-    model: nn.Module, class_logits: ClassLogits, batches: Iterable[Any], *, distributed: bool = False
-) -> tuple[Tensor, Tensor]:
-    """Logits `[N, K]` float64 and labels `[N]` of a labelled data set, on the CPU.
-
-    Args:
-        model: the model.
-        class_logits: `(model, batch) -> (logits [B, K], labels [B])`.
-        batches: the data set, or this process's share of it.
-        distributed: whether all processes call this, each with its share (see `gather_examples`).
-
-    Raises:
-        ValueError: if there is no example or no label.
-    """
-    all_logits, all_labels = [torch.empty(0, dtype=torch.float64)], [torch.empty(0, dtype=torch.int64)]
-    for batch in lockstep(model, batches):
-        view = BatchView(model, class_logits, plain_batch(batch))
-        if view.labels is None:
-            raise ValueError("temperatures are fitted on labels, but class_logits returned None for them")
-        num_counted = count_of(batch, len(view.logits))
-        all_logits.append(view.logits[:num_counted].cpu())
-        all_labels.append(view.labels[:num_counted].cpu())
-    # An empty tensor of one dimension goes with tensors of any shape.
-    logits, labels = torch.cat(all_logits), torch.cat(all_labels)
-    if distributed:
-        logits, labels = gather_examples(logits), gather_examples(labels)
-    if not len(labels):
-        raise ValueError("no calibration example: the calibration split is empty")
-    return logits, labels
+def prior_mean_layers(methods: Sequence[Method], model: nn.Module) -> list[ExpertLayer]:
+    """The layers of which methods look at the weights from before fine-tuning, each once."""
+    curvatures = [curvature for method in methods if method.needs.prior_mean for curvature in method.curvatures]
+    return list({layer.name: layer for curvature in curvatures for layer in curvature.find_layers(model)}.values())
 
 
 def _check_same(fingerprint: str) -> None:
-    """Refuse weights that differ between processes: there is no one posterior of them."""
-    own = torch.frombuffer(bytearray.fromhex(fingerprint), dtype=torch.uint8).long()
-    first = own.clone()
+    """Refuse weights that differ between processes: there is no one fit to them. A collective."""
+    here = torch.frombuffer(bytearray.fromhex(fingerprint), dtype=torch.uint8).long()
+    first = here.clone()
     broadcast_([first])
-    differing = torch.tensor([int(not torch.equal(own, first))])
+    differing = torch.tensor([int(not torch.equal(here, first))])
     sum_over_processes([differing])
     if int(differing):
         raise ValueError(
-            f"the model's weights on {int(differing)} of {num_processes()} processes differ from those on the first, "
-            "so there is no one posterior of them; fit after training with DDP, or load the same checkpoint on all"
+            f"the model's weights on {int(differing)} of {num_processes()} processes differ from those of rank 0, so "
+            "nothing can be fitted to them; fit after training with DDP, or load the same checkpoint on all ranks"
         )
-
-
-def _of_first(state: FittedState) -> FittedState:
-    """The first process's numbers, bit for bit."""
-    numbers = {name: torch.tensor(v, dtype=torch.float64) for name, v in asdict(state).items() if v is not None}
-    broadcast_(list(numbers.values()))
-    return FittedState.from_mapping({name: values.tolist() for name, values in numbers.items()})
-
-
-def build_methods(
-    model: nn.Module,
-    settings: FitSettings,
-    fitted: Fitted,
-    *,
-    snapshots: Sequence[str | Path] = (),
-    ensemble_members: Sequence[str | Path] = (),
-) -> list[Method]:
-    """Make the methods that settings ask for, from what was fitted.
-
-    Args:
-        model: the model, for MC dropout's expert layers.
-        settings: which methods, and how they predict.
-        fitted: from `fit`.
-        snapshots: files of the checkpoint ensemble.
-        ensemble_members: files of the deep ensemble, beside the model's own weights.
-
-    Raises:
-        ValueError: if a method lacks what it needs.
-    """
-    makers = _makers(model, settings, fitted, snapshots, ensemble_members)
-    return [makers[name]() for name in settings.methods]
-
-
-def _makers(
-    model: nn.Module,
-    settings: FitSettings,
-    fitted: Fitted,
-    snapshots: Sequence[str | Path],
-    ensemble_members: Sequence[str | Path],
-) -> dict[str, Callable[[], Method]]:
-    state = fitted.state
-
-    def laplace(name: str, label: str, precision: tuple[float, ...] | None) -> Method:
-        return LaplaceMethod(
-            _posterior(fitted, name, precision),
-            name=name,
-            label=label,
-            link=settings.link,
-            num_samples=settings.num_samples,
-            seed=settings.seed,
-        )
-
-    return {
-        "map": MAP,
-        "mc_dropout": lambda: MCDropout(
-            settings.find_layers(model), p=settings.dropout, num_samples=settings.dropout_samples, seed=settings.seed
-        ),
-        "checkpoint_ensemble": lambda: CheckpointEnsemble(snapshots),
-        "deep_ensemble": lambda: DeepEnsemble(ensemble_members),
-        "temperature": lambda: TemperatureScaling(_fitted_value(state.temperature, "temperature")),
-        "laplace_evidence": lambda: laplace("laplace_evidence", "Bayesian-MoE (evidence)", state.evidence_precision),
-        "laplace_lpo": lambda: laplace("laplace_lpo", "Bayesian-MoE (LPO)", state.lpo_precision),
-        "laplace_temperature": lambda: LaplaceTemperature(
-            _posterior(fitted, "laplace_temperature", state.evidence_precision),
-            _fitted_value(state.laplace_temperature, "laplace_temperature"),
-            link=settings.link,
-            num_samples=settings.num_samples,
-            seed=settings.seed,
-        ),
-        "evidence_temperature": lambda: EvidenceTemperature(
-            _fitted_value(state.evidence_temperature, "evidence_temperature")
-        ),
-        "shrunk_temperature": lambda: ShrunkTemperature(_fitted_value(state.shrunk_temperature, "shrunk_temperature")),
-    }
-
-
-def _fitted_value(value: float | None, name: str) -> float:
-    if value is None:
-        raise ValueError(f"{name} has not been fitted; fit again with this method among `methods`")
-    return value
-
-
-def _posterior(fitted: Fitted, name: str, precision: tuple[float, ...] | None) -> LaplacePosterior:
-    if fitted.posterior is None or precision is None:
-        raise ValueError(f"{name} has not been fitted; fit again with this method among `methods`")
-    return fitted.posterior.with_prior_precision(torch.tensor(precision, dtype=torch.float64))

@@ -1,64 +1,46 @@
 """Calibration metrics from log-probabilities: functions, their torchmetrics twins, and bootstrap intervals."""
 
-from bmoe_lightning.metrics.bootstrap import (
+from bmoe_lightning.metrics.acc import Accuracy, accuracy
+from bmoe_lightning.metrics.binning import BinConvention, Binning
+from bmoe_lightning.metrics.bootstrap import Interval, calibration_resamples, percentile_interval
+from bmoe_lightning.metrics.brier import BrierScore, brier_score
+from bmoe_lightning.metrics.calibration import (
+    HEADLINE_METRICS,
     METRIC_NAMES,
-    Estimate,
-    Interval,
-    MetricName,
-    bootstrap_interval,
-    calibration_resamples,
-    calibration_summary,
-    calibration_values,
-    percentile_interval,
-)
-from bmoe_lightning.metrics.classes import (
-    Accuracy,
-    BrierScore,
-    ExpectedCalibrationError,
-    NegativeLogLikelihood,
-    ReliabilityDiagram,
     calibration_metrics,
+    calibration_values,
 )
-from bmoe_lightning.metrics.functional import (
-    BinConvention,
-    CalibrationNorm,
-    ReliabilityCurve,
-    accuracy,
-    brier_score,
-    check_predictions,
-    expected_calibration_error,
-    misclassification_auroc,
-    negative_log_likelihood,
-    reliability_curve,
-    top_label,
-)
+from bmoe_lightning.metrics.ece import CalibrationNorm, ExpectedCalibrationError, expected_calibration_error
+from bmoe_lightning.metrics.headline import HeadlineMetric, Resamples
+from bmoe_lightning.metrics.inputs import check_predictions, top_label
+from bmoe_lightning.metrics.nll import NegativeLogLikelihood, negative_log_likelihood
 from bmoe_lightning.metrics.plotting import draw_reliability_curve, new_axes
+from bmoe_lightning.metrics.reliability import ReliabilityCurve, ReliabilityDiagram, reliability_curve
 from bmoe_lightning.metrics.selective import selective_risk
 
 __all__ = [
+    "HEADLINE_METRICS",
     "METRIC_NAMES",
     "Accuracy",
     "BinConvention",
+    "Binning",
     "BrierScore",
     "CalibrationNorm",
-    "Estimate",
     "ExpectedCalibrationError",
+    "HeadlineMetric",
     "Interval",
-    "MetricName",
     "NegativeLogLikelihood",
     "ReliabilityCurve",
     "ReliabilityDiagram",
+    "Resamples",
     "accuracy",
-    "bootstrap_interval",
     "brier_score",
     "calibration_metrics",
     "calibration_resamples",
-    "calibration_summary",
     "calibration_values",
     "check_predictions",
     "draw_reliability_curve",
     "expected_calibration_error",
-    "misclassification_auroc",
     "negative_log_likelihood",
     "new_axes",
     "percentile_interval",

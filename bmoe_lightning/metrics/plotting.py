@@ -4,19 +4,19 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from bmoe_lightning.metrics.functional import ReliabilityCurve
-
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
+
+    from bmoe_lightning.metrics.reliability import ReliabilityCurve
 
 
 def new_axes(width: float = 4.8, height: float = 4.8) -> tuple[Figure, Axes]:
     """A new figure on the Agg canvas with one pair of axes, leaving the backend the user chose alone.
 
     Args:
-        width: Inches.
-        height: Inches.
+        width: Width in inches.
+        height: Height in inches.
 
     Raises:
         ModuleNotFoundError: If matplotlib is not installed.
@@ -26,7 +26,7 @@ def new_axes(width: float = 4.8, height: float = 4.8) -> tuple[Figure, Axes]:
         from matplotlib.figure import Figure
     except ModuleNotFoundError as error:
         raise ModuleNotFoundError(
-            "Drawing needs matplotlib, which is not installed: pip install 'bmoe-lightning[plots]'."
+            "drawing needs matplotlib, which is not installed; pip install 'bmoe-lightning[plots]'"
         ) from error
     figure = Figure(figsize=(width, height), dpi=120, layout="constrained")
     FigureCanvasAgg(figure)
@@ -34,7 +34,13 @@ def new_axes(width: float = 4.8, height: float = 4.8) -> tuple[Figure, Axes]:
 
 
 def draw_reliability_curve(
-    ax: Axes, curve: ReliabilityCurve, *, color: str = "#0072B2", marker: str = "o", label: str | None = None
+    ax: Axes,
+    curve: ReliabilityCurve,
+    *,
+    color: str = "#0072B2",
+    marker: str = "o",
+    linestyle: str = "-",
+    label: str | None = None,
 ) -> None:
     """Draw accuracy over mean confidence with the diagonal, on equal axes from 0 to 1; empty bins are left out.
 
@@ -44,8 +50,9 @@ def draw_reliability_curve(
         ax: Where to draw; what is there already stays, so that several curves overlay.
         curve: What to draw.
         color: Colour of line and markers.
-        marker: matplotlib marker.
-        label: Name in the legend.
+        marker: Marker, as matplotlib names it.
+        linestyle: Line style, as matplotlib names it.
+        label: Name in the legend; None for no entry.
     """
     filled = (curve.count > 0).cpu()
     confidence = curve.confidence.cpu()[filled].tolist()
@@ -53,7 +60,8 @@ def draw_reliability_curve(
     count = curve.count.cpu()[filled]
     area = (10 + 600 * count / count.sum()).tolist() if len(count) else []
     ax.plot([0, 1], [0, 1], color="#888888", linestyle="--", linewidth=1, zorder=1)
-    ax.plot(confidence, accuracy, color=color, linewidth=1.2, marker=marker, markersize=3, label=label, zorder=3)
+    (line,) = ax.plot(confidence, accuracy, color=color, linestyle=linestyle, linewidth=1.2, label=label, zorder=3)
+    line.set(marker=marker, markersize=3)
     ax.scatter(confidence, accuracy, s=area, color=color, marker=marker, alpha=0.5, linewidths=0, zorder=2)
     ax.set(xlim=(0, 1), ylim=(0, 1), xlabel="confidence", ylabel="accuracy")
     ax.set_aspect("equal", adjustable="box")

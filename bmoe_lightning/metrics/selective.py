@@ -1,4 +1,8 @@
-"""Selective prediction: how often the answers are wrong when only the most confident ones are given."""
+"""Selective prediction: how often the answers are wrong when only the most confident ones are given.
+
+El-Yaniv and Wiener 2010 (https://jmlr.org/papers/v11/el-yaniv10a.html); for neural networks Geifman and El-Yaniv 2017
+(https://arxiv.org/abs/1705.08500).
+"""
 
 from __future__ import annotations
 
@@ -7,30 +11,30 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from bmoe_lightning.metrics.functional import check_predictions
+from bmoe_lightning.metrics.inputs import check_predictions
 
 
 def selective_risk(log_probs: Tensor, target: Tensor, coverages: Sequence[float]) -> Tensor:
-    """Error rate among the most confident fraction of the examples (El-Yaniv and Wiener 2010).
+    """Error rate among the most confident fraction of the examples.
 
-    At coverage c the ``ceil(c N)`` most confident examples are answered. Examples that are equally confident count with
+    At coverage c the `ceil(c N)` most confident examples are answered. Examples that are equally confident count with
     their mean error, which is the expectation over their order.
 
     Args:
-        log_probs: ``[N, K]``, normalised natural log-probabilities.
-        target: ``[N]``, class indices.
+        log_probs: Normalised natural log-probabilities, `[N, K]`.
+        target: Class indices, `[N]`.
         coverages: Fractions in (0, 1].
 
     Returns:
-        ``[len(coverages)]`` float64 in [0, 1].
+        Error rates `[len(coverages)]`, float64 in [0, 1].
 
     Raises:
-        TypeError: See :func:`~bmoe_lightning.metrics.functional.check_predictions`.
-        ValueError: See there, or if a coverage is out of range.
+        TypeError: If a tensor has the wrong dtype; see `check_predictions`.
+        ValueError: If the predictions are refused, see `check_predictions`, or a coverage is out of range.
     """
-    wanted = torch.tensor(list(coverages), dtype=torch.float64)
-    if not bool(((wanted > 0) & (wanted <= 1)).all()):
-        raise ValueError(f"coverages must lie in (0, 1], found {list(coverages)}.")
+    fractions = torch.tensor(list(coverages), dtype=torch.float64)
+    if not bool(((fractions > 0) & (fractions <= 1)).all()):
+        raise ValueError(f"coverages must lie in (0, 1], found {list(coverages)}")
     log_probs, target = check_predictions(log_probs, target)
     score, predicted = log_probs.max(dim=1)
     error = (predicted != target).double()
@@ -39,5 +43,5 @@ def selective_risk(log_probs: Tensor, target: Tensor, coverages: Sequence[float]
     mean_error = torch.zeros_like(size, dtype=torch.float64).scatter_add_(0, group, error) / size
     cumulative = mean_error.repeat_interleave(size).cumsum(0)
     # The small term keeps a product such as 0.07 * 100 = 7.000000000000001 from answering one more.
-    answered = torch.ceil(wanted * len(target) - 1e-9).long().clamp(min=1).to(cumulative.device)
+    answered = torch.ceil(fractions * len(target) - 1e-9).long().clamp(min=1).to(cumulative.device)
     return cumulative[answered - 1] / answered

@@ -1,10 +1,11 @@
-"""Language models and their tokenizers by folder or hub id, whole or not at all, and without code from the hub."""
+"""Language models and their tokenizers by folder or hub id: completely or not at all, and without code from the hub."""
 
 from __future__ import annotations
 
 import re
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Literal
 
@@ -21,6 +22,7 @@ from transformers import (
 )
 
 from bmoe_lightning.models import register_models
+from bmoe_lightning.utils.messages import first_line, first_names
 
 DtypeName = Literal["auto", "float32", "bfloat16", "float16"]
 
@@ -32,33 +34,56 @@ _BYTE_LEVEL_SPACE, _LLAMA_SPACE = "\u0120", "\u2581"
 
 
 class ModelUnavailableError(RuntimeError):
-    """A model was asked for by its folder or hub id, and could not be had whole."""
+    """A model, named by its folder or hub id, could not be loaded completely."""
+
+
+@contextmanager
+def model_source(source: str, *errors: type[Exception]) -> Iterator[None]:
+    """Explain in one sentence why the files of a model could not be read.
+
+    Args:
+        source: Local folder or hub id; anything else is refused before the files are read.
+        errors: Further exceptions, beside those about missing or damaged files, that are explained that way.
+
+    Raises:
+        ModelUnavailableError: If there is no such folder, the hub does not have the model or cannot be reached, or
+            files are missing or damaged.
+    """
+    folder = Path(source).is_dir()
+    if not folder and not HUB_ID.fullmatch(source):
+        raise ModelUnavailableError(f"there is no folder {source!r}, and it is no hub id, which reads owner/name")
+    expected: tuple[type[Exception], ...] = (OSError, SafetensorError, *errors)
+    try:
+        yield
+    except expected as error:
+        remedy = (
+            "are all its files there and complete?" if folder else "the path of a local folder works without the hub."
+        )
+        message = f"the model {source!r} could not be loaded ({first_line(error)}); {remedy}"
+        raise ModelUnavailableError(message) from None
 
 
 def load_causal_model(source: str, dtype: DtypeName = "auto") -> PreTrainedModel:
     """Load a causal language model on the CPU, in evaluation mode. Code from the hub is never run.
 
-    Families of `bmoe_lightning.models` load like those of transformers, also where config.json names code of their own.
-    Tensors in the files that the model has no place for are left out, with a warning that names them.
+    Families of `bmoe_lightning.models` load like those of transformers, also where config.json names custom code.
+    Tensors in the files that the model has no place for are ignored, with a warning that names them.
 
     Args:
-        source: local folder or hub id.
-        dtype: of the weights; `auto` is as they were saved.
+        source: Local folder or hub id.
+        dtype: Dtype of the weights; `auto` is as they were saved.
 
     Raises:
-        ModelUnavailableError: if there is no such folder, the hub cannot give the model, files are missing or cut
-            short, or they lack weights of the model (a single expert, say) or hold them in other shapes, which
-            transformers would leave random.
-        ValueError: if transformers does not know the kind of model, or the configuration asks for what is not
+        ModelUnavailableError: If there is no such folder, the hub does not have the model, files are missing or
+            damaged, or they lack weights of the model (a single expert, say) or hold them in other shapes, which
+            transformers would initialise at random.
+        ValueError: If transformers does not know the kind of model, or the configuration asks for what is not
             implemented.
     """
     register_models()
-    folder = Path(source).is_dir()
-    if not folder and not HUB_ID.fullmatch(source):
-        raise ModelUnavailableError(f"there is no folder {source!r}, and it is no hub id, which reads owner/name")
     try:
         # The trainer's device context would make transformers ask for accelerate; the strategy moves the model later.
-        with torch.device("cpu"):
+        with model_source(source), torch.device("cpu"):
             loaded: Any = AutoModelForCausalLM.from_pretrained(
                 source,
                 dtype=dtype,
@@ -67,10 +92,6 @@ def load_causal_model(source: str, dtype: DtypeName = "auto") -> PreTrainedModel
                 # So that the report names them; `_check_complete` refuses them.
                 ignore_mismatched_sizes=True,
             )
-    except (OSError, SafetensorError) as error:
-        reason = str(error).splitlines()[0].rstrip(".") if str(error) else type(error).__name__
-        remedy = "are all its files there and whole?" if folder else "the path of a local folder works without the hub."
-        raise ModelUnavailableError(f"the model {source!r} could not be had ({reason}); {remedy}") from None
     except StrictDataclassError as error:
         reason = " ".join(str(error).split()).rstrip(".")
         raise ValueError(f"the configuration of {source!r} does not describe a model ({reason})") from None
@@ -87,19 +108,19 @@ def load_causal_model(source: str, dtype: DtypeName = "auto") -> PreTrainedModel
 
 
 def load_tokenizer(source: str) -> PreTrainedTokenizerBase:
-    """Load a tokenizer as its files describe it. Code from the hub is never run, and nobody is asked whether it may.
+    """Load a tokenizer as its files describe it. Code from the hub is never run, and no prompt asks to run it.
 
     Args:
-        source: local folder or hub id.
+        source: Local folder or hub id.
 
     Raises:
-        OSError: if the tokenizer cannot be had.
-        ValueError: if it exists as code alone.
+        OSError: If the tokenizer could not be loaded.
+        ValueError: If it exists as code alone.
     """
     register_models()
     tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=False)
-    # DeepSeek's tokenizers name Llama's class but are byte-level. Until 5.22 transformers took the class at its word,
-    # which replaces the splitter of tokenizer.json by Llama's own: every space of a prompt is lost.
+    # DeepSeek's tokenizers name Llama's class but are byte-level. Transformers before 5.22 used that class, which
+    # replaces the pre-tokenizer of tokenizer.json by Llama's: every space of a prompt is lost.
     vocabulary = tokenizer.get_vocab()
     if isinstance(tokenizer, LlamaTokenizer) and _BYTE_LEVEL_SPACE in vocabulary and _LLAMA_SPACE not in vocabulary:
         return PreTrainedTokenizerFast.from_pretrained(source, trust_remote_code=False)
@@ -107,25 +128,21 @@ def load_tokenizer(source: str) -> PreTrainedTokenizerBase:
 
 
 def _check_complete(source: str, model: PreTrainedModel, report: Mapping[str, Any]) -> None:
-    """Refuse weights that are missing or of other shapes; warn of surplus ones."""
+    """Refuse weights that are missing or have other shapes; warn of surplus ones."""
     shapes = [
-        f"{name} (shape {list(found)} in the files, {list(wanted)} in the model)"
-        for name, found, wanted in report["mismatched_keys"]
+        f"{name} (shape {list(found)} in the files, {list(expected)} in the model)"
+        for name, found, expected in report["mismatched_keys"]
     ]
     broken = sorted({*report["missing_keys"], *shapes})
     if broken:
         raise ModelUnavailableError(
             f"the files of {source!r} do not hold all weights of {type(model).__name__}, which would stay random: "
-            f"{_shown(broken)}. Is the download complete, and is it a causal language model?"
+            f"{first_names(broken)}. Is the download complete, and is it a causal language model?"
         )
-    surplus = sorted(report["unexpected_keys"])
+    surplus = report["unexpected_keys"]
     if surplus:
         warnings.warn(
             f"{type(model).__name__} has no place for {len(surplus)} of the tensors in the files of {source!r}, which "
-            f"are left out: {_shown(surplus)}. If the model should use them, config.json does not fit the weights.",
+            f"are ignored: {first_names(surplus)}. If the model should use them, config.json does not fit the weights.",
             stacklevel=3,
         )
-
-
-def _shown(names: Sequence[str]) -> str:
-    return ", ".join(names[:3]) + (" and more" if len(names) > 3 else "")

@@ -11,18 +11,21 @@ from bmoe_lightning.report.figures import (
 )
 from bmoe_lightning.report.files import library_versions, write_results
 from bmoe_lightning.report.results import MethodResult, MetricSummary, Row, SummarySettings, summarise
+from bmoe_lightning.report.styles import MethodStyle, method_styles
 from bmoe_lightning.report.table import results_markdown, results_table
 from bmoe_lightning.report.tensorboard import write_tensorboard
 
 __all__ = [
     "LabelBudgetPoint",
     "MethodResult",
+    "MethodStyle",
     "MetricSummary",
     "Row",
     "SummarySettings",
     "label_budget_figure",
     "library_versions",
     "matplotlib_available",
+    "method_styles",
     "reliability_figure",
     "reliability_overlay",
     "results_markdown",

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import importlib.util
 import io
-import zlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,34 +15,14 @@ from torch import Tensor
 from bmoe_lightning.metrics import ReliabilityCurve, draw_reliability_curve, new_axes, reliability_curve
 from bmoe_lightning.report.files import check_rows_match
 from bmoe_lightning.report.results import MethodResult, Row, by_method
+from bmoe_lightning.report.styles import MethodStyle, method_styles
 from bmoe_lightning.utils.atomic_io import write_bytes
 
 if TYPE_CHECKING:
+    from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-# Paul Tol's muted scheme: told apart with every common kind of colour blindness, in print too.
-_PALETTE = ("#332288", "#CC6677", "#117733", "#DDCC77", "#88CCEE", "#882255", "#44AA99", "#999933", "#AA4499")
-_MARKERS = ("s", "^", "D", "v", "P", "X", "<", ">", "h")
-_KNOWN = (
-    "laplace_evidence",
-    "temperature",
-    "mc_dropout",
-    "deep_ensemble",
-    "checkpoint_ensemble",
-    "laplace_lpo",
-    "evidence_temperature",
-    "shrunk_temperature",
-    "laplace_temperature",
-)
 _WELL_FILLED_SHARE = 0.02
-
-
-@dataclass(frozen=True)
-class MethodStyle:
-    """How a method is drawn, in every figure."""
-
-    color: str
-    marker: str
 
 
 @dataclass(frozen=True)
@@ -53,7 +32,7 @@ class LabelBudgetPoint:
     Attributes:
         method: Slug.
         label: Name for people.
-        num_labels: How many labels; None for all there are.
+        num_labels: Number of labels; None for all there are.
         median: Median test NLL in nats; a temperature fitted on ten labels can be arbitrarily bad.
         low: Lower end of its band.
         high: Upper end of its band.
@@ -70,23 +49,6 @@ class LabelBudgetPoint:
 def matplotlib_available() -> bool:
     """Whether figures can be drawn."""
     return importlib.util.find_spec("matplotlib") is not None
-
-
-def method_style(method: str) -> MethodStyle:
-    """Colour and marker of a method: near-black for ``map``, an own one for each known method.
-
-    Any other method gets one that depends on its name alone, so it keeps it from figure to figure.
-
-    Args:
-        method: Slug.
-    """
-    if method == "map":
-        return MethodStyle("#222222", "o")
-    if method in _KNOWN:
-        index = _KNOWN.index(method)
-        return MethodStyle(_PALETTE[index], _MARKERS[index])
-    code = zlib.crc32(method.encode())
-    return MethodStyle(_PALETTE[code % len(_PALETTE)], _MARKERS[code // len(_PALETTE) % len(_MARKERS)])
 
 
 def pooled_curve(group: Sequence[MethodResult], row: Row) -> ReliabilityCurve:
@@ -109,29 +71,29 @@ def well_filled(curve: ReliabilityCurve) -> ReliabilityCurve:
     Args:
         curve: Any reliability curve.
     """
-    kept = curve.count >= _WELL_FILLED_SHARE * curve.count.sum()
+    filled = curve.count >= _WELL_FILLED_SHARE * curve.count.sum()
     nan = torch.full_like(curve.count, torch.nan)
     return ReliabilityCurve(
         curve.bin_edges,
-        torch.where(kept, curve.confidence, nan),
-        torch.where(kept, curve.accuracy, nan),
-        torch.where(kept, curve.count, torch.zeros_like(curve.count)),
+        torch.where(filled, curve.confidence, nan),
+        torch.where(filled, curve.accuracy, nan),
+        torch.where(filled, curve.count, torch.zeros_like(curve.count)),
     )
 
 
-def reliability_figure(group: Sequence[MethodResult], row: Row) -> Figure:
+def reliability_figure(group: Sequence[MethodResult], row: Row, style: MethodStyle) -> Figure:
     """Reliability diagram of one method, with the number of items and the ECE in the title.
 
     Args:
         group: Results of one method, over its seeds.
         row: Its row.
+        style: How to draw it; see `method_styles`.
 
     Raises:
         ModuleNotFoundError: If matplotlib is not installed.
     """
     figure, ax = new_axes()
-    style = method_style(row.method)
-    draw_reliability_curve(ax, pooled_curve(group, row), color=style.color, marker=style.marker)
+    _draw(ax, pooled_curve(group, row), style)
     ax.set_title(f"{row.label}\nn = {_items(row)}, ECE = {row.metrics['ece'].mean:.3f}", fontsize=10)
     return figure
 
@@ -139,58 +101,57 @@ def reliability_figure(group: Sequence[MethodResult], row: Row) -> Figure:
 def reliability_overlay(results: Sequence[MethodResult], rows: Sequence[Row]) -> Figure:
     """Reliability curves of all methods on one pair of axes, the ECE of each in the legend.
 
-    Only well-filled bins are drawn, see :func:`well_filled`.
+    Only well-filled bins are drawn, see `well_filled`.
 
     Args:
         results: What the rows were made from.
-        rows: From ``summarise``.
+        rows: From `summarise`.
 
     Raises:
         ModuleNotFoundError: If matplotlib is not installed.
         ValueError: If rows and results do not match.
     """
     check_rows_match(results, rows)
-    groups = by_method(results)
+    groups, styles = by_method(results), method_styles([row.method for row in rows])
     figure, ax = new_axes(5.2, 5.2 + 0.2 * len(rows))
     for row in rows:
         curve = well_filled(pooled_curve(groups[row.method], row))
-        style = method_style(row.method)
-        draw_reliability_curve(
-            ax,
-            curve,
-            color=style.color,
-            marker=style.marker,
-            label=f"{row.label} (ECE {row.metrics['ece'].mean:.3f})",
-        )
+        _draw(ax, curve, styles[row.method], label=f"{row.label} (ECE {row.metrics['ece'].mean:.3f})")
     ax.set_title(f"n = {_items(rows[0])}; bins with at least {100 * _WELL_FILLED_SHARE:g} % of the items", fontsize=10)
     # Below, not beside: TensorBoard shrinks an image to the width of its card.
     figure.legend(loc="outside lower center", frameon=False, fontsize=9)
     return figure
 
 
-def label_budget_figure(points: Sequence[LabelBudgetPoint]) -> Figure:
+def label_budget_figure(points: Sequence[LabelBudgetPoint], methods: Sequence[str]) -> Figure:
     """Test NLL against the number of labels: one line a method, with its band. Budgets are equally spaced.
 
     Args:
-        points: Any order; at most one a method and budget.
+        points: Points in any order; at most one a method and budget.
+        methods: All methods of the run, in the order of its table, so that each has the style of the other figures.
 
     Raises:
         ModuleNotFoundError: If matplotlib is not installed.
-        ValueError: If there are no points or a method has two for one budget.
+        ValueError: If there are no points, a method has two for one budget, or is none of `methods`.
     """
     if not points:
-        raise ValueError("There are no points to draw.")
+        raise ValueError("there are no points to draw")
+    styles = method_styles(methods)
+    unknown = sorted({point.method for point in points} - set(styles))
+    if unknown:
+        raise ValueError(f"the points are of {unknown}, but the methods of the run are {list(styles)}; name them all")
     counts = sorted({point.num_labels for point in points if point.num_labels is not None})
     budgets: list[int | None] = [*counts, *([None] if any(point.num_labels is None for point in points) else [])]
     figure, ax = new_axes(8.0, 4.4)
     for method in dict.fromkeys(point.method for point in points):
-        own = sorted((p for p in points if p.method == method), key=lambda p: budgets.index(p.num_labels))
-        positions = [budgets.index(point.num_labels) for point in own]
+        line = sorted((p for p in points if p.method == method), key=lambda p: budgets.index(p.num_labels))
+        positions = [budgets.index(point.num_labels) for point in line]
         if len(set(positions)) != len(positions):
-            raise ValueError(f"{method} has more than one point for a number of labels.")
-        style = method_style(method)
-        ax.fill_between(positions, [p.low for p in own], [p.high for p in own], color=style.color, alpha=0.15, lw=0)
-        ax.plot(positions, [p.median for p in own], color=style.color, marker=style.marker, label=own[0].label)
+            raise ValueError(f"{method} has more than one point for a number of labels; leave one of them out")
+        style = styles[method]
+        ax.fill_between(positions, [p.low for p in line], [p.high for p in line], color=style.color, alpha=0.15, lw=0)
+        (drawn,) = ax.plot(positions, [p.median for p in line], color=style.color, label=line[0].label)
+        drawn.set(marker=style.marker, linestyle=style.linestyle)
     ax.set_xticks(range(len(budgets)), ["all" if budget is None else str(budget) for budget in budgets])
     ax.set(xlabel="labels for calibration", ylabel="test NLL (nats)")
     figure.legend(loc="outside right upper", frameon=False, fontsize=9)
@@ -198,10 +159,10 @@ def label_budget_figure(points: Sequence[LabelBudgetPoint]) -> Figure:
 
 
 def figure_image(figure: Figure) -> Tensor:
-    """Pixels of a figure: ``[3, H, W]`` uint8.
+    """Pixels of a figure, `[3, H, W]` uint8.
 
     Args:
-        figure: Drawn on an Agg canvas, as those of this module are.
+        figure: Figure on an Agg canvas, as those of this module are.
     """
     figure.canvas.draw()
     pixels = torch.frombuffer(bytearray(figure.canvas.buffer_rgba()), dtype=torch.uint8)  # type: ignore[attr-defined]
@@ -214,7 +175,7 @@ def save_figure(figure: Figure, path: str | Path) -> Path:
 
     Args:
         figure: What to write.
-        path: Where to; its folder exists.
+        path: File; its folder exists.
     """
     buffer = io.BytesIO()
     figure.savefig(buffer, format="png")
@@ -223,12 +184,12 @@ def save_figure(figure: Figure, path: str | Path) -> Path:
 
 
 def write_figures(output_dir: str | Path, results: Sequence[MethodResult], rows: Sequence[Row]) -> list[Path]:
-    """Write ``reliability_<method>.png`` for every method, and ``reliability.png`` with all of them.
+    """Write `reliability_<method>.png` for every method, and `reliability.png` with all of them.
 
     Args:
-        output_dir: Created if missing.
+        output_dir: Folder, created if missing.
         results: What the rows were made from.
-        rows: From ``summarise``.
+        rows: From `summarise`.
 
     Raises:
         ModuleNotFoundError: If matplotlib is not installed.
@@ -237,12 +198,18 @@ def write_figures(output_dir: str | Path, results: Sequence[MethodResult], rows:
     check_rows_match(results, rows)
     folder = Path(output_dir)
     folder.mkdir(parents=True, exist_ok=True)
-    groups = by_method(results)
+    groups, styles = by_method(results), method_styles([row.method for row in rows])
     paths = [
-        save_figure(reliability_figure(groups[row.method], row), folder / f"reliability_{row.method}.png")
+        save_figure(
+            reliability_figure(groups[row.method], row, styles[row.method]), folder / f"reliability_{row.method}.png"
+        )
         for row in rows
     ]
     return [*paths, save_figure(reliability_overlay(results, rows), folder / "reliability.png")]
+
+
+def _draw(ax: Axes, curve: ReliabilityCurve, style: MethodStyle, label: str | None = None) -> None:
+    draw_reliability_curve(ax, curve, color=style.color, marker=style.marker, linestyle=style.linestyle, label=label)
 
 
 def _items(row: Row) -> str:

@@ -1,4 +1,4 @@
-"""The results as files: ``results.json``, ``results.csv``, ``results.md`` and ``predictions.jsonl``."""
+"""The results as files: `results.json`, `results.csv`, `results.md` and `predictions.jsonl`."""
 
 from __future__ import annotations
 
@@ -20,10 +20,14 @@ from bmoe_lightning.utils.atomic_io import write_text
 _PACKAGES = ("torch", "lightning", "transformers", "torchmetrics", "bmoe-lightning")
 
 
-def library_versions() -> dict[str, str]:
-    """Versions of Python and of the libraries that the numbers depend on; "not installed" where there is none."""
+def library_versions(packages: Sequence[str] = _PACKAGES) -> dict[str, str]:
+    """Versions of Python and of the libraries that the numbers depend on; "not installed" where there is none.
+
+    Args:
+        packages: Names on the package index.
+    """
     versions = {"python": platform.python_version()}
-    for package in _PACKAGES:
+    for package in packages:
         try:
             versions[package.replace("-", "_")] = metadata.version(package)
         except metadata.PackageNotFoundError:
@@ -41,22 +45,22 @@ def write_results(
 ) -> dict[str, Path]:
     """Write everything a reader needs to check or redo the comparison.
 
-    JSON has no infinity: a number that is not finite is written as the string ``inf``, ``-inf`` or ``nan``, and a
-    log-probability of ``-inf``, which an absent class has, as null.
+    JSON has no infinity: a number that is not finite is written as the string `inf`, `-inf` or `nan`, and a
+    log-probability of `-inf`, which an absent class has, as null.
 
     Args:
-        output_dir: Created if missing; files of the same names are replaced.
+        output_dir: Folder, created if missing; files of the same names are replaced.
         results: What the rows were made from.
-        rows: From ``summarise``.
+        rows: From `summarise`.
         config: Settings of the run; plain values, lists, dictionaries and paths.
-        versions: Of the libraries; :func:`library_versions` if None.
+        versions: Versions of the libraries; `library_versions` if None.
 
     Returns:
         The paths by file name.
 
     Raises:
-        TypeError: If ``config`` holds something JSON cannot.
-        ValueError: If results and rows are not of the same methods and seeds, or see ``by_method``.
+        TypeError: If `config` holds something JSON cannot.
+        ValueError: If results and rows do not match, or the results cannot be compared; see `by_method`.
     """
     check_rows_match(results, rows)
     folder = Path(output_dir)
@@ -77,15 +81,15 @@ def check_rows_match(results: Sequence[MethodResult], rows: Sequence[Row]) -> No
 
     Args:
         results: Predictions.
-        rows: From ``summarise``.
+        rows: From `summarise`.
 
     Raises:
-        ValueError: If methods or seeds differ, or see ``by_method``.
+        ValueError: If methods or seeds differ, or the results cannot be compared; see `by_method`.
     """
-    found = {method: tuple(result.seed for result in group) for method, group in by_method(results).items()}
+    present = {method: tuple(result.seed for result in group) for method, group in by_method(results).items()}
     shown = {row.method: row.seeds for row in rows}
-    if found != shown:
-        raise ValueError(f"The rows show {shown}, but the results hold {found}: call summarise on these results.")
+    if present != shown:
+        raise ValueError(f"the rows show {shown}, but the results hold {present}; call summarise on these results")
 
 
 def _results_json(
@@ -108,6 +112,7 @@ def _results_json(
                     for name, m in row.metrics.items()
                 },
                 "extra": _jsonable(row.extra),
+                "hyperparameters": _jsonable(row.hyperparameters),
             }
             for row in rows
         ],

@@ -12,17 +12,17 @@ from torch import Tensor
 from bmoe_lightning.metrics import (
     METRIC_NAMES,
     BinConvention,
-    MetricName,
+    Binning,
     calibration_resamples,
     calibration_values,
     check_predictions,
     percentile_interval,
 )
+from bmoe_lightning.metrics.ece import convention_text
+
+HyperparameterValue = bool | int | float | str
 
 _SLUG = re.compile(r"[a-z][a-z0-9_]*")
-
-METRIC_HEADERS: dict[MetricName, str] = {"acc": "ACC ↑", "ece": "ECE ↓", "nll": "NLL ↓", "brier": "Brier ↓"}
-"""Column titles; the arrow says which direction is better."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -30,13 +30,14 @@ class MethodResult:
     """Predictions of one method, trained with one seed, on the test items.
 
     Attributes:
-        method: Short slug such as ``deep_ensemble``; lower-case letters, digits and underscores.
+        method: Short slug such as `my_method`; lower-case letters, digits and underscores.
         label: Name for people.
         seed: Training seed.
-        log_probs: ``[N, K]``, normalised natural log-probabilities; ``-inf`` for classes an item does not have.
-        target: ``[N]``, class indices.
+        log_probs: Normalised natural log-probabilities, `[N, K]`; `-inf` for classes an item does not have.
+        target: Class indices, `[N]`.
         ids: Name of each item, all different.
         extra: Further numbers worth a column, such as a fitted temperature or seconds spent.
+        hyperparameters: Options of the method, the same for all seeds.
 
     Raises:
         TypeError: If the tensors have the wrong dtype.
@@ -50,27 +51,28 @@ class MethodResult:
     target: Tensor
     ids: tuple[str, ...]
     extra: Mapping[str, float] = field(default_factory=dict)
+    hyperparameters: Mapping[str, HyperparameterValue] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         if not _SLUG.fullmatch(self.method):
             raise ValueError(
                 f"method must be a slug of lower-case letters, digits and underscores, found {self.method!r}; "
-                "put the name for people in label."
+                "put the name for people in label"
             )
         try:
             check_predictions(self.log_probs, self.target)
         except (TypeError, ValueError) as error:
-            raise type(error)(f"Predictions of {self.method} (seed {self.seed}): {error}") from error
+            raise type(error)(f"predictions of {self.method} (seed {self.seed}): {error}") from error
         if len(self.ids) != len(self.target) or len(set(self.ids)) != len(self.ids):
             raise ValueError(
                 f"{self.method} (seed {self.seed}) has {len(self.target)} predictions, but {len(self.ids)} ids, "
-                f"{len(set(self.ids))} of them different: every item needs an id of its own."
+                f"{len(set(self.ids))} of them different; give every item an id"
             )
 
 
 @dataclass(frozen=True)
 class SummarySettings:
-    """How results are summarised; kept with every row, so that a table can say it.
+    """How results are summarised; part of every row, so that a table can say it.
 
     Attributes:
         num_bins: Number of ECE bins.
@@ -86,10 +88,14 @@ class SummarySettings:
     level: float = 0.95
     bootstrap_seed: int = 0
 
+    @property
+    def binning(self) -> Binning:
+        """Number of bins and convention."""
+        return Binning(self.num_bins, self.convention)
+
     def ece_convention(self) -> str:
         """The ECE convention in words."""
-        bins = "(lo, hi]" if self.convention == "right" else "[lo, hi)"
-        return f"top-label confidence, {self.num_bins} equal-width bins {bins}, weighted by the items in a bin"
+        return convention_text(self.binning)
 
     def interval(self) -> str:
         """The interval in words."""
@@ -122,18 +128,20 @@ class Row:
         label: Name for people.
         seeds: Training seeds, ascending.
         num_examples: Number of test items N.
-        metrics: ``acc``, ``ece``, ``nll`` and ``brier``.
+        metrics: The headline metrics by name.
         extra: Means over seeds of the further numbers.
         settings: How the row was made.
+        hyperparameters: Options of the method.
     """
 
     method: str
     label: str
     seeds: tuple[int, ...]
     num_examples: int
-    metrics: dict[MetricName, MetricSummary]
+    metrics: dict[str, MetricSummary]
     extra: dict[str, float]
     settings: SummarySettings
+    hyperparameters: dict[str, HyperparameterValue] = field(default_factory=dict)
 
 
 def by_method(results: Sequence[MethodResult]) -> dict[str, list[MethodResult]]:
@@ -143,11 +151,11 @@ def by_method(results: Sequence[MethodResult]) -> dict[str, list[MethodResult]]:
         results: Any number of methods and seeds.
 
     Raises:
-        ValueError: If there are no results, a method has one seed twice or two labels, or results do not cover the same
-            items with the same answers in the same order.
+        ValueError: If there are no results, a method has one seed twice, two labels or different options, or results do
+            not cover the same items with the same answers in the same order.
     """
     if not results:
-        raise ValueError("There are no results to report.")
+        raise ValueError("there are no results to report")
     groups: dict[str, list[MethodResult]] = {}
     for result in results:
         _check_same_items(results[0], result)
@@ -156,9 +164,12 @@ def by_method(results: Sequence[MethodResult]) -> dict[str, list[MethodResult]]:
         group.sort(key=lambda result: result.seed)
         seeds = [result.seed for result in group]
         if len(set(seeds)) != len(seeds):
-            raise ValueError(f"{method} has more than one result for a seed: seeds {seeds}.")
+            raise ValueError(f"{method} has more than one result for a seed: {seeds}; leave one of them out")
         if len({result.label for result in group}) > 1:
-            raise ValueError(f"{method} goes by several labels: {sorted({result.label for result in group})}.")
+            labels = sorted({result.label for result in group})
+            raise ValueError(f"{method} has several labels: {labels}; give all its seeds the same")
+        if any(dict(result.hyperparameters) != dict(group[0].hyperparameters) for result in group):
+            raise ValueError(f"{method} has other options for some seeds; give methods with other options other names")
     return groups
 
 
@@ -167,12 +178,12 @@ def _check_same_items(first: MethodResult, other: MethodResult) -> None:
         raise ValueError(
             f"{other.method} (seed {other.seed}) was not evaluated on the same items, in the same order and with the "
             f"same answers, as {first.method} (seed {first.seed}); a table compares only what was measured on one test "
-            "set. Summarise them apart."
+            "set; summarise them apart"
         )
 
 
-def seed_values(result: MethodResult, settings: SummarySettings) -> dict[MetricName, float]:
-    """The four metrics of one method and seed.
+def seed_values(result: MethodResult, settings: SummarySettings) -> dict[str, float]:
+    """The headline metrics of one method and seed.
 
     Args:
         result: Predictions.
@@ -194,7 +205,7 @@ def summarise(results: Sequence[MethodResult], settings: SummarySettings | None 
         settings: Defaults if None.
 
     Raises:
-        ValueError: See :func:`by_method`.
+        ValueError: If the results cannot be compared; see `by_method`.
     """
     chosen = settings or SummarySettings()
     return [_row(group, chosen) for group in by_method(results).values()]
@@ -213,7 +224,7 @@ def _row(group: list[MethodResult], settings: SummarySettings) -> Row:
         )
         for result in group
     ]
-    metrics: dict[MetricName, MetricSummary] = {}
+    metrics: dict[str, MetricSummary] = {}
     for name in METRIC_NAMES:
         per_seed = torch.tensor([value[name] for value in values], dtype=torch.float64)
         interval = percentile_interval(torch.stack([sample[name] for sample in resamples]).mean(dim=0), settings.level)
@@ -227,6 +238,7 @@ def _row(group: list[MethodResult], settings: SummarySettings) -> Row:
         metrics=metrics,
         extra=_mean_extra(group),
         settings=settings,
+        hyperparameters=dict(group[0].hyperparameters),
     )
 
 
@@ -234,6 +246,6 @@ def _mean_extra(group: list[MethodResult]) -> dict[str, float]:
     names = list(dict.fromkeys(name for result in group for name in result.extra))
     means = {}
     for name in names:
-        found = [float(result.extra[name]) for result in group if name in result.extra]
-        means[name] = sum(found) / len(found)
+        values = [float(result.extra[name]) for result in group if name in result.extra]
+        means[name] = sum(values) / len(values)
     return means

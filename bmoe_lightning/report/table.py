@@ -5,55 +5,57 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 
-from bmoe_lightning.metrics import METRIC_NAMES, MetricName
-from bmoe_lightning.report.results import METRIC_HEADERS, MetricSummary, Row
+from bmoe_lightning.metrics import HEADLINE_METRICS, METRIC_NAMES, HeadlineMetric
+from bmoe_lightning.report.results import MetricSummary, Row
 
 _GAP = "  "
+_HEADER = ("method", *(metric.header for metric in HEADLINE_METRICS))
 
 
 def caption(rows: Sequence[Row]) -> str:
-    """What a reader needs to know to compare the numbers: items, seeds, ECE convention, interval.
+    """What a reader needs to know to compare the numbers: items, seeds, conventions, interval.
 
     Args:
-        rows: From ``summarise``.
+        rows: From `summarise`.
 
     Raises:
         ValueError: If there are no rows.
     """
     if not rows:
-        raise ValueError("There are no rows to show.")
+        raise ValueError("there are no rows to show")
     settings = rows[0].settings
     parts = [
         f"{rows[0].num_examples} test items, {_seed_words(rows)}.",
-        f"ECE: {settings.ece_convention()}. NLL in nats.",
+        *filter(None, (metric.note(settings.binning) for metric in HEADLINE_METRICS)),
         f"In brackets: {settings.interval()}.",
     ]
     if any(len(row.seeds) > 1 for row in rows):
         parts.append("±: standard deviation over seeds.")
-    if any(not row.metrics["ece"].low <= row.metrics["ece"].mean <= row.metrics["ece"].high for row in rows):
-        parts.append("An ECE interval may lie above its value: resampling adds noise to every bin.")
+    for metric in HEADLINE_METRICS:
+        summaries = [row.metrics[metric.name] for row in rows]
+        if metric.interval_note and any(not value.low <= value.mean <= value.high for value in summaries):
+            parts.append(metric.interval_note)
     return " ".join(parts)
 
 
 def results_table(rows: Sequence[Row], *, width: int = 120) -> str:
     """Aligned plain text: a row a method, then the caption.
 
-    Where a line would be wider than ``width``, intervals move to a line of their own below the means; a label that is
+    Where a line would be wider than `width`, intervals move to a line of their own below the means; a label that is
     still too long is cut.
 
     Args:
-        rows: From ``summarise``.
+        rows: From `summarise`.
         width: Columns of the terminal, at least 80.
 
     Raises:
         ValueError: If there are no rows or the terminal is too narrow.
     """
     if width < 80:
-        raise ValueError(f"width must be at least 80 columns, found {width}.")
+        raise ValueError(f"width must be at least 80 columns, found {width}")
     note = caption(rows)
-    header = ["method", *METRIC_HEADERS.values()]
     lines = [[row.label, *(f"{_mean(m)} {_interval(m)}" for m in _cells(row))] for row in rows]
-    if _total_width(_column_widths([header, *lines])) > width:
+    if _total_width(_column_widths([_HEADER, *lines])) > width:
         lines = [
             line
             for row in rows
@@ -62,25 +64,25 @@ def results_table(rows: Sequence[Row], *, width: int = 120) -> str:
                 ["", *(_interval(m) for m in _cells(row))],
             )
         ]
-    widths = _column_widths([header, *lines])
-    widths[0] = max(len(header[0]), min(widths[0], width - _total_width(widths[1:]) - len(_GAP)))
+    widths = _column_widths([_HEADER, *lines])
+    widths[0] = max(len(_HEADER[0]), min(widths[0], width - _total_width(widths[1:]) - len(_GAP)))
     rule = "─" * _total_width(widths)
     body = [_aligned(line, widths) for line in lines]
-    return "\n".join([_aligned(header, widths), rule, *body, rule, *_wrapped(note, width)])
+    return "\n".join([_aligned(_HEADER, widths), rule, *body, rule, *_wrapped(note, width)])
 
 
 def results_markdown(rows: Sequence[Row]) -> str:
-    """Markdown table of the four metrics, the best mean of each in bold, then further numbers if any, then the caption.
+    """Markdown table of the headline metrics, the best mean of each in bold, then further numbers, then the caption.
 
     Args:
-        rows: From ``summarise``.
+        rows: From `summarise`.
 
     Raises:
         ValueError: If there are no rows.
     """
     note = caption(rows)
-    best = {name: _best(rows, name) for name in METRIC_NAMES}
-    lines = [["method", *METRIC_HEADERS.values()]]
+    best = {metric.name: _best(rows, metric) for metric in HEADLINE_METRICS}
+    lines = [list(_HEADER)]
     for row in rows:
         cells = []
         for name in METRIC_NAMES:
@@ -100,10 +102,10 @@ def results_markdown(rows: Sequence[Row]) -> str:
     return "\n\n".join(blocks) + "\n"
 
 
-def _best(rows: Sequence[Row], name: MetricName) -> str:
-    means = [row.metrics[name].mean for row in rows]
+def _best(rows: Sequence[Row], metric: HeadlineMetric) -> str:
+    means = [row.metrics[metric.name].mean for row in rows]
     # As printed: a difference that the table does not show is no reason to prefer a method.
-    return _number(max(means) if name == "acc" else min(means))
+    return _number(max(means) if metric.higher_is_better else min(means))
 
 
 def _cells(row: Row) -> list[MetricSummary]:

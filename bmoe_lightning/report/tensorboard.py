@@ -21,10 +21,9 @@ from bmoe_lightning.report.figures import (
     well_filled,
 )
 from bmoe_lightning.report.files import check_rows_match
-from bmoe_lightning.report.results import MethodResult, Row, by_method
+from bmoe_lightning.report.results import HyperparameterValue, MethodResult, Row, by_method
+from bmoe_lightning.report.styles import method_styles
 from bmoe_lightning.report.table import results_markdown
-
-HyperparameterValue = bool | int | float | str
 
 _logger = logging.getLogger(__name__)
 _COVERAGES = range(5, 101, 5)
@@ -45,49 +44,44 @@ def write_tensorboard(
     results: Sequence[MethodResult],
     rows: Sequence[Row],
     *,
-    hyperparameters: Mapping[str, HyperparameterValue],
-    method_hyperparameters: Mapping[str, Mapping[str, HyperparameterValue]] | None = None,
+    hyperparameters: Mapping[str, HyperparameterValue] | None = None,
     step: int = 0,
 ) -> None:
-    """Write the comparison; call it once a log directory, at the end, since TensorBoard keeps what was written before.
+    """Write the comparison; call it once a log directory, at the end, since TensorBoard shows what was written before.
 
-    Each sub-run ``log_dir/<method>`` gets ``test/acc``, ``test/ece``, ``test/nll`` and ``test/brier`` (means over
-    seeds), further numbers under ``extra/``, one HParams row with all four metrics, a reliability diagram, and curves
-    whose step is a percentage: ``calibration/accuracy_by_confidence`` and ``calibration/gap_by_confidence`` (accuracy
-    minus confidence; zero is calibrated) over confidence, in well-filled bins, and ``selective/risk`` over coverage.
-    The run ``log_dir`` itself gets the table, a note on how to read the page, and the reliability curves of all methods
-    on one pair of axes. Without matplotlib the figures
-    are left out, with one warning.
+    Each sub-run `log_dir/<method>` gets the headline metrics as `test/<metric>` (means over seeds), further numbers
+    under `extra/`, one HParams row with all headline metrics and the method's options, a reliability diagram, and
+    curves whose step is a percentage: `calibration/accuracy_by_confidence` and `calibration/gap_by_confidence`
+    (accuracy minus confidence; zero is calibrated) over confidence, in well-filled bins, and `selective/risk` over
+    coverage. The run `log_dir` itself gets the table, a note on how to read the page, and the reliability curves of all
+    methods on one pair of axes. Without matplotlib the figures are left out, with one warning.
 
     Args:
         log_dir: Parent of the sub-runs; created if missing.
         results: What the rows were made from.
-        rows: From ``summarise``.
-        hyperparameters: Settings shared by all methods.
-        method_hyperparameters: Settings of single methods, by slug.
+        rows: From `summarise`.
+        hyperparameters: Settings shared by all methods, beside the options of each (`MethodResult.hyperparameters`),
+            which win.
         step: Step of the test metrics; the trainer's last, to share an axis with training curves.
 
     Raises:
-        ValueError: If rows and results do not match, or settings are for a method without a row.
+        ValueError: If rows and results do not match.
     """
     check_rows_match(results, rows)
-    own = dict(method_hyperparameters or {})
-    unknown = sorted(set(own) - {row.method for row in rows})
-    if unknown:
-        raise ValueError(f"method_hyperparameters names {unknown}, but the rows are {[row.method for row in rows]}.")
     with_figures = matplotlib_available()
     if not with_figures:
-        _logger.warning("matplotlib is not installed, figures are left out: pip install 'bmoe-lightning[plots]'.")
+        _logger.warning("matplotlib is not installed, figures are left out; pip install 'bmoe-lightning[plots]'")
+    settings = {row.method: {**(hyperparameters or {}), **row.hyperparameters} for row in rows}
     # TensorBoard takes the columns of the HParams table from one run only, so every run names the columns of all.
-    columns = {key: value for settings in (hyperparameters, *own.values()) for key, value in settings.items()}
-    groups = by_method(results)
+    columns = {key: value for of_method in settings.values() for key, value in of_method.items()}
+    groups, styles = by_method(results), method_styles([row.method for row in rows])
     for row in rows:
         with SummaryWriter(str(Path(log_dir) / row.method)) as writer:
-            settings = {**hyperparameters, **own.get(row.method, {})}
-            _write_scores(writer, row, settings, columns, step)
+            _write_scores(writer, row, settings[row.method], columns, step)
             _write_curves(writer, groups[row.method], row)
             if with_figures:
-                writer.add_image("reliability/diagram", figure_image(reliability_figure(groups[row.method], row)), step)
+                figure = reliability_figure(groups[row.method], row, styles[row.method])
+                writer.add_image("reliability/diagram", figure_image(figure), step)
     with SummaryWriter(str(log_dir)) as writer:
         writer.add_text("results", _unbroken(results_markdown(rows)), step)
         writer.add_text("how_to_read", _HOW_TO_READ, step)

@@ -2,21 +2,26 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
-from torch import Tensor, nn
+import lightning as L
+from lightning.pytorch.loggers import TensorBoardLogger
+from torch import nn
 
 from bmoe_lightning.experts import ClassLogits
-from bmoe_lightning.laplace.posterior import LaplacePosterior
-from bmoe_lightning.laplace.predictive import class_probabilities, entropy, predict_with_uncertainty
-from bmoe_lightning.methods.method import Evaluation, Predictions
-from bmoe_lightning.methods.options import FitSettings
-from bmoe_lightning.methods.workbench import Fitted, build_methods
-from bmoe_lightning.metrics import calibration_metrics
+from bmoe_lightning.laplace.predictive import entropy, predict_with_uncertainty
+from bmoe_lightning.methods.base import Method, option_columns
+from bmoe_lightning.methods.evaluation import Evaluation, Predictions, Predictor
+from bmoe_lightning.methods.fit_result import FitResult
+from bmoe_lightning.metrics import calibration_values
 from bmoe_lightning.report import MethodResult, summarise, write_tensorboard
-from bmoe_lightning.trainer.sampler_shards import SamplerShard
+from bmoe_lightning.trainer.checks import is_trial
+from bmoe_lightning.trainer.data_passes import DataPass
+from bmoe_lightning.trainer.lightning_internals import logged_step
+from bmoe_lightning.trainer.sampler_shards import SamplerShard, find_sampler_shard
 
 
 class EvaluationRun:
@@ -24,25 +29,16 @@ class EvaluationRun:
 
     Args:
         stage: `val` or `test`, as it appears in logged names.
-        settings: which methods, and how they predict.
-        fitted: what they were fitted to.
-        snapshots: files of the checkpoint ensemble.
-        ensemble_members: files of the deep ensemble.
+        methods: Methods that predict.
+        fitted: What they were fitted to.
+        snapshots: Trained weights after the last epochs.
     """
 
-    def __init__(
-        self,
-        stage: str,
-        settings: FitSettings,
-        fitted: Fitted,
-        snapshots: Sequence[Path],
-        ensemble_members: Sequence[str],
-    ) -> None:
+    def __init__(self, stage: str, methods: Sequence[Method], fitted: FitResult, snapshots: Sequence[Path]) -> None:
         self.stage = stage
-        self._settings = settings
+        self._methods = tuple(methods)
         self._fitted = fitted
-        self._snapshots = snapshots
-        self._ensemble_members = ensemble_members
+        self._snapshots = tuple(snapshots)
         self._evaluations: dict[int, Evaluation] = {}
         self._predictions: dict[str, dict[str, Predictions]] = {}
         self._names: dict[int, str] = {}  # of the loaders that had a batch
@@ -50,14 +46,7 @@ class EvaluationRun:
     def add(self, module: nn.Module, class_logits: ClassLogits, batch: Any, loader: int) -> None:
         """Predict one batch of a loader with every single-member method."""
         if loader not in self._evaluations:
-            methods = build_methods(
-                module,
-                self._settings,
-                self._fitted,
-                snapshots=self._snapshots,
-                ensemble_members=self._ensemble_members,
-            )
-            self._evaluations[loader] = Evaluation(methods, self._fitted.posterior)
+            self._evaluations[loader] = Evaluation(self._methods, self._fitted, self._snapshots)
         self._evaluations[loader].add(module, class_logits, batch)
 
     def finish(
@@ -65,111 +54,169 @@ class EvaluationRun:
         module: nn.Module,
         class_logits: ClassLogits,
         passes: Sequence[Iterable[Any]],
-        shares: Sequence[SamplerShard | None] | None = None,
+        shards: Sequence[SamplerShard | None] | None = None,
     ) -> dict[str, dict[str, Predictions]]:
         """Let the ensembles predict, and return all predictions: by loader (`test`, or `test_0`, ...), then by method.
 
         Args:
-            module: the model.
-            class_logits: as in `add`.
-            passes: each loader once more, as in `add`.
-            shares: on several processes, which part of each loader this one has seen. All call this then, and each gets
-                the predictions of all.
+            module: The model.
+            class_logits: As in `add`.
+            passes: Each loader once more, as in `add`.
+            shards: On several processes, this rank's shard of each loader. All call this then, and each gets the
+                predictions of all.
         """
         for loader, evaluation in self._evaluations.items():
             name = self.stage if len(passes) == 1 else f"{self.stage}_{loader}"
             self._names[loader] = name
             found = evaluation.finish(module, class_logits, passes[loader])
-            share = None if shares is None else shares[loader]
-            if share is not None:
-                found = {m: Predictions(share.gather(p.log_probs), share.gather(p.labels)) for m, p in found.items()}
+            shard = None if shards is None else shards[loader]
+            if shard is not None:
+                found = {
+                    m: Predictions(shard.gather(p.log_probs), shard.gather(p.labels), shard.gather(p.logits))
+                    for m, p in found.items()
+                }
             self._predictions[name] = found
         return self._predictions
 
+    def finish_loaders(
+        self,
+        trainer: L.Trainer,
+        module: nn.Module,
+        class_logits: ClassLogits,
+        loaders: Sequence[Any],
+        counts: Sequence[float],
+    ) -> dict[str, dict[str, Predictions]]:
+        """As `finish`, for the loaders of a trainer.
+
+        Args:
+            trainer: A trainer that evaluates.
+            module: The model.
+            class_logits: As in `add`.
+            loaders: The trainer's loaders of this stage.
+            counts: Number of batches of each.
+        """
+        passes = [
+            DataPass(trainer, loader, int(n), "Ensembles", index, transient=True, repeats=True)
+            for index, (loader, n) in enumerate(zip(loaders, counts, strict=True))
+        ]
+        shards = [find_sampler_shard(trainer, loader, n) for loader, n in zip(loaders, counts, strict=True)]
+        return self.finish(module, class_logits, passes, shards)
+
+    def log(self, trainer: L.Trainer, module: L.LightningModule, name: str) -> None:
+        """Log the metrics of every method, and after a test the comparison in TensorBoard.
+
+        Args:
+            trainer: A trainer that evaluates.
+            module: The module.
+            name: Prefix of logged names, or empty.
+        """
+        metrics = {f"{name}/{key}" if name else key: value for key, value in self.metrics().items()}
+        # The same on every process, which Lightning must be told; a maximum does not round, as a mean would.
+        module.log_dict(metrics, reduce_fx="max", sync_dist=trainer.world_size > 1)
+        if self.stage == "test" and not is_trial(trainer) and trainer.is_global_zero:
+            for logger in trainer.loggers:
+                if isinstance(logger, TensorBoardLogger):
+                    self.write_tensorboard(Path(logger.log_dir) / name, logged_step(trainer))
+
     def metrics(self) -> dict[str, float]:
-        """`{method}/{loader}/{acc|ece|nll|brier}` of every method."""
-        values: dict[str, float] = {}
-        for name, by_method in self._predictions.items():
-            for method, predictions in by_method.items():
-                metrics = calibration_metrics()
-                metrics.update(predictions.log_probs, predictions.labels)
-                values |= {f"{method}/{name}/{key}": float(value) for key, value in metrics.compute().items()}
-        return values
+        """`{method}/{loader}/{metric}` of every method."""
+        return {
+            f"{method}/{name}/{metric}": float(value)
+            for name, by_method in self._predictions.items()
+            for method, predictions in by_method.items()
+            for metric, value in calibration_values(predictions.log_probs, predictions.labels).items()
+        }
 
     def results(self, loader: int = 0) -> list[MethodResult]:
         """What the report package takes, one entry a method.
 
         Raises:
-            KeyError: if that loader had no batch.
+            KeyError: If that loader had no batch.
         """
-        name = self._names[loader]
-        results = []
-        for method in self._evaluations[loader].methods:
-            predictions = self._predictions[name][method.name]
-            ids = tuple(str(index) for index in range(len(predictions.labels)))
-            numbers = method.hyperparameters()
-            results.append(
-                MethodResult(
-                    method.name,
-                    method.label,
-                    self._settings.seed,
-                    predictions.log_probs,
-                    predictions.labels,
-                    ids,
-                    numbers,
-                )
+        predictions = self._predictions[self._names[loader]]
+        return [
+            MethodResult(
+                method.name,
+                method.label,
+                self._fitted.seed,
+                predictions[method.name].log_probs,
+                predictions[method.name].labels,
+                tuple(map(str, range(len(predictions[method.name].labels)))),
+                method.hyperparameters(self._fitted.state_of(method)),
+                option_columns(method),
             )
-        return results
+            for method in self._methods
+        ]
 
     def write_tensorboard(self, folder: Path, step: int) -> None:
         """Write one sub-run a method, for each loader.
 
         Args:
-            folder: the logger's own folder.
-            step: training steps so far, the axis that the training curves have.
+            folder: The logger's own folder.
+            step: Training steps so far, the axis that the training curves have.
         """
         for loader, name in self._names.items():
             results = self.results(loader)
             write_tensorboard(
-                folder / ("methods" if name == self.stage else name),
-                results,
-                summarise(results),
-                hyperparameters={
-                    "rank": self._settings.rank,
-                    "fisher": self._settings.fisher,
-                    "link": self._settings.link,
-                },
-                step=step,
+                folder / ("methods" if name == self.stage else name), results, summarise(results), step=step
             )
 
 
-def uncertain_prediction(
-    posterior: LaplacePosterior, module: nn.Module, class_logits: ClassLogits, batch: Any, settings: FitSettings
-) -> dict[str, Tensor]:
+def predicted(predictor: Predictor, module: nn.Module, class_logits: ClassLogits, batch: Any) -> dict[str, Any]:
     """What `trainer.predict` returns for a batch.
 
     Args:
-        posterior: at the prior precision to predict with.
-        module: the model.
-        class_logits: `(module, batch) -> (logits [B, K], labels or None)`.
-        batch: whatever `class_logits` takes.
-        settings: link, number of samples and seed.
+        predictor: The method that predicts.
+        module: The model.
+        class_logits: `(module, batch) -> (logits [B, K], labels [B] or None)`.
+        batch: Whatever `class_logits` takes.
 
     Returns:
-        `probs`, `log_probs` and `logits` `[B, K]`, `logit_covariance` `[B, K, K]` of the centred logits, and in nats
-        `entropy` `[B]` of `probs` and `mutual_information` `[B]` between label and weights (always from Monte Carlo).
+        `method` (its name), `probs` and `log_probs` `[B, K]`, `logits` `[B, K]` of the model itself, and `entropy`
+        `[B]` of `probs` in nats. Methods with a posterior add `logit_covariance` `[B, K, K]` of the centred logits and
+        `mutual_information` `[B]` in nats between label and weights (always from Monte Carlo).
     """
-    options = {"num_samples": settings.num_samples, "seed": settings.seed}
-    logits, covariance = posterior.logit_covariance(module, class_logits, batch, centred=True)
-    sampled = predict_with_uncertainty(logits, covariance, **options)
-    log_probs = sampled.log_probs
-    if settings.link != "mc":
-        log_probs = class_probabilities(logits, covariance, settings.link, **options)
-    return {
+    log_probs, view = predictor.predict(module, class_logits, batch)
+    found: dict[str, Any] = {
+        "method": predictor.method.name,
         "probs": log_probs.exp(),
         "log_probs": log_probs,
-        "logits": logits,
-        "logit_covariance": covariance,
+        "logits": view.logits,
         "entropy": entropy(log_probs),
-        "mutual_information": sampled.mutual_information,
     }
+    gaussian = predictor.covariance(view)
+    if gaussian is not None:
+        sampled = predict_with_uncertainty(*gaussian, seed=view.seed)
+        found |= {"logit_covariance": gaussian[1], "mutual_information": sampled.mutual_information}
+    return found
+
+
+def replace_predict_step(
+    module: L.LightningModule, predictor: Predictor, class_logits: ClassLogits
+) -> Callable[[], None]:
+    """Have a module's `predict_step` return a prediction beside what it returned by itself.
+
+    Entries of the module's own output stay where it is a mapping (an `index`, say), unless `predicted` has one of the
+    same name; any other output is the entry `step_output`.
+
+    Args:
+        module: The module.
+        predictor: The method that predicts.
+        class_logits: As in `predicted`.
+
+    Returns:
+        A function that takes the replacement out again.
+    """
+    step = type(module).predict_step
+    has_step = step is not L.LightningModule.predict_step
+
+    def predict_step(batch: Any, *args: Any) -> dict[str, Any]:
+        output = step(module, batch, *args) if has_step else None
+        found = predicted(predictor, module, class_logits, batch)
+        if isinstance(output, Mapping):
+            return {**output, **found}
+        return found if output is None else {**found, "step_output": output}
+
+    # On the instance, so that the class stays as it is.
+    module.predict_step = predict_step  # type: ignore[method-assign]
+    return partial(delattr, module, "predict_step")

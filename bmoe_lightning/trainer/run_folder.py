@@ -2,106 +2,268 @@
 
 from __future__ import annotations
 
+import itertools
+import re
+import shutil
+import uuid
+import warnings
+import zlib
+from collections.abc import Collection, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import lightning as L
+from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
 
 from bmoe_lightning.curvature.checkpoint import remove_checkpoint
 from bmoe_lightning.experts.fsdp import gathered, reshard
-from bmoe_lightning.methods import save_snapshot
-from bmoe_lightning.methods.options import FitSettings
-from bmoe_lightning.methods.storage import CURVATURE_STATE_FILE, has_fitted, load_fitted
-from bmoe_lightning.methods.workbench import Fitted
+from bmoe_lightning.laplace.posterior import WeightMismatchError
+from bmoe_lightning.methods.fit_result import FitResult
+from bmoe_lightning.methods.snapshots import remove_snapshot, save_snapshot, snapshot_info
+from bmoe_lightning.methods.storage import INDEX_FILE, SNAPSHOT_FOLDER, has_fit, load_fit, save_fit, stored_fit_id
+from bmoe_lightning.methods.workbench import PassFiles
 from bmoe_lightning.trainer.checks import is_trial
+from bmoe_lightning.utils.distributed import gather_number
+
+_SNAPSHOT_NAME = re.compile(r"[0-9a-f]{8}-epoch-\d{4,}\.safetensors")
 
 
-class RunFiles:
+class RunFolder:
     """Which folder belongs to a run, and which snapshots are in it.
 
+    Only files that carry the id of this run's fit are ever removed.
+
     Args:
-        given: the folder that the user named, if any.
-        settings: what is fitted; what was fitted with other settings is refused.
+        given: Folder that the user named, if any.
+        pass_every: Batches from one write of a curvature pass's accumulators to the next; None writes none.
 
     Attributes:
-        given: as above; of several processes, the first one's.
-        folder: where the run writes; None writes nothing.
-        snapshots: files of the checkpoint ensemble, the latest last.
+        given: As above; of several processes, rank 0's.
+        folder: Where the run writes; None writes nothing.
+        fit_id: Identifier of the fit that the run is about to make.
+        snapshots: Trained weights after the last epochs, the latest last.
+        resumes: Whether the training that is about to begin continues the run of a checkpoint.
     """
 
-    def __init__(self, given: str | None, settings: FitSettings) -> None:
+    def __init__(self, given: str | None, pass_every: int | None) -> None:
         self.given = Path(given) if given is not None else None
         self.folder = self.given
+        self.fit_id = uuid.uuid4().hex
         self.snapshots: list[Path] = []
-        self._settings = settings
-        self._earlier: Path | None = None  # where the run of a loaded checkpoint wrote
-        self._earlier_snapshots: list[Path] = []  # of the run that is being resumed
+        self._pass_every = pass_every
+        self._earlier: tuple[Path, str, list[str]] | None = None  # folder, fit and snapshots of a loaded checkpoint
+        self._several = False
+        self.resumes = False
 
     def settle(self, trainer: L.Trainer, name: str) -> None:
         """Have all processes write into one folder: the given one, or one in the logger's. A collective."""
-        log_dir = trainer.log_dir  # read on every rank: it may be a collective
-        default = Path(log_dir or trainer.default_root_dir) / "bayesian_moe" / name
-        # A path with the time in it is another one on each process.
-        self.given, default = trainer.strategy.broadcast((self.given, default))
+        default = _latest_version(_log_folder(trainer) / "bayesian_moe" / name)
+        # A path with the time in it is another one on each process, and so is a random id.
+        self.given, default, self.fit_id = trainer.strategy.broadcast((self.given, default, self.fit_id))
         self.folder = None if is_trial(trainer) else self.given or default
+        self._several = trainer.world_size > 1
 
     def begin_training(self, trainer: L.Trainer) -> None:
-        """Keep the snapshots of a run that is being resumed, and no sums of earlier weights. A collective."""
-        remove_curvature_state(self.folder)
-        found = [path for path in self._earlier_snapshots if path.is_file()]
-        self.snapshots = trainer.strategy.broadcast(found)
-        self._earlier_snapshots = []
+        """Take over the snapshots of a run that is being resumed, or begin a new fit. A collective.
 
-    def keep_snapshot(self, trainer: L.Trainer, module: L.LightningModule, num_snapshots: int) -> None:
+        A folder that the user did not name is another one if it holds the fit of another run.
+        """
+        earlier = self._earlier if self.resumes else None
+        self.fit_id, self.snapshots = (uuid.uuid4().hex if earlier is None else earlier[1]), []
+        if trainer.is_global_zero:
+            if self.folder is not None and self.given is None:
+                self.folder = _free_version(self.folder, self.fit_id)
+            self.remove_pass_files()
+            if earlier is not None:
+                folder, fit_id, names = earlier
+                self.snapshots = _taken_over(folder, names, fit_id, self.folder)
+        settled = trainer.strategy.broadcast((self.folder, self.fit_id, self.snapshots))
+        self.folder, self.fit_id, self.snapshots = settled
+        self.resumes = False
+
+    def continue_training_of(self, trainer: L.Trainer) -> None:
+        """Find the snapshots of a training that has ended, or was killed while its fit was made. A collective."""
+        if trainer.is_global_zero:
+            self._warn_of_pass_elsewhere()
+        if trainer.is_global_zero and not self.snapshots:
+            if self._earlier is not None and self.resumes:
+                folder, self.fit_id, names = self._earlier
+                self.snapshots = _taken_over(folder, names, self.fit_id, self.folder)
+            elif self.folder is not None:
+                self.snapshots = _latest_snapshots(self.folder / SNAPSHOT_FOLDER)
+                if self.snapshots:
+                    self.fit_id = snapshot_info(self.snapshots[-1]).fit
+        self.fit_id, self.snapshots = trainer.strategy.broadcast((self.fit_id, self.snapshots))
+        self.resumes = False
+
+    def save_snapshot(self, trainer: L.Trainer, module: L.LightningModule, num_snapshots: int) -> None:
         """Write the trained weights of an epoch, and remove those of the earliest one too many. A collective."""
         if self.folder is None:
             return
-        self.snapshots.append(self.folder / "snapshots" / f"epoch-{trainer.current_epoch:04d}.safetensors")
+        name = f"{self.fit_id[:8]}-epoch-{trainer.current_epoch:04d}.safetensors"
+        path = self.folder / SNAPSHOT_FOLDER / name
+        self.snapshots = [*(earlier for earlier in self.snapshots if earlier != path), path]
         surplus = self.snapshots[:-num_snapshots]
         del self.snapshots[:-num_snapshots]
         reshard(module)
         trained = {name: p for name, p in module.named_parameters() if p.requires_grad}
-        kept = gathered(trained, keep=trainer.is_global_zero)
+        gathered_weights = gathered(trained, keep=trainer.is_global_zero)
         if trainer.is_global_zero:
-            save_snapshot(self.snapshots[-1], kept)
+            save_snapshot(path, gathered_weights, fit=self.fit_id)
             for earlier in surplus:
-                earlier.unlink(missing_ok=True)
+                remove_snapshot(earlier)
 
-    def load(self) -> Fitted | None:
-        """Read what an earlier process wrote, its snapshots included; None if there is nothing.
+    def save(self, fit: FitResult) -> None:
+        """Write a fit with the run's snapshots, copied if another folder has them; for one process of all."""
+        if self.folder is not None:
+            target = self.folder / SNAPSHOT_FOLDER
+            self.snapshots = [_copied(path, target / path.name) for path in self.snapshots]
+            save_fit(self.folder, fit, self.snapshots)
+
+    def load(self, offload: Collection[str] = ()) -> FitResult | None:
+        """Read what an earlier process wrote, its snapshots included; None if there is nothing. A collective.
 
         Raises:
-            ValueError: if that was fitted with other settings, or is damaged.
-            FileNotFoundError: if a part of it is missing.
+            ValueError: If it is damaged, or parts of two fits, or processes do not find the same fit.
+            FileNotFoundError: If a part of it is missing.
         """
-        for folder in (self.given, self._earlier, self.folder):
-            if folder is not None and has_fitted(folder):
-                fitted, snapshots = load_fitted(folder, offload=self._settings.offload_factors)
-                differing = self._settings.fitting_differences(fitted.settings)
-                if differing:
-                    raise ValueError(
-                        f"what was fitted in {folder} had other settings than this callback: {', '.join(differing)}. "
-                        "Give the callback the same ones, or fit again"
-                    )
-                self.snapshots = snapshots
-                return fitted
-        return None
+        earlier = None if self._earlier is None else self._earlier[0]
+        folders = [folder for folder in (self.given, earlier, self.folder) if folder is not None]
+        folder = next((folder for folder in folders if has_fit(folder)), None)
+        fit, snapshots = (None, []) if folder is None else load_fit(folder, offload=offload)
+        if self._several:
+            _check_same(fit, folders)
+        if fit is not None:
+            self.fit_id, self.snapshots = fit.fit_id, snapshots
+        return fit
+
+    def set_aside(self) -> None:
+        """Leave a fit that was found where it is: it is to other weights, and so are its snapshots.
+
+        Raises:
+            WeightMismatchError: If another fit would replace it.
+        """
+        if self.folder is not None and has_fit(self.folder):
+            raise WeightMismatchError(
+                f"{self.folder} has a fit to other weights than the model's, and it is not replaced. Load the "
+                f"checkpoint that it was fitted on, give another dirpath=, or remove its {INDEX_FILE}"
+            )
+        self.snapshots = []
+
+    def pass_files(self) -> PassFiles | None:
+        """Where curvature passes write their accumulators."""
+        if self.folder is None or self._pass_every is None:
+            return None
+        return PassFiles(self.folder, self._pass_every)
+
+    def _warn_of_pass_elsewhere(self) -> None:
+        if self._earlier is None or self.pass_files() is None:
+            return
+        folder = self._earlier[0]
+        if folder != self.folder and any(folder.glob("curvature_state-*.safetensors")):
+            warnings.warn(
+                f"the run of the checkpoint has left a killed curvature pass in {folder}, and this one starts again in "
+                f"{self.folder}; give dirpath={str(folder)!r} to resume it",
+                stacklevel=2,
+            )
+
+    def remove_pass_files(self) -> None:
+        """Remove the accumulators of curvature passes that are over, or of weights that are no more."""
+        if self.folder is not None:
+            for path in self.folder.glob("curvature_state-????????.safetensors"):
+                remove_checkpoint(path)
+            for path in self.folder.glob("curvature_state-????????-rank*.safetensors"):
+                remove_checkpoint(path.with_name(f"{path.name.partition('-rank')[0]}.safetensors"))
 
     def state_dict(self) -> dict[str, Any]:
-        """Paths, for a checkpoint."""
+        """The folder, the fit's id and the names of its snapshots, for a checkpoint."""
         return {
             "folder": None if self.folder is None else str(self.folder),
-            "snapshots": [str(path) for path in self.snapshots],
+            "fit": self.fit_id,
+            "snapshots": [path.name for path in self.snapshots],
         }
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Remember where the run of a checkpoint wrote."""
         if state_dict.get("folder"):
-            self._earlier = Path(state_dict["folder"])
-        self._earlier_snapshots = [Path(path) for path in state_dict.get("snapshots", [])]
+            names = [str(name) for name in state_dict.get("snapshots", [])]
+            self._earlier = (Path(state_dict["folder"]), str(state_dict.get("fit", "")), names)
 
 
-def remove_curvature_state(folder: Path | None) -> None:
-    """Remove the sums of a curvature epoch that is over, or of weights that are no more."""
-    if folder is not None:
-        remove_checkpoint(folder / CURVATURE_STATE_FILE)
+def _check_same(fit: FitResult | None, folders: Sequence[Path]) -> None:
+    """Refuse folders that not all processes see alike. A collective."""
+    if len(set(gather_number(0 if fit is None else zlib.crc32(fit.fit_id.encode()) + 1))) > 1:
+        raise ValueError(
+            f"processes find different fits in {', '.join(map(str, folders))}, or some of them none. Give dirpath= a "
+            "folder that all machines share"
+        )
+
+
+def _log_folder(trainer: L.Trainer) -> Path:
+    """The folder of a run's logger, by the rule of Lightning's `ModelCheckpoint`; without a logger the root folder.
+
+    Loggers such as those of Weights & Biases and MLflow have one `save_dir` for all runs.
+    """
+    log_dir = trainer.log_dir  # read on every rank: it may be a collective
+    logger = trainer.loggers[0] if trainer.loggers else None
+    if logger is None or isinstance(logger, (TensorBoardLogger, CSVLogger)):
+        return Path(log_dir or trainer.default_root_dir)
+    version = logger.version if isinstance(logger.version, str) else f"version_{logger.version}"
+    return Path(log_dir or trainer.default_root_dir) / str(logger.name) / version
+
+
+def _versions(folder: Path) -> Iterator[Path]:
+    """A folder, then `-v1`, `-v2`, ... of it, as `ModelCheckpoint` names files."""
+    yield folder
+    for number in itertools.count(1):
+        yield folder.with_name(f"{folder.name}-v{number}")
+
+
+def _latest_version(folder: Path) -> Path:
+    """The last version of a folder with a fit; the folder itself if there is none."""
+    with_fit = list(itertools.takewhile(has_fit, _versions(folder)))
+    return with_fit[-1] if with_fit else folder
+
+
+def _free_version(folder: Path, fit_id: str) -> Path:
+    """The first version of a folder that holds no fit of another run."""
+    first = folder.with_name(re.sub(r"-v\d+$", "", folder.name))
+    candidates = itertools.chain([folder], _versions(first))
+    return next(path for path in candidates if stored_fit_id(path) in (None, fit_id))
+
+
+def _latest_snapshots(folder: Path) -> list[Path]:
+    """The snapshots of the training that wrote one last, in the order of their epochs."""
+    found = [path for path in folder.glob("*.safetensors") if _SNAPSHOT_NAME.fullmatch(path.name)]
+    if not found:
+        return []
+    latest = max(found, key=lambda path: path.stat().st_mtime_ns)
+    return sorted(path for path in found if path.name[:8] == latest.name[:8])
+
+
+def _taken_over(folder: Path, names: list[str], fit_id: str, target: Path | None) -> list[Path]:
+    """The snapshots of a run that is being resumed, in the folder that the resumed run writes to."""
+    if target is None:
+        return []
+    found = []
+    for name in names:
+        path, copy = folder / SNAPSHOT_FOLDER / name, target / SNAPSHOT_FOLDER / name
+        if not _SNAPSHOT_NAME.fullmatch(name) or not path.is_file() or snapshot_info(path).fit != fit_id:
+            warnings.warn(
+                f"the checkpoint names a snapshot {name!r}, and {folder / SNAPSHOT_FOLDER} has none of this run: "
+                "methods that need snapshots use the later ones alone",
+                stacklevel=2,
+            )
+            continue
+        found.append(_copied(path, copy))
+    return found
+
+
+def _copied(path: Path, copy: Path) -> Path:
+    """A copy of a snapshot, written atomically unless it is there."""
+    if not copy.exists():
+        copy.parent.mkdir(parents=True, exist_ok=True)
+        partial = copy.with_name(f".{copy.name}.copy.tmp")
+        shutil.copyfile(path, partial)
+        partial.replace(copy)
+    return copy

@@ -1,7 +1,7 @@
-"""Which examples of a trainer's loader belong to this process, where there are several.
+"""The shard of a distributed sampler that belongs to this rank, and which of its examples are padding.
 
-A `DistributedSampler` deals the data set out in turn, and gives some examples twice so that all processes get as many.
-Training has to: its steps wait for each other. A sum over the data, or a metric, would count those examples twice.
+A `DistributedSampler` assigns the examples round-robin and repeats some, so that all ranks get equally many: training
+steps synchronise gradients. A sum over the data, or a metric, would count the repeated examples twice.
 """
 
 from __future__ import annotations
@@ -22,10 +22,11 @@ from torch import Tensor
 from torch.utils.data import BatchSampler, DataLoader, DistributedSampler, Sampler
 
 from bmoe_lightning.experts.counted_batch import CountedBatch, check_entries
+from bmoe_lightning.trainer.lightning_internals import wrapped_sampler
 from bmoe_lightning.utils.distributed import gather_examples, shard_size
 
-# Others may put what they repeat anywhere.
-_UNDERSTOOD = (
+# These repeat examples at the end; other classes may repeat any.
+_SUPPORTED_SAMPLERS = (
     DistributedSampler,
     DistributedSamplerWrapper,
     UnrepeatedDistributedSampler,
@@ -35,12 +36,12 @@ _UNDERSTOOD = (
 
 @dataclass(frozen=True)
 class SamplerShard:
-    """This process's part of the first batches of a loader.
+    """This rank's shard of the first batches of a loader.
 
     Attributes:
-        batch_sampler: of the loader.
-        sampler: that deals the examples out.
-        num_batches: how many batches each process takes at most.
+        batch_sampler: The loader's batch sampler.
+        sampler: The distributed sampler in it.
+        num_batches: Cap on the batches of each rank.
     """
 
     batch_sampler: BatchSampler
@@ -49,23 +50,23 @@ class SamplerShard:
 
     @property
     def size(self) -> int:
-        """Examples of this process, none of them another process's too."""
+        """Examples of this rank, repeated ones left out."""
         return self._size(self.sampler.rank)
 
     @property
     def padded_size(self) -> int:
-        """Examples that the trainer's loops see in this process."""
+        """Examples of this rank in the trainer's loops, repeated ones included."""
         return min(self.num_batches * self.batch_sampler.batch_size, len(self.sampler))
 
     @property
     def total(self) -> int:
-        """Examples of all processes together."""
+        """Examples of all ranks, each counted once."""
         return sum(self._size(rank) for rank in range(self.sampler.num_replicas))
 
     @contextmanager
     def without_repeats(self) -> Iterator[None]:
-        """Let the loader give each example to one process only; a process may then have a batch less, or none."""
-        # A last batch that is short for want of a repeated example is no reason to drop it.
+        """Let the loader leave out repeated examples; this rank may then have a batch less than another, or none."""
+        # A last batch that is short because a repeated example is missing must not be dropped.
         drop_last = self.batch_sampler.drop_last
         self.batch_sampler.sampler = _First(self.sampler, self.size)
         self.batch_sampler.drop_last = False
@@ -76,34 +77,34 @@ class SamplerShard:
             self.batch_sampler.drop_last = drop_last
 
     def counted(self, position: int, batch: Any) -> CountedBatch:
-        """Say of a batch of the loader which examples are not another process's too.
+        """Mark which examples of a batch are counted, and which are repeated.
 
         Args:
-            position: of the batch, from 0.
-            batch: the batch.
+            position: Position of the batch in the loader, from 0.
+            batch: The batch.
         """
         first = position * self.batch_sampler.batch_size
         size = min(self.batch_sampler.batch_size, self.padded_size - first)
         return CountedBatch(batch, max(0, min(size, self.size - first)), size)
 
     def gather(self, values: Tensor) -> Tensor:
-        """Put results of the trainer's loops together, without those of repeated examples. A collective.
+        """All-gather results of the trainer's loops, without those of repeated examples. A collective.
 
         Args:
-            values: `[padded_size, ...]`, one entry an example that a loop has seen in this process.
+            values: `[padded_size, ...]`, one entry for each example of this rank, repeated ones included.
 
         Returns:
             `[total, ...]` in the order of the sampler, which is that of the data set unless it shuffles.
 
         Raises:
-            ValueError: if there are more or fewer entries than examples.
+            ValueError: If there are more or fewer entries than examples.
         """
         check_entries(len(values), self.padded_size)
         return gather_examples(values[: self.size])
 
     def _size(self, rank: int) -> int:
-        own = shard_size(len(self.sampler.dataset), rank, self.sampler.num_replicas)  # type: ignore[arg-type]
-        return min(own, self.padded_size)
+        size = shard_size(len(self.sampler.dataset), rank, self.sampler.num_replicas)  # type: ignore[arg-type]
+        return min(size, self.padded_size)
 
 
 class _First(Sampler[Any]):
@@ -121,46 +122,42 @@ class _First(Sampler[Any]):
 
 
 def find_sampler_shard(trainer: L.Trainer, loader: Any, num_batches: float) -> SamplerShard | None:
-    """Find this process's part of a loader of the trainer; None in a trainer of one process.
+    """Find this rank's shard of a trainer's loader; None with a single process.
 
     Args:
-        trainer: whose loader it is, its samplers put in.
-        loader: the loader.
-        num_batches: how many batches each process takes at most.
+        trainer: The trainer, which has put its distributed samplers in.
+        loader: The loader.
+        num_batches: Cap on the batches of each rank.
 
     Raises:
-        ValueError: if it cannot be told which examples are repeated.
+        ValueError: If it is unknown which examples the loader repeats.
     """
     if trainer.world_size == 1:
         return None
     batch_sampler: Any = getattr(loader, "batch_sampler", None)
     sampler: Any = getattr(batch_sampler, "sampler", None)
-    known = isinstance(loader, DataLoader) and type(batch_sampler) is BatchSampler and type(sampler) in _UNDERSTOOD
-    if not known or (sampler.num_replicas, sampler.rank) != (trainer.world_size, trainer.global_rank):
+    supported = (
+        isinstance(loader, DataLoader) and type(batch_sampler) is BatchSampler and type(sampler) in _SUPPORTED_SAMPLERS
+    )
+    if not supported or (sampler.num_replicas, sampler.rank) != (trainer.world_size, trainer.global_rank):
         raise ValueError(
             f"on {trainer.world_size} processes each example must be counted once, and for a {type(loader).__name__} "
             f"with the batch sampler {type(batch_sampler).__name__} and the sampler {type(sampler).__name__} it is "
-            "unknown which of them are repeated. Use a DataLoader over a data set with a length, with the sampler that "
-            "Lightning puts in (use_distributed_sampler=True) or torch.utils.data.DistributedSampler"
+            "unknown which examples are repeated. Use a DataLoader over a data set with a length, with the sampler "
+            "that Lightning puts in (use_distributed_sampler=True) or torch.utils.data.DistributedSampler"
         )
     return SamplerShard(batch_sampler, sampler, int(min(num_batches, len(batch_sampler))))
 
 
-def check_order(share: SamplerShard) -> None:
-    """Refuse samplers that each process draws from for itself, so that their examples overlap.
+def check_order(shard: SamplerShard) -> None:
+    """Refuse samplers that draw another order on each rank, so that the ranks' examples overlap.
 
     Raises:
-        ValueError: naming the sampler.
+        ValueError: Naming the sampler.
     """
-    drawn = wrapped_sampler(share.sampler)
-    if hasattr(drawn, "generator"):
+    sampler = wrapped_sampler(shard.sampler)
+    if hasattr(sampler, "generator"):
         raise ValueError(
-            f"{type(drawn).__name__} draws another order on each process, so that some examples would be evaluated "
-            "twice and others never; evaluate without it"
+            f"{type(sampler).__name__} draws another order on each process, so some examples would be evaluated twice "
+            "and others never; evaluate without it"
         )
-
-
-def wrapped_sampler(sampler: Any) -> Any:
-    """The user's sampler that Lightning has wrapped, or None."""
-    wrappers = (DistributedSamplerWrapper, UnrepeatedDistributedSamplerWrapper)
-    return vars(sampler.dataset)["_sampler"] if isinstance(sampler, wrappers) else None

@@ -1,9 +1,9 @@
-"""Files that are replaced whole: a reader sees the old content or the new, and a full disk leaves the old."""
+"""Atomic writes: a reader sees the old content of a file or the new, and a failed write leaves the old."""
 
 from __future__ import annotations
 
-import glob
 import os
+import re
 import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -12,15 +12,19 @@ from pathlib import Path
 
 @contextmanager
 def replaced_file(path: Path) -> Iterator[Path]:
-    """Give a temporary file beside `path` to write; it takes the place of `path` once the block ends without an error.
+    """Give a temporary file beside `path` to write, and rename it to `path` once the block ends without an error.
+
+    Temporary files that killed writers of `path` left behind are removed first. A path has one writer at a time: on
+    several ranks, rank zero.
 
     Args:
-        path: where to; its folder exists.
+        path: Target path, in an existing folder.
 
     Raises:
-        OSError: if the file cannot be written or put in place.
+        OSError: If the file cannot be written or renamed.
     """
-    temporary = path.with_name(f"{_temporary(path)}{uuid.uuid4().hex}.tmp")
+    remove_leftovers(path)
+    temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex}.tmp")
     try:
         temporary.touch(exist_ok=False)
         yield temporary
@@ -32,26 +36,24 @@ def replaced_file(path: Path) -> Iterator[Path]:
 
 
 def remove_leftovers(path: Path) -> None:
-    """Remove what a process that was killed while it wrote `path` has left beside it.
+    """Remove the temporary files of processes that were killed while they wrote `path`.
 
     Args:
-        path: a file that no other process is writing; need not exist.
+        path: Target path that no other process is writing; it need not exist.
     """
-    for found in path.parent.glob(f"{glob.escape(_temporary(path))}*.tmp"):
-        found.unlink(missing_ok=True)
-
-
-def _temporary(path: Path) -> str:
-    """How the names of temporary files for `path` begin."""
-    return f".{path.name}."
+    leftover = re.compile(rf"\.{re.escape(path.name)}\.[0-9a-f]+\.tmp")
+    found = list(path.parent.iterdir()) if path.parent.is_dir() else []
+    for file in found:
+        if leftover.fullmatch(file.name):
+            file.unlink(missing_ok=True)
 
 
 def write_bytes(path: Path, content: bytes) -> None:
-    """Write a whole file; see `replaced_file`."""
+    """Write a binary file atomically; see `replaced_file`."""
     with replaced_file(path) as temporary:
         temporary.write_bytes(content)
 
 
 def write_text(path: Path, text: str) -> None:
-    """Write a whole text file in UTF-8; see `replaced_file`."""
+    """Write a text file in UTF-8 atomically; see `replaced_file`."""
     write_bytes(path, text.encode())

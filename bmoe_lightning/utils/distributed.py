@@ -1,8 +1,8 @@
-"""Sums and gathers over the processes of a distributed run, through torch.distributed's default group.
+"""Collectives over the ranks of torch.distributed's default group.
 
-What is called a collective here must be called by all processes, in the same order; with one process it leaves its
-arguments as they are. Examples are dealt out in turn, as `torch.utils.data.DistributedSampler` does: with W processes,
-process r has those at the positions r, r + W, r + 2 W, ... of the whole.
+What is called a collective must be called by all ranks, in the same order; with a single process it leaves its
+arguments as they are. Examples are assigned round-robin, as by `torch.utils.data.DistributedSampler`: of W ranks, rank
+r has the examples r, r + W, r + 2 W, ... of the data set.
 """
 
 from __future__ import annotations
@@ -10,7 +10,6 @@ from __future__ import annotations
 import hashlib
 import socket
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager
 from typing import TypeVar
 
 import torch
@@ -19,96 +18,91 @@ from torch import Tensor
 
 T = TypeVar("T")
 
-# Small tensors travel together, large ones without a copy: at most 64 MiB of float32 is copied at a time.
+# Small tensors are reduced together, large ones without a copy: at most 64 MiB of float32 is copied at a time.
 _BUCKET = 1 << 24
 _MAX_DIMENSIONS = 8
 
 
 def num_processes() -> int:
-    """How many processes take part; 1 where nothing is distributed."""
+    """The world size; 1 without torch.distributed."""
     return dist.get_world_size() if _is_running() else 1
 
 
 def process_rank() -> int:
-    """Which of them this is, counted from 0."""
+    """The rank of this process; 0 without torch.distributed."""
     return dist.get_rank() if _is_running() else 0
 
 
 def is_rank_zero() -> bool:
-    """Whether this is the process that writes files."""
+    """Whether this is rank zero, which writes files."""
     return process_rank() == 0
 
 
 def shard_size(total: int, rank: int, world_size: int) -> int:
-    """How many of `total` examples process `rank` has."""
+    """How many of `total` examples are assigned to a rank."""
     return len(range(rank, total, world_size))
 
 
 def sum_over_processes(tensors: Sequence[Tensor]) -> None:
-    """Add tensors up over all processes, in place; afterwards all have the same bits. A collective.
+    """All-reduce tensors with a sum, in place; the result has the same bits on all ranks. A collective.
 
     Args:
-        tensors: of any shapes, which are the same on every process.
+        tensors: Tensors of any shapes, which are the same on every rank.
     """
     _in_buckets(tensors, dist.all_reduce)
 
 
 def broadcast_(tensors: Sequence[Tensor]) -> None:
-    """Overwrite tensors with those of the first process, in place. A collective.
+    """Broadcast tensors from rank zero, in place. A collective.
 
     Args:
-        tensors: of any shapes, which are the same on every process.
+        tensors: Tensors of any shapes, which are the same on every rank.
     """
     _in_buckets(tensors, lambda flat: dist.broadcast(flat, src=0))
 
 
 def barrier() -> None:
-    """Return once every process has come here. A collective."""
-    # The sum comes back to the CPU, so this waits; a barrier of an accelerator's backend may not.
+    """Wait until every rank gets here. A collective."""
+    # The sum is copied to the CPU, so this waits; a barrier of an accelerator's backend may not.
     sum_over_processes([torch.zeros(1)])
 
 
 def sequential_per_node(action: Callable[[], T]) -> T:
-    """Let the processes of each machine do something, one at a time. A collective; machines are told by their names.
+    """Call a function on the ranks of each node, one rank at a time. A collective; host names tell nodes apart.
 
-    The others wait for each of them as long as the timeout of torch.distributed's group allows, which should be more
-    than the action takes.
+    The other ranks wait, for as long as the timeout of torch.distributed's group allows; it should be longer than the
+    function takes.
+
+    Args:
+        action: The function.
+
+    Returns:
+        What the function returned on this rank.
 
     Raises:
-        RuntimeError: on all other processes, as soon as the action has failed on one; on that one, whatever it raised.
+        RuntimeError: On all other ranks, as soon as the function has failed on one; on that one, whatever it raised.
     """
     host = int.from_bytes(hashlib.sha256(socket.gethostname().encode()).digest()[:7])
     hosts = gather_number(host)
-    own_turn = hosts[: process_rank()].count(host)
+    local_rank = hosts[: process_rank()].count(host)
     results = []
     for turn in range(max(hosts.count(other) for other in hosts)):
         error = None
-        if turn == own_turn:
+        if turn == local_rank:
             try:
                 results.append(action())
-            except Exception as raised:  # noqa: BLE001  (told to the others, and raised again)
+            except Exception as raised:  # noqa: BLE001  (raised again, once the other ranks know)
                 error = raised
         failed = gather_number(int(error is not None))
         if error is not None:
             raise error
         if any(failed):
-            raise RuntimeError(f"process {failed.index(1)} has failed and says why; this one does not go on alone")
+            raise RuntimeError(f"process {failed.index(1)} has failed; see its error above, this process ends too")
     return results[0]
 
 
-def forked_random_state() -> AbstractContextManager[None]:
-    """`torch.random.fork_rng`; on several processes for this process's GPU alone.
-
-    Every other GPU would be opened to read its random state, and hold memory of each process from then on.
-    """
-    if num_processes() == 1:
-        return torch.random.fork_rng()
-    in_use = torch.cuda.is_available() and torch.cuda.is_initialized()
-    return torch.random.fork_rng([torch.cuda.current_device()] if in_use else [])
-
-
 def gather_number(number: int) -> list[int]:
-    """A number of every process, by rank. A collective."""
+    """All-gather one integer: the number of every rank, in their order. A collective."""
     numbers = torch.zeros(num_processes(), dtype=torch.int64)
     numbers[process_rank()] = number
     sum_over_processes([numbers])
@@ -116,16 +110,16 @@ def gather_number(number: int) -> list[int]:
 
 
 def gather_examples(tensor: Tensor) -> Tensor:
-    """Put the processes' examples together again, in the order in which they were dealt out. A collective.
+    """All-gather the ranks' examples, in the order of the data set. A collective.
 
     Args:
-        tensor: `[n, ...]`, this process's examples. Where n = 0 the other sizes do not matter; the dtype does.
+        tensor: `[n, ...]`, the examples of this rank. Where n = 0 the other sizes do not matter; the dtype does.
 
     Returns:
-        `[N, ...]`, on every process.
+        `[N, ...]`, on every rank.
 
     Raises:
-        ValueError: if the numbers of examples are not those of dealing out in turn, or the other sizes differ.
+        ValueError: If the numbers of examples are not those of a round-robin assignment, or the other sizes differ.
     """
     world_size = num_processes()
     if world_size == 1:
@@ -136,18 +130,18 @@ def gather_examples(tensor: Tensor) -> Tensor:
     total = sum(lengths)
     if lengths != [shard_size(total, rank, world_size) for rank in range(world_size)]:
         raise ValueError(
-            f"the processes have {lengths} examples, which is not what dealing out {total} in turn gives; use the "
-            "samplers that Lightning puts in, or DistributedSampler"
+            f"the processes have {lengths} examples, which is no round-robin assignment of {total}; use the samplers "
+            "that Lightning puts in, or DistributedSampler"
         )
     sizes = {tuple(shape[1:]) for shape in shapes if shape[0]}
     if len(sizes) > 1:
         raise ValueError(f"examples have different sizes on different processes: {sorted(sizes)}")
-    # The first process has the most; the others' last row may be missing, and ends up at the very end.
-    own = tensor.new_zeros(lengths[0], *next(iter(sizes), ()), device=device)
+    # Rank 0 has the most examples; a row that another rank lacks is padding, and ends up at the very end.
+    padded = tensor.new_zeros(lengths[0], *next(iter(sizes), ()), device=device)
     if len(tensor):
-        own[: len(tensor)] = tensor
-    parts = [torch.empty_like(own) for _ in range(world_size)]
-    dist.all_gather(parts, own)
+        padded[: len(tensor)] = tensor
+    parts = [torch.empty_like(padded) for _ in range(world_size)]
+    dist.all_gather(parts, padded)
     return torch.stack(parts, dim=1).flatten(0, 1)[:total].to(tensor.device)
 
 
@@ -156,7 +150,7 @@ def _is_running() -> bool:
 
 
 def _device() -> torch.device:
-    """Where tensors must be for the group's backend."""
+    """The device that tensors must be on for the group's backend."""
     if any(name in str(dist.get_backend()) for name in ("gloo", "mpi")):
         return torch.device("cpu")
     accelerator = torch.accelerator.current_accelerator()
@@ -165,16 +159,16 @@ def _device() -> torch.device:
 
 
 def _shapes(tensor: Tensor, device: torch.device) -> list[list[int]]:
-    """The shape that a tensor has on every process."""
+    """The shapes of a tensor on all ranks."""
     padding = [-1] * (_MAX_DIMENSIONS - tensor.dim())
-    own = torch.tensor([*tensor.shape, *padding], device=device)
-    shapes = [torch.empty_like(own) for _ in range(num_processes())]
-    dist.all_gather(shapes, own)
+    padded = torch.tensor([*tensor.shape, *padding], device=device)
+    shapes = [torch.empty_like(padded) for _ in range(num_processes())]
+    dist.all_gather(shapes, padded)
     return [[size for size in shape.tolist() if size >= 0] for shape in shapes]
 
 
 def _in_buckets(tensors: Sequence[Tensor], collective: Callable[[Tensor], object]) -> None:
-    """Apply a collective that works in place to several tensors at a time."""
+    """Apply an in-place collective to buckets of tensors."""
     if num_processes() == 1:
         return
     device = _device()

@@ -1,62 +1,209 @@
-"""Tensors with a description on disk: safetensors files, written whole or not at all. Nothing in them is executed."""
+"""Tensors with a description on disk: safetensors files, written atomically, with a SHA-256 digest of each tensor.
+
+There is no pickle: reading a file runs nothing in it, and every tensor is verified before it is used.
+"""
 
 from __future__ import annotations
 
+import hashlib
+import json
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
 from bmoe_lightning.utils.atomic_io import replaced_file
+from bmoe_lightning.utils.file_header import REMEDY, check_readable, damaged, foreign, parse_header, seal
+
+METADATA_KEY = "bmoe_lightning"
+_MAX_HEADER = 100_000_000  # bytes, the limit of safetensors itself
 
 
-def write_safetensors(path: str | Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> None:
-    """Write tensors to a temporary file beside `path`, then rename it: a full disk leaves the old file as it was.
+@dataclass(frozen=True)
+class TensorFile:
+    """A file that was read and verified.
+
+    Attributes:
+        tensors: Tensors by name, on the CPU.
+        description: Description that the writer gave, as JSON has it.
+        fit: Id of the fit that the file belongs to; empty if it belongs to none.
+        digest: SHA-256 digest of the content, as `write_tensor_file` returned it.
+    """
+
+    tensors: dict[str, Tensor]
+    description: dict[str, Any]
+    fit: str
+    digest: str
+
+
+def write_tensor_file(
+    path: str | Path,
+    tensors: Mapping[str, Tensor],
+    *,
+    format: str,
+    version: int,
+    description: Mapping[str, Any],
+    fit: str = "",
+) -> str:
+    """Write tensors and a description atomically.
+
+    Args:
+        path: Target path; its folder is created if missing.
+        tensors: Tensors by name, on any device.
+        format: Name of the format in words, such as `posterior`.
+        version: Version of the format.
+        description: Anything else to store, in values that JSON has.
+        fit: Id of the fit that the file belongs to.
+
+    Returns:
+        The SHA-256 digest of the content: of the header, which holds the digest of each tensor.
 
     Raises:
-        OSError: if the file cannot be written.
+        OSError: If the file cannot be written; an existing file is unchanged.
     """
     path = Path(path)
+    on_cpu = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+    digests = {name: tensor_digest(name, tensor) for name, tensor in on_cpu.items()}
+    header, digest = seal(
+        {"format": format, "version": version, "fit": fit, "description": dict(description), "tensors": digests}
+    )
     path.parent.mkdir(parents=True, exist_ok=True)
     try:
         with replaced_file(path) as temporary:
             permissions = temporary.stat().st_mode
-            save_file({k: v.detach().cpu().contiguous() for k, v in tensors.items()}, temporary, dict(metadata))
-            temporary.chmod(permissions)  # safetensors lets nobody but the owner read what it writes
+            save_file(on_cpu, temporary, {METADATA_KEY: header})
+            temporary.chmod(permissions)  # safetensors writes files that only their owner can read
     except SafetensorError as error:
-        raise OSError(f"could not write {path}: {error}; the file that was there before is unchanged") from error
+        raise OSError(f"could not write {path}: {error}; an existing file is unchanged") from error
+    return digest
 
 
-def read_safetensors(path: str | Path) -> tuple[dict[str, Tensor], dict[str, str]]:
-    """Read all tensors of a file, on the CPU, and its metadata.
+def read_tensor_file(path: str | Path, *, format: str, version: int, remedy: str = REMEDY) -> TensorFile:
+    """Read and verify a file that `write_tensor_file` wrote.
+
+    Args:
+        path: Path of the file.
+        format: Format that the file must have.
+        version: Version that the file must have.
+        remedy: What to do if the file cannot be used, the second half of a message's last sentence.
 
     Raises:
-        ValueError: if it is no safetensors file, or is cut short.
-        OSError: if there is no such file, or it cannot be read.
+        FileNotFoundError: If there is no such file.
+        OSError: If it cannot be read, such as a `PermissionError`.
+        ValueError: If it is foreign, truncated, damaged, or of another format or version.
     """
-    with opened_safetensors(path) as file:
-        # Cloned for their alignment: tensors in a file begin anywhere, and matrix kernels care.
-        tensors = {name: file.get_tensor(name).clone() for name in file.keys()}  # noqa: SIM118  (no mapping)
-        return tensors, file.metadata() or {}
+    with opened_tensor_file(path, format=format, version=version, remedy=remedy) as file:
+        tensors = {name: file.read(name) for name in file.shapes}
+        return TensorFile(tensors, file.description, file.fit, file.digest)
+
+
+class OpenedTensorFile:
+    """A file whose header was verified, to read its tensors one by one; see `opened_tensor_file`.
+
+    Attributes:
+        shapes: Shape of each tensor by name.
+        description: Description that the writer gave, as JSON has it.
+        fit: Id of the fit that the file belongs to.
+        digest: SHA-256 digest of the content, provided that the tensors match theirs.
+    """
+
+    def __init__(self, path: Path, file: Any, *, format: str, version: int, remedy: str) -> None:
+        metadata = file.metadata() or {}
+        if METADATA_KEY not in metadata:
+            raise foreign(path, format)
+        header = parse_header(path, metadata[METADATA_KEY], format=format, version=version, remedy=remedy)
+        self.shapes: dict[str, tuple[int, ...]] = {
+            name: tuple(file.get_slice(name).get_shape())
+            for name in file.keys()  # noqa: SIM118  (no mapping)
+        }
+        if self.shapes.keys() != header.tensors.keys():
+            raise damaged(path, format, "its tensors are not those that its header lists", remedy)
+        self.description, self.fit, self.digest = header.description, header.fit, header.digest
+        self._path, self._file, self._format, self._remedy = path, file, format, remedy
+        self._unverified = dict(header.tensors)
+
+    def read(self, name: str) -> Tensor:
+        """Read a tensor to the CPU; the first time, its digest is verified.
+
+        Raises:
+            OSError: If it cannot be read.
+            ValueError: If it does not match its digest.
+        """
+        try:
+            # Cloned for their alignment: tensors in a file begin anywhere, and matrix kernels care.
+            tensor: Tensor = self._file.get_tensor(name).clone()
+        except SafetensorError as error:
+            raise OSError(f"could not read the tensor {name!r} from {self._path}: {error}") from error
+        if name in self._unverified:
+            if tensor_digest(name, tensor) != self._unverified[name]:
+                raise damaged(
+                    self._path, self._format, f"the tensor {name!r} does not match its SHA-256 digest", self._remedy
+                )
+            del self._unverified[name]
+        return tensor
 
 
 @contextmanager
-def opened_safetensors(path: str | Path) -> Iterator[Any]:
-    """Open a file, to read its tensors one by one, on the CPU.
+def opened_tensor_file(
+    path: str | Path, *, format: str, version: int, remedy: str = REMEDY
+) -> Iterator[OpenedTensorFile]:
+    """Open a file and verify its header; tensors are verified as they are read.
 
-    Raises:
-        ValueError: if it is no safetensors file, or is cut short.
-        OSError: if there is no such file, or it cannot be read.
+    Arguments and errors are those of `read_tensor_file`.
     """
+    path = Path(path)
+    # safetensors reports every file that it cannot open as not found.
+    check_readable(path, format)
     try:
         opened = safe_open(path, framework="pt")
     except SafetensorError as error:
-        raise ValueError(
-            f"{path} is no complete safetensors file ({error}); was the download or copy cut off?"
-        ) from error
+        raise damaged(path, format, str(error), remedy) from error
     with opened as file:
-        yield file
+        yield OpenedTensorFile(path, file, format=format, version=version, remedy=remedy)
+
+
+def written_format(path: str | Path) -> str | None:
+    """The format that the header of a safetensors file names, even if its tensors are truncated or damaged.
+
+    Returns:
+        The name; None if there is no readable file, or this package has not written it.
+    """
+    try:
+        with Path(path).open("rb") as file:
+            length = int.from_bytes(file.read(8), "little")
+            text = file.read(length) if length <= _MAX_HEADER else b""
+        found = json.loads(json.loads(text)["__metadata__"][METADATA_KEY])["format"]
+    except (OSError, ValueError, LookupError, TypeError, RecursionError):
+        return None
+    return found if isinstance(found, str) else None
+
+
+def remove_tensor_file(path: str | Path, *, format: str) -> bool:
+    """Remove a file if its header names this format, and leave any other file alone.
+
+    Returns:
+        Whether it was removed.
+    """
+    if written_format(path) != format:
+        return False
+    Path(path).unlink(missing_ok=True)
+    return True
+
+
+def tensor_digest(name: str, tensor: Tensor) -> str:
+    """SHA-256 digest of a tensor's name, dtype, shape and values."""
+    running = hashlib.sha256(json.dumps([name, str(tensor.dtype), list(tensor.shape)]).encode())
+    running.update(tensor_bytes(tensor))
+    return running.hexdigest()
+
+
+def tensor_bytes(tensor: Tensor) -> Any:
+    """The values of a dense tensor as a uint8 array in row-major order, without a copy of a contiguous CPU tensor."""
+    flat = tensor.detach().cpu().resolve_conj().resolve_neg().contiguous().reshape(-1)
+    return flat.view(torch.uint8).numpy()

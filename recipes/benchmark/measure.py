@@ -42,10 +42,10 @@ class Ratio:
     """One thing's time over another's, taken in turn.
 
     Attributes:
-        name: what is compared with what.
-        numerator: one value a turn.
-        denominator: one value a turn, above 0.
-        bar: what the ratio shall stay below; None where nothing is promised.
+        name: What is divided by what, for the table.
+        numerator: Seconds, one value a turn.
+        denominator: Seconds, one value a turn, above 0.
+        bar: Upper bound of the ratio; None where nothing is promised.
     """
 
     name: str
@@ -55,7 +55,7 @@ class Ratio:
 
     @property
     def spread(self) -> Spread:
-        """Of the ratios of the turns."""
+        """Median, minimum and maximum of the ratios of the turns."""
         return Spread.of([a / b for a, b in zip(self.numerator, self.denominator, strict=True)])
 
 
@@ -64,10 +64,10 @@ class Amount:
     """Something measured by itself.
 
     Attributes:
-        name: what.
-        unit: `s` or `MB` (10^6 bytes).
-        values: one value a repeat.
-        bar: what it shall stay below; None where nothing is promised.
+        name: What was measured.
+        unit: Unit, `s` or `MB` (10^6 bytes).
+        values: One value a repeat.
+        bar: Upper bound of the median; None where nothing is promised.
     """
 
     name: str
@@ -81,13 +81,13 @@ class Growth:
     """How something grows with a size.
 
     Attributes:
-        name: what grows.
-        axis: with what.
-        unit: `s` or `MB` (10^6 bytes).
-        sizes: ascending.
-        values: measured at each size, above 0; of times, the median.
-        raw: all values at each size.
-        bar: what the exponent shall stay below; None where nothing is promised.
+        name: What grows.
+        axis: Size that it grows with.
+        unit: Unit, `s` or `MB` (10^6 bytes).
+        sizes: Sizes in ascending order.
+        values: Value at each size, above 0; the median, where it is a time.
+        raw: All values at each size.
+        bar: Upper bound of the exponent; None where nothing is promised.
     """
 
     name: str
@@ -109,15 +109,15 @@ class Peer:
     """Another library beside this one, on the same work.
 
     Attributes:
-        name: of the peer.
-        work: what both did.
-        peer_seconds: one value a turn; empty where the peer could not run.
-        our_seconds: one value a turn.
-        peer_megabytes: peak beyond the model, in 10^6 bytes; None where the peer could not run.
-        our_megabytes: the same of ours.
-        difference: the largest difference of the answers relative to the largest entry; None where they do not promise
+        name: Name of the peer.
+        work: Work that both did.
+        peer_seconds: Seconds of the peer, one value a turn; empty where it could not run.
+        our_seconds: Seconds of this library, one value a turn.
+        peer_megabytes: Peak memory of the peer beyond the model, in 10^6 bytes; None where it could not run.
+        our_megabytes: The same of this library.
+        difference: The largest difference of the answers relative to the largest entry; None where they do not promise
             the same answer.
-        error: why the peer could not run; None where it could.
+        error: Error that kept the peer from running; None where it ran.
     """
 
     name: str
@@ -135,13 +135,13 @@ class Section:
     """The results of one section.
 
     Attributes:
-        name: as on the command line.
-        title: as a heading.
-        notes: how it was measured.
-        ratios: one table.
-        amounts: one table.
-        growth: one table.
-        peers: one table.
+        name: Name on the command line.
+        title: Heading.
+        notes: Paragraphs on how it was measured.
+        ratios: Rows of the table of ratios.
+        amounts: Rows of the table of amounts.
+        growth: Rows of the table of growth.
+        peers: Rows of the table of peers.
     """
 
     name: str
@@ -157,7 +157,7 @@ def growth_exponent(sizes: Sequence[float], values: Sequence[float]) -> float:
     """The slope of `log value` over `log size` by least squares.
 
     Raises:
-        ValueError: for fewer than two different sizes, or anything that is not above 0.
+        ValueError: For fewer than two different sizes, or anything that is not above 0.
     """
     if len(set(sizes)) < 2 or min(*sizes, *values) <= 0:
         raise ValueError(f"growth needs two sizes and values above 0, got sizes {list(sizes)}, values {list(values)}")
@@ -211,11 +211,11 @@ def batch_in_turn(
     what passes between handing it over and being asked for the next.
 
     Args:
-        consume: takes the batches.
-        batch: handed over again and again.
-        actions: run between the batches.
-        repeats: batches that are timed.
-        device: what they run on.
+        consume: Function that takes the batches.
+        batch: Batch that is handed over again and again.
+        actions: Functions that run between the batches, by name.
+        repeats: Number of batches that are timed.
+        device: Device that they run on.
 
     Returns:
         Seconds of each batch, and of each action by name.
@@ -263,9 +263,9 @@ def peak_megabytes(action: Action, device: torch.device, known: Iterable[Tensor]
     On a GPU what its allocator says, else the storages of all tensors that are alive.
 
     Args:
-        action: run once.
-        device: what it runs on.
-        known: tensors that were there before.
+        action: Function that runs once.
+        device: Device that it runs on.
+        known: Tensors that were allocated before, left out of the memory.
     """
     if device.type == "cuda":
         synchronise(device)

@@ -93,14 +93,14 @@ def compared(
     """Time a peer and this library in turn; an exception of the peer's becomes the row's error.
 
     Args:
-        name: of the peer.
-        work: what both do.
-        make_peer: imports the peer and gives what it is to run.
-        ours: the same of this library.
-        repeats: turns.
-        device: what both run on.
-        known: tensors that were there before, left out of the memory.
-        same_answer: whether both return the same tensor.
+        name: Name of the peer.
+        work: Work that both do, for the table.
+        make_peer: Function that imports the peer and returns its work.
+        ours: Work of this library.
+        repeats: Number of turns.
+        device: Device that both run on.
+        known: Tensors that were allocated before, left out of the memory.
+        same_answer: Whether both return the same tensor.
     """
     known = [] if known is None else known
     answer = ours()

@@ -92,7 +92,7 @@ def measure_lpo(work: Workload, posterior: LaplacePosterior, repeats: int) -> Se
 
 def repeated(cache: ValidationCache, count: int) -> ValidationCache:
     """A cache of so many examples: those of another in turn, with logits and labels of an overconfident model."""
-    chosen = torch.arange(count) % len(cache.labels)
+    chosen = torch.arange(count) % len(cache.logits)
     generator = torch.Generator().manual_seed(0)
     logits = 3 * torch.randn(count, cache.logits.shape[1], generator=generator, dtype=cache.logits.dtype)
     labels = torch.multinomial((logits / 2).softmax(-1), 1, generator=generator).squeeze(1)

@@ -17,20 +17,10 @@ from recipes.benchmark.growth import measure_growth
 from recipes.benchmark.measure import Amount, Growth, Peer, Ratio, Section, Spread
 from recipes.benchmark.peers import SAME, measure_peers
 from recipes.benchmark.prediction import measure_lpo, measure_prediction
+from recipes.benchmark.settings import BenchmarkSettings
 from recipes.benchmark.workload import PRESETS, Workload
 
 _PEER_HEAD = ("peer", "work", "peer", "ours", "peer / ours", "difference", "note")
-
-
-@dataclass(frozen=True)
-class BenchmarkSettings:
-    """What to measure; the names are those of the command's flags."""
-
-    model_shape: str = "default"
-    device: str = "cpu"
-    threads: int | None = None
-    repeats: int = 4
-    only: tuple[str, ...] = ("curvature", "prediction", "lpo", "growth", "peers")
 
 
 @dataclass(frozen=True)
@@ -38,10 +28,10 @@ class Benchmark:
     """All results.
 
     Attributes:
-        settings: what was asked for.
-        machine: versions, threads, processor or accelerator, by name.
-        shape: of the model behind curvature, prediction and LPO.
-        sections: in the order they were run.
+        settings: Settings of the command line.
+        machine: Versions, threads, processor or accelerator, by name.
+        shape: Shape of the model behind curvature, prediction and LPO, in words.
+        sections: Sections in the order in which they ran.
     """
 
     settings: BenchmarkSettings
@@ -51,14 +41,14 @@ class Benchmark:
 
 
 def run_benchmark(settings: BenchmarkSettings, say: Callable[[str], None]) -> Benchmark:
-    """Run the sections; the number of threads is put back afterwards.
+    """Run the sections; the number of threads is restored afterwards.
 
     Args:
-        settings: what to measure.
-        say: told what is being measured.
+        settings: What to measure.
+        say: Function that is told what is being measured.
 
     Raises:
-        RuntimeError: if the device is not there, or its memory does not suffice.
+        RuntimeError: If the device is not there, or its memory does not suffice.
     """
     device = torch.device(settings.device)
     if device.type == "cuda" and not torch.cuda.is_available():

@@ -30,19 +30,19 @@ class Shape:
     """Sizes of a model with Qwen2-MoE's architecture, and of the batch it is given.
 
     Attributes:
-        hidden: d_out of the second linear layers.
-        intermediate: their d_in.
+        hidden: Hidden width: d_out of `down_proj`.
+        intermediate: Width of an expert: d_in of `down_proj`.
         layers: MoE layers.
-        experts: of a layer.
-        top_k: experts that a token goes to.
-        examples: of a batch.
-        tokens: of an example.
+        experts: Experts of a layer.
+        top_k: Experts that a token goes to.
+        examples: Examples of a batch.
+        tokens: Tokens of an example.
         classes: K.
-        rank: of the factors.
-        dtype: of the weights.
-        shared: width of the shared expert.
-        head: width of an attention head.
-        vocabulary: tokens that there are.
+        rank: Rank of the factors.
+        dtype: Dtype of the weights.
+        shared: Width of the shared expert.
+        head: Width of an attention head.
+        vocabulary: Size of the vocabulary.
     """
 
     hidden: int
@@ -72,16 +72,16 @@ class Preset:
     """What `--model-shape` stands for.
 
     Attributes:
-        main: for all ratios.
-        growth: what growth is measured from.
-        peers: small enough for a materialised Jacobian.
-        tokens: sizes along which growth is measured.
-        examples: likewise.
-        experts: likewise, at the same number of slots.
-        ranks: likewise.
-        widths: likewise; the experts' own width is half of it.
+        main: Shape behind all ratios.
+        growth: Shape from which growth is measured.
+        peers: Shape that is small enough for a materialised Jacobian.
+        tokens: Numbers of tokens along which growth is measured.
+        examples: Numbers of examples, likewise.
+        experts: Numbers of experts, likewise, at the same number of slots.
+        ranks: Ranks, likewise.
+        widths: Hidden widths, likewise; the width of an expert is half of it.
         class_counts: K of the predictions.
-        predictive_bar: what a prediction may cost, over its floor.
+        predictive_bar: Upper bound of a prediction's time over its floor.
     """
 
     main: Shape
@@ -167,8 +167,8 @@ class Workload:
     """A model, a batch, and what is timed on them.
 
     Args:
-        shape: of the model and the batch.
-        device: where both live.
+        shape: Shape of the model and the batch.
+        device: Device of both.
     """
 
     def __init__(self, shape: Shape, device: torch.device) -> None:
@@ -206,7 +206,7 @@ class Workload:
         """Forward and backward of a training step with weight gradients, without the optimiser's step.
 
         Args:
-            part: `experts` (all matrices of all experts) or `down_proj` (the second ones).
+            part: Trained weights, `experts` (all matrices of all experts) or `down_proj` (the second ones).
         """
         for parameter in self._trained["experts"]:
             parameter.requires_grad_(False)

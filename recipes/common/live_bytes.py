@@ -16,8 +16,8 @@ class LiveBytes(TorchDispatchMode):
     """Counts the bytes of the storages that are made inside and are still alive.
 
     Attributes:
-        alive: bytes now.
-        peak: the largest they were.
+        alive: Bytes that are alive now.
+        peak: Largest number of bytes that were alive at once.
     """
 
     def __init__(self) -> None:

@@ -1,57 +1,100 @@
-"""Put a run's table and figures into the README, so that no number in it is typed by hand.
+"""Put a run's table and figures into the README, or a command's output into any page: no number is typed by hand.
 
-python -m recipes.common.readme --output-dir runs/qwen_obqa
+A place is what stands between `<!-- NAME -->` and `<!-- end of NAME -->`.
 """
 
 from __future__ import annotations
 
-import argparse
 import json
 import re
 import shutil
 import sys
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
+
+from recipes.common.cli import UsageError, command, option, parse
 
 ROOT = Path(__file__).parents[2]
 README = ROOT / "README.md"
+RESULTS_PAGE = ROOT / "docs" / "reading_the_results.md"
 FIGURES = ("reliability.png", "label_budget.png")
+DESCRIPTION = """\
+Put numbers into the README and the documentation, between `<!-- NAME -->` and `<!-- end of NAME -->`.
+
+  python -m recipes.common.readme --output-dir runs/qwen_obqa
+      a run's figures, its table of scores (README: without intervals) and NLL by number of labels
+  COMMAND | python -m recipes.common.readme --page docs/PAGE.md --place NAME
+      the output of a command
+"""
 
 
-def main(arguments: Sequence[str] | None = None) -> int:
-    """Rewrite README.md and recipes/figures from a finished run; returns the exit status."""
-    parser = argparse.ArgumentParser(prog="python -m recipes.common.readme", description=__doc__)
-    parser.add_argument("--output-dir", default="runs/qwen_obqa", help="of the run (default: %(default)s)")
-    run = Path(parser.parse_args(arguments).output_dir)
-    if not (run / "results.md").is_file():
-        print(f"error: {run} holds no finished run", file=sys.stderr)
+@dataclass(frozen=True)
+class ReadmeSettings:
+    """What is put where."""
+
+    output_dir: str = option("runs/qwen_obqa", "folder of a finished run")
+    page: str | None = option(None, "markdown file that takes the standard input instead; needs --place")
+    place: str | None = option(None, "name of the place in --page")
+
+    def __post_init__(self) -> None:
+        if (self.page is None) != (self.place is None):
+            raise UsageError("--page and --place belong together; give both or neither")
+
+
+@command
+def main(arguments: Sequence[str]) -> int:
+    """Fill the places; returns the exit status: 0, 1 (it failed, with a sentence why) or 2 (wrong usage)."""
+    settings = parse(ReadmeSettings, arguments, program="python -m recipes.common.readme", description=DESCRIPTION)
+    try:
+        if settings.page is None or settings.place is None:
+            _fill_readme(Path(settings.output_dir))
+        else:
+            fill(Path(settings.page), settings.place, sys.stdin.read())
+    except (OSError, ValueError) as error:
+        print(f"error: {error}", file=sys.stderr)
         return 1
-    text = README.read_text(encoding="utf-8")
-    text = between(text, "results", scores((run / "results.md").read_text(encoding="utf-8")))
-    text = between(text, "label budget", budget_table(json.loads((run / "label_budget.json").read_text("utf-8"))))
-    README.write_text(text, encoding="utf-8")
-    for name in FIGURES:
-        shutil.copyfile(run / "figures" / name, ROOT / "recipes" / "figures" / name)
     return 0
 
 
-def scores(results: str) -> str:
-    """The table of scores and its caption; without the fitted numbers, and without bold type inside the intervals."""
-    table, *_, caption = results.strip().split("\n\n")
-    return f"{table}\n\n{caption}".replace("**", "").replace(" Bold: best mean.", "")
+def fill(page: Path, place: str, content: str) -> None:
+    """Replace what stands at a place in a markdown file.
+
+    Args:
+        page: Markdown file.
+        place: Name of the place.
+        content: New text.
+
+    Raises:
+        OSError: If the file cannot be read or written.
+        ValueError: If the content is empty, or the file does not have exactly one such place.
+    """
+    if not content.strip():
+        raise ValueError(f"there is nothing to put at {place!r}; {page} stays as it is")
+    try:
+        text = between(page.read_text(encoding="utf-8"), place, content)
+    except ValueError as error:
+        raise ValueError(f"{page}: {error}") from None
+    page.write_text(text, encoding="utf-8")
 
 
 def between(text: str, name: str, content: str) -> str:
     """Replace what stands between `<!-- name -->` and `<!-- end of name -->`.
 
     Raises:
-        ValueError: unless the text has exactly one such place.
+        ValueError: Unless the text has exactly one such place.
     """
-    pattern = re.compile(f"(<!-- {name} -->\n).*?(<!-- end of {name} -->)", re.DOTALL)
+    pattern = re.compile(f"(<!-- {re.escape(name)} -->\n).*?(<!-- end of {re.escape(name)} -->)", re.DOTALL)
     new, count = pattern.subn(lambda m: f"{m[1]}\n{content.strip()}\n\n{m[2]}", text)
     if count != 1:
-        raise ValueError(f"README.md must have one place marked {name!r}, found {count}")
+        raise ValueError(f"there must be one place marked `<!-- {name} -->`, found {count}")
     return new
+
+
+def scores(results: str) -> str:
+    """The table of scores and its caption; without the fitted numbers, and without bold type inside the intervals."""
+    table, *_, caption = results.strip().split("\n\n")
+    return f"{table}\n\n{caption}".replace("**", "").replace(" Bold: best mean.", "")
 
 
 def budget_table(points: Sequence[dict[str, object]]) -> str:
@@ -65,6 +108,23 @@ def budget_table(points: Sequence[dict[str, object]]) -> str:
         for label in dict.fromkeys(point["label"] for point in points)
     ]
     return "\n".join("| " + " | ".join(line) + " |" for line in lines)
+
+
+def in_short(table: str) -> str:
+    """A table of scores and its caption without the intervals."""
+    return re.sub(r" In brackets:[^.]*\.", "", re.sub(r" \[[-\d.]+, [-\d.]+\]", "", table))
+
+
+def _fill_readme(run: Path) -> None:
+    """Rewrite the results of the README and of the documentation, and `recipes/figures`, from a finished run."""
+    if not (run / "results.md").is_file():
+        raise ValueError(f"{run} holds no finished run; give its folder as --output-dir")
+    table = scores((run / "results.md").read_text(encoding="utf-8"))
+    fill(README, "results", in_short(table))
+    fill(RESULTS_PAGE, "results", table)
+    fill(RESULTS_PAGE, "label budget", budget_table(json.loads((run / "label_budget.json").read_text("utf-8"))))
+    for name in FIGURES:
+        shutil.copyfile(run / "figures" / name, ROOT / "recipes" / "figures" / name)
 
 
 if __name__ == "__main__":

@@ -31,17 +31,38 @@ _TOP_K_NAMES = (
 
 
 @dataclass(frozen=True)
+class Products:
+    """Which products a layout of experts computes for all experts at once.
+
+    Attributes:
+        first: Whether the first matrices share a product.
+        second: Whether `down_proj` shares a product.
+    """
+
+    first: bool
+    second: bool
+
+
+# An expert that is a module multiplies by itself, and its gradient is a tensor of its own.
+_PRODUCTS = {
+    "fused": Products(first=True, second=True),
+    "adapted": Products(first=False, second=True),
+    "modules": Products(first=False, second=False),
+}
+
+
+@dataclass(frozen=True)
 class Experts:
     """The experts of one MoE layer.
 
     Attributes:
-        layer: where they are.
-        top_k: experts that a token goes to.
-        parameters: of all experts, biases included.
-        matrices: weights of one expert's matrices.
-        second: weights of one expert's second matrix.
-        all_tensors: parameter tensors of all experts.
-        second_tensors: parameter tensors that hold the second matrices.
+        layer: Layer that they belong to.
+        top_k: Number of experts that a token is routed to.
+        parameters: Number of parameters of all experts, biases included.
+        matrices: Number of weights of one expert's matrices.
+        second: Number of weights of one expert's `down_proj`.
+        all_tensors: Number of parameter tensors of all experts.
+        second_tensors: Number of parameter tensors that hold `down_proj`.
     """
 
     layer: ExpertLayer
@@ -51,6 +72,11 @@ class Experts:
     second: int
     all_tensors: int
     second_tensors: int
+
+    @property
+    def products(self) -> Products:
+        """Which products are computed for all experts at once."""
+        return _PRODUCTS[self.layer.layout]
 
     @property
     def share(self) -> float:
@@ -73,10 +99,10 @@ class Block:
     """One layer of the decoder.
 
     Attributes:
-        matrices: shape `(out, in)` of every matrix that all tokens go through: attention, routers, shared experts.
-        norms: normalisations.
-        attention: whether every token looks at all others (a linear attention or a state space does not).
-        experts: none in a dense layer.
+        matrices: Shape `(out, in)` of every matrix that all tokens go through: attention, routers, shared experts.
+        norms: Number of normalisation layers.
+        attention: Whether every token looks at all others (a linear attention or a state space does not).
+        experts: Experts of the layer; empty in a dense one.
     """
 
     matrices: tuple[tuple[int, int], ...]
@@ -95,17 +121,17 @@ class Architecture:
     """A model as a plan sees it.
 
     Attributes:
-        name: class of the model.
-        model_type: as in its configuration.
-        dtype: of most weights.
-        parameters: all of them.
-        weight_bytes: of all of them.
-        hidden: width of the model.
-        vocabulary: rows of the head.
-        attention_width: of queries and values together, over all heads.
-        one_position: whether the head can be run on the last position of each row alone.
-        blocks: the decoder's layers.
-        outside: shapes of matrices beside the blocks, the head and the embedding aside.
+        name: Class of the model.
+        model_type: `model_type` of its configuration.
+        dtype: Dtype of the experts' weights.
+        parameters: Number of all parameters.
+        weight_bytes: Bytes of all parameters.
+        hidden: Width of the model.
+        vocabulary: Number of rows of the head.
+        attention_width: Width of queries and values together, over all heads.
+        one_position: Whether the head can be run on the last position of each row alone.
+        blocks: Layers of the decoder.
+        outside: Shapes of matrices beside the blocks, the head and the embedding aside.
     """
 
     name: str
@@ -155,10 +181,10 @@ def load_configuration(source: str) -> PreTrainedConfig:
     """Find a model's configuration. Code that comes with one is never run.
 
     Args:
-        source: a configuration file, a folder with a `config.json`, one of `known_names()` or a hub id.
+        source: Configuration file, a folder with a `config.json`, one of `known_names()` or a hub id.
 
     Raises:
-        ModelUnavailableError: if it is nowhere, is no configuration, or is of a kind that transformers does not know.
+        ModelUnavailableError: If it is not found, is no configuration, or is of a type that transformers does not know.
     """
     register_models()
     path = CONFIGS / f"{source}.json" if source in known_names() else Path(source)
@@ -172,7 +198,7 @@ def load_configuration(source: str) -> PreTrainedConfig:
         return AutoConfig.from_pretrained(str(path) if local else source, trust_remote_code=False)
     except (OSError, ValueError, KeyError, StrictDataclassError) as error:
         raise ModelUnavailableError(
-            f"the configuration {source!r} could not be had ({_reason(error)}); "
+            f"the configuration {source!r} could not be loaded ({_reason(error)}); "
             + (
                 "it must be the config.json of a model that the installed transformers or bmoe_lightning knows"
                 if local
@@ -185,11 +211,11 @@ def build(config: PreTrainedConfig, dtype: torch.dtype) -> PreTrainedModel:
     """Build a causal language model on the meta device: shapes alone, no weights.
 
     Args:
-        config: of the model; of one that also sees, the text model where there is one of its own.
-        dtype: of the weights.
+        config: Configuration of the model; of a multimodal one, its text model is built where it has one.
+        dtype: Dtype of the weights.
 
     Raises:
-        ModelUnavailableError: if there is no causal language model for the configuration.
+        ModelUnavailableError: If there is no causal language model for the configuration.
     """
     failures: list[Exception] = []
     text = config.get_text_config(decoder=True)
@@ -214,11 +240,11 @@ def describe(model: PreTrainedModel, experts_per_token: int | None = None) -> Ar
     """Read off a model what a plan needs.
 
     Args:
-        model: on any device.
-        experts_per_token: where neither the routers nor the configuration name it.
+        model: Model on any device.
+        experts_per_token: Number of experts that a token is routed to, where neither routers nor configuration say.
 
     Raises:
-        ValueError: if the model has no experts, or it is not known how many a token goes to.
+        ValueError: If the model has no experts, or it is not known how many a token goes to.
     """
     layers = find_expert_layers(model)
     config = model.config.get_text_config(decoder=True)
@@ -320,7 +346,7 @@ def _attention_width(config: Any) -> int:
 def _reason(error: Exception) -> str:
     text = str(error)
     if "custom code" in text or "trust_remote_code" in text:
-        return "it names code of its own, which is never run, and a kind of model that is not known here"
+        return "it names remote code, which is never run, and a model type that is not known here"
     if isinstance(error, StrictDataclassError):
         return " ".join(text.split()).rstrip(".")
     return text.splitlines()[0].rstrip(".:") if text else type(error).__name__

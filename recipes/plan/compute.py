@@ -24,10 +24,10 @@ class Workload:
     """One batch.
 
     Attributes:
-        batch_size: B.
-        tokens: T of a row.
-        classes: K.
-        rank: r.
+        batch_size: Rows of the batch, B.
+        tokens: Tokens of a row, T.
+        classes: Number of classes, K.
+        rank: Rank of the factors, r.
     """
 
     batch_size: int
@@ -55,9 +55,9 @@ def training_step(model: Architecture, work: Workload, trained: str) -> float:
     """Operations of a forward and a backward.
 
     Args:
-        model: the model.
-        work: the batch.
-        trained: `down_proj` or `experts`.
+        model: Model without its weights.
+        work: Batch.
+        trained: Trained weights, `down_proj` or `experts`.
     """
     every = trained == "experts"
     total = forward(model, work) + backward(model, work)
@@ -81,9 +81,9 @@ def curvature_batch(model: Architecture, work: Workload, fisher: str) -> float:
     """Operations of one batch of the curvature pass.
 
     Args:
-        model: the model.
-        work: the batch.
-        fisher: `exact` (K - 1 backward passes), `mc` or `empirical` (one).
+        model: Model without its weights.
+        work: Batch.
+        fisher: Labels of the Fisher, `exact` (K - 1 backward passes), `mc` or `empirical` (one).
     """
     passes = work.contrasts if fisher == "exact" else 1
     return forward(model, work) + passes * backward(model, work) + sketches(model, work, passes)

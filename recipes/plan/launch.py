@@ -1,9 +1,9 @@
 """How a run of the main job is launched on one device and on several, and what each of them has to hold.
 
 With DDP every device holds the whole model, and the gradients once more in the buckets that are sent. Sharded (FSDP2)
-it holds a share of weights, gradients and optimiser states, and for a while what is put together: the weights around
+it holds a shard of weights, gradients and optimiser states, and for a while what is all-gathered: the weights around
 the blocks during a whole step, and those of three blocks (the one that runs, the next one on its way, and the buffer
-that it comes in) with the gradients of two, before they are cut up again.
+that it comes in) with the gradients of two, before they are reduce-scattered.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ GPUS = 8
 NODES = 2
 _RECIPE = "-m recipes.qwen_obqa"
 _HUB_IDS = {"qwen1.5-moe-a2.7b": "Qwen/Qwen1.5-MoE-A2.7B", "deepseek-moe-16b": "deepseek-ai/deepseek-moe-16b-base"}
-# Weights and gradients of so many blocks are in one piece at once.
+# So many blocks have unsharded weights, or unsharded gradients, at once.
 _BLOCKS_TOGETHER = 3
 _GRADIENTS_TOGETHER = 2
 
@@ -28,11 +28,11 @@ class Launch:
     """One way to launch a run.
 
     Attributes:
-        name: what a person calls it.
-        command: the line to type, on each of the nodes.
-        processes: one a device.
-        sharded: whether the devices share weights.
-        training: memory of each device.
+        name: Name for people.
+        command: Command line to type, on each of the nodes.
+        processes: Number of processes, one a device.
+        sharded: Whether weights are sharded over the devices.
+        training: Memory of each device.
     """
 
     name: str
@@ -46,10 +46,10 @@ def launches(model: Architecture, name: str, down_proj: Training, experts: Train
     """The four ways: one device, a node with DDP, a node and several nodes with sharded weights.
 
     Args:
-        model: the model.
-        name: of the model, as a plan is asked for it; a configuration file stands for a folder with weights.
-        down_proj: training of the second matrices on one device.
-        experts: training of all experts on one device.
+        model: Model without its weights.
+        name: Name of the model on the command line; a configuration file stands for its folder with weights.
+        down_proj: Memory of training `down_proj` on one device.
+        experts: Memory of training all experts on one device.
     """
     name = _HUB_IDS.get(name) or (str(Path(name).parent) if name.endswith(".json") else name)
     node = f"torchrun --nproc-per-node {GPUS}"
@@ -77,7 +77,7 @@ def with_buckets(training: Training) -> Training:
 
 
 def sharded(model: Architecture, training: Training, processes: int) -> Training:
-    """A device's memory where so many processes share weights, gradients and optimiser states; estimated."""
+    """A device's memory where weights, gradients and optimiser states are sharded over processes; estimated."""
     size = model.dtype.itemsize
     own = training.gradients // (model.routed if training.trained == "experts" else model.second)
     blocks = [

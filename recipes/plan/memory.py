@@ -51,15 +51,15 @@ class Training:
     """Accelerator memory of a training run, in bytes.
 
     Attributes:
-        trained: `down_proj` or `experts`.
-        trained_dtype: dtype of the trained weights; everything else stays in the model's.
-        checkpointing: whether activations are computed again in the backward pass (gradient checkpointing).
-        weights: all parameters.
-        gradients: of the trained ones.
+        trained: Trained weights, `down_proj` or `experts`.
+        trained_dtype: Dtype of the trained weights; everything else stays in the model's.
+        checkpointing: Whether activations are recomputed in the backward pass (gradient checkpointing).
+        weights: Bytes of all parameters.
+        gradients: Bytes of the gradients of the trained weights.
         optimizer: AdamW's two moments and step counts.
-        activations: kept for the backward pass, estimated, with the gradients of one block.
+        activations: Tensors saved for the backward pass, estimated, with the gradients of one block.
         step: AdamW's copy of the trained weights during a step, when no activations are there.
-        curvature: transients of the curvature pass after training, gradients and moments still being there.
+        curvature: Transients of the curvature pass after training, gradients and moments still being there.
     """
 
     trained: str
@@ -119,7 +119,7 @@ def layer_factors(experts: Experts, rank: int) -> LayerFactors:
 
 
 def factor_bytes(model: Architecture, rank: int, dtype: torch.dtype = torch.float32) -> int:
-    """All tensors of the factors, as they are kept in memory and in the posterior's file, with bases of a dtype."""
+    """All tensors of the factors, as they are stored in memory and in the posterior's file, with bases of a dtype."""
     return sum(_layer_factor_bytes(experts, rank, dtype) for experts in model.experts)
 
 
@@ -136,7 +136,8 @@ def posterior_file_bytes(model: Architecture, rank: int) -> int:
             offset = places[1]
             entries[f"{position}.{name}"] = {"dtype": "F32", "shape": list(tensor.shape), "data_offsets": places}
     layers = [asdict(experts.layer) for experts in model.experts]
-    description = json.dumps([layers, [{"name": layer["name"], "index": layer["index"]} for layer in layers]])
+    digests = dict.fromkeys(entries, 64 * "0")  # SHA-256 of each tensor
+    description = json.dumps([layers, [{"name": layer["name"], "index": layer["index"]} for layer in layers], digests])
     header = json.dumps(entries, separators=(",", ":")) + json.dumps(description)
     return offset + len(header) + _HEADER
 
@@ -174,10 +175,10 @@ def curvature_transients(
     which is found and added to its sketch before the next. Passes come one after the other: how many changes nothing.
 
     Args:
-        model: the model.
-        work: the batch.
-        precision: of the weights.
-        checkpointing: whether activations are computed again for every backward pass.
+        model: Model without its weights.
+        work: Batch.
+        precision: Bytes of a weight.
+        checkpointing: Whether activations are recomputed for every backward pass.
     """
     gradient = max(_layer_gradient_bytes(experts, work, precision) for experts in model.experts)
     adding = max(_adding_bytes(experts, work, precision) for experts in model.experts)
@@ -194,16 +195,16 @@ def prediction_transients(
     The gradients of all K - 1 passes are alive together.
 
     Args:
-        model: the model.
-        work: the batch.
-        precision: of the weights.
-        checkpointing: whether activations are computed again for every backward pass.
-        offload: whether the factors stay in main memory, so that one layer's are there at a time.
+        model: Model without its weights.
+        work: Batch.
+        precision: Bytes of a weight.
+        checkpointing: Whether activations are recomputed for every backward pass.
+        offload: Whether the factors stay in CPU memory, so that one layer's are on the device at a time.
     """
     slots = sum(work.positions * experts.top_k * experts.layer.d_out for experts in model.experts)
     gradients = precision.second * slots
     # Where every expert is a module, the gradients of the last pass are there one by one and then joined.
-    joining = gradients if any(experts.layer.layout == "modules" for experts in model.experts) else 0
+    joining = gradients if not all(experts.products.second for experts in model.experts) else 0
     finding = joining + _product_bytes(model, work, precision, None)
     kernels = max(_kernel_bytes(experts, work) for experts in model.experts)
     factors = [_layer_factor_bytes(experts, work.rank) for experts in model.experts]
@@ -215,7 +216,7 @@ def prediction_transients(
 
 
 def lpo_cache_bytes(model: Architecture, work: Workload, examples: int) -> int:
-    """The validation cache of LPO, on the CPU in float64; twice that for a moment when it is put together."""
+    """The validation cache of LPO, on the CPU in float64; twice that for a moment when its batches are concatenated."""
     layers, classes, contrasts = len(model.experts), work.classes, work.contrasts
     an_example = classes + 1 + classes * contrasts + layers * (1 + LPO_BINS) * contrasts**2
     return 8 * (examples * an_example + layers * LPO_BINS)
@@ -227,11 +228,11 @@ def saved_bytes(
     """What autograd keeps of each block, estimated; see the module.
 
     Args:
-        model: the model.
-        work: the batch.
-        precision: of the weights.
-        trained: `down_proj`, `experts`, or None where gradients end at the second matrices' outputs.
-        dropout: whether there is dropout in the experts.
+        model: Model without its weights.
+        work: Batch.
+        precision: Bytes of a weight.
+        trained: Trained weights, `down_proj`, `experts`, or None where gradients end at the second matrices' outputs.
+        dropout: Whether there is dropout in the experts.
     """
     kept = []
     for position, block in enumerate(model.blocks):
@@ -259,12 +260,12 @@ def training_memory(
     """Plan a training run and the curvature pass at its end, which finds gradients and moments still there.
 
     Args:
-        model: the model.
-        work: the batch of training and curvature.
-        trained: `down_proj` or `experts`.
-        trained_dtype: of the trained weights.
-        checkpointing: gradient checkpointing while training.
-        dropout: whether there is dropout in the experts.
+        model: Model without its weights.
+        work: Batch of training and curvature.
+        trained: Trained weights, `down_proj` or `experts`.
+        trained_dtype: Dtype of the trained weights.
+        checkpointing: Whether training uses gradient checkpointing.
+        dropout: Whether there is dropout in the experts.
     """
     size, own = model.dtype.itemsize, trained_dtype.itemsize
     precision = Precision(size, own if trained == "experts" else size, own)
@@ -305,16 +306,14 @@ def _slot_bytes(experts: Experts, precision: Precision, trained: str | None, *, 
         total += precision.second * d_in
     elif above and precision.first != precision.second and not _has_kernel(experts, precision.second):
         total += precision.second * d_in  # in the dtype of the second matrices; taps see it in that of the first
-    if trained == "experts" or (
-        above and experts.layer.layout == "fused" and not _has_kernel(experts, precision.first)
-    ):
+    if trained == "experts" or (above and experts.products.first and not _has_kernel(experts, precision.first)):
         total += precision.first * d_out
     return total + (d_in if dropout and (above or trained == "experts") else 0)
 
 
 def _has_kernel(experts: Experts, size: int) -> bool:
     """Whether a GPU has torch's grouped product for weights of so many bytes, where experts share a product at all."""
-    if experts.layer.layout not in ("fused", "adapted"):
+    if not experts.products.second:
         return True
     widths = (experts.layer.d_in, experts.layer.d_out, experts.first_width)
     return size == _KERNEL_BYTES and all(width * size % _KERNEL_ALIGNMENT == 0 for width in widths)
@@ -330,10 +329,10 @@ def _product_bytes(model: Architecture, work: Workload, precision: Precision, tr
     for experts in model.experts:
         d_in, d_out = experts.layer.d_in, experts.layer.d_out
         slots, blocks = work.positions * experts.top_k, _product_blocks(experts, work)
-        products = [(d_in, d_out, precision.second, trained is not None)]
-        if experts.layer.layout == "fused":
-            products.append((d_out, experts.first_width, precision.first, trained == "experts"))
-        for into, out, size, has_gradient in products:
+        shared = [(d_in, d_out, precision.second, trained is not None)]
+        if experts.products.first:
+            shared.append((d_out, experts.first_width, precision.first, trained == "experts"))
+        for into, out, size, has_gradient in shared:
             if not _has_kernel(experts, size):
                 at_a_time = min(blocks, max(1, _COPIED_WEIGHTS // (into * out)))
                 moment = max(at_a_time * into * out, blocks * _BLOCK_ROWS * max(into, out))
@@ -349,7 +348,7 @@ def _product_blocks(experts: Experts, work: Workload) -> int:
 
 def _layer_gradient_bytes(experts: Experts, work: Workload, precision: Precision) -> int:
     """The gradient of one pass with respect to the outputs of all slots of a layer; of modules also one by one."""
-    copies = 2 if experts.layer.layout == "modules" else 1
+    copies = 1 if experts.products.second else 2
     return copies * precision.second * work.positions * experts.top_k * experts.layer.d_out
 
 
@@ -374,8 +373,8 @@ def _adding_bytes(experts: Experts, work: Workload, precision: Precision) -> int
     def side(width: int, size: int) -> int:
         a_value = 2 * size + 4 + (4 if size < 4 else 0)
         columns = width if width <= EXACT_WIDTH else min(4 * work.rank, width)
-        products = (blocks + experts.layer.num_experts) * width * columns
-        layout = 4 * (blocks * _BLOCK_ROWS * (width + columns) + products)
+        sums = (blocks + experts.layer.num_experts) * width * columns
+        layout = 4 * (blocks * _BLOCK_ROWS * (width + columns) + sums)
         return slots * (a_value * width + 4 * columns) + layout
 
     return max(side(experts.layer.d_in, precision.first), side(experts.layer.d_out, precision.second))

@@ -15,26 +15,12 @@ from recipes.plan.architecture import Architecture, build, describe, load_config
 from recipes.plan.compute import Workload
 from recipes.plan.launch import Launch, launches
 from recipes.plan.memory import Precision, Training
+from recipes.plan.settings import PlanSettings
 
+PLACE = "launch lines"
 _GIB = 2**30
 _MIB = 2**20
 _TRAINED_NAMES = {"down_proj": "down_proj only", "experts": "all experts"}
-
-
-@dataclass(frozen=True)
-class PlanSettings:
-    """What to plan for; the names are those of the command's flags."""
-
-    model: str
-    examples: int = 4957
-    calibration_examples: int = 500
-    tokens: int = 256
-    batch_size: int = 8
-    classes: int = 4
-    rank: int = 10
-    dtype: str = "bfloat16"
-    memory: tuple[float, ...] = (80.0,)
-    experts_per_token: int | None = None
 
 
 @dataclass(frozen=True)
@@ -42,12 +28,12 @@ class Plan:
     """All figures of a plan.
 
     Attributes:
-        settings: what was asked for.
-        model: the model without its weights.
-        sizes: bytes, by what they are of.
-        operations: floating-point operations of a batch, by what it is a batch of.
-        trainings: one entry a way of training.
-        launches: one entry a way of launching the main job.
+        settings: Settings of the command line.
+        model: Model without its weights.
+        sizes: Bytes by name of what they hold.
+        operations: Floating-point operations of a batch by name of the pass.
+        trainings: Memory of each way of training.
+        launches: Ways of launching the main job.
     """
 
     settings: PlanSettings
@@ -62,8 +48,8 @@ def make_plan(settings: PlanSettings) -> Plan:
     """Build the model without weights and count.
 
     Raises:
-        ModelUnavailableError: if the configuration cannot be had, or no model can be built from it.
-        ValueError: if the model has no experts, or rank or tokens are more than it has room for.
+        ModelUnavailableError: If the configuration cannot be loaded, or no model can be built from it.
+        ValueError: If the model has no experts, or rank or tokens are more than it has room for.
     """
     config = load_configuration(settings.model)
     dtype: torch.dtype = getattr(torch, settings.dtype)
@@ -307,7 +293,7 @@ def launch_text(plan: Plan) -> str:
         [
             f"Launch lines, and GiB of each device in {plan.settings.dtype} without gradient checkpointing.",
             *_table(header, rows),
-            "~ estimated. DDP: with the buckets of gradients. Sharded: with blocks that are put together for a while.",
+            "~ estimated. DDP: with the buckets of gradients. Sharded: with blocks that are all-gathered for a while.",
             "",
             *(f"{launch.name}:\n  {_folded(launch.command)}" for launch in plan.launches),
             f"Main memory while the model is loaded: {_gib(plan.model.weight_bytes)} GiB in every process at once,",
@@ -328,13 +314,13 @@ def launch_section(plan: Plan) -> str:
     settings = plan.settings
     sizes = ",".join(f"{size:g}" for size in settings.memory)
     return (
-        f"(from `python -m recipes.plan --model {settings.model} --memory {sizes} --readme`)\n\n"
+        f"(from `python -m recipes.plan --model {settings.model} --memory {sizes}`)\n\n"
         f"```text\n{launch_text(plan)}\n```"
     )
 
 
 def _float32_note(plan: Plan) -> list[str]:
-    if all(experts.layer.layout != "fused" for experts in plan.model.experts):
+    if not any(experts.products.first for experts in plan.model.experts):
         return []
     return [
         "Float32 experts have no grouped kernel on a GPU. A product copies their matrices for every 32 slots, 256 MiB",

@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import sys
+import textwrap
 from collections.abc import Sequence
 
-from recipes.qwen_obqa.settings import SettingsError, parse_settings
+from bmoe_lightning.methods.registry import method_names
+from recipes.common.cli import command, parse
+from recipes.qwen_obqa.settings import Settings
 
+PROGRAM = "python -m recipes.qwen_obqa"
 DESCRIPTION = """\
 Fine-tune the experts of a mixture-of-experts language model on multiple-choice questions, then compare the calibration
 of its answers: plain (MAP), MC dropout, ensembles, temperature scaling, and a Laplace posterior over the experts.
@@ -17,22 +21,19 @@ of its answers: plain (MAP), MC dropout, ensembles, temperature scaling, and a L
       the small model on real questions (train.jsonl and test.jsonl in the hub's columns)
   python -m recipes.qwen_obqa --model Qwen/Qwen1.5-MoE-A2.7B --data allenai/openbookqa
       the paper's set-up, on a GPU; local folders work for both
+  python -m recipes.qwen_obqa --methods all,their_module:Mine --set mine.OPTION=VALUE --curvature.rank 16
+      a method of another module, options of methods, and the curvature of methods that name none of their own
   torchrun --nproc-per-node 8 -m recipes.qwen_obqa --model Qwen/Qwen1.5-MoE-A2.7B --strategy sharded
       on several GPUs; `python -m recipes.plan --model qwen1.5-moe-a2.7b` has the launch lines and what they need
 """
 
 
-def main(arguments: Sequence[str] | None = None) -> int:
+@command
+def main(arguments: Sequence[str]) -> int:
     """Run the recipe; returns the exit status: 0, 1 (it failed, with a sentence why) or 2 (wrong usage)."""
-    try:
-        settings = parse_settings(
-            sys.argv[1:] if arguments is None else arguments,
-            program="python -m recipes.qwen_obqa",
-            description=DESCRIPTION,
-        ).resolved()
-    except SettingsError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+    registered = textwrap.fill(f"Registered methods: {', '.join(method_names())}.", 116)
+    description = f"{DESCRIPTION}\n{registered}"
+    settings = parse(Settings, arguments, program=PROGRAM, description=description).resolved()
     # Late: torch and transformers take seconds to import, and --help should not.
     from recipes.qwen_obqa.experiment import RecipeError, run
 

@@ -9,21 +9,15 @@ from __future__ import annotations
 import gc
 import os
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from datetime import timedelta
 from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
-from lightning.fabric.utilities.distributed import DistributedSamplerWrapper
 from lightning.pytorch.strategies import ModelParallelStrategy
-from torch import Tensor
-from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
-from torch.utils.data import DataLoader, DistributedSampler, SequentialSampler
 
-from bmoe_lightning.trainer.data_passes import reproducible_order
-from bmoe_lightning.trainer.sampler_shards import SamplerShard
-from bmoe_lightning.utils.distributed import barrier, gather_number, is_rank_zero, num_processes, process_rank
+from bmoe_lightning.utils.distributed import barrier, gather_number, is_rank_zero, num_processes
 from recipes.qwen_obqa.settings import ResolvedSettings
 from recipes.qwen_obqa.sources import RecipeError
 
@@ -58,13 +52,6 @@ def trainer_options(settings: ResolvedSettings) -> dict[str, Any]:
     return {"devices": local, "num_nodes": processes // local, "strategy": strategy}
 
 
-def mesh_of(settings: ResolvedSettings) -> DeviceMesh | None:
-    """The processes that share weights, or None if none do."""
-    if settings.strategy != "sharded" or not dist.is_initialized():
-        return None
-    return init_device_mesh("cuda" if dist.get_backend() == "nccl" else "cpu", (num_processes(),))
-
-
 def agreed(value: bool) -> bool:
     """What the first process says. A collective."""
     return bool(gather_number(int(value))[0])
@@ -90,27 +77,3 @@ def first_then_others(action: Callable[[], T]) -> T:
         result = action()
     barrier()
     return result  # type: ignore[return-value]  # done in either branch
-
-
-def own_batches(loader: Any, device: torch.device, *, training: bool, lockstep: bool) -> Iterator[Any]:
-    """This process's share of a loader's batches, in the order in which the callback sees them when training ends.
-
-    Args:
-        loader: of the datamodule, for all examples.
-        device: where the batches are wanted.
-        training: whether it is the training loader.
-        lockstep: whether processes share weights, so that all need as many batches.
-    """
-    dealt, share = loader, None
-    if num_processes() > 1:
-        # As Lightning does, which shuffles for training whatever the sampler.
-        plain = isinstance(loader.sampler, SequentialSampler)
-        kind, source = (DistributedSampler, loader.dataset) if plain else (DistributedSamplerWrapper, loader.sampler)
-        seed = int(os.environ.get("PL_GLOBAL_SEED", "0"))
-        sampler: DistributedSampler[Any] = kind(source, num_processes(), process_rank(), shuffle=training, seed=seed)
-        dealt = DataLoader(loader.dataset, loader.batch_size, sampler=sampler, collate_fn=loader.collate_fn)
-        share = SamplerShard(dealt.batch_sampler, sampler, len(dealt))  # type: ignore[arg-type]  # a plain BatchSampler
-    with reproducible_order(dealt), nullcontext() if share is None or lockstep else share.without_repeats():
-        for position, batch in enumerate(dealt):
-            moved: dict[str, Tensor] = {name: value.to(device) for name, value in batch.items()}
-            yield moved if share is None or not lockstep else share.counted(position, moved)

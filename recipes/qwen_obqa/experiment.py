@@ -1,6 +1,7 @@
-"""The stages of the main job: model and data, fine-tuning, posterior, evaluation, report.
+"""The stages of the main job: model and data, fine-tuning, fits, evaluation, report.
 
-Each stage leaves one file behind, written whole or not at all; a stage whose file is there is not done again.
+Each stage leaves a file behind, written atomically; a stage whose file is there is not repeated. A method that is added
+to a finished run is fitted and evaluated by itself.
 """
 
 from __future__ import annotations
@@ -11,23 +12,18 @@ import shutil
 import time
 import warnings
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any
 
 import huggingface_hub
 import lightning as L
 import transformers
 from lightning.pytorch.loggers import TensorBoardLogger
-from torch import Tensor
 
 from bmoe_lightning import BayesianMoECallback, ExpertFinetuner, MultipleChoiceDataModule
-from bmoe_lightning.curvature import remove_checkpoint
-from bmoe_lightning.experts import ClassLogits
-from bmoe_lightning.experts.fsdp import gathered, has_shards
-from bmoe_lightning.methods import Method, apply_snapshot, save_snapshot
-from bmoe_lightning.methods.storage import CURVATURE_STATE_FILE, has_fitted, load_fitted, save_fitted
-from bmoe_lightning.methods.workbench import build_methods
+from bmoe_lightning.experts.fsdp import gathered
+from bmoe_lightning.methods import FitResult, Method, NeedsError, apply_snapshot, save_snapshot
+from bmoe_lightning.methods.storage import INDEX_FILE, has_fit, load_fit
 from bmoe_lightning.report import (
     MethodResult,
     label_budget_figure,
@@ -40,15 +36,16 @@ from bmoe_lightning.report import (
     write_results,
     write_tensorboard,
 )
-from bmoe_lightning.trainer.prior_mean import PriorMean
 from bmoe_lightning.utils.atomic_io import write_text
-from bmoe_lightning.utils.distributed import barrier, is_rank_zero, num_processes
-from bmoe_lightning.utils.safetensors_io import opened_safetensors, write_safetensors
-from recipes.qwen_obqa.distributed import agreed, first_then_others, joined, mesh_of, own_batches, trainer_options
+from bmoe_lightning.utils.distributed import barrier, is_rank_zero
+from bmoe_lightning.utils.file_header import DamagedFileError
+from recipes.qwen_obqa.distributed import agreed, first_then_others, joined, trainer_options
 from recipes.qwen_obqa.label_budget import label_budget
+from recipes.qwen_obqa.methods import build_methods, run_curvature
 from recipes.qwen_obqa.run_folder import begin, check_start, plain_notes
 from recipes.qwen_obqa.settings import ResolvedSettings
 from recipes.qwen_obqa.sources import RecipeError, Source, prepare_source
+from recipes.qwen_obqa.stored_predictions import StoredPredictions
 
 __all__ = ["RecipeError", "run"]
 
@@ -56,45 +53,49 @@ __all__ = ["RecipeError", "run"]
 def run(settings: ResolvedSettings) -> None:
     """Do everything that the settings ask for, and print the table.
 
-    An earlier run in the output folder goes on if it had the same settings, and is replaced if the settings say so.
+    An earlier run in the output folder is resumed if it had the same settings, and replaced if the settings say so.
 
     Raises:
-        RecipeError: with a sentence, if the model or the data cannot be had, the earlier run had other settings, or a
-            setting cannot be used here.
+        UsageError: If a method cannot be built.
+        RecipeError: With a sentence, if the model or the data cannot be loaded, the earlier run had other settings, or
+            a setting cannot be used here.
     """
     with plain_notes(), joined(settings):
         _quieten()
-        _run(settings)
+        _run(settings, build_methods(settings))
 
 
-def _run(settings: ResolvedSettings) -> None:
+def _run(settings: ResolvedSettings, methods: tuple[Method, ...]) -> None:
     started = time.monotonic()
     output = Path(settings.output_dir)
-    goes_on, source = first_then_others(lambda: _begun(settings, output))
-    if goes_on and is_rank_zero():
-        print(f"Going on with the run in {output}: finished stages are not done again; --overwrite starts anew.")
+    resumes, source = first_then_others(lambda: _begun(settings, methods, output))
     if is_rank_zero():
+        if resumes:
+            print(f"Resuming the run in {output}: finished stages are not repeated; --overwrite starts again.")
         print(source.banner, flush=True)
-    results: list[MethodResult] = []
-    calibration: list[MethodResult] = []
-    for seed in range(settings.first_seed, settings.first_seed + settings.seeds):
-        run_of_seed = SeedRun(settings, source, output, seed)
-        results += run_of_seed.results("test")
-        calibration += run_of_seed.results("val")
+    runs = [
+        SeedRun(settings, source, methods, output, seed)
+        for seed in range(settings.first_seed, settings.first_seed + settings.seeds)
+    ]
+    try:
+        for run_of_seed in runs:
+            run_of_seed.complete()
+    except (DamagedFileError, NeedsError) as error:
+        raise RecipeError(str(error)) from error
     if not is_rank_zero():
         return
-    _report(settings, output, results, calibration)
+    _report(settings, source, output, runs)
     print(f"\nDone in {time.monotonic() - started:.0f} s. Everything is in {output}; compare the methods with")
     print(f"  tensorboard --logdir {output / 'tensorboard'}", flush=True)
 
 
-def _begun(settings: ResolvedSettings, output: Path) -> tuple[bool, Source]:
-    """Whether an earlier run goes on, and model and questions; the first process notes what the run is."""
-    goes_on = check_start(settings, output)
-    source = prepare_source(settings)
+def _begun(settings: ResolvedSettings, methods: tuple[Method, ...], output: Path) -> tuple[bool, Source]:
+    """Whether an earlier run is resumed, and model and questions; rank 0 writes what the run is."""
+    resumes = check_start(settings, methods, output)
+    source = prepare_source(settings, methods)
     if is_rank_zero():
-        begin(settings, output, source, goes_on=goes_on)
-    return goes_on, source
+        begin(settings, output, source, resumes=resumes)
+    return resumes, source
 
 
 @dataclass
@@ -102,139 +103,123 @@ class SeedRun:
     """All stages of one fine-tuning seed.
 
     Attributes:
-        settings: resolved.
-        source: model and data.
-        output: folder of the whole run.
-        seed: fine-tuning seed.
+        settings: Resolved settings.
+        source: Model and data.
+        methods: Methods of the run, in the order of the table.
+        output: Folder of the run.
+        seed: Fine-tuning seed.
     """
 
     settings: ResolvedSettings
     source: Source
+    methods: tuple[Method, ...]
     output: Path
     seed: int
 
     @property
     def folder(self) -> Path:
-        """Where this seed's files are."""
+        """Folder of this seed's files."""
         return self.output / f"seed-{self.seed}"
 
-    def results(self, stage: str) -> list[MethodResult]:
-        """Predictions of every method on the `test` or calibration (`val`) split, made now or by an earlier run.
+    @property
+    def fit_folder(self) -> Path:
+        """Folder of this seed's fit."""
+        return self.folder / "bayesian_moe"
 
-        Of several processes the first one has them.
-        """
-        path = self.folder / "predictions.safetensors"
-        if not agreed(path.is_file()):
-            self._evaluate(path)
-        if not is_rank_zero():
-            return []
-        return _read_predictions(path, stage, self.seed, self.source.ids(stage))
+    @property
+    def predictions(self) -> StoredPredictions:
+        """This seed's predictions of the test split."""
+        return StoredPredictions(self.folder / "predictions")
 
-    def _member(self, index: int) -> Path:
-        """Fine-tune one more member of the deep ensemble, if there is none yet; the file with its weights."""
+    def results(self) -> list[MethodResult]:
+        """Predictions of every method on the test split, in the order of the table."""
+        ids = tuple(question.id for question in self.source.test)
+        return [self.predictions.read(method, self.seed, ids) for method in self.methods]
+
+    def complete(self) -> None:
+        """Do what an earlier run has not done."""
+        # Of several processes, rank 0 looks at the files: they may come into being while the others look.
+        missing = [method for method in self.methods if not agreed(self.predictions.has(method))]
+        if not missing:
+            return
+        if weights := self._model()[1]:
+            self._say(f"pre-trained weights {weights}")
+        ready = {method.name: self._with_runs(method) for method in self.methods}
+        module, data = self._fresh(0)
+        self._train_and_fit(module, data, list(ready.values()))
+        names = ", ".join(method.name for method in missing)
+        self._say("evaluating" if len(missing) == len(self.methods) else f"evaluating {names}")
+        # A callback of its own: what is evaluated is what was written.
+        callback = self._callback([ready[method.name] for method in missing])
+        load = _LoadTrained(self._trained)
+        self._trainer([load, callback]).test(module, datamodule=data, verbose=False)
+        if is_rank_zero():
+            assert callback.fitted is not None
+            for method in missing:
+                self.predictions.write(method, callback.fitted, callback.predictions["test"][method.name])
+        barrier()
+
+    def _model(self) -> tuple[str, str]:
+        """The model that this seed starts from, and the hash of its weights."""
+        return first_then_others(lambda: (self.source.model_of(self.seed), self.source.model_hash(self.seed)))
+
+    @property
+    def _trained(self) -> Path:
+        return self.folder / "trained.safetensors"
+
+    def _with_runs(self, method: Method) -> Method:
+        """The method with the weights of the further fine-tuning runs that it needs, made now or by an earlier run."""
+        count = method.needs.runs
+        if not count:
+            return method
+        paths = tuple(str(self._member(index, count + 1)) for index in range(1, count + 1))
+        return replace(method, runs=paths)  # type: ignore[call-arg]  # a method that needs runs takes them so
+
+    def _member(self, index: int, size: int) -> Path:
+        """The weights of one more fine-tuning run, made now if there are none yet."""
         path = self.folder / f"member-{index}.safetensors"
         if not agreed(path.is_file()):
-            self._say(f"fine-tuning member {index + 1} of {self.settings.ensemble_size} of the deep ensemble")
+            self._say(f"fine-tuning member {index + 1} of {size} of an ensemble")
             module, data = self._fresh(index)
             self._trainer([_SaveTrained(path)], f"member-{index}").fit(module, datamodule=data)
         return path
 
-    def _evaluate(self, path: Path) -> None:
-        members = []
-        if "deep_ensemble" in self.settings.method_names:
-            members = [self._member(index) for index in range(1, self.settings.ensemble_size)]
-        module, data = self._fresh(0)
-        self._train(module, data, members)
-        self._say("evaluating")
-        # A callback of its own: what is evaluated is what was written.
-        callback = self._callback(members)
-        trainer = self._trainer([callback])
-        trainer.validate(module, datamodule=data, verbose=False)
-        trainer.test(module, datamodule=data, verbose=False)
-        fitted, snapshots = load_fitted(self._posterior_folder)
-        methods = build_methods(
-            module, callback.settings, fitted, snapshots=snapshots, ensemble_members=callback.ensemble_members
-        )
-        if is_rank_zero():
-            _write_predictions(path, callback, methods)
-        barrier()
-
-    @property
-    def _posterior_folder(self) -> Path:
-        return self.folder / "bayesian_moe"
-
-    def _callback(self, members: list[Path], class_logits: ClassLogits | None = None) -> BayesianMoECallback:
-        settings = self.settings
+    def _callback(self, methods: Sequence[Method]) -> BayesianMoECallback:
         return BayesianMoECallback(
-            methods=settings.method_names,
-            class_logits=class_logits,
-            rank=settings.rank,
-            fisher=settings.fisher,  # type: ignore[arg-type]  # checked against the same names
-            sketch=settings.sketch,  # type: ignore[arg-type]
-            link=settings.link,  # type: ignore[arg-type]
-            num_samples=settings.num_samples,
-            curvature_checkpoint_every=settings.curvature_checkpoint_every,
-            dropout=settings.expert_dropout,
-            num_snapshots=settings.num_snapshots,
-            ensemble_members=[str(member) for member in members],
-            dirpath=str(self._posterior_folder),
+            methods=methods,
+            curvature=run_curvature(self.settings),
+            curvature_checkpoint_every=self.settings.curvature_checkpoint_every,
+            dirpath=str(self.fit_folder),
             seed=self.seed,
         )
 
-    def _train(self, module: ExpertFinetuner, data: MultipleChoiceDataModule, members: list[Path]) -> None:
-        """Have the module fine-tuned and the methods fitted and written, as far as an earlier run has not done it."""
-        trained = self.folder / "trained.safetensors"
-        if not agreed(trained.is_file()):
-            size = self.settings.ensemble_size
-            member = f" (member 1 of {size} of the deep ensemble)" if members else ""
-            self._say(f"fine-tuning the experts{member}, then curvature and calibration")
-            self._trainer([_SaveTrained(trained), self._callback(members)], "training").fit(module, datamodule=data)
-            return
-        # The weights' dtype and the precision of the forward are those of the run that was killed.
-        trainer = self._trainer([])
-        module.load(mesh_of(self.settings))
-        trainer.precision_plugin.convert_module(module)
-        if agreed(has_fitted(self._posterior_folder)):
-            apply_snapshot(module, trained)
-        else:
-            self._say("curvature and calibration of the weights that an earlier run fine-tuned")
-            self._fit_trained(module, trained, data, members, trainer)
-        # Of a run that was killed just after the posterior was written.
-        remove_checkpoint(self._posterior_folder / CURVATURE_STATE_FILE)
-
-    def _fit_trained(
-        self,
-        module: ExpertFinetuner,
-        trained: Path,
-        data: MultipleChoiceDataModule,
-        members: list[Path],
-        trainer: L.Trainer,
+    def _train_and_fit(
+        self, module: ExpertFinetuner, data: MultipleChoiceDataModule, methods: Sequence[Method]
     ) -> None:
-        """Fit the methods to weights that an earlier run has fine-tuned, and write them."""
+        """Have the module fine-tuned and the methods fitted, as far as an earlier run has not done it."""
+        callback = self._callback(methods)
+        if not agreed(self._trained.is_file()):
+            self._say("fine-tuning the experts, then curvature and calibration")
+            self._trainer([_SaveTrained(self._trained), callback], "training").fit(module, datamodule=data)
+            return
+        fit = self._fitted() if is_rank_zero() else None
+        missing = [m.name for m in methods if not agreed(fit is not None and fit.is_fitted(m))]
+        if missing:
+            self._say(f"fitting {', '.join(missing)} to the fine-tuned weights")
+            # The callback captures the weights from before fine-tuning, then the fine-tuned ones are loaded.
+            trainer = self._trainer([callback, _LoadTrained(self._trained)])
+            callback.fit_posterior(module, trainer=trainer, datamodule=data)
 
-        def class_logits(model: Any, batch: Any) -> tuple[Tensor, Tensor | None]:
-            with trainer.precision_plugin.forward_context():
-                return model.class_logits(batch)
-
-        callback = self._callback(members, class_logits)
-        pretrained = PriorMean(callback.settings)
-        pretrained.remember(module)
-        apply_snapshot(module, trained)
-        device = trainer.strategy.root_device
-        module.to(device)
-        lockstep = has_shards(module)
-        callback.fit_posterior(
-            module,
-            own_batches(data.train_dataloader(), device, training=True, lockstep=lockstep),
-            own_batches(data.calibration_dataloader(), device, training=False, lockstep=lockstep),
-            prior_mean=pretrained.weights,
-            distributed=num_processes() > 1,
-        )
-        assert callback.fitted is not None
-        snapshots = sorted((self._posterior_folder / "snapshots").glob("*.safetensors"))
-        if is_rank_zero():
-            save_fitted(self._posterior_folder, callback.fitted, snapshots)
-        barrier()
+    def _fitted(self) -> FitResult | None:
+        """What an earlier run has fitted; the index of a damaged fit is removed, so that everything is fitted again."""
+        if not has_fit(self.fit_folder):
+            return None
+        try:
+            return load_fit(self.fit_folder)[0]
+        except (ValueError, FileNotFoundError) as error:
+            warnings.warn(f"{error} The methods are fitted again", stacklevel=2)
+            (self.fit_folder / INDEX_FILE).unlink()
+            return None
 
     def _fresh(self, member: int) -> tuple[ExpertFinetuner, MultipleChoiceDataModule]:
         """An untrained module and the data in this member's order."""
@@ -243,12 +228,12 @@ class SeedRun:
         L.seed_everything(seed, workers=True, verbose=False)
         data = self.source.data(seed)
         module = ExpertFinetuner(
-            self.source.model,
+            self._model()[0],
             answer_token_ids=data.answer_token_ids.tolist(),
-            train=settings.train,  # type: ignore[arg-type]
+            train=settings.train,
             learning_rate=settings.learning_rate,
             weight_decay=settings.weight_decay,
-            schedule=settings.schedule,  # type: ignore[arg-type]
+            schedule=settings.schedule,
             expert_dropout=settings.expert_dropout,
         )
         return module, data
@@ -264,7 +249,7 @@ class SeedRun:
         return L.Trainer(
             max_epochs=self.settings.epochs,
             accelerator=self.settings.accelerator,
-            precision=self.settings.precision,  # type: ignore[arg-type]  # Lightning checks it
+            precision=self.settings.precision,
             gradient_clip_val=1.0,
             callbacks=callbacks,
             logger=logger,
@@ -292,61 +277,44 @@ class _SaveTrained(L.Callback):
 
     def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         assert isinstance(pl_module, ExpertFinetuner)
-        kept = gathered(pl_module.trained_parameters(), keep=trainer.is_global_zero)
+        weights = gathered(pl_module.trained_parameters(), keep=trainer.is_global_zero)
         if trainer.is_global_zero:
-            save_snapshot(self._path, kept)
+            save_snapshot(self._path, weights)
         trainer.strategy.barrier()
 
 
-def _write_predictions(path: Path, callback: BayesianMoECallback, methods: Sequence[Method]) -> None:
-    tensors = {}
-    for stage, by_method in callback.predictions.items():
-        for name, predictions in by_method.items():
-            tensors[f"{stage}/{name}/log_probs"] = predictions.log_probs
-            tensors[f"{stage}/labels"] = predictions.labels
-    described = [{"name": m.name, "label": m.label, "numbers": m.hyperparameters()} for m in methods]
-    write_safetensors(path, tensors, {"methods": json.dumps(described)})
+class _LoadTrained(L.Callback):
+    """Loads the trained weights before a fit without training, and before a test."""
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+
+    def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:  # noqa: ARG002
+        apply_snapshot(pl_module, self._path)
+
+    on_test_start = on_fit_start
 
 
-def _read_predictions(path: Path, stage: str, seed: int, ids: tuple[str, ...]) -> list[MethodResult]:
-    with opened_safetensors(path) as file:
-        labels = file.get_tensor(f"{stage}/labels")
-        return [
-            MethodResult(
-                method=described["name"],
-                label=described["label"],
-                seed=seed,
-                log_probs=file.get_tensor(f"{stage}/{described['name']}/log_probs"),
-                target=labels,
-                ids=ids,
-                extra=described["numbers"],
-            )
-            for described in json.loads(file.metadata()["methods"])
-        ]
-
-
-def _report(
-    settings: ResolvedSettings, output: Path, results: list[MethodResult], calibration: list[MethodResult]
-) -> None:
+def _report(settings: ResolvedSettings, source: Source, output: Path, runs: Sequence[SeedRun]) -> None:
+    results = [result for run_of_seed in runs for result in run_of_seed.results()]
     rows = summarise(results)
-    config = asdict(settings)
+    hashes = {str(run_of_seed.seed): source.model_hash(run_of_seed.seed) for run_of_seed in runs}
+    config = {**asdict(settings), "pretrained_weights": hashes}
     write_results(output, results, rows, config=config, versions=library_versions())
-    hyperparameters: dict[str, bool | int | float | str] = {
-        "rank": settings.rank,
-        "fisher": settings.fisher,
-        "link": settings.link,
-    }
     comparison = output / "tensorboard"
     if comparison.is_dir():  # of the run that is being resumed; written anew, since events only ever add up
         shutil.rmtree(comparison)
-    write_tensorboard(comparison, results, rows, hyperparameters=hyperparameters)
-    points = label_budget(results, calibration)
+    write_tensorboard(comparison, results, rows)
+    fits = {run_of_seed.seed: load_fit(run_of_seed.fit_folder)[0] for run_of_seed in runs}
+    logits = {run_of_seed.seed: run_of_seed.predictions.logits(run_of_seed.methods[0]) for run_of_seed in runs}
+    points = label_budget(runs[0].methods, fits, logits, results)
     if points:
         write_text(output / "label_budget.json", json.dumps([asdict(point) for point in points], indent=2) + "\n")
     if matplotlib_available():  # write_tensorboard has said so otherwise
         write_figures(output / "figures", results, rows)
         if points:
-            save_figure(label_budget_figure(points), output / "figures" / "label_budget.png")
+            names = [row.method for row in rows]
+            save_figure(label_budget_figure(points, names), output / "figures" / "label_budget.png")
     print("\n" + results_table(rows), flush=True)
 
 

@@ -1,14 +1,14 @@
-"""NLL against the number of labels that a temperature is fitted on."""
+"""NLL against the number of labels, for every method that is fitted on labelled logits alone."""
 
 from __future__ import annotations
 
 import warnings
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor
 
-from bmoe_lightning.methods import fit_shrunk_temperature, fit_temperature
+from bmoe_lightning.methods import BatchView, FitResult, Method
 from bmoe_lightning.metrics import negative_log_likelihood
 from bmoe_lightning.report import LabelBudgetPoint, MethodResult
 
@@ -16,48 +16,58 @@ BUDGETS = (0, 10, 25, 50, 100)
 _DRAWS = 50
 
 
-def label_budget(results: Sequence[MethodResult], calibration: Sequence[MethodResult]) -> list[LabelBudgetPoint]:
-    """Test NLL of the three temperatures when fewer calibration labels are known.
+def label_budget(
+    methods: Sequence[Method],
+    fits: Mapping[int, FitResult],
+    logits: Mapping[int, Tensor],
+    results: Sequence[MethodResult],
+) -> list[LabelBudgetPoint]:
+    """Test NLL when fewer calibration labels are known, for all methods that can be fitted to other labels.
 
-    Temperature scaling without labels is the model itself; the evidence temperature needs none and stays the same. For
-    each budget the labels are drawn 50 times a seed; the band is the range that holds 80 % of these draws.
+    For each budget the labels are drawn 50 times a seed; the band is the range that holds 80 % of these draws.
 
     Args:
-        results: of the test split, with `map`, `temperature`, `evidence_temperature` and `shrunk_temperature`.
-        calibration: `map` on the calibration split, for the same seeds.
+        methods: Methods of the run; those whose `refit` gives nothing are left out.
+        fits: What they were fitted to, by seed, with the calibration split's logits and labels.
+        logits: The model's own logits on the test split by seed, `[N, K]` float64.
+        results: Of the test split, for its labels.
 
     Returns:
-        One point for each method and budget (None is all labels); empty if a method is missing.
+        One point for each method and budget (None is all labels); empty if no method can be fitted to other labels, or
+        none looked at the calibration split.
     """
-    by_name = {name: [r for r in results if r.method == name] for name in {r.method for r in results}}
-    if not {"map", "temperature", "evidence_temperature", "shrunk_temperature"} <= set(by_name):
-        return []
-    calibration_maps = {r.seed: r for r in calibration if r.method == "map"}
+    targets = {result.seed: result.target for result in results}
     losses: dict[tuple[str, int | None], list[float]] = {}
-    for plain, evidence in zip(by_name["map"], by_name["evidence_temperature"], strict=True):
-        known = calibration_maps[plain.seed]
-        temperature = evidence.extra["temperature"]
+    for seed, fit in fits.items():
+        known, labels = (None, None) if fit.calibration is None else fit.calibration
+        if known is None or labels is None:
+            continue
         for budget in (*BUDGETS, None):
-            if budget is not None and budget > len(known.target):
+            if budget is not None and budget > len(labels):
                 continue
-            for chosen in _draws(len(known.target), budget, plain.seed):
-                fitted, shrunk = _temperatures(known.log_probs[chosen], known.target[chosen], temperature)
-                losses.setdefault(("temperature", budget), []).append(_nll(plain, fitted))
-                losses.setdefault(("evidence_temperature", budget), []).append(_nll(plain, temperature))
-                losses.setdefault(("shrunk_temperature", budget), []).append(_nll(plain, shrunk))
-    labels_of = {name: group[0].label for name, group in by_name.items()}
-    return [_point(name, labels_of[name], budget, values) for (name, budget), values in losses.items()]
+            for chosen in _draws(len(labels), budget, seed):
+                for method in methods:
+                    loss = _loss(method, fit, (known[chosen], labels[chosen]), logits[seed], targets[seed])
+                    if loss is not None:
+                        losses.setdefault((method.name, budget), []).append(loss)
+    label_of = {method.name: method.label for method in methods}
+    order = {method.name: position for position, method in enumerate(methods)}
+    points = [_point(name, label_of[name], budget, values) for (name, budget), values in losses.items()]
+    return sorted(points, key=lambda point: order[point.method])
 
 
-def _temperatures(logits: Tensor, labels: Tensor, evidence_temperature: float) -> tuple[float, float]:
-    """Fitted and shrunk temperature from few labels, or from none."""
-    if not len(labels):
-        return 1.0, evidence_temperature
+def _loss(
+    method: Method, fit: FitResult, labelled: tuple[Tensor, Tensor], logits: Tensor, target: Tensor
+) -> float | None:
+    """Test NLL of a method that knows these labels, or None if it cannot be fitted to them."""
     with warnings.catch_warnings():
         # Ten labels, all answered right, do not determine a temperature; that is what this study shows.
         warnings.filterwarnings("ignore", message="the fitted temperature")
-        fitted = fit_temperature(logits, labels)
-    return fitted, fit_shrunk_temperature(logits, labels, evidence_temperature)
+        state = method.refit(fit.state_of(method), *labelled)
+    if state is None:
+        return None
+    log_probs = method.log_probs(BatchView.of_logits(logits), state)
+    return float(negative_log_likelihood(log_probs, target))
 
 
 def _draws(size: int, budget: int | None, seed: int) -> list[Tensor]:
@@ -66,10 +76,6 @@ def _draws(size: int, budget: int | None, seed: int) -> list[Tensor]:
         return [torch.arange(size if budget is None else 0)]
     generator = torch.Generator().manual_seed(1000 * seed + budget)
     return [torch.randperm(size, generator=generator)[:budget] for _ in range(_DRAWS)]
-
-
-def _nll(plain: MethodResult, temperature: float) -> float:
-    return float(negative_log_likelihood((plain.log_probs / temperature).log_softmax(-1), plain.target))
 
 
 def _point(method: str, label: str, budget: int | None, values: list[float]) -> LabelBudgetPoint:

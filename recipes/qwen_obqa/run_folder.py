@@ -9,7 +9,7 @@ import shutil
 import sys
 import tempfile
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -18,8 +18,8 @@ import lightning as L
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 
 from bmoe_lightning.curvature.sketch import check_linear
-from bmoe_lightning.methods.options import FitSettings
-from bmoe_lightning.utils.atomic_io import write_text
+from bmoe_lightning.methods import Method
+from bmoe_lightning.utils.atomic_io import remove_leftovers, write_text
 from bmoe_lightning.utils.distributed import is_rank_zero, num_processes
 from recipes.qwen_obqa.distributed import trainer_options
 from recipes.qwen_obqa.settings import ResolvedSettings
@@ -32,22 +32,27 @@ _OWN_FILES = ("results.json", "results.csv", "results.md", "predictions.jsonl", 
 _KEPT_FOLDER = "model"
 _QUESTIONS = "questions"
 # These say how a run goes, not what comes out. More seeds may be asked for later: each has files of its own.
-_FREE = ("resume", "overwrite", "quiet", "output_dir", "seeds", "first_seed", "curvature_checkpoint_every")
+# Each method compares its own options with those that it was fitted and evaluated with, so methods may be added.
+_FREE = (
+    "resume", "overwrite", "quiet", "output_dir", "seeds", "first_seed", "curvature_checkpoint_every", "methods", "set",
+    "curvature",
+)  # fmt: skip
 
 
-def check_start(settings: ResolvedSettings, output: Path) -> bool:
+def check_start(settings: ResolvedSettings, methods: Sequence[Method], output: Path) -> bool:
     """Refuse at once what would fail after hours; nothing that an earlier run wrote is changed.
 
     Args:
-        settings: resolved.
-        output: folder of the run; made if missing.
+        settings: Resolved settings.
+        methods: Methods of the run.
+        output: Folder of the run; created if missing.
 
     Returns:
-        Whether an earlier run with the same settings goes on.
+        Whether an earlier run with the same settings is resumed.
 
     Raises:
-        RecipeError: with a sentence, if the folder holds something else or cannot be written, or if accelerator,
-            precision or a method's options are of no use here.
+        RecipeError: With a sentence, if the folder holds something else or cannot be written, or if accelerator,
+            precision or a method's options cannot be used here.
     """
     try:
         output.mkdir(parents=True, exist_ok=True)
@@ -55,25 +60,17 @@ def check_start(settings: ResolvedSettings, output: Path) -> bool:
     except OSError as error:
         reason = "it is a file" if output.is_file() else error.strerror
         raise RecipeError(f"--output-dir {output} cannot be written ({reason}); give another one") from None
-    goes_on = _earlier_run(settings, output)
+    resumes = _earlier_run(settings, output)
     try:
-        wanted = FitSettings(
-            methods=settings.method_names,
-            rank=settings.rank,
-            fisher=settings.fisher,  # type: ignore[arg-type]  # checked here
-            sketch=settings.sketch,  # type: ignore[arg-type]
-            link=settings.link,  # type: ignore[arg-type]
-            num_samples=settings.num_samples,
-            dropout=settings.expert_dropout,
-        )
-        if num_processes() > 1 and wanted.needs_posterior:
-            check_linear(settings.sketch)
+        if num_processes() > 1:
+            for curvature in (curvature for method in methods for curvature in method.curvatures):
+                check_linear(curvature.sketch)
     except ValueError as error:
         raise RecipeError(str(error)) from None
     try:
         L.Trainer(
             accelerator=settings.accelerator,
-            precision=settings.precision,  # type: ignore[arg-type]  # checked here
+            precision=settings.precision,
             logger=False,
             enable_checkpointing=False,
             enable_progress_bar=False,
@@ -85,10 +82,10 @@ def check_start(settings: ResolvedSettings, output: Path) -> bool:
             f"--accelerator {settings.accelerator} with --precision {settings.precision} does not work here: "
             f"{_one_line(error)}"
         ) from None
-    return goes_on
+    return resumes
 
 
-def begin(settings: ResolvedSettings, output: Path, source: Source, *, goes_on: bool) -> None:
+def begin(settings: ResolvedSettings, output: Path, source: Source, *, resumes: bool) -> None:
     """Note what the run is, once its model and questions are there; with `overwrite`, remove the earlier run first.
 
     Raises:
@@ -96,12 +93,12 @@ def begin(settings: ResolvedSettings, output: Path, source: Source, *, goes_on: 
     """
     path = output / RUN_FILE
     fingerprint = _fingerprint(source)
-    if goes_on and _read_run(path).get(_QUESTIONS) != fingerprint:
+    if resumes and _read_run(path).get(_QUESTIONS) != fingerprint:
         raise RecipeError(
             f"the questions are not those that the earlier run in {output} used; --overwrite starts anew, or give "
             "another --output-dir"
         )
-    if not goes_on:
+    if not resumes:
         # An earlier run's own files and nothing else, its description last: event files of two runs would be one curve.
         for folder in (*output.glob("seed-*"), *(output / name for name in _OWN_FOLDERS)):
             if folder.is_dir():
@@ -127,6 +124,7 @@ def plain_notes() -> Iterator[None]:
 def _earlier_run(settings: ResolvedSettings, output: Path) -> bool:
     """Whether there is one that goes on."""
     path = output / RUN_FILE
+    remove_leftovers(path)  # of a process that was killed while it wrote this very file
     if not path.is_file():
         if any(entry.name != _KEPT_FOLDER for entry in output.iterdir()):
             raise RecipeError(f"{output} is not empty and holds no earlier run; give another --output-dir")

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 from transformers import AutoConfig
@@ -13,13 +13,15 @@ from transformers import AutoConfig
 from bmoe_lightning import MultipleChoiceDataModule
 from bmoe_lightning.data import DataUnavailableError, Question, load_questions
 from bmoe_lightning.data.questions import Splits, draw, drop_overlap, split_train
-from bmoe_lightning.laplace.predictive import MIN_UNLABELLED
+from bmoe_lightning.methods import Available, Method, check_needs
 from bmoe_lightning.models import register_models
-from bmoe_lightning.models.loading import HUB_ID, ModelUnavailableError
+from bmoe_lightning.models.loading import ModelUnavailableError, model_source
 from recipes.qwen_obqa.builtin_model import pretrain
 from recipes.qwen_obqa.builtin_task import World
 from recipes.qwen_obqa.reader_model import read_questions
 from recipes.qwen_obqa.settings import ResolvedSettings
+
+_DRY_RUN_QUESTIONS = 128  # of each split: more than any method needs at least
 
 
 class RecipeError(RuntimeError):
@@ -38,6 +40,8 @@ class Source:
         calibration: held-out questions for priors and temperatures.
         test: questions that nothing is tuned on.
         banner: what a person should know first.
+        world: Task on which the built-in model is pre-trained, once for each seed; None for a model that all
+            seeds share.
     """
 
     settings: ResolvedSettings
@@ -47,14 +51,27 @@ class Source:
     calibration: Sequence[Question]
     test: Sequence[Question]
     banner: str
+    world: World | None = None
+
+    def model_of(self, seed: int) -> str:
+        """Folder or hub id of the model that a seed starts from; the built-in one is pre-trained if it is not there."""
+        if self.world is None:
+            return self.model
+        folder, progress = _model_folder(self.settings), not self.settings.quiet
+        return str(pretrain(self.world, cache_dir=folder, seed=seed, progress=progress))
+
+    def model_hash(self, seed: int) -> str:
+        """Hash of the weights that a seed starts from, by which two machines' small models are told apart.
+
+        Empty for a given model, whose name says what it is.
+        """
+        return "" if self.settings.kind == "full" else weights_hash(Path(self.model_of(seed)))
 
     def data(self, seed: int) -> MultipleChoiceDataModule:
         """The questions as batches, in the order of a seed; which questions are in which split never changes."""
         settings = self.settings
-        data = MultipleChoiceDataModule.from_questions(
-            self.train,
-            self.calibration,
-            self.test,
+        data = MultipleChoiceDataModule(
+            Splits(tuple(self.train), tuple(self.calibration), tuple(self.test)),
             self.tokenizer,
             prompt=settings.prompt,
             batch_size=settings.batch_size,
@@ -65,23 +82,29 @@ class Source:
         data.setup()
         return data
 
-    def ids(self, stage: str) -> tuple[str, ...]:
-        """Ids of the questions of the `test` or calibration (`val`) split, in order."""
-        return tuple(question.id for question in (self.test if stage == "test" else self.calibration))
 
-
-def prepare_source(settings: ResolvedSettings) -> Source:
+def prepare_source(settings: ResolvedSettings, methods: Sequence[Method]) -> Source:
     """Get model and questions ready.
 
+    Args:
+        settings: Resolved settings.
+        methods: Methods of the run, for what they need of the questions.
+
     Raises:
-        RecipeError: with one sentence, if either cannot be had or is malformed.
+        RecipeError: With one sentence, if either cannot be loaded or is malformed.
     """
     try:
-        if settings.kind == "builtin":
-            return _builtin(settings)
-        return _real(settings)
+        return (_builtin if settings.kind == "builtin" else _real)(settings, methods)
     except (DataUnavailableError, ModelUnavailableError, FileNotFoundError, ValueError, RuntimeError) as error:
         raise RecipeError(str(error)) from error
+
+
+def weights_hash(folder: Path) -> str:
+    """Twelve hexadecimal digits of the SHA-256 of a model folder's weight files, which tell two models apart."""
+    digest = hashlib.sha256()
+    for path in sorted(folder.glob("*.safetensors")):
+        digest.update(path.read_bytes())
+    return digest.hexdigest()[:12]
 
 
 def check_model(source: str) -> None:
@@ -91,22 +114,15 @@ def check_model(source: str) -> None:
         ModelUnavailableError: with one sentence naming the model, if there is no such folder, the hub cannot give it,
             or transformers does not know its kind.
     """
-    folder = Path(source).is_dir()
-    if not folder and not HUB_ID.fullmatch(source):
-        raise ModelUnavailableError(f"--model: there is no folder {source!r}, and it is no hub id, which is owner/name")
     register_models()
-    try:
+    with model_source(source, ValueError):
         AutoConfig.from_pretrained(source, trust_remote_code=False)
-    except (OSError, ValueError) as error:
-        reason = str(error).splitlines()[0].rstrip(".") if str(error) else type(error).__name__
-        remedy = "are all its files there and whole?" if folder else "the path of a local folder works without the hub."
-        raise ModelUnavailableError(f"the model {source!r} could not be had ({reason}); {remedy}") from None
 
 
-def _builtin(settings: ResolvedSettings) -> Source:
+def _builtin(settings: ResolvedSettings, methods: Sequence[Method]) -> Source:
     world = World()
     splits = Splits(world.questions("fit"), world.questions("calibration"), world.questions("test"))
-    drawn = _limited(settings, splits)
+    drawn = _limited(settings, splits, methods)
     banner = (
         "This is the small built-in model (3 layers of 8 experts) on a generated open-book task: a demonstration, not\n"
         "the paper's experiment. The paper's set-up, on a GPU:\n"
@@ -114,21 +130,23 @@ def _builtin(settings: ResolvedSettings) -> Source:
     )
     if settings.dry_run:
         model = _reader(settings, splits.train)
-    else:
-        model = str(pretrain(world, cache_dir=_model_folder(settings), progress=not settings.quiet))
-    return Source(settings, model, model, drawn.train, drawn.calibration, drawn.test, banner)
+        return Source(settings, model, model, drawn.train, drawn.calibration, drawn.test, banner)
+    first = Source(settings, "", "", drawn.train, drawn.calibration, drawn.test, banner, world)
+    model = first.model_of(settings.first_seed)
+    return replace(first, model=model, tokenizer=model)
 
 
-def _real(settings: ResolvedSettings) -> Source:
+def _real(settings: ResolvedSettings, methods: Sequence[Method]) -> Source:
     assert settings.data is not None
     if settings.model is not None:
         check_model(settings.model)
+    options = {"task": settings.task, "revision": settings.revision}
     splits = _disjoint(
-        load_questions(settings.data, "train"),
-        load_questions(settings.data, "validation"),
-        load_questions(settings.data, "test"),
+        load_questions(settings.data, "train", **options),
+        load_questions(settings.data, "validation", **options),
+        load_questions(settings.data, "test", **options),
     )
-    drawn = _limited(settings, splits)
+    drawn = _limited(settings, splits, methods)
     if settings.model is not None:
         model = settings.model
         banner = f"Model {model} on {settings.data}."
@@ -152,18 +170,15 @@ def _disjoint(train: Sequence[Question], validation: Sequence[Question] | None, 
     return Splits(drop_overlap(train, validation, held_out_name="calibration"), validation, tuple(test))
 
 
-def _limited(settings: ResolvedSettings, splits: Splits) -> Splits:
+def _limited(settings: ResolvedSettings, splits: Splits, methods: Sequence[Method]) -> Splits:
     limit = settings.limit
     if settings.dry_run:
-        # The evidence temperature wants a hundred inputs.
-        limit = min(limit or 128, 128)
+        limit = min(limit or _DRY_RUN_QUESTIONS, _DRY_RUN_QUESTIONS)
     train, calibration, test = (draw(part, limit, seed=0) for part in (splits.train, splits.calibration, splits.test))
-    needy = {"evidence_temperature", "shrunk_temperature"} & set(settings.method_names)
-    if needy and len(calibration) < MIN_UNLABELLED:
-        raise ValueError(
-            f"{', '.join(sorted(needy))} need at least {MIN_UNLABELLED} calibration questions, and there are "
-            f"{len(calibration)}; use more data (--limit), or leave them out of --methods"
-        )
+    try:
+        check_needs(methods, Available(calibration_inputs=len(calibration), runs=True))
+    except ValueError as error:
+        raise ValueError(f"{error} (--limit bounds the questions of each split, --methods names the methods)") from None
     return Splits(train, calibration, test)
 
 

@@ -37,7 +37,7 @@ def families() -> list[str]:
     """Every MoE family: those of the installed transformers, sorted, and then this library's own.
 
     Raises:
-        RuntimeError: if transformers is not installed, or has no families where they are looked for.
+        RuntimeError: If transformers is not installed, or its folder of models holds no MoE family.
     """
     return [*families_of_transformers(), *own_families()]
 
@@ -46,7 +46,7 @@ def families_of_transformers() -> list[str]:
     """Every MoE family of the installed transformers: folder names of `transformers/models`, sorted.
 
     Raises:
-        RuntimeError: if transformers is not installed, or has no families where they are looked for.
+        RuntimeError: If transformers is not installed, or its folder of models holds no MoE family.
     """
     return sorted(_scan(_models_folder()))
 
@@ -72,10 +72,10 @@ def uses_interface(family: str) -> bool:
     """Whether a family's own modeling file sends its experts through transformers' experts interface.
 
     Args:
-        family: a name from `families()`.
+        family: Name from `families()`.
 
     Raises:
-        ValueError: if it is no MoE family.
+        ValueError: If it is no MoE family.
     """
     found = _scan(_models_folder()) | _scan_own()
     if family not in found:

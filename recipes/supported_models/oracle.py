@@ -32,9 +32,9 @@ class ObservedSlots:
     """The slots of one layer in one batch.
 
     Attributes:
-        experts: `[S]` int64.
-        inputs: `[S, d_in]` float64.
-        gradients: `[B, K, S, d_out]` float64: of each logit of each example in the slot's output.
+        experts: Expert of each slot, `[S]` int64.
+        inputs: Inputs `[S, d_in]` float64.
+        gradients: Gradients of each logit of each example in the slot's output, `[B, K, S, d_out]` float64.
     """
 
     experts: Tensor
@@ -57,9 +57,10 @@ class Observation:
     """What one batch did.
 
     Attributes:
-        logits: `[B, K]` float64, without graph.
-        slots: of each layer.
-        jacobians: of each layer, `[B, K, E, d_out, d_in]` float64, by automatic differentiation in the parameters.
+        logits: Logits `[B, K]` float64, without graph.
+        slots: Slots of each layer.
+        jacobians: Jacobian of each layer, `[B, K, E, d_out, d_in]` float64, by automatic differentiation in the
+            parameters.
     """
 
     logits: Tensor
@@ -72,9 +73,9 @@ class DenseFactors:
     """The exact-Fisher K-FAC factors of one layer, expand form: `F_e = n_e (G_e kron A_e)`.
 
     Attributes:
-        slots: `[E]` float64, n_e.
-        a: `[E, d_in, d_in]` float64, mean of `a a^T`.
-        g: `[E, d_out, d_out]` float64, mean of `E_y[delta delta^T]`.
+        slots: Numbers of slots n_e, `[E]` float64.
+        a: Mean of `a a^T`, `[E, d_in, d_in]` float64.
+        g: Mean of `E_y[delta delta^T]`, `[E, d_out, d_out]` float64.
     """
 
     slots: Tensor
@@ -90,13 +91,13 @@ def observe(model: nn.Module, class_logits: ClassLogits, batch: Any, weights: Se
     """Run a batch through the model's own code and differentiate every logit.
 
     Args:
-        model: in evaluation mode; its parameters' `requires_grad` and `.grad` are as before afterwards.
-        class_logits: `(model, batch) -> (logits [B, K], labels [B] or None)`; `-inf` marks an absent class.
-        batch: whatever `class_logits` takes.
-        weights: of the layers to watch.
+        model: Model in evaluation mode; `requires_grad` and `.grad` of its parameters are restored.
+        class_logits: Function `(model, batch) -> (logits [B, K], labels [B] or None)`; `-inf` marks an absent class.
+        batch: Batch that `class_logits` takes.
+        weights: Second weights of the layers to watch.
 
     Raises:
-        OracleError: if two layers share a weight, or a second weight is used in a way that is not followed.
+        OracleError: If two layers share a weight, or a second weight is used in a way that is not followed.
     """
     check_disjoint(weights)
     watch = Watch(weights)
@@ -112,11 +113,11 @@ def weighted_jacobians(
     """Differentiate a weighted sum of logits in the second weights, whatever implementation the model is set to.
 
     Args:
-        model: in evaluation mode.
-        class_logits: `(model, batch) -> (logits [B, K], labels [B] or None)`.
-        batch: whatever `class_logits` takes.
-        weights: of the layers.
-        logit_weights: `[B, K]`.
+        model: Model in evaluation mode.
+        class_logits: Function `(model, batch) -> (logits [B, K], labels [B] or None)`.
+        batch: Batch that `class_logits` takes.
+        weights: Second weights of the layers.
+        logit_weights: Weights of the logits, `[B, K]`.
 
     Returns:
         Logits `[B, K]` float64 without graph, and `[E, d_out, d_in]` float64 for each layer.
@@ -141,9 +142,9 @@ def dense_logit_covariance(
     """`sum_{l,e} J_e (F_e + lambda I)^-1 J_e^T`: `[B, K, K]` float64.
 
     Args:
-        jacobians: of each layer, `[B, K, E, d_out, d_in]`.
-        factors: of each layer.
-        prior_precision: lambda.
+        jacobians: Jacobian of each layer, `[B, K, E, d_out, d_in]`.
+        factors: Factors of each layer.
+        prior_precision: Prior precision lambda.
     """
     total = torch.zeros(())
     for jacobian, layer in zip(jacobians, factors, strict=True):

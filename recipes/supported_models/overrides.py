@@ -118,17 +118,17 @@ class FamilySettings:
     """What one family needs.
 
     Attributes:
-        config: keyword arguments of its configuration, nested as the configuration is.
-        model_class: name of the class to build, where the usual heads are not it.
-        call: keyword arguments of every forward.
-        dtype: of weights and activations.
-        takes_padding: whether a batch may be padded on the left.
-        is_encoder_decoder: whether the forward wants decoder tokens.
-        image_marker: name of the input `[B, T]` that is 1 at image tokens; the first batch then has some.
-        wrapper: keyword arguments of the configuration of its multimodal wrapper, `text_config` aside, where the model
+        config: Keyword arguments of its configuration, nested as the configuration is.
+        model_class: Name of the class to build, where the usual heads are not it.
+        call: Keyword arguments of every forward.
+        dtype: Dtype of weights and activations.
+        takes_padding: Whether a batch may be padded on the left.
+        is_encoder_decoder: Whether the forward takes decoder tokens.
+        image_marker: Name of the input `[B, T]` that is 1 at image tokens; the first batch then has some.
+        wrapper: Keyword arguments of the configuration of its multimodal wrapper, `text_config` aside, where the model
             above is the text model alone.
-        remark: what a reader of the table may want to know.
-        refused: why there is no tiny model.
+        remark: Note for readers of the table.
+        refused: Reason why there is no tiny model.
     """
 
     config: Mapping[str, Any] = field(default_factory=dict)

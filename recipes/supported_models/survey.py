@@ -44,18 +44,18 @@ class Row:
     """What was found about one family.
 
     Attributes:
-        family: its name.
-        interface: whether its own code sends experts through transformers' experts interface.
-        refused: why there is no figure: it cannot be built small, or the library says that it does not support it.
-        failed: the error that ended the comparison, if one did.
-        experts: number of experts of each expert layer.
-        layout: how the experts are stored, in words.
-        notes: what else the model has, in words.
-        errors: relative error (norm of the difference over the norm) by quantity, largest over batches and layers, with
+        family: Name of the family.
+        interface: Whether its own code sends experts through transformers' experts interface.
+        refused: Reason why there is no figure: it cannot be built small, or the library does not support it.
+        failed: Error that ended the comparison, if one did.
+        experts: Number of experts of each expert layer.
+        layout: Way in which the experts are stored, in words.
+        notes: Other features of the model, in words.
+        errors: Relative error (norm of the difference over the norm) by quantity, largest over batches and layers, with
             weights in float64.
-        float32_errors: the same for the tapped forward against the model's own `grouped_mm`, with weights in float32.
-        disturbed: what the library left in the model or the process; should be empty.
-        wrapper: in words, if what was compared is a multimodal wrapper, or one of two models is.
+        float32_errors: The same for the tapped forward against the model's own `grouped_mm`, with weights in float32.
+        disturbed: Names of what the library did not restore; should be empty.
+        wrapper: Phrase for the notes, if what was compared is a multimodal wrapper, or one of two models is.
     """
 
     family: str
@@ -106,11 +106,11 @@ def survey(family: str) -> Row:
     Of a family that has a text model and a multimodal wrapper around it, both are built and compared.
 
     Args:
-        family: a name from `families()`.
+        family: Name from `families()`.
 
     Raises:
-        ValueError: for an unknown family.
-        RuntimeError: if expert layers of the experts interface are not found, or the oracle cannot follow the model.
+        ValueError: For an unknown family.
+        RuntimeError: If expert layers of the experts interface are not found, or the oracle cannot follow the model.
     """
     text = _survey(family, wrapper=False)
     if text.refused is not None or wrapper_name(family) is None:

@@ -41,13 +41,14 @@ class TinyFamily:
     """A family's tiny model and something to run it on.
 
     Attributes:
-        family: its name in `families()`.
-        model: random weights, evaluation mode, `model.dtype` (float64 unless the family cannot), eager experts. Weights
-            are what is float64: the families' own code computes norms, and some the logits, in float32.
-        class_logits: `(model, batch) -> (logits [B, 3], labels [B])`, at the last position of every example.
-        batches: of three and of two examples, each a dictionary of the forward's inputs and `labels` `[B]`; the second
-            is padded on the left, unless the family cannot be.
-        wrapper: whether the model has towers for images, video or sound beside its language model; batches are text.
+        family: Name from `families()`.
+        model: Model with random weights in evaluation mode, `model.dtype` (float64 unless the family cannot), eager
+            experts. Weights are what is float64: the families' own code computes norms, and some the logits, in
+            float32.
+        class_logits: Function `(model, batch) -> (logits [B, 3], labels [B])`, at the last position of every example.
+        batches: Batches of three and of two examples, each a dictionary of the forward's inputs and `labels` `[B]`;
+            the second is padded on the left, unless the family cannot be.
+        wrapper: Whether the model has towers for images, video or sound beside its language model; batches are text.
     """
 
     family: str
@@ -61,13 +62,13 @@ def build(family: str, *, wrapper: bool = False, seed: int = 0) -> TinyFamily:
     """Build the tiny model of a family.
 
     Args:
-        family: a name from `families()`.
-        wrapper: the multimodal wrapper of a family that has a text model of its own, rather than that.
-        seed: of weights and input; the global generator is left as it was.
+        family: Name from `families()`.
+        wrapper: Whether to build the multimodal wrapper of a family that also has a text model alone.
+        seed: Seed of weights and input; the global generator is restored.
 
     Raises:
-        ValueError: if it is no MoE family, or has no wrapper beside its text model.
-        CannotBuildError: if the family has no tiny model, with the reason.
+        ValueError: If it is no MoE family, or has no wrapper beside its text model.
+        CannotBuildError: If the family has no tiny model, with the reason.
     """
     if family not in families():
         raise ValueError(f"{family!r} is no MoE family of the installed transformers or this library; see families()")

@@ -1,7 +1,7 @@
 """Watch a model's own code multiply with the second weights of its experts.
 
 Every matrix product is seen by a `TorchFunctionMode`. Where one operand lies in the memory of a second weight, what
-goes in and what comes out is kept; which expert it was follows from the operand's place in that memory.
+goes in and what comes out is recorded; which expert it was follows from the operand's place in that memory.
 """
 
 from __future__ import annotations
@@ -43,12 +43,12 @@ class SecondWeights:
     """Where the second weights of one expert layer lie.
 
     Attributes:
-        name: of the expert layer.
-        parameters: one that holds all experts one after the other, or one `[d_out, d_in]` an expert.
-        num_experts: E.
-        d_in: width of what enters.
-        d_out: width of what comes out.
-        transposed: whether the one parameter holds `[d_in, d_out]` an expert.
+        name: Name of the expert layer.
+        parameters: One parameter that holds all experts one after the other, or one `[d_out, d_in]` an expert.
+        num_experts: Number of experts, E.
+        d_in: Width of the input.
+        d_out: Width of the output.
+        transposed: Whether the one parameter holds `[d_in, d_out]` an expert.
     """
 
     name: str
@@ -69,7 +69,7 @@ def down_proj_weights(model: nn.Module, layer: ExpertLayer) -> SecondWeights:
     """Look a layer's second weights up.
 
     Raises:
-        OracleError: if their number or sizes are not what the layer says.
+        OracleError: If their number or sizes are not what the layer says.
     """
     parameters = tuple(down_proj_parameters(model, layer).values())
     size = layer.d_in * layer.d_out
@@ -89,7 +89,7 @@ def check_disjoint(weights: Sequence[SecondWeights]) -> None:
     """Refuse layers that hold the same weights: their slots would have to be added up as one layer's.
 
     Raises:
-        OracleError: naming two such layers.
+        OracleError: If there are two such layers, with their names.
     """
     owners: dict[int, str] = {}
     for layer in weights:
@@ -104,9 +104,9 @@ class Product:
     """One matrix product with second weights.
 
     Attributes:
-        experts: `[n]` int64.
-        inputs: `[n, d_in]`, without graph.
-        outputs: `[..., d_out]`, n rows in the same order, before the bias, in the graph.
+        experts: Expert of each row, `[n]` int64.
+        inputs: Inputs `[n, d_in]`, without graph.
+        outputs: Outputs `[..., d_out]`, n rows in the same order, before the bias, in the graph.
     """
 
     experts: Tensor
@@ -125,16 +125,16 @@ class _Region:
 
 
 class Watch(TorchFunctionMode):
-    """While entered, keeps every product that torch computes with a second weight.
+    """While entered, records every product that torch computes with a second weight.
 
     Args:
-        weights: of the layers to watch.
+        weights: Second weights of the layers to watch.
 
     Attributes:
-        products: a list of each layer's.
+        products: Products of each layer.
 
     Raises:
-        OracleError: out of the operation that uses a second weight in a way that is not followed.
+        OracleError: From an operation that uses a second weight in a way that is not followed.
     """
 
     def __init__(self, weights: Sequence[SecondWeights]) -> None:

@@ -1,5 +1,6 @@
 import pytest
 import torch
+from oracles.cases import FULL, built, layouts
 from oracles.dense import (
     dense_ggn,
     dense_kfac,
@@ -29,14 +30,6 @@ from oracles.waits import Waits
 from bmoe_lightning.curvature import collect_factors, kfac
 from bmoe_lightning.curvature.fisher import fisher_weights
 from bmoe_lightning.experts import find_expert_layers, weight_fingerprint
-
-FULL = 100  # a rank beyond every width
-layouts = pytest.mark.parametrize("layout", ["fused", "modules"])
-
-
-def built(layout, **config):
-    fused = toy_model(**config)
-    return fused, (fused if layout == "fused" else as_modules(fused))
 
 
 def matrices(layer):

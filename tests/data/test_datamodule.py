@@ -1,4 +1,3 @@
-import inspect
 import json
 import os
 import warnings
@@ -11,9 +10,10 @@ import torch
 from tokenizers import processors
 
 from bmoe_lightning.data.datamodule import MultipleChoiceDataModule
-from bmoe_lightning.data.hub import DataUnavailableError
+from bmoe_lightning.data.files import DataUnavailableError
 from bmoe_lightning.data.prompts import get_prompt_format
 from bmoe_lightning.data.questions import Question, Splits, question_key
+from bmoe_lightning.data.tasks.arc import ARC
 from bmoe_lightning.data.tokenizer import train_word_tokenizer
 
 TEST_DATA = Path(os.environ.get("BMOE_TEST_DATA", Path(__file__).parents[3] / "shared" / "data"))
@@ -40,7 +40,7 @@ def tokenizer():
 
 
 def module(tokenizer, train=TRAIN, calibration=CALIBRATION, test=TEST, **options):
-    data = MultipleChoiceDataModule.from_questions(train, calibration, test, tokenizer, **options)
+    data = MultipleChoiceDataModule(Splits(tuple(train), tuple(calibration), tuple(test)), tokenizer, **options)
     data.setup()
     return data
 
@@ -265,11 +265,6 @@ def test_no_question_is_on_two_sides_and_test_stays_whole(tokenizer, tmp_path, v
     assert data.questions("test") == TEST
 
 
-def test_calibration_may_be_left_to_a_seeded_split(tokenizer):
-    data = module(tokenizer, calibration=None, calibration_fraction=0.4)
-    assert (len(data.questions("train")), len(data.questions("calibration"))) == (14, 9)
-
-
 def test_limit_takes_a_seeded_choice_of_every_part_and_keeps_the_number_of_choices(tokenizer):
     data = module(tokenizer, calibration=(*CALIBRATION, make(99, "calibration", choices=5)), limit=3, seed=1)
     assert [len(data.questions(part)) for part in ("train", "calibration", "test")] == [3, 3, 3]
@@ -309,7 +304,9 @@ def test_empty_validation_file_is_refused(tokenizer, tmp_path):
         ({"limit": 0}, ValueError, "limit is 0"),
         ({"num_workers": -1}, ValueError, "num_workers is -1"),
         ({"calibration_fraction": 1.0}, ValueError, "calibration_fraction is 1.0"),
-        ({"prompt": "mmlu"}, ValueError, "prompt 'mmlu' is not known; choose from letters, instruction"),
+        ({"prompt": "mmlu"}, ValueError, "unknown prompt 'mmlu'; choose from letters, instruction"),
+        ({"data": "folder", "task": "ark"}, ValueError, "unknown task 'ark', did you mean 'arc'"),
+        ({"data": "folder", "task": 3}, TypeError, "a task is a name or an instance"),
         ({"tokenizer": 3}, TypeError, "tokenizer is a int"),
         ({"data": list(TRAIN)}, TypeError, "data is a list"),
     ],
@@ -331,7 +328,7 @@ def test_use_before_setup_and_unknown_parts_are_refused(tokenizer):
         with pytest.raises(RuntimeError, match="call setup"):
             use()
     data.setup()
-    with pytest.raises(ValueError, match="split 'validation' is not known; choose from train, calibration, test"):
+    with pytest.raises(ValueError, match="unknown split 'validation'; choose from train, calibration, test"):
         data.questions("validation")
 
 
@@ -340,7 +337,7 @@ def test_tokenizer_from_a_folder_and_none_from_a_hub_switched_off(tokenizer, tmp
     data = module(str(tmp_path / "words"))
     assert torch.equal(data.answer_token_ids, module(tokenizer).answer_token_ids)
     missing = MultipleChoiceDataModule(Splits(TRAIN, CALIBRATION, TEST), "someone/not-there")
-    with pytest.raises(DataUnavailableError, match="the tokenizer 'someone/not-there' could not be had") as caught:
+    with pytest.raises(DataUnavailableError, match="the tokenizer 'someone/not-there' could not be loaded") as caught:
         missing.setup()
     assert caught.value.__suppress_context__
 
@@ -435,12 +432,35 @@ def test_workers_read_the_same_batches(tokenizer):
             assert all(torch.equal(a[key], b[key]) for key in a)
 
 
-def test_the_two_constructors_take_the_same_options():
-    ours = inspect.signature(MultipleChoiceDataModule.__init__).parameters
-    other = inspect.signature(MultipleChoiceDataModule.from_questions).parameters
-    shared = [name for name in ours if name not in ("self", "data")]
-    assert [name for name in other if name not in ("train", "calibration", "test")] == shared
-    assert all(ours[name].default == other[name].default for name in shared)
+def test_task_and_revision_reach_the_hub(tokenizer, monkeypatch):
+    calls = []
+
+    def load(source, split, **options):
+        calls.append((source, split, options))
+        return {"train": TRAIN, "validation": CALIBRATION, "test": TEST}[split]
+
+    monkeypatch.setattr("bmoe_lightning.data.datamodule.load_questions", load)
+    data = MultipleChoiceDataModule("someone/copy", tokenizer, task="arc", revision="r1")
+    data.prepare_data()
+    data.setup()
+    assert {split for _, split, _ in calls} == {"train", "validation", "test"}
+    assert all(options == {"task": ARC(), "revision": "r1"} for *_, options in calls)
+
+
+@pytest.mark.parametrize("task", ["arc", ARC(), "bmoe_lightning.data.tasks.arc:ARC"])
+def test_task_of_a_folder(tokenizer, tmp_path, task):
+    data = MultipleChoiceDataModule(write(tmp_path, train=TRAIN, test=TEST), tokenizer, task=task)
+    data.setup()
+    assert data.questions("test") == TEST
+    other = MultipleChoiceDataModule(str(tmp_path), tokenizer, task="openbookqa")
+    with pytest.raises(ValueError, match=r"train\.jsonl, line 1: question_stem missing"):
+        other.setup()
+
+
+@pytest.mark.parametrize("options", [{"task": "arc"}, {"revision": "main"}])
+def test_splits_need_no_task(tokenizer, options):
+    with pytest.raises(ValueError, match="task and revision say how to load data, but data are Splits"):
+        module(tokenizer, **options)
 
 
 def test_the_constructor_can_be_driven_from_a_command_line(tokenizer, tmp_path):
@@ -450,11 +470,13 @@ def test_the_constructor_can_be_driven_from_a_command_line(tokenizer, tmp_path):
     parser = jsonargparse.ArgumentParser(exit_on_error=False)
     parser.add_class_arguments(MultipleChoiceDataModule, "data")
     arguments = [f"--data.data={folder}", f"--data.tokenizer={tmp_path / 'words'}", "--data.limit=5"]
+    arguments.append("--data.task=arc")
     # Named instantiate_classes before 4.49.
     instantiate = getattr(parser, "instantiate", None) or parser.instantiate_classes
     data = instantiate(parser.parse_args(arguments)).data
     data.setup()
     assert len(data.questions("train")) == 5
+    assert data.task == ARC()
 
 
 @pytest.mark.parametrize(("name", "choices"), [("openbookqa", 4), ("arc_easy", 5)])

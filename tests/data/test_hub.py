@@ -1,19 +1,17 @@
 import json
 import os
 from collections import Counter
+from dataclasses import dataclass
 from pathlib import Path
 
 import datasets
 import pytest
 
-from bmoe_lightning.data.hub import (
-    TASKS,
-    DataUnavailableError,
-    is_hub_id,
-    load_questions,
-    parse_arc,
-    parse_openbookqa,
-)
+from bmoe_lightning.data.files import DataUnavailableError
+from bmoe_lightning.data.hub import is_hub_id, load_questions
+from bmoe_lightning.data.tasks import registry
+from bmoe_lightning.data.tasks.arc import ARC
+from bmoe_lightning.data.tasks.openbookqa import OpenBookQA
 
 TEST_DATA = Path(os.environ.get("BMOE_TEST_DATA", Path(__file__).parents[3] / "shared" / "data"))
 
@@ -43,154 +41,45 @@ def write_parquet(path: Path, rows: list[dict]) -> None:
     datasets.Dataset.from_list(rows).to_parquet(str(path))
 
 
-def test_openbookqa_row():
-    question = parse_openbookqa(obqa(5), "f, line 1")
-    assert (question.id, question.question, question.answer) == ("7-5", "Number 5 is", 2)
-    assert question.choices == ("low", "high", "odd", "even")
-
-
-def test_label_and_text_are_not_swapped():
-    question = parse_arc(arc(), "f, line 1")
-    assert "A" not in question.choices
-    assert question.choices[question.answer] == "odd"
-
-
-def test_numeric_labels_are_looked_up_and_not_computed_from_the_character():
-    row = arc(choices={"text": ["a", "b", "c", "d"], "label": ["1", "2", "3", "4"]}, answerKey="2")
-    assert ord("2") - ord("A") != 1
-    assert parse_arc(row, "f, line 1").answer == 1
-
-
-def test_the_key_is_looked_up_even_where_labels_are_out_of_order():
-    row = arc(choices={"text": ["w", "x", "y", "z"], "label": ["D", "B", "A", "C"]}, answerKey="A")
-    question = parse_arc(row, "f, line 1")
-    assert question.choices[question.answer] == "y"
-
-
-def test_integer_labels_and_a_padded_key():
-    row = arc(choices={"text": ["a", "b", "c"], "label": [1, 2, 3]}, answerKey=" 3\n")
-    assert parse_arc(row, "f, line 1").answer == 2
-
-
-@pytest.mark.parametrize("count", [3, 4, 5])
-def test_three_to_five_choices(count):
-    labels = list("ABCDE")[:count]
-    row = arc(choices={"text": [f"t{label}" for label in labels], "label": labels}, answerKey=labels[-1])
-    question = parse_arc(row, "f, line 1")
-    assert len(question.choices) == count
-    assert question.answer == count - 1
-
-
-@pytest.mark.parametrize("parse", [parse_openbookqa, parse_arc])
-def test_nested_form_of_the_original_archives(parse):
-    pairs = [{"text": "one", "label": "A"}, {"text": "two", "label": "B"}, {"text": "three", "label": "C"}]
-    question = parse({"id": "x", "question": {"stem": "Which?", "choices": pairs}, "answerKey": "B"}, "f, line 1")
-    assert (question.question, question.choices, question.answer) == ("Which?", ("one", "two", "three"), 1)
-
-
-@pytest.mark.parametrize(
-    ("changes", "reason"),
-    [
-        ({"answerKey": "E"}, r"answerKey 'E' is none of the labels \['A', 'B', 'C', 'D'\]"),
-        ({"answerKey": ""}, "answerKey is empty"),
-        ({"answerKey": None}, "answerKey is empty"),
-        ({"id": None}, "id missing"),
-        ({"question_stem": ""}, "question_stem missing"),
-        ({"question_stem": "  "}, "question is empty"),
-        ({"choices": None}, "choices missing"),
-        ({"choices": {"text": ["a", "b"], "label": ["A"]}, "answerKey": "A"}, "2 choice texts but 1 labels"),
-        ({"choices": {"text": ["a", "b"], "label": ["A", "A"]}, "answerKey": "A"}, "not all different"),
-        ({"choices": {"text": ["a"], "label": ["A"]}, "answerKey": "A"}, "has 1 choices"),
-        ({"choices": {"text": ["a", ""], "label": ["A", "B"]}, "answerKey": "A"}, "choice B is empty"),
-        ({"choices": {"text": ["a", "b"]}, "answerKey": "A"}, "must hold 'text' and 'label'"),
-        ({"choices": ["a", "b"], "answerKey": "A"}, "must hold 'text' and 'label'"),
-        ({"choices": 4}, "must hold 'text' and 'label'"),
-    ],
-)
-def test_malformed_rows_name_file_line_and_reason(changes, reason, tmp_path):
-    write_lines(tmp_path / "train.jsonl", [obqa(0), obqa(1), obqa(2, **changes), obqa(3)])
-    with pytest.raises(ValueError, match=rf"train\.jsonl, line 3: .*{reason}") as caught:
-        load_questions(tmp_path, "train")
-    assert caught.value.__cause__ is None
-    assert caught.value.__suppress_context__ or caught.value.__context__ is None
-
-
-@pytest.mark.parametrize(
-    ("text", "reason"),
-    [("{oops", "not a JSON object"), ("[1, 2]", "a JSON list"), ("3", "a JSON int"), ("\udcff", "not a JSON object")],
-)
-def test_lines_that_are_no_objects_are_named(text, reason, tmp_path):
-    lines = (json.dumps(obqa(0)) + "\n\n" + text + "\n").encode("utf-8", "surrogateescape")
-    (tmp_path / "test.jsonl").write_bytes(lines)
-    with pytest.raises(ValueError, match=rf"test\.jsonl, line 3: {reason}"):
-        load_questions(tmp_path, "test")
-
-
-def test_a_byte_order_mark_and_unicode_line_separators_are_read(tmp_path):
-    row = obqa(0, question_stem="before\u2028after")
-    (tmp_path / "train.jsonl").write_bytes(b"\xef\xbb\xbf" + json.dumps(row, ensure_ascii=False).encode())
-    assert load_questions(tmp_path, "train")[0].question == "before\u2028after"
-
-
 @pytest.mark.parametrize("name", ["{}.jsonl", "{}.json"])
 def test_lines_files(name, tmp_path):
-    write_lines(tmp_path / name.format("train"), [obqa(i) for i in range(3)])
+    write_lines(tmp_path / name.format("train"), [arc(i) for i in range(3)])
     write_lines(tmp_path / name.format("test"), [arc(i) for i in range(2)])
     assert [q.id for q in load_questions(str(tmp_path), "train")] == ["7-0", "7-1", "7-2"]
     assert len(load_questions(tmp_path, "test")) == 2
     assert load_questions(tmp_path, "validation") is None
 
 
-@pytest.mark.parametrize(
-    "shards",
-    [
-        ["train.parquet"],
-        ["train-00000-of-00001.parquet"],
-        ["train-00000-of-00002.parquet", "train-00001-of-00002.parquet"],
-    ],
-)
-@pytest.mark.parametrize("folder", ["", "main"])
-def test_parquet_as_the_hub_lays_it_out(shards, folder, tmp_path):
-    for number, name in enumerate(shards):
-        write_parquet(tmp_path / folder / name, [obqa(10 * number + i) for i in range(2)])
-    expected = [f"7-{10 * number + i}" for number in range(len(shards)) for i in range(2)]
-    questions = load_questions(tmp_path, "train")
-    assert [q.id for q in questions] == expected
-    assert questions[0].choices[questions[0].answer] == "odd"
+def test_parquet_rows(tmp_path):
+    write_parquet(tmp_path / "main" / "train.parquet", [obqa(0), obqa(1)])
+    first, second = load_questions(tmp_path, "train")
+    assert (first.choices[first.answer], second.id) == ("odd", "7-1")
 
 
-def test_malformed_parquet_row_is_named(tmp_path):
-    write_parquet(tmp_path / "train.parquet", [obqa(0), obqa(1, answerKey="Z")])
-    with pytest.raises(ValueError, match=r"train\.parquet, row 2: answerKey 'Z'"):
+def test_malformed_rows_name_file_line_and_reason(tmp_path):
+    write_lines(tmp_path / "train.jsonl", [obqa(0), obqa(1), obqa(2, answerKey="E"), obqa(3)])
+    with pytest.raises(ValueError, match=r"train\.jsonl, line 3: answerKey 'E' is none of the labels") as caught:
         load_questions(tmp_path, "train")
+    assert caught.value.__cause__ is None
+    assert caught.value.__suppress_context__
+    write_parquet(tmp_path / "test.parquet", [obqa(0), obqa(1, answerKey="Z")])
+    with pytest.raises(ValueError, match=r"test\.parquet, row 2: answerKey 'Z'"):
+        load_questions(tmp_path, "test")
 
 
-def test_a_missing_shard_is_refused(tmp_path):
-    write_parquet(tmp_path / "train-00000-of-00003.parquet", [obqa(0)])
-    with pytest.raises(ValueError, match="one of 3 shards, but 1 are there"):
-        load_questions(tmp_path, "train")
+def test_two_rows_of_one_id_are_refused(tmp_path):
+    write_lines(tmp_path / "test.jsonl", [obqa(0), obqa(1), obqa(0)])
+    with pytest.raises(ValueError, match=r"line 3: the id '7-0' is that of .*test\.jsonl, line 1 too"):
+        load_questions(tmp_path, "test")
 
 
-@pytest.mark.parametrize("name", ["validation", "valid", "dev"])
+@pytest.mark.parametrize("name", ["validation", "valid", "val", "dev"])
 def test_validation_under_its_usual_names(name, tmp_path):
     write_lines(tmp_path / f"{name}.jsonl", [obqa(4)])
     assert load_questions(tmp_path, "validation")[0].id == "7-4"
 
 
-def test_a_split_in_two_forms_is_refused(tmp_path):
-    write_lines(tmp_path / "train.jsonl", [obqa(0)])
-    write_parquet(tmp_path / "train.parquet", [obqa(1)])
-    with pytest.raises(ValueError, match=r"more than once: train\.jsonl, train\.parquet"):
-        load_questions(tmp_path, "train")
-
-
-def test_other_files_that_begin_alike_are_left_alone(tmp_path):
-    write_parquet(tmp_path / "testimony.parquet", [obqa(0)])
-    write_lines(tmp_path / "test.jsonl", [obqa(1)])
-    assert load_questions(tmp_path, "test")[0].id == "7-1"
-
-
-def test_sub_folders_main_wins_and_others_must_be_named(tmp_path):
+def test_sub_folders_the_default_wins_and_others_must_be_named(tmp_path):
     write_lines(tmp_path / "both" / "ARC-Easy" / "train.jsonl", [arc(1)])
     write_lines(tmp_path / "both" / "ARC-Challenge" / "train.jsonl", [arc(2)])
     with pytest.raises(ValueError, match="several sub-folders: ARC-Challenge, ARC-Easy; name one"):
@@ -203,12 +92,47 @@ def test_sub_folders_main_wins_and_others_must_be_named(tmp_path):
 
 def test_task_may_be_named(tmp_path):
     write_lines(tmp_path / "train.jsonl", [arc(0)])
-    assert set(TASKS) == {"openbookqa", "arc"}
-    assert load_questions(tmp_path, "train", task="arc")[0].id == "7-0"
+    for task in ("arc", ARC(), "bmoe_lightning.data.tasks.arc:ARC"):
+        assert load_questions(tmp_path, "train", task=task)[0].id == "7-0"
     with pytest.raises(ValueError, match=r"line 1: question_stem missing; the columns found are \['answerKey'"):
         load_questions(tmp_path, "train", task="openbookqa")
-    with pytest.raises(ValueError, match="task 'boolq' is not known; choose from openbookqa, arc"):
-        load_questions(tmp_path, "train", task="boolq")
+    with pytest.raises(ValueError, match="unknown task 'openbook', did you mean 'openbookqa'"):
+        load_questions(tmp_path, "train", task="openbook")
+
+
+def test_rows_of_no_task_are_named(tmp_path):
+    write_lines(tmp_path / "train.jsonl", [{"id": 1, "text": "?"}])
+    with pytest.raises(ValueError, match=r"line 1: the columns \['id', 'text'\] fit none of .*; name the task"):
+        load_questions(tmp_path, "train")
+
+
+@dataclass(frozen=True)
+class Renamed(ARC):
+    """A data set whose splits have other names, and which has no validation split."""
+
+    name: str = "renamed"
+    columns: tuple[str, ...] = ("question", "answerKey", "renamed")
+    train_splits: tuple[str, ...] = ("auxiliary_train",)
+    validation_splits: tuple[str, ...] = ()
+    test_splits: tuple[str, ...] = ("validation",)
+
+
+@pytest.mark.parametrize("task", [Renamed(), None])
+def test_a_task_decides_about_its_splits(tmp_path, monkeypatch, task):
+    monkeypatch.setattr(registry._TASKS, "_registered", {} if task else {"renamed": Renamed})
+    for name, number in (("auxiliary_train", 1), ("validation", 2), ("dev", 3)):
+        write_lines(tmp_path / f"{name}.jsonl", [arc(number, renamed=True)])
+    read = {split: load_questions(tmp_path, split, task=task) for split in ("train", "validation", "test")}
+    assert {split: questions and questions[0].id for split, questions in read.items()} == {
+        "train": "7-1",
+        "validation": None,
+        "test": "7-2",
+    }
+
+
+def test_an_empty_split_is_empty(tmp_path):
+    write_lines(tmp_path / "train.jsonl", [])
+    assert load_questions(tmp_path, "train") == ()
 
 
 @pytest.mark.parametrize("split", ["train", "test"])
@@ -219,7 +143,7 @@ def test_missing_train_or_test_is_an_error(split, tmp_path):
 
 def test_unknown_split_and_sources_are_refused(tmp_path):
     write_lines(tmp_path / "train.jsonl", [obqa(0)])
-    with pytest.raises(ValueError, match="split 'dev' is not known"):
+    with pytest.raises(ValueError, match="unknown split 'dev'; choose from train, validation, test"):
         load_questions(tmp_path, "dev")
     for source, kind in ((tmp_path / "train.jsonl", "a file"), (tmp_path / "nowhere", "not there"), ("", "not there")):
         with pytest.raises(ValueError, match=f"is {kind}; give a folder, or a hub id"):
@@ -234,6 +158,26 @@ def test_hub_ids_are_told_from_folders(tmp_path, monkeypatch):
     assert is_hub_id("allenai/ai2_arc:ARC-Easy")
     (tmp_path / "allenai" / "openbookqa").mkdir(parents=True)
     assert not is_hub_id("allenai/openbookqa")
+
+
+def test_splits_of_the_hub_under_two_names_are_refused(monkeypatch):
+    rows = datasets.Dataset.from_list([obqa(0)])
+    monkeypatch.setattr(datasets, "load_dataset", lambda *_, **__: datasets.DatasetDict(validation=rows, dev=rows))
+    with pytest.raises(ValueError, match="someone/else has one split under the names validation, dev; name a task"):
+        load_questions("someone/else", "validation")
+
+
+def test_a_copy_under_another_id_has_no_default_configuration(monkeypatch):
+    calls = []
+
+    def load_dataset(*arguments, **_):
+        calls.append(arguments)
+        return datasets.DatasetDict(train=datasets.Dataset.from_list([obqa(0)]))
+
+    monkeypatch.setattr(datasets, "load_dataset", load_dataset)
+    assert load_questions("someone/copy", "train", task=OpenBookQA())[0].id == "7-0"
+    assert load_questions("someone/copy:main", "train", task="openbookqa")[0].id == "7-0"
+    assert calls == [("someone/copy", None), ("someone/copy", "main")]
 
 
 def test_hub_switched_off_is_one_sentence_without_a_chain(monkeypatch, tmp_path):
@@ -251,19 +195,20 @@ def test_arc_needs_its_config():
 
 
 @pytest.mark.parametrize(
-    ("source", "call"),
+    ("source", "make", "call"),
     [
-        ("allenai/openbookqa", ("allenai/openbookqa", "main")),
-        ("allenai/ai2_arc:ARC-Easy", ("allenai/ai2_arc", "ARC-Easy")),
-        ("someone/else", ("someone/else", None)),
+        ("allenai/openbookqa", obqa, ("allenai/openbookqa", "main")),
+        ("allenai/ai2_arc:ARC-Easy", arc, ("allenai/ai2_arc", "ARC-Easy")),
+        ("someone/else", arc, ("someone/else", None)),
     ],
 )
-def test_hub_ids_reach_the_hub_library_as_id_and_config(source, call, monkeypatch):
+def test_hub_ids_reach_the_hub_library_as_id_and_config(source, make, call, monkeypatch):
     calls = []
 
     def load_dataset(*args, **kwargs):
         calls.append((args, kwargs))
-        return datasets.DatasetDict(train=datasets.Dataset.from_list([obqa(0), obqa(1, answerKey="Z")]))
+        rows = [make(0), make(1, answerKey="Z")]
+        return datasets.DatasetDict(train=datasets.Dataset.from_list(rows))
 
     monkeypatch.setattr(datasets, "load_dataset", load_dataset)
     with pytest.raises(ValueError, match=f"{source} train, row 2: answerKey 'Z'"):

@@ -73,7 +73,7 @@ def test_every_choice_stands_after_its_own_letter(name, count):
 
 
 def test_unknown_prompt_lists_the_names():
-    with pytest.raises(ValueError, match="prompt 'letter' is not known; choose from letters, instruction"):
+    with pytest.raises(ValueError, match="unknown prompt 'letter'; choose from letters, instruction"):
         get_prompt_format("letter")
 
 
@@ -114,13 +114,13 @@ def test_word_level_answer_is_the_bare_letter():
 
 def test_two_token_answer_is_refused_and_shown():
     tokenizer = byte_level(corpus=["nothing with capital letters"])
-    with pytest.raises(ValueError, match=r"' A' after .* is not one token of its own: .*'Ġ', 'A'.*Use a tokenizer"):
+    with pytest.raises(ValueError, match=r"' A' after .* is not one token: .*'Ġ', 'A'.*use a tokenizer"):
         answer_token_ids(tokenizer, PROMPTS, 4)
 
 
 def test_an_answer_that_merges_with_the_prompt_is_refused():
     tokenizer = word_level(["x Answer:", "A"], pre_tokenizers.Split("|", behavior="isolated"))
-    with pytest.raises(ValueError, match="is not one token of its own"):
+    with pytest.raises(ValueError, match="is not one token"):
         answer_token_ids(tokenizer, ["x Answer:"], 2)
 
 
@@ -132,7 +132,7 @@ def test_an_answer_that_changes_the_prompts_last_token_is_refused():
         def convert_ids_to_tokens(self, ids):
             return [f"t{i}" for i in ids]
 
-    with pytest.raises(ValueError, match=r"is not one token of its own: the text then ends in \['t1', 't7', 't8'\]"):
+    with pytest.raises(ValueError, match=r"is not one token: the text then ends in \['t1', 't7', 't8'\]"):
         answer_token_ids(Merging(), ["Answer:"], 2)
 
 
@@ -246,6 +246,35 @@ def test_a_long_prompt_loses_words_from_the_front_of_its_question_only(name):
     assert rows[1] == encode_prompts(tokenizer, [prompt_format.render(shorter)])[0]
     assert len(rows[1]) == max_length
     assert tokenizer.convert_ids_to_tokens(rows[1])[-1] == "Answer:"
+
+
+def test_a_passage_stands_before_the_question():
+    question = Question("q", "do corks float", ("no", "yes"), 1, passage=" Cork is light. ")
+    assert get_prompt_format("letters").render(question) == ("Cork is light.\ndo corks float\nA. no\nB. yes\nAnswer:")
+    assert get_prompt_format("instruction").render(question) == (
+        "Select one of the choices that answers the following question: Cork is light. do corks float "
+        "Choices: A. no B. yes Answer:"
+    )
+
+
+@pytest.mark.parametrize("name", PROMPT_NAMES)
+@pytest.mark.parametrize("left", [0, 1, 7])
+def test_a_passage_is_cut_before_its_question(name, left):
+    prompt_format = get_prompt_format(name)
+    passage = [f"p{i}" for i in range(20)]
+    question = Question("q", "q0 q1 q2 q3", ("no", "yes"), 0, passage=" ".join(passage))
+    tokenizer = train_word_tokenizer([prompt_format.render(question)], max_vocab=200)
+
+    def encoded(passage, asked):
+        shorter = Question("s", asked, ("no", "yes"), 0, passage=" ".join(passage) or None)
+        return encode_prompts(tokenizer, [prompt_format.render(shorter)])[0]
+
+    expected = encoded(passage[len(passage) - left :], question.question)
+    rows, cut = fit_prompts(tokenizer, prompt_format, [question], len(expected))
+    assert (rows, cut) == ([expected], 1)
+    if not left:
+        rows, _ = fit_prompts(tokenizer, prompt_format, [question], len(expected) - 2)
+        assert rows == [encoded([], "q2 q3")]
 
 
 @pytest.mark.parametrize("spare", range(6))

@@ -43,6 +43,10 @@ def test_letters():
         ({"choices": None}, TypeError, "tuple of texts, found NoneType"),
         ({"choices": ("x", 3)}, TypeError, "choice B must be a string"),
         ({"question": {"stem": "?"}}, TypeError, "question must be a string"),
+        ({"passage": 3}, TypeError, "passage must be a string, found int"),
+        ({"passage": " "}, ValueError, "passage is empty"),
+        ({"question": "half \ud800"}, ValueError, "question is not valid Unicode"),
+        ({"id": "\udfff"}, ValueError, "id is not valid Unicode"),
     ],
 )
 def test_malformed_questions_are_refused_by_name(changes, error, message):
@@ -61,6 +65,15 @@ def test_key_levels_spelling_but_not_meaning():
     assert key("5 - 3?") != key("5 + 3?")
     assert key("Is it not?") != key("Is it?")
     assert key("???") != ""
+
+
+def test_the_same_question_about_another_passage_is_another_one():
+    def key(passage):
+        return question_key(Question("q", "Which is true?", ("x", "y"), 0, passage))
+
+    assert key("Corks float. ") == key("corks\nfloat")
+    assert key("Corks float.") != key("Nails sink.") != key(None)
+    assert key(None) == question_key(make(0, text="Which is true?"))
 
 
 def test_split_has_the_asked_size_and_loses_nothing():

@@ -69,7 +69,7 @@ def test_saved_and_loaded_without_a_network(tmp_path):
         ([], {"max_vocab": 50}, "hold no word"),
         (["  \n"], {"max_vocab": 50}, "hold no word"),
         (TEXTS, {"max_vocab": 13}, "13 entries are reserved"),
-        (TEXTS, {"max_vocab": 50, "keep": ["not one"]}, "'not one' is not one word"),
+        (TEXTS, {"max_vocab": 50, "keep": ["not one"]}, "the word 'not one' of keep is not one word"),
     ],
 )
 def test_impossible_requests_are_refused(texts, options, message):

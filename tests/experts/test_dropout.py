@@ -1,22 +1,20 @@
 import pytest
 import torch
+from oracles.cases import in_layout, layouts
 from oracles.dense import experts_modules
-from oracles.models import answer_logits, as_modules, tiny_qwen, toy_batch, toy_model
+from oracles.models import answer_logits, tiny_qwen, toy_batch, toy_model
 
 from bmoe_lightning.experts import expert_dropout, find_expert_layers, tapped_batch
 from bmoe_lightning.experts.layouts.intercept import attached_state, expert_state
 
 
 def built(layout):
-    model = toy_model() if layout == "fused" else as_modules(toy_model())
+    model = in_layout(toy_model(), layout)
     return model, find_expert_layers(model)
 
 
 def hooks(model):
     return sum(len(m._forward_hooks) + len(m._forward_pre_hooks) for m in model.modules())
-
-
-layouts = pytest.mark.parametrize("layout", ["fused", "modules"])
 
 
 @layouts
@@ -140,9 +138,9 @@ def test_probability_out_of_range(p):
         expert_dropout(model, layers, p).__enter__()
 
 
-@pytest.mark.parametrize("layout", ["fused", "modules"])
+@layouts
 def test_of_nested_ones_the_innermost_counts(layout):
-    model = toy_model() if layout == "fused" else as_modules(toy_model())
+    model = in_layout(toy_model(), layout)
     layers, batch = find_expert_layers(model), toy_batch()
     plain = answer_logits(model, batch)[0]
     with expert_dropout(model, layers, 0.5, seed=1):

@@ -1,6 +1,7 @@
 import pytest
 import torch
-from oracles.models import as_modules, tiny_qwen, toy_model
+from oracles.cases import in_layout, layouts
+from oracles.models import tiny_qwen, toy_model
 from torch import nn
 
 from bmoe_lightning.experts import ExpertLayer, find_expert_layers, weight_fingerprint
@@ -16,10 +17,10 @@ def test_same_weights_same_fingerprint():
     assert len(fingerprint(model)) == 64
 
 
-@pytest.mark.parametrize("layout", ["fused", "modules"])
+@layouts
 @pytest.mark.parametrize("part", ["second", "first", "router"])
 def test_every_matrix_of_every_expert_counts(layout, part):
-    model = toy_model() if layout == "fused" else as_modules(toy_model())
+    model = in_layout(toy_model(), layout)
     before = fingerprint(model)
     mixture = model.layers[1].mixture
     if part == "router":

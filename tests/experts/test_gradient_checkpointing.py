@@ -5,7 +5,8 @@ import gc
 
 import pytest
 import torch
-from oracles.models import answer_logits, tiny_qwen, toy_batch
+from oracles.cases import answers, in_layout, layouts
+from oracles.models import answer_logits, tiny_qwen, toy_batch, toy_model
 from torch.utils.checkpoint import checkpoint
 from transformers import DynamicCache
 
@@ -193,3 +194,48 @@ def test_a_batch_is_forgotten_before_the_next_one(recompute):
         gc.enable()
     assert found[1] < 1.1 * found[0]
     assert found[3] < 1.1 * found[2]
+
+
+def checkpointed(model, layer, **options):
+    """Have one layer recompute its activations, in evaluation mode too."""
+    module = model.layers[layer]
+    own = module.forward
+    module.forward = lambda *inputs: checkpoint(own, *inputs, **options)
+    return model
+
+
+@layouts
+@pytest.mark.parametrize("layer", [0, 1])
+def test_recomputed_activations(layout, layer):
+    """The first tapped layer is where the graph begins, so a leaf is made within what is recomputed."""
+    factors, covariance = answers(checkpointed(in_layout(toy_model(), layout), layer, use_reentrant=False))
+    expected_factors, expected = answers(in_layout(toy_model(), layout))
+    torch.testing.assert_close(covariance, expected, rtol=1e-12, atol=1e-14)
+    for found, wanted in zip(factors.layers, expected_factors.layers, strict=True):
+        assert torch.equal(found.slots, wanted.slots)
+        torch.testing.assert_close(found.g_eigenvalues, wanted.g_eigenvalues, rtol=1e-10, atol=1e-14)
+
+
+@layouts
+def test_slots_are_kept_once(layout):
+    model = checkpointed(in_layout(toy_model(), layout), 1, use_reentrant=False)
+    with tapped_batch(model, find_expert_layers(model), answer_logits, BATCH) as tapped:
+        count = len(tapped.taps.slots(1).inputs)
+        tapped.taps.gradients(tapped.logits, torch.ones_like(tapped.logits))
+        assert len(tapped.taps.slots(1).inputs) == count
+
+
+@layouts
+def test_reentrant_checkpointing_is_refused(layout):
+    model = checkpointed(in_layout(toy_model(), layout), 1, use_reentrant=True)
+    with pytest.raises(RuntimeError, match=r"'layers.1.mixture.crew' ran without gradients.*use_reentrant=False works"):
+        answers(model)
+
+
+def test_transformers_gradient_checkpointing_is_no_hindrance():
+    model = tiny_qwen()
+    expected = answers(model)[1]
+    model.gradient_checkpointing_enable()
+    model.train()
+    torch.testing.assert_close(answers(model)[1], expected)
+    assert model.is_gradient_checkpointing

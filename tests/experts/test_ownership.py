@@ -1,29 +1,17 @@
 import pytest
 import torch
+from oracles.cases import ARRANGEMENTS, layouts
+from oracles.cases import built_with_layers as built
 from oracles.dense import canonical, observe
 from oracles.models import (
     answer_logits,
-    as_modules,
-    choice_batch,
-    choices_by_class,
-    choices_by_example,
-    choices_one_call_each,
-    choices_permuted,
     packed_logits,
     toy_batch,
     toy_model,
 )
 
-from bmoe_lightning.experts import find_expert_layers, ownership, tapped_batch
+from bmoe_lightning.experts import ownership, tapped_batch
 from bmoe_lightning.experts.ownership import slot_owners
-
-layouts = pytest.mark.parametrize("layout", ["fused", "modules"])
-
-
-def built(layout, **config):
-    fused = toy_model(**config)
-    model = fused if layout == "fused" else as_modules(fused)
-    return fused, model, find_expert_layers(model)
 
 
 def owners_and_moves(model, layers, class_logits, batch):
@@ -36,21 +24,10 @@ def owners_and_moves(model, layers, class_logits, batch):
     return list(zip(slots, owners, moves, strict=True))
 
 
-CASES = {
-    "one row an example": (answer_logits, toy_batch),
-    "right padding": (answer_logits, lambda: toy_batch(pad="right")),
-    "choices of an example together": (choices_by_example, choice_batch),
-    "all first choices, then all second": (choices_by_class, choice_batch),
-    "rows in any order": (choices_permuted, choice_batch),
-    "one call a choice": (choices_one_call_each, choice_batch),
-    "two examples a row": (packed_logits, lambda: toy_batch(num_rows=6)),
-}
-
-
 @layouts
-@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("case", ARRANGEMENTS)
 def test_owners_by_definition(layout, case):
-    class_logits, make_batch = CASES[case]
+    class_logits, make_batch = ARRANGEMENTS[case]
     fused, model, layers = built(layout)
     batch = make_batch()
     _, observed = observe(fused, class_logits, batch)
@@ -175,7 +152,7 @@ def test_logits_that_mix_examples_are_refused(layout):
         logits, labels = answer_logits(m, batch)
         return logits - logits.mean(0, keepdim=True), labels
 
-    with pytest.raises(RuntimeError, match="Give each example rows of its own"):
+    with pytest.raises(RuntimeError, match="Give each example separate rows"):
         owners_and_moves(model, layers, class_logits, toy_batch())
 
 

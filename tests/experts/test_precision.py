@@ -5,7 +5,7 @@ import copy
 import pytest
 import torch
 from oracles.models import answer_logits, as_modules, tiny_qwen, toy_batch, toy_model
-from test_own_models import Buffers, with_mixtures
+from oracles.own_models import Buffers, with_mixtures
 
 from bmoe_lightning.curvature import collect_factors
 from bmoe_lightning.experts import find_expert_layers, find_linear_layers

@@ -3,17 +3,16 @@ import weakref
 
 import pytest
 import torch
-from oracles.models import answer_logits, as_modules, toy_batch, toy_model
+from oracles.cases import in_layout, layouts
+from oracles.models import answer_logits, toy_batch, toy_model
 
 from bmoe_lightning.experts import find_expert_layers, tapped_batch
 
-layouts = pytest.mark.parametrize("layout", ["fused", "modules"])
 BATCH = toy_batch()
 
 
 def built(layout, **config):
-    model = toy_model(**config)
-    return model if layout == "fused" else as_modules(model)
+    return in_layout(toy_model(**config), layout)
 
 
 def streamed(tapped, weights):

@@ -3,10 +3,12 @@ from collections import OrderedDict, defaultdict, namedtuple
 
 import pytest
 import torch
+from oracles.cases import built_with_layers as built
+from oracles.cases import layouts
 from oracles.dense import canonical, observe
 from oracles.models import (
+    ToyMixture,
     answer_logits,
-    as_modules,
     choice_batch,
     choices_one_call_each,
     tiny_qwen,
@@ -16,16 +18,10 @@ from oracles.models import (
 from torch import nn
 from transformers import BatchEncoding
 
+from bmoe_lightning.curvature import collect_factors
 from bmoe_lightning.experts import ExpertLayer, find_expert_layers, tapped_batch
 from bmoe_lightning.experts.taps import Taps, check_logits, evaluation_mode
-
-layouts = pytest.mark.parametrize("layout", ["fused", "modules"])
-
-
-def built(layout, **config):
-    fused = toy_model(**config)
-    model = fused if layout == "fused" else as_modules(fused)
-    return fused, model, find_expert_layers(model)
+from bmoe_lightning.laplace import LaplacePosterior
 
 
 def class_gradients(tapped, position):
@@ -292,7 +288,7 @@ def test_a_layer_that_is_not_run():
     other = toy_model(seed=9)
     with (
         tapped_batch(model, layers, lambda _, b: answer_logits(other, b), toy_batch()) as tapped,
-        pytest.raises(RuntimeError, match=r"no token went through the expert layer 'layers.0.mixture.crew'"),
+        pytest.raises(RuntimeError, match=r"no token was routed through the expert layer 'layers.0.mixture.crew'"),
     ):
         tapped.taps.slots(0)
 
@@ -373,3 +369,19 @@ def test_rows_of_tokens():
     assert taps.rows_of(torch.arange(4), 4).tolist() == [2] * 4
     taps.begin_call(0, [])
     assert taps.rows_of(torch.arange(4), 4) is None
+
+
+def test_a_layer_that_no_token_reaches_keeps_its_prior():
+    """An image tower with experts of its own, in a model that is given text."""
+    model = toy_model()
+    model.tower = ToyMixture(model.config).double()
+    layers = find_expert_layers(model)
+    assert [layer.name for layer in layers][-1] == "tower.crew"
+    batch = toy_batch(num_rows=4, seed=1)
+    with pytest.warns(UserWarning, match=r"went through tower.crew: these layers keep their prior"):
+        factors = collect_factors(model, answer_logits, [batch], rank=4, layers=layers)
+    assert float(factors.layers[-1].slots.sum()) == 0
+    posterior = LaplacePosterior(factors)
+    _, with_tower = posterior.logit_covariance(model, answer_logits, batch)
+    without = posterior.without_layers([layers[-1].index])
+    torch.testing.assert_close(without.logit_covariance(model, answer_logits, batch)[1], with_tower)

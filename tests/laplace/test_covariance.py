@@ -1,5 +1,6 @@
 import pytest
 import torch
+from oracles.cases import ARRANGEMENTS, FULL, built, layouts
 from oracles.dense import (
     dense_kfac,
     dense_logit_covariance,
@@ -11,13 +12,6 @@ from oracles.dense import (
 )
 from oracles.models import (
     answer_logits,
-    as_modules,
-    choice_batch,
-    choices_by_class,
-    choices_by_example,
-    choices_one_call_each,
-    choices_permuted,
-    packed_logits,
     split,
     tiny_qwen,
     toy_batch,
@@ -26,14 +20,6 @@ from oracles.models import (
 
 from bmoe_lightning.curvature import collect_factors
 from bmoe_lightning.laplace import LaplacePosterior, groups
-
-FULL = 100
-layouts = pytest.mark.parametrize("layout", ["fused", "modules"])
-
-
-def built(layout, **config):
-    fused = toy_model(**config)
-    return fused, (fused if layout == "fused" else as_modules(fused))
 
 
 def jacobians(fused, class_logits, batch):
@@ -160,15 +146,14 @@ def test_ragged_classes(layout):
 
 
 @layouts
-@pytest.mark.parametrize(
-    "arrangement", [choices_by_example, choices_by_class, choices_permuted, choices_one_call_each, packed_logits]
-)
+@pytest.mark.parametrize("arrangement", ARRANGEMENTS)
 def test_every_arrangement_of_rows(layout, arrangement):
+    class_logits, make_batch = ARRANGEMENTS[arrangement]
     fused, model = built(layout)
-    batch = toy_batch(num_rows=6) if arrangement is packed_logits else choice_batch()
-    posterior = LaplacePosterior(collect_factors(model, arrangement, [batch], rank=3), 0.7)
-    _, found = posterior.logit_covariance(model, arrangement, batch)
-    assert_close(found, dense(fused, arrangement, batch, posterior))
+    batch = make_batch()
+    posterior = LaplacePosterior(collect_factors(model, class_logits, [batch], rank=3), 0.7)
+    _, found = posterior.logit_covariance(model, class_logits, batch)
+    assert_close(found, dense(fused, class_logits, batch, posterior))
 
 
 @layouts

@@ -12,7 +12,12 @@ from bmoe_lightning.curvature import collect_factors
 from bmoe_lightning.experts import down_proj_parameters, find_expert_layers, squared_distances
 from bmoe_lightning.laplace import LaplacePosterior, Prediction, WeightMismatchError
 from bmoe_lightning.laplace import covariance as covariance_module
-from bmoe_lightning.laplace.predictive import class_probabilities, monte_carlo
+from bmoe_lightning.laplace.predictive import (
+    class_probabilities,
+    mean_variance,
+    monte_carlo,
+    temperature_from_variances,
+)
 
 layouts = pytest.mark.parametrize("layout", ["fused", "modules"])
 
@@ -144,7 +149,7 @@ def test_curvature_of_chosen_layers_predicts(layout):
 def test_layers_named_by_the_user_predict(tmp_path):
     """Square experts, whose second layer only the user can name, also after a round trip through a file."""
     model = as_modules(toy_model(width=5, inner=5))
-    with pytest.raises(ValueError, match="do not tell which one comes second"):
+    with pytest.raises(ValueError, match="do not tell which one is down_proj"):
         find_expert_layers(model)
     layers = find_expert_layers(model, experts="*.crew", down_proj="fall")
     posterior, batch = fit(model, layers=layers), toy_batch()
@@ -193,7 +198,6 @@ def test_other_weights_are_refused():
         lambda: posterior.logit_covariance(other, answer_logits, batch),
         lambda: posterior.predict(other, answer_logits, batch),
         lambda: posterior.fit_prior_lpo(other, answer_logits, [batch]),
-        lambda: posterior.evidence_temperature(other, answer_logits, [batch]),
     ):
         with pytest.raises(WeightMismatchError, match="fitted on other weights"):
             use()
@@ -252,20 +256,18 @@ def test_a_model_of_another_shape_is_refused():
         posterior.predict(nn.Linear(2, 2), answer_logits, toy_batch())
 
 
-def test_evidence_temperature_refusals():
-    model = toy_model()
-    posterior = fit(model)
-    batches = split(toy_batch(num_rows=99), 50, 49)
-    with pytest.raises(ValueError, match="at least 100 unlabelled inputs, got 99"):
-        posterior.evidence_temperature(model, answer_logits, batches)
-    with pytest.raises(ValueError, match="needs unlabelled inputs, got none"):
-        posterior.evidence_temperature(model, answer_logits, [])
-    with pytest.raises(ValueError, match="needs the exact Fisher, this posterior has 'mc'"):
-        fit(model, fisher="mc").evidence_temperature(model, answer_logits, batches)
-    weak = posterior.with_prior_precision(0.1).evidence_temperature(model, answer_logits, [toy_batch(num_rows=100)])
-    strong = posterior.with_prior_precision(1e9).evidence_temperature(model, answer_logits, [toy_batch(num_rows=100)])
+def test_a_wider_prior_gives_a_higher_evidence_temperature():
+    model, batch = toy_model(), toy_batch(num_rows=100)
+    weak, strong = (
+        temperature_from_variances(
+            mean_variance(*fit(model).with_prior_precision(precision).logit_covariance(model, answer_logits, batch))
+        )
+        for precision in (0.1, 1e9)
+    )
     assert weak > 1.2
     assert strong == pytest.approx(1.0, abs=1e-6)
+    with pytest.raises(ValueError, match="at least 100 unlabelled inputs, got 99"):
+        temperature_from_variances(torch.ones(99))
 
 
 @layouts

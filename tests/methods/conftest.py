@@ -1,4 +1,4 @@
-"""A small float64 model, questions with ragged choices, and the classes of every test of a method."""
+"""A small float64 model, and questions with ragged choices."""
 
 import pytest
 import torch

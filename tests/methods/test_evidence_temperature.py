@@ -2,87 +2,40 @@ import math
 
 import pytest
 import torch
-from oracles.models import answer_logits
+from methods_cases import RANK3, predict
+from oracles.models import answer_logits, split, toy_batch, toy_model
 
-from bmoe_lightning.methods import (
-    BatchView,
-    EvidenceTemperature,
-    ShrunkTemperature,
-    fit_shrunk_temperature,
-    fit_temperature,
-)
+from bmoe_lightning.curvature import Curvature
+from bmoe_lightning.laplace.predictive import mean_variance
+from bmoe_lightning.methods import BatchView, EvidenceTemperature, LaplaceEvidence, fit_methods
+from bmoe_lightning.methods.base import scalar
 
 
-def drawn(temperature, count, seed=0):
-    """Ragged logits, and labels drawn from `softmax(logits / temperature)`."""
-    generator = torch.Generator().manual_seed(seed)
-    logits = 4 * torch.randn(count, 4, generator=generator, dtype=torch.float64)
-    logits[::3, 3] = -torch.inf
-    return logits, torch.multinomial((logits / temperature).softmax(-1), 1, generator=generator).squeeze(1)
-
-
-@pytest.mark.parametrize("count", [1, 10, 200])
-@pytest.mark.parametrize("evidence", [0.7, 3.0])
-def test_agrees_with_a_brute_force_grid(count, evidence):
-    logits, labels = drawn(1.7, count)
-
-    def objective(temperature):
-        loss = torch.nn.functional.cross_entropy(logits / temperature, labels, reduction="sum")
-        return float(loss) + math.log(temperature / evidence) ** 2 / (2 * 0.2**2)
-
-    best = min(torch.logspace(-1, 1, 4001).tolist(), key=objective)
-    found = fit_shrunk_temperature(logits, labels, evidence)
-    assert found == pytest.approx(best, rel=2e-3)
-    assert objective(found) <= objective(best) + 1e-9
-
-
-def test_limits():
-    logits, labels = drawn(1.5, 60)
-    fitted = fit_temperature(logits, labels)
-    assert fit_shrunk_temperature(logits[:0], labels[:0], 2.4) == 2.4
-    assert fit_shrunk_temperature(logits, labels, 2.4, prior_std=1e-5) == pytest.approx(2.4, rel=1e-6)
-    assert fit_shrunk_temperature(logits, labels, 2.4, prior_std=1e5) == pytest.approx(fitted, rel=1e-6)
-    assert fitted < fit_shrunk_temperature(logits, labels, 2.4) < 2.4
-
-
-def test_many_labels_win_over_the_prior():
-    few, many = (fit_shrunk_temperature(*drawn(1.5, count), 4.0) for count in (10, 20_000))
-    assert abs(many - 1.5) < 0.1
-    assert few > 2
-
-
-def test_a_few_labels_that_are_all_right_do_not_run_away():
-    logits = drawn(1.0, 10)[0]
-    found = fit_shrunk_temperature(logits, logits.argmax(-1), 2.0)
-    assert 1.0 < found < 2.0
-
-
-def test_an_evidence_temperature_outside_the_searched_range_is_kept_without_labels_to_the_contrary():
-    logits, labels = torch.zeros(5, 4), torch.zeros(5, dtype=torch.int64)  # uniform whatever T is
-    for evidence in (1e-4, 1e4):
-        assert fit_shrunk_temperature(logits, labels, evidence) == pytest.approx(evidence, rel=1e-6)
-
-
-def test_refuses_bad_arguments():
-    logits, labels = drawn(1.5, 10)
-    with pytest.raises(ValueError, match="temperature must be positive"):
-        fit_shrunk_temperature(logits, labels, 0.0)
-    with pytest.raises(ValueError, match="prior_std"):
-        fit_shrunk_temperature(logits, labels, 1.0, prior_std=0.0)
-    with pytest.raises(ValueError, match="temperature must be positive"):
-        EvidenceTemperature(math.nan)
-
-
-def test_both_divide_the_logits(model, batches):
+def test_divides_the_logits(model, batches):
     view = BatchView(model, answer_logits, batches[0])
-    expected = (view.logits / 1.7).log_softmax(-1)
-    for method in (EvidenceTemperature(1.7), ShrunkTemperature(1.7)):
-        assert torch.equal(method.log_probs(view), expected)
-        assert method.hyperparameters() == {"temperature": 1.7}
-        assert not method.needs_posterior
-    assert EvidenceTemperature.name != ShrunkTemperature.name
+    found = predict(EvidenceTemperature(), model, batches[0], {"temperature": scalar(1.7)})
+    assert torch.equal(found, (view.logits / 1.7).log_softmax(-1))
 
 
-def test_shrunk_temperature_fits_itself():
-    found = ShrunkTemperature.fit(*drawn(1.5, 30), 2.0, prior_std=0.3)
-    assert found.temperature == fit_shrunk_temperature(*drawn(1.5, 30), 2.0, prior_std=0.3)
+def test_is_the_median_variance_of_the_evidence_s_posterior():
+    model = toy_model()
+    train, inputs = split(toy_batch(num_rows=60, seed=3), 20, 20, 20), [toy_batch(num_rows=112, seed=4)]
+    methods = [m(prior_mean="zero", curvature=RANK3) for m in (EvidenceTemperature, LaplaceEvidence)]
+    fit = fit_methods(methods, model, answer_logits, train, inputs)
+    posterior = fit.served_posterior(RANK3.digest)
+    variances = mean_variance(*posterior.logit_covariance(model, answer_logits, inputs[0], centred=True))
+    expected = math.sqrt(1 + math.pi / 4 * float(variances.quantile(0.5)))
+    assert float(fit.state_of(methods[0])["temperature"]) == pytest.approx(expected, rel=1e-3)
+    assert expected > 1.01
+
+
+def test_needs_the_exact_fisher():
+    with pytest.raises(ValueError, match="fisher='exact', got 'mc'"):
+        EvidenceTemperature(curvature=Curvature(fisher="mc"))
+    with pytest.raises(ValueError, match="fisher='exact', got 'empirical'"):
+        EvidenceTemperature().with_defaults(Curvature(fisher="empirical"))
+
+
+def test_labels_do_not_matter():
+    state = {"temperature": scalar(1.7)}
+    assert EvidenceTemperature().refit(state, torch.zeros(3, 2), torch.zeros(3, dtype=torch.int64)) is state

@@ -1,20 +1,17 @@
 import pytest
 import torch
+from methods_cases import predict, predictions
 from oracles.models import answer_logits, as_modules, toy_model
 
 from bmoe_lightning.experts import expert_dropout, find_expert_layers
-from bmoe_lightning.methods import MAP, BatchView, MCDropout, evaluate
-
-
-def predict(method, model, batch):
-    return method.log_probs(BatchView(model, answer_logits, batch))
+from bmoe_lightning.methods import MAP, BatchView, MCDropout
 
 
 def test_averages_the_probabilities_of_passes_with_one_stream_of_masks(model, batches):
     layers = find_expert_layers(model)
     with expert_dropout(model, layers, 0.3, seed=5), torch.no_grad():
         passes = [answer_logits(model, batches[0])[0].softmax(-1) for _ in range(4)]
-    log_probs = predict(MCDropout(layers, num_samples=4, p=0.3, seed=5), model, batches[0])
+    log_probs = predict(MCDropout(num_samples=4, p=0.3), model, batches[0], seed=5)
     torch.testing.assert_close(log_probs.exp(), torch.stack(passes).mean(0), rtol=1e-12, atol=1e-15)
     assert torch.equal(log_probs == -torch.inf, batches[0]["absent"])
     assert (passes[0] - passes[1]).abs().max() > 1e-3
@@ -23,11 +20,11 @@ def test_averages_the_probabilities_of_passes_with_one_stream_of_masks(model, ba
 @pytest.mark.parametrize("layout", ["fused", "modules"])
 def test_varies_with_its_seed_alone(layout, batches):
     model = toy_model() if layout == "fused" else as_modules(toy_model())
-    first = predict(MCDropout(seed=1), model, batches[1])
+    first = predict(MCDropout(), model, batches[1], seed=1)
     torch.rand(3)
-    predict(MCDropout(seed=1), model, batches[0])
-    assert torch.equal(first, predict(MCDropout(seed=1), model, batches[1]))
-    assert not torch.allclose(first, predict(MCDropout(seed=2), model, batches[1]))
+    predict(MCDropout(), model, batches[0], seed=1)
+    assert torch.equal(first, predict(MCDropout(), model, batches[1], seed=1))
+    assert not torch.allclose(first, predict(MCDropout(), model, batches[1], seed=2))
     assert not torch.allclose(first, predict(MAP(), model, batches[1]))
 
 
@@ -53,15 +50,15 @@ def test_leaves_nothing_behind_after_an_exception(model, batches):
 
     before = answer_logits(model, batches[0])[0]
     with pytest.raises(OSError, match="stop"):
-        MCDropout().log_probs(BatchView(model, failing, batches[0]))
+        MCDropout().log_probs(BatchView(model, failing, batches[0]), {})
     assert torch.equal(answer_logits(model, batches[0])[0], before)
     assert model.get_experts_implementation() == {"": "eager"}
 
 
 def test_other_methods_of_the_same_batch_see_no_dropout(model, batches):
     for methods in ([MCDropout(), MAP()], [MAP(), MCDropout()]):
-        found = evaluate(methods, model, answer_logits, batches)
-        alone = evaluate([MAP()], model, answer_logits, batches)
+        found = predictions(model, batches, *methods)
+        alone = predictions(model, batches, MAP())
         assert torch.equal(found["map"].log_probs, alone["map"].log_probs)
 
 
@@ -77,4 +74,4 @@ def test_refuses_no_passes():
 
 
 def test_states_what_was_chosen():
-    assert MCDropout(num_samples=3, p=0.2).hyperparameters() == {"num_samples": 3, "dropout": 0.2}
+    assert MCDropout(num_samples=3, p=0.2).hyperparameters({}) == {"num_samples": 3, "dropout": 0.2}

@@ -1,12 +1,10 @@
 import pytest
 import torch
 from oracles.models import answer_logits, toy_model
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
 
-from bmoe_lightning.methods import apply_snapshot, save_snapshot, swapped_weights
-from bmoe_lightning.methods.snapshots import FORMAT
-from bmoe_lightning.utils import safetensors_io as tensor_file
+from bmoe_lightning.methods import apply_snapshot, read_snapshot, save_snapshot, swapped_weights
+from bmoe_lightning.methods.snapshots import remove_snapshot, snapshot_info
+from bmoe_lightning.utils.safetensors_io import OpenedTensorFile, write_tensor_file
 
 DOWN = ["layers.0.mixture.crew.down_proj", "layers.1.mixture.crew.down_proj"]
 
@@ -21,17 +19,6 @@ def other(tmp_path):
     path = tmp_path / "other.safetensors"
     save_snapshot(path, parameters(toy_model(seed=3)))
     return path
-
-
-def test_comes_back_bit_equal(tmp_path):
-    tensors = {"a": torch.randn(3, 4), "b": torch.randn(5).bfloat16(), "c": torch.randn(2, 3, 4).mT.double()}
-    save_snapshot(tmp_path / "deep" / "one.safetensors", tensors)
-    found = load_file(tmp_path / "deep" / "one.safetensors")
-    assert found.keys() == tensors.keys()
-    for name, tensor in tensors.items():
-        assert found[name].dtype == tensor.dtype
-        assert torch.equal(found[name], tensor)
-    assert [p.name for p in (tmp_path / "deep").iterdir()] == ["one.safetensors"]
 
 
 def test_swaps_in_place_and_restores_bit_equal(model, other, batches):
@@ -65,43 +52,6 @@ def test_restores_a_model_that_was_moved_meanwhile(model, other):
     assert all(torch.equal(parameter, before[name].double()) for name, parameter in model.named_parameters())
 
 
-@pytest.fixture
-def failing_read(monkeypatch):
-    """Lets the n-th tensor that is read from an opened file raise an error."""
-    opened = tensor_file.safe_open
-
-    def fail(at, error):
-        class Failing:
-            def __init__(self, *args, **kwargs):
-                self.file, self.reads = opened(*args, **kwargs), 0
-
-            def __enter__(self):
-                self.file = self.file.__enter__()
-                return self
-
-            def __exit__(self, *args):
-                return self.file.__exit__(*args)
-
-            def __getattr__(self, name):
-                return getattr(self.file, name)
-
-            def get_tensor(self, name):
-                self.reads += 1
-                if self.reads == at:
-                    raise error
-                return self.file.get_tensor(name)
-
-        monkeypatch.setattr(tensor_file, "safe_open", Failing)
-
-    return fail
-
-
-def test_a_read_error_is_no_damaged_file(model, other, failing_read):
-    failing_read(1, SafetensorError("no such tensor"))
-    with pytest.raises(SafetensorError, match="no such tensor"):
-        apply_snapshot(model, other)
-
-
 def test_restores_after_an_exception(model, other):
     before = {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
     with pytest.raises(KeyboardInterrupt), swapped_weights(model, other):
@@ -109,12 +59,88 @@ def test_restores_after_an_exception(model, other):
     assert all(torch.equal(parameter, before[name]) for name, parameter in model.named_parameters())
 
 
-def test_restores_when_reading_fails_half_way(model, other, failing_read):
+@pytest.mark.parametrize("at", [1, 2, 3, 4])  # each tensor is read twice
+def test_restores_when_reading_fails_half_way(model, other, monkeypatch, at):
     before = {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
-    failing_read(2, OSError("the disk is gone"))
+    read, reads = OpenedTensorFile.read, []
+
+    def failing(self, name):
+        reads.append(name)
+        if len(reads) == at:
+            raise OSError("the disk is gone")
+        return read(self, name)
+
+    monkeypatch.setattr(OpenedTensorFile, "read", failing)
     with pytest.raises(OSError, match="disk"), swapped_weights(model, other):
         pytest.fail("entered with half a snapshot")
     assert all(torch.equal(parameter, before[name]) for name, parameter in model.named_parameters())
+
+
+def swap(model, source):
+    with swapped_weights(model, source):
+        pytest.fail("entered")
+
+
+def assert_refused_untouched(model, use, source, message):
+    """Refused before a parameter was written to."""
+    before = {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
+    versions = {name: parameter._version for name, parameter in model.named_parameters()}
+    with pytest.raises(ValueError, match=message):
+        use(model, source)
+    assert all(torch.equal(parameter, before[name]) for name, parameter in model.named_parameters())
+    assert {name: parameter._version for name, parameter in model.named_parameters()} == versions
+
+
+@pytest.mark.parametrize("use", [apply_snapshot, swap])
+def test_damage_in_the_last_tensor_is_found_before_anything_is_touched(model, other, use):
+    content = bytearray(other.read_bytes())
+    content[-1] ^= 1
+    other.write_bytes(content)
+    assert_refused_untouched(model, use, other, f"{DOWN[1]}' does not match its SHA-256 digest")
+
+
+@pytest.mark.parametrize("use", [apply_snapshot, swap])
+@pytest.mark.parametrize("value", [torch.nan, torch.inf])
+def test_values_that_are_not_finite_are_refused(model, tmp_path, use, value):
+    weights = {name: parameter.detach().clone() for name, parameter in parameters(model).items()}
+    weights[DOWN[1]][2, 1, 0] = value
+    save_snapshot(tmp_path / "s", weights)
+    assert_refused_untouched(model, use, tmp_path / "s", f"values in '{DOWN[1]}' that are not finite")
+
+
+class TestTensorsInPlaceOfAFile:
+    def test_are_swapped_in_and_out(self, model):
+        before = {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
+        given = {name: parameter.detach() for name, parameter in parameters(toy_model(seed=3)).items()}
+        with swapped_weights(model, given):
+            for name, parameter in model.named_parameters():
+                assert torch.equal(parameter, given.get(name, before[name]))
+        assert all(torch.equal(parameter, before[name]) for name, parameter in model.named_parameters())
+
+    @pytest.mark.parametrize(
+        ("change", "message"),
+        [
+            ({"z.other": torch.zeros(2)}, r"^the source holds 1 tensors that .* the first is 'z\.other'"),
+            ({DOWN[1]: torch.zeros(2, 3)}, r"shape \(2, 3\), the model has \(4, 6, 5\)"),
+            ({DOWN[1]: torch.full((4, 6, 5), torch.nan)}, "not finite"),
+        ],
+    )
+    def test_that_do_not_fit_are_refused(self, model, change, message):
+        source = {name: parameter.detach().clone() for name, parameter in parameters(model).items()} | change
+        assert_refused_untouched(model, swap, source, message)
+
+
+class TestInfo:
+    def test_fit_digest_and_shapes_without_reading_tensors(self, tmp_path):
+        digest = save_snapshot(tmp_path / "s", {"a": torch.zeros(2, 3)}, fit="fit-1")
+        info = snapshot_info(tmp_path / "s")
+        assert (info.shapes, info.fit, info.digest) == ({"a": (2, 3)}, "fit-1", digest)
+
+    def test_removes_snapshots_alone(self, tmp_path, other):
+        write_tensor_file(tmp_path / "p", {"a": torch.zeros(2)}, format="posterior", version=1, description={})
+        assert not remove_snapshot(tmp_path / "p")
+        assert remove_snapshot(other)
+        assert [p.name for p in tmp_path.iterdir()] == ["p"]
 
 
 def test_works_in_inference_mode_and_leaves_trainable_parameters(model, other, batches):
@@ -126,53 +152,27 @@ def test_works_in_inference_mode_and_leaves_trainable_parameters(model, other, b
     assert model.get_parameter(DOWN[0]).grad is not None
 
 
-def test_refuses_unknown_names_before_touching_anything(model, tmp_path):
-    save_snapshot(tmp_path / "s", {DOWN[0]: torch.zeros_like(model.get_parameter(DOWN[0])), "z.other": torch.zeros(2)})
-    before = model.get_parameter(DOWN[0]).detach().clone()
-    with (
-        pytest.raises(ValueError, match=r"does not have, the first is 'z\.other'"),
-        swapped_weights(model, tmp_path / "s"),
-    ):
-        pytest.fail("entered")
-    assert torch.equal(model.get_parameter(DOWN[0]), before)
+@pytest.mark.parametrize("use", [apply_snapshot, swap])
+@pytest.mark.parametrize(
+    ("second", "message"),
+    [
+        ({"z.other": torch.zeros(2)}, r"does not have, the first is 'z\.other'"),
+        ({DOWN[1]: torch.zeros(2, 3)}, r"shape \(2, 3\), the model has \(4, 6, 5\)"),
+    ],
+)
+def test_refuses_unknown_names_and_other_shapes_before_touching_anything(model, tmp_path, use, second, message):
+    save_snapshot(tmp_path / "s", {DOWN[0]: torch.zeros_like(model.get_parameter(DOWN[0])), **second})
+    assert_refused_untouched(model, use, tmp_path / "s", message)
 
 
-def test_refuses_other_shapes_before_touching_anything(model, tmp_path):
-    save_snapshot(tmp_path / "s", {DOWN[0]: torch.zeros_like(model.get_parameter(DOWN[0])), DOWN[1]: torch.zeros(2, 3)})
-    before, version = model.get_parameter(DOWN[0]).detach().clone(), model.get_parameter(DOWN[0])._version
-    with (
-        pytest.raises(ValueError, match=r"shape \(2, 3\), the model has \(4, 6, 5\)"),
-        swapped_weights(model, tmp_path / "s"),
-    ):
-        pytest.fail("entered")
-    assert torch.equal(model.get_parameter(DOWN[0]), before)
-    assert model.get_parameter(DOWN[0])._version == version
-
-
-def test_refuses_what_is_no_snapshot(tmp_path, other, model):
-    with pytest.raises(FileNotFoundError, match="no snapshot at"):
-        apply_snapshot(model, tmp_path / "nothing")
-    save_file({"a": torch.zeros(2)}, tmp_path / "foreign")
-    with pytest.raises(ValueError, match="no snapshot of bmoe_lightning"):
-        apply_snapshot(model, tmp_path / "foreign")
-    save_file({"a": torch.zeros(2)}, tmp_path / "newer", {FORMAT: "99"})
-    with pytest.raises(ValueError, match="version 99"):
-        apply_snapshot(model, tmp_path / "newer")
-    (tmp_path / "cut").write_bytes(other.read_bytes()[:-20])
-    with pytest.raises(ValueError, match="cut off"):
-        apply_snapshot(model, tmp_path / "cut")
-    with pytest.raises(ValueError, match="without tensors"):
+def test_an_empty_snapshot_is_refused(tmp_path):
+    with pytest.raises(ValueError, match="no parameters to save"):
         save_snapshot(tmp_path / "empty", {})
 
 
-def test_a_full_disk_leaves_the_old_file(tmp_path, other, monkeypatch):
-    old = other.read_bytes()
-
-    def full(*args, **kwargs):
-        raise OSError(28, "No space left on device")
-
-    monkeypatch.setattr("bmoe_lightning.utils.safetensors_io.save_file", full)
-    with pytest.raises(OSError, match="No space"):
-        save_snapshot(other, {"a": torch.zeros(3)})
-    assert other.read_bytes() == old
-    assert [p.name for p in tmp_path.iterdir()] == [other.name]
+def test_reads_all_tensors(tmp_path):
+    tensors = {"a": torch.arange(4.0), "b.c": torch.ones(2, 3, dtype=torch.bfloat16)}
+    save_snapshot(tmp_path / "s", tensors)
+    found = read_snapshot(tmp_path / "s")
+    assert found.keys() == tensors.keys()
+    assert all(torch.equal(found[name], value) and found[name].dtype == value.dtype for name, value in tensors.items())

@@ -1,111 +1,33 @@
-import math
-import warnings
-
-import pytest
 import torch
+from methods_cases import drawn, predict
 from oracles.models import answer_logits
 
-from bmoe_lightning.methods import MAP, BatchView, TemperatureScaling, fit_temperature
-from bmoe_lightning.methods.temperature import TEMPERATURE_RANGE
-
-
-def drawn(temperature, count=400, scale=4.0, seed=0, ragged=True):
-    """Logits, and labels drawn from `softmax(logits / temperature)`."""
-    generator = torch.Generator().manual_seed(seed)
-    logits = scale * torch.randn(count, 4, generator=generator, dtype=torch.float64)
-    if ragged:
-        logits[::3, 3] = -torch.inf
-    labels = torch.multinomial((logits / temperature).softmax(-1), 1, generator=generator).squeeze(1)
-    return logits, labels
-
-
-def loss(logits, labels, temperature):
-    return float(torch.nn.functional.cross_entropy(logits / temperature, labels, reduction="sum"))
-
-
-@pytest.mark.parametrize("temperature", [0.4, 1.0, 3.0, 20.0])
-@pytest.mark.parametrize("count", [30, 400])
-def test_agrees_with_a_brute_force_grid(temperature, count):
-    logits, labels = drawn(temperature, count, scale=4 * temperature)
-    grid = torch.logspace(math.log10(temperature / 10), math.log10(temperature * 10), 4001).tolist()
-    best = min(grid, key=lambda t: loss(logits, labels, t))
-    found = fit_temperature(logits, labels)
-    assert found == pytest.approx(best, rel=2e-3)
-    assert loss(logits, labels, found) <= loss(logits, labels, best) + 1e-9
-
-
-def test_is_stationary_to_high_accuracy():
-    logits, labels = drawn(2.0)
-    inverse = torch.tensor(1 / fit_temperature(logits, labels), dtype=torch.float64, requires_grad=True)
-    absent = logits == -torch.inf
-    scaled = (logits.masked_fill(absent, 0) * inverse).masked_fill(absent, -torch.inf)
-    torch.nn.functional.cross_entropy(scaled, labels).backward()
-    assert abs(float(inverse.grad)) < 1e-6
-
-
-def test_finds_the_temperature_that_labels_were_drawn_at():
-    assert fit_temperature(*drawn(2.5, 20_000)) == pytest.approx(2.5, rel=0.03)
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_takes_any_dtype_and_any_shift(dtype):
-    logits, labels = drawn(2.0)
-    rounded = logits.to(dtype)
-    shifts = torch.randn(len(logits), 1, dtype=torch.float64) * 100
-    assert fit_temperature(rounded, labels) == pytest.approx(
-        fit_temperature(rounded.double() + shifts, labels), rel=1e-6
-    )
-    assert fit_temperature(logits.log_softmax(-1), labels) == pytest.approx(fit_temperature(logits, labels), rel=1e-6)
-
-
-def test_labels_that_do_not_bound_it_give_an_end_of_the_range_and_a_warning():
-    logits = drawn(1.0)[0]
-    with pytest.warns(UserWarning, match="end of what is searched"):
-        assert fit_temperature(logits, logits.argmax(-1)) == pytest.approx(TEMPERATURE_RANGE[0])
-    worst = logits.masked_fill(logits == -torch.inf, torch.inf).argmin(-1)
-    with pytest.warns(UserWarning, match="end of what is searched"):
-        assert fit_temperature(logits, worst) == pytest.approx(TEMPERATURE_RANGE[1])
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")
-        fit_temperature(*drawn(1.0))
-
-
-def test_huge_logits_do_not_overflow():
-    logits, labels = drawn(30.0, scale=3000.0, count=2000)
-    assert math.isfinite(fit_temperature(logits, labels))
-
-
-def test_refuses_bad_calibration_data():
-    logits, labels = drawn(1.0, 6)
-    with pytest.raises(ValueError, match="calibration split is empty"):
-        fit_temperature(logits[:0], labels[:0])
-    with pytest.raises(ValueError, match=r"got \(6, 4\) and \(5,\)"):
-        fit_temperature(logits, labels[:5])
-    with pytest.raises(ValueError, match="NaN"):
-        fit_temperature(logits.index_fill(1, torch.tensor([1]), torch.nan), labels)
-    with pytest.raises(ValueError, match=r"0 \.\. 3"):
-        fit_temperature(logits, labels + 4)
-    absent = labels.clone()
-    absent[3] = 3
-    with pytest.raises(ValueError, match="example 3"):
-        fit_temperature(logits, absent)
+from bmoe_lightning.methods import MAP, BatchView, TemperatureScaling, fit_methods
+from bmoe_lightning.methods.base import scalar
+from bmoe_lightning.methods.temperature_search import fit_temperature
 
 
 def test_divides_the_logits(model, batches):
     view = BatchView(model, answer_logits, batches[0])
-    log_probs = TemperatureScaling(2.0).log_probs(view)
+    log_probs = predict(TemperatureScaling(), model, batches[0], {"temperature": scalar(2.0)})
     torch.testing.assert_close(log_probs, (view.logits / 2).log_softmax(-1))
+    plain = predict(MAP(), model, batches[0])
     assert torch.equal(log_probs == -torch.inf, batches[0]["absent"])
-    assert torch.equal(log_probs.argmax(-1), MAP().log_probs(view).argmax(-1))
-    assert torch.equal(TemperatureScaling(1.0).log_probs(view), MAP().log_probs(view))
+    assert torch.equal(log_probs.argmax(-1), plain.argmax(-1))
+    assert torch.equal(predict(TemperatureScaling(), model, batches[0], {"temperature": scalar(1.0)}), plain)
 
 
-def test_fits_itself():
-    method = TemperatureScaling.fit(*drawn(2.0))
-    assert method.hyperparameters() == {"temperature": fit_temperature(*drawn(2.0))}
+def test_is_fitted_on_the_labelled_logits(model, batches):
+    method = TemperatureScaling()
+    state = fit_methods([method], model, answer_logits, [], batches).state_of(method)
+    with torch.no_grad():
+        pairs = [answer_logits(model, batch) for batch in batches]
+    expected = fit_temperature(torch.cat([pair[0] for pair in pairs]), torch.cat([pair[1] for pair in pairs]))
+    assert method.hyperparameters(state) == {"temperature": expected}
 
 
-@pytest.mark.parametrize("temperature", [0.0, -1.0, math.nan, math.inf])
-def test_refuses_what_is_no_temperature(temperature):
-    with pytest.raises(ValueError, match="positive and finite"):
-        TemperatureScaling(temperature)
+def test_fits_other_labels_and_is_the_model_without_any():
+    logits, labels = drawn(2.0)
+    state = {"temperature": scalar(1.3)}
+    assert float(TemperatureScaling().refit(state, logits, labels)["temperature"]) == fit_temperature(logits, labels)
+    assert float(TemperatureScaling().refit(state, logits[:0], labels[:0])["temperature"]) == 1.0

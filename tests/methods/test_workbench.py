@@ -2,21 +2,44 @@
 
 from __future__ import annotations
 
-import json
 import math
-from dataclasses import asdict, replace
+from dataclasses import replace
 
 import pytest
 import torch
+from methods_cases import RANK3
 from oracles.models import answer_logits, split, toy_batch, toy_model
 
-from bmoe_lightning.methods import save_snapshot
-from bmoe_lightning.methods.options import METHODS, FitSettings, FittedState
-from bmoe_lightning.methods.workbench import Fitted, build_methods, fit
+from bmoe_lightning.curvature import Curvature
+from bmoe_lightning.laplace import WeightMismatchError
+from bmoe_lightning.methods import (
+    MAP,
+    CheckpointEnsemble,
+    DeepEnsemble,
+    EvidenceTemperature,
+    LaplaceEvidence,
+    LaplaceLPO,
+    LaplaceTemperature,
+    MCDropout,
+    ShrunkTemperature,
+    TemperatureScaling,
+    fit_methods,
+)
+from bmoe_lightning.methods.workbench import Batches, PassFiles
 
 DOWN = ("layers.0.mixture.crew.down_proj", "layers.1.mixture.crew.down_proj")
-FITTED = ("temperature", "laplace_evidence", "laplace_lpo", "laplace_temperature", "evidence_temperature")
-FITTED = (*FITTED, "shrunk_temperature")
+FITTED = (TemperatureScaling, LaplaceEvidence, LaplaceLPO, LaplaceTemperature, EvidenceTemperature, ShrunkTemperature)
+
+
+def methods_of(*kinds, curvature=RANK3, **options):
+    made = []
+    for kind in kinds:
+        fitting = {name: value for name, value in options.items() if name in kind.__dataclass_fields__}
+        made.append(kind(**fitting).with_defaults(curvature))
+    return made
+
+
+EVERYTHING = methods_of(MAP, MCDropout, CheckpointEnsemble, DeepEnsemble, *FITTED, num_samples=500)
 
 
 def identity(batch):
@@ -72,8 +95,15 @@ def calibration(model):
 
 @pytest.fixture(scope="module")
 def everything(model, train, calibration, prior_mean):
-    settings = FitSettings(methods=METHODS, rank=3, num_samples=500)
-    return settings, fit(model, answer_logits, settings, train, calibration, prior_mean=prior_mean)
+    return fit_methods(EVERYTHING, model, answer_logits, train, calibration, prior_mean=prior_mean)
+
+
+def state(fit, name):
+    return fit.methods[name].state
+
+
+def precision(fit, name):
+    return state(fit, name)["prior_precision"].tolist()
 
 
 def nll(log_probs, labels):
@@ -93,8 +123,8 @@ def distances(model, reference):
     ]
 
 
-def assert_stationary(posterior, precision, squared_distances):
-    for layer, value, distance in zip(posterior.factors.layers, precision, squared_distances, strict=True):
+def assert_stationary(posterior, precisions, squared_distances):
+    for layer, value, distance in zip(posterior.factors.layers, precisions, squared_distances, strict=True):
         s = layer.curvature()
         assert float((s / (value + s)).sum()) == pytest.approx(value * distance, rel=1e-6)
 
@@ -103,373 +133,280 @@ class TestWhatIsLookedAt:
     def test_all_methods_share_one_pass_over_each_split(self, model, train, calibration, prior_mean):
         counted = Counted()
         # Iterators, which cannot be gone through twice.
-        fit(model, counted, FitSettings(METHODS, rank=3), iter(train), iter(calibration), prior_mean=prior_mean)
+        fit_methods(EVERYTHING, model, counted, iter(train), iter(calibration), prior_mean=prior_mean)
         assert counted.seen == [identity(batch) for batch in (*train, *calibration)]
 
-    @pytest.mark.parametrize("methods", [("temperature",), ("map", "temperature")])
-    def test_temperature_needs_no_curvature(self, model, calibration, methods):
+    def test_two_curvatures_share_the_calibration_pass(self, model, train, calibration):
         counted = Counted()
-        fitted = fit(model, counted, FitSettings(methods), Untouchable(), iter(calibration))
+        other = Curvature(rank=2, fisher="empirical")
+        methods = [*methods_of(LaplaceLPO), LaplaceLPO(name="other", curvature=other)]
+        fit = fit_methods(methods, model, counted, train, iter(calibration))
+        assert counted.seen == [identity(batch) for batch in (*train, *train, *calibration)]
+        assert set(fit.posteriors) == {RANK3.digest, other.digest}
+        for method in methods:
+            alone = fit_methods([method], model, answer_logits, train, calibration)
+            assert precision(alone, method.name) == pytest.approx(precision(fit, method.name), rel=1e-9)
+
+    @pytest.mark.parametrize("kinds", [(TemperatureScaling,), (MAP, TemperatureScaling)])
+    def test_temperature_needs_no_curvature(self, model, calibration, kinds):
+        counted = Counted()
+        fit = fit_methods(methods_of(*kinds), model, counted, Untouchable(), iter(calibration))
         assert counted.seen == [identity(batch) for batch in calibration]
-        assert fitted.posterior is None
+        assert fit.posteriors == {}
 
     def test_evidence_needs_no_calibration(self, model, train, prior_mean):
-        settings = FitSettings(("map", "laplace_evidence"), rank=3)
-        one = fit(model, answer_logits, settings, iter(train), Untouchable(), prior_mean=prior_mean)
-        other = fit(model, answer_logits, settings, train, None, prior_mean=prior_mean)
-        assert one.state == other.state
-        assert one.posterior.prior_precision.tolist() == list(one.state.evidence_precision)
+        methods = methods_of(MAP, LaplaceEvidence)
+        one = fit_methods(methods, model, answer_logits, iter(train), Untouchable(), prior_mean=prior_mean)
+        other = fit_methods(methods, model, answer_logits, train, None, prior_mean=prior_mean)
+        assert precision(one, "laplace_evidence") == precision(other, "laplace_evidence")
+        served = one.served_posterior(RANK3.digest)
+        assert served.prior_precision.tolist() == precision(one, "laplace_evidence")
 
     def test_nothing_is_fitted_for_methods_that_need_nothing(self, model):
-        settings = FitSettings(("map", "mc_dropout", "checkpoint_ensemble", "deep_ensemble"))
-        fitted = fit(model, answer_logits, settings, Untouchable(), Untouchable())
-        assert (fitted.state, fitted.posterior) == (FittedState(), None)
+        methods = methods_of(MAP, MCDropout, CheckpointEnsemble, DeepEnsemble)
+        fit = fit_methods(methods, model, answer_logits, Untouchable(), Untouchable())
+        assert fit.posteriors == {}
+        assert {name: entry.state for name, entry in fit.methods.items() if entry.state} == {
+            "checkpoint_ensemble": {"members": 0}
+        }
 
-    @pytest.mark.parametrize(
-        ("method", "wanted"),
-        [
-            ("temperature", {"temperature"}),
-            ("laplace_evidence", {"evidence_precision"}),
-            ("laplace_lpo", {"lpo_precision"}),
-            ("laplace_temperature", {"evidence_precision", "laplace_temperature"}),
-            ("evidence_temperature", {"evidence_precision", "evidence_temperature"}),
-            ("shrunk_temperature", {"evidence_precision", "evidence_temperature", "shrunk_temperature"}),
-        ],
-    )
-    def test_a_method_alone_gets_what_it_gets_among_all(
-        self, model, train, calibration, prior_mean, everything, method, wanted
-    ):
-        settings = replace(everything[0], methods=(method,))
-        alone = asdict(fit(model, answer_logits, settings, train, calibration, prior_mean=prior_mean).state)
-        among_all = asdict(everything[1].state)
-        assert {name for name, value in alone.items() if value is not None} == wanted
-        for name in wanted:
-            assert alone[name] == pytest.approx(among_all[name], rel=1e-3)
+    @pytest.mark.parametrize("kind", FITTED)
+    def test_a_method_alone_gets_what_it_gets_among_all(self, model, train, calibration, prior_mean, everything, kind):
+        method = next(method for method in EVERYTHING if type(method) is kind)
+        alone = fit_methods([method], model, answer_logits, train, calibration, prior_mean=prior_mean)
+        assert set(alone.methods) == {method.name}
+        for key, value in state(everything, method.name).items():
+            torch.testing.assert_close(state(alone, method.name)[key], value, rtol=1e-3, atol=0)
 
     def test_model_is_as_before(self, model, train, calibration, prior_mean):
         before = [p.detach().clone() for p in model.parameters()]
-        state = torch.get_rng_state()
-        fit(model, answer_logits, FitSettings(METHODS, rank=3), train, calibration, prior_mean=prior_mean)
-        assert torch.equal(torch.get_rng_state(), state)
+        random_state = torch.get_rng_state()
+        fit_methods(EVERYTHING, model, answer_logits, train, calibration, prior_mean=prior_mean)
+        assert torch.equal(torch.get_rng_state(), random_state)
         for one, other in zip(before, model.parameters(), strict=True):
             assert torch.equal(one, other)
             assert other.grad is None
 
 
-class TestCheckpoint:
-    def test_a_fit_that_was_cut_off_goes_on_to_the_same_bits(self, model, train, calibration, prior_mean, tmp_path):
-        settings = FitSettings(("laplace_evidence", "laplace_lpo"), rank=3, fisher="mc", num_samples=500)
-        expected = fit(model, answer_logits, settings, train, calibration, prior_mean=prior_mean)
-        path = tmp_path / "sums.safetensors"
-        checkpoint = {"curvature_checkpoint": path, "curvature_checkpoint_every": 1}
+class TestAddingMethods:
+    def test_does_only_what_they_need(self, model, train, calibration, prior_mean, everything):
+        counted = Counted()
+        added = [LaplaceLPO(name="lpo_global", scope="global", curvature=RANK3)]
+        fit = fit_methods([*EVERYTHING, *added], model, counted, Untouchable(), iter(calibration), earlier=everything)
+        assert counted.seen == [identity(batch) for batch in calibration]
+        assert fit.fit_id == everything.fit_id
+        assert set(fit.methods) == {*everything.methods, "lpo_global"}
+        assert all(fit.methods[name] is entry for name, entry in everything.methods.items())
+        alone = fit_methods(added, model, answer_logits, train, calibration)
+        assert precision(fit, "lpo_global") == pytest.approx(precision(alone, "lpo_global"), rel=1e-9)
 
-        def cut_off():
+    def test_options_of_prediction_touch_no_fit(self, model, everything):
+        methods = methods_of(MAP, *FITTED[:3], num_samples=7, link="probit")
+        fit = fit_methods(methods, model, answer_logits, Untouchable(), Untouchable(), earlier=everything)
+        assert fit.methods == everything.methods
+
+    def test_a_method_with_other_options_is_fitted_again(self, model, calibration, prior_mean, everything):
+        counted = Counted()
+        methods = methods_of(LaplaceTemperature, num_samples=500, link="probit")
+        assert everything.differences(methods[0]) == ["link='mc' (here 'probit')"]
+        fit = fit_methods(
+            methods, model, counted, Untouchable(), calibration, earlier=everything, prior_mean=prior_mean
+        )
+        assert counted.seen == [identity(batch) for batch in calibration]
+        assert fit.differences(methods[0]) == []
+        assert precision(fit, "laplace_temperature") == precision(everything, "laplace_temperature")
+        assert not torch.equal(*(state(x, "laplace_temperature")["temperature"] for x in (fit, everything)))
+
+    def test_other_weights_are_refused(self, train, calibration, everything):
+        with pytest.raises(WeightMismatchError, match="other weights"):
+            fit_methods(EVERYTHING, toy_model(3), answer_logits, train, calibration, earlier=everything)
+
+
+class TestResumedPasses:
+    def test_a_fit_that_was_killed_resumes_to_the_same_bits(self, model, train, calibration, prior_mean, tmp_path):
+        curvature = Curvature(rank=3, fisher="mc")
+        methods = methods_of(LaplaceEvidence, LaplaceLPO, curvature=curvature)
+        expected = fit_methods(methods, model, answer_logits, train, calibration, prior_mean=prior_mean)
+        options = {"prior_mean": prior_mean, "pass_files": PassFiles(tmp_path, every=1)}
+
+        def killed():
             yield from train[:2]
             raise RuntimeError("killed")
 
         with pytest.raises(RuntimeError, match="killed"):
-            fit(model, answer_logits, settings, cut_off(), calibration, prior_mean=prior_mean, **checkpoint)
+            fit_methods(methods, model, answer_logits, killed(), calibration, **options)
         counted = Counted()
-        found = fit(model, counted, settings, train, calibration, prior_mean=prior_mean, **checkpoint)
+        found = fit_methods(methods, model, counted, train, calibration, **options)
         assert counted.seen == [identity(batch) for batch in [train[2], *calibration]]
-        expected.posterior.save(tmp_path / "expected")
-        found.posterior.save(tmp_path / "found")
-        assert (tmp_path / "found").read_bytes() == (tmp_path / "expected").read_bytes()
-        assert found.state == expected.state
-        assert path.is_file()  # whoever writes the posterior removes it
+        for one, other in zip(
+            expected.posteriors[curvature.digest].factors.layers,
+            found.posteriors[curvature.digest].factors.layers,
+            strict=True,
+        ):
+            assert all(torch.equal(value, other.tensors()[name]) for name, value in one.tensors().items())
+        assert precision(found, "laplace_lpo") == precision(expected, "laplace_lpo")
+        assert PassFiles(tmp_path, 1).path(curvature).is_file()  # whoever writes the fit removes it
 
     def test_by_default_nothing_is_written(self, model, train, prior_mean, tmp_path, monkeypatch):
         monkeypatch.chdir(tmp_path)
-        fit(model, answer_logits, FitSettings(("laplace_evidence",)), train, None, prior_mean=prior_mean)
+        fit_methods(methods_of(LaplaceEvidence), model, answer_logits, train, None, prior_mean=prior_mean)
         assert list(tmp_path.iterdir()) == []
 
 
 class TestNumbers:
     def test_temperature_is_where_the_nll_is_least(self, model, calibration, everything):
         logits, labels = whole(model, calibration)
-        found = everything[1].state.temperature
+        found = float(state(everything, "temperature")["temperature"])
         least = nll((logits / found).log_softmax(-1), labels)
         for other in (found * 1.01, found / 1.01):
             assert nll((logits / other).log_softmax(-1), labels) > least
         assert 1.3 < found < 3
 
     def test_evidence_precision_is_stationary(self, model, prior_mean, everything):
-        fitted = everything[1]
-        assert_stationary(fitted.posterior, fitted.state.evidence_precision, distances(model, prior_mean))
+        posterior = everything.posteriors[RANK3.digest]
+        assert_stationary(posterior, precision(everything, "laplace_evidence"), distances(model, prior_mean))
 
-    def test_evidence_with_a_prior_mean_of_zero_needs_no_weights_from_before(self, model, train):
-        settings = FitSettings(("laplace_evidence",), rank=3, prior_mean="zero")
-        fitted = fit(model, answer_logits, settings, train, None)
-        assert_stationary(fitted.posterior, fitted.state.evidence_precision, distances(model, None))
-        assert fitted.posterior.prior_mean == "zero"
-
-    def test_prior_mean_is_not_looked_at_where_it_is_zero(self, model, train, prior_mean):
-        settings = FitSettings(("laplace_evidence",), rank=3, prior_mean="zero")
-        one = fit(model, answer_logits, settings, train, None, prior_mean=prior_mean)
-        assert one.state == fit(model, answer_logits, settings, train, None).state
+    def test_evidence_with_a_prior_mean_of_zero_needs_no_weights_from_before(self, model, train, prior_mean):
+        methods = methods_of(LaplaceEvidence, prior_mean="zero")
+        fit = fit_methods(methods, model, answer_logits, train, None)
+        assert_stationary(fit.posteriors[RANK3.digest], precision(fit, "laplace_evidence"), distances(model, None))
+        given = fit_methods(methods, model, answer_logits, train, None, prior_mean=prior_mean)
+        assert precision(given, "laplace_evidence") == precision(fit, "laplace_evidence")
 
     def test_a_global_scope_has_one_precision(self, model, train, calibration, prior_mean):
-        settings = FitSettings(("laplace_evidence", "laplace_lpo"), rank=3, evidence_scope="global", lpo_scope="global")
-        state = fit(model, answer_logits, settings, train, calibration, prior_mean=prior_mean).state
-        assert len(set(state.evidence_precision)) == len(set(state.lpo_precision)) == 1
-
-    def test_lpo_is_the_posterior_s_own_and_becomes_its_precision(self, model, calibration, everything):
-        fitted = everything[1]
-        expected = fitted.posterior.fit_prior_lpo(model, answer_logits, calibration).prior_precision
-        assert list(fitted.state.lpo_precision) == pytest.approx(expected.tolist(), rel=1e-6)
-        assert fitted.posterior.prior_precision.tolist() == list(fitted.state.lpo_precision)
-
-    @pytest.mark.parametrize("methods", [("evidence_temperature",), METHODS])
-    def test_evidence_temperature_is_the_posterior_s_own(self, model, train, calibration, prior_mean, methods):
-        fitted = fit(model, answer_logits, FitSettings(methods, rank=3), train, calibration, prior_mean=prior_mean)
-        posterior = fitted.posterior.with_prior_precision(torch.tensor(fitted.state.evidence_precision))
-        expected = posterior.evidence_temperature(model, answer_logits, calibration)
-        assert fitted.state.evidence_temperature == pytest.approx(expected, rel=1e-3)
-        assert expected > 1.01
+        methods = methods_of(LaplaceEvidence, LaplaceLPO, scope="global")
+        fit = fit_methods(methods, model, answer_logits, train, calibration, prior_mean=prior_mean)
+        assert all(len(set(precision(fit, method.name))) == 1 for method in methods)
 
     def test_shrunk_temperature_is_where_its_objective_is_least(self, model, calibration, everything):
         logits, labels = whole(model, calibration)
-        state = everything[1].state
+        centre = float(state(everything, "shrunk_temperature")["evidence_temperature"])
+        assert centre == float(state(everything, "evidence_temperature")["temperature"])
 
         def objective(temperature):
-            penalty = (math.log(temperature) - math.log(state.evidence_temperature)) ** 2 / (2 * 0.2**2)
+            penalty = (math.log(temperature) - math.log(centre)) ** 2 / (2 * 0.2**2)
             return nll((logits / temperature).log_softmax(-1), labels) + penalty
 
-        found = state.shrunk_temperature
+        found = float(state(everything, "shrunk_temperature")["temperature"])
         assert objective(found) < min(objective(found * 1.01), objective(found / 1.01))
 
     def test_laplace_temperature_is_where_the_nll_is_least(self, model, calibration, everything):
-        state, settings = everything[1].state, everything[0]
-        posterior = everything[1].posterior.with_prior_precision(torch.tensor(state.evidence_precision))
+        found = state(everything, "laplace_temperature")
+        posterior = everything.posteriors[RANK3.digest].with_prior_precision(found["prior_precision"])
         log_probs = torch.cat(
-            [posterior.predict(model, answer_logits, batch, num_samples=settings.num_samples) for batch in calibration]
+            [posterior.predict(model, answer_logits, batch, num_samples=500) for batch in calibration]
         )
         labels = whole(model, calibration)[1]
         values = [
-            nll((log_probs / (state.laplace_temperature * factor)).log_softmax(-1), labels)
-            for factor in (1, 1.02, 1 / 1.02)
+            nll((log_probs / (found["temperature"] * factor)).log_softmax(-1), labels) for factor in (1, 1.02, 1 / 1.02)
         ]
         assert values[0] == min(values)
 
     def test_a_part_stands_for_the_whole(self, model, train, prior_mean):
-        settings = FitSettings(("laplace_evidence",), rank=3)
-        fitted = fit(model, answer_logits, settings, train, None, prior_mean=prior_mean, num_examples=600)
-        factors = fitted.posterior.factors
-        assert (factors.num_examples, factors.num_examples_used) == (600, 60)
-        assert_stationary(fitted.posterior, fitted.state.evidence_precision, distances(model, prior_mean))
+        fit = fit_methods(
+            methods_of(LaplaceEvidence), model, answer_logits, Batches(train, size=600), None, prior_mean=prior_mean
+        )
+        posterior = fit.posteriors[RANK3.digest]
+        assert (posterior.factors.num_examples, posterior.factors.num_examples_used) == (600, 60)
+        assert_stationary(posterior, precision(fit, "laplace_evidence"), distances(model, prior_mean))
+
+    def test_a_capped_pass_takes_as_many_batches(self, model, train, prior_mean):
+        curvature = replace(RANK3, max_batches=2)
+        fit = fit_methods(
+            methods_of(LaplaceEvidence, curvature=curvature),
+            model, answer_logits, Batches(train, size=60), None, prior_mean=prior_mean,
+        )  # fmt: skip
+        factors = fit.posteriors[curvature.digest].factors
+        assert (factors.num_examples, factors.num_examples_used) == (60, 40)
 
 
 class TestSkippedLayers:
     def test_stay_out_of_the_posterior_and_of_the_distances(self, model, train, calibration, prior_mean, everything):
-        settings = replace(everything[0], skip_layers=(0,))
-        fitted = fit(model, answer_logits, settings, train, calibration, prior_mean=prior_mean)
-        assert [layer.index for layer in fitted.posterior.factors.layers] == [1]
-        assert fitted.state.evidence_precision == pytest.approx(everything[1].state.evidence_precision[1:])
-        assert len(fitted.state.lpo_precision) == 1
-        methods = build_methods(model, replace(settings, methods=("laplace_lpo",)), fitted)
-        assert methods[0].posterior.prior_precision.tolist() == list(fitted.state.lpo_precision)
+        curvature = replace(RANK3, skip_layers=(0,))
+        methods = methods_of(LaplaceEvidence, LaplaceLPO, curvature=curvature)
+        fit = fit_methods(methods, model, answer_logits, train, calibration, prior_mean=prior_mean)
+        assert [layer.index for layer in fit.posteriors[curvature.digest].factors.layers] == [1]
+        assert precision(fit, "laplace_evidence") == pytest.approx(precision(everything, "laplace_evidence")[1:])
+        assert len(precision(fit, "laplace_lpo")) == 1
 
-    @pytest.mark.parametrize(("skipped", "message"), [((1, 7), r"\[7\].*2 expert layers"), ((1, 0), "all 2")])
+    @pytest.mark.parametrize(("skipped", "message"), [((1, 7), r"\[7\].*2 such layers"), ((1, 0), "all 2")])
     def test_what_cannot_be_skipped_is_refused_before_the_data_are_looked_at(self, model, skipped, message):
-        settings = FitSettings(("laplace_lpo",), skip_layers=skipped)
+        methods = methods_of(LaplaceLPO, curvature=replace(RANK3, skip_layers=skipped))
         with pytest.raises(ValueError, match=message):
-            fit(model, answer_logits, settings, Untouchable(), Untouchable())
+            fit_methods(methods, model, answer_logits, Untouchable(), Untouchable())
 
 
 class TestMissing:
-    @pytest.mark.parametrize("method", ["laplace_evidence", "evidence_temperature", "shrunk_temperature"])
-    def test_prior_mean_is_missed_before_the_data_are_looked_at(self, model, method):
+    @pytest.mark.parametrize("kind", [LaplaceEvidence, EvidenceTemperature, ShrunkTemperature])
+    def test_prior_mean_is_missed_before_the_data_are_looked_at(self, model, kind):
         with pytest.raises(ValueError, match="prior_mean='zero'"):
-            fit(model, answer_logits, FitSettings((method,)), Untouchable(), Untouchable())
+            fit_methods(methods_of(kind), model, answer_logits, Untouchable(), Untouchable())
 
-    @pytest.mark.parametrize("method", [name for name in FITTED if name != "laplace_evidence"])
-    def test_calibration_split(self, model, prior_mean, method):
-        with pytest.raises(ValueError, match=f"'{method}'.*no calibration split"):
-            fit(model, answer_logits, FitSettings(("map", method)), Untouchable(), None, prior_mean=prior_mean)
+    def test_a_prior_mean_that_equals_the_weights_is_refused_before_the_data_are_looked_at(self, model):
+        same = {name: model.get_parameter(name).detach() for name in DOWN}
+        with pytest.raises(ValueError, match="equal the prior mean"):
+            fit_methods(methods_of(LaplaceEvidence), model, answer_logits, Untouchable(), None, prior_mean=same)
+        broken = {name: torch.full_like(value, torch.nan) for name, value in same.items()}
+        with pytest.raises(ValueError, match="not finite"):
+            fit_methods(methods_of(LaplaceEvidence), model, answer_logits, Untouchable(), None, prior_mean=broken)
 
-    @pytest.mark.parametrize("method", ["temperature", "laplace_lpo", "laplace_temperature", "shrunk_temperature"])
-    def test_labels(self, model, train, calibration, prior_mean, method):
+    @pytest.mark.parametrize("kind", [kind for kind in FITTED if kind is not LaplaceEvidence])
+    def test_calibration_split(self, model, prior_mean, kind):
+        methods = methods_of(MAP, kind)
+        with pytest.raises(ValueError, match=f"'{methods[1].name}'.*no calibration split"):
+            fit_methods(methods, model, answer_logits, Untouchable(), None, prior_mean=prior_mean)
+
+    @pytest.mark.parametrize("kind", [TemperatureScaling, LaplaceLPO, LaplaceTemperature, ShrunkTemperature])
+    def test_labels(self, model, train, calibration, prior_mean, kind):
         bare = [{name: value for name, value in batch.items() if name != "labels"} for batch in calibration]
         with pytest.raises(ValueError, match="labels"):
-            fit(model, answer_logits, FitSettings((method,), rank=3), train, bare, prior_mean=prior_mean)
+            fit_methods(methods_of(kind), model, answer_logits, train, bare, prior_mean=prior_mean)
 
     def test_the_evidence_temperature_needs_no_labels(self, model, train, calibration, prior_mean):
         bare = [{name: value for name, value in batch.items() if name != "labels"} for batch in calibration]
-        settings = FitSettings(("map", "evidence_temperature"), rank=3)
         with_labels, without = (
-            fit(model, answer_logits, settings, train, batches, prior_mean=prior_mean).state
+            fit_methods(
+                methods_of(MAP, EvidenceTemperature), model, answer_logits, train, batches, prior_mean=prior_mean
+            )
             for batches in (calibration, bare)
         )
-        assert without == with_labels
+        assert state(with_labels, "evidence_temperature") == state(without, "evidence_temperature")
 
-    @pytest.mark.parametrize("method", ["temperature", "laplace_lpo", "evidence_temperature"])
-    def test_calibration_examples(self, model, train, prior_mean, method):
-        with pytest.raises(ValueError, match=r"empty calibration|calibration split is empty|got none"):
-            fit(model, answer_logits, FitSettings((method,), rank=3), train, [], prior_mean=prior_mean)
+    @pytest.mark.parametrize("kind", [TemperatureScaling, LaplaceLPO, EvidenceTemperature])
+    def test_calibration_examples(self, model, train, prior_mean, kind):
+        with pytest.raises(ValueError, match=r"empty calibration split|calibration split is empty"):
+            fit_methods(methods_of(kind), model, answer_logits, train, [], prior_mean=prior_mean)
 
-    @pytest.mark.parametrize("method", ["evidence_temperature", "shrunk_temperature"])
-    def test_enough_inputs_for_the_evidence_temperature(self, model, train, calibration, prior_mean, method):
+    @pytest.mark.parametrize("kind", [EvidenceTemperature, ShrunkTemperature])
+    def test_enough_inputs_for_the_evidence_temperature(self, model, train, calibration, prior_mean, kind):
         with pytest.raises(ValueError, match="at least 100 unlabelled inputs, got 80"):
-            fit(model, answer_logits, FitSettings((method,), rank=3), train, calibration[:2], prior_mean=prior_mean)
-
-
-class TestFittedState:
-    FULL = FittedState(1.5, 2.0, 1.7, 0.9, (0.5, 3.0), (4.0, 4.0))
-
-    @pytest.mark.parametrize("state", [FittedState(), FULL, FittedState(evidence_precision=(1e-3,))])
-    def test_comes_back_through_json(self, state):
-        assert FittedState.from_mapping(json.loads(json.dumps(asdict(state)))) == state
-
-    @pytest.mark.parametrize(
-        ("values", "message"),
-        [
-            ({"temprature": 1.0}, "temprature"),
-            ({"temperature": "1.0"}, "temperature must hold positive numbers, got '1.0'"),
-            ({"temperature": 0.0}, "positive"),
-            ({"temperature": -1.0}, "positive"),
-            ({"temperature": math.nan}, "positive"),
-            ({"temperature": math.inf}, "positive"),
-            ({"temperature": True}, "positive"),
-            ({"temperature": [1.0]}, "positive"),
-            ({"lpo_precision": 1.0}, "lpo_precision must hold positive numbers"),
-            ({"lpo_precision": "12"}, "positive"),
-            ({"lpo_precision": [1.0, -1.0]}, "positive"),
-            ({"lpo_precision": [1.0, None]}, "positive"),
-            ({"lpo_precision": []}, "positive"),
-        ],
-    )
-    def test_refuses_what_it_never_wrote(self, values, message):
-        with pytest.raises(ValueError, match=message):
-            FittedState.from_mapping(values)
-
-    def test_scalars_name_layers_only_where_they_differ(self):
-        assert self.FULL.scalars() == {
-            "posterior/temperature": 1.5,
-            "posterior/evidence_temperature": 2.0,
-            "posterior/shrunk_temperature": 1.7,
-            "posterior/laplace_temperature": 0.9,
-            "posterior/evidence_precision/layer_0": 0.5,
-            "posterior/evidence_precision/layer_1": 3.0,
-            "posterior/lpo_precision": 4.0,
-        }
-        assert FittedState().scalars() == {}
-
-    def test_scalars_of_the_curvature(self, train):
-        model = toy_model(idle=[1])
-        settings = FitSettings(("laplace_evidence",), rank=2, prior_mean="zero")
-        fitted = fit(model, answer_logits, settings, train, None)
-        found = fitted.scalars()
-        slots = torch.cat([layer.slots for layer in fitted.posterior.factors.layers])
-        assert found["curvature/slots_per_expert_min"] == 0
-        assert found["curvature/slots_per_expert_mean"] == pytest.approx(float(slots.sum()) / 8)
-        assert found["curvature/idle_experts"] == 2  # expert 1 of each layer
-        assert 0 < found["curvature/discarded_energy"] < 1
-        assert found.items() > fitted.state.scalars().items()
-
-    def test_full_rank_discards_nothing(self, model, train):
-        settings = FitSettings(("laplace_evidence",), rank=6, prior_mean="zero")
-        found = fit(model, answer_logits, settings, train, None).scalars()
-        assert found["curvature/discarded_energy"] == pytest.approx(0, abs=1e-9)
-
-    def test_scalars_without_a_posterior(self):
-        assert Fitted(FittedState(temperature=2.0)).scalars() == {"posterior/temperature": 2.0}
-
-
-class TestBuildMethods:
-    LABELS = {  # noqa: RUF012
-        "map": "MAP",
-        "mc_dropout": "MC dropout",
-        "checkpoint_ensemble": "Checkpoint ensemble",
-        "deep_ensemble": "Deep ensemble",
-        "temperature": "Temperature scaling",
-        "laplace_evidence": "Bayesian-MoE (evidence)",
-        "laplace_lpo": "Bayesian-MoE (LPO)",
-        "laplace_temperature": "Bayesian-MoE + temperature",
-        "evidence_temperature": "Evidence temperature",
-        "shrunk_temperature": "Shrunk temperature",
-    }
-
-    @pytest.mark.parametrize("order", [METHODS, METHODS[::-1], METHODS[3:6]])
-    def test_names_and_labels_in_the_order_asked_for(self, model, everything, tmp_path, order):
-        files = [tmp_path / name for name in ("one", "two")]
-        for file in files:
-            save_snapshot(file, {DOWN[0]: model.get_parameter(DOWN[0])})
-        settings = replace(everything[0], methods=order)
-        methods = build_methods(model, settings, everything[1], snapshots=files, ensemble_members=files[:1])
-        assert [method.name for method in methods] == list(order)
-        assert [method.label for method in methods] == [self.LABELS[name] for name in order]
-
-    def test_each_has_its_own_numbers(self, model, everything):
-        state = everything[1].state
-        settings = replace(everything[0], methods=("mc_dropout", *FITTED), link="probit", dropout=0.3, seed=4)
-        found = {m.name: m for m in build_methods(model, settings, everything[1])}
-        for name in ("temperature", "laplace_temperature", "evidence_temperature", "shrunk_temperature"):
-            assert found[name].hyperparameters()["temperature"] == getattr(state, name)
-        for name, precision in (
-            ("laplace_evidence", state.evidence_precision),
-            ("laplace_temperature", state.evidence_precision),
-            ("laplace_lpo", state.lpo_precision),
-        ):
-            assert found[name].posterior.prior_precision.tolist() == list(precision)
-            assert (found[name].link, found[name].num_samples, found[name].seed) == ("probit", 500, 4)
-        assert (found["mc_dropout"].p, found["mc_dropout"].num_samples, found["mc_dropout"].seed) == (0.3, 10, 4)
-
-    @pytest.mark.parametrize("method", FITTED)
-    def test_what_was_not_fitted_is_refused(self, model, everything, method):
-        settings = FitSettings((method,))
-        with pytest.raises(ValueError, match=f"{method} has not been fitted"):
-            build_methods(model, settings, Fitted())
-        others = {name: None for name in asdict(FittedState()) if name.startswith(method.removeprefix("laplace_"))}
-        if method == "laplace_temperature":
-            others = {"laplace_temperature": None}
-        fitted = replace(everything[1], state=replace(everything[1].state, **others))
-        with pytest.raises(ValueError, match=f"{method} has not been fitted"):
-            build_methods(model, settings, fitted)
-
-    @pytest.mark.parametrize("method", ["laplace_evidence", "laplace_lpo", "laplace_temperature"])
-    def test_numbers_without_the_posterior_are_not_enough(self, model, everything, method):
-        with pytest.raises(ValueError, match="has not been fitted"):
-            build_methods(model, FitSettings((method,)), Fitted(everything[1].state))
-
-    @pytest.mark.parametrize("method", ["checkpoint_ensemble", "deep_ensemble"])
-    def test_an_ensemble_needs_members(self, model, method):
-        with pytest.raises(ValueError, match=f"{method} needs snapshots"):
-            build_methods(model, FitSettings((method,)), Fitted())
-
-
-class TestFitSettings:
-    @pytest.mark.parametrize(
-        ("options", "message"),
-        [
-            ({"evidence_scope": "expert"}, "evidence_scope 'expert'; valid are global, layer"),
-            ({"lpo_scope": "model"}, "lpo_scope"),
-            ({"prior_mean": "ones"}, "prior_mean"),
-            ({"approximation": "full"}, "approximation"),
-            ({"num_samples": 0}, "num_samples"),
-            ({"dropout_samples": 0}, "dropout_samples"),
-            ({"methods": ("shrunk_temperature",), "fisher": "empirical"}, "exact"),
-        ],
-    )
-    def test_refuses(self, options, message):
-        with pytest.raises(ValueError, match=message):
-            FitSettings(**options)
-
-    def test_any_fisher_serves_a_posterior(self):
-        assert FitSettings(("laplace_evidence",), fisher="mc").needs_evidence
+            fit_methods(methods_of(kind), model, answer_logits, train, calibration[:2], prior_mean=prior_mean)
 
 
 def test_factors_in_half_precision_and_on_the_cpu(model, everything, train, calibration, prior_mean):
-    settings = replace(everything[0], factor_dtype="bfloat16", offload_factors=True)
-    fitted = fit(model, answer_logits, settings, train, calibration, prior_mean=prior_mean)
-    assert fitted.posterior.offload
-    assert {layer.g_basis.dtype for layer in fitted.posterior.factors.layers} == {torch.bfloat16}
-    expected = everything[1].state
-    for name, value in expected.scalars().items():
-        assert fitted.state.scalars()[name] == pytest.approx(value, rel=0.02), name
-    assert fitted.state.evidence_precision == expected.evidence_precision  # from eigenvalues alone
-    assert settings.fitting_differences(fitted.settings) == []
-    assert everything[0].fitting_differences(fitted.settings) == ["factor_dtype='bfloat16' (here 'float32')"]
-    assert replace(settings, offload_factors=False).fitting_differences(fitted.settings) == []
-    assert settings.fitting_differences({"rank": settings.rank}) == []  # of a release that knew one dtype
-    with pytest.raises(ValueError, match=r"unknown factor_dtype 'float16'; valid are float32, bfloat16"):
-        FitSettings(factor_dtype="float16")
+    curvature = replace(RANK3, factor_dtype="bfloat16", offload=True)
+    methods = methods_of(*FITTED, curvature=curvature, num_samples=500)
+    fit = fit_methods(methods, model, answer_logits, train, calibration, prior_mean=prior_mean)
+    posterior = fit.posteriors[curvature.digest]
+    assert posterior.offload
+    assert {layer.g_basis.dtype for layer in posterior.factors.layers} == {torch.bfloat16}
+    for method in methods:
+        for key, value in state(everything, method.name).items():
+            torch.testing.assert_close(state(fit, method.name)[key], value, rtol=0.02, atol=0)
+    # From eigenvalues alone.
+    assert precision(fit, "laplace_evidence") == precision(everything, "laplace_evidence")
+    assert replace(curvature, offload=False).digest == curvature.digest
+    assert curvature.digest != RANK3.digest
+
+
+def test_held_out_logits_are_passed_over_once(model, calibration):
+    methods = methods_of(TemperatureScaling)
+    fit = fit_methods(methods, model, answer_logits, Untouchable(), calibration)
+    logits, labels = whole(model, calibration)
+    torch.testing.assert_close(fit.calibration[0], logits.double())
+    assert torch.equal(fit.calibration[1], labels)
+    again = [*methods, TemperatureScaling(name="again")]
+    more = fit_methods(again, model, answer_logits, Untouchable(), Untouchable(), earlier=fit)
+    assert state(more, "again") == state(fit, "temperature")
+    without_data = fit_methods(again, model, answer_logits, Untouchable(), None, earlier=fit)
+    assert state(without_data, "again") == state(fit, "temperature")

@@ -3,7 +3,7 @@ import sys
 
 import pytest
 import torch
-from deepseek_reference import (
+from oracles.deepseek_reference import (
     PUBLISHED,
     SMALL,
     left_padded,

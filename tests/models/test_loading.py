@@ -80,7 +80,7 @@ def test_other_failures_while_loading_are_not_taken_for_missing_weights(folder, 
 
 def test_tensors_that_the_model_has_no_place_for_are_named(folder):
     surplus = rewritten(folder, lambda tensors: tensors | {f"extra.{i}": torch.ones(1) for i in range(5)})
-    with pytest.warns(UserWarning, match=r"no place for 5 of .*extra\.0, extra\.1, extra\.2 and more"):
+    with pytest.warns(UserWarning, match=r"no place for 5 of .*extra\.0, extra\.1, extra\.2 and 2 more"):
         load_causal_model(surplus)
 
 
@@ -118,15 +118,15 @@ def test_a_word_tokenizer_loads_as_it_was_saved(tmp_path):
 def test_a_folder_cut_short_is_refused(folder):
     file = folder / "model.safetensors"
     file.write_bytes(file.read_bytes()[:-100])
-    with pytest.raises(ModelUnavailableError, match="whole"):
+    with pytest.raises(ModelUnavailableError, match="complete"):
         load_causal_model(str(folder))
     file.unlink()
-    with pytest.raises(ModelUnavailableError, match="could not be had"):
+    with pytest.raises(ModelUnavailableError, match="could not be loaded"):
         load_causal_model(str(folder))
 
 
 @pytest.mark.parametrize(("source", "says"), [("nobody/nothing", "works without the hub"), ("./gone", "no folder")])
-def test_a_model_that_cannot_be_had_gives_one_sentence(source, says):
+def test_a_model_that_cannot_be_loaded_gives_one_sentence(source, says):
     with pytest.raises(ModelUnavailableError, match=says) as caught:
         load_causal_model(source)
     assert "\n" not in str(caught.value)

@@ -21,6 +21,7 @@ def make(method, seed, number=60, **changes):
         "target": target,
         "ids": tuple(f"item-{i}" for i in range(number)),
         "extra": {"temperature": 2.0 + seed} if method == "temperature" else {},
+        "hyperparameters": {"num_samples": 100} if method == "laplace_evidence" else {},
     }
     return MethodResult(**{**values, **changes})
 

@@ -1,3 +1,4 @@
+import dataclasses
 import sys
 
 import matplotlib as mpl
@@ -7,36 +8,23 @@ import torch
 from bmoe_lightning.metrics import reliability_curve
 from bmoe_lightning.report import figures as F
 from bmoe_lightning.report.results import SummarySettings, by_method, summarise
+from bmoe_lightning.report.styles import MethodStyle, method_styles
 
 SETTINGS = SummarySettings(num_samples=50, num_bins=10)
-SLUGS = [
-    "map",
-    "mc_dropout",
-    "checkpoint_ensemble",
-    "deep_ensemble",
-    "temperature",
-    "laplace_evidence",
-    "laplace_lpo",
-    "evidence_temperature",
-    "shrunk_temperature",
-    "laplace_temperature",
-]
 
 
 def point(method="map", num_labels=10, mean=1.0):
     return F.LabelBudgetPoint(method, method.upper(), num_labels, mean, mean - 0.1, mean + 0.2)
 
 
-def test_known_methods_never_share_a_colour_and_others_keep_theirs():
-    assert len({F.method_style(slug).color for slug in SLUGS}) == len(SLUGS)
-    assert len({F.method_style(slug).marker for slug in SLUGS}) == len(SLUGS)
-    assert F.method_style("my_own_method") == F.method_style("my_own_method")
+def style_of(line):
+    return MethodStyle(line.get_color(), line.get_marker(), line.get_linestyle())
 
 
 def test_reliability_figure(results):
     row = summarise(results, SETTINGS)[0]
     group = by_method(results)["map"]
-    figure = F.reliability_figure(group, row)
+    figure = F.reliability_figure(group, row, MethodStyle("#123456", "^", ":"))
     (ax,) = figure.axes
     assert ax.get_xlim() == ax.get_ylim() == (0, 1)
     assert ax.get_aspect() == 1
@@ -45,6 +33,7 @@ def test_reliability_figure(results):
         torch.cat([r.log_probs for r in group]), torch.cat([r.target for r in group]), num_bins=10
     )
     filled = curve.count > 0
+    assert style_of(ax.lines[1]) == MethodStyle("#123456", "^", ":")
     assert ax.lines[1].get_xydata().tolist() == torch.stack([curve.confidence, curve.accuracy], 1)[filled].tolist()
 
 
@@ -53,8 +42,7 @@ def test_overlay_has_a_line_and_a_legend_entry_a_method(results):
     figure = F.reliability_overlay(results, rows)
     named = {line.get_label(): line for line in figure.axes[0].lines if not line.get_label().startswith("_")}
     assert list(named) == [f"{row.label} (ECE {row.metrics['ece'].mean:.3f})" for row in rows]
-    for row, line in zip(rows, named.values(), strict=True):
-        assert line.get_color() == F.method_style(row.method).color
+    assert [style_of(line) for line in named.values()] == list(method_styles([row.method for row in rows]).values())
     legend = figure.legends[0]
     figure.canvas.draw()
     box = legend.get_window_extent()
@@ -62,6 +50,28 @@ def test_overlay_has_a_line_and_a_legend_entry_a_method(results):
     assert box.x1 <= figure.bbox.x1
     assert box.y0 >= 0
     assert box.y1 <= figure.axes[0].get_tightbbox().y0
+
+
+def test_a_method_looks_the_same_in_all_figures_of_a_run(results, monkeypatch, tmp_path):
+    drawn, draw = [], F.draw_reliability_curve
+
+    def record(ax, curve, *, label=None, **style):
+        drawn.append(MethodStyle(**style))
+        draw(ax, curve, label=label, **style)
+
+    monkeypatch.setattr(F, "draw_reliability_curve", record)
+    rows = summarise(results, SETTINGS)
+    F.write_figures(tmp_path, results, rows)
+    assert drawn[: len(rows)] == drawn[len(rows) :] == list(method_styles([row.method for row in rows]).values())
+
+
+def test_any_number_of_methods_can_be_drawn(make_result):
+    results = [dataclasses.replace(make_result("map", 0), method=f"m{i}", label=f"M {i}") for i in range(30)]
+    figure = F.reliability_overlay(results, summarise(results, SETTINGS))
+    lines = [line for line in figure.axes[0].lines if line.get_label().startswith("M ")]
+    assert len({style_of(line) for line in lines}) == 30
+    figure.canvas.draw()
+    assert figure.legends[0].get_window_extent().y1 <= figure.axes[0].get_tightbbox().y0
 
 
 def test_well_filled_leaves_out_small_bins_only():
@@ -77,11 +87,12 @@ def test_well_filled_leaves_out_small_bins_only():
 
 def test_label_budget_figure_orders_budgets_with_all_last():
     points = [point("map", n) for n in (None, 100, 0, 10)] + [point("temperature", n, 0.5) for n in (10, None)]
-    (ax,) = F.label_budget_figure(points).axes
+    methods = ["map", "other", "temperature"]
+    (ax,) = F.label_budget_figure(points, methods).axes
     assert [tick.get_text() for tick in ax.get_xticklabels()] == ["0", "10", "100", "all"]
     assert ax.lines[0].get_xdata().tolist() == [0, 1, 2, 3]
     assert ax.lines[1].get_xdata().tolist() == [1, 3]
-    assert ax.lines[1].get_color() == F.method_style("temperature").color
+    assert style_of(ax.lines[1]) == method_styles(methods)["temperature"]
     assert len(ax.collections) == 2
     band = ax.collections[0].get_paths()[0].vertices[:, 1]
     assert (band.min(), band.max()) == (0.9, 1.2)
@@ -89,9 +100,11 @@ def test_label_budget_figure_orders_budgets_with_all_last():
 
 def test_label_budget_figure_refuses():
     with pytest.raises(ValueError, match="no points"):
-        F.label_budget_figure([])
+        F.label_budget_figure([], ["map"])
     with pytest.raises(ValueError, match="map has more than one point"):
-        F.label_budget_figure([point(), point()])
+        F.label_budget_figure([point(), point()], ["map"])
+    with pytest.raises(ValueError, match=r"the points are of \['map'\], but the methods of the run are \['other'\]"):
+        F.label_budget_figure([point()], ["other"])
 
 
 def test_image_and_files(results, tmp_path):

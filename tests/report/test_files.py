@@ -54,6 +54,7 @@ def test_json(written):
     assert [row["method"] for row in content["rows"]] == ["map", "temperature", "laplace_evidence"]
     assert content["rows"][0]["nll"]["low"] == rows[0].metrics["nll"].low
     assert content["rows"][1]["extra"] == {"temperature": 2.5}
+    assert [row["hyperparameters"] for row in content["rows"]] == [{}, {}, {"num_samples": 100}]
     assert [(run["method"], run["seed"]) for run in content["runs"]] == [(r.method, r.seed) for r in results]
     for run, result in zip(content["runs"], results, strict=True):
         assert run["nll"] == pytest.approx(negative_log_likelihood(result.log_probs, result.target).item())
@@ -105,9 +106,10 @@ def test_given_versions_are_kept(one_seed, tmp_path):
     assert strict(paths["results.json"].read_text())["versions"] == {"a": "1"}
 
 
-def test_a_missing_library_is_named(monkeypatch):
-    monkeypatch.setattr(files, "_PACKAGES", ("torch", "no-such-library"))
-    assert files.library_versions()["no_such_library"] == "not installed"
+def test_a_missing_library_is_named():
+    versions = files.library_versions(("torch", "no-such-library"))
+    assert versions["no_such_library"] == "not installed"
+    assert set(versions) == {"python", "torch", "no_such_library"}
 
 
 def test_rows_of_other_results_are_refused(results, tmp_path):

@@ -4,7 +4,14 @@ import statistics
 import pytest
 import torch
 
-from bmoe_lightning.metrics import brier_score, calibration_summary, expected_calibration_error
+from bmoe_lightning.metrics import (
+    METRIC_NAMES,
+    brier_score,
+    calibration_resamples,
+    calibration_values,
+    expected_calibration_error,
+    percentile_interval,
+)
 from bmoe_lightning.report.results import SummarySettings, by_method, summarise
 
 SETTINGS = SummarySettings(num_samples=200)
@@ -39,9 +46,12 @@ def test_interval_is_of_the_seed_mean_over_the_same_resamples(results):
 
 def test_a_single_seed_is_the_plain_bootstrap(one_seed):
     row = summarise(one_seed, SETTINGS)[1]
-    expected = calibration_summary(one_seed[1].log_probs, one_seed[1].target, num_samples=200)
+    predictions = one_seed[1].log_probs, one_seed[1].target
+    values, resamples = calibration_values(*predictions), calibration_resamples(*predictions, num_samples=200)
+    assert tuple(row.metrics) == METRIC_NAMES
     for name, metric in row.metrics.items():
-        assert (metric.mean, metric.low, metric.high) == dataclasses.astuple(expected[name])
+        interval = percentile_interval(resamples[name])
+        assert (metric.mean, metric.low, metric.high) == (values[name], interval.low, interval.high)
         assert metric.std is None
 
 
@@ -61,6 +71,11 @@ def test_extra_numbers_are_means_over_seeds(results):
     assert [row.extra for row in summarise(results, SETTINGS)] == [{}, {"temperature": 2.5}, {}]
 
 
+def test_options_are_those_of_the_method(make_result):
+    rows = summarise([make_result("map", seed, hyperparameters={"rank": 8}) for seed in (0, 1)], SETTINGS)
+    assert rows[0].hyperparameters == {"rank": 8}
+
+
 def test_methods_may_have_different_seeds(results):
     rows = summarise(results[:-1], SETTINGS)
     assert [row.seeds for row in rows] == [(0, 1), (0, 1), (0,)]
@@ -74,6 +89,7 @@ def test_methods_may_have_different_seeds(results):
         ({"target": torch.zeros(60, dtype=torch.long)}, "same answers"),
         ({"label": "Maximum"}, "several labels"),
         ({"seed": 0}, "more than one result for a seed"),
+        ({"hyperparameters": {"rank": 4}}, "map has other options for some seeds"),
     ],
 )
 def test_what_cannot_be_compared_is_refused(make_result, changes, message):

@@ -6,13 +6,13 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from tensorboard.backend.event_processing.event_multiplexer import EventMultiplexer
 from tensorboard.plugins.hparams import plugin_data_pb2
 
-from bmoe_lightning.metrics import accuracy
+from bmoe_lightning.metrics import METRIC_NAMES, accuracy
 from bmoe_lightning.report import tensorboard as T
 from bmoe_lightning.report.figures import pooled_curve, well_filled
 from bmoe_lightning.report.results import SummarySettings, by_method, summarise
 
 SETTINGS = SummarySettings(num_samples=50)
-SCORES = {"test/acc", "test/ece", "test/nll", "test/brier"}
+SCORES = {f"test/{name}" for name in METRIC_NAMES}
 CURVES = {"calibration/accuracy_by_confidence", "calibration/gap_by_confidence", "selective/risk"}
 
 
@@ -24,7 +24,6 @@ def written(results, tmp_path):
         results,
         rows,
         hyperparameters={"rank": 10, "task": "small", "exact": True},
-        method_hyperparameters={"laplace_evidence": {"num_samples": 100}},
         step=40,
     )
     return rows, tmp_path
@@ -104,6 +103,16 @@ def test_hparams_row_of_every_method_once_and_with_the_columns_of_all(written):
         assert len(list((folder / row.method).iterdir())) == 1
 
 
+def test_options_of_a_method_win_over_shared_settings(make_result, tmp_path):
+    results = [make_result("map", 0), make_result("temperature", 0, hyperparameters={"rank": 4})]
+    T.write_tensorboard(tmp_path, results, summarise(results, SETTINGS), hyperparameters={"rank": 10})
+    ranks = {}
+    for method in ("map", "temperature"):
+        start = hparams_of(read(tmp_path / method), "_hparams_/session_start_info").session_start_info
+        ranks[method] = start.hparams["rank"].number_value
+    assert ranks == {"map": 10, "temperature": 4}
+
+
 def test_parent_has_table_note_and_overlay_and_no_scores(written):
     rows, folder = written
     events = read(folder)
@@ -133,8 +142,6 @@ def test_without_matplotlib_one_warning_and_no_images(results, tmp_path, monkeyp
 
 def test_refusals(results, tmp_path):
     rows = summarise(results, SETTINGS)
-    with pytest.raises(ValueError, match=r"\['swag'\]"):
-        T.write_tensorboard(tmp_path, results, rows, hyperparameters={}, method_hyperparameters={"swag": {"rank": 1}})
     with pytest.raises(ValueError, match="summarise"):
         T.write_tensorboard(tmp_path, results, rows[:1], hyperparameters={})
     assert not list(tmp_path.iterdir())

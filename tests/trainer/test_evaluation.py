@@ -8,10 +8,21 @@ import pytest
 import torch
 from oracles.models import answer_logits, split, toy_batch, toy_model
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from tensorboard.plugins.hparams.plugin_data_pb2 import HParamsPluginData
 
-from bmoe_lightning.methods import CheckpointEnsemble, DeepEnsemble, evaluate, save_snapshot
-from bmoe_lightning.methods.options import FitSettings
-from bmoe_lightning.methods.workbench import build_methods, fit
+from bmoe_lightning.curvature.spec import Curvature
+from bmoe_lightning.methods import (
+    CheckpointEnsemble,
+    DeepEnsemble,
+    LaplaceEvidence,
+    LaplaceLPO,
+    NotFittedError,
+    TemperatureScaling,
+    evaluate,
+    fit_methods,
+    get_method,
+    save_snapshot,
+)
 from bmoe_lightning.trainer.evaluation import EvaluationRun
 
 DOWN = "layers.0.mixture.crew.down_proj"
@@ -31,14 +42,21 @@ def loaders():
 
 @pytest.fixture(scope="module")
 def prepared(model, tmp_path_factory):
-    """Settings, what was fitted, and the files of the ensembles."""
+    """Methods, what was fitted, and the snapshots of the run."""
     folder = tmp_path_factory.mktemp("snapshots")
     files = [folder / f"{name}.safetensors" for name in ("one", "two", "other")]
     for scale, file in zip((0.5, 2.0, -1.0), files, strict=True):
         save_snapshot(file, {DOWN: scale * model.get_parameter(DOWN).detach()})
-    settings = FitSettings(METHODS, rank=2, num_samples=200, prior_mean="zero", seed=7)
-    fitted = fit(model, answer_logits, settings, [toy_batch(20, seed=1)], [toy_batch(20, seed=2)])
-    return settings, fitted, files[:2], [str(files[2])]
+    methods = (
+        DeepEnsemble(runs=(str(files[2]),)),
+        get_method("map"),
+        TemperatureScaling(),
+        LaplaceEvidence(curvature=Curvature(rank=2), prior_mean="zero", num_samples=200),
+        CheckpointEnsemble(),
+    )
+    training, calibration = [toy_batch(20, seed=1)], [toy_batch(20, seed=2)]
+    fitted = fit_methods(methods, model, answer_logits, training, calibration, snapshots=files[:2], seed=7)
+    return methods, fitted, files[:2]
 
 
 def finished(model, prepared, loaders, stage="test"):
@@ -67,23 +85,18 @@ class TestPredictions:
         assert [len(two[1][name]["map"].labels) for name in two[1]] == [7, 12]
 
     def test_every_method_sees_each_loader_s_own_data(self, model, prepared, loaders, two):
-        settings, fitted, snapshots, members = prepared
+        methods, fitted, snapshots = prepared
         for name, batches in zip(("test_0", "test_1"), loaders, strict=True):
-            methods = build_methods(model, settings, fitted, snapshots=snapshots, ensemble_members=members)
-            expected = evaluate(methods, model, answer_logits, batches, fitted.posterior)
+            expected = evaluate(methods, fitted, model, answer_logits, batches, snapshots)
             for method in METHODS:
                 torch.testing.assert_close(two[1][name][method].log_probs, expected[method].log_probs)
                 assert torch.equal(two[1][name][method].labels, torch.cat([batch["labels"] for batch in batches]))
 
     @pytest.mark.parametrize(
-        ("method", "kind", "files"),
-        [("checkpoint_ensemble", CheckpointEnsemble, 2), ("deep_ensemble", DeepEnsemble, 3)],
+        ("method", "scales"), [("checkpoint_ensemble", (0.5, 2.0)), ("deep_ensemble", (1.0, -1.0))]
     )
-    def test_ensembles_average_their_own_members(self, model, prepared, loaders, two, method, kind, files):
-        paths = prepared[files]
+    def test_ensembles_average_their_own_members(self, model, prepared, loaders, two, method, scales):
         own = model.get_parameter(DOWN).detach().clone()
-        scales = (0.5, 2.0) if kind is CheckpointEnsemble else (1.0, -1.0)
-        assert len(paths) + (kind is DeepEnsemble) == 2
         members = []
         with torch.no_grad():
             for scale in scales:
@@ -108,9 +121,8 @@ class TestPredictions:
                 assert torch.equal(found[name][method].log_probs, two[1][name][method].log_probs)
 
     def test_a_method_that_was_not_fitted_is_refused_with_the_first_batch(self, model, prepared, loaders):
-        settings = FitSettings(("laplace_lpo",))
-        run = EvaluationRun("test", settings, *prepared[1:])
-        with pytest.raises(ValueError, match="laplace_lpo has not been fitted"):
+        run = EvaluationRun("test", [LaplaceLPO(curvature=Curvature(rank=2))], *prepared[1:])
+        with pytest.raises(NotFittedError, match="laplace_lpo has not been fitted"):
             run.add(model, answer_logits, loaders[0][0], 0)
 
 
@@ -142,14 +154,16 @@ class TestMetrics:
 class TestResults:
     @pytest.mark.parametrize("loader", [0, 1])
     def test_one_a_method_in_order_with_what_was_fitted(self, prepared, two, loader):
-        state = prepared[1].state
+        methods, fitted, _ = prepared
+        states = {method.name: fitted.state_of(method) for method in methods}
         found = two[0].results(loader)
         assert [result.method for result in found] == list(METHODS)
         by_name = {result.method: result for result in found}
         assert by_name["laplace_evidence"].label == "Bayesian-MoE (evidence)"
-        assert by_name["temperature"].extra == {"temperature": state.temperature}
+        assert by_name["temperature"].extra == {"temperature": float(states["temperature"]["temperature"])}
         assert by_name["laplace_evidence"].extra == {
-            f"prior_precision_{i}": value for i, value in enumerate(state.evidence_precision)
+            f"prior_precision_{i}": float(value)
+            for i, value in enumerate(states["laplace_evidence"]["prior_precision"])
         }
         assert by_name["map"].extra == {}
         assert by_name["checkpoint_ensemble"].extra == by_name["deep_ensemble"].extra == {"members": 2}
@@ -186,6 +200,19 @@ class TestTensorBoard:
         (event,) = self.events(tmp_path / "methods" / "map").Scalars("test/nll")
         assert event.step == 42
         assert event.value == pytest.approx(run.metrics()["map/test/nll"], rel=1e-6)
+
+    def test_the_table_of_hyperparameters_has_the_options_of_each_method(self, model, prepared, loaders, tmp_path):
+        run, _ = finished(model, prepared, loaders[:1])
+        run.write_tensorboard(tmp_path, 0)
+        shown = {}
+        for name in METHODS:
+            content = self.events(tmp_path / "methods" / name).SummaryMetadata("_hparams_/session_start_info")
+            settings = HParamsPluginData.FromString(content.plugin_data.content).session_start_info.hparams
+            shown[name] = {key: value.number_value or value.string_value for key, value in settings.items()}
+        expected = {"num_samples": 200, "prior_mean": "zero", "rank": 2, "fisher": "exact"}
+        assert expected.items() <= shown["laplace_evidence"].items()
+        assert shown["checkpoint_ensemble"]["num_snapshots"] == 5
+        assert "rank" not in shown["map"]
 
     def test_several_loaders_have_a_folder_each(self, two, tmp_path):
         two[0].write_tensorboard(tmp_path, 1)

@@ -1,22 +1,21 @@
-"""What a process's share of a loader is, without processes: samplers can be told that there are some."""
+"""A rank's shard of a loader, without processes: samplers can be told that there are some."""
 
 from __future__ import annotations
 
-import types
-
 import pytest
 import torch
+from fake_trainer import FakeTrainer
 from lightning.fabric.utilities.distributed import DistributedSamplerWrapper
 from lightning.pytorch.overrides.distributed import UnrepeatedDistributedSampler
-from torch.utils.data import BatchSampler, DataLoader, DistributedSampler, IterableDataset, SubsetRandomSampler
+from torch.utils.data import BatchSampler, DataLoader, DistributedSampler, IterableDataset
 
 from bmoe_lightning.trainer.checks import check_loaders
-from bmoe_lightning.trainer.data_passes import DataPass, unchanged_random_state
+from bmoe_lightning.trainer.data_passes import DataPass
 from bmoe_lightning.trainer.sampler_shards import check_order, find_sampler_shard
 
 
 def fake_trainer(rank, world_size):
-    return types.SimpleNamespace(world_size=world_size, global_rank=rank, strategy=None)
+    return FakeTrainer(world_size=world_size, global_rank=rank)
 
 
 def loader_of(rank, world_size, size=47, *, kind=DistributedSampler, batch_size=8, drop_last=False, **options):
@@ -30,7 +29,7 @@ def seen(loader, num_batches=None):
     return torch.cat(batches).tolist() if batches else []
 
 
-def shares(world_size, num_batches=float("inf"), **options):
+def shards(world_size, num_batches=float("inf"), **options):
     loaders = [loader_of(rank, world_size, **options) for rank in range(world_size)]
     found = [find_sampler_shard(fake_trainer(r, world_size), x, num_batches) for r, x in enumerate(loaders)]
     return list(zip(loaders, found, strict=True))
@@ -42,28 +41,28 @@ def shares(world_size, num_batches=float("inf"), **options):
 class TestWithoutRepeats:
     def test_every_example_is_seen_once(self, world_size, shuffle, size):
         everything = []
-        for loader, share in shares(world_size, size=size, shuffle=shuffle):
-            with share.without_repeats():
+        for loader, shard in shards(world_size, size=size, shuffle=shuffle):
+            with shard.without_repeats():
                 own = seen(loader)
-            assert len(own) == share.size
+            assert len(own) == shard.size
             everything += own
-            assert share.total == size
+            assert shard.total == size
         assert sorted(everything) == list(range(size))
 
     def test_the_loader_repeats_examples_otherwise(self, world_size, shuffle, size):
         everything = []
-        for loader, share in shares(world_size, size=size, shuffle=shuffle):
-            with share.without_repeats():
+        for loader, shard in shards(world_size, size=size, shuffle=shuffle):
+            with shard.without_repeats():
                 pass
             everything += seen(loader)
-            assert len(seen(loader)) == share.padded_size
+            assert len(seen(loader)) == shard.padded_size
         assert len(everything) == -(-size // world_size) * world_size
 
-    def test_what_a_loop_saw_first_is_what_a_share_keeps(self, world_size, shuffle, size):
-        for loader, share in shares(world_size, size=size, shuffle=shuffle):
+    def test_order_is_that_of_the_loop(self, world_size, shuffle, size):
+        for loader, shard in shards(world_size, size=size, shuffle=shuffle):
             looped = seen(loader)
-            with share.without_repeats():
-                assert seen(loader) == looped[: share.size]
+            with shard.without_repeats():
+                assert seen(loader) == looped[: shard.size]
 
 
 class TestLimits:
@@ -72,31 +71,31 @@ class TestLimits:
     def test_caps_are_of_each_process(self, num_batches, drop_last):
         # 47 on 2 processes are 24 and 23: exactly three batches, but for the example that is not repeated.
         everything = []
-        for loader, share in shares(2, num_batches, drop_last=drop_last):
-            with share.without_repeats():
-                own = seen(loader, share.num_batches)
-            assert len(own) == share.size
-            assert len(own) == min(8 * num_batches, share.size)
+        for loader, shard in shards(2, num_batches, drop_last=drop_last):
+            with shard.without_repeats():
+                own = seen(loader, shard.num_batches)
+            assert len(own) == shard.size
+            assert len(own) == min(8 * num_batches, shard.size)
             everything += own
             assert loader.drop_last == loader.batch_sampler.drop_last == drop_last
-        assert len(everything) == len(set(everything)) == share.total == min(16 * num_batches, 47)
+        assert len(everything) == len(set(everything)) == shard.total == min(16 * num_batches, 47)
 
     def test_the_loader_is_put_back_after_an_error(self):
-        ((loader, share), _) = shares(2)
-        with pytest.raises(KeyError), share.without_repeats():
+        ((loader, shard), _) = shards(2)
+        with pytest.raises(KeyError), shard.without_repeats():
             raise KeyError
-        assert loader.batch_sampler.sampler is share.sampler
+        assert loader.batch_sampler.sampler is shard.sampler
 
     def test_samplers_that_drop_or_never_repeat(self):
-        for _, share in shares(2, kind=UnrepeatedDistributedSampler, shuffle=False):
-            assert share.size == share.padded_size
-        assert [share.size for _, share in shares(2, drop_last=False)] == [24, 23]
+        for _, shard in shards(2, kind=UnrepeatedDistributedSampler, shuffle=False):
+            assert shard.size == shard.padded_size
+        assert [shard.size for _, shard in shards(2, drop_last=False)] == [24, 23]
         dropping = [DistributedSampler(range(47), 2, rank, drop_last=True) for rank in (0, 1)]
         found = [
             find_sampler_shard(fake_trainer(r, 2), DataLoader(range(47), 4, sampler=s), 99)
             for r, s in enumerate(dropping)
         ]
-        assert [share.size for share in found] == [23, 23]
+        assert [shard.size for shard in found] == [23, 23]
 
     def test_the_user_s_own_order_is_kept(self):
         order = [5, 3, 4, 0, 1]
@@ -104,22 +103,22 @@ class TestLimits:
         for rank in range(2):
             sampler = DistributedSamplerWrapper(order, num_replicas=2, rank=rank, shuffle=False)
             loader = DataLoader(range(10), batch_size=2, sampler=sampler)
-            share = find_sampler_shard(fake_trainer(rank, 2), loader, 9)
-            check_order(share)
-            with share.without_repeats():
+            shard = find_sampler_shard(fake_trainer(rank, 2), loader, 9)
+            check_order(shard)
+            with shard.without_repeats():
                 everything.append(seen(loader))
         assert everything == [[5, 4, 1], [3, 0]]
 
 
 class TestGather:
     def test_with_one_process_it_only_cuts(self):
-        (_, (_, share)) = shares(2)
-        assert share.gather(torch.arange(24)).tolist() == list(range(23))
+        (_, (_, shard)) = shards(2)
+        assert shard.gather(torch.arange(24)).tolist() == list(range(23))
 
     def test_examples_that_are_no_entries_are_refused(self):
-        (_, (_, share)) = shares(2)
+        (_, (_, shard)) = shards(2)
         with pytest.raises(ValueError, match="46 examples for 24 entries"):
-            share.gather(torch.arange(46))
+            shard.gather(torch.arange(46))
 
 
 class Stream(IterableDataset):
@@ -159,40 +158,23 @@ class TestRefusals:
         DataPass(trainer, loader, 2, "x", repeats=True)
         check_loaders(fake_trainer(0, 1), [loader])
 
-    def test_random_samplers_in_an_evaluation(self):
-        sampler = DistributedSamplerWrapper(SubsetRandomSampler(range(5)), num_replicas=2, rank=0, shuffle=False)
-        with pytest.raises(ValueError, match="SubsetRandomSampler draws another order"):
-            check_loaders(fake_trainer(0, 2), [DataLoader(range(5), sampler=sampler)])
-
-
-def test_a_wrapped_sampler_s_generator_is_left_as_it_was():
-    generator = torch.Generator().manual_seed(1)
-    sampler = SubsetRandomSampler(range(5), generator=generator)
-    wrapped = DistributedSamplerWrapper(sampler, num_replicas=2, rank=0, shuffle=False)
-    loader = DataLoader(range(5), sampler=wrapped)
-    before = generator.get_state()
-    with unchanged_random_state(loader):
-        list(loader)
-        assert not torch.equal(generator.get_state(), before)
-    assert torch.equal(generator.get_state(), before)
-
 
 @pytest.mark.parametrize("drop_last", [False, True])
 @pytest.mark.parametrize(("size", "batch_size"), [(47, 8), (9, 4), (2, 1), (41, 8)])
 @pytest.mark.parametrize("world_size", [2, 3])
-def test_batches_in_step_count_every_example_once(world_size, size, batch_size, drop_last):
-    """All processes have as many batches of the same sizes, and the counted examples are those of a share."""
+def test_lockstep_batches_count_every_example_once(world_size, size, batch_size, drop_last):
+    """All processes have as many batches of the same sizes, and the counted examples are those of a shard."""
     seen, sizes = [], []
     for rank in range(world_size):
         loader = loader_of(rank, world_size, size, batch_size=batch_size, shuffle=False, drop_last=drop_last)
-        share = find_sampler_shard(fake_trainer(rank, world_size), loader, len(loader))
-        batches = [share.counted(position, batch) for position, batch in enumerate(loader)]
+        shard = find_sampler_shard(fake_trainer(rank, world_size), loader, len(loader))
+        batches = [shard.counted(position, batch) for position, batch in enumerate(loader)]
         assert [batch.size for batch in batches] == [len(batch.batch) for batch in batches]
         sizes.append([batch.size for batch in batches])
         own = [index for batch in batches for index in batch.batch[: batch.num_counted].tolist()]
-        assert len(own) == share.size
+        assert len(own) == shard.size
         seen += own
     assert all(found == sizes[0] for found in sizes)
-    assert len(seen) == len(set(seen)) == share.total
+    assert len(seen) == len(set(seen)) == shard.total
     if not drop_last:
         assert sorted(seen) == list(range(size))

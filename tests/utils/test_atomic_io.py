@@ -1,4 +1,4 @@
-"""Files that are replaced whole."""
+"""Atomic writes."""
 
 from __future__ import annotations
 
@@ -40,12 +40,26 @@ def test_an_error_while_writing_keeps_the_old_file(tmp_path):
     assert [p.name for p in tmp_path.iterdir()] == ["a.txt"]
 
 
-def test_leftovers_of_a_killed_process_are_removed(tmp_path):
-    path = tmp_path / "a[1].bin"
+NAMES = ("a[1].bin", ".a1.bin.ff.tmp", ".a[1].bin.json", ".b.bin.ff.tmp", ".a[1].bin.mine.tmp", ".a[1].bin.tmp")
+
+
+def killed_writer(path):
+    """The name of a temporary file that a killed writer left, beside files of others."""
     with replaced_file(path) as temporary:
         left = temporary.name
-    for name in (left, "a[1].bin", ".a1.bin.ff.tmp", ".a[1].bin.json", ".b.bin.ff.tmp"):
-        (tmp_path / name).write_text("")
-    remove_leftovers(path)
-    assert {p.name for p in tmp_path.iterdir()} == {"a[1].bin", ".a1.bin.ff.tmp", ".a[1].bin.json", ".b.bin.ff.tmp"}
+    for name in (left, *NAMES):
+        (path.parent / name).write_text("")
+
+
+def test_leftovers_of_a_killed_process_are_removed(tmp_path):
+    killed_writer(tmp_path / "a[1].bin")
+    remove_leftovers(tmp_path / "a[1].bin")
+    assert {p.name for p in tmp_path.iterdir()} == set(NAMES)
     remove_leftovers(tmp_path / "missing" / "a.bin")
+
+
+def test_the_next_write_removes_leftovers(tmp_path):
+    killed_writer(tmp_path / "a[1].bin")
+    write_text(tmp_path / "a[1].bin", "new")
+    assert {p.name for p in tmp_path.iterdir()} == set(NAMES)
+    assert (tmp_path / "a[1].bin").read_text() == "new"

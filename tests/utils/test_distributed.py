@@ -6,19 +6,20 @@ import multiprocessing
 import os
 import time
 import traceback
+from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
 import torch
 import torch.distributed as dist
+from oracles.models import answer_logits, toy_model
 
-from bmoe_lightning.methods.options import FittedState
-from bmoe_lightning.methods.workbench import _check_same, _of_first
+from bmoe_lightning.methods import Method, fit_methods
+from bmoe_lightning.methods.workbench import _check_same
 from bmoe_lightning.utils import distributed as processes
 from bmoe_lightning.utils.distributed import (
     barrier,
     broadcast_,
-    forked_random_state,
     gather_examples,
     gather_number,
     is_rank_zero,
@@ -28,6 +29,7 @@ from bmoe_lightning.utils.distributed import (
     shard_size,
     sum_over_processes,
 )
+from bmoe_lightning.utils.random_state import forked_random_state
 
 
 def run(function, world_size, folder):
@@ -100,12 +102,40 @@ def refusing(rank, world_size):
         gather_examples(torch.zeros(1, 2 + rank))
 
 
+@dataclass(frozen=True)
+class OfRank(Method):
+    """Is fitted to something else on each rank."""
+
+    name: str = "of_rank"
+    label: str = "Of the rank"
+
+    def fit(self, work):
+        rank = process_rank()
+        vector = torch.tensor([1 / 3 + rank, 2.0], dtype=torch.float64)
+        return {"scalar": torch.tensor(0.1 + rank, dtype=torch.float64), "vector": vector}
+
+    def log_probs(self, batch, state):
+        raise NotImplementedError
+
+
 def agreeing(rank, world_size):
     _check_same("00ff" * 16)
     with pytest.raises(ValueError, match=f"weights on 1 of {world_size} processes"):
         _check_same("00ff" * 15 + ("00ff" if rank != 1 else "00fe"))
-    state = FittedState(temperature=0.1 + rank, lpo_precision=(1 / 3 + rank, 2.0))
-    assert _of_first(state) == FittedState(temperature=0.1, lpo_precision=(1 / 3, 2.0))
+
+
+def fitting(rank, world_size):
+    model = toy_model()
+    fit = fit_methods([OfRank()], model, answer_logits, [], distributed=True)
+    state = fit.state_of(OfRank())
+    assert state["scalar"] == torch.tensor(0.1, dtype=torch.float64)
+    assert state["vector"].tolist() == [1 / 3, 2.0]
+    alone = fit_methods([OfRank()], model, answer_logits, []).state_of(OfRank())
+    assert alone["vector"].tolist() == [1 / 3 + rank, 2.0]
+    with torch.no_grad():
+        model.layers[0].mixture.crew.down_proj[-1, -1, -1] += rank == 1
+    with pytest.raises(ValueError, match=f"weights on 1 of {world_size} processes"):
+        fit_methods([OfRank()], model, answer_logits, [], distributed=True)
 
 
 def taking_turns(rank, world_size):
@@ -159,7 +189,7 @@ def forking(rank, world_size):
 
 
 @pytest.mark.parametrize("world_size", [2, 3])
-@pytest.mark.parametrize("function", [agreeing, failing_in_turn, forking, adding, telling, copying, gathering])
+@pytest.mark.parametrize("function", [agreeing, fitting, failing_in_turn, forking, adding, telling, copying, gathering])
 def test_between_processes(function, world_size, tmp_path):
     run(function, world_size, tmp_path)
 

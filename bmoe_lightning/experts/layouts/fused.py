@@ -1,8 +1,8 @@
-"""One forward for every fused experts module of transformers, in which each slot can be seen.
+"""Fused experts of transformers: one forward for all of them, in which every slot can be tapped.
 
 It is registered under the name `bmoe` with transformers' experts interface and computes what the model's own
-implementations compute. Between the activation and the second linear layer it applies expert dropout; between that
-layer and the routing weight it hands every slot to a tap.
+implementations compute. Before `down_proj` it applies expert dropout; between `down_proj` and the routing weight it
+passes every slot to a tap.
 """
 
 from __future__ import annotations
@@ -12,47 +12,69 @@ from contextlib import AbstractContextManager, contextmanager
 from typing import Any
 
 from torch import Tensor, nn
-from transformers import PreTrainedModel
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 
 from bmoe_lightning.experts.grouped_matmul import ExpertGroups
-from bmoe_lightning.experts.layouts.intercept import attached_state, combine, second_product
-from bmoe_lightning.experts.types import Dropout, ExpertLayer, Tap
-from bmoe_lightning.experts.wrappers import added_by_adapters, check_second_weight, present
+from bmoe_lightning.experts.layouts.intercept import attached_state, combine, down_proj_product
+from bmoe_lightning.experts.types import Dropout, ExpertLayer, Layout, Tap
+from bmoe_lightning.experts.wrappers.linear import effective_parameter
+from bmoe_lightning.experts.wrappers.quantised import check_down_proj
+from bmoe_lightning.experts.wrappers.transformers import experts_implementation_attribute, has_parallel_plan
 
 IMPLEMENTATION = "bmoe"
 
 
-class FusedExperts:
-    """The layout of modules that transformers decorated with `use_experts_implementation`; see `Layout`."""
+class FusedExperts(Layout):
+    """Modules that transformers decorated with `use_experts_implementation`: 3-D parameters for all experts."""
+
+    name = "fused"
+    description = "fused experts of transformers' experts interface"
+
+    def detect(
+        self, name: str, module: nn.Module, parent: nn.Module, down_proj: str | None, *, named: bool
+    ) -> ExpertLayer | None:
+        """Detect a fused experts module, by its parameters.
+
+        Raises:
+            ValueError: If it would be one if its `down_proj` was not quantised, parametrised or sharded: it must not
+                stay out of the posterior silently.
+        """
+        if is_fused_experts(module):
+            return self.layer(name, 0, module, "down_proj")
+        weight = getattr(module, "down_proj", None)
+        if weight is None or isinstance(weight, nn.Module):
+            return None
+        check_down_proj(name, weight)
+        if hasattr(module, "is_transposed") and not isinstance(weight, nn.Parameter):
+            raise ValueError(
+                f"the down_proj weights of {name!r} are parametrised (computed from other parameters); remove the "
+                "parametrisation"
+            )
+        return None
 
     def layer(self, name: str, index: int, module: nn.Module, down_proj: str) -> ExpertLayer:
         """Describe a fused experts module."""
         weight = getattr(module, down_proj, None)
         if not is_fused_experts(module) or not isinstance(weight, nn.Parameter):
-            raise ValueError(f"{name!r} is no module of fused experts with the second weights {down_proj!r}")
-        # Each is absent before some version of transformers.
-        parallel = getattr(module, "_is_expert_parallel", False) or getattr(module, "_is_hooked", False)
-        if parallel or getattr(module, "num_experts", len(weight)) != len(weight):
+            raise ValueError(f"{name!r} is no module of fused experts with the parameter {down_proj!r}")
+        if has_parallel_plan(module) or getattr(module, "num_experts", len(weight)) != len(weight):
             raise ValueError(
-                f"the experts {name!r} are spread over processes (expert or tensor parallelism), so that each knows a "
-                "part of them; load the model without a parallel plan"
+                f"the experts {name!r} are sharded by expert or tensor parallelism, so each process computes a part of "
+                "them; load the model without a parallel plan"
             )
-        check_second_weight(name, weight)
+        check_down_proj(name, weight)
         transposed = bool(module.is_transposed)
         num_experts, first, second = weight.shape
         d_out, d_in = (second, first) if transposed else (first, second)
-        return ExpertLayer(name, index, num_experts, d_in, d_out, "fused", down_proj, transposed)
+        return ExpertLayer(name, index, num_experts, d_in, d_out, self.name, down_proj, transposed)
 
     def parameters(self, module: nn.Module, layer: ExpertLayer) -> dict[str, nn.Parameter]:
-        """The one parameter of all second weights."""
+        """The one parameter with the `down_proj` of all experts."""
         return {layer.down_proj: module.get_parameter(layer.down_proj)}
 
     def weights(self, model: nn.Module, layer: ExpertLayer) -> dict[str, Tensor]:
         """The same, with what PEFT's adapters of whole parameters add."""
-        weight = present(model.get_submodule(layer.name), layer.down_proj).detach()
-        added = added_by_adapters(model, layer.name, layer.down_proj)
-        return {layer.down_proj: weight if added is None else weight + added.to(weight)}
+        return {layer.down_proj: effective_parameter(model, layer.name, layer.down_proj)}
 
     def expert_parameters(self, module: nn.Module) -> dict[str, nn.Parameter]:
         """All parameters of the module."""
@@ -61,8 +83,12 @@ class FusedExperts:
     def intercepted(
         self, module: nn.Module, layer: ExpertLayer, tap: Tap | None, dropout: Dropout | None
     ) -> AbstractContextManager[None]:
-        """Attach to the module; the model has to run `fused_implementation`."""
+        """Attach to the module; works while the model is `prepared`."""
         return attached_state(module, tap, dropout)
+
+    def prepared(self, model: nn.Module) -> AbstractContextManager[None]:
+        """Run the model's fused experts through `tapped_experts_forward`."""
+        return fused_implementation(model)
 
 
 def is_fused_experts(module: nn.Module) -> bool:
@@ -71,29 +97,15 @@ def is_fused_experts(module: nn.Module) -> bool:
     return isinstance(weight, nn.Parameter) and weight.dim() == 3 and hasattr(module, "is_transposed")
 
 
-def check_overlooked(name: str, module: nn.Module) -> None:
-    """Refuse what would be fused experts if its second weights were plain, rather than leave them out of the posterior.
-
-    Raises:
-        ValueError: if the second weights are quantised, sharded or parametrised.
-    """
-    weight = getattr(module, "down_proj", None)
-    if weight is None or isinstance(weight, nn.Module):
-        return
-    check_second_weight(name, weight)
-    if hasattr(module, "is_transposed") and not isinstance(weight, nn.Parameter):
-        raise ValueError(f"the second weights of {name!r} are computed from others (parametrised)")
-
-
 @contextmanager
 def fused_implementation(model: nn.Module) -> Iterator[None]:
-    """Send the fused experts of a model through `tapped_experts_forward`; restore the implementation afterwards.
+    """Run the fused experts of a model through `tapped_experts_forward`; restore the implementation afterwards.
 
     Args:
-        model: any module; the fused experts in it are switched. Without any nothing happens.
+        model: Any module; nothing changes if it has no fused experts.
 
     Raises:
-        RuntimeError: if the name `bmoe` is taken in transformers' registry.
+        RuntimeError: If the name `bmoe` is taken in transformers' registry.
     """
     fused: list[Any] = [module for module in model.modules() if is_fused_experts(module)]
     if not fused:
@@ -105,12 +117,13 @@ def fused_implementation(model: nn.Module) -> Iterator[None]:
     elif taken is not tapped_experts_forward:
         raise RuntimeError(
             f"transformers already has an experts implementation called {IMPLEMENTATION!r} ({taken!r}); "
-            "bmoe_lightning needs that name"
+            "bmoe_lightning needs that name; register the other one under another name"
         )
     # Through each module's own configuration: a model's set_experts_implementation does not reach copies of it, nor
     # classes that are not in the file of their model.
     configs = {id(module.config): module.config for module in fused}
-    before = [(config, _attribute(config), getattr(config, _attribute(config))) for config in configs.values()]
+    attributes = [(config, experts_implementation_attribute(config)) for config in configs.values()]
+    before = [(config, attribute, getattr(config, attribute)) for config, attribute in attributes]
     try:
         for config, attribute, _ in before:
             setattr(config, attribute, IMPLEMENTATION)
@@ -120,33 +133,20 @@ def fused_implementation(model: nn.Module) -> Iterator[None]:
             setattr(config, attribute, implementation)
 
 
-def _attribute(config: Any) -> str:
-    """What holds the implementation: setting transformers' property would set it in parts of the configuration too."""
-    internal = "_experts_implementation_internal"
-    return internal if hasattr(config, internal) else "_experts_implementation"
-
-
-def outermost_pretrained(model: nn.Module) -> list[PreTrainedModel]:
-    """The `PreTrainedModel`s in a module that lie in no other one."""
-    if isinstance(model, PreTrainedModel):
-        return [model]
-    return [owner for child in model.children() for owner in outermost_pretrained(child)]
-
-
 def tapped_experts_forward(self: Any, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
     """Run all experts on the tokens routed to them.
 
     Args:
-        self: a module that transformers decorated with `use_experts_implementation`.
+        self: A module that transformers decorated with `use_experts_implementation`.
         hidden_states: `[T, hidden]`.
-        top_k_index: `[T, k]` expert of each slot; E and above stand for no expert, as in transformers.
+        top_k_index: `[T, k]` expert of each slot; E and above mean no expert, as in transformers.
         top_k_weights: `[T, k]` routing weights.
 
     Returns:
         `[T, hidden]`.
     """
     num_experts = len(self.down_proj)
-    # A slot without an expert goes through the last one with a weight of zero: it moves nothing and is not counted.
+    # A slot without an expert runs through the last one with a weight of zero: its gradient is zero.
     top_k_weights = top_k_weights.masked_fill(top_k_index >= num_experts, 0)
     groups = ExpertGroups(top_k_index.reshape(-1).clamp(max=num_experts - 1), num_experts)
     tokens = groups.order // top_k_index.shape[1]
@@ -156,7 +156,7 @@ def tapped_experts_forward(self: Any, hidden_states: Tensor, top_k_index: Tensor
     else:
         hidden = self.act_fn(_linear(self, groups, hidden_states[tokens], "up_proj"))
     weight = self.down_proj if self.is_transposed else self.down_proj.mT
-    output = second_product(self, groups, hidden, weight, tokens, len(top_k_index))
+    output = down_proj_product(self, groups, hidden, weight, tokens, len(top_k_index))
     if self.has_bias:
         output = output + self.down_proj_bias[groups.experts]
     # Absent before transformers 5.21.

@@ -1,4 +1,4 @@
-"""The place in an experts forward where its second linear layers are: where activations are dropped and slots seen."""
+"""The point in an experts forward around `down_proj`: where activations are dropped and slots are tapped."""
 
 from __future__ import annotations
 
@@ -16,11 +16,11 @@ _STATE = "_bmoe_state"
 
 @dataclass(frozen=True)
 class ExpertState:
-    """What is attached to an experts module while slots are tapped or dropped.
+    """What is attached to an experts module while slots are tapped or activations dropped.
 
     Attributes:
-        tap: sees every slot; None while nobody looks.
-        dropout: see `bmoe_lightning.experts.dropout`; None while there is none.
+        tap: Receives every slot; None while there is none.
+        dropout: Dropout of the inputs of `down_proj` (see `bmoe_lightning.experts.dropout`); None while there is none.
     """
 
     tap: Tap | None = None
@@ -34,7 +34,7 @@ def expert_state(module: nn.Module) -> ExpertState | None:
 
 @contextmanager
 def attached_state(module: nn.Module, tap: Tap | None = None, dropout: Dropout | None = None) -> Iterator[None]:
-    """Attach a tap or dropout to a module, beside what is there; that alone is left afterwards."""
+    """Attach a tap or dropout to a module, beside what is attached already; afterwards the latter alone is left."""
     before = expert_state(module)
     outer = before or ExpertState()
     # Straight into __dict__: the state is no submodule, and nn.Module's bookkeeping has no part in it.
@@ -48,18 +48,18 @@ def attached_state(module: nn.Module, tap: Tap | None = None, dropout: Dropout |
             module.__dict__[_STATE] = before
 
 
-def second_product(
+def down_proj_product(
     module: nn.Module, groups: ExpertGroups, hidden: Tensor, weight: Tensor, tokens: Tensor | None, num_tokens: int
 ) -> Tensor:
-    """Multiply slots with the second weights of their experts, past the module's dropout and tap.
+    """Multiply slots with the `down_proj` of their experts, through the module's dropout and tap.
 
     Args:
-        module: the experts module.
-        groups: the slots' experts, sorted.
+        module: The experts module.
+        groups: The slots, sorted by expert.
         hidden: `[S, d_in]`, sorted by expert.
         weight: `[E, d_in, d_out]`.
         tokens: `[S]` int64, the flattened token of each slot, or None.
-        num_tokens: how many tokens there are.
+        num_tokens: Number of tokens.
 
     Returns:
         `[S, d_out]`.
@@ -74,10 +74,10 @@ def second_product(
 
 
 def combine(groups: ExpertGroups, output: Tensor, top_k_weights: Tensor) -> Tensor:
-    """Weigh the outputs of sorted slots and sum those of each token, in an order that does not depend on the device.
+    """Weight the outputs of sorted slots and sum those of each token, in an order that is the same on every device.
 
     Args:
-        groups: over the flattened slots of `T` tokens with `k` experts each.
+        groups: Groups over the flattened slots of `T` tokens with `k` experts each.
         output: `[T k, d_out]`, sorted by expert.
         top_k_weights: `[T, k]`.
 

@@ -1,16 +1,15 @@
-"""Experts in forms of their own: the forward of a class of modules, written once more around its second linear layers.
+"""Experts of custom classes: the forward of a class of modules, registered with its `down_proj` replaced by a call.
 
-For a module of transformers that does not go through its experts interface, or for a user's own, somebody registers the
-module's forward with the product of the second linear layers replaced by a call:
+For a module of transformers that does not use its experts interface, or for a user's class:
 
     @register_experts(MyExperts, down_proj="w2", transposed=True)
-    def forward(self, second_linear, x, index, weights):
+    def forward(self, down_proj, x, index, weights):
         ...
-        outputs = second_linear(hidden, experts, tokens, len(x))
+        outputs = down_proj(hidden, experts, tokens, len(x))
         ...
 
-While slots are tapped or dropped that forward runs in the place of the module's own; at all other times the module is
-left alone. The first time that a module is tapped its own forward runs as well, and the two have to agree.
+While slots are tapped or activations dropped, that forward runs instead of the module's; at all other times the module
+is unchanged. The first time that a module is tapped its own forward runs as well, and the two have to agree.
 """
 
 from __future__ import annotations
@@ -26,9 +25,11 @@ import torch
 from torch import Tensor, nn
 
 from bmoe_lightning.experts.grouped_matmul import ExpertGroups
-from bmoe_lightning.experts.layouts.intercept import attached_state, expert_state, second_product
-from bmoe_lightning.experts.types import Dropout, ExpertLayer, Tap
-from bmoe_lightning.experts.wrappers import added_by_adapters, check_second_weight, present
+from bmoe_lightning.experts.layouts.intercept import attached_state, down_proj_product, expert_state
+from bmoe_lightning.experts.types import Dropout, ExpertLayer, Layout, Tap
+from bmoe_lightning.experts.wrappers.accelerate import forward_attribute, materialized
+from bmoe_lightning.experts.wrappers.linear import effective_parameter
+from bmoe_lightning.experts.wrappers.quantised import check_down_proj
 
 
 @dataclass(frozen=True)
@@ -36,12 +37,12 @@ class ExpertAdapter:
     """What `register_experts` was told about a class of modules.
 
     Attributes:
-        forward: `(module, second_linear, *arguments of the module's own forward)`.
-        down_proj: name of the parameter that holds all second weights.
-        transposed: whether that is `[E, d_in, d_out]` rather than `[E, d_out, d_in]`.
-        num_experts: name of the attribute that holds E, where the weights of all experts are stacked in two dimensions.
-        expert_parameters: names of all weights of experts; None where every parameter of the module is one.
-        owner: the class, where it was given itself rather than its name.
+        forward: `(module, down_proj, *arguments of the module's forward)`.
+        down_proj: Name of the parameter that holds the `down_proj` of all experts.
+        transposed: Whether that is `[E, d_in, d_out]` rather than `[E, d_out, d_in]`.
+        num_experts: Name of the attribute that holds E, where the weights of all experts are stacked in two dimensions.
+        expert_parameters: Names of all weights of experts; None where every parameter of the module is one.
+        owner: The class, where it was registered itself rather than by its name.
     """
 
     forward: Callable[..., Any]
@@ -52,7 +53,7 @@ class ExpertAdapter:
     owner: type[nn.Module] | None = None
 
     def stacked(self, module: nn.Module, weight: Tensor) -> Tensor:
-        """The second weights as `[E, d_in, d_out]`."""
+        """The `down_proj` weights as `[E, d_in, d_out]`."""
         if self.num_experts is not None:
             weight = weight.view(getattr(module, self.num_experts), -1, weight.shape[-1])
         return weight if self.transposed else weight.mT
@@ -60,7 +61,7 @@ class ExpertAdapter:
 
 _ADAPTERS: dict[str, ExpertAdapter] = {}
 _REFUSALS: dict[str, str] = {}
-# Modules whose own forward was seen to agree with the registered one.
+# Modules whose forward was compared with the registered one.
 _AGREED: weakref.WeakSet[nn.Module] = weakref.WeakSet()
 _TOLERANCES = {torch.bfloat16: 5e-2, torch.float16: 1e-2}
 
@@ -73,27 +74,27 @@ def register_experts(
     num_experts: str | None = None,
     expert_parameters: tuple[str, ...] | None = None,
 ) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
-    """Teach the library a class of modules that holds all experts of a layer; use it as a decorator.
+    """Register the forward of a class of modules that hold all experts of a layer; use it as a decorator.
 
-    What is decorated computes what the module's forward computes. Its arguments are the module, a function
-    `second_linear(hidden [S, d_in], experts [S], tokens [S] or None, num_tokens) -> [S, d_out]` and those of the
-    module's forward. It calls `second_linear` once, on all slots, in any order, in the place of the product with the
-    second weights: before bias and routing weight. `tokens` are positions among the `num_tokens` tokens of the call,
-    flattened from `[batch, length]`; with None, each slot's example is found from gradients, at the price of two
-    backward passes. Slots of zeros, which pad the buffers of some models, count nowhere.
+    The decorated function computes what the module's forward computes. Its arguments are the module, a function
+    `down_proj(hidden [S, d_in], experts [S], tokens [S] or None, num_tokens) -> [S, d_out]` and those of the module's
+    forward. It calls `down_proj` once, on all slots, in any order, instead of the product with the `down_proj` weights:
+    before bias and routing weight. `tokens` are positions among the `num_tokens` tokens of the call, flattened from
+    `[batch, length]`; with None, each slot's example is found from gradients, at the price of two backward passes.
+    Slots of zeros, which pad the buffers of some models, have no effect.
 
     Args:
-        experts_class: the class, or its qualified name (`"package.module.Class"`). Subclasses follow it, unless they
-            have a forward of their own.
-        down_proj: name of the parameter of the module that holds the second weights of all experts.
-        transposed: whether it is `[E, d_in, d_out]` rather than `[E, d_out, d_in]`.
-        num_experts: name of the module's attribute that holds E, where the parameter has two dimensions, the experts
-            one below the other.
-        expert_parameters: names of all weights of experts, where the module holds other parameters too.
+        experts_class: The class, or its qualified name (`"package.module.Class"`). Subclasses are included, unless they
+            override the forward.
+        down_proj: Name of the module's parameter that holds the `down_proj` weights of all experts.
+        transposed: Whether it is `[E, d_in, d_out]` rather than `[E, d_out, d_in]`.
+        num_experts: Name of the module's attribute that holds E, where the parameter has two dimensions, with the
+            experts stacked along the first.
+        expert_parameters: Names of all weights of experts, where the module holds other parameters too.
 
     Raises:
-        TypeError: if what is registered is no class of modules.
-        ValueError: if another forward is registered for the class already.
+        TypeError: If the class is no class of modules.
+        ValueError: If another forward is registered for the class already.
     """
     if isinstance(experts_class, str):
         name, owner = experts_class, None
@@ -138,54 +139,69 @@ def refusal_of(module: nn.Module) -> str | None:
     """Why the experts of a module are refused, if they are."""
     found = _registered(module)
     if found is not None and type(module).forward is not found[1].forward:
-        return (
-            f"it has a forward of its own, and {found[1].__name__}'s was registered; register {type(module).__name__}"
-        )
+        return f"it overrides the registered forward of {found[1].__name__}; register {type(module).__name__} too"
     return _REFUSALS.get(_qualified_name(type(module)))
 
 
-class AdaptedExperts:
-    """The layout of registered classes; see `Layout`."""
+class RegisteredExperts(Layout):
+    """Classes of modules whose forward was registered with `register_experts`."""
+
+    name = "adapted"
+    description = "classes that were registered with register_experts"
+    may_hold_block = True
+
+    def detect(
+        self, name: str, module: nn.Module, parent: nn.Module, down_proj: str | None, *, named: bool
+    ) -> ExpertLayer | None:
+        """Detect a module of a registered class.
+
+        Raises:
+            ValueError: If the class was registered as not supported, or overrides a registered forward.
+        """
+        refusal = refusal_of(module)
+        if refusal is not None:
+            raise ValueError(f"the experts {name!r} of {type(module).__name__} are not supported: {refusal}")
+        adapter = adapter_of(module)
+        return None if adapter is None else self.layer(name, 0, module, adapter.down_proj)
 
     def layer(self, name: str, index: int, module: nn.Module, down_proj: str) -> ExpertLayer:
         """Describe a module of a registered class."""
         adapter = adapter_of(module)
         if adapter is None or adapter.down_proj != down_proj:
             raise ValueError(
-                f"{name!r} is a {type(module).__name__}, whose experts with the second weights {down_proj!r} nobody "
-                "registered (see register_experts)"
+                f"{name!r} is a {type(module).__name__}, which is not registered with down_proj={down_proj!r}; "
+                "register it with register_experts"
             )
         try:
             weight = module.get_parameter(down_proj)
             for part in adapter.expert_parameters or ():
                 module.get_parameter(part)
-            check_second_weight(name, weight)
+            check_down_proj(name, weight)
             shape = tuple(adapter.stacked(module, weight).shape)
         except (AttributeError, RuntimeError) as error:
             raise ValueError(
-                f"the experts {name!r} ({type(module).__name__}) are not as they were registered ({error})"
+                f"the experts {name!r} ({type(module).__name__}) do not match their registration ({error}); check the "
+                "names given to register_experts"
             ) from error
         if len(shape) != 3:
             raise ValueError(
-                f"the second weights of {name!r} have {len(shape)} dimensions; register the name of the attribute that "
-                "holds the number of experts (num_experts=...) if they are stacked in two"
+                f"the down_proj weights of {name!r} have {len(shape)} dimensions; if they are stacked in two, register "
+                "the name of the attribute that holds the number of experts (num_experts=...)"
             )
         num_experts, d_in, d_out = shape
-        return ExpertLayer(name, index, num_experts, d_in, d_out, "adapted", down_proj, adapter.transposed)
+        return ExpertLayer(name, index, num_experts, d_in, d_out, self.name, down_proj, adapter.transposed)
 
     def parameters(self, module: nn.Module, layer: ExpertLayer) -> dict[str, nn.Parameter]:
-        """The one parameter of all second weights."""
+        """The one parameter with the `down_proj` of all experts."""
         return {layer.down_proj: module.get_parameter(layer.down_proj)}
 
     def weights(self, model: nn.Module, layer: ExpertLayer) -> dict[str, Tensor]:
         """The same, with what PEFT's adapters of whole parameters add."""
         owner, _, name = f"{layer.name}.{layer.down_proj}".rpartition(".")
-        weight = present(model.get_submodule(owner), name).detach()
-        added = added_by_adapters(model, owner, name)
-        return {layer.down_proj: weight if added is None else weight + added.to(weight)}
+        return {layer.down_proj: effective_parameter(model, owner, name)}
 
     def expert_parameters(self, module: nn.Module) -> dict[str, nn.Parameter]:
-        """The parameters that the adapter names, or all."""
+        """The parameters that were registered as weights of experts, or all."""
         adapter = adapter_of(module)
         assert adapter is not None
         if adapter.expert_parameters is None:
@@ -196,20 +212,19 @@ class AdaptedExperts:
     def intercepted(
         self, module: nn.Module, layer: ExpertLayer, tap: Tap | None, dropout: Dropout | None
     ) -> Iterator[None]:
-        """Put the adapter's forward in the place of the module's own."""
+        """Replace the module's forward by the registered one."""
         adapter = adapter_of(module)
         assert adapter is not None
         with ExitStack() as stack:
             nested = expert_state(module) is not None
             stack.enter_context(attached_state(module, tap, dropout))
             if not nested:
-                # What accelerate put around the forward stays around it.
-                name = "_old_forward" if hasattr(module, "_hf_hook") else "forward"
+                name = forward_attribute(module)  # inside accelerate's hooks
                 own = module.__dict__.get(name)
                 if own is not None and getattr(own, "__func__", None) is not type(module).forward:
                     raise ValueError(
-                        f"the experts {layer.name!r} have a forward of their own ({own!r}), which the registered one "
-                        "would pass by; register a class for them"
+                        f"the forward of the experts {layer.name!r} was replaced on the instance ({own!r}), and the "
+                        "registered one would ignore that; register a class for them"
                     )
                 module.__dict__[name] = functools.partial(_run, module, adapter)
                 stack.callback(_put_back, module, name, own)
@@ -223,7 +238,7 @@ def _put_back(module: nn.Module, name: str, own: Any) -> None:
 
 
 def _run(module: nn.Module, adapter: ExpertAdapter, *args: Any, **kwargs: Any) -> Any:
-    output = adapter.forward(module, functools.partial(_second_linear, module, adapter), *args, **kwargs)
+    output = adapter.forward(module, functools.partial(_down_proj, module, adapter), *args, **kwargs)
     state = expert_state(module)
     if module not in _AGREED and state is not None and state.dropout is None:
         with torch.no_grad():
@@ -233,7 +248,7 @@ def _run(module: nn.Module, adapter: ExpertAdapter, *args: Any, **kwargs: Any) -
 
 
 def _compare(module: nn.Module, own: Any, registered: Any) -> None:
-    """Refuse a registered forward that does not compute what the module's own does."""
+    """Refuse a registered forward that computes something else than the module's own."""
     pairs = zip(*(x if isinstance(x, tuple) else (x,) for x in (own, registered)), strict=True)
     for expected, found in pairs:
         if not isinstance(expected, Tensor) or not expected.is_floating_point():
@@ -243,13 +258,13 @@ def _compare(module: nn.Module, own: Any, registered: Any) -> None:
         alike = expected.shape == found.shape
         if not alike or torch.linalg.vector_norm(expected.double() - found.detach().double()) > tolerance * scale:
             raise RuntimeError(
-                f"the forward registered for {type(module).__name__} does not compute what its own does: norms "
+                f"the forward registered for {type(module).__name__} does not compute what its own forward does: norms "
                 f"{float(torch.linalg.vector_norm(found.detach().double())):.6g} and {float(scale):.6g}, shapes "
-                f"{tuple(found.shape)} and {tuple(expected.shape)}. Is the second weight transposed?"
+                f"{tuple(found.shape)} and {tuple(expected.shape)}. Is down_proj transposed?"
             )
 
 
-def _second_linear(
+def _down_proj(
     module: nn.Module,
     adapter: ExpertAdapter,
     hidden: Tensor,
@@ -258,21 +273,21 @@ def _second_linear(
     num_tokens: int = 0,
 ) -> Tensor:
     owner, _, name = adapter.down_proj.rpartition(".")
-    weight = adapter.stacked(module, present(module.get_submodule(owner), name)).to(hidden.device)
+    weight = adapter.stacked(module, materialized(module.get_submodule(owner), name)).to(hidden.device)
     slots = hidden.shape[:-1]
     if hidden.dim() != 2 or hidden.shape[1] != weight.shape[1] or experts.dtype != torch.int64:
         raise ValueError(
-            f"second_linear of {type(module).__name__} takes activations [S, {weight.shape[1]}] and int64 experts [S], "
+            f"down_proj of {type(module).__name__} takes activations [S, {weight.shape[1]}] and int64 experts [S], "
             f"got {tuple(hidden.shape)} and {experts.dtype} {tuple(experts.shape)}"
         )
     if experts.shape != slots or (tokens is not None and tokens.shape != slots):
         raise ValueError(
-            f"second_linear of {type(module).__name__} got {len(hidden)} slots, experts {tuple(experts.shape)} and "
+            f"down_proj of {type(module).__name__} got {len(hidden)} slots, experts {tuple(experts.shape)} and "
             f"tokens {None if tokens is None else tuple(tokens.shape)}"
         )
     groups = ExpertGroups(experts, len(weight))
     sorted_tokens = None if tokens is None else tokens[groups.order]
-    return groups.restored(second_product(module, groups, hidden[groups.order], weight, sorted_tokens, num_tokens))
+    return groups.restored(down_proj_product(module, groups, hidden[groups.order], weight, sorted_tokens, num_tokens))
 
 
 def _qualified_name(kind: Any) -> str:

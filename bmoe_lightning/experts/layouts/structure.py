@@ -1,31 +1,38 @@
-"""Find experts by their shapes, in models that nobody has described."""
+"""Find experts by the shapes of their linear layers."""
 
 from __future__ import annotations
 
 from torch import nn
 
-from bmoe_lightning.experts.layouts.modules import experts_of
 from bmoe_lightning.experts.types import ExpertLayer
-from bmoe_lightning.experts.wrappers import linear_shape, linears_of, plain_name
+from bmoe_lightning.experts.wrappers.linear import linear_shape, linears_of
+from bmoe_lightning.experts.wrappers.names import plain_name
 
 _SHARED = ("shared_expert", "shared_mlp")
 _USUAL_NAMES = ("down_proj", "w2", "fc2", "wo", "c_proj", "output_linear", "dense_4h_to_h")
 
 
-def second_linear_name(
+def experts_of(module: nn.Module) -> dict[str, nn.Module]:
+    """The experts in a list or dictionary of modules, by name: what has linear layers; a dropout may stand beside."""
+    if not isinstance(module, (nn.ModuleList, nn.ModuleDict)):
+        return {}
+    return {name: child for name, child in module.named_children() if linears_of(child)}
+
+
+def down_proj_name(
     name: str, experts: nn.Module, parent: nn.Module, down_proj: str | None, *, named: bool
 ) -> str | None:
-    """The name of the second linear layer inside every expert of a list, or None if the list holds no experts.
+    """The name of the second linear layer (`down_proj`) in every expert of a list; None if it holds no experts.
 
     Args:
-        name: of the list.
-        experts: the list.
-        parent: the module that holds it, and a router beside it.
-        down_proj: the layer's name, where the caller knows it.
-        named: whether the caller named the list, so that it must hold experts.
+        name: Qualified name of the list.
+        experts: The list.
+        parent: The module that holds the list, with a router beside it.
+        down_proj: Name of the layer, where the user named it.
+        named: Whether the user named the list, so that it must hold experts.
 
     Raises:
-        ValueError: if the shapes do not tell, or `down_proj` does not exist in a list that was named.
+        ValueError: If the shapes are ambiguous, or `down_proj` does not exist in a list that was named.
     """
     widths = _router_widths(parent, experts)
     if not named and not widths:
@@ -51,35 +58,36 @@ def second_linear_name(
         if all(shape in ((d_in, d_out), (2 * d_in, d_out)) for other, shape in linears.items() if other != n)
     ]
     if len(candidates) > 1:
-        # Of two layers each leads back to where the other starts; the router knows the model's width.
+        # Of two layers each maps back to the other's input width; the router has the model's width.
         back = [n for n in candidates if linears[n][0] in widths and linears[n][1] not in widths]
         if len(back) != 1:
             raise ValueError(
-                f"the shapes of the linear layers of the experts in {name!r} do not tell which one comes second; name "
-                f"it: down_proj=one of {sorted(linears)}"
+                f"the shapes of the linear layers of the experts in {name!r} do not tell which one is down_proj (the "
+                f"second linear layer); name it with down_proj=, one of {sorted(linears)}"
             )
         return back[0]
     return candidates[0] if candidates else None
 
 
-def shared_experts_near(layer: ExpertLayer, modules: dict[str, nn.Module]) -> list[str]:
-    """The second linear layers of the shared experts that belong to an expert layer.
+def shared_experts_near(layer: ExpertLayer, modules: dict[str, nn.Module], *, may_hold_block: bool) -> list[str]:
+    """The `down_proj` layers of the shared experts that belong to an expert layer.
 
     A shared expert is a module with `shared_expert` or `shared_mlp` in its name, beside the routed experts or beside
-    the block that holds them, with linear layers of which one leads back to the model's width.
+    the block that holds them, with linear layers of which one maps back to the model's width.
 
     Args:
-        layer: of routed experts.
-        modules: all modules of the model by name.
+        layer: A layer of routed experts.
+        modules: All modules of the model by name.
+        may_hold_block: Whether shared experts may lie in the layer's own module; see `Layout`.
 
     Returns:
         Qualified names of the linear layers.
 
     Raises:
-        ValueError: if the linear layers of a shared expert do not tell which one comes second.
+        ValueError: If the shapes of a shared expert's linear layers are ambiguous.
     """
     block = layer.name.rpartition(".")[0]
-    beside = {block, block.rpartition(".")[0], layer.name if layer.layout == "adapted" else block}
+    beside = {block, block.rpartition(".")[0], layer.name if may_hold_block else block}
     found = []
     for name, module in modules.items():
         parent, _, last = name.rpartition(".")
@@ -92,8 +100,8 @@ def shared_experts_near(layer: ExpertLayer, modules: dict[str, nn.Module]) -> li
         second = back if len(back) == 1 else [n for n in linears if n.rpartition(".")[2] in _USUAL_NAMES]
         if len(second) != 1:
             raise ValueError(
-                f"the linear layers {sorted(linears)} of the shared expert {name!r} do not tell which one comes "
-                "second; leave shared experts out and name theirs with find_linear_layers"
+                f"the linear layers {sorted(linears)} of the shared expert {name!r} do not tell which one is "
+                "down_proj; leave shared experts out, and name their layers with find_linear_layers"
             )
         found.append(f"{name}.{second[0]}")
     return found
@@ -104,8 +112,8 @@ def _shapes(module: nn.Module) -> dict[str, tuple[int, ...]]:
 
 
 def _router_widths(parent: nn.Module, experts: nn.Module) -> set[int]:
-    """The widths that a router beside the experts may have: a matrix with one row (or column) an expert; maybe none."""
-    own = {id(parameter) for parameter in experts.parameters()}
-    shapes = [p.shape for p in parent.parameters() if p.dim() == 2 and id(p) not in own]
+    """The widths of matrices beside the experts with one row or column an expert, which may be routers."""
+    inside = {id(parameter) for parameter in experts.parameters()}
+    shapes = [p.shape for p in parent.parameters() if p.dim() == 2 and id(p) not in inside]
     count = len(experts_of(experts))
     return {shape[1 - side] for shape in shapes for side in (0, 1) if shape[side] == count}

@@ -1,15 +1,33 @@
+"""Fused experts compute what the model's own implementations compute."""
+
 import copy
 
 import pytest
 import torch
-from oracles.models import ToyExperts, answer_logits, looped_experts, tiny_qwen, toy_batch, toy_model
+from oracles.models import (
+    ToyExperts,
+    answer_logits,
+    looped_experts,
+    tiny_qwen,
+    toy_batch,
+    toy_model,
+)
+from oracles.own_models import (
+    assert_exact,
+)
 from torch import nn
-from transformers import GptOssConfig, GptOssForCausalLM, MixtralConfig, MixtralForCausalLM
+from transformers import (
+    GptOssConfig,
+    GptOssForCausalLM,
+    MixtralConfig,
+    MixtralForCausalLM,
+)
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS, use_experts_implementation
 
-from bmoe_lightning.experts import find_expert_layers
+from bmoe_lightning.experts import (
+    find_expert_layers,
+)
 from bmoe_lightning.experts.layouts.fused import fused_implementation, is_fused_experts
-from bmoe_lightning.experts.layouts.intercept import attached_state, expert_state
 from recipes.supported_models.tiny import build
 
 COMMON = {
@@ -194,15 +212,6 @@ def test_parts_of_a_configuration_keep_their_own():
     assert model.config.vision_config._experts_implementation == "batched_mm"
 
 
-def test_expert_parallelism_is_refused():
-    model = toy_model()
-    model.layers[0].mixture.crew._is_expert_parallel = True
-    with pytest.raises(
-        ValueError, match=r"'layers.0.mixture.crew' are spread over processes \(expert or tensor parallelism\)"
-    ):
-        find_expert_layers(model)
-
-
 def test_indices_beyond_the_experts_stand_for_none():
     """A router that lets a token go without a second expert says so with an index of E."""
     model = toy_model()
@@ -214,21 +223,6 @@ def test_indices_beyond_the_experts_stand_for_none():
     torch.testing.assert_close(output, looped_experts(crew, x, index, weights), rtol=1e-12, atol=1e-14)
 
 
-def test_state_is_stacked_and_taken_away():
-    module = nn.Linear(2, 2)
-    tap, dropout = object(), object()
-    with attached_state(module, dropout=dropout):
-        with attached_state(module, tap=tap):
-            assert expert_state(module).tap is tap
-            assert expert_state(module).dropout is dropout
-        assert expert_state(module).tap is None
-        with pytest.raises(ZeroDivisionError), attached_state(module, tap=tap):
-            raise ZeroDivisionError
-        assert expert_state(module).dropout is dropout
-    assert expert_state(module) is None
-    assert "_bmoe_state" not in module.__dict__
-
-
 def test_no_slots_at_all():
     """An empty batch of tokens, as a shard may get."""
     model = toy_model()
@@ -237,3 +231,11 @@ def test_no_slots_at_all():
         empty = torch.zeros(0, 2, dtype=torch.int64)
         output = crew(torch.zeros(0, 6, dtype=torch.float64), empty, empty.double())
     assert output.shape == (0, 6)
+
+
+def test_fused_experts_called_twice():
+    model = toy_model()
+    mixture = model.layers[1].mixture
+    once = mixture.forward
+    mixture.forward = lambda x: once(torch.tanh(once(x)) + x)
+    assert_exact(model, find_expert_layers(model))

@@ -6,7 +6,7 @@ import json
 
 import pytest
 import torch
-from planned import built, small_config
+from oracles.planned import built, small_config
 from torch import nn
 from transformers import GPT2Config, MixtralConfig, Qwen2MoeConfig, Qwen3VLMoeConfig
 
@@ -102,7 +102,7 @@ def test_experts_a_token_from_the_router_else_the_configuration_else_the_person(
 
 class TestRefusals:
     def test_a_hub_id_without_the_hub(self):
-        with pytest.raises(ModelUnavailableError, match=r"'nobody/nothing' could not be had.*qwen1\.5-moe-a2\.7b"):
+        with pytest.raises(ModelUnavailableError, match=r"'nobody/nothing' could not be loaded.*qwen1\.5-moe-a2\.7b"):
             load_configuration("nobody/nothing")
 
     def test_neither_file_nor_hub_id(self):
@@ -117,7 +117,7 @@ class TestRefusals:
             ('{"model_type": "nobody_knows"}', "nobody_knows"),
             (
                 json.dumps({"model_type": "nobody_knows", "auto_map": {"AutoConfig": "own_code.Config"}}),
-                "code of its own, which is never run",
+                "remote code, which is never run",
             ),
             ('{"model_type": "qwen2_moe", "num_experts": "many"}', "num_experts.*expected int"),
         ],
@@ -130,7 +130,7 @@ class TestRefusals:
             load_configuration(str(path))
 
     def test_a_folder_without_configuration(self, tmp_path):
-        with pytest.raises(ModelUnavailableError, match="could not be had"):
+        with pytest.raises(ModelUnavailableError, match="could not be loaded"):
             load_configuration(str(tmp_path))
 
     def test_a_dense_model(self):

@@ -7,7 +7,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
-from planned import WORK, built, class_logits, small_batch, train
+from oracles.planned import WORK, built, class_logits, small_batch, train
 from torch.nn.functional import cross_entropy
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -97,7 +97,7 @@ def test_kernels_under_an_even_router(model):
     slots = len(chosen)
     inputs, gradients = torch.ones(slots, d_in), [torch.ones(slots, d_out)] * 3
     keys = SlotKeys.of(Slots(inputs, chosen, None), gradients, owners, count, 4)
-    steps = counted(lambda: layer_terms(inputs, gradients, group_slots([keys])[0], factors, 4))
+    steps = counted(lambda: layer_terms(inputs, gradients, group_slots([keys])[0], [factors], 4))
     alone = replace(planned, blocks=(replace(planned.blocks[-1], experts=(experts,)), planned.blocks[0]))
     rest = replace(alone, blocks=alone.blocks[:1])
     first = compute.kernels(replace(alone, blocks=(alone.blocks[0], replace(alone.blocks[1], experts=()))), work)

@@ -6,14 +6,16 @@ import shlex
 
 import pytest
 import torch
-from planned import WORK, built
+from oracles.planned import WORK, built
 
-from recipes.common.readme import README, between
+from recipes.common.cli import parse
+from recipes.common.readme import README, ROOT, between
 from recipes.plan.architecture import describe
 from recipes.plan.launch import launches, sharded, with_buckets
 from recipes.plan.memory import training_memory
-from recipes.plan.report import PlanSettings, launch_section, make_plan
-from recipes.qwen_obqa.settings import parse_settings
+from recipes.plan.report import PLACE, launch_section, make_plan
+from recipes.plan.settings import PlanSettings
+from recipes.qwen_obqa.settings import Settings
 
 
 @pytest.fixture(params=[{}, {"mlp_only_layers": [0]}], ids=["moe", "dense first"])
@@ -54,17 +56,19 @@ def test_every_command_is_one_that_the_recipe_takes():
     plan = make_plan(PlanSettings("qwen1.5-moe-a2.7b"))
     for launch in plan.launches:
         words = shlex.split(launch.command)
-        settings = parse_settings(words[words.index("recipes.qwen_obqa") + 1 :], program="x", description="x")
+        settings = parse(Settings, words[words.index("recipes.qwen_obqa") + 1 :], program="x", description="x")
         assert settings.model == "Qwen/Qwen1.5-MoE-A2.7B"
         assert (settings.strategy == "sharded") is launch.sharded
         assert settings.train == launch.training.trained
         assert launch.training.fits(80)
 
 
-def test_the_readme_has_what_the_plan_says():
-    text = README.read_text(encoding="utf-8")
+def test_the_pages_have_what_the_plan_says():
     section = launch_section(make_plan(PlanSettings("qwen1.5-moe-a2.7b", memory=(24.0, 40.0, 80.0, 141.0))))
-    assert between(text, "launch lines", section) == text
+    pages = [page.read_text(encoding="utf-8") for page in (README, *(ROOT / "docs").glob("**/*.md"))]
+    marked = [text for text in pages if f"<!-- {PLACE} -->" in text]
+    assert marked
+    assert all(between(text, PLACE, section) == text for text in marked)
 
 
 def test_a_configuration_file_stands_for_its_folder(model, training):

@@ -6,7 +6,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from planned import WORK, as_modules, built, class_logits, small_batch, train
+from oracles.planned import WORK, as_modules, built, class_logits, small_batch, train
 from torch.nn.functional import cross_entropy
 
 from bmoe_lightning.curvature import collect_factors

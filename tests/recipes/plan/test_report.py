@@ -7,9 +7,10 @@ import re
 from dataclasses import replace
 
 import pytest
-from planned import small_config
+from oracles.planned import small_config
 
-from recipes.plan.report import PlanSettings, make_plan, plan_json, plan_text
+from recipes.plan.report import make_plan, plan_json, plan_text
+from recipes.plan.settings import PlanSettings
 
 
 @pytest.fixture

@@ -11,9 +11,9 @@ from pathlib import Path
 import pytest
 import torch
 from lightning.pytorch.strategies import ModelParallelStrategy
-from torch.utils.data import DataLoader, TensorDataset
 
-from recipes.qwen_obqa.distributed import agreed, first_then_others, joined, mesh_of, own_batches, trainer_options
+from bmoe_lightning.methods.storage import load_fit
+from recipes.qwen_obqa.distributed import agreed, first_then_others, joined, trainer_options
 from recipes.qwen_obqa.settings import Settings
 from recipes.qwen_obqa.sources import RecipeError
 
@@ -67,22 +67,24 @@ def test_a_run_and_its_continuation_have_the_same_bits(tmp_path, strategy):
     # One process talks.
     assert shown.count("Bayesian-MoE (LPO)") == shown.count("Done in") == shown.count("] evaluating") == 1
     seed = tmp_path / "run" / "seed-0"
-    written = {path.name for path in (seed / "bayesian_moe").iterdir()}
-    assert written == {"posterior.safetensors", "methods.json", "snapshots"}
-    first = {name: (seed / "bayesian_moe" / name).read_bytes() for name in ("posterior.safetensors", "methods.json")}
+    first, snapshots = load_fit(seed / "bayesian_moe")
+    assert len(snapshots) == 2
     scores = (tmp_path / "run" / "results.md").read_text()
 
     # As if it had been killed after the training.
-    for name in first:
-        (seed / "bayesian_moe" / name).unlink()
-    (seed / "predictions.safetensors").unlink()
+    for path in (seed / "bayesian_moe").glob("*.*"):
+        path.unlink()
+    shutil.rmtree(seed / "predictions")
     shown, _ = torchrun(tmp_path / "run", "--strategy", strategy)
-    assert "weights that an earlier run fine-tuned" in shown
-    assert {name: (seed / "bayesian_moe" / name).read_bytes() for name in first} == first
+    assert "to the fine-tuned weights" in shown
+    again, same = load_fit(seed / "bayesian_moe")
+    assert (again.fingerprint, same) == (first.fingerprint, snapshots)
+    for name, fitted in first.methods.items():
+        assert all(torch.equal(value, again.methods[name].state[key]) for key, value in fitted.state.items())
     assert (tmp_path / "run" / "results.md").read_text() == scores
 
     # Other numbers of processes train in another way.
-    (seed / "predictions.safetensors").unlink()
+    shutil.rmtree(seed / "predictions")
     other = "sharded" if strategy == "auto" else "auto"
     _, said = torchrun(tmp_path / "run", "--strategy", other, code=1)
     assert said.count("had other settings (strategy=") == 1
@@ -106,7 +108,6 @@ class TestAlone:
         settings = Settings().resolved()
         with joined(settings):
             assert trainer_options(settings) == {"devices": 1, "num_nodes": 1, "strategy": "auto"}
-            assert mesh_of(settings) is None
             assert (agreed(True), agreed(False)) == (True, False)
             assert first_then_others(lambda: 3) == 3
 
@@ -121,12 +122,3 @@ class TestAlone:
 
         with pytest.raises(RecipeError, match="no such folder"):
             first_then_others(fails)
-
-    def test_all_batches_are_one_s_own(self):
-        loader = DataLoader(
-            TensorDataset(torch.arange(5)),
-            batch_size=2,
-            collate_fn=lambda rows: {"x": torch.stack([r[0] for r in rows])},
-        )
-        batches = list(own_batches(loader, torch.device("cpu"), training=True, lockstep=False))
-        assert [batch["x"].tolist() for batch in batches] == [[0, 1], [2, 3], [4]]

@@ -16,6 +16,9 @@ import torch
 
 import bmoe_lightning
 from bmoe_lightning import LaplacePosterior
+from bmoe_lightning.methods import method_names
+from bmoe_lightning.methods.storage import load_fit
+from bmoe_lightning.report import matplotlib_available
 from recipes.qwen_obqa import experiment
 from recipes.qwen_obqa.__main__ import main
 
@@ -72,9 +75,10 @@ class TestOutput:
     def test_every_file_is_there_and_says_the_same(self, finished):
         content = json.loads((finished / "results.json").read_text())
         rows = {row["method"]: row for row in content["rows"]}
-        assert len(rows) == 10
+        names = method_names()
+        assert tuple(rows) == names
         lines = [json.loads(line) for line in (finished / "predictions.jsonl").read_text().splitlines()]
-        assert len(lines) == 10 * 128
+        assert len(lines) == len(names) * 128
         plain = [line for line in lines if line["method"] == "map"]
         right = sum(max(range(4), key=lambda k: line["log_probs"][k]) == line["label"] for line in plain)
         assert rows["map"]["acc"]["mean"] == pytest.approx(right / 128)
@@ -83,7 +87,7 @@ class TestOutput:
 
     def test_every_member_of_the_deep_ensemble_is_announced(self, finished):
         shown = (finished / "shown.txt").read_text()
-        assert all(f"member {number} of 3 of the deep ensemble" in shown for number in (1, 2, 3))
+        assert all(f"member {number} of 3 of an ensemble" in shown for number in (2, 3))
 
     def test_the_posterior_can_be_served(self, finished):
         posterior = LaplacePosterior.load(finished / "seed-0" / "bayesian_moe" / "posterior.safetensors")
@@ -103,21 +107,21 @@ class TestResume:
         def never(*_):
             raise AssertionError("a finished stage was done again")
 
-        monkeypatch.setattr(experiment.SeedRun, "_evaluate", never)
+        monkeypatch.setattr(experiment.SeedRun, "_fresh", never)
         before = (finished / "results.csv").read_text()
         for flags in (["--resume"], []):
             assert run(finished, *flags) == 0
             assert (finished / "results.csv").read_text() == before
             shown = capsys.readouterr().out
-            assert shown.startswith(f"Going on with the run in {finished}: ")
+            assert shown.startswith(f"Resuming the run in {finished}: ")
             assert "Bayesian-MoE" in shown
 
     @pytest.mark.parametrize("flags", [["--resume"], []])
     def test_other_settings_are_refused(self, finished, capsys, flags):
         before = {path: path.stat().st_mtime_ns for path in finished.rglob("*")}
-        assert run(finished, "--rank", "3", *flags) == 1
+        assert run(finished, "--epochs", "3", *flags) == 1
         message = capsys.readouterr().err
-        assert "(rank=32)" in message
+        assert "(epochs=2)" in message
         assert "--overwrite" in message
         assert "--output-dir" in message
         assert {path: path.stat().st_mtime_ns for path in finished.rglob("*")} == before
@@ -132,14 +136,14 @@ class TestResume:
             def killed(*_, **__):
                 raise RuntimeError("killed")
 
-            patch.setattr("bmoe_lightning.callback.fit", killed)
+            patch.setattr("bmoe_lightning.callback.fit_methods", killed)
             with pytest.raises(RuntimeError, match="killed"):
                 run(folder, "--methods", METHODS)
         trained = folder / "seed-0" / "trained.safetensors"
         written = trained.stat().st_mtime_ns
 
         with monkeypatch.context() as patch:
-            patch.setattr(experiment, "_write_predictions", killed)
+            patch.setattr(experiment.StoredPredictions, "write", killed)
             with pytest.raises(RuntimeError, match="killed"):
                 run(folder, "--methods", METHODS, "--resume")
         posterior = folder / "seed-0" / "bayesian_moe" / "posterior.safetensors"
@@ -147,7 +151,7 @@ class TestResume:
         capsys.readouterr()
 
         assert run(folder, "--methods", METHODS, "--resume") == 0
-        assert "fine-tuning" not in capsys.readouterr().out
+        assert "fine-tuning the experts" not in capsys.readouterr().out
         assert (trained.stat().st_mtime_ns, posterior.stat().st_mtime_ns) == (written, fitted)
         resumed, straight = (json.loads((f / "results.json").read_text())["rows"] for f in (folder, whole))
         for one, other in zip(resumed, straight, strict=True):
@@ -165,11 +169,97 @@ class TestResume:
         assert added == [11, 7]
         assert killed_at(folder, None, *flags) == batches - 8 - 4
         found, expected = (f / "seed-0" / "bayesian_moe" for f in (folder, whole))
-        assert not (found / "curvature.safetensors").exists()
-        assert (found / "posterior.safetensors").read_bytes() == (expected / "posterior.safetensors").read_bytes()
-        assert json.loads((found / "methods.json").read_text()) == json.loads((expected / "methods.json").read_text())
+        assert not list(found.glob("curvature_state*"))
+        one, other = (load_fit(folder)[0] for folder in (found, expected))
+        assert one.fingerprint == other.fingerprint
+        for name, fitted in other.methods.items():
+            assert all(torch.equal(value, one.methods[name].state[key]) for key, value in fitted.state.items())
         one, other = (json.loads((f / "results.json").read_text())["rows"] for f in (folder, whole))
         assert one == other
+
+    def test_an_added_method_does_only_what_it_needs(self, tmp_path, monkeypatch, capsys):
+        folder = tmp_path / "run"
+        assert run(folder, "--methods", "map,laplace_lpo") == 0
+        before = {path: path.stat().st_mtime_ns for path in folder.rglob("*.safetensors")}
+        first = json.loads((folder / "results.json").read_text())["rows"]
+        capsys.readouterr()
+
+        def never(*_, **__):
+            raise AssertionError("curvature that is there was collected again")
+
+        monkeypatch.setattr("bmoe_lightning.methods.workbench.collect_factors", never)
+        assert run(folder, "--methods", "map,laplace_lpo,temperature", "--set", "temperature.label=Scaled") == 0
+        shown = capsys.readouterr().out
+        assert "fitting temperature to the fine-tuned weights" in shown
+        assert "evaluating temperature" in shown
+        assert "fine-tuning the experts" not in shown
+        assert "Scaled" in shown
+        rows = json.loads((folder / "results.json").read_text())["rows"]
+        assert [row["method"] for row in rows] == ["map", "laplace_lpo", "temperature"]
+        assert rows[:2] == first
+        touched = {
+            path.name for path, written in before.items() if not path.exists() or path.stat().st_mtime_ns != written
+        }
+        assert all(name.startswith("methods-") for name in touched)
+
+        # Options of prediction are evaluated anew, and touch no fit.
+        assert run(folder, "--methods", "map,laplace_lpo", "--set", "laplace_lpo.link=probit") == 0
+        shown = capsys.readouterr().out
+        assert "evaluating laplace_lpo" in shown
+        assert "fitting" not in shown
+
+    def test_damaged_files_are_named_and_made_again(self, tmp_path, capsys):
+        folder = tmp_path / "run"
+        flags = ("--methods", "map,temperature")
+        assert run(folder, *flags) == 0
+        table = (folder / "results.md").read_text()
+        seed = folder / "seed-0"
+        for damaged in (seed / "predictions" / "map.safetensors", next((seed / "bayesian_moe").glob("methods-*"))):
+            content = bytearray(damaged.read_bytes())
+            content[-1] ^= 1
+            damaged.write_bytes(content)
+        (seed / "predictions" / "temperature.safetensors").unlink()
+        capsys.readouterr()
+        assert run(folder, *flags) == 0
+        captured = capsys.readouterr()
+        assert "map.safetensors" in captured.err
+        assert "methods-" in captured.err
+        assert "fitting map, temperature to the fine-tuned weights" in captured.out
+        assert (folder / "results.md").read_text() == table
+
+        (seed / "trained.safetensors").write_bytes(b"cut off")
+        (seed / "predictions" / "map.safetensors").unlink()
+        assert run(folder, *flags) == 1
+        message = capsys.readouterr().err
+        assert "trained.safetensors" in message
+        assert len(message.splitlines()) == 1
+
+    def test_a_method_that_needs_more_than_the_run_has_is_refused_in_a_sentence(self, tmp_path, capsys):
+        folder = tmp_path / "run"
+        assert run(folder, "--methods", "map") == 0
+        assert run(folder, "--methods", "map,checkpoint_ensemble") == 1
+        message = capsys.readouterr().err
+        assert "checkpoint_ensemble needs the weights after at least 2 epochs, and there will be 0" in message
+
+    def test_a_method_of_another_module(self, tmp_path, monkeypatch):
+        (tmp_path / "their_module.py").write_text(
+            "from dataclasses import dataclass\n"
+            "from bmoe_lightning.methods import Method\n"
+            "@dataclass(frozen=True)\n"
+            "class Mine(Method):\n"
+            "    name: str = 'mine'\n"
+            "    label: str = 'My method'\n"
+            "    def log_probs(self, batch, state):\n"
+            "        return (batch.logits / 2).log_softmax(-1)\n"
+        )
+        monkeypatch.syspath_prepend(tmp_path)
+        folder = tmp_path / "run"
+        assert run(folder, "--methods", "map,their_module:Mine") == 0
+        assert (folder / "tensorboard" / "mine").is_dir()
+        assert "My method" in (folder / "results.md").read_text()
+        assert '"mine"' in (folder / "predictions.jsonl").read_text()
+        if matplotlib_available():
+            assert (folder / "figures" / "reliability_mine.png").is_file()
 
     def test_a_folder_with_other_things_is_left_alone(self, tmp_path, capsys):
         (tmp_path / "thesis.tex").write_text("mine")
@@ -182,13 +272,13 @@ class TestRefusals:
     def test_unreachable_hub_is_one_sentence(self, tmp_path, capsys):
         assert run(tmp_path / "run", "--model", "Qwen/Qwen1.5-MoE-A2.7B", "--data", "allenai/openbookqa") == 1
         message = capsys.readouterr().err
-        assert message.startswith("error: the model 'Qwen/Qwen1.5-MoE-A2.7B' could not be had")
+        assert message.startswith("error: the model 'Qwen/Qwen1.5-MoE-A2.7B' could not be loaded")
         assert len(message.splitlines()) == 1
 
     def test_unreachable_data_are_one_sentence(self, tmp_path, capsys):
         assert run(tmp_path / "run", "--data", "allenai/openbookqa") == 1
         message = capsys.readouterr().err
-        assert message.startswith("error: 'allenai/openbookqa' could not be had")
+        assert message.startswith("error: 'allenai/openbookqa' could not be loaded")
         assert len(message.splitlines()) == 1
 
     def test_malformed_row(self, tmp_path, capsys):

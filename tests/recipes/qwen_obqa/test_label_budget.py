@@ -5,54 +5,74 @@ from __future__ import annotations
 import pytest
 import torch
 
-from bmoe_lightning.methods import fit_temperature
+from bmoe_lightning.curvature import Curvature
+from bmoe_lightning.methods import FitResult, get_method
+from bmoe_lightning.methods.base import scalar
+from bmoe_lightning.methods.fit_result import FittedMethod
+from bmoe_lightning.methods.temperature_search import fit_temperature
 from bmoe_lightning.report import MethodResult
 from recipes.qwen_obqa.label_budget import BUDGETS, label_budget
 
+CURVATURE = Curvature()
+STATES = {
+    "map": {},
+    "laplace_lpo": {"prior_precision": torch.ones(2, dtype=torch.float64)},
+    "temperature": {"temperature": scalar(3.0)},
+    "evidence_temperature": {"temperature": scalar(2.8)},
+    "shrunk_temperature": {"temperature": scalar(2.9), "evidence_temperature": scalar(2.8)},
+}
 
-def results(size, seed, scale=3.0):
-    """A model that is over-confident by a factor, and the temperatures it needs."""
+
+def data(size, seed, scale=3.0):
+    """Logits of a model that is over-confident by a factor, and labels."""
     generator = torch.Generator().manual_seed(seed)
     logits = torch.randn(size, 4, generator=generator, dtype=torch.float64) * 1.5
-    target = torch.multinomial(logits.softmax(-1), 1, generator=generator).squeeze(1)
-    ids = tuple(map(str, range(size)))
-    made = []
-    for name, extra in (
-        ("map", {}),
-        ("temperature", {"temperature": 3.0}),
-        ("evidence_temperature", {"temperature": 2.8}),
-        ("shrunk_temperature", {"temperature": 2.9}),
-    ):
-        made.append(MethodResult(name, name, 0, (logits * scale).log_softmax(-1), target, ids, extra))
-    return made
+    return logits * scale, torch.multinomial(logits.softmax(-1), 1, generator=generator).squeeze(1)
 
 
-def by_key(points):
-    return {(point.method, point.num_labels): point for point in points}
+def points_of(test_size, calibration_size, names=tuple(STATES)):
+    methods = [get_method(name).with_defaults(CURVATURE) for name in names]
+    fitted = {
+        method.name: FittedMethod(
+            STATES[method.name], method.fit_options(), tuple(curvature.digest for curvature in method.curvatures)
+        )
+        for method in methods
+    }
+    fit = FitResult(methods=fitted, posteriors={CURVATURE.digest: object()}, calibration=data(calibration_size, 2))
+    logits, target = data(test_size, 1)
+    result = MethodResult("map", "MAP", 0, logits.log_softmax(-1), target, tuple(map(str, range(test_size))))
+    return {(point.method, point.num_labels): point for point in label_budget(methods, {0: fit}, {0: logits}, [result])}
 
 
 def test_limits():
-    test, calibration = results(400, 1), results(150, 2)
-    points = by_key(label_budget(test, calibration))
+    points = points_of(400, 150)
     assert {budget for _, budget in points} == {*BUDGETS, None}
-    plain = -test[0].log_probs.gather(1, test[0].target.unsqueeze(1)).mean()
+    logits, target = data(400, 1)
+    plain = -logits.log_softmax(-1).gather(1, target.unsqueeze(1)).mean()
     assert points["temperature", 0].median == pytest.approx(float(plain))
     assert points["shrunk_temperature", 0].median == points["evidence_temperature", 0].median
-    fitted = fit_temperature(calibration[0].log_probs, calibration[0].target)
-    expected = (test[0].log_probs / fitted).log_softmax(-1).gather(1, test[0].target.unsqueeze(1)).mean()
-    assert points["temperature", None].median == pytest.approx(-float(expected))
+    scaled = (logits / fit_temperature(*data(150, 2))).log_softmax(-1).gather(1, target.unsqueeze(1)).mean()
+    assert points["temperature", None].median == pytest.approx(-float(scaled))
+
+
+def test_methods_that_need_more_than_logits_are_left_out():
+    assert list(dict.fromkeys(method for method, _ in points_of(400, 150))) == [
+        "temperature", "evidence_temperature", "shrunk_temperature",
+    ]  # fmt: skip
+    assert points_of(50, 30, names=("map", "laplace_lpo")) == {}
 
 
 def test_shrinking_needs_fewer_labels():
-    points = by_key(label_budget(results(400, 1), results(150, 2)))
+    points = points_of(400, 150)
     assert points["shrunk_temperature", 10].median < points["temperature", 10].median
     assert points["shrunk_temperature", 10].high <= points["temperature", 10].high
 
 
 def test_budgets_beyond_the_data_are_left_out():
-    points = by_key(label_budget(results(100, 1), results(30, 2)))
-    assert {budget for _, budget in points} == {0, 10, 25, None}
+    assert {budget for _, budget in points_of(100, 30)} == {0, 10, 25, None}
 
 
-def test_without_a_method_there_is_no_study():
-    assert label_budget(results(50, 1)[:2], results(30, 2)) == []
+def test_without_held_out_labels_there_is_no_study():
+    logits, target = data(50, 1)
+    result = MethodResult("map", "MAP", 0, logits.log_softmax(-1), target, tuple(map(str, range(50))))
+    assert label_budget([get_method("map")], {0: FitResult()}, {0: logits}, [result]) == []

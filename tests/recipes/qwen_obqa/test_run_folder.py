@@ -10,15 +10,16 @@ import pytest
 
 from bmoe_lightning.data import Question
 from recipes.qwen_obqa import experiment
+from recipes.qwen_obqa.methods import build_methods
 from recipes.qwen_obqa.run_folder import begin, check_start, plain_notes
-from recipes.qwen_obqa.settings import Settings
+from recipes.qwen_obqa.settings import CurvatureSettings, Settings
 from recipes.qwen_obqa.sources import RecipeError, Source
 
 OWN = ("results.json", "results.csv", "results.md", "predictions.jsonl", "label_budget.json")
 
 
 def settings(folder, **options):
-    return Settings(**{"output_dir": str(folder), "methods": "map", "accelerator": "cpu", **options}).resolved()
+    return Settings(**{"output_dir": str(folder), "methods": ("map",), "accelerator": "cpu", **options}).resolved()
 
 
 def source(chosen, answer=0):
@@ -28,9 +29,9 @@ def source(chosen, answer=0):
 
 def start(folder, answer=0, **options):
     chosen = settings(folder, **options)
-    goes_on = check_start(chosen, folder)
-    begin(chosen, folder, source(chosen, answer), goes_on=goes_on)
-    return goes_on
+    resumes = check_start(chosen, build_methods(chosen), folder)
+    begin(chosen, folder, source(chosen, answer), resumes=resumes)
+    return resumes
 
 
 def content(folder):
@@ -63,11 +64,18 @@ class TestEarlierRun:
     def test_how_often_sums_are_written_may_change(self, earlier):
         assert start(earlier, curvature_checkpoint_every=7) is True
 
+    def test_methods_and_their_options_may_change(self, earlier):
+        curvature = CurvatureSettings(rank=3)
+        assert (
+            start(earlier, methods=("map", "laplace_lpo"), set=("laplace_lpo.link=probit",), curvature=curvature)
+            is True
+        )
+
     def test_other_settings_are_refused_with_both_ways_out(self, earlier):
         before = content(earlier)
         for resume in (False, True):
-            with pytest.raises(RecipeError, match=r"\(rank=32\).*--overwrite.*--output-dir"):
-                start(earlier, rank=3, resume=resume)
+            with pytest.raises(RecipeError, match=r"\(epochs=44\).*--overwrite.*--output-dir"):
+                start(earlier, epochs=3, resume=resume)
         assert content(earlier) == before
 
     def test_other_questions_are_refused(self, earlier):
@@ -77,11 +85,11 @@ class TestEarlierRun:
         assert content(earlier) == before
 
     def test_overwriting_removes_the_run_s_own_files_alone(self, earlier):
-        assert start(earlier, rank=3, overwrite=True) is False
+        assert start(earlier, epochs=3, overwrite=True) is False
         assert sorted(path.name for path in earlier.iterdir()) == ["model", "notes.txt", "run.json"]
         assert (earlier / "model" / "file").is_file()
-        assert json.loads((earlier / "run.json").read_text())["rank"] == 3
-        assert start(earlier, rank=3) is True
+        assert json.loads((earlier / "run.json").read_text())["epochs"] == 3
+        assert start(earlier, epochs=3) is True
 
     @pytest.mark.parametrize("text", ["{", "[]", ""])
     def test_a_damaged_description(self, earlier, text):
@@ -103,6 +111,11 @@ class TestEarlierRun:
             experiment.run(settings(tmp_path, quiet=True, data="/no/such/folder"))
         (tmp_path / "model").mkdir()  # pre-training may have been cut off later
         assert start(tmp_path) is False
+
+    def test_killed_while_the_description_was_written(self, tmp_path):
+        (tmp_path / f".run.json.{'0' * 32}.tmp").touch()
+        assert start(tmp_path) is False
+        assert [path.name for path in tmp_path.iterdir()] == ["run.json"]
 
     @pytest.mark.parametrize("overwrite", [False, True])
     def test_a_folder_with_other_things(self, tmp_path, overwrite):
@@ -145,14 +158,6 @@ class TestChecks:
         with pytest.raises(RecipeError, match=r"--accelerator gpu .*does not work here"):
             start(tmp_path, accelerator="gpu")
 
-    def test_what_the_library_refuses(self, tmp_path, monkeypatch):
-        def refuses(**_):
-            raise ValueError("not with these methods")
-
-        monkeypatch.setattr("recipes.qwen_obqa.run_folder.FitSettings", refuses)
-        with pytest.raises(RecipeError, match="not with these methods"):
-            start(tmp_path)
-
 
 class TestNotes:
     def test_one_line_without_the_place_and_as_before_afterwards(self, capsys):
@@ -169,7 +174,7 @@ class TestNotes:
         assert warnings.showwarning is before
 
     def test_a_run_shows_its_warnings_so(self, tmp_path, monkeypatch, capsys):
-        def warns(_):
+        def warns(*_):
             warnings.warn("odd questions", UserWarning, stacklevel=1)
             raise RecipeError("stop")
 
@@ -184,5 +189,5 @@ class TestNotes:
 def test_a_sketch_that_does_not_add_up_is_refused_on_several_processes(tmp_path, monkeypatch):
     monkeypatch.setattr("recipes.qwen_obqa.run_folder.num_processes", lambda: 2)
     with pytest.raises(RecipeError, match="rsvd"):
-        start(tmp_path, sketch="rsvd", methods="laplace_lpo")
-    assert start(tmp_path, sketch="rsvd", methods="map") is False
+        start(tmp_path, curvature=CurvatureSettings(sketch="rsvd"), methods=("laplace_lpo",))
+    assert start(tmp_path, curvature=CurvatureSettings(sketch="rsvd")) is False

@@ -12,11 +12,13 @@ from transformers import AutoTokenizer
 from bmoe_lightning.data.questions import question_key
 from recipes.qwen_obqa import sources
 from recipes.qwen_obqa.builtin_task import World
+from recipes.qwen_obqa.methods import build_methods
 from recipes.qwen_obqa.reader_model import read_questions
 from recipes.qwen_obqa.settings import Settings
-from recipes.qwen_obqa.sources import RecipeError, prepare_source
+from recipes.qwen_obqa.sources import RecipeError
+from recipes.qwen_obqa.sources import prepare_source as prepared
 
-PLAIN = "map,temperature,laplace_lpo"
+PLAIN = ("map", "temperature", "laplace_lpo")
 
 
 def rows(split, size, word="number"):
@@ -50,6 +52,10 @@ def settings(tmp_path, **options):
     ).resolved()
 
 
+def prepare_source(chosen):
+    return prepared(chosen, build_methods(chosen))
+
+
 def order(loader):
     return [index for batch in loader for index in batch["index"].tolist()]
 
@@ -65,10 +71,10 @@ class TestSplits:
             write(tmp_path / "data", validation=rows("validation", 50))
         source = prepare_source(settings(tmp_path, data=data))
         one, other = source.data(1), source.data(2)
-        for split, stage in (("calibration", "val"), ("test", "test"), ("train", None)):
+        for split in ("calibration", "test", "train"):
             found = [tuple(q.id for q in made.questions(split)) for made in (one, other)]
             assert found[0] == found[1]
-            assert stage is None or found[0] == source.ids(stage)
+            assert split == "train" or found[0] == tuple(question.id for question in getattr(source, split))
         for stage in ("calibration_dataloader", "test_dataloader"):
             assert order(getattr(one, stage)()) == order(getattr(other, stage)())
         orders = [order(made.train_dataloader()) for made in (one, other, source.data(1))]
@@ -76,7 +82,7 @@ class TestSplits:
         assert orders[0] == orders[2]
 
     def test_a_fifth_of_train_is_set_aside_without_a_validation_split(self, tmp_path, data):
-        source = prepare_source(settings(tmp_path, data=data, methods="map"))
+        source = prepare_source(settings(tmp_path, data=data, methods=("map",)))
         train, calibration = ids(source.train), ids(source.calibration)
         assert len(calibration) == 40
         assert len(train) == 128  # the dry run's limit, of the 160 that remain
@@ -112,9 +118,9 @@ class TestSplits:
         small = prepare_source(settings(tmp_path, data=data))
         given = prepare_source(settings(tmp_path, data=data, model=tokenizer))
         assert given.model == given.tokenizer == tokenizer
-        for stage in ("val", "test"):
-            assert given.ids(stage) == small.ids(stage)
-        assert given.train == small.train
+        assert (given.train, given.calibration, given.test) == (small.train, small.calibration, small.test)
+        assert given.model_hash(0) == ""
+        assert len(small.model_hash(0)) == 12
 
 
 class TestLimit:
@@ -138,16 +144,19 @@ class TestLimit:
 
     @pytest.mark.parametrize("method", ["evidence_temperature", "shrunk_temperature"])
     def test_too_few_calibration_questions_for_a_method(self, tmp_path, data, method):
-        with pytest.raises(RecipeError, match=rf"^{method} need at least 100 calibration questions, and there are 40"):
-            prepare_source(settings(tmp_path, data=data, methods=f"map,{method}"))
+        with pytest.raises(
+            RecipeError,
+            match=rf"^{method} needs at least 100 inputs of the validation split, and there are 40.*--limit",
+        ):
+            prepare_source(settings(tmp_path, data=data, methods=("map", method)))
 
     def test_few_calibration_questions_do_for_all_others(self, tmp_path, data):
         others = "map,mc_dropout,temperature,laplace_evidence,laplace_lpo,laplace_temperature"
-        assert len(prepare_source(settings(tmp_path, data=data, methods=others)).calibration) == 40
+        assert len(prepare_source(settings(tmp_path, data=data, methods=tuple(others.split(",")))).calibration) == 40
 
     def test_a_hundred_are_enough(self, tmp_path, data):
         write(tmp_path / "data", validation=rows("validation", 100))
-        source = prepare_source(settings(tmp_path, data=data, methods="map,evidence_temperature"))
+        source = prepare_source(settings(tmp_path, data=data, methods=("map", "evidence_temperature")))
         assert len(source.calibration) == 100
 
 
@@ -199,7 +208,7 @@ class TestSmallModel:
 
     def test_too_few_questions_are_noticed_before_it_reads(self, tmp_path, data, read):
         with pytest.raises(RecipeError, match="at least 100"):
-            prepare_source(settings(tmp_path, data=data, dry_run=False, methods="evidence_temperature"))
+            prepare_source(settings(tmp_path, data=data, dry_run=False, methods=("evidence_temperature",)))
         assert read == []
 
 
@@ -218,13 +227,15 @@ class TestBuiltIn:
     def test_a_full_run_pretrains_in_the_output_folder(self, tmp_path, monkeypatch):
         calls = []
 
-        def pretrain(world, *, cache_dir, progress):
-            calls.append((world, cache_dir, progress))
+        def pretrain(world, *, cache_dir, seed, progress):
+            calls.append((world, cache_dir, seed, progress))
             return read_questions(world.questions("fit"), tmp_path / "pretrained", steps=0, progress=False)
 
         monkeypatch.setattr(sources, "pretrain", pretrain)
         source = prepare_source(settings(tmp_path, dry_run=False))
-        assert calls == [(World(), tmp_path / "run" / "model", False)]
+        assert calls == [(World(), tmp_path / "run" / "model", 0, False)]
+        source.model_of(3)
+        assert calls[-1][2] == 3  # every seed starts from a model of its own
         assert source.model == source.tokenizer == str(tmp_path / "pretrained")
         assert [len(part) for part in (source.train, source.calibration)] == [259, 172]
 
@@ -275,12 +286,14 @@ class TestModelFirst:
 
     @pytest.mark.parametrize("model", ["/no/such/folder", "./model", "~/model", "a/b/c", "models/"])
     def test_a_folder_that_is_not_there(self, tmp_path, model):
-        with pytest.raises(RecipeError, match=f"^--model: there is no folder '{model}', and it is no hub id"):
+        with pytest.raises(RecipeError, match=f"^there is no folder '{model}', and it is no hub id"):
             prepare_source(settings(tmp_path, model=model))
 
     @pytest.mark.parametrize("model", ["Qwen/Qwen1.5-MoE-A2.7B", "mymodel"])
     def test_a_hub_id_that_cannot_be_had(self, tmp_path, model):
-        with pytest.raises(RecipeError, match=f"^the model '{model}' could not be had .*local folder works") as caught:
+        with pytest.raises(
+            RecipeError, match=f"^the model '{model}' could not be loaded .*local folder works"
+        ) as caught:
             prepare_source(settings(tmp_path, model=model))
         assert len(str(caught.value).splitlines()) == 1
 
@@ -290,6 +303,8 @@ class TestModelFirst:
         folder.mkdir()
         if config is not None:
             (folder / "config.json").write_text(config)
-        with pytest.raises(RecipeError, match=f"^the model '{folder}' could not be had .*are all its files") as caught:
+        with pytest.raises(
+            RecipeError, match=f"^the model '{folder}' could not be loaded .*are all its files"
+        ) as caught:
             prepare_source(settings(tmp_path, model=str(folder)))
         assert len(str(caught.value).splitlines()) == 1

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import re
-import subprocess
-import sys
 from contextlib import contextmanager
 from functools import cache
 
@@ -13,13 +11,17 @@ import pytest
 import torch
 
 import recipes.supported_models.survey as survey_module
+from recipes.common.readme import ROOT
 from recipes.supported_models import catalogue
-from recipes.supported_models.__main__ import COMMAND, ROOT, TABLE, document, main, short_form, summary, table, write
+from recipes.supported_models import report as report_module
+from recipes.supported_models.__main__ import PROGRAM, main
 from recipes.supported_models.catalogue import families, families_of_transformers, own_families, uses_interface
+from recipes.supported_models.report import PLACE, section, summary, table
 from recipes.supported_models.survey import BOUND, Row, survey
 from recipes.supported_models.tiny import wrapper_name
 
-UPDATE = f"run `{COMMAND} --write` and commit what it writes"
+TABLE = ROOT / "docs" / "supported_models.md"
+UPDATE = f"run `{PROGRAM} --write {TABLE.relative_to(ROOT)}` and commit what it writes"
 
 
 @cache
@@ -75,13 +77,6 @@ class TestFamilies:
         supported = [family for family, note in notes.items() if not note.startswith("refused")]
         theirs = families_of_transformers()
         assert len([family for family in supported if family in theirs and uses_interface(family)]) >= 55
-
-    def test_the_readme_says_what_the_table_says(self):
-        readme = (ROOT / "README.md").read_text(encoding="utf-8")
-        assert TABLE.read_text(encoding="utf-8").splitlines()[2] in readme, UPDATE
-        place = readme.partition("<!-- supported models -->")[2].partition("<!-- end of supported models -->")[0]
-        for family, line in recorded().items():
-            assert (f"| {family} |" if line[-1].startswith("refused") else f"`{family}`") in place, UPDATE
 
 
 class TestTheSurveyNotices:
@@ -200,28 +195,12 @@ class TestTable:
         )
         assert summary(ROWS[2:3]) == "Of those that this library brings: 1 of 1."
 
-    def test_short_form(self):
-        text = short_form(ROWS)
-        assert summary(ROWS) in text
-        assert "`good`, `own`\n" in text
-        assert "Beside them: `bmoe_lightning.mine` (a class).\n" in text
+    def test_section(self):
+        text = section(ROWS)
+        assert text.startswith(summary(ROWS))
         assert "2e-06" in text
-        assert "| odd | It has no experts |" in text
-
-    def test_writing(self, tmp_path):
-        readme, target = tmp_path / "README.md", tmp_path / "table.md"
-        readme.write_text("a\n<!-- supported models -->\nold\n<!-- end of supported models -->\nb\n")
-        assert write(ROWS, target, readme) == 0
-        assert target.read_text() == document(ROWS)
-        assert short_form(ROWS) in readme.read_text()
-        assert "old" not in readme.read_text()
-
-    def test_without_a_place_in_the_readme_nothing_is_written(self, tmp_path, capsys):
-        readme, target = tmp_path / "README.md", tmp_path / "table.md"
-        readme.write_text("nothing")
-        assert write(ROWS, target, readme) == 1
-        assert not target.exists()
-        assert "nothing was written" in capsys.readouterr().err
+        assert text.endswith(table(ROWS))
+        assert section(ROWS[3:]).endswith(table(ROWS[3:]))
 
 
 class TestCommand:
@@ -233,16 +212,31 @@ class TestCommand:
         assert torch.__version__.partition("+")[0] in printed.out
         assert "[1/1] qwen2_moe: error " in printed.err
 
+    def test_the_table_goes_to_the_marked_place(self, monkeypatch, capsys, tmp_path):
+        monkeypatch.setattr(catalogue, "families", lambda: ["olmoe", "mixtral"])
+        failed = {"olmoe": None}
+        monkeypatch.setattr(report_module, "survey", lambda f: dataclasses.replace(ROWS[0], family=f, failed=failed[f]))
+        page = tmp_path / "page.md"
+        before = f"a\n<!-- {PLACE} -->\nold\n<!-- end of {PLACE} -->\nb\n"
+        page.write_text(before)
+        failed["mixtral"] = "KeyError: 'x'"
+        assert main(["--write", str(page)]) == 1
+        assert page.read_text() == before
+        failed["mixtral"] = None
+        assert main(["--write", str(page)]) == 0
+        assert "| olmoe |" in page.read_text()
+        assert "old" not in page.read_text()
+        page.write_text("no place")
+        assert main(["--write", str(page)]) == 1
+        assert f"error: --write {page}: " in capsys.readouterr().err
+
     def test_a_failure_is_shown_and_the_others_go_on(self, monkeypatch, capsys):
         def failing(family):
             if family == "mixtral":
                 raise KeyError("lost")
             return dataclasses.replace(ROWS[0], family=family)
 
-        monkeypatch.setattr(survey_module, "survey", failing)
-        monkeypatch.setattr(
-            "recipes.supported_models.__main__.write", lambda rows: pytest.fail("written with a failure")
-        )
+        monkeypatch.setattr(report_module, "survey", failing)
         assert main(["--families", "mixtral,olmoe"]) == 1
         printed = capsys.readouterr()
         assert "**FAILED**: KeyError: 'lost'" in printed.out
@@ -251,18 +245,11 @@ class TestCommand:
 
     @pytest.mark.parametrize(
         ("arguments", "message"),
-        [(["--families", "bert,olmoe"], "no MoE family.*: bert"), (["--families", "olmoe", "--write"], "leave --fam")],
+        [
+            (["--families", "bert,olmoe"], "no MoE family.*: bert"),
+            (["--families", "olmoe", "--write", "x"], "leave --f"),
+        ],
     )
     def test_wrong_usage(self, arguments, message, capsys):
         assert main(arguments) == 2
         assert re.search(message, capsys.readouterr().err)
-
-    def test_help_does_not_import_torch(self):
-        code = (
-            "import sys\nfrom recipes.supported_models.__main__ import main\n"
-            "try:\n    main(['--help'])\nexcept SystemExit as stop:\n    assert stop.code == 0\n"
-            "assert 'torch' not in sys.modules and 'transformers' not in sys.modules\n"
-        )
-        result = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=False)
-        assert result.returncode == 0, result.stderr
-        assert "--families" in result.stdout

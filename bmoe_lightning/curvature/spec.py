@@ -1,0 +1,173 @@
+"""What a curvature pass is asked for: which layers, which labels, how many eigenpairs.
+
+Two equal specifications are one pass and one file, whichever methods name them.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from abc import ABC, abstractmethod
+from dataclasses import asdict, dataclass, field, replace
+from typing import Any, Literal
+
+from torch import nn
+
+from bmoe_lightning.curvature.fisher import FISHERS, FisherName
+from bmoe_lightning.curvature.sketch import SKETCHES, SketchName
+from bmoe_lightning.experts import ExpertLayer, find_expert_layers, find_linear_layers
+
+ApproximationName = Literal["expand", "reduce"]
+APPROXIMATIONS: tuple[ApproximationName, ...] = ("expand", "reduce")
+FactorDtype = Literal["float32", "bfloat16"]
+FACTOR_DTYPES: tuple[FactorDtype, ...] = ("float32", "bfloat16")
+
+
+class LayerSelection(ABC):
+    """Which layers of a model get a posterior; subclasses are frozen dataclasses, so that equal ones compare equal."""
+
+    @abstractmethod
+    def find(self, model: nn.Module) -> list[ExpertLayer]:
+        """Find the layers in a model.
+
+        Raises:
+            ValueError: If the model has no such layer.
+        """
+
+    def description(self) -> dict[str, Any]:
+        """Class and options as plain values, for files and comparisons."""
+        return {"selection": type(self).__qualname__, **asdict(self)}  # type: ignore[call-overload]  # a dataclass
+
+
+@dataclass(frozen=True)
+class ExpertLayers(LayerSelection):
+    """The second linear layer (`down_proj`) of every expert.
+
+    Attributes:
+        experts: Shell-style pattern over module names, where experts are not found by structure; see
+            `find_expert_layers`.
+        down_proj: Name of the second linear layer within one expert, likewise.
+        shared_experts: Whether shared experts, which see every token, get a posterior too.
+    """
+
+    experts: str | None = None
+    down_proj: str | None = None
+    shared_experts: bool = False
+
+    def find(self, model: nn.Module) -> list[ExpertLayer]:
+        """Find the expert layers; see `find_expert_layers`."""
+        return find_expert_layers(
+            model, experts=self.experts, down_proj=self.down_proj, shared_experts=self.shared_experts
+        )
+
+
+@dataclass(frozen=True)
+class LinearLayers(LayerSelection):
+    """Plain linear layers by name: LoRA's matrices, attention projections, dense MLPs.
+
+    Attributes:
+        names: Shell-style pattern over module names, such as `"*.lora_[AB].default"`.
+        allow_tied: Whether weights that other modules use too are accepted; see `find_linear_layers`.
+    """
+
+    names: str
+    allow_tied: bool = False
+
+    def find(self, model: nn.Module) -> list[ExpertLayer]:
+        """Find the linear layers; see `find_linear_layers`."""
+        return find_linear_layers(model, self.names, allow_tied=self.allow_tied)
+
+
+@dataclass(frozen=True)
+class Curvature:
+    """Options of one curvature pass.
+
+    Attributes:
+        rank: Eigenpairs stored of each Kronecker factor. Rank 0 runs no pass: the posterior is the prior.
+        fisher: Labels of the Fisher: `exact` (all classes, weighted by their probability), `mc` (one sampled label) or
+            `empirical` (the true label).
+        approximation: K-FAC form, `expand` or `reduce` (Eschenhagen et al. 2023, https://arxiv.org/abs/2311.00636).
+        sketch: Low-rank algorithm: `auto`, `nystrom`, `rsvd` or `exact`; see `make_sketch`.
+        layers: Layers that get the posterior.
+        skip_layers: Indices of layers that stay out of the posterior, as if their weights were known exactly.
+        max_batches: Cap on the training batches of the pass, on each process; the curvature is scaled up to the full
+            data set. None takes all.
+        factor_dtype: Dtype in which the bases are stored, `float32` (float64 for a float64 model) or `bfloat16`;
+            computations are in float32 at least.
+        offload: Whether the factors stay in CPU memory; each layer's are copied to its device when they are used.
+
+    Raises:
+        ValueError: For an unknown name or a value out of range.
+    """
+
+    rank: int = 10
+    fisher: FisherName = "exact"
+    approximation: ApproximationName = "expand"
+    sketch: SketchName = "auto"
+    layers: LayerSelection = field(default_factory=ExpertLayers)
+    skip_layers: tuple[int, ...] = ()
+    max_batches: int | None = None
+    factor_dtype: FactorDtype = "float32"
+    offload: bool = False
+
+    def __post_init__(self) -> None:
+        # A command line or a YAML file gives a list, which has no hash.
+        object.__setattr__(self, "skip_layers", tuple(self.skip_layers))
+        if self.rank < 0:
+            raise ValueError(f"rank must be at least 0, got {self.rank}")
+        for name, value, valid in (
+            ("fisher", self.fisher, FISHERS),
+            ("approximation", self.approximation, APPROXIMATIONS),
+            ("sketch", self.sketch, SKETCHES),
+            ("factor_dtype", self.factor_dtype, FACTOR_DTYPES),
+        ):
+            if value not in valid:
+                raise ValueError(f"unknown {name} {value!r}; valid are {', '.join(valid)}")
+        if self.max_batches is not None and self.max_batches < 1:
+            raise ValueError(f"max_batches must be at least 1, got {self.max_batches}")
+
+    @property
+    def collects(self) -> bool:
+        """Whether there is anything to collect: a pass over the training data."""
+        return self.rank > 0
+
+    def without_pass(self) -> Curvature:
+        """The prior alone over the same layers: the covariance of the logits is then `1 / lambda J J^T`."""
+        return Curvature(rank=0, layers=self.layers, skip_layers=self.skip_layers)
+
+    def find_layers(self, model: nn.Module) -> list[ExpertLayer]:
+        """Find the layers that are tapped, those of `skip_layers` included.
+
+        Raises:
+            ValueError: If there are none, or `skip_layers` names one that does not exist, or all of them.
+        """
+        layers = self.layers.find(model)
+        unknown = set(self.skip_layers) - {layer.index for layer in layers}
+        if unknown:
+            raise ValueError(f"skip_layers names {sorted(unknown)}, but the model has {len(layers)} such layers")
+        if len(set(self.skip_layers)) == len(layers):
+            raise ValueError(f"skip_layers names all {len(layers)} layers, which leaves no posterior")
+        return layers
+
+    def posterior_layers(self, model: nn.Module) -> list[ExpertLayer]:
+        """Find the layers that get the posterior."""
+        return [layer for layer in self.find_layers(model) if layer.index not in self.skip_layers]
+
+    def description(self) -> dict[str, Any]:
+        """All that decides about the factors, as plain values that JSON knows."""
+        plain = {name: value for name, value in asdict(replace(self, layers=_Nothing())).items() if name != "offload"}
+        return {**plain, "skip_layers": list(self.skip_layers), "layers": self.layers.description()}
+
+    @property
+    def digest(self) -> str:
+        """Eight hexadecimal digits that name this specification, for file names."""
+        text = json.dumps(self.description(), sort_keys=True)
+        return hashlib.sha256(text.encode()).hexdigest()[:8]
+
+
+@dataclass(frozen=True)
+class _Nothing(LayerSelection):
+    """Stands in while the other options are turned into plain values."""
+
+    def find(self, model: nn.Module) -> list[ExpertLayer]:  # noqa: ARG002
+        return []

@@ -1,0 +1,125 @@
+"""Batches of encoded questions: what they hold, their order and how they are padded."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import TypedDict
+
+import torch
+from torch import Tensor
+from torch.utils.data import Dataset, Sampler
+
+
+class Batch(TypedDict):
+    """One batch; B questions, T tokens in the longest of them, K_max choices in the widest question of all splits.
+
+    `input_ids` `[B, T]` int64 and `attention_mask` `[B, T]` int64 are padded on the left, so the last column is always
+    the end of the prompt. `choice_mask` `[B, K_max]` bool is False where a question has no such choice: no probability
+    belongs there. `label` `[B]` int64. `index` `[B]` int64 is the position in the split: a sampler that repeats
+    questions to fill up its last batch shows by repeated indices.
+    """
+
+    input_ids: Tensor
+    attention_mask: Tensor
+    choice_mask: Tensor
+    label: Tensor
+    index: Tensor
+
+
+@dataclass(frozen=True)
+class EncodedQuestion:
+    """A question as the model sees it.
+
+    Args:
+        token_ids: Token ids of the prompt, ending in the last token before the answer.
+        num_choices: Number of choices.
+        label: Position of the right choice.
+        index: Position in its split.
+    """
+
+    token_ids: tuple[int, ...]
+    num_choices: int
+    label: int
+    index: int
+
+
+class EncodedQuestions(Dataset[EncodedQuestion]):
+    """The encoded questions of one split, in order."""
+
+    def __init__(self, items: Sequence[EncodedQuestion]) -> None:
+        self._items = tuple(items)
+
+    def __len__(self) -> int:
+        return len(self._items)
+
+    def __getitem__(self, position: int) -> EncodedQuestion:
+        return self._items[position]
+
+
+class SeededShuffle(Sampler[int]):
+    """An order for every epoch that depends on nothing but the seed and the epoch's number.
+
+    Lightning tells a sampler the epoch, also after resuming from a checkpoint: a resumed run then sees the orders that
+    an uninterrupted one sees.
+
+    Args:
+        size: Number of items.
+        seed: Seed of all orders.
+    """
+
+    def __init__(self, size: int, seed: int) -> None:
+        self.size = size
+        self.seed = seed
+        self.epoch = 0
+
+    def set_epoch(self, epoch: int) -> None:
+        """Take the order of an epoch.
+
+        Args:
+            epoch: Number of the epoch, counted from 0.
+        """
+        self.epoch = epoch
+
+    def __len__(self) -> int:
+        return self.size
+
+    def __iter__(self) -> Iterator[int]:
+        generator = torch.Generator().manual_seed(self.seed + 1_000_003 * self.epoch)
+        self.epoch += 1  # for a loop that does not name its epochs
+        return iter(torch.randperm(self.size, generator=generator).tolist())
+
+
+@dataclass(frozen=True)
+class Collate:
+    """Pads encoded questions on the left and stacks them; the tokenizer has no part in it.
+
+    Args:
+        pad_id: Token id of padded positions. They are masked out, so any id of the vocabulary serves.
+        num_choices: Width of `choice_mask`, K_max.
+    """
+
+    pad_id: int
+    num_choices: int
+
+    def __call__(self, items: Sequence[EncodedQuestion]) -> Batch:
+        """The batch of these items.
+
+        Args:
+            items: Questions of one split.
+        """
+        width = max(len(item.token_ids) for item in items)
+        input_ids = torch.full((len(items), width), self.pad_id, dtype=torch.int64)
+        attention_mask = torch.zeros((len(items), width), dtype=torch.int64)
+        for row, item in enumerate(items):
+            start = width - len(item.token_ids)
+            input_ids[row, start:] = torch.tensor(item.token_ids, dtype=torch.int64)
+            attention_mask[row, start:] = 1
+        counts = torch.tensor([item.num_choices for item in items])
+        return Batch(
+            input_ids=input_ids,
+            attention_mask=attention_mask,
+            choice_mask=torch.arange(self.num_choices)[None, :] < counts[:, None],
+            label=torch.tensor([item.label for item in items], dtype=torch.int64),
+            index=torch.tensor([item.index for item in items], dtype=torch.int64),
+        )

@@ -1,0 +1,140 @@
+"""The splits of a local folder: lines of JSON or parquet, under the names that the hub gives them."""
+
+from __future__ import annotations
+
+import json
+import logging
+import re
+from collections.abc import Collection, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+from bmoe_lightning.data.tasks.base import Row
+
+NumberedRow = tuple[str, Row]
+"""Where a row stands, for messages, and its columns."""
+
+_logger = logging.getLogger(__name__)
+
+
+class DataUnavailableError(RuntimeError):
+    """Data or a tokenizer could not be loaded from a folder or from the hub."""
+
+
+class FolderData:
+    """The data of a folder, or of one of its sub-folders: all splits come from the same one.
+
+    Args:
+        folder: Existing folder.
+        split_names: Names that a split may have; the first folder that has a file of one of them is taken.
+        preferred: Names of the sub-folder to take where several have files.
+
+    Raises:
+        ValueError: If several sub-folders could be meant.
+    """
+
+    def __init__(self, folder: Path, split_names: Collection[str], preferred: Collection[str]) -> None:
+        self.folder = folder
+        if _has_split(folder, split_names):
+            return
+        nested = [sub for sub in sorted(folder.iterdir()) if sub.is_dir() and _has_split(sub, split_names)]
+        chosen = nested if len(nested) == 1 else [sub for sub in nested if sub.name in preferred]
+        if len(chosen) == 1:
+            self.folder = chosen[0]
+        elif nested:
+            raise ValueError(
+                f"{folder} has data in several sub-folders: {', '.join(sub.name for sub in nested)}; "
+                f"name one, as in '{folder}:{nested[0].name}'"
+            )
+
+    def rows(self, names: Sequence[str]) -> Iterator[NumberedRow] | None:
+        """The rows of a split, or None if there is no file of it.
+
+        Args:
+            names: Names of the split; files of one of them may be there.
+
+        Raises:
+            ValueError: If more than one file could be meant, shards are missing, or, while iterating, a file is
+                malformed.
+            DataUnavailableError: While iterating, if a file cannot be read.
+        """
+        forms = [form for name in names for form in _forms(self.folder, name)]
+        if len(forms) > 1:
+            files = ", ".join(path.name for form in forms for path in form)
+            raise ValueError(f"{self.folder} has one split more than once: {files}; leave one of them there")
+        if not forms:
+            return None
+        _logger.info("reading %s", ", ".join(map(str, forms[0])))
+        return (row for file in forms[0] for row in _file_rows(file))
+
+
+def _has_split(folder: Path, names: Collection[str]) -> bool:
+    return any(_forms(folder, name) for name in names)
+
+
+def _forms(folder: Path, name: str) -> list[list[Path]]:
+    """The files of a split, by the way they are stored: lines of JSON, one parquet file, or shards of one count."""
+    single = [[path] for suffix in (".jsonl", ".json", ".parquet") if (path := folder / f"{name}{suffix}").is_file()]
+    # Older data sets of the hub have a hash after the count.
+    shard = re.compile(rf"{re.escape(name)}-(\d+)-of-(\d+)(-[0-9a-f]+)?")
+    counts: dict[int, list[tuple[int, Path]]] = {}
+    for path in folder.glob("*.parquet"):
+        if (match := shard.fullmatch(path.stem)) is not None:
+            counts.setdefault(int(match[2]), []).append((int(match[1]), path))
+    return [*single, *(_complete(sorted(shards), count) for count, shards in sorted(counts.items()))]
+
+
+def _complete(shards: list[tuple[int, Path]], count: int) -> list[Path]:
+    if [number for number, _ in shards] != list(range(count)):
+        raise ValueError(
+            f"{shards[0][1]} is one of {count} shards, but {len(shards)} are there; download all of them, once"
+        )
+    return [path for _, path in shards]
+
+
+def _file_rows(file: Path) -> Iterator[NumberedRow]:
+    """Yield `(where, row)`; lines and rows are counted from 1."""
+    try:
+        yield from _parquet_rows(file) if file.suffix == ".parquet" else _json_rows(file)
+    except OSError as error:
+        raise DataUnavailableError(f"{file} cannot be read ({_reason(error)}); check or download it again") from None
+
+
+def _parquet_rows(file: Path) -> Iterator[NumberedRow]:
+    import pyarrow.parquet
+
+    try:
+        rows = pyarrow.parquet.read_table(file).to_pylist()
+    except pyarrow.ArrowException as error:
+        raise ValueError(f"{file} is no valid parquet file ({_reason(error)}); download it again") from None
+    for number, row in enumerate(rows, start=1):
+        yield f"{file}, row {number}", row
+
+
+def _json_rows(file: Path) -> Iterator[NumberedRow]:
+    for number, line in enumerate(file.read_bytes().splitlines(), start=1):
+        if line.strip():
+            where = f"{file}, line {number}"
+            yield where, _json_object(line, where)
+
+
+def _json_object(line: bytes, where: str) -> dict[str, Any]:
+    try:
+        row = json.loads(line.decode("utf-8-sig"), object_pairs_hook=_unique)
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{where}: not a JSON object ({_reason(error)}); one object a line is expected") from None
+    if not isinstance(row, dict):
+        raise ValueError(f"{where}: a JSON {type(row).__name__}; one object a line is expected")
+    return row
+
+
+def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    row = dict(pairs)
+    if len(row) != len(pairs):
+        names = [name for name, _ in pairs]
+        raise ValueError(f"the key {next(name for name in names if names.count(name) > 1)!r} stands there twice")
+    return row
+
+
+def _reason(error: BaseException) -> str:
+    return str(error).splitlines()[0].rstrip(".") if str(error) else type(error).__name__

@@ -1,0 +1,88 @@
+"""What a task is: one public data set, and how its rows become questions."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from bmoe_lightning.data.questions import Question
+
+Row = Mapping[str, Any]
+SplitName = Literal["train", "validation", "test"]
+SPLIT_NAMES: tuple[SplitName, ...] = ("train", "validation", "test")
+
+
+@dataclass(frozen=True)
+class Task(ABC):
+    """A multiple-choice data set: a frozen dataclass whose fields have defaults, and `question`.
+
+    Of each tuple of split names, the first that the data have is read. Names are those of the hub, and of the files of
+    a local folder.
+
+    Attributes:
+        name: Name in the registry; lower-case letters, digits and underscores.
+        label: Name for people.
+        url: Data set card.
+        columns: Columns by which rows of this task are recognised where no task is named.
+        hub_id: Id on the hub, `owner/name`; empty if it is not there.
+        default_config: Configuration that is loaded where none is named; None for the hub's default.
+        configs: Configurations to name one of, where there is no sensible default.
+        train_splits: Names of the training split.
+        validation_splits: Names of the validation split, on which priors and temperatures are tuned; empty if the data
+            set has none, and a part of train is to be set aside.
+        test_splits: Names of the split that is reported; its answers have to be public.
+    """
+
+    name: str
+    label: str
+    url: str
+    columns: tuple[str, ...]
+    hub_id: str = ""
+    default_config: str | None = None
+    configs: tuple[str, ...] = ()
+    train_splits: tuple[str, ...] = ("train",)
+    # The hub says validation, original archives dev.
+    validation_splits: tuple[str, ...] = ("validation", "valid", "val", "dev")
+    test_splits: tuple[str, ...] = ("test",)
+
+    @abstractmethod
+    def question(self, row: Row, row_id: str) -> Question:
+        """Turn one row into a question. `bmoe_lightning.data.tasks.columns` reads and checks single columns.
+
+        Args:
+            row: Columns by name; a task reads those that it needs.
+            row_id: Split and number of the row, such as `test-17`: the id of a question whose row has none.
+
+        Raises:
+            ValueError: Naming the column and what is wrong with it, if the row is malformed.
+            TypeError: Likewise.
+            KeyError: Of a column that is missing.
+        """
+
+    def read(self, row: Row, row_id: str, where: str) -> Question:
+        """Turn one row into a question, or say where the malformed row is.
+
+        Args:
+            row: Columns by name.
+            row_id: As in `question`.
+            where: File and line, or data set and row; every message begins with it.
+
+        Raises:
+            ValueError: If the row is malformed.
+        """
+        try:
+            return self.question(row, row_id)
+        except KeyError as error:
+            raise ValueError(f"{where}: {error.args[0]} missing; the columns found are {sorted(row)}") from None
+        except (TypeError, ValueError) as error:
+            raise ValueError(f"{where}: {error}") from None
+
+    def split_names(self, split: SplitName) -> tuple[str, ...]:
+        """The names under which the data may have a split, best first.
+
+        Args:
+            split: The part that is asked for.
+        """
+        return {"train": self.train_splits, "validation": self.validation_splits, "test": self.test_splits}[split]

@@ -1,0 +1,88 @@
+"""Rows whose choices carry labels and whose answer is one of them: AI2's data sets and others in their columns."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from bmoe_lightning.data.questions import Question
+from bmoe_lightning.data.tasks.base import Row
+from bmoe_lightning.data.tasks.columns import id_column, list_of, name_of, present, text_column, texts_of
+
+
+def labelled_question(row: Row, column: str) -> Question:
+    """The question of a row in the columns of AI2's data sets.
+
+    Args:
+        row: With `id`, the question, `choices` (`text` and `label`) and `answerKey`. The original archives nest the
+            question as `question: {stem, choices: [{text, label}]}`.
+        column: The question's text.
+
+    Raises:
+        ValueError: If the row is malformed.
+    """
+    identity = id_column(row)
+    flat: Mapping[str, Any] = row
+    nested = row.get("question")
+    if isinstance(nested, Mapping):
+        flat = {**row, column: nested.get("stem"), "choices": nested.get("choices")}
+    text = text_column(flat, column)
+    texts, labels = labelled_choices(present(flat, "choices"))
+    return Question(id=identity, question=text, choices=texts, answer=label_position(row, "answerKey", labels))
+
+
+def labelled_choices(choices: object, column: str = "choices") -> tuple[tuple[str, ...], tuple[str, ...]]:
+    """Texts and labels of choices, either a mapping of two lists or a list of mappings, with `text` and `label`.
+
+    Args:
+        choices: What the column holds.
+        column: Its name.
+
+    Returns:
+        `(texts, labels)`, of equal length; labels are texts without surrounding white space.
+
+    Raises:
+        ValueError: If it is neither layout, or the labels are not all different.
+    """
+    try:
+        if isinstance(choices, Mapping):
+            texts, labels = choices["text"], choices["label"]
+        else:
+            texts, labels = [c["text"] for c in choices], [c["label"] for c in choices]  # type: ignore[attr-defined]
+    except (KeyError, TypeError):
+        raise ValueError(
+            f"{column} must hold 'text' and 'label', as two lists or as a list of pairs; found {choices!r}"
+        ) from None
+    texts, labels = texts_of(texts, f"text of {column}"), _labels(labels, f"label of {column}")
+    if len(texts) != len(labels):
+        raise ValueError(f"{column} has {len(texts)} texts but {len(labels)} labels")
+    if len(set(labels)) != len(labels):
+        raise ValueError(f"the labels {list(labels)} of {column} are not all different")
+    return texts, labels
+
+
+def label_position(row: Row, column: str, labels: Sequence[str]) -> int:
+    """Position of the answer's label among the row's labels.
+
+    It is looked up and never computed from the label's character code: ARC has items labelled 1 to 4, and items with 3
+    or 5 choices.
+
+    Args:
+        row: Columns by name.
+        column: The column of the answer's label, a text or an integer.
+        labels: Labels of the choices.
+
+    Raises:
+        ValueError: If the column is empty or none of the labels.
+    """
+    value = row.get(column)
+    if value is None or (isinstance(value, str) and not value.strip()):
+        raise ValueError(f"{column} is empty; a split with hidden answers cannot be used")
+    key = name_of(value, column)
+    if key not in labels:
+        raise ValueError(f"{column} {key!r} is none of the labels {list(labels)}")
+    return list(labels).index(key)
+
+
+def _labels(value: object, column: str) -> tuple[str, ...]:
+    return tuple(name_of(label, column) for label in list_of(value, column))

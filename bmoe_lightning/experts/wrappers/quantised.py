@@ -1,0 +1,87 @@
+"""Quantised weights, and other weights that a Gaussian posterior cannot cover."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
+
+from bmoe_lightning.experts.fsdp import is_sharded, sharding_refusal
+from bmoe_lightning.experts.wrappers.names import unwrapped
+
+_FLOATS = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
+
+
+def is_packed(tensor: Tensor) -> bool:
+    """Whether a tensor is of a subclass that stores its values in other tensors, as torchao's quantised ones are.
+
+    Calls `torch.utils._python_dispatch.is_traceable_wrapper_subclass` (seen in torch 2.13).
+    """
+    return is_traceable_wrapper_subclass(tensor)
+
+
+def unusable(weight: Any) -> str | None:
+    """Why a weight is no matrix of floating-point numbers, or of shards of FSDP2; None if it is one."""
+    if isinstance(weight, Tensor) and is_sharded(weight):
+        return sharding_refusal(weight)
+    if not isinstance(weight, Tensor) or is_packed(weight):
+        return f"quantised ({type(weight).__name__})"
+    return None if weight.dtype in _FLOATS else f"quantised ({weight.dtype})"
+
+
+def check_down_proj(name: str, weight: Any) -> None:
+    """Refuse `down_proj` weights that a Gaussian posterior cannot cover.
+
+    Args:
+        name: Name of the experts.
+        weight: Their `down_proj` weight.
+
+    Raises:
+        ValueError: If it is quantised, or sharded by other means than FSDP2.
+    """
+    reason = unusable(weight)
+    if reason is not None:
+        raise ValueError(
+            f"the down_proj weights of {name!r} are {reason}: the posterior is over weights in float64, float32, "
+            "bfloat16 or float16. If they were quantised, exclude the experts from quantisation (most configurations "
+            "take a list of modules to skip); other layers may be quantised"
+        )
+
+
+def is_linear(module: nn.Module) -> bool:
+    """Whether a module is a linear layer below its wrappers; a quantised one is often no `nn.Linear`."""
+    module = unwrapped(module)
+    if isinstance(module, nn.Linear):
+        return True
+    sizes = (getattr(module, "in_features", None), getattr(module, "out_features", None))
+    return all(isinstance(size, int) for size in sizes) and unusable(getattr(module, "weight", None)) is not None
+
+
+@contextmanager
+def gradients_checked(model: nn.Module) -> Iterator[None]:
+    """Check that quantised layers propagate gradients: one that does not would silently drop a part of them.
+
+    Raises:
+        RuntimeError: From within the model, naming the layer.
+    """
+    with ExitStack() as stack:
+        for name, module in model.named_modules():
+            if is_linear(module) and unusable(getattr(unwrapped(module), "weight", None)) is not None:
+                stack.callback(module.register_forward_hook(_gradient_check(name)).remove)
+        yield
+
+
+def _gradient_check(name: str) -> Any:
+    def hook(module: nn.Module, inputs: tuple[Any, ...], output: Any) -> None:
+        expected = any(isinstance(x, Tensor) and x.requires_grad for x in inputs)
+        if torch.is_grad_enabled() and expected and isinstance(output, Tensor) and not output.requires_grad:
+            raise RuntimeError(
+                f"the quantised layer {name!r} ({type(unwrapped(module)).__name__}) passes no gradient to its input, "
+                "so the experts below it would get none; use a quantisation with a backward pass, such as bitsandbytes"
+            )
+
+    return hook

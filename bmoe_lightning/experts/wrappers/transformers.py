@@ -1,0 +1,52 @@
+"""Private attributes of transformers: parallel plans, the experts interface, gradient checkpointing."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from torch import nn
+from torch.utils.checkpoint import checkpoint
+from transformers import PreTrainedModel
+from transformers.modeling_layers import GradientCheckpointingLayer
+
+
+def outermost_pretrained(model: nn.Module) -> list[PreTrainedModel]:
+    """The `PreTrainedModel`s in a module that lie in no other one."""
+    if isinstance(model, PreTrainedModel):
+        return [model]
+    return [owner for child in model.children() for owner in outermost_pretrained(child)]
+
+
+def has_parallel_plan(module: nn.Module) -> bool:
+    """Whether transformers runs a module with tensor or expert parallelism.
+
+    Reads `_is_hooked` (seen in transformers 5.16.0 to 5.23.0) and `_is_expert_parallel` (in 5.23.0, not 5.16.0).
+    """
+    return bool(getattr(module, "_is_hooked", False) or getattr(module, "_is_expert_parallel", False))
+
+
+def experts_implementation_attribute(config: Any) -> str:
+    """The attribute of a configuration that names the experts implementation.
+
+    That is `_experts_implementation_internal` (seen in transformers 5.16.0 to 5.23.0), since setting the property
+    `_experts_implementation` would set it in sub-configurations too; other configurations have the plain attribute.
+    """
+    internal = "_experts_implementation_internal"
+    return internal if hasattr(config, internal) else "_experts_implementation"
+
+
+def can_checkpoint_with_cache(layer: GradientCheckpointingLayer) -> bool:
+    """Whether a checkpointed layer takes a cache of keys and values.
+
+    Reads `GradientCheckpointingLayer._can_checkpoint_with_cache` (seen in transformers 5.16.0 to 5.23.0).
+    """
+    return layer._can_checkpoint_with_cache
+
+
+def checkpoint_function(layer: nn.Module) -> Callable[..., Any]:
+    """The function with which a layer checkpoints its forward; torch's own, unless transformers set another.
+
+    Reads `_gradient_checkpointing_func` (seen in transformers 5.16.0 to 5.23.0).
+    """
+    return getattr(layer, "_gradient_checkpointing_func", checkpoint)

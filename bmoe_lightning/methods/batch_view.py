@@ -1,0 +1,111 @@
+"""One batch, seen through the model, as every method gets it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from functools import cached_property
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from bmoe_lightning.curvature.spec import Curvature
+from bmoe_lightning.experts.taps import ClassLogits, check_logits, evaluation_mode
+from bmoe_lightning.laplace.covariance import BatchTerms
+from bmoe_lightning.laplace.posterior import LaplacePosterior, posterior_terms
+
+
+class BatchView:
+    """One batch, seen through the model; everything is computed when first asked for, and once.
+
+    The covariance terms of all posteriors come from one forward pass, which gives the plain logits too.
+
+    Args:
+        model: The model.
+        class_logits: `(model, batch) -> (logits [B, K], labels [B] or None)`.
+        batch: Whatever `class_logits` takes.
+        posteriors: Posteriors whose covariances will be asked for, by the digest of their curvature.
+        seed: Seed for the noise of the methods.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        class_logits: ClassLogits,
+        batch: Any,
+        posteriors: Mapping[str, LaplacePosterior] | None = None,
+        *,
+        seed: int = 0,
+    ) -> None:
+        self.model = model
+        self.seed = seed
+        self._class_logits = class_logits
+        self._batch = batch
+        self._posteriors = dict(posteriors or {})
+
+    @classmethod
+    def of_logits(cls, logits: Tensor, labels: Tensor | None = None) -> BatchView:
+        """A batch of which the model's logits are known, for methods that look at nothing else.
+
+        Args:
+            logits: `[B, K]` float64, `-inf` for absent classes.
+            labels: `[B]` int64, or None.
+        """
+        return cls(nn.Identity(), lambda *_: (logits, labels), None)
+
+    @property
+    def logits(self) -> Tensor:
+        """`[B, K]` float64, `-inf` for absent classes, of the model in evaluation mode."""
+        return self._output[0]
+
+    @property
+    def labels(self) -> Tensor | None:
+        """`[B]` int64, or None."""
+        return self._output[1]
+
+    def terms(self, curvature: Curvature) -> BatchTerms:
+        """What the covariance of the centred logits under a curvature is made of.
+
+        Raises:
+            RuntimeError: If the curvature is not among those that the view was made with.
+        """
+        if curvature.digest not in self._posteriors:
+            raise RuntimeError(
+                f"no posterior of this curvature ({curvature.description()}); a method's `curvatures` must name every "
+                "curvature that its fit or its predictions look at"
+            )
+        return self._terms[curvature.digest]
+
+    def covariance(self, curvature: Curvature, prior_precision: Tensor) -> tuple[Tensor, Tensor]:
+        """Logits and their covariance under the linearised model.
+
+        Args:
+            curvature: Which posterior.
+            prior_precision: `[L]`, one value a layer.
+
+        Returns:
+            Logits `[B, K]` and the covariance `[B, K, K]` of the centred logits, float64. Absent classes have `-inf`
+            and zero.
+        """
+        terms = self.terms(curvature)
+        return terms.logits, self._posteriors[curvature.digest].covariance_of(terms, prior_precision)
+
+    def forward(self) -> tuple[Tensor, Tensor | None]:
+        """Run the model anew, in evaluation mode: logits `[B, K]` float64 and labels."""
+        with torch.no_grad(), evaluation_mode(self.model):
+            logits, labels = self._class_logits(self.model, self._batch)
+        check_logits(logits)
+        return logits.double(), labels
+
+    @cached_property
+    def _terms(self) -> dict[str, BatchTerms]:
+        posteriors = list(self._posteriors.values())
+        terms = posterior_terms(posteriors, self.model, self._class_logits, self._batch)
+        return dict(zip(self._posteriors, terms, strict=True))
+
+    @cached_property
+    def _output(self) -> tuple[Tensor, Tensor | None]:
+        if self._posteriors:
+            terms = next(iter(self._terms.values()))
+            return terms.logits, terms.labels  # the same forward serves both
+        return self.forward()

@@ -1,0 +1,221 @@
+"""Predict a data set with several methods that share the passes over it."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Sequence
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from bmoe_lightning.experts.taps import ClassLogits
+from bmoe_lightning.laplace.posterior import LaplacePosterior
+from bmoe_lightning.methods.base import PRIOR_PRECISION, Method, State, check_method_names
+from bmoe_lightning.methods.batch_view import BatchView
+from bmoe_lightning.methods.fit_result import FitResult
+
+
+@dataclass(frozen=True)
+class Predictions:
+    """What one method says about a data set.
+
+    Attributes:
+        log_probs: `[N, K]` float64 on the CPU.
+        labels: `[N]` int64 on the CPU.
+        logits: `[N, K]` float64 on the CPU, of the model itself, whatever the method.
+    """
+
+    log_probs: Tensor
+    labels: Tensor
+    logits: Tensor
+
+
+class Evaluation:
+    """Predicts a data set batch by batch with several methods; all single-member methods share one pass.
+
+    Args:
+        methods: Methods with distinct names.
+        fitted: What was fitted for them.
+        snapshots: Trained weights after the last epochs, for methods that need them.
+
+    Raises:
+        ValueError: If names are not distinct, or a method has not been fitted.
+    """
+
+    def __init__(self, methods: Sequence[Method], fitted: FitResult, snapshots: Sequence[Path] = ()) -> None:
+        check_method_names(methods)
+        self.methods = tuple(methods)
+        self._fitted = fitted
+        self._snapshots = tuple(snapshots)
+        self._states = {method.name: fitted.state_of(method) for method in methods}
+        self._single = [method for method in methods if not method.is_ensemble]
+        self._posteriors: dict[str, LaplacePosterior] | None = None
+        self._log_probs: dict[str, list[Tensor]] = {method.name: [] for method in self._single}
+        self._labels: list[Tensor] = []
+        self._logits: list[Tensor] = []
+
+    def view(self, model: nn.Module, class_logits: ClassLogits, batch: Any) -> BatchView:
+        """The batch as all single-member methods share it."""
+        if self._posteriors is None:
+            curvatures = [curvature for method in self._single for curvature in method.curvatures]
+            self._posteriors = self._fitted.posteriors_for(curvatures, model)
+        return BatchView(model, class_logits, batch, self._posteriors, seed=self._fitted.seed)
+
+    def add(self, model: nn.Module, class_logits: ClassLogits, batch: Any) -> None:
+        """Predict one batch with every method that has one member.
+
+        Raises:
+            ValueError: If the batch has no labels.
+        """
+        view = self.view(model, class_logits, batch)
+        labels = _labels(view)
+        for method in self._single:
+            self._log_probs[method.name].append(method.log_probs(view, self._states[method.name]).cpu())
+        self._labels.append(labels)
+        self._logits.append(view.logits.cpu())
+
+    def finish(self, model: nn.Module, class_logits: ClassLogits, batches: Iterable[Any]) -> dict[str, Predictions]:
+        """Let the ensembles predict the same data, and return what every method said.
+
+        Args:
+            model: The model; its weights are as before afterwards.
+            class_logits: As in `add`.
+            batches: The data that was added, once more; iterated over once a member.
+
+        Raises:
+            ValueError: If nothing was added, or the data come in another order than before.
+        """
+        if not self._labels:
+            raise ValueError("no example to evaluate: the data are empty")
+        labels, logits = torch.cat(self._labels), torch.cat(self._logits)
+        result = {}
+        for method in self.methods:
+            if method.is_ensemble:
+                log_probs = self._ensemble(method, model, class_logits, batches, labels)
+            else:
+                log_probs = torch.cat(self._log_probs[method.name])
+            result[method.name] = Predictions(log_probs, labels, logits)
+        return result
+
+    def _ensemble(
+        self, method: Method, model: nn.Module, class_logits: ClassLogits, batches: Iterable[Any], labels: Tensor
+    ) -> Tensor:
+        state, seed = self._states[method.name], self._fitted.seed
+        contexts = method.members(model, state, self._snapshots)
+        members = [_member(context, method, state, model, class_logits, batches, seed) for context in contexts]
+        if any(not torch.equal(found, labels) for _, found in members):
+            raise ValueError(
+                f"{method.name} passes over the data once a member, and their order changed in between; use a loader "
+                "that does not shuffle"
+            )
+        return average_log_probs(torch.stack([log_probs for log_probs, _ in members]))
+
+
+def evaluate(
+    methods: Sequence[Method],
+    fitted: FitResult,
+    model: nn.Module,
+    class_logits: ClassLogits,
+    batches: Iterable[Any],
+    snapshots: Sequence[Path] = (),
+) -> dict[str, Predictions]:
+    """Predict a data set with several methods.
+
+    Args:
+        methods: Methods with distinct names.
+        fitted: What was fitted for them.
+        model: The model.
+        class_logits: `(model, batch) -> (logits [B, K], labels [B])`.
+        batches: The data; must allow being iterated over more than once (a list, a DataLoader) if a method is an
+            ensemble.
+        snapshots: Trained weights after the last epochs, for methods that need them.
+
+    Returns:
+        Predictions by method name.
+
+    Raises:
+        ValueError: If there is no batch or a batch has no labels.
+    """
+    evaluation = Evaluation(methods, fitted, snapshots)
+    for batch in batches:
+        evaluation.add(model, class_logits, batch)
+    return evaluation.finish(model, class_logits, batches)
+
+
+class Predictor:
+    """Predicts batches with one method, without labels; an ensemble's members one after the other within a batch.
+
+    Args:
+        method: The method.
+        fitted: What was fitted for it.
+        snapshots: Trained weights after the last epochs, for methods that need them.
+
+    Raises:
+        NotFittedError: If the method has not been fitted.
+    """
+
+    def __init__(self, method: Method, fitted: FitResult, snapshots: Sequence[Path] = ()) -> None:
+        self.method = method
+        self._fitted = fitted
+        self._state = fitted.state_of(method)
+        self._snapshots = tuple(snapshots)
+        self._posteriors: dict[str, LaplacePosterior] | None = None
+
+    def predict(self, model: nn.Module, class_logits: ClassLogits, batch: Any) -> tuple[Tensor, BatchView]:
+        """Predict one batch.
+
+        Returns:
+            Log-probabilities `[B, K]` float64, and the batch under the model's own weights.
+        """
+        method, seed = self.method, self._fitted.seed
+        if self._posteriors is None:
+            self._posteriors = self._fitted.posteriors_for(method.curvatures, model)
+        view = BatchView(model, class_logits, batch, self._posteriors, seed=seed)
+        if not method.is_ensemble:
+            return method.log_probs(view, self._state), view
+        members = []
+        for context in method.members(model, self._state, self._snapshots):
+            with context:
+                members.append(method.log_probs(BatchView(model, class_logits, batch, seed=seed), self._state))
+        return average_log_probs(torch.stack(members)), view
+
+    def covariance(self, view: BatchView) -> tuple[Tensor, Tensor] | None:
+        """Logits and their covariance under the method's posterior, or None without one; see `BatchView.covariance`."""
+        precision = self._state.get(PRIOR_PRECISION)
+        if precision is None or not self.method.curvatures:
+            return None
+        return view.covariance(self.method.curvatures[0], precision)
+
+
+def average_log_probs(log_probs: Tensor) -> Tensor:
+    """Average probabilities over the first axis, in log space: `[M, ...]` to `[...]`."""
+    return torch.logsumexp(log_probs, dim=0) - math.log(len(log_probs))
+
+
+def _member(
+    context: AbstractContextManager[None],
+    method: Method,
+    state: State,
+    model: nn.Module,
+    class_logits: ClassLogits,
+    batches: Iterable[Any],
+    seed: int,
+) -> tuple[Tensor, Tensor]:
+    """Log-probabilities `[N, K]` of one member on the data set, and the labels `[N]`."""
+    log_probs, labels = [], []
+    with context:
+        for batch in batches:
+            view = BatchView(model, class_logits, batch, seed=seed)
+            log_probs.append(method.log_probs(view, state).cpu())
+            labels.append(_labels(view))
+    return torch.cat(log_probs), torch.cat(labels)
+
+
+def _labels(view: BatchView) -> Tensor:
+    if view.labels is None:
+        raise ValueError("evaluation needs labels, but class_logits returned None for them")
+    return view.labels.cpu()

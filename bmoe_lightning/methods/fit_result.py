@@ -1,0 +1,187 @@
+"""What fitting leaves behind: the state of every method, and the curvatures they share."""
+
+from __future__ import annotations
+
+import uuid
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from bmoe_lightning.curvature.kfac import prior_factors
+from bmoe_lightning.curvature.spec import Curvature
+from bmoe_lightning.experts import ExpertLayer, weight_fingerprint
+from bmoe_lightning.experts.discovery import locate_expert_layers
+from bmoe_lightning.laplace.posterior import LaplacePosterior, WeightMismatchError
+from bmoe_lightning.methods.base import PRIOR_PRECISION, Method, State, state_numbers
+
+
+class NotFittedError(RuntimeError):
+    """A method is asked for a prediction, and has not been fitted, or with other options."""
+
+
+@dataclass(frozen=True)
+class FittedMethod:
+    """What was fitted for one method.
+
+    Attributes:
+        state: From `Method.fit`.
+        options: The method's `fit_options` at the time.
+        curvatures: Digests of the curvatures that its predictions look at.
+    """
+
+    state: State
+    options: Mapping[str, Any]
+    curvatures: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class FitResult:
+    """Everything that was fitted to one set of weights.
+
+    Attributes:
+        fit_id: Identifier that all files of this fit carry.
+        fingerprint: Fingerprint of the weights (see `weight_fingerprint`).
+        layers: Layers that the fingerprint was taken around.
+        methods: Fitted methods by name.
+        posteriors: Curvatures at prior precision 1, by the digest of their `Curvature`.
+        seed: Seed for the noise of predictions.
+        calibration: Logits `[N, K]` float64 and labels `[N]` (or None) of the held-out data, if they were passed over.
+    """
+
+    fit_id: str = field(default_factory=lambda: uuid.uuid4().hex)
+    fingerprint: str = ""
+    layers: tuple[ExpertLayer, ...] = ()
+    methods: Mapping[str, FittedMethod] = field(default_factory=dict)
+    posteriors: Mapping[str, LaplacePosterior] = field(default_factory=dict)
+    seed: int = 0
+    calibration: tuple[Tensor, Tensor | None] | None = None
+
+    def differences(self, method: Method) -> list[str]:
+        """Which options that decide about a fit differ from those that a method of this name was fitted with.
+
+        Returns:
+            Phrases such as `scope='layer' (here 'global')`; empty if there is no fit of that name, or an equal one.
+        """
+        stored = self.methods.get(method.name)
+        if stored is None:
+            return []
+        there, here = stored.options, method.fit_options()
+        return [
+            f"{name}={there.get(name)!r} (here {here.get(name)!r})"
+            for name in sorted(there.keys() | here.keys())
+            if there.get(name) != here.get(name)
+        ]
+
+    def is_fitted(self, method: Method) -> bool:
+        """Whether a method can predict with this fit as it is."""
+        if not method.is_fitted_method:
+            return True
+        return method.name in self.methods and not self.differences(method) and not self._missing(method)
+
+    def state_of(self, method: Method) -> State:
+        """The state of a method.
+
+        Raises:
+            NotFittedError: If it has not been fitted, or with other options.
+        """
+        if not method.is_fitted_method:
+            return {}
+        if differing := self.differences(method):
+            raise NotFittedError(
+                f"{method.name} was fitted with other options: {', '.join(differing)}. Give the same ones, or fit it "
+                "again with fit_posterior, which leaves the other methods' fits alone"
+            )
+        if not self.is_fitted(method):
+            raise NotFittedError(
+                f"{method.name} has not been fitted; call fit_posterior, which fits what is missing and nothing else"
+            )
+        return self.methods[method.name].state
+
+    def posteriors_for(self, curvatures: Iterable[Curvature], model: nn.Module) -> dict[str, LaplacePosterior]:
+        """The posteriors of some curvatures; those of rank 0, which no pass collects, are made for the model.
+
+        Raises:
+            NotFittedError: If a curvature has not been collected.
+        """
+        found = {}
+        for curvature in curvatures:
+            posterior = self.posteriors.get(curvature.digest)
+            if posterior is None and not curvature.collects:
+                posterior = _prior_only(curvature, model)
+            if posterior is None:
+                raise NotFittedError(
+                    f"the curvature {curvature.description()} has not been collected; call fit_posterior"
+                )
+            found[curvature.digest] = posterior
+        return found
+
+    def has_weights_of(self, model: nn.Module) -> bool:
+        """Whether this was fitted on the weights that a model has. A collective, if they are sharded.
+
+        Raises:
+            ValueError: If the model does not have the layers.
+        """
+        if not self.fingerprint:
+            return True
+        return weight_fingerprint(model, locate_expert_layers(model, self.layers)) == self.fingerprint
+
+    def check_weights(self, model: nn.Module) -> None:
+        """Compare a model's weights with those that this was fitted on.
+
+        Raises:
+            WeightMismatchError: If they differ.
+            ValueError: If the model does not have the layers.
+        """
+        if not self.has_weights_of(model):
+            raise WeightMismatchError(
+                "the methods were fitted on other weights than the model has. Load the checkpoint they were fitted on, "
+                "or fit them again (trainer.test() without a model loads the best checkpoint, not the last)."
+            )
+
+    def scalars(self) -> dict[str, float]:
+        """Flat numbers for a logger: what was fitted, and how much of each curvature the factors hold."""
+        flat: dict[str, float] = {}
+        for name, fitted in self.methods.items():
+            flat |= {f"posterior/{name}/{key}": value for key, value in state_numbers(fitted.state).items()}
+        for position, posterior in enumerate(self.posteriors.values()):
+            prefix = f"curvature_{position}" if position else "curvature"
+            flat |= {f"{prefix}/{key}": value for key, value in curvature_scalars(posterior).items()}
+        return flat
+
+    def served_posterior(self, digest: str) -> LaplacePosterior:
+        """A curvature at the prior precision of the first method that has fitted one for it, for serving by itself."""
+        posterior = self.posteriors[digest]
+        for fitted in self.methods.values():
+            if digest in fitted.curvatures and PRIOR_PRECISION in fitted.state:
+                return posterior.with_prior_precision(fitted.state[PRIOR_PRECISION])
+        return posterior
+
+    def with_methods(
+        self, methods: Mapping[str, FittedMethod], posteriors: Mapping[str, LaplacePosterior]
+    ) -> FitResult:
+        """The same fit with more methods and curvatures."""
+        return replace(self, methods={**self.methods, **methods}, posteriors={**self.posteriors, **posteriors})
+
+    def _missing(self, method: Method) -> bool:
+        return any(curvature.collects and curvature.digest not in self.posteriors for curvature in method.curvatures)
+
+
+def curvature_scalars(posterior: LaplacePosterior) -> dict[str, float]:
+    """Routed tokens of each expert, and the share of the trace that low rank has discarded."""
+    layers = posterior.factors.layers
+    slots = torch.cat([layer.slots.cpu() for layer in layers])
+    discarded = torch.cat([layer.discarded_energy() for layer in layers])[slots > 0]
+    return {
+        "slots_per_expert_min": float(slots.min()),
+        "slots_per_expert_mean": float(slots.mean()),
+        "idle_experts": float((slots == 0).sum()),
+        "discarded_energy": float(discarded.mean()) if len(discarded) else 0.0,
+    }
+
+
+def _prior_only(curvature: Curvature, model: nn.Module) -> LaplacePosterior:
+    """A posterior that is its prior, over layers of which nothing has been collected."""
+    return LaplacePosterior(prior_factors(model, curvature.posterior_layers(model)))

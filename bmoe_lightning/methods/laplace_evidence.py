@@ -1,0 +1,56 @@
+"""The Laplace posterior over the experts, its prior precision from the evidence."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from bmoe_lightning.laplace.predictive import NUM_SAMPLES, LinkName, check_link, class_probabilities
+from bmoe_lightning.laplace.prior import SCOPES, Scope
+from bmoe_lightning.methods.base import PRIOR_PRECISION, CurvatureMethod, State, check_choice, option
+from bmoe_lightning.methods.batch_view import BatchView
+from bmoe_lightning.methods.needs import Needs
+from bmoe_lightning.methods.workbench import PRIOR_MEANS, PriorMeanName, Workbench
+
+
+@dataclass(frozen=True)
+class LaplaceEvidence(CurvatureMethod):
+    """Laplace posterior over `down_proj` of every expert; the prior precision maximises the evidence.
+
+    No held-out data are looked at. MacKay 1992, The Evidence Framework Applied to Classification Networks; Dialameh et
+    al. 2025, Bayesian Mixture of Experts for Large Language Models.
+
+    Raises:
+        ValueError: For an unknown scope, prior mean or link, or less than one sample.
+    """
+
+    name: str = "laplace_evidence"
+    label: str = "Bayesian-MoE (evidence)"
+    scope: Scope = option("layer", "One prior precision a layer (`layer`), or a single one (`global`).")
+    prior_mean: PriorMeanName = option(
+        "pretrained", "Prior mean: the weights from before fine-tuning (`pretrained`), or `zero`."
+    )
+    link: LinkName = option(
+        "mc", "From logits to probabilities: `mc`, `isotropic`, `probit` or `laplace_bridge`.", prediction_only=True
+    )
+    num_samples: int = option(NUM_SAMPLES, "Monte Carlo samples of a prediction.", prediction_only=True)
+
+    source = "https://arxiv.org/abs/2511.08968"
+    cost = "one forward pass and K - 1 backward passes to the experts' outputs"
+
+    def __post_init__(self) -> None:
+        check_choice("scope", self.scope, SCOPES)
+        check_choice("prior_mean", self.prior_mean, PRIOR_MEANS)
+        check_link(self.link, self.num_samples)
+
+    @property
+    def needs(self) -> Needs:
+        return Needs(prior_mean=self.prior_mean == "pretrained")
+
+    def fit(self, work: Workbench) -> State:
+        return {PRIOR_PRECISION: work.evidence_precision(self.spec, self.scope, self.prior_mean)}
+
+    def log_probs(self, batch: BatchView, state: State) -> Tensor:
+        logits, covariance = batch.covariance(self.spec, state[PRIOR_PRECISION])
+        return class_probabilities(logits, covariance, self.link, num_samples=self.num_samples, seed=batch.seed)

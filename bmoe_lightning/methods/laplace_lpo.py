@@ -1,0 +1,54 @@
+"""The Laplace posterior over the experts, its prior precision from a validation split (LPO)."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from bmoe_lightning.laplace.predictive import NUM_SAMPLES, LinkName, check_link, class_probabilities
+from bmoe_lightning.laplace.prior import SCOPES, Scope, fit_lpo
+from bmoe_lightning.methods.base import PRIOR_PRECISION, CurvatureMethod, State, check_choice, option
+from bmoe_lightning.methods.batch_view import BatchView
+from bmoe_lightning.methods.needs import Needs
+from bmoe_lightning.methods.workbench import Workbench
+
+
+@dataclass(frozen=True)
+class LaplaceLPO(CurvatureMethod):
+    """Laplace posterior over `down_proj` of every expert; the prior precision minimises validation NLL (LPO).
+
+    Dialameh et al. 2025, Bayesian Mixture of Experts for Large Language Models; the optimisation over a validation
+    split follows Yang et al. 2023, Bayesian Low-rank Adaptation for Large Language Models
+    (https://arxiv.org/abs/2308.13111).
+
+    Raises:
+        ValueError: For an unknown scope or link, or less than one sample.
+    """
+
+    name: str = "laplace_lpo"
+    label: str = "Bayesian-MoE (LPO)"
+    scope: Scope = option("layer", "One prior precision a layer (`layer`), or a single one (`global`).")
+    link: LinkName = option(
+        "mc", "From logits to probabilities: `mc`, `isotropic`, `probit` or `laplace_bridge`.", prediction_only=True
+    )
+    num_samples: int = option(NUM_SAMPLES, "Monte Carlo samples of a prediction.", prediction_only=True)
+
+    source = "https://arxiv.org/abs/2511.08968"
+    cost = "one forward pass and K - 1 backward passes to the experts' outputs"
+
+    def __post_init__(self) -> None:
+        check_choice("scope", self.scope, SCOPES)
+        check_link(self.link, self.num_samples)
+
+    @property
+    def needs(self) -> Needs:
+        return Needs(calibration_labels=True)
+
+    def fit(self, work: Workbench) -> State:
+        work.labelled_logits()  # refuses labels that cannot be
+        return {PRIOR_PRECISION: fit_lpo(work.covariances(self.spec), self.scope, seed=work.seed)}
+
+    def log_probs(self, batch: BatchView, state: State) -> Tensor:
+        logits, covariance = batch.covariance(self.spec, state[PRIOR_PRECISION])
+        return class_probabilities(logits, covariance, self.link, num_samples=self.num_samples, seed=batch.seed)

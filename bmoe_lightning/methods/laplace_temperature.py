@@ -1,0 +1,44 @@
+"""The Laplace predictive with its prior precision from the evidence, followed by a temperature."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from bmoe_lightning.laplace.predictive import NUM_SAMPLES, LinkName, class_probabilities
+from bmoe_lightning.methods.base import PRIOR_PRECISION, State, option, scalar
+from bmoe_lightning.methods.batch_view import BatchView
+from bmoe_lightning.methods.laplace_evidence import LaplaceEvidence
+from bmoe_lightning.methods.needs import Needs
+from bmoe_lightning.methods.temperature_search import fit_temperature
+from bmoe_lightning.methods.workbench import Workbench
+
+
+@dataclass(frozen=True)
+class LaplaceTemperature(LaplaceEvidence):
+    """The predictive of the evidence's posterior, its log-probabilities divided by a temperature and normalised again.
+
+    The temperature is fitted on the predictive of held-out data, so link and samples decide about the fit here.
+    Temperature scaling: Guo et al. 2017 (https://arxiv.org/abs/1706.04599).
+    """
+
+    name: str = "laplace_temperature"
+    label: str = "Bayesian-MoE + temperature"
+    link: LinkName = option("mc", "From logits to probabilities: `mc`, `isotropic`, `probit` or `laplace_bridge`.")
+    num_samples: int = option(NUM_SAMPLES, "Monte Carlo samples of a prediction.")
+
+    @property
+    def needs(self) -> Needs:
+        return Needs(calibration_labels=True, prior_mean=self.prior_mean == "pretrained")
+
+    def fit(self, work: Workbench) -> State:
+        state = super().fit(work)
+        logits, labels = work.labelled_logits()
+        covariance = work.covariances(self.spec).covariance(state[PRIOR_PRECISION])
+        log_probs = class_probabilities(logits, covariance, self.link, num_samples=self.num_samples, seed=work.seed)
+        return {**state, "temperature": scalar(fit_temperature(log_probs, labels))}
+
+    def log_probs(self, batch: BatchView, state: State) -> Tensor:
+        log_probs = super().log_probs(batch, state)
+        return (log_probs / state["temperature"].to(log_probs)).log_softmax(-1)

@@ -1,0 +1,51 @@
+"""What all ensembles of weights share: one snapshot a member, loaded once a pass over the data."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
+from pathlib import Path
+
+from torch import Tensor, nn
+
+from bmoe_lightning.methods.base import Method, State
+from bmoe_lightning.methods.batch_view import BatchView
+from bmoe_lightning.methods.snapshots import snapshot_info, swapped_weights
+
+
+class WeightEnsemble(Method):
+    """Averages the probabilities of a model under several sets of weights; a subclass says which."""
+
+    def log_probs(self, batch: BatchView, state: State) -> Tensor:
+        return batch.logits.log_softmax(-1)
+
+
+def weight_members(
+    name: str, model: nn.Module, paths: Sequence[Path], *, include_current: bool
+) -> list[AbstractContextManager[None]]:
+    """One context a member, which puts its weights into the model and takes them out again.
+
+    Args:
+        name: Name of the method, for messages.
+        model: The model.
+        paths: Snapshots, from `save_snapshot`.
+        include_current: Whether the weights that the model has anyway are one more member.
+
+    Raises:
+        FileNotFoundError: If a snapshot is missing.
+        ValueError: If there is no snapshot, a path is given twice, a file is no snapshot, or the snapshots hold
+            different tensors: members would then mix weights of different runs.
+    """
+    if not paths:
+        raise ValueError(f"{name} needs snapshots of the trained weights, and there are none")
+    if len(set(paths)) < len(paths):
+        raise ValueError(f"{name} was given the same snapshot twice: {[str(path) for path in paths]}")
+    shapes = [snapshot_info(path).shapes for path in paths]
+    for path, other in zip(paths, shapes, strict=True):
+        if other != shapes[0]:
+            raise ValueError(
+                f"the snapshots {paths[0]} and {path} hold different tensors; take them from runs that train the same "
+                "parameters of the same model"
+            )
+    current = [nullcontext()] if include_current else []
+    return [*current, *(swapped_weights(model, path) for path in paths)]

@@ -1,0 +1,53 @@
+"""The metrics of the results table: their list, and all of them at once.
+
+A further one is described in its own file and added to `HEADLINE_METRICS`; values, the torchmetrics collection,
+bootstrap intervals, tables, files and TensorBoard follow from the list.
+"""
+
+from __future__ import annotations
+
+from torch import Tensor
+from torchmetrics import Metric, MetricCollection
+
+from bmoe_lightning.metrics import acc, brier, ece, nll
+from bmoe_lightning.metrics.binning import BinConvention, Binning
+from bmoe_lightning.metrics.inputs import check_predictions
+
+HEADLINE_METRICS = (acc.HEADLINE, ece.HEADLINE, nll.HEADLINE, brier.HEADLINE)
+METRIC_NAMES = tuple(metric.name for metric in HEADLINE_METRICS)
+
+
+def calibration_values(
+    log_probs: Tensor, target: Tensor, *, num_bins: int = 15, convention: BinConvention = "right"
+) -> dict[str, float]:
+    """All headline metrics in one pass, by name: accuracy, ECE, NLL (nats) and Brier score.
+
+    Args:
+        log_probs: Normalised natural log-probabilities, `[N, K]`.
+        target: Class indices, `[N]`.
+        num_bins: Number of ECE bins.
+        convention: Closed side of the ECE bins.
+
+    Raises:
+        TypeError: If a tensor has the wrong dtype; see `check_predictions`.
+        ValueError: If the predictions are refused, see `check_predictions`, or a setting is not supported.
+    """
+    binning = Binning(num_bins, convention)
+    log_probs, target = check_predictions(log_probs, target)
+    return {metric.name: float(metric.value(log_probs, target, binning)) for metric in HEADLINE_METRICS}
+
+
+def calibration_metrics(num_bins: int = 15, convention: BinConvention = "right") -> MetricCollection:
+    """All headline metrics as a torchmetrics collection, under their names.
+
+    Compute groups are off: they would share one state between metrics that happen to agree on the first batch.
+
+    Args:
+        num_bins: Number of ECE bins.
+        convention: Closed side of the ECE bins.
+    """
+    binning = Binning(num_bins, convention)
+    metrics: dict[str, Metric | MetricCollection] = {
+        metric.name: metric.torchmetric(binning) for metric in HEADLINE_METRICS
+    }
+    return MetricCollection(metrics, compute_groups=False)

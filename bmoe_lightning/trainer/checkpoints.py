@@ -1,0 +1,74 @@
+"""The weights of a trainer's best checkpoint, for a while."""
+
+from __future__ import annotations
+
+import pickle
+import zipfile
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from typing import Any, Literal
+
+import lightning as L
+import torch
+
+
+def weights_to_fit(
+    trainer: L.Trainer, module: L.LightningModule, fit_at: Literal["last", "best"]
+) -> AbstractContextManager[None]:
+    """Put the weights that methods are fitted to into the module for a while; see `best_weights`.
+
+    Args:
+        trainer: The trainer.
+        module: The module, with its last weights.
+        fit_at: `last` leaves it as it is.
+    """
+    return best_weights(trainer, module) if fit_at == "best" else nullcontext()
+
+
+@contextmanager
+def best_weights(trainer: L.Trainer, module: L.LightningModule) -> Iterator[None]:
+    """Put the weights of the best checkpoint into the module; the last ones are restored afterwards.
+
+    The file is read with `weights_only=True`: its path may come out of another checkpoint, and unpickling it could run
+    any code.
+
+    Args:
+        trainer: The trainer, whose checkpoint callback knows the file.
+        module: The module, on its device.
+
+    Raises:
+        RuntimeError: If the checkpoint callback has saved none, the file is damaged or holds objects that only
+            unpickling could restore, or its tensors have other shapes.
+    """
+    path = getattr(trainer.checkpoint_callback, "best_model_path", "")
+    if not path:
+        raise RuntimeError(
+            "fit_at='best', but the checkpoint callback has saved no checkpoint; let it save one, or use fit_at='last'"
+        )
+    best = _state_dict(path)
+    current = {name: value for name, value in module.state_dict().items() if name in best}
+    last = {name: value.detach().to("cpu", copy=True) for name, value in current.items()}
+    try:
+        # Inside the try block: a checkpoint with other shapes raises when a part of it has been loaded.
+        module.load_state_dict(best, strict=False)
+        yield
+    finally:
+        module.load_state_dict(last, strict=False)
+
+
+def _state_dict(path: str) -> dict[str, Any]:
+    try:
+        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
+    except pickle.UnpicklingError as error:
+        damaged = not zipfile.is_zipfile(path)
+        classes = [] if damaged else torch.serialization.get_unsafe_globals_in_checkpoint(path)
+        if not classes:
+            raise RuntimeError(f"the best checkpoint {path} is damaged; use fit_at='last'") from error
+        raise RuntimeError(
+            f"the best checkpoint {path} holds objects of {', '.join(sorted(classes)[:3])}, and reading objects other "
+            "than tensors and plain values can run code. Keep them out of the checkpoint "
+            "(save_hyperparameters(ignore=[...]), plain values in state_dict and on_save_checkpoint), allow classes "
+            "that you trust with torch.serialization.add_safe_globals, or use fit_at='last'"
+        ) from error
+    state: dict[str, Any] = checkpoint["state_dict"]
+    return state

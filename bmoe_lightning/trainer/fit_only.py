@@ -1,0 +1,52 @@
+"""A trainer set up as for training, with something else in the place of the training."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import lightning as L
+
+from bmoe_lightning.trainer.lightning_internals import replaced_fit_loop
+
+
+def fit_only(
+    trainer: L.Trainer,
+    callback: L.Callback,
+    module: L.LightningModule | None,
+    action: Callable[[L.Trainer, L.LightningModule], None],
+    **data: Any,
+) -> None:
+    """Set a trainer up as for training (devices, precision, sharding, loaders), and run an action instead of training.
+
+    Args:
+        trainer: The trainer; it trains no step.
+        callback: Callback whose hooks have to run; it is added to the trainer for the time if it is not there.
+        module: LightningModule; by default the trainer's own.
+        action: What runs where training would.
+        data: Data and checkpoint, as for `trainer.fit`.
+
+    Raises:
+        ValueError: If there is no module.
+    """
+    module = trainer.lightning_module if module is None else module
+    if module is None:
+        raise ValueError("the trainer has no module yet; pass module=, the LightningModule to fit to")
+    callbacks: list[L.Callback] = trainer.callbacks  # type: ignore[attr-defined]
+    is_added = callback not in callbacks
+    if is_added:
+        callbacks.append(callback)
+    steps = trainer.num_sanity_val_steps
+    trainer.num_sanity_val_steps = 0
+    try:
+        with replaced_fit_loop(trainer, partial(_call, action, trainer)):
+            trainer.fit(module, **data)
+    finally:
+        trainer.num_sanity_val_steps = steps
+        if is_added:
+            callbacks.remove(callback)
+
+
+def _call(action: Callable[[L.Trainer, L.LightningModule], None], trainer: L.Trainer) -> None:
+    action(trainer, trainer.lightning_module)

@@ -1,0 +1,127 @@
+"""The header that all files of this package carry: format, version, id of the fit, description and SHA-256 digests."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+REMEDY = "create the file again"
+_DIGEST = "sha256"
+
+
+@dataclass(frozen=True)
+class FileHeader:
+    """What a header says.
+
+    Attributes:
+        format: Name of the format in words, such as `posterior`.
+        version: Version of the format.
+        fit: Id of the fit that the file belongs to; empty if it belongs to none.
+        description: Content in JSON; readers leave keys that they do not know alone.
+        tensors: SHA-256 digest of each tensor by name.
+        digest: SHA-256 digest of all of the above, and so of the file's content.
+    """
+
+    format: str
+    version: int
+    fit: str
+    description: dict[str, Any]
+    tensors: dict[str, str]
+    digest: str
+
+
+def seal(fields: Mapping[str, Any]) -> tuple[str, str]:
+    """Add the digest to the fields of a header.
+
+    Args:
+        fields: `format`, `version`, `fit`, `description` and `tensors` (see `FileHeader`), in values that JSON has; a
+            digest among them is replaced.
+
+    Returns:
+        The header as JSON text, and its digest.
+    """
+    plain = json.loads(json.dumps({key: value for key, value in fields.items() if key != _DIGEST}))
+    digest = _digest(plain)
+    return json.dumps({**plain, _DIGEST: digest}), digest
+
+
+def parse_header(path: Path, text: str | bytes, *, format: str, version: int, remedy: str = REMEDY) -> FileHeader:
+    """Check the JSON text of a header and return what it says.
+
+    Args:
+        path: Path of the file, for messages.
+        text: JSON text.
+        format: Format that the reader expects.
+        version: Version that the reader knows.
+        remedy: What to do if the file cannot be used, the second half of a message's last sentence.
+
+    Raises:
+        ValueError: If the header is of another format or version, or does not match its digest.
+    """
+    try:
+        fields = json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise damaged(path, format, f"its header is not JSON ({error})", remedy) from error
+    if not isinstance(fields, dict) or not isinstance(fields.get("format"), str):
+        raise foreign(path, format)
+    if fields["format"] != format:
+        raise ValueError(
+            f"{path} is a {fields['format']} file of bmoe_lightning, not a {format} file. Check the path, or {remedy}."
+        )
+    found = fields.get("version")
+    if found != version:
+        newer = isinstance(found, int) and found > version
+        action = "Update bmoe_lightning" if newer else "Install the release of bmoe_lightning that wrote it"
+        raise ValueError(
+            f"{path} has version {found} of the {format} format, and this release of bmoe_lightning reads version "
+            f"{version}. {action}, or {remedy}."
+        )
+    digest = fields.pop(_DIGEST, None)
+    if digest != _digest(fields):
+        raise damaged(path, format, "its header does not match its SHA-256 digest", remedy)
+    try:
+        return FileHeader(format, version, fields["fit"], dict(fields["description"]), dict(fields["tensors"]), digest)
+    except (KeyError, TypeError, ValueError) as error:
+        raise damaged(path, format, f"its header is incomplete ({error!r})", remedy) from error
+
+
+class DamagedFileError(ValueError):
+    """A file is damaged, or was not written by this package."""
+
+
+def foreign(path: Path, format: str) -> DamagedFileError:
+    """The error for a file that this package has not written."""
+    return DamagedFileError(f"{path} was not written by bmoe_lightning, so it is no {format} file. Check the path.")
+
+
+def damaged(path: Path, format: str, reason: str, remedy: str = REMEDY) -> DamagedFileError:
+    """The error for a file that is damaged or truncated."""
+    return DamagedFileError(
+        f"{path} is not a complete {format} file: {reason}. If it was copied or downloaded, do so again, or {remedy}."
+    )
+
+
+def check_readable(path: Path, format: str) -> None:
+    """Open a file, so that a missing, unreadable or misplaced one gets the error that Python has for it.
+
+    Raises:
+        FileNotFoundError: If there is no such file.
+        IsADirectoryError: If a folder has this path.
+        OSError: If it cannot be opened, such as a `PermissionError`; the message names the path.
+    """
+    try:
+        with path.open("rb"):
+            pass
+    except FileNotFoundError as error:
+        raise FileNotFoundError(f"no {format} at {path}. Check the path.") from error
+    except IsADirectoryError as error:
+        raise IsADirectoryError(f"{path} is a folder, not a {format} file. Check the path.") from error
+
+
+def _digest(fields: Mapping[str, Any]) -> str:
+    canonical = json.dumps(fields, sort_keys=True, separators=(",", ":"))
+    return hashlib.sha256(canonical.encode()).hexdigest()

@@ -1,0 +1,22 @@
+"""Parts of error messages."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+
+def first_names(names: Iterable[str], count: int = 3) -> str:
+    """The first few of many names in alphabetical order, `none` if there are none.
+
+    Args:
+        names: All names.
+        count: How many of them to give.
+    """
+    ordered = sorted(names)
+    more = f" and {len(ordered) - count} more" if len(ordered) > count else ""
+    return (", ".join(ordered[:count]) or "none") + more
+
+
+def first_line(error: BaseException) -> str:
+    """The first line of an exception's message without its full stop, or its class if there is no message."""
+    return str(error).splitlines()[0].rstrip(".") if str(error) else type(error).__name__

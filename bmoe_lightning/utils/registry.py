@@ -1,0 +1,150 @@
+"""Named classes that are imported when they are asked for: strict, lazy, and open to other packages.
+
+A registry holds frozen dataclasses of one kind under the default of their field `name`. Names of this library are
+strings in a table, so that listing them imports nothing. Another package adds to a registry with an entry point of its
+group (`name = "package.module:Class"`); code that is running anyway calls `register`; a command line names a class
+directly, as `package.module:Class`.
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Callable, Mapping
+from importlib import import_module
+from importlib.metadata import EntryPoint, entry_points
+from typing import Any, Generic, TypeVar
+
+T = TypeVar("T")
+Registered = TypeVar("Registered", bound=type)
+
+
+class Registry(Generic[T]):
+    """The classes of one kind, by name.
+
+    Args:
+        kind: What one of them is called in messages, such as `task`.
+        base: Returns the class that all of them inherit from; called late, since its import may be slow.
+        group: Entry-point group of other packages.
+        package: Package that the built-in modules are in.
+        built_in: Built-in classes as `module:Class`, by name.
+    """
+
+    def __init__(
+        self, *, kind: str, base: Callable[[], type[T]], group: str, package: str, built_in: Mapping[str, str]
+    ) -> None:
+        self.kind = kind
+        self.group = group
+        self._base = base
+        self._built_in = {name: f"{package}.{path}" for name, path in built_in.items()}
+        self._registered: dict[str, type[T]] = {}
+
+    def names(self) -> tuple[str, ...]:
+        """All names: built in, then of other packages, then registered by running code."""
+        return tuple(dict.fromkeys((*self._built_in, *sorted(self._entry_points()), *self._registered)))
+
+    def built_in_names(self) -> tuple[str, ...]:
+        """The names that this library brings."""
+        return tuple(self._built_in)
+
+    def register(self, cls: Registered) -> Registered:
+        """Add a class under the default of its field `name`; usable as a decorator.
+
+        Args:
+            cls: Subclass of the registry's base whose fields all have defaults.
+
+        Raises:
+            TypeError: If it is no such class.
+            ValueError: If its name is taken.
+        """
+        path = _path(cls)
+        name: str = getattr(self._instance(cls, path), "name")  # noqa: B009  # the base class is not known here
+        points = self._entry_points()
+        taken = self._built_in.get(name) or (points[name].value if name in points else None)
+        if taken is None and name in self._registered:
+            taken = _path(self._registered[name])
+        # A module that is reloaded, or that an entry point names, registers its class again.
+        if taken not in (None, path):
+            raise ValueError(f"the {self.kind} name {name!r} is taken by {taken}; give {cls.__qualname__} another name")
+        self._registered[name] = cls
+        return cls
+
+    def get(self, requested: str | T) -> T:
+        """Look up by name.
+
+        Args:
+            requested: Registered name, `package.module:Class`, or an instance, which is returned as it is.
+
+        Returns:
+            The instance; by name, with default fields.
+
+        Raises:
+            ValueError: If the name is unknown, or there is no such module or class.
+            TypeError: If the name leads to something of another kind.
+        """
+        if not isinstance(requested, str):
+            return self._checked(requested)
+        if requested in self._registered:
+            return self._instance(self._registered[requested], requested)
+        if requested in self._built_in:
+            return self._instance(self._loaded(self._built_in[requested]), requested)
+        if (point := self._entry_points().get(requested)) is not None:
+            return self._instance(point.load(), requested)
+        if ":" in requested:
+            return self._instance(self._loaded(requested), requested)
+        names = self.names()
+        close = difflib.get_close_matches(requested, names, n=1)
+        hint = f", did you mean {close[0]!r}?" if close else ""
+        raise ValueError(
+            f"unknown {self.kind} {requested!r}{hint}; there are {', '.join(names)}, and `package.module:Class` names "
+            "any other"
+        )
+
+    def _loaded(self, path: str) -> Any:
+        module, _, attribute = path.partition(":")
+        try:
+            return getattr(import_module(module), attribute)
+        except ModuleNotFoundError as error:
+            if error.name is not None and module != error.name and not module.startswith(f"{error.name}."):
+                raise  # the module is there, and something that it imports is not
+            raise ValueError(f"the {self.kind} {path!r} names a module that cannot be imported: {error}") from error
+        except AttributeError:
+            raise ValueError(
+                f"the module {module!r} has no {attribute!r}; the {self.kind} {path!r} cannot be loaded"
+            ) from None
+
+    def _instance(self, cls: Any, name: str) -> T:
+        if not isinstance(cls, type):
+            return self._checked(cls)
+        try:
+            instance = cls()
+        except TypeError as error:
+            raise TypeError(
+                f"the {self.kind} {name!r} ({cls.__qualname__}) cannot be made without arguments: {error}"
+            ) from error
+        return self._checked(instance)
+
+    def _checked(self, instance: Any) -> T:
+        base = self._base()
+        if not isinstance(instance, base):
+            raise TypeError(f"a {self.kind} is a name or an instance of {_path(base)}, got {instance!r}")
+        return instance
+
+    def _entry_points(self) -> dict[str, EntryPoint]:
+        """Entry points of other packages by name.
+
+        Raises:
+            ValueError: If two packages use one name, or one that this library brings.
+        """
+        points: dict[str, EntryPoint] = {}
+        for point in entry_points(group=self.group):
+            if point.name in self._built_in or (point.name in points and points[point.name].value != point.value):
+                raise ValueError(
+                    f"the entry point {point.name!r} ({point.value}) of the group {self.group} takes the name of "
+                    f"another {self.kind}; one of the two packages has to rename its {self.kind}"
+                )
+            points[point.name] = point
+        return points
+
+
+def _path(cls: type) -> str:
+    return f"{cls.__module__}:{cls.__qualname__}"

@@ -1,0 +1,24 @@
+"""Options of the benchmark; nothing heavy is imported here."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal, get_args
+
+from recipes.common.cli import option
+
+SectionName = Literal["curvature", "prediction", "lpo", "growth", "peers"]
+ShapeName = Literal["default", "qwen1.5-moe", "tiny"]
+SECTIONS: tuple[SectionName, ...] = get_args(SectionName)
+
+
+@dataclass(frozen=True)
+class BenchmarkSettings:
+    """What is measured, and what is written."""
+
+    device: Literal["cpu", "cuda"] = option("cpu", "device that runs the model")
+    model_shape: ShapeName = option("default", "sizes of model and batch")
+    threads: int | None = option(None, "CPU threads; left out: torch's choice", least=1)
+    repeats: int = option(4, "rounds behind each median", least=1)
+    only: tuple[SectionName, ...] = option(SECTIONS, "sections to run, separated by commas")
+    json: str | None = option(None, "also write every single timing to this JSON file")

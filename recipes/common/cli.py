@@ -1,0 +1,281 @@
+"""Command lines and YAML files of all recipes: one dataclass of options each, read by jsonargparse.
+
+Nothing heavy is imported here, so that `--help` answers at once.
+"""
+
+from __future__ import annotations
+
+import argparse
+import difflib
+import functools
+import re
+import sys
+import types
+import typing
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import MISSING, field, fields, is_dataclass
+from typing import Any, Literal, TypeVar
+
+from jsonargparse import ArgumentParser
+
+T = TypeVar("T")
+
+_UNKNOWN = re.compile(r"unrecognized arguments: (\S+)|Option '([^']+)' is not accepted", re.IGNORECASE)
+_REFUSED = re.compile(r'Parser key "(?P<name>[^"]+)":.*?(?:Got|Given) value: (?P<value>.*)', re.DOTALL)
+_MISSING = re.compile(r"the following arguments are required: (.*)")
+_NO_MAPPING = re.compile(r"Unexpected config: (.*)", re.DOTALL)
+_WORDS: dict[Any, str] = {int: "an integer", float: "a number", str: "text", bool: "true or false"}
+
+
+class UsageError(Exception):
+    """An option is unknown or has an impossible value; the message says which and what to do.
+
+    Neither a `ValueError` nor a `TypeError`, which argparse replaces by texts of its own.
+    """
+
+
+def option(default: Any = MISSING, help: str = "", *, least: int | None = None, repeat: bool = False) -> Any:
+    """A field of a dataclass of options.
+
+    Args:
+        default: Default value; left out, the option has to be given.
+        help: Phrase for `--help`.
+        least: Smallest value allowed.
+        repeat: Whether each occurrence of the flag adds one item; otherwise commas separate the items of a tuple.
+    """
+    return field(default=default, metadata={"help": help, "least": least, "repeat": repeat})
+
+
+def command(main: Callable[[Sequence[str]], int]) -> Callable[..., int]:
+    """Make `main(arguments)` the entry point of a recipe.
+
+    The arguments default to the command line, and wrong usage ends in one sentence on stderr and exit status 2.
+    """
+
+    @functools.wraps(main)
+    def entry_point(arguments: Sequence[str] | None = None) -> int:
+        try:
+            return main(sys.argv[1:] if arguments is None else arguments)
+        except UsageError as error:
+            print(f"error: {error}", file=sys.stderr)
+            return 2
+
+    return entry_point
+
+
+def parse(options: type[T], arguments: Sequence[str], *, program: str, description: str) -> T:
+    """Read options from their defaults, then `--config FILE`, then flags.
+
+    Args:
+        options: Frozen dataclass whose fields are made with `option`; fields that are such dataclasses nest.
+        arguments: Command line without the program's name.
+        program: Name of the program in `--help`.
+        description: Text above the options in `--help`.
+
+    Raises:
+        UsageError: For an unknown option, one that is missing, or an impossible value.
+        SystemExit: For `--help` and `--print-config`, with status 0.
+    """
+    parser = ArgumentParser(
+        prog=program,
+        description=description,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        exit_on_error=False,
+        allow_abbrev=False,
+        print_config="--print-config",
+    )
+    parser.add_argument("--config", action="config", metavar="FILE", help="YAML file of options; flags win over it")
+    hints = {}
+    for name, entry, hint in _leaves(options):
+        hints[name] = hint
+        _add(parser, name, entry, hint)
+    try:
+        found = parser.parse_args(list(arguments))
+    except argparse.ArgumentError as error:
+        raise UsageError(_sentence(str(error), hints)) from None
+    made = _made(options, found.as_dict())
+    check_bounds(made)
+    return made
+
+
+def convert(name: str, hint: Any, value: Any) -> Any:
+    """Convert a value to a type, as `parse` does.
+
+    Args:
+        name: What the value is of, for messages.
+        hint: Type.
+        value: Text of the command line, or a value of a YAML file.
+
+    Raises:
+        UsageError: If the value is none of that type.
+    """
+    parser = ArgumentParser(exit_on_error=False)
+    parser.add_argument("--value", type=hint)
+    try:
+        text = isinstance(value, str)
+        found = parser.parse_args([f"--value={value}"]) if text else parser.parse_object({"value": value})
+        return parser.instantiate(found)["value"]
+    except argparse.ArgumentError as error:
+        raise UsageError(_sentence(str(error), {"value": hint}, name)) from None
+    except (TypeError, ValueError) as error:  # of a class that the value names
+        raise UsageError(f"{name}: {_one_line(str(error))}") from None
+
+
+def check_bounds(options: Any, prefix: str = "") -> None:
+    """Refuse numbers below the least that their option allows, in nested options too.
+
+    Args:
+        options: Instance of a dataclass of options.
+        prefix: Dotted name of the field that holds it.
+
+    Raises:
+        UsageError: With the name of the flag.
+    """
+    for entry in fields(options):
+        value, name = getattr(options, entry.name), prefix + entry.name
+        if is_dataclass(value):
+            check_bounds(value, f"{name}.")
+        elif (least := entry.metadata["least"]) is not None and value is not None and value < least:
+            raise UsageError(f"{_flag(name)} must be at least {least}, got {value}")
+
+
+def option_lines(options: type) -> list[str]:
+    """Flag and type of each option, one line each, in order."""
+    return [f"{_flag(name)}  {_type_name(hint)}" for name, _, hint in _leaves(options)]
+
+
+def nearest(name: str, known: Iterable[str]) -> str:
+    """A question to add to a message about an unknown name, empty if nothing comes close."""
+    close = difflib.get_close_matches(name, list(known), n=1)
+    return f", did you mean {close[0]}?" if close else ""
+
+
+def _leaves(options: type, prefix: str = "") -> Iterator[tuple[str, Any, Any]]:
+    """Name, field and type of all options; those of nested dataclasses have dotted names."""
+    hints = typing.get_type_hints(options)
+    for entry in fields(options):
+        name, hint = prefix + entry.name, hints[entry.name]
+        if isinstance(hint, type) and is_dataclass(hint):
+            yield from _leaves(hint, f"{name}.")
+        else:
+            yield name, entry, hint
+
+
+def _add(parser: ArgumentParser, name: str, entry: Any, hint: Any) -> None:
+    flag, text = _flag(name), entry.metadata["help"].replace("%", "%%")
+    if entry.default is MISSING:
+        parser.add_argument(flag, type=hint, required=True, metavar=_metavar(hint), help=text)
+        return
+    if hint is bool:
+        action = argparse.BooleanOptionalAction
+        parser.add_argument(flag, action=action, type=_boolean(flag), default=entry.default, help=text)
+        return
+    default: Any = entry.default
+    if typing.get_origin(hint) is tuple:
+        repeat, item = entry.metadata["repeat"], typing.get_args(hint)[0]
+        default = list(entry.default)
+        text += f" (default: {','.join(map(str, default))})" if default else ""
+        parser.add_argument(
+            flag,
+            action="extend" if repeat else "store",
+            type=_items(flag, split=not repeat),
+            default=default,
+            metavar=_metavar(item),
+            help=text,
+        )
+        return
+    text += "" if default is None else f" (default: {default})"
+    parser.add_argument(flag, type=hint, default=default, metavar=_metavar(hint), help=text)
+
+
+def _boolean(flag: str) -> Callable[[Any], bool]:
+    def convert(value: Any) -> bool:
+        if not isinstance(value, bool):
+            raise UsageError(f"{flag} must be true or false, got {value!r}")
+        return value
+
+    return convert
+
+
+def _items(flag: str, *, split: bool) -> Callable[[Any], list[Any]]:
+    """The type of a flag with several values: text on the command line, a list in a file."""
+
+    def convert(value: Any) -> list[Any]:
+        if isinstance(value, str):
+            value = [part.strip() for part in value.split(",") if part.strip()] if split else [value]
+        if not isinstance(value, list):
+            raise UsageError(f"{flag} must be a list, got {value!r}")
+        return value
+
+    return convert
+
+
+def _made(options: type[T], values: Mapping[str, Any], prefix: str = "") -> T:
+    hints = typing.get_type_hints(options)
+    made = {}
+    for entry in fields(options):  # type: ignore[arg-type]  # a dataclass
+        value, hint, name = values[entry.name], hints[entry.name], prefix + entry.name
+        if isinstance(hint, type) and is_dataclass(hint):
+            value = _made(hint, value, f"{name}.")
+        elif typing.get_origin(hint) is tuple:
+            item = typing.get_args(hint)[0]
+            value = tuple(convert(f"each value of {_flag(name)}", item, part) for part in value)
+        made[entry.name] = value
+    return options(**made)
+
+
+def _sentence(message: str, hints: Mapping[str, Any], name: str | None = None) -> str:
+    """What jsonargparse found, as one sentence that names the flag, or what `name` says."""
+    if found := _UNKNOWN.match(message):
+        given = found[1] or _flag(found[2])
+        if not given.startswith("--"):
+            return f"unexpected argument {given!r}; options begin with --, and --help lists them"
+        flag = given.partition("=")[0]
+        return f"unknown option {flag}{nearest(flag, map(_flag, hints))}; --help lists all"
+    if (found := _REFUSED.match(message)) and found["name"] in hints:
+        return (
+            f"{name or _flag(found['name'])} must be {_expected(hints[found['name']])}, got {_one_line(found['value'])}"
+        )
+    if found := _MISSING.match(message):
+        return f"{' and '.join(map(_flag, found[1].split(', ')))} must be given"
+    if found := _NO_MAPPING.match(message):
+        return f"--config must name a file of `option: value` lines, found {_one_line(found[1])!r}"
+    return _one_line(re.sub(r'^Parser key "([^"]+)":', lambda found: f"{name or _flag(found[1])}:", message))
+
+
+def _expected(hint: Any) -> str:
+    parts = [part for part in _alternatives(hint) if part is not type(None)]
+    if typing.get_origin(parts[0]) is Literal:
+        return f"one of {', '.join(map(str, typing.get_args(parts[0])))}"
+    return " or ".join(_WORDS.get(part, "a mapping") for part in parts)
+
+
+def _alternatives(hint: Any) -> tuple[Any, ...]:
+    return typing.get_args(hint) if typing.get_origin(hint) in (types.UnionType, typing.Union) else (hint,)
+
+
+def _metavar(hint: Any) -> str:
+    """The type in capitals, or the choices."""
+    kind = _alternatives(hint)[0]
+    if typing.get_origin(kind) is Literal:
+        return "{" + ",".join(map(str, typing.get_args(kind))) + "}"
+    return kind.__name__.upper()
+
+
+def _type_name(hint: Any) -> str:
+    """A type as it is written in the source, the same for every version of Python."""
+    if len(parts := _alternatives(hint)) > 1:
+        return " | ".join(map(_type_name, parts))
+    if typing.get_origin(hint) is tuple:
+        return f"tuple[{_type_name(typing.get_args(hint)[0])}, ...]"
+    if hint is type(None):
+        return "None"
+    return hint.__name__ if isinstance(hint, type) and not typing.get_args(hint) else str(hint).replace("typing.", "")
+
+
+def _flag(name: str) -> str:
+    return "--" + name.replace("_", "-")
+
+
+def _one_line(text: str) -> str:
+    return " ".join(text.split())

@@ -1,0 +1,167 @@
+"""The methods of a run: looked up by name, with the options that `--set` and YAML files give them."""
+
+from __future__ import annotations
+
+import typing
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, fields, is_dataclass, replace
+from typing import Any
+
+from bmoe_lightning.curvature.spec import Curvature
+from bmoe_lightning.methods.base import Method, check_method_names
+from bmoe_lightning.methods.needs import Available, check_needs
+from bmoe_lightning.methods.registry import get_method, method_names
+from recipes.common.cli import UsageError, convert, nearest
+from recipes.qwen_obqa.settings import ResolvedSettings
+
+_ALL = "all"
+_DROPOUT = "p"
+
+
+@dataclass(frozen=True)
+class _Given:
+    """Value of an option, and where it was given."""
+
+    value: Any
+    place: str
+
+
+_Tree = dict[str, Any]
+"""Options by name: `_Given`, or the options of a dataclass."""
+
+
+def run_curvature(settings: ResolvedSettings) -> Curvature:
+    """Curvature of the methods that name none of their own."""
+    chosen = settings.curvature
+    return Curvature(rank=chosen.rank, fisher=chosen.fisher, sketch=chosen.sketch)
+
+
+def build_methods(settings: ResolvedSettings) -> tuple[Method, ...]:
+    """Build the methods of a run.
+
+    Options that are not given come from the run where it has them: the curvature, and the dropout of the experts for
+    methods that predict with it.
+
+    Args:
+        settings: Resolved settings.
+
+    Raises:
+        UsageError: If there is no such method or option, a value is impossible, or the run lacks what a method needs.
+    """
+    curvature = run_curvature(settings)
+    chosen = [_looked_up(entry, curvature) for entry in _entries(settings.methods)]
+    given = _assignments(settings.set, [method.name for method, _ in chosen])
+    methods = [
+        _with_options(method, given.get(method.name, {}), f"--set {method.name}", {"curvature": curvature})
+        for method, _ in chosen
+    ]
+    try:
+        check_method_names(methods)
+        # Further fine-tuning runs are made by the recipe.
+        available = Available(snapshots=settings.epochs, expert_dropout=settings.expert_dropout, runs=True)
+        check_needs(methods, available)
+    except ValueError as error:
+        raise UsageError(f"--methods: {error}") from None
+    return tuple(
+        _filled(method, args | set(given.get(looked_up.name, {})), settings)
+        for method, (looked_up, args) in zip(methods, chosen, strict=True)
+    )
+
+
+def _entries(methods: Sequence[str | dict[str, Any]]) -> Iterator[str | dict[str, Any]]:
+    for entry in methods:
+        if entry == _ALL:
+            yield from method_names()
+        else:
+            yield entry
+
+
+def _looked_up(entry: str | dict[str, Any], curvature: Curvature) -> tuple[Method, frozenset[str]]:
+    """A method, and the names of the options that were given with it."""
+    if isinstance(entry, str):
+        return _found(entry), frozenset()
+    path, args = entry.get("class_path"), entry.get("init_args", {})
+    if not isinstance(path, str) or not isinstance(args, dict) or set(entry) - {"class_path", "init_args"}:
+        raise UsageError(f"an item of methods must be a name or {{class_path: ..., init_args: {{...}}}}, got {entry}")
+    method = _found(":".join(path.rsplit(".", 1)))
+    return _with_options(method, _tree(args, path), path, {"curvature": curvature}), frozenset(args)
+
+
+def _found(name: str) -> Method:
+    try:
+        return get_method(name)
+    except (ValueError, TypeError) as error:
+        raise UsageError(f"--methods: {error}") from None
+
+
+def _tree(args: Mapping[str, Any], place: str) -> _Tree:
+    """The options of a YAML file; a mapping stands for the options of a dataclass, unless it names a class."""
+    return {
+        name: _tree(value, f"{place}.{name}")
+        if isinstance(value, dict) and "class_path" not in value
+        else _Given(value, f"{place}.{name}")
+        for name, value in args.items()
+    }
+
+
+def _assignments(texts: Sequence[str], methods: Sequence[str]) -> dict[str, _Tree]:
+    """The options that `--set METHOD.OPTION=VALUE` gives, by method; the last one counts."""
+    given: dict[str, _Tree] = {}
+    for text in texts:
+        path, equals, value = text.partition("=")
+        method, *names = path.split(".")
+        if not equals or not names or not all((method, *names)):
+            raise UsageError(f"--set must be METHOD.OPTION=VALUE, got {text!r}")
+        if method not in methods:
+            raise UsageError(
+                f"--set {path}: {method!r} is not among --methods{nearest(method, methods)}; "
+                f"there are {', '.join(methods)}"
+            )
+        tree = given.setdefault(method, {})
+        for name in names[:-1]:
+            inner = tree.get(name)
+            tree[name] = tree = inner if isinstance(inner, dict) else {}
+        tree[names[-1]] = _Given(value, f"--set {path}")
+    return given
+
+
+def _filled(method: Method, given: Iterable[str], settings: ResolvedSettings) -> Method:
+    """The method with what it leaves open taken from the run: the dropout of training, and the curvature."""
+    try:
+        if method.needs.expert_dropout and _DROPOUT in _option_names(method) and _DROPOUT not in given:
+            dropout: dict[str, Any] = {_DROPOUT: settings.expert_dropout}
+            method = replace(method, **dropout)
+        return method.with_defaults(run_curvature(settings))
+    except ValueError as error:
+        raise UsageError(f"--methods: {method.name}: {error}") from None
+
+
+def _with_options(instance: Any, given: _Tree, place: str, defaults: Mapping[str, Any]) -> Any:
+    """A dataclass with other values.
+
+    Args:
+        instance: Frozen dataclass.
+        given: Options by name.
+        place: Where they were given, for messages.
+        defaults: Values of fields that are None, whose own options may be given.
+    """
+    hints, names, changes = typing.get_type_hints(type(instance)), _option_names(instance), {}
+    for name, value in given.items():
+        if name not in names:
+            raise UsageError(f"{place} has no option {name!r}{nearest(name, names)}; there are {', '.join(names)}")
+        if isinstance(value, _Given):
+            changes[name] = convert(value.place, hints[name], value.value)
+            continue
+        inner = getattr(instance, name)
+        inner = defaults.get(name) if inner is None else inner
+        if not is_dataclass(inner):
+            raise UsageError(f"{place}.{name} is one value, and has no options {', '.join(map(repr, value))}")
+        changes[name] = _with_options(inner, value, f"{place}.{name}", {})
+    try:
+        return replace(instance, **changes)
+    except (TypeError, ValueError) as error:
+        raise UsageError(f"{place}: {error}") from None
+
+
+def _option_names(instance: Any) -> list[str]:
+    return [entry.name for entry in fields(instance) if entry.init]

@@ -1,0 +1,109 @@
+"""Predictions of the test split on disk, a file a method: a method that is added leaves those of the others alone."""
+
+from __future__ import annotations
+
+import json
+import warnings
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from bmoe_lightning.methods import FitResult, Method, Predictions
+from bmoe_lightning.report import MethodResult
+from bmoe_lightning.utils.safetensors_io import opened_tensor_file, read_tensor_file, write_tensor_file
+
+_FORMAT = "predictions"
+_VERSION = 1
+_REMEDY = "delete it, and run the same command again"
+
+
+@dataclass(frozen=True)
+class StoredPredictions:
+    """The predictions of one seed.
+
+    Attributes:
+        folder: Folder of the files.
+    """
+
+    folder: Path
+
+    def has(self, method: Method) -> bool:
+        """Whether the test split has been predicted with a method with these very options.
+
+        Warns:
+            UserWarning: If the file is damaged, which counts as none.
+        """
+        path = self._path(method)
+        if not path.is_file():
+            return False
+        try:
+            file = read_tensor_file(path, format=_FORMAT, version=_VERSION, remedy=_REMEDY)
+        except ValueError as error:
+            warnings.warn(f"{error} The test split is predicted again", stacklevel=2)
+            return False
+        return bool(file.description.get("options") == _options(method))
+
+    def write(self, method: Method, fit: FitResult, predictions: Predictions) -> None:
+        """Write the predictions of a method.
+
+        Args:
+            method: Method, as the run's settings have it.
+            fit: What it was fitted to.
+            predictions: Of the test split.
+        """
+        description = {"options": _options(method), "numbers": method.hyperparameters(fit.state_of(method))}
+        tensors = {"log_probs": predictions.log_probs, "labels": predictions.labels, "logits": predictions.logits}
+        write_tensor_file(
+            self._path(method), tensors, format=_FORMAT, version=_VERSION, description=description, fit=fit.fit_id
+        )
+
+    def read(self, method: Method, seed: int, ids: tuple[str, ...]) -> MethodResult:
+        """Read the predictions of a method.
+
+        Args:
+            method: Method, as the run's settings have it.
+            seed: Fine-tuning seed.
+            ids: Ids of the questions, in order.
+
+        Raises:
+            ValueError: If the file is damaged.
+        """
+        file = read_tensor_file(self._path(method), format=_FORMAT, version=_VERSION, remedy=_REMEDY)
+        return MethodResult(
+            method=method.name,
+            label=method.label,
+            seed=seed,
+            log_probs=file.tensors["log_probs"],
+            target=file.tensors["labels"],
+            ids=ids,
+            extra=file.description["numbers"],
+            hyperparameters=_hyperparameters(method),
+        )
+
+    def logits(self, method: Method) -> torch.Tensor:
+        """The model's own logits on the test split, `[N, K]` float64."""
+        with opened_tensor_file(self._path(method), format=_FORMAT, version=_VERSION, remedy=_REMEDY) as file:
+            return file.read("logits")
+
+    def _path(self, method: Method) -> Path:
+        return self.folder / f"{method.name}.safetensors"
+
+
+def _options(method: Method) -> dict[str, Any]:
+    """The options of a method as a file has them; the class, too, since names can be taken over."""
+    plain = {"class": type(method).__qualname__, **method.options()}
+    loaded: dict[str, Any] = json.loads(json.dumps(plain))
+    return loaded
+
+
+def _hyperparameters(method: Method) -> dict[str, bool | int | float | str]:
+    """The options of a method as columns of a table; those of its curvature by their own names."""
+    columns: dict[str, bool | int | float | str] = {}
+    for name, value in method.options().items():
+        if isinstance(value, dict):
+            columns |= {key: inner for key, inner in value.items() if isinstance(inner, (bool, int, float, str))}
+        elif isinstance(value, (bool, int, float, str)) and name != "label":
+            columns[name] = value
+    return columns

@@ -1,0 +1,133 @@
+"""`ExpertFinetuner` with weights that FSDP2 shards; each process writes down what it has to say.
+
+Lightning runs this script once more for every other process: `python finetuner_runs.py FOLDER finetuner|loading
+WORLD_SIZE`.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+import time
+import warnings
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+from distributed_runs import leave, options
+from lightning.pytorch.callbacks import ModelCheckpoint
+from sharded_runs import rank, strategy
+from torch.utils.data import DataLoader, Dataset
+from toy import ToyData, toy_model, trainer
+
+import bmoe_lightning.finetuner as module_file
+from bmoe_lightning import BayesianMoECallback, ExpertFinetuner
+from bmoe_lightning.experts import find_expert_layers, weight_fingerprint
+from bmoe_lightning.experts.fsdp import full_tensor, has_shards
+
+
+class Questions(Dataset):
+    """The toy's data as `ExpertFinetuner` takes them."""
+
+    def __init__(self, size: int, seed: int) -> None:
+        self._data = ToyData(size, seed)
+
+    def __len__(self) -> int:
+        return len(self._data)
+
+    def __getitem__(self, index):
+        ids, label = self._data.ids[index], self._data.labels[index]
+        return {"input_ids": ids, "attention_mask": torch.ones_like(ids), "label": label}
+
+
+def finetuner(world_size: int, folder: Path) -> None:
+    """`ExpertFinetuner` shards its model by itself; its checkpoints are read back, of both kinds."""
+    training, calibration = (DataLoader(Questions(*drawn), batch_size=8) for drawn in ((40, 1), (120, 2)))
+    said = {}
+    for kind in ("distributed", "single"):
+        chosen = {"max_epochs": 1, "gradient_clip_val": 1.0, "precision": "32-true", "enable_checkpointing": True}
+        own = folder / kind
+
+        def given(kind=kind):
+            return strategy(world_size, save_distributed_checkpoint=kind == "distributed")
+
+        def run(epochs, own=own, chosen=chosen, given=given):
+            callback = BayesianMoECallback(("map", "laplace_evidence", "laplace_lpo"), dirpath=str(own / str(epochs)))
+            kept = ModelCheckpoint(own, filename="last")
+            wanted = options(world_size, **{**chosen, "max_epochs": epochs, "strategy": given()})
+            return callback, trainer(own, [callback, kept], **wanted)
+
+        module = ExpertFinetuner(toy_model(), answer_token_ids=[1, 2, 3], learning_rate=1e-2, expert_dropout=0.1)
+        fitting, first = run(1)
+        first.fit(module, training, calibration)
+        trained = fingerprint_of(module)
+        tested = first.test(module, calibration, verbose=False)[0]
+        said[kind] = {"nll": tested["laplace_lpo/test/nll"], "map": tested["map/test/nll"]}
+        # What each process has written its shards of holds the frozen weights too.
+        again = ExpertFinetuner(
+            toy_model(seed=3 * (kind == "distributed")), answer_token_ids=[1, 2, 3], learning_rate=1e-2
+        )
+        _, second = run(1)
+        result = second.test(again, calibration, ckpt_path=str(own / "last.ckpt"), weights_only=False, verbose=False)
+        said[kind] |= {"same": fingerprint_of(again) == trained, "nll read back": result[0]["laplace_lpo/test/nll"]}
+        completing = BayesianMoECallback(fitting.methods, name="again", dirpath=str(own / "again"))
+        fresh = ExpertFinetuner(toy_model(), answer_token_ids=[1, 2, 3], learning_rate=1e-2)
+        completing.fit_posterior(
+            fresh,
+            trainer=trainer(own, [completing], **options(world_size, **{**chosen, "strategy": given()})),
+            train_dataloaders=training,
+            val_dataloaders=calibration,
+            ckpt_path=str(own / "last.ckpt"),
+        )
+        said[kind] |= {"fit": fitting.fitted.scalars(), "completed fit": completing.fitted.scalars()}
+        refitting, third = run(2)
+        resumed = ExpertFinetuner(toy_model(), answer_token_ids=[1, 2, 3], learning_rate=1e-2)
+        third.fit(resumed, training, calibration, ckpt_path=str(own / "last.ckpt"), weights_only=False)
+        assert fingerprint_of(resumed) != trained
+        said[kind]["epochs"] = third.current_epoch
+        said[kind]["prior mean"], said[kind]["resumed prior mean"] = (
+            [float(dist_sum(weights[name].square().sum())) for name in sorted(weights)]
+            for weights in (fitting._prior_mean.weights, refitting._prior_mean.weights)
+        )
+        found = {n: p for n, p in resumed.named_parameters() if n in fitting._prior_mean.weights}
+        said[kind]["trained"] = [float(full_tensor(found[name]).square().sum()) for name in sorted(found)]
+    (folder / f"finetuner-{rank()}.json").write_text(json.dumps(said))
+
+
+def dist_sum(value):
+    dist.all_reduce(value)
+    return value
+
+
+def loading(world_size: int, folder: Path) -> None:
+    """`ExpertFinetuner` loads a model by its folder; when does each process?"""
+    if rank() == 0:
+        toy_model().save_pretrained(folder / "model")
+    load = module_file.load_causal_model
+    times = []
+
+    def watched(*arguments):
+        times.append(time.monotonic())
+        model = load(*arguments)
+        time.sleep(0.5)
+        times.append(time.monotonic())
+        return model
+
+    module_file.load_causal_model = watched
+    module = ExpertFinetuner(str(folder / "model"), answer_token_ids=[1, 2, 3])
+    run = trainer(folder, [], **options(world_size, strategy=strategy(world_size), precision="32-true", max_epochs=1))
+    run.fit(module, DataLoader(Questions(16, 1), batch_size=8))
+    assert has_shards(module)
+    (folder / f"loading-{rank()}.json").write_text(json.dumps(times))
+
+
+def fingerprint_of(module) -> str:
+    return weight_fingerprint(module, find_expert_layers(module))
+
+
+if __name__ == "__main__":
+    warnings.simplefilter("ignore")
+    torch.set_num_threads(1)
+    where, kind, size = Path(sys.argv[1]), sys.argv[2], int(sys.argv[3])
+    {"finetuner": finetuner, "loading": loading}[kind](size, where)
+    leave()

@@ -1,0 +1,58 @@
+"""What methods need, and the one check of it."""
+
+from __future__ import annotations
+
+import pytest
+
+from bmoe_lightning.methods import (
+    MAP,
+    Available,
+    CheckpointEnsemble,
+    DeepEnsemble,
+    EvidenceTemperature,
+    LaplaceEvidence,
+    LaplaceLPO,
+    MCDropout,
+    ShrunkTemperature,
+    check_needs,
+)
+
+ENOUGH = Available(calibration_inputs=100, snapshots=2, prior_mean=True, expert_dropout=0.1, runs=True)
+ALL = (MAP(), MCDropout(), CheckpointEnsemble(), DeepEnsemble(), LaplaceLPO(), LaplaceEvidence(), ShrunkTemperature())
+
+
+def test_what_is_enough_or_unknown_passes():
+    check_needs(ALL, ENOUGH)
+    check_needs([method for method in ALL if not method.needs.runs], Available())
+
+
+@pytest.mark.parametrize(
+    ("available", "message"),
+    [
+        (
+            Available(calibration_inputs=0, runs=True),
+            r"laplace_lpo, shrunk_temperature need a validation split",
+        ),
+        (Available(calibration_inputs=99, runs=True), "shrunk_temperature needs at least 100 inputs .* there are 99"),
+        (Available(snapshots=1, runs=True), "checkpoint_ensemble needs the weights after at least 2 epochs, .*be 1"),
+        (Available(prior_mean=False, runs=True), "laplace_evidence measures how far fine-tuning .*prior_mean='zero'"),
+        (Available(expert_dropout=0.0, runs=True), "mc_dropout is meant for a model .*expert dropout, which is 0"),
+        (Available(), "deep_ensemble needs the weights of 2 further fine-tuning runs: give it runs="),
+    ],
+)
+def test_what_is_missing_is_named(available, message):
+    with pytest.raises(ValueError, match=message):
+        check_needs(ALL, available)
+
+
+def test_descriptions():
+    assert MAP().needs.describe() == ""
+    assert LaplaceLPO().needs.describe() == "held-out labels"
+    assert EvidenceTemperature().needs.describe() == "100 held-out inputs, the weights from before fine-tuning"
+    assert EvidenceTemperature(prior_mean="zero").needs.describe() == "100 held-out inputs"
+    assert CheckpointEnsemble().needs.describe() == "snapshots after at least 2 epochs"
+    assert DeepEnsemble().needs.describe() == "2 further fine-tuning runs"
+    assert DeepEnsemble(size=2).needs.describe() == "1 further fine-tuning run"
+    assert MCDropout().needs.describe() == "expert dropout in training"
+    assert LaplaceLPO().needs.calibration
+    assert not LaplaceEvidence().needs.calibration

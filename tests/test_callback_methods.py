@@ -1,0 +1,235 @@
+"""Methods in the callback: a user's own, several of a class, several curvatures, added ones, and what they cost."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import lightning as L
+import pytest
+import torch
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from toy import ANSWER_TOKENS, ToyData, ToyModule, calibration_loader, loader, test_loader, train_loader, trainer
+
+from bmoe_lightning.callback import BayesianMoECallback
+from bmoe_lightning.curvature import Curvature, LinearLayers
+from bmoe_lightning.laplace import LaplacePosterior
+from bmoe_lightning.methods import (
+    CheckpointEnsemble,
+    LaplaceLPO,
+    Method,
+    NotFittedError,
+    TemperatureScaling,
+    method_names,
+)
+from bmoe_lightning.methods.base import scalar
+from bmoe_lightning.methods.needs import Needs
+from bmoe_lightning.methods.storage import load_fit
+
+
+@dataclass(frozen=True)
+class Mine(Method):
+    """Divides the logits by twice the temperature that fits; a method in a user's own module."""
+
+    name: str = "mine"
+    label: str = "My method"
+
+    @property
+    def needs(self):
+        return Needs(calibration_labels=True)
+
+    def fit(self, work):
+        return {"scale": 2 * TemperatureScaling().fit(work)["temperature"]}
+
+    def log_probs(self, batch, state):
+        return (batch.logits / state["scale"]).log_softmax(-1)
+
+
+class Counted(ToyModule):
+    """Counts its forward passes in evaluation mode outside of its own steps."""
+
+    def __init__(self, **options):
+        super().__init__(**options)
+        self.forwards = 0
+
+    def class_logits(self, batch):
+        self.forwards += not self.training and not getattr(self, "in_step", False)
+        return super().class_logits(batch)
+
+    def validation_step(self, batch, batch_idx):
+        return None
+
+    def test_step(self, batch, batch_idx):
+        return None
+
+
+class ToyDataModule(L.LightningDataModule):
+    def train_dataloader(self):
+        return train_loader()
+
+    def val_dataloader(self):
+        return calibration_loader()
+
+    def test_dataloader(self):
+        return test_loader()
+
+
+SINGLE = [name for name in method_names() if name not in ("mc_dropout", "checkpoint_ensemble", "deep_ensemble", "swag")]
+TRAIN, CALIBRATION, TEST = 10, 7, 3  # batches
+
+
+def test_each_data_set_is_passed_over_once_for_all_methods(tmp_path):
+    """One curvature pass for each curvature, one pass over the calibration split, one over the test split."""
+    methods = [*(name for name in SINGLE if name != "laplace_last_layer"), LaplaceLPO(name="probit", link="probit")]
+    callback = BayesianMoECallback(methods, dirpath=str(tmp_path / "b"))
+    module = Counted()
+    run = trainer(tmp_path, [callback], num_sanity_val_steps=0)
+    run.fit(module, train_loader(), calibration_loader())
+    assert module.forwards == TRAIN + CALIBRATION
+    run.test(module, test_loader(), verbose=False)
+    assert module.forwards == TRAIN + CALIBRATION + TEST
+
+    # A method that is added costs what it needs: labels and logits of the calibration split are known.
+    added = BayesianMoECallback([*methods, TemperatureScaling(name="again"), Mine()], dirpath=str(tmp_path / "b"))
+    module.forwards = 0
+    added.fit_posterior(module, trainer=trainer(tmp_path, [added]), datamodule=ToyDataModule())
+    assert module.forwards == 0
+    other = LaplaceLPO(name="other", scope="global")
+    added = BayesianMoECallback([*methods, other], dirpath=str(tmp_path / "b"))
+    added.fit_posterior(module, trainer=trainer(tmp_path, [added]), datamodule=ToyDataModule())
+    assert module.forwards == CALIBRATION
+    found, _ = load_fit(tmp_path / "b")
+    assert {"again", "mine", "other", "probit"} <= found.methods.keys()
+    assert found.fit_id == callback.fitted.fit_id
+
+
+def test_a_method_of_the_user_appears_like_the_rest(tmp_path):
+    logger = L.pytorch.loggers.TensorBoardLogger(tmp_path, name="", version="run", default_hp_metric=False)
+    callback = BayesianMoECallback(["map", Mine()], predict_method="mine")
+    module = ToyModule()
+    run = trainer(tmp_path, [callback], max_epochs=1, logger=logger)
+    run.fit(module, datamodule=ToyDataModule())
+    metrics = run.test(module, datamodule=ToyDataModule(), verbose=False)[0]
+    assert metrics["mine/test/nll"] != metrics["map/test/nll"]
+    events = EventAccumulator(str(tmp_path / "run" / "methods" / "mine"))
+    events.Reload()
+    assert events.Scalars("test/nll")[0].value == pytest.approx(metrics["mine/test/nll"])
+    first = run.predict(module, test_loader())[0]
+    assert first["method"] == "mine"
+    torch.testing.assert_close(first["log_probs"], callback.predictions["test"]["mine"].log_probs[:16])
+    assert "logit_covariance" not in first
+
+
+def test_one_class_twice_and_two_curvatures_in_one_table(tmp_path):
+    attention = Curvature(rank=4, layers=LinearLayers("*.o_proj"))
+    methods = [
+        "map",
+        "laplace_lpo",
+        LaplaceLPO(name="lpo_probit", link="probit"),
+        LaplaceLPO(name="lpo_attention", curvature=attention),
+    ]
+    callback = BayesianMoECallback(methods, curvature=Curvature(rank=3), dirpath=str(tmp_path / "b"))
+    module = ToyModule()
+    run = trainer(tmp_path, [callback], max_epochs=1)
+    run.fit(module, train_loader(), calibration_loader())
+    metrics = run.test(module, test_loader(), verbose=False)[0]
+    values = [metrics[f"{name}/test/nll"] for name in ("map", "laplace_lpo", "lpo_probit", "lpo_attention")]
+    assert len(set(values)) == 4
+    experts = LaplacePosterior.load(tmp_path / "b" / "posterior.safetensors")
+    heads = LaplacePosterior.load(tmp_path / "b" / f"posterior-{attention.digest}.safetensors")
+    assert {layer.name for layer in experts.factors.layers}.isdisjoint(layer.name for layer in heads.factors.layers)
+    assert all(layer.name.endswith("o_proj") for layer in heads.factors.layers)
+    alone = BayesianMoECallback([methods[3]], dirpath=str(tmp_path / "b"))
+    again = trainer(tmp_path, [alone]).test(module, test_loader(), verbose=False)[0]
+    assert again["lpo_attention/test/nll"] == pytest.approx(values[3], rel=1e-6)
+
+
+def test_fit_posterior_does_what_the_end_of_training_does(tmp_path):
+    trained = BayesianMoECallback(["laplace_evidence", "laplace_lpo"], dirpath=str(tmp_path / "b"))
+    run = trainer(tmp_path, [trained], max_epochs=1)
+    L.seed_everything(0)
+    module = ToyModule()
+    before = {n: p.detach().clone() for n, p in module.named_parameters() if "experts.down_proj" in n}
+    run.fit(module, datamodule=ToyDataModule())
+    run.save_checkpoint(tmp_path / "a.ckpt")
+
+    # The run is long over: weights by a checkpoint, the prior mean from the module that it is loaded into.
+    later = BayesianMoECallback(["laplace_evidence", "laplace_lpo"], dirpath=str(tmp_path / "c"))
+    L.seed_everything(0)
+    again = trainer(tmp_path, [])
+    later.fit_posterior(ToyModule(), trainer=again, datamodule=ToyDataModule(), ckpt_path=str(tmp_path / "a.ckpt"))
+    given = BayesianMoECallback(["laplace_evidence", "laplace_lpo"], dirpath=str(tmp_path / "d"))
+    given.fit_posterior(module, trainer=trainer(tmp_path, []), datamodule=ToyDataModule(), prior_mean=before)
+    for name in ("laplace_evidence", "laplace_lpo"):
+        expected = trained.fitted.methods[name].state["prior_precision"]
+        for other in (later, given):
+            torch.testing.assert_close(other.fitted.methods[name].state["prior_precision"], expected)
+    assert later not in again.callbacks
+    assert again.test(again.lightning_module, datamodule=ToyDataModule(), verbose=False)[0].keys() == {"test_loss"}
+
+
+def test_what_was_not_fitted_is_named_before_anything_is_predicted(tmp_path):
+    callback = BayesianMoECallback(("map",), dirpath=str(tmp_path / "b"))
+    module = ToyModule()
+    trainer(tmp_path, [callback], max_epochs=1).fit(module, train_loader(), calibration_loader())
+    more = BayesianMoECallback(("map", "temperature"), dirpath=str(tmp_path / "b"))
+    with pytest.raises(NotFittedError, match=r"temperature has not been fitted; call fit_posterior"):
+        trainer(tmp_path, [more]).test(module, test_loader(), verbose=False)
+
+
+class TestPredict:
+    @pytest.fixture(scope="class")
+    def run(self, tmp_path_factory):
+        folder = tmp_path_factory.mktemp("predict")
+        methods = ["map", "laplace_lpo", CheckpointEnsemble(num_snapshots=2)]
+        callback = BayesianMoECallback(methods, dirpath=str(folder / "b"))
+        module = ToyModule()
+        run = trainer(folder, [callback])
+        run.fit(module, train_loader(), calibration_loader())
+        run.test(module, test_loader(), verbose=False)
+        return folder, module, callback
+
+    @pytest.mark.parametrize("name", ["map", "laplace_lpo", "checkpoint_ensemble"])
+    def test_any_method_can_predict(self, run, name):
+        folder, module, tested = run
+        callback = BayesianMoECallback(tested.methods, predict_method=name, dirpath=str(folder / "b"))
+        before = [p.detach().clone() for p in module.parameters()]
+        outputs = trainer(folder, [callback]).predict(module, test_loader())
+        assert {output["method"] for output in outputs} == {name}
+        found = torch.cat([output["log_probs"] for output in outputs])
+        torch.testing.assert_close(found, tested.predictions["test"][name].log_probs, rtol=1e-6, atol=1e-8)
+        assert ("logit_covariance" in outputs[0]) == (name == "laplace_lpo")
+        assert all(torch.equal(p, q) for p, q in zip(before, module.parameters(), strict=True))
+
+    def test_what_the_module_s_own_step_returned_stays(self, run):
+        folder, trained, tested = run
+
+        class Indexed(ToyModule):
+            def predict_step(self, batch, batch_idx):
+                return {"index": torch.arange(len(batch["labels"])), "logits": "of its own"}
+
+        module = Indexed()
+        module.load_state_dict(trained.state_dict())
+        callback = BayesianMoECallback(tested.methods, predict_method="map", dirpath=str(folder / "b"))
+        first = trainer(folder, [callback]).predict(module, test_loader())[0]
+        assert torch.equal(first["index"], torch.arange(16))
+        assert first["logits"].shape == (16, len(ANSWER_TOKENS))
+
+
+def test_a_nan_loss_ends_nothing_and_fitting_on_it_is_refused(tmp_path):
+    class Broken(ToyModule):
+        def training_step(self, batch, batch_idx):
+            return super().training_step(batch, batch_idx) * torch.nan
+
+    run = trainer(tmp_path, [BayesianMoECallback()], max_epochs=2)
+    with pytest.raises(ValueError, match="class_logits returned NaN"):
+        run.fit(Broken(), train_loader(), calibration_loader())
+    assert run.global_step == 2 * TRAIN
+
+
+def test_states_are_on_the_cpu_and_small(tmp_path):
+    callback = BayesianMoECallback(("map", "temperature", "laplace_lpo"))
+    trainer(tmp_path, [callback], max_epochs=1).fit(ToyModule(), train_loader(), loader(112, 2))
+    for fitted in callback.fitted.methods.values():
+        assert all(value.device.type == "cpu" and value.numel() < 10 for value in fitted.state.values())
+    assert scalar(2.0).dtype == torch.float64
+    assert len(ToyData(4, 1)) == 4

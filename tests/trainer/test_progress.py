@@ -1,0 +1,59 @@
+"""Progress is shown in the trainer's bar, to its end, and on rank zero alone."""
+
+from __future__ import annotations
+
+import pytest
+from fake_trainer import FakeTrainer
+from lightning.pytorch.callbacks import ProgressBar, RichProgressBar, TQDMProgressBar
+from plain_runs import AtTheEnd, Plain, at_the_end, loader
+from toy import trainer
+
+from bmoe_lightning.trainer.data_passes import training_pass
+from bmoe_lightning.trainer.progress import progress
+
+
+class TestProgress:
+    def fake(self, bar, **options):
+        return FakeTrainer(progress_bar_callback=bar, **options)
+
+    def test_rich_task_is_done_at_the_end(self, tmp_path, capsys):
+        bar = RichProgressBar()
+
+        def look(t):
+            steps = []
+            for _ in training_pass(t, "Looking around"):
+                steps.append(bar.progress.tasks[-1].completed)
+            return steps, bar.progress.tasks[-1]
+
+        probe = AtTheEnd(look)
+        trainer(tmp_path, [probe, bar], max_epochs=1, enable_progress_bar=True).fit(Plain(), loader())
+        steps, task = probe.result
+        assert steps == [0, 1, 2]
+        assert (task.description, task.total, task.completed) == ("Looking around", 3, 3)
+
+    def test_tqdm_counts_to_the_end(self, capsys):
+        with progress(self.fake(TQDMProgressBar()), 3, "Looking around") as advance:
+            for _ in range(3):
+                advance()
+        shown = "".join(capsys.readouterr())
+        assert "Looking around" in shown
+        assert "3/3" in shown
+
+    @pytest.mark.parametrize(
+        "case", ["no bar", "disabled rich", "disabled tqdm", "rich before it began", "a bar of one's own", "other rank"]
+    )
+    def test_silent(self, case, capsys):
+        bars = {"no bar": None, "disabled rich": RichProgressBar(), "disabled tqdm": TQDMProgressBar()}
+        bars |= {"rich before it began": RichProgressBar(), "a bar of one's own": ProgressBar()}
+        run = self.fake(bars.get(case, TQDMProgressBar()))
+        if case.startswith("disabled"):
+            run.progress_bar_callback.disable()
+        if case == "other rank":
+            run.is_global_zero = False
+        with progress(run, 3, "Looking around") as advance:
+            advance()
+        assert "".join(capsys.readouterr()) == ""
+
+    def test_pass_is_silent_without_a_bar(self, tmp_path, capsys):
+        at_the_end(tmp_path, lambda t: capsys.readouterr() and list(training_pass(t, "Looking around")))
+        assert "Looking around" not in "".join(capsys.readouterr())
