@@ -27,6 +27,7 @@ _BUILT_IN = {
     "laplace_temperature": "laplace_temperature:LaplaceTemperature",
     "evidence_temperature": "evidence_temperature:EvidenceTemperature",
     "shrunk_temperature": "shrunk_temperature:ShrunkTemperature",
+    "isotropic": "isotropic:Isotropic",
 }
 
 

@@ -1,0 +1,115 @@
+"""The control for curvature: the same covariance of the logits, with an isotropic Gaussian in the place of K-FAC."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from bmoe_lightning.curvature.spec import Curvature
+from bmoe_lightning.laplace.predictive import NUM_SAMPLES, LinkName, check_link, class_probabilities
+from bmoe_lightning.laplace.prior import ValidationCache, fit_lpo
+from bmoe_lightning.methods.base import PRIOR_PRECISION, CurvatureMethod, State, option
+from bmoe_lightning.methods.batch_view import BatchView
+from bmoe_lightning.methods.needs import Needs
+from bmoe_lightning.methods.workbench import Workbench
+
+_LOG_VARIANCE_RANGE = (math.log(1e-8), math.log(1e4))
+_BISECTIONS = 40
+_FIT_SAMPLES = 1000
+
+
+@dataclass(frozen=True)
+class Isotropic(CurvatureMethod):
+    """Gaussian `N(W, sigma^2 I)` over `down_proj` of every expert: logit covariance `sigma^2 J J^T`, no curvature pass.
+
+    With labels, sigma minimises validation NLL. Without, it is the largest one that changes the mean NLL of the model's
+    own predicted labels by at most `tolerance`, the rule of Shi et al. 2024, Training-Free Bayesianization for Low-Rank
+    Adapters of Large Language Models. What the Laplace methods add to this one is what their curvature is worth.
+
+    Raises:
+        ValueError: For a tolerance that is not positive, an unknown link, or less than one sample.
+    """
+
+    name: str = "isotropic"
+    label: str = "Isotropic"
+    use_labels: bool = option(True, "Whether sigma is fitted on held-out labels, or found without any.")
+    tolerance: float = option(0.003, "Without labels, the relative change of the NLL that is accepted.")
+    link: LinkName = option(
+        "mc", "From logits to probabilities: `mc`, `isotropic`, `probit` or `laplace_bridge`.", prediction_only=True
+    )
+    num_samples: int = option(NUM_SAMPLES, "Monte Carlo samples of a prediction.", prediction_only=True)
+
+    source = "https://arxiv.org/abs/2412.05723"
+    cost = "one forward pass and K - 1 backward passes to the experts' outputs"
+
+    def __post_init__(self) -> None:
+        check_link(self.link, self.num_samples)
+        if not 0 < self.tolerance < math.inf:
+            raise ValueError(f"tolerance must be a positive number, got {self.tolerance}")
+
+    @property
+    def curvatures(self) -> tuple[Curvature, ...]:
+        return tuple(curvature.without_pass() for curvature in super().curvatures)
+
+    @property
+    def needs(self) -> Needs:
+        return Needs(calibration_inputs=1, calibration_labels=self.use_labels)
+
+    def fit(self, work: Workbench) -> State:
+        (curvature,) = self.curvatures
+        if self.use_labels:
+            work.labelled_logits()  # refuses labels that cannot be
+            return {PRIOR_PRECISION: fit_lpo(work.covariances(curvature), "global", seed=work.seed)}
+        cache = work.covariances(curvature)
+        variance = largest_variance(cache, self.tolerance, seed=work.seed)
+        return {PRIOR_PRECISION: torch.full((cache.prior.shape[1],), 1 / variance, dtype=torch.float64)}
+
+    def log_probs(self, batch: BatchView, state: State) -> Tensor:
+        (curvature,) = self.curvatures
+        logits, covariance = batch.covariance(curvature, state[PRIOR_PRECISION])
+        return class_probabilities(logits, covariance, self.link, num_samples=self.num_samples, seed=batch.seed)
+
+    def hyperparameters(self, state: State) -> dict[str, float]:
+        return {"sigma": float(state[PRIOR_PRECISION][0]) ** -0.5}
+
+
+def largest_variance(cache: ValidationCache, tolerance: float, *, seed: int = 0) -> float:
+    """The largest sigma^2 that changes the mean NLL of the model's own predicted labels by at most a tolerance.
+
+    Args:
+        cache: Held-out inputs under a curvature of rank 0.
+        tolerance: Accepted change over the NLL of the model itself.
+        seed: Seed for the Monte Carlo noise.
+
+    Returns:
+        sigma^2, between 1e-8 and 1e4.
+
+    Raises:
+        ValueError: If even the smallest variance changes the NLL by more.
+    """
+    predicted = cache.logits.argmax(1, keepdim=True)
+    num_layers = cache.prior.shape[1]
+
+    def nll(log_probs: Tensor) -> float:
+        return float(-log_probs.gather(1, predicted).mean())
+
+    def is_accepted(log_variance: float) -> bool:
+        precision = torch.full((num_layers,), math.exp(-log_variance), dtype=torch.float64)
+        log_probs = class_probabilities(cache.logits, cache.covariance(precision), num_samples=_FIT_SAMPLES, seed=seed)
+        return abs(nll(log_probs) - plain) <= tolerance * plain
+
+    plain = nll(cache.logits.log_softmax(-1))
+    low, high = _LOG_VARIANCE_RANGE
+    if not is_accepted(low):
+        raise ValueError(
+            f"even a variance of {math.exp(low):.0e} changes the NLL of the model's own predicted labels ({plain:.3g}) "
+            f"by more than {tolerance:.1%}: the held-out inputs are too confident for this rule. Give a larger "
+            "tolerance, or fit on labels (use_labels=True)"
+        )
+    for _ in range(_BISECTIONS):
+        middle = (low + high) / 2
+        low, high = (middle, high) if is_accepted(middle) else (low, middle)
+    return math.exp(low)
