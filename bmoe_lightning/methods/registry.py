@@ -28,6 +28,7 @@ _BUILT_IN = {
     "evidence_temperature": "evidence_temperature:EvidenceTemperature",
     "shrunk_temperature": "shrunk_temperature:ShrunkTemperature",
     "isotropic": "isotropic:Isotropic",
+    "laplace_last_layer": "laplace_last_layer:LaplaceLastLayer",
 }
 
 

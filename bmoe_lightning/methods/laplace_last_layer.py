@@ -1,0 +1,73 @@
+"""Last-layer Laplace: the posterior is over the language model's head alone."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import Self
+
+from torch import nn
+
+from bmoe_lightning.curvature.spec import Curvature, LayerSelection
+from bmoe_lightning.experts import ExpertLayer, find_linear_layers
+from bmoe_lightning.experts.wrappers.transformers import outermost_pretrained
+from bmoe_lightning.methods.base import option
+from bmoe_lightning.methods.laplace_lpo import LaplaceLPO
+
+
+@dataclass(frozen=True)
+class OutputHead(LayerSelection):
+    """The head of a language model as a plain linear layer.
+
+    Only the rows of the K answer tokens move a class logit. All other rows of the head have gradients of zero, so they
+    stay at the prior and take no part in a covariance: the posterior is that over the K rows.
+
+    Attributes:
+        name: Shell-style pattern over module names; None takes the output embeddings of the transformers model.
+    """
+
+    name: str | None = None
+
+    def find(self, model: nn.Module) -> list[ExpertLayer]:
+        """Find the head.
+
+        Raises:
+            ValueError: If the model has no head that is a linear layer.
+        """
+        # A head tied to the embeddings is linearised in its use as a head, as if it were a copy.
+        return find_linear_layers(model, self.name or _head_name(model), allow_tied=True)
+
+
+@dataclass(frozen=True)
+class LaplaceLastLayer(LaplaceLPO):
+    """Laplace posterior over the head's K answer rows, with K-FAC curvature; prior precision from validation NLL (LPO).
+
+    Kristiadi, Hein and Hennig 2020, Being Bayesian, Even Just a Bit, Fixes Overconfidence in ReLU Networks. No gradient
+    goes further down than the head, so the backward passes cost next to nothing.
+    """
+
+    name: str = "laplace_last_layer"
+    label: str = "Last-layer Laplace"
+    head: str | None = option(
+        None, "Pattern over module names for the head; by default transformers' output embeddings."
+    )
+
+    source = "https://arxiv.org/abs/2002.10118"
+    cost = "one forward pass and K - 1 backward passes to the head's output"
+
+    def with_defaults(self, curvature: Curvature) -> Self:
+        """The method with the run's curvature, moved to the head."""
+        if self.curvature is not None:
+            return self
+        return replace(self, curvature=replace(curvature, layers=OutputHead(self.head), skip_layers=()))
+
+
+def _head_name(model: nn.Module) -> str:
+    names = {id(module): name for name, module in model.named_modules()}
+    for pretrained in outermost_pretrained(model):
+        head = pretrained.get_output_embeddings()
+        if head is not None and id(head) in names:
+            return names[id(head)]
+    raise ValueError(
+        f"{type(model).__name__} has no output embeddings that transformers knows of; name its last linear layer with "
+        "head='pattern'"
+    )
