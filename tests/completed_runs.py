@@ -1,6 +1,6 @@
 """Fit what training has left unfitted, with one process, with DDP and with FSDP2: killed, loaded, added to.
 
-`python completed_runs.py FOLDER ddp|fsdp WORLD_SIZE...`; files are in `FOLDER/ddp` and `FOLDER/fsdp`. Lightning runs
+`python completed_runs.py FOLDER ddp|spawn|fsdp WORLD_SIZE...`; files are in `FOLDER/ddp` and so on. Lightning runs
 this script once more for every other process of FSDP2; `ddp` has to run first, and leaves the weights to start from.
 """
 
@@ -226,20 +226,21 @@ if __name__ == "__main__":
     own = where / kind
     own.mkdir(exist_ok=True)
     for size in sizes:
-        if kind == "ddp":
-            runs = Runs(size, own, lambda: SameWeights(weights).double(), dict)
-        else:
-            runs = Runs(
-                size,
-                own,
-                lambda: ShardedWeights(weights).double(),
-                # A precision that leaves a module as it is.
-                lambda size=size: {"precision": "32-true", "strategy": strategy(size)},
-            )
+        build, launch = {
+            "ddp": (SameWeights, dict),
+            "spawn": (SameWeights, lambda: {"strategy": "ddp_spawn"}),
+            # A precision that leaves a module as it is.
+            "fsdp": (ShardedWeights, lambda size=size: {"precision": "32-true", "strategy": strategy(size)}),
+        }[kind]
+        runs = Runs(size, own, lambda build=build: build(weights).double(), launch)
+        if kind == "spawn":
+            runs.train("few", FEW)
+            runs.complete("added", MORE, run="few")
+            continue
         runs.train("fit", METHODS)
         killed(runs)
-        start = {n: p.detach() for n, p in SameWeights(weights).double().named_parameters() if "down_proj" in n}
-        loaded(runs, start)
+        start = SameWeights(weights).double()
+        loaded(runs, {name: p.detach() for name, p in start.named_parameters() if "down_proj" in name})
         added(runs)
         unshared(runs)
     leave()

@@ -11,10 +11,8 @@ from test_distributed import assert_same_factors, assert_same_scalars, read, run
 
 SCRIPT = "completed_runs.py"
 
-pytestmark = [
-    pytest.mark.slow,
-    pytest.mark.parametrize(("kind", "world_size"), [("ddp", 1), ("ddp", 2), ("fsdp", 2)], scope="module"),
-]
+pytestmark = pytest.mark.slow
+strategies = pytest.mark.parametrize(("kind", "world_size"), [("ddp", 1), ("ddp", 2), ("fsdp", 2)])
 
 
 @pytest.fixture(scope="module")
@@ -32,6 +30,7 @@ def told(folder, name, world_size):
     return json.loads((folder / f"{name}-{world_size}-0.json").read_text())
 
 
+@strategies
 @pytest.mark.parametrize("stage", ["fit", "resumed", "loaded", "given", "added", "nothing"])
 def test_every_process_has_what_one_fits_when_training_ends(runs, folder, world_size, stage):
     expected, tensors = read(runs / "ddp", "fit", 1, 0)
@@ -52,6 +51,7 @@ def test_every_process_has_what_one_fits_when_training_ends(runs, folder, world_
         assert found["wrote"] == (["save_snapshot"] * 2 * (stage == "fit") + ["save_fit"]) * (rank == 0)
 
 
+@strategies
 def test_a_killed_pass_resumes_with_the_snapshots_of_its_run(folder, world_size):
     suffixes = [f"-rank{rank}of{world_size}" for rank in range(world_size)] if world_size > 1 else [""]
     left = told(folder, "left", world_size)
@@ -74,6 +74,7 @@ def test_a_killed_pass_resumes_with_the_snapshots_of_its_run(folder, world_size)
     ]
 
 
+@strategies
 def test_predictions_of_a_completed_fit(runs, folder, world_size):
     _, expected = read(runs / "ddp", "test", 1, 0)
     assert set(expected) == {*METHODS, "labels"}
@@ -84,6 +85,7 @@ def test_predictions_of_a_completed_fit(runs, folder, world_size):
             torch.testing.assert_close(log_probs, expected[name], rtol=1e-6, atol=1e-6)
 
 
+@strategies
 def test_methods_that_are_added_are_fitted_alone(folder, world_size):
     assert told(folder, "untouched", world_size) is True
     for rank in range(world_size):
@@ -98,6 +100,7 @@ def test_methods_that_are_added_are_fitted_alone(folder, world_size):
         assert nothing["states"] == added["states"]
 
 
+@strategies
 def test_a_folder_that_not_all_see_is_refused_by_all(folder, kind, world_size):
     for rank in range(world_size if kind == "fsdp" else 1):  # what is forked tells its parent
         said = json.loads((folder / f"unshared-{world_size}-{rank}.json").read_text())
@@ -106,3 +109,14 @@ def test_a_folder_that_not_all_see_is_refused_by_all(folder, kind, world_size):
         else:
             assert "processes find different fits in" in said
             assert "or some of them none. Give dirpath= a folder that all machines share" in said
+
+
+def test_processes_that_are_spawned(runs):
+    """They get a copy of trainer and callback."""
+    run_script(runs, "spawn", 2, script=SCRIPT)
+    expected, tensors = read(runs / "ddp", "added", 2, 0)
+    for rank in range(2):
+        found, found_tensors = read(runs / "spawn", "added", 2, rank)
+        assert_same_scalars(found["scalars"], expected["scalars"])
+        assert_same_factors(found_tensors, tensors)
+        assert found["id"] == read(runs / "spawn", "few", 2, rank)[0]["id"]
