@@ -112,14 +112,22 @@ def budget_table(points: Sequence[dict[str, object]]) -> str:
 
 def in_short(table: str) -> str:
     """A table of scores and its caption without the intervals."""
-    return re.sub(r" In brackets:[^.]*\.", "", re.sub(r" \[[-\d.]+, [-\d.]+\]", "", table))
+    return re.sub(r" (In brackets|An ECE interval)[^.]*\.", "", re.sub(r" \[[-\d.]+, [-\d.]+\]", "", table))
+
+
+def models(run: Path) -> str:
+    """Which pre-trained weights a run's seeds started from, as a sentence; empty where the run does not say."""
+    hashes = json.loads((run / "results.json").read_text("utf-8"))["config"].get("pretrained_weights", {})
+    if not hashes or not all(hashes.values()):
+        return ""
+    return f" Pre-trained weights of the seeds: {', '.join(hashes.values())}."
 
 
 def _fill_readme(run: Path) -> None:
     """Rewrite the results of the README and of the documentation, and `recipes/figures`, from a finished run."""
     if not (run / "results.md").is_file():
         raise ValueError(f"{run} holds no finished run; give its folder as --output-dir")
-    table = scores((run / "results.md").read_text(encoding="utf-8"))
+    table = scores((run / "results.md").read_text(encoding="utf-8")) + models(run)
     fill(README, "results", in_short(table))
     fill(RESULTS_PAGE, "results", table)
     fill(RESULTS_PAGE, "label budget", budget_table(json.loads((run / "label_budget.json").read_text("utf-8"))))

@@ -7,7 +7,7 @@ import re
 
 import pytest
 
-from recipes.common.readme import README, RESULTS_PAGE, ROOT, between, budget_table, in_short, main, scores
+from recipes.common.readme import README, RESULTS_PAGE, ROOT, between, budget_table, in_short, main, models, scores
 
 
 def test_places_are_replaced_and_nothing_else():
@@ -27,8 +27,19 @@ def test_scores_leave_out_fitted_numbers_and_bold():
 
 
 def test_the_short_form_leaves_out_the_intervals():
-    table = "| MAP | 0.7 ± 0.1 [0.6, 0.8] | 1.1 [-0.9, 1.3] |\n\nBins (lo, hi]. In brackets: 95 %, 9 draws. ±: seeds."
+    table = (
+        "| MAP | 0.7 ± 0.1 [0.6, 0.8] | 1.1 [-0.9, 1.3] |\n\nBins (lo, hi]. In brackets: 95 %, 9 draws. ±: seeds."
+        " An ECE interval may be anywhere."
+    )
     assert in_short(table) == "| MAP | 0.7 ± 0.1 | 1.1 |\n\nBins (lo, hi]. ±: seeds."
+
+
+def test_the_caption_names_the_pre_trained_weights(tmp_path):
+    results = tmp_path / "results.json"
+    results.write_text('{"config": {"pretrained_weights": {"0": "abc", "1": "def"}}}')
+    assert models(tmp_path) == " Pre-trained weights of the seeds: abc, def."
+    results.write_text('{"config": {"pretrained_weights": {"0": ""}}}')
+    assert models(tmp_path) == ""
 
 
 def test_budget_table():
