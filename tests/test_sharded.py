@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import types
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
@@ -15,7 +14,6 @@ from toy import ToyData, ToyModule
 
 from bmoe_lightning.curvature import collect_factors
 from bmoe_lightning.experts.counted_batch import CountedBatch, count_of, plain_batch
-from bmoe_lightning.experts.fsdp import sharding_refusal
 from bmoe_lightning.laplace import LaplacePosterior
 
 SCRIPT = "sharded_runs.py"
@@ -115,27 +113,6 @@ def test_a_model_is_whole_in_one_process_at_a_time(tmp_path):
     run_script(tmp_path, "loading", 2, script="finetuner_runs.py")
     (begin, end), (later, _) = sorted(json.loads((tmp_path / f"loading-{rank}.json").read_text()) for rank in range(2))
     assert begin < end <= later
-
-
-class TestRefusals:
-    @pytest.mark.parametrize(
-        ("placements", "size", "reason"),
-        [
-            (["Shard"], 1, None),
-            (["Replicate", "Shard"], 1, None),
-            (["Replicate"], 1, "parallel plan"),
-            (["Shard", "Shard"], 1, "parallel plan"),
-            (["_StridedShard", "Shard"], 1, "parallel plan"),
-            (["Shard"], 2, "2 of 1 processes"),
-        ],
-    )
-    def test_placements(self, placements, size, reason):
-        tensor = types.SimpleNamespace(
-            placements=[type(name, (), {})() for name in placements],
-            device_mesh=types.SimpleNamespace(size=lambda: size),
-        )
-        found = sharding_refusal(tensor)
-        assert found is None if reason is None else reason in found
 
 
 def answers(module, batch):

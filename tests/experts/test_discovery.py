@@ -3,6 +3,7 @@
 import pytest
 from oracles.cases import in_layout, layouts
 from oracles.models import as_modules, tiny_qwen, toy_model
+from oracles.own_models import Holder, gated, linear, mixture
 from torch import nn
 from transformers import GptOssConfig, GptOssForCausalLM
 
@@ -11,31 +12,6 @@ from bmoe_lightning.experts import (
     find_expert_layers,
 )
 from bmoe_lightning.experts.discovery import locate_expert_layers
-
-
-def linear(d_in, d_out):
-    return nn.Linear(d_in, d_out, bias=False)
-
-
-class Holder(nn.Module):
-    """A module from keyword arguments."""
-
-    def __init__(self, **children):
-        super().__init__()
-        for name, child in children.items():
-            setattr(self, name, child)
-
-
-def gated(names, width=6, inner=10):
-    first, gate, second = names
-    return Holder(**{first: linear(width, inner), gate: linear(width, inner), second: linear(inner, width)})
-
-
-def mixture(experts, router=True, router_name="gate"):
-    children = {"experts": nn.ModuleList(experts)}
-    if router:
-        children[router_name] = linear(6, len(experts))
-    return Holder(block=Holder(**children))
 
 
 def test_fused_experts_of_transformers():

@@ -37,6 +37,31 @@ def assert_exact(model, layers, batches=BATCHES, class_logits=answer_logits):
     return factors
 
 
+def linear(d_in, d_out):
+    return nn.Linear(d_in, d_out, bias=False)
+
+
+class Holder(nn.Module):
+    """A module from keyword arguments."""
+
+    def __init__(self, **children):
+        super().__init__()
+        for name, child in children.items():
+            setattr(self, name, child)
+
+
+def gated(names, width=6, inner=10):
+    first, gate, second = names
+    return Holder(**{first: linear(width, inner), gate: linear(width, inner), second: linear(inner, width)})
+
+
+def mixture(experts, router=True, router_name="gate"):
+    children = {"experts": nn.ModuleList(experts)}
+    if router:
+        children[router_name] = linear(6, len(experts))
+    return Holder(block=Holder(**children))
+
+
 def with_mixtures(make, num_layers=2, seed=0):
     """A `ToyMoE` in float64 whose mixtures are of another kind."""
     model = toy_model(seed, num_layers=num_layers)

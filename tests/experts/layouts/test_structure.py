@@ -4,8 +4,12 @@ import pytest
 import torch
 from oracles.models import toy_model
 from oracles.own_models import (
+    Holder,
     SharedMixture,
     assert_exact,
+    gated,
+    linear,
+    mixture,
     with_mixtures,
 )
 from torch import nn
@@ -13,31 +17,6 @@ from torch import nn
 from bmoe_lightning.experts import (
     find_expert_layers,
 )
-
-
-def linear(d_in, d_out):
-    return nn.Linear(d_in, d_out, bias=False)
-
-
-class Holder(nn.Module):
-    """A module from keyword arguments."""
-
-    def __init__(self, **children):
-        super().__init__()
-        for name, child in children.items():
-            setattr(self, name, child)
-
-
-def gated(names, width=6, inner=10):
-    first, gate, second = names
-    return Holder(**{first: linear(width, inner), gate: linear(width, inner), second: linear(inner, width)})
-
-
-def mixture(experts, router=True, router_name="gate"):
-    children = {"experts": nn.ModuleList(experts)}
-    if router:
-        children[router_name] = linear(6, len(experts))
-    return Holder(block=Holder(**children))
 
 
 @pytest.mark.parametrize(
