@@ -30,13 +30,9 @@ from bmoe_lightning.trainer.checks import (
     check_sketch,
     check_strategy,
     is_trial,
+    with_enough_snapshots,
 )
-from bmoe_lightning.trainer.data_passes import (
-    TrainerTrainingData,
-    as_list,
-    shards_weights,
-    validation_pass,
-)
+from bmoe_lightning.trainer.data_passes import TrainerTrainingData, as_list, shards_weights, validation_pass
 from bmoe_lightning.trainer.evaluation import EvaluationRun, replace_predict_step
 from bmoe_lightning.trainer.fit_only import fit_only
 from bmoe_lightning.trainer.lightning_internals import is_restoring_checkpoint, logged_step
@@ -114,7 +110,7 @@ class BayesianMoECallback(L.Callback):
         self.fitted: FitResult | None = None
         self.predictions: dict[str, dict[str, Predictions]] = {}
         self._class_logits = class_logits
-        self._folder = RunFolder(dirpath, curvature_checkpoint_every)
+        self._folder = RunFolder(dirpath, curvature_checkpoint_every, name)
         needs_prior_mean = any(method.needs.prior_mean for method in self.methods)
         self._prior_mean = PriorMean(partial(prior_mean_layers, self.methods) if needs_prior_mean else None)
         self._given_prior_mean: Mapping[str, Tensor] | None = None
@@ -149,7 +145,7 @@ class BayesianMoECallback(L.Callback):
         for loop in (trainer.validate_loop, trainer.test_loop, trainer.predict_loop):
             self._undo.append(partial(setattr, loop, "inference_mode", loop.inference_mode))
             loop.inference_mode = False
-        self._folder.settle(trainer, self.name)
+        self._folder.settle(trainer)
         self._precision = trainer.precision_plugin.forward_context
         # Sharded weights are captured as shards, once there are shards; there a checkpoint is loaded after that.
         if stage == "fit" and not shards_weights(trainer):
@@ -196,7 +192,7 @@ class BayesianMoECallback(L.Callback):
     def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Fit everything, while the model is still on its device and the loaders are alive."""
         with weights_to_fit(trainer, pl_module, self.fit_at):
-            self._fit(trainer, pl_module, self.methods)
+            self._fit(trainer, pl_module, with_enough_snapshots(self.methods, len(self._folder.snapshots)))
 
     def on_fit_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Warn if training was over before it began (a finished run was resumed), so that nothing was fitted."""
@@ -321,7 +317,7 @@ class BayesianMoECallback(L.Callback):
         calibration = validation_pass(trainer, "Calibration") if needs_calibration else None
         given = self._given_prior_mean
         self.fitted = fit_methods(
-            self.methods,
+            missing or self.methods,
             module,
             self._logits,
             TrainerTrainingData(trainer),
@@ -339,7 +335,7 @@ class BayesianMoECallback(L.Callback):
         trainer.strategy.barrier()  # nobody looks for files that are not there yet
         self._folder.remove_pass_files()
         prefix = f"{self.name}/" if self.name else ""
-        scalars = {f"{prefix}{name}": value for name, value in self.fitted.scalars().items()}
+        scalars = {f"{prefix}{name}": value for name, value in self.fitted.scalars(self.methods).items()}
         for logger in trainer.loggers:  # self.log is not allowed in this hook
             logger.log_metrics(scalars, step=logged_step(trainer))
 
@@ -354,7 +350,9 @@ class BayesianMoECallback(L.Callback):
                 self._folder.continue_training_of(trainer)
             missing = [method for method in self.methods if earlier is None or not earlier.is_fitted(method)]
             check_needs(missing, Available(snapshots=len(self._folder.snapshots)))
-            check_data(trainer, self.methods)
+            check_data(trainer, missing)
+            for method in missing:
+                method.check_run(module, self._folder.folder)
             self._fit(trainer, module, missing, earlier)
 
     def _logits(self, model: Any, batch: Any) -> tuple[Tensor, Tensor | None]:
@@ -379,13 +377,13 @@ class BayesianMoECallback(L.Callback):
                 "of an earlier run"
             )
         fitted.check_weights(module)
-        for method in self.methods:
-            fitted.state_of(method)
         return fitted
 
     def _begin(self, trainer: L.Trainer, module: L.LightningModule, stage: str, loaders: Any) -> None:
         check_loaders(trainer, as_list(loaders))
-        self._run = EvaluationRun(stage, self.methods, self._ready(module), self._folder.snapshots)
+        fitted = self._ready(module)
+        methods = [method for method in self.methods if not is_trial(trainer) or fitted.is_fitted(method)]
+        self._run = EvaluationRun(stage, methods, fitted, self._folder.snapshots)
 
     def _finish(self, trainer: L.Trainer, module: L.LightningModule, loaders: Any, counts: Sequence[float]) -> None:
         run, self._run = self._run, None

@@ -107,7 +107,7 @@ class Witness(L.Callback):
     def on_fit_end(self, trainer, pl_module):
         fitted, folder = self.watched.fitted, self.watched.state_dict()["folder"]
         content = {
-            "scalars": fitted.scalars(),
+            "scalars": fitted.scalars(self.watched.methods),
             "states": {
                 name: {key: value.tolist() for key, value in method.state.items()}
                 for name, method in fitted.methods.items()
@@ -261,7 +261,7 @@ def one_of_several(rank: int, world_size: int, folder: Path, weights: Path) -> N
     )
     chosen = [get_method(name).with_defaults(Curvature()) for name in ("map", "laplace_lpo")]
     fit = fit_methods(chosen, module, ToyModule.class_logits, training, calibration, distributed=True)
-    content = {"scalars": fit.scalars()}
+    content = {"scalars": fit.scalars(chosen)}
     fit.served_posterior(Curvature().digest).save(folder / f"direct-{world_size}-{rank}.safetensors")
     if rank == world_size - 1:
         alone = fit_methods(chosen, module, ToyModule.class_logits, training, calibration)

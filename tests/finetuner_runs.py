@@ -79,7 +79,10 @@ def finetuner(world_size: int, folder: Path) -> None:
             val_dataloaders=calibration,
             ckpt_path=str(own / "last.ckpt"),
         )
-        said[kind] |= {"fit": fitting.fitted.scalars(), "completed fit": completing.fitted.scalars()}
+        said[kind] |= {
+            "fit": fitting.fitted.scalars(fitting.methods),
+            "completed fit": completing.fitted.scalars(completing.methods),
+        }
         refitting, third = run(2)
         resumed = ExpertFinetuner(toy_model(), answer_token_ids=[1, 2, 3], learning_rate=1e-2)
         third.fit(resumed, training, calibration, ckpt_path=str(own / "last.ckpt"), weights_only=False)

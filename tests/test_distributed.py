@@ -305,16 +305,18 @@ def class_logits(module, batch):
     return module.class_logits(batch)
 
 
+CHOSEN = [get_method(name).with_defaults(Curvature()) for name in ("map", "laplace_lpo")]
+
+
 def fitted(*, distributed=False, training=None):
-    methods = [get_method(name).with_defaults(Curvature()) for name in ("map", "laplace_lpo")]
     training = loader(30, 1) if training is None else training
     module = ToyModule()
-    return module, fit_methods(methods, module, class_logits, training, loader(20, 2), distributed=distributed)
+    return module, fit_methods(CHOSEN, module, class_logits, training, loader(20, 2), distributed=distributed)
 
 
 class TestFitMethods:
     def test_distributed_with_one_process_changes_nothing(self):
-        assert fitted()[1].scalars() == fitted(distributed=True)[1].scalars()
+        assert fitted()[1].scalars(CHOSEN) == fitted(distributed=True)[1].scalars(CHOSEN)
 
     def test_no_data_at_all_is_refused(self):
         with pytest.raises(ValueError, match="no batch"):

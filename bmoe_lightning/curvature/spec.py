@@ -35,8 +35,15 @@ class LayerSelection(ABC):
         """
 
     def description(self) -> dict[str, Any]:
-        """Class and options as plain values, for files and comparisons."""
-        return {"selection": type(self).__qualname__, **asdict(self)}  # type: ignore[call-overload]  # a dataclass
+        """Class and options as JSON would give them back, for files and comparisons.
+
+        Raises:
+            TypeError: If JSON cannot hold an option.
+        """
+        options = asdict(self)  # type: ignore[call-overload]  # a dataclass
+        content = {"selection": f"{type(self).__module__}:{type(self).__qualname__}", **options}
+        found: dict[str, Any] = json.loads(json.dumps(content))
+        return found
 
 
 @dataclass(frozen=True)
@@ -98,6 +105,7 @@ class Curvature:
 
     Raises:
         ValueError: For an unknown name or a value out of range.
+        TypeError: For a value of another type.
     """
 
     rank: int = 10
@@ -113,6 +121,15 @@ class Curvature:
     def __post_init__(self) -> None:
         # A command line or a YAML file gives a list, which has no hash.
         object.__setattr__(self, "skip_layers", tuple(self.skip_layers))
+        for option, number in (("rank", self.rank), ("max_batches", self.max_batches or 0)):
+            if type(number) is not int:
+                raise TypeError(f"{option} must be an integer, got {number!r}")
+        if any(type(index) is not int for index in self.skip_layers):
+            raise TypeError(f"skip_layers must be indices of layers, got {self.skip_layers!r}")
+        if not isinstance(self.layers, LayerSelection):
+            raise TypeError(
+                f"layers must be a selection such as LinearLayers({str(self.layers)!r}), got {self.layers!r}"
+            )
         if self.rank < 0:
             raise ValueError(f"rank must be at least 0, got {self.rank}")
         for name, value, valid in (

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import itertools
 from collections.abc import Iterator, Sequence
 
 import torch
@@ -83,15 +82,20 @@ def _samples(model: nn.Module, *, sharded: bool) -> Iterator[tuple[str, Tensor]]
 def fingerprinted_module(model: nn.Module, layers: Sequence[ExpertLayer]) -> nn.Module:
     """The module whose weights are sampled: the transformers model that holds the expert layers, if there is one.
 
-    For other models it is the smallest module with all expert layers and their routers.
+    Of other models it is the smallest module that has all parameters, and so the same inside a LightningModule and
+    outside.
     """
     experts = {id(model.get_submodule(layer.name)) for layer in layers}
     for candidate in outermost_pretrained(model):
         if experts <= {id(module) for module in candidate.modules()}:
             return candidate
-    blocks = [layer.name.rpartition(".")[0].split(".") for layer in layers]
-    shared = list(itertools.takewhile(lambda parts: len(set(parts)) == 1, zip(*blocks, strict=False)))
-    return model.get_submodule(".".join(parts[0] for parts in shared))
+    module = model
+    while True:
+        children = [child for child in module.children() if next(child.parameters(), None) is not None]
+        own = next(module.parameters(recurse=False), None)
+        if own is not None or len(children) != 1 or not experts <= {id(part) for part in children[0].modules()}:
+            return module
+        module = children[0]
 
 
 def _sample(parameter: Tensor, *, sharded: bool) -> Tensor:

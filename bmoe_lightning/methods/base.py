@@ -73,9 +73,14 @@ class Method(ABC):
 
     @property
     def curvatures(self) -> tuple[Curvature, ...]:
-        """Curvatures that predictions, or the fit, look at."""
+        """Curvatures that the fit or predictions look at."""
         given = getattr(self, "curvature", None)
         return () if given is None else (given,)
+
+    @property
+    def prediction_curvatures(self) -> tuple[Curvature, ...]:
+        """Those of `curvatures` that predictions look at; all of them, unless the fit alone needs some."""
+        return self.curvatures
 
     @property
     def is_ensemble(self) -> bool:
@@ -175,7 +180,7 @@ class Method(ABC):
             for entry in fields(self)
             if entry.name not in ("name", "label") and not entry.metadata.get(_PREDICTION_ONLY)
         }
-        return {"class": type(self).__qualname__, **chosen}
+        return {"class": f"{type(self).__module__}:{type(self).__qualname__}", **chosen}
 
 
 @dataclass(frozen=True)
@@ -215,14 +220,25 @@ def state_numbers(state: State) -> dict[str, float]:
 
 
 def plain(value: Any) -> Any:
-    """An option as JSON would give it back."""
+    """An option as JSON would give it back.
+
+    Raises:
+        TypeError: If JSON cannot hold it.
+    """
     if isinstance(value, (Curvature, LayerSelection)):
         return value.description()
     if isinstance(value, (list, tuple)):
         return [plain(entry) for entry in value]
     if isinstance(value, Mapping):
         return {str(key): plain(entry) for key, entry in value.items()}
-    return str(value) if isinstance(value, Path) else value
+    if isinstance(value, Path):
+        return str(value)
+    if value is None or isinstance(value, (bool, int, float, str)):
+        return value
+    raise TypeError(
+        f"the option {value!r} is a {type(value).__name__}, which no file of a fit can hold; options are numbers, "
+        "strings, paths, curvatures, and lists and mappings of these"
+    )
 
 
 def option_table(method: type[Method]) -> list[tuple[str, str, str]]:
@@ -253,7 +269,12 @@ def check_method_names(methods: Sequence[Method]) -> None:
 
     Raises:
         ValueError: If there is no method, or a name stands for two.
+        TypeError: If a method has an option that no file of a fit can hold.
     """
+    for method in methods:
+        method.options()
+        if any(not isinstance(curvature, Curvature) for curvature in method.curvatures):
+            raise TypeError(f"the curvature of {method.name} must be a Curvature(...), got {method.curvatures!r}")
     names = [method.name for method in methods]
     twice = sorted({name for name in names if names.count(name) > 1})
     unusable = [name for name in names if not _NAME.fullmatch(name)]

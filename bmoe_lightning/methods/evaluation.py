@@ -61,7 +61,7 @@ class Evaluation:
     def view(self, model: nn.Module, class_logits: ClassLogits, batch: Any) -> BatchView:
         """The batch as all single-member methods share it."""
         if self._posteriors is None:
-            curvatures = [curvature for method in self._single for curvature in method.curvatures]
+            curvatures = [curvature for method in self._single for curvature in method.prediction_curvatures]
             self._posteriors = self._fitted.posteriors_for(curvatures, model)
         return BatchView(model, class_logits, batch, self._posteriors, seed=self._fitted.seed)
 
@@ -173,7 +173,7 @@ class Predictor:
         """
         method, seed = self.method, self._fitted.seed
         if self._posteriors is None:
-            self._posteriors = self._fitted.posteriors_for(method.curvatures, model)
+            self._posteriors = self._fitted.posteriors_for(method.prediction_curvatures, model)
         view = BatchView(model, class_logits, batch, self._posteriors, seed=seed)
         if not method.is_ensemble:
             return method.log_probs(view, self._state), view

@@ -49,6 +49,10 @@ class EvidenceTemperature(CurvatureMethod):
     def needs(self) -> Needs:
         return Needs(calibration_inputs=MIN_UNLABELLED, prior_mean=self.prior_mean == "pretrained")
 
+    @property
+    def prediction_curvatures(self) -> tuple[Curvature, ...]:
+        return ()
+
     def fit(self, work: Workbench) -> State:
         return {"temperature": evidence_temperature(work, self.spec, self.scope, self.prior_mean)}
 

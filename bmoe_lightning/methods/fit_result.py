@@ -15,7 +15,7 @@ from bmoe_lightning.curvature.spec import Curvature
 from bmoe_lightning.experts import ExpertLayer, weight_fingerprint
 from bmoe_lightning.experts.discovery import locate_expert_layers
 from bmoe_lightning.laplace.posterior import LaplacePosterior, WeightMismatchError
-from bmoe_lightning.methods.base import PRIOR_PRECISION, Method, State, state_numbers
+from bmoe_lightning.methods.base import PRIOR_PRECISION, Method, State
 
 
 class NotFittedError(RuntimeError):
@@ -29,7 +29,7 @@ class FittedMethod:
     Attributes:
         state: From `Method.fit`.
         options: The method's `fit_options` at the time.
-        curvatures: Digests of the curvatures that its predictions look at.
+        curvatures: Digests of the curvatures that its fit or its predictions look at.
     """
 
     state: State
@@ -69,11 +69,15 @@ class FitResult:
         if stored is None:
             return []
         there, here = stored.options, method.fit_options()
-        return [
+        differing = [
             f"{name}={there.get(name)!r} (here {here.get(name)!r})"
             for name in sorted(there.keys() | here.keys())
             if there.get(name) != here.get(name)
         ]
+        digests = tuple(curvature.digest for curvature in method.curvatures)
+        if not differing and stored.curvatures != digests:
+            differing = [f"curvatures={list(stored.curvatures)} (here {list(digests)})"]
+        return differing
 
     def is_fitted(self, method: Method) -> bool:
         """Whether a method can predict with this fit as it is."""
@@ -141,11 +145,17 @@ class FitResult:
                 "or fit them again (trainer.test() without a model loads the best checkpoint, not the last)."
             )
 
-    def scalars(self) -> dict[str, float]:
-        """Flat numbers for a logger: what was fitted, and how much of each curvature the factors hold."""
+    def scalars(self, methods: Iterable[Method]) -> dict[str, float]:
+        """Flat numbers for a logger: what was fitted, and how much of each curvature the factors hold.
+
+        Args:
+            methods: Methods that are logged, as far as they have been fitted; see `Method.hyperparameters`.
+        """
         flat: dict[str, float] = {}
-        for name, fitted in self.methods.items():
-            flat |= {f"posterior/{name}/{key}": value for key, value in state_numbers(fitted.state).items()}
+        for method in methods:
+            if method.name in self.methods:
+                numbers = method.hyperparameters(self.methods[method.name].state)
+                flat |= {f"posterior/{method.name}/{key}": value for key, value in numbers.items()}
         for position, posterior in enumerate(self.posteriors.values()):
             prefix = f"curvature_{position}" if position else "curvature"
             flat |= {f"{prefix}/{key}": value for key, value in curvature_scalars(posterior).items()}
@@ -166,7 +176,7 @@ class FitResult:
         return replace(self, methods={**self.methods, **methods}, posteriors={**self.posteriors, **posteriors})
 
     def _missing(self, method: Method) -> bool:
-        return any(curvature.collects and curvature.digest not in self.posteriors for curvature in method.curvatures)
+        return any(c.collects and c.digest not in self.posteriors for c in method.prediction_curvatures)
 
 
 def curvature_scalars(posterior: LaplacePosterior) -> dict[str, float]:

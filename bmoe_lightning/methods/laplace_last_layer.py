@@ -55,10 +55,11 @@ class LaplaceLastLayer(LaplaceLPO):
     cost = "one forward pass and K - 1 backward passes to the head's output"
 
     def with_defaults(self, curvature: Curvature) -> Self:
-        """The method with the run's curvature, moved to the head."""
-        if self.curvature is not None:
-            return self
-        return replace(self, curvature=replace(curvature, layers=OutputHead(self.head), skip_layers=()))
+        """The method with its own curvature, or else the run's, moved to the head."""
+        given = self.curvature or curvature
+        if isinstance(given.layers, OutputHead) and self.head is None:
+            return replace(self, curvature=given)
+        return replace(self, curvature=replace(given, layers=OutputHead(self.head), skip_layers=()))
 
 
 def _head_name(model: nn.Module) -> str:

@@ -47,15 +47,13 @@ def save_fit(folder: Path, fit: FitResult, snapshots: Sequence[Path] = ()) -> No
         snapshots: Trained weights after the last epochs, files within `folder`.
 
     Raises:
-        OSError: If a file cannot be written; what an index that is there names is still whole.
+        OSError: If a file cannot be written. What an index that is there names is still whole, unless a curvature was
+            being replaced; then reading says so.
     """
     folder.mkdir(parents=True, exist_ok=True)
     before = _index_of_same_fit(folder, fit.fit_id)
     # A run that was resumed after its fit has the same id, and other weights.
     same_weights = before.get("fingerprint") == fit.fingerprint
-    posteriors = dict(before["posteriors"]) if same_weights else {}
-    for digest in fit.posteriors:
-        posteriors[digest] = _save_curvature(folder, fit, digest, written=posteriors)
     methods_file = f"methods-{uuid.uuid4().hex[:12]}.safetensors"
     tensors = {f"{name}/{key}": value for name, fitted in fit.methods.items() for key, value in fitted.state.items()}
     if fit.calibration is not None:
@@ -69,6 +67,10 @@ def save_fit(folder: Path, fit: FitResult, snapshots: Sequence[Path] = ()) -> No
         description={"methods": list(fit.methods)},
         fit=fit.fit_id,
     )
+    # Last of the large files: posterior.safetensors keeps its name, so what an index says of it ends here.
+    posteriors = dict(before["posteriors"]) if same_weights else {}
+    for digest in fit.posteriors:
+        posteriors[digest] = _save_curvature(folder, fit, digest, written=posteriors)
     content = {
         "fingerprint": fit.fingerprint,
         "layers": [asdict(layer) for layer in fit.layers],
@@ -85,7 +87,7 @@ def save_fit(folder: Path, fit: FitResult, snapshots: Sequence[Path] = ()) -> No
     }
     write_json_file(folder / INDEX_FILE, format=_INDEX_FORMAT, version=_VERSION, description=content, fit=fit.fit_id)
     if before:
-        remove_tensor_file(folder / before["states"]["file"], format=_METHODS_FORMAT)
+        remove_tensor_file(_inside(folder, before["states"]["file"]), format=_METHODS_FORMAT)
 
 
 def has_fit(folder: Path) -> bool:

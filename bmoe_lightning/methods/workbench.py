@@ -349,7 +349,7 @@ def fit_methods(
 
     Raises:
         ValueError: If data, labels or the prior mean are missing, a curvature's layers are, processes have different
-            weights, or a file of `pass_files` is of another pass.
+            weights, a file of `pass_files` is of another pass, or `earlier` was made with another seed.
         WeightMismatchError: If `earlier` was fitted on other weights.
         OSError: If a file of `pass_files` cannot be written.
     """
@@ -361,6 +361,11 @@ def fit_methods(
             _check_same(earlier.fingerprint)
     else:
         earlier.check_weights(model)
+        if earlier.seed != seed:
+            raise ValueError(
+                f"the fit was made with seed {earlier.seed}, which all its methods share, and seed {seed} was asked "
+                "for; give the same one, or fit into another folder"
+            )
     missing = [method for method in methods if not earlier.is_fitted(method)]
     work = Workbench(
         model,
@@ -382,7 +387,8 @@ def fit_methods(
             work.posterior(curvature)
     fitted = {}
     for method in missing:
-        state = {key: value.detach().cpu() for key, value in method.fit(work).items()}
+        # A copy: a state may be an expanded tensor, or share its memory with a weight or with another entry.
+        state = {key: value.detach().cpu().contiguous().clone() for key, value in method.fit(work).items()}
         if distributed:
             broadcast_(list(state.values()))
         fitted[method.name] = FittedMethod(state, method.fit_options(), tuple(c.digest for c in method.curvatures))

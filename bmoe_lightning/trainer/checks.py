@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import warnings
 from collections.abc import Iterable, Sequence, Sized
 from typing import TYPE_CHECKING, Any
 
@@ -103,6 +104,26 @@ def check_prediction(trainer: L.Trainer, loaders: Sequence[Any]) -> None:
                 f"they have {found}. Predict a number of examples that the number of processes divides, from a "
                 "DataLoader over a data set with a length; or use trainer.test, or one process"
             )
+
+
+def with_enough_snapshots(methods: Sequence[Method], num_snapshots: int) -> list[Method]:
+    """The methods that the snapshots of a training that has ended allow to be fitted.
+
+    Args:
+        methods: Methods of the run.
+        num_snapshots: Snapshots that there are, fewer than expected if training stopped early.
+
+    Warns:
+        UserWarning: Naming the methods that are left out.
+    """
+    short = [method.name for method in methods if method.needs.snapshots > num_snapshots]
+    if short:
+        warnings.warn(
+            f"training ended with {num_snapshots} snapshots, too few for {', '.join(short)}: the other methods are "
+            "fitted; leave these out, or train for more epochs",
+            stacklevel=2,
+        )
+    return [method for method in methods if method.name not in short]
 
 
 def check_sketch(trainer: L.Trainer, sketches: Iterable[SketchName]) -> None:

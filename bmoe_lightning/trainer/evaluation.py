@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +22,8 @@ from bmoe_lightning.trainer.data_passes import DataPass
 from bmoe_lightning.trainer.lightning_internals import logged_step
 from bmoe_lightning.trainer.sampler_shards import SamplerShard, find_sampler_shard
 
+_REPLACES = "_replaces_predict_step"
+
 
 class EvaluationRun:
     """Predictions of every method on every loader of one run.
@@ -32,11 +33,16 @@ class EvaluationRun:
         methods: Methods that predict.
         fitted: What they were fitted to.
         snapshots: Trained weights after the last epochs.
+
+    Raises:
+        NotFittedError: If a method has not been fitted, or with other options.
     """
 
     def __init__(self, stage: str, methods: Sequence[Method], fitted: FitResult, snapshots: Sequence[Path]) -> None:
         self.stage = stage
         self._methods = tuple(methods)
+        for method in methods:
+            fitted.state_of(method)  # refuses before anything is predicted
         self._fitted = fitted
         self._snapshots = tuple(snapshots)
         self._evaluations: dict[int, Evaluation] = {}
@@ -206,17 +212,32 @@ def replace_predict_step(
 
     Returns:
         A function that takes the replacement out again.
+
+    Raises:
+        ValueError: If another callback has replaced the step already.
     """
-    step = type(module).predict_step
-    has_step = step is not L.LightningModule.predict_step
+    own = vars(module).get("predict_step")
+    if hasattr(own, _REPLACES):
+        raise ValueError(
+            "two callbacks have a predict_method, and one prediction can be returned; leave one of them out"
+        )
+    step = module.predict_step
+    has_step = own is not None or type(module).predict_step is not L.LightningModule.predict_step
 
     def predict_step(batch: Any, *args: Any) -> dict[str, Any]:
-        output = step(module, batch, *args) if has_step else None
+        output = step(batch, *args) if has_step else None
         found = predicted(predictor, module, class_logits, batch)
         if isinstance(output, Mapping):
             return {**output, **found}
         return found if output is None else {**found, "step_output": output}
 
+    def restore() -> None:
+        if own is None:
+            del module.predict_step
+        else:
+            module.predict_step = own  # type: ignore[method-assign]
+
+    setattr(predict_step, _REPLACES, True)
     # On the instance, so that the class stays as it is.
     module.predict_step = predict_step  # type: ignore[method-assign]
-    return partial(delattr, module, "predict_step")
+    return restore

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import os
 import re
 import shutil
 import uuid
@@ -36,6 +37,7 @@ class RunFolder:
     Args:
         given: Folder that the user named, if any.
         pass_every: Batches from one write of a curvature pass's accumulators to the next; None writes none.
+        name: Subfolder, by which two callbacks of one run keep apart.
 
     Attributes:
         given: As above; of several processes, rank 0's.
@@ -45,19 +47,24 @@ class RunFolder:
         resumes: Whether the training that is about to begin continues the run of a checkpoint.
     """
 
-    def __init__(self, given: str | None, pass_every: int | None) -> None:
-        self.given = Path(given) if given is not None else None
+    def __init__(self, given: str | None, pass_every: int | None, name: str = "") -> None:
+        if name and not re.fullmatch(r"[\w.-]*\w", name):
+            raise ValueError(
+                f"name is a folder and a part of logged keys: letters, digits, '.', '_', '-'; got {name!r}"
+            )
+        self.given = Path(given, name) if given is not None else None
         self.folder = self.given
         self.fit_id = uuid.uuid4().hex
         self.snapshots: list[Path] = []
+        self._name = name
         self._pass_every = pass_every
         self._earlier: tuple[Path, str, list[str]] | None = None  # folder, fit and snapshots of a loaded checkpoint
         self._several = False
         self.resumes = False
 
-    def settle(self, trainer: L.Trainer, name: str) -> None:
+    def settle(self, trainer: L.Trainer) -> None:
         """Have all processes write into one folder: the given one, or one in the logger's. A collective."""
-        default = _latest_version(_log_folder(trainer) / "bayesian_moe" / name)
+        default = _latest_version(_log_folder(trainer) / "bayesian_moe" / self._name)
         # A path with the time in it is another one on each process, and so is a random id.
         self.given, default, self.fit_id = trainer.strategy.broadcast((self.given, default, self.fit_id))
         self.folder = None if is_trial(trainer) else self.given or default
@@ -73,6 +80,7 @@ class RunFolder:
         if trainer.is_global_zero:
             if self.folder is not None and self.given is None:
                 self.folder = _free_version(self.folder, self.fit_id)
+            _check_writable(self.folder)
             self.remove_pass_files()
             if earlier is not None:
                 folder, fit_id, names = earlier
@@ -84,6 +92,7 @@ class RunFolder:
     def continue_training_of(self, trainer: L.Trainer) -> None:
         """Find the snapshots of a training that has ended, or was killed while its fit was made. A collective."""
         if trainer.is_global_zero:
+            _check_writable(self.folder)
             self._warn_of_pass_elsewhere()
         if trainer.is_global_zero and not self.snapshots:
             if self._earlier is not None and self.resumes:
@@ -148,7 +157,7 @@ class RunFolder:
                 f"{self.folder} has a fit to other weights than the model's, and it is not replaced. Load the "
                 f"checkpoint that it was fitted on, give another dirpath=, or remove its {INDEX_FILE}"
             )
-        self.snapshots = []
+        self.fit_id, self.snapshots = uuid.uuid4().hex, []  # of rank 0, once the others hear of it
 
     def pass_files(self) -> PassFiles | None:
         """Where curvature passes write their accumulators."""
@@ -197,6 +206,16 @@ def _check_same(fit: FitResult | None, folders: Sequence[Path]) -> None:
             f"processes find different fits in {', '.join(map(str, folders))}, or some of them none. Give dirpath= a "
             "folder that all machines share"
         )
+
+
+def _check_writable(folder: Path | None) -> None:
+    """Refuse a folder that nothing can be written to, before there is anything to write."""
+    if folder is not None:
+        there = next(path for path in (folder, *folder.absolute().parents) if path.exists())
+        if not there.is_dir() or not os.access(there, os.W_OK | os.X_OK):
+            raise OSError(
+                f"the fit cannot be written to {folder}: {there} is no writable folder; give another dirpath="
+            )
 
 
 def _log_folder(trainer: L.Trainer) -> Path:

@@ -102,15 +102,14 @@ class Registry(Generic[T]):
     def _loaded(self, path: str) -> Any:
         module, _, attribute = path.partition(":")
         try:
-            return getattr(import_module(module), attribute)
+            imported = import_module(module)
         except ModuleNotFoundError as error:
             if error.name is not None and module != error.name and not module.startswith(f"{error.name}."):
                 raise  # the module is there, and something that it imports is not
             raise ValueError(f"the {self.kind} {path!r} names a module that cannot be imported: {error}") from error
-        except AttributeError:
-            raise ValueError(
-                f"the module {module!r} has no {attribute!r}; the {self.kind} {path!r} cannot be loaded"
-            ) from None
+        if not hasattr(imported, attribute):
+            raise ValueError(f"the module {module!r} has no {attribute!r}; the {self.kind} {path!r} cannot be loaded")
+        return getattr(imported, attribute)
 
     def _instance(self, cls: Any, name: str) -> T:
         if not isinstance(cls, type):

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 
 from bmoe_lightning.methods import FitResult, Method, Predictions
+from bmoe_lightning.methods.base import option_columns
 from bmoe_lightning.report import MethodResult
 from bmoe_lightning.utils.safetensors_io import opened_tensor_file, read_tensor_file, write_tensor_file
 
@@ -79,7 +80,7 @@ class StoredPredictions:
             target=file.tensors["labels"],
             ids=ids,
             extra=file.description["numbers"],
-            hyperparameters=_hyperparameters(method),
+            hyperparameters=option_columns(method),
         )
 
     def logits(self, method: Method) -> torch.Tensor:
@@ -92,18 +93,7 @@ class StoredPredictions:
 
 
 def _options(method: Method) -> dict[str, Any]:
-    """The options of a method as a file has them; the class, too, since names can be taken over."""
-    plain = {"class": type(method).__qualname__, **method.options()}
-    loaded: dict[str, Any] = json.loads(json.dumps(plain))
+    """The options that decide about predictions, as a file has them; the class, too, since names can be taken over."""
+    options = {key: value for key, value in method.options().items() if key != "label"}
+    loaded: dict[str, Any] = json.loads(json.dumps({**method.fit_options(), **options}))
     return loaded
-
-
-def _hyperparameters(method: Method) -> dict[str, bool | int | float | str]:
-    """The options of a method as columns of a table; those of its curvature by their own names."""
-    columns: dict[str, bool | int | float | str] = {}
-    for name, value in method.options().items():
-        if isinstance(value, dict):
-            columns |= {key: inner for key, inner in value.items() if isinstance(inner, (bool, int, float, str))}
-        elif isinstance(value, (bool, int, float, str)) and name != "label":
-            columns[name] = value
-    return columns

@@ -78,9 +78,13 @@ def test_stands_beside_a_posterior_over_the_experts():
         torch.testing.assert_close(together[method.name].log_probs, alone.log_probs, rtol=1e-9, atol=1e-12)
 
 
-def test_a_curvature_of_its_own_is_taken_as_it_is():
-    chosen = LaplaceLastLayer(curvature=Curvature(layers=ExpertLayers()))
-    assert chosen.with_defaults(Curvature(rank=3)) is chosen
+def test_a_curvature_of_its_own_is_over_the_head_too():
+    run = Curvature(rank=3, skip_layers=(1,))
+    own = LaplaceLastLayer(curvature=Curvature(rank=5, layers=ExpertLayers()), head="head").with_defaults(run)
+    assert own.spec == Curvature(rank=5, layers=OutputHead("head"))
+    assert own.with_defaults(run) == own
+    named = LaplaceLastLayer(curvature=Curvature(layers=OutputHead("head"))).with_defaults(run)
+    assert named.spec.layers == OutputHead("head")
 
 
 def test_keeps_the_contract_with_tied_weights(monkeypatch):

@@ -205,3 +205,19 @@ class TestFoldersOfRuns:
             callback = BayesianMoECallback(self.METHODS, dirpath=str(tmp_path / "mine"))
             trainer(tmp_path, [callback], max_epochs=1).fit(ToyModule(seed=seed), train_loader(), calibration_loader())
         assert self.folders(tmp_path) == ["mine"]
+
+
+def test_a_folder_that_cannot_be_written_to_is_refused_before_training(tmp_path):
+    (tmp_path / "file").write_text("")
+    module = ToyModule()
+    before = {name: value.clone() for name, value in module.state_dict().items()}
+    callback = BayesianMoECallback(dirpath=str(tmp_path / "file" / "fit"))
+    with pytest.raises(OSError, match=r"file is no writable folder; give another dirpath="):
+        trainer(tmp_path, [callback], max_epochs=1).fit(module, train_loader(), calibration_loader())
+    assert all(torch.equal(value, before[name]) for name, value in module.state_dict().items())
+
+
+@pytest.mark.parametrize("name", ["a/b", "../x", ".."])
+def test_a_name_that_leaves_the_folder_is_refused(name):
+    with pytest.raises(ValueError, match="name is a folder"):
+        BayesianMoECallback(name=name)
