@@ -1,4 +1,4 @@
-"""Contract tests that ship with the package, so that methods of other packages can be held to them.
+"""Contract tests that ship with the package, for methods of other packages.
 
 from bmoe_lightning.testing import check_method
 check_method(MyMethod())
@@ -36,7 +36,7 @@ def tiny_model(seed: int = 0) -> nn.Module:
     """A mixture-of-experts language model of some 20 thousand random weights, in float64.
 
     Args:
-        seed: Seed of its weights; the global random state is left alone.
+        seed: Seed of the weights; the global random state is unchanged.
     """
     config = Qwen2MoeConfig(
         vocab_size=64,
@@ -54,25 +54,25 @@ def tiny_model(seed: int = 0) -> nn.Module:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         model = Qwen2MoeForCausalLM(config).double().eval()
-    model.set_experts_implementation("eager")  # grouped kernels take no float64
+    model.set_experts_implementation("eager")  # grouped kernels do not support float64
     return model
 
 
 def check_method(method: Method, *, atol: float = 1e-8) -> None:
-    """Hold a method to its contract, on a tiny model with generated data.
+    """Check the contract of a method, on a tiny model with generated data.
 
     Checked are: a frozen dataclass with documented options; log-probabilities of the right shape and dtype that are
-    normalised, with `-inf` for absent classes and nothing else, and equal however the data are cut into batches; a
-    state of CPU tensors that survives a file; a refusal that names the method where it is not fitted; a model whose
-    weights, modes and gradients are as before, also after an exception; nothing drawn from the global random state.
+    normalised, with `-inf` for absent classes only, and independent of the batch size; a state of CPU tensors that
+    predicts the same after saving and loading; a `NotFittedError` that names the method where it is not fitted; a model
+    with unchanged weights, modes and gradients, also after an exception; an unchanged global random state.
 
     Args:
         method: Method with a name.
-        atol: Tolerance on log-probabilities between one batch and several. Methods that draw for each batch anew (a
-            seed per batch) are compared with batches of the same size only.
+        atol: Tolerance on log-probabilities between batch sizes. Methods that need expert dropout sample for each batch
+            (one seed per batch), and are not compared between batch sizes.
 
     Raises:
-        AssertionError: With a sentence on what is violated.
+        AssertionError: If the contract is violated; the message says how.
     """
     _check_declaration(method)
     with tempfile.TemporaryDirectory() as name:
@@ -81,7 +81,7 @@ def check_method(method: Method, *, atol: float = 1e-8) -> None:
 
 def _check_declaration(method: Method) -> None:
     kind = type(method)
-    assert is_dataclass(kind) and kind.__dataclass_params__.frozen, f"{kind.__qualname__} is no frozen dataclass"  # type: ignore[attr-defined]
+    assert is_dataclass(kind) and kind.__dataclass_params__.frozen, f"{kind.__qualname__} is not a frozen dataclass"  # type: ignore[attr-defined]
     assert kind.__doc__ and kind.__doc__.strip(), f"{kind.__qualname__} has no docstring"
     assert method.name and method.label, f"{kind.__qualname__} has no name or no label"
     hash(method)
@@ -89,7 +89,7 @@ def _check_declaration(method: Method) -> None:
     undocumented = [name for name in undocumented if not _help(kind, name)]
     assert not undocumented, f"{method.name}: options without a help text: {undocumented}; use option(default, help)"
     renamed = replace(method, name="another_name", label="Another name")
-    assert renamed.fit_options() == method.fit_options(), f"{method.name}: name or label decide about the fit"
+    assert renamed.fit_options() == method.fit_options(), f"{method.name}: name or label change the fit options"
 
 
 def _help(kind: type, name: str) -> str:
@@ -117,10 +117,10 @@ def _check_behaviour(method: Method, folder: Path, atol: float) -> None:
     _check_cuts(method, fit, model, snapshots, atol)
     _check_files(method, fit, model, folder / "fit", snapshots, result)
     _check_exception(method, fit, model, snapshots)
-    assert torch.equal(torch.random.get_rng_state(), state), f"{method.name} drew from the global random state"
+    assert torch.equal(torch.random.get_rng_state(), state), f"{method.name} sampled from the global random state"
     changed = [name for name, value in model.state_dict().items() if not torch.equal(value, weights[name])]
     assert not changed, f"{method.name} changed weights of the model: {changed}"
-    assert all(module.training for module in model.modules()), f"{method.name} left the model in another mode"
+    assert all(module.training for module in model.modules()), f"{method.name} changed the training mode of modules"
     assert all(p.grad is None for p in model.parameters()), f"{method.name} left gradients behind"
     assert all(p.requires_grad for p in model.parameters()), f"{method.name} left parameters frozen"
 
@@ -129,29 +129,31 @@ def _check_refusal(method: Method, model: nn.Module) -> None:
     try:
         Predictor(method, FitResult()).predict(model, _class_logits, _batches(seed=2, count=1)[0])
     except NotFittedError as error:
-        assert method.name in str(error), f"{method.name}: the refusal of an unfitted method does not name it: {error}"
+        assert method.name in str(error), (
+            f"{method.name}: NotFittedError of an unfitted method does not name it: {error}"
+        )
     else:
-        raise AssertionError(f"{method.name} has a fit, and predicts without one")
+        raise AssertionError(f"{method.name} defines fit, and predicts without being fitted")
 
 
 def _check_log_probs(method: Method, log_probs: Tensor) -> None:
     name = method.name
     assert log_probs.dtype == torch.float64, f"{name}: log_probs are {log_probs.dtype}, not float64"
-    assert not bool(log_probs.isnan().any()), f"{name}: log_probs hold NaN"
+    assert not bool(log_probs.isnan().any()), f"{name}: log_probs contain NaN"
     absent = torch.zeros_like(log_probs, dtype=torch.bool)
-    absent[::_BATCH, -1] = True  # as _class_logits has it
+    absent[::_BATCH, -1] = True  # as in _class_logits
     assert bool((log_probs[absent] == -torch.inf).all()), f"{name}: an absent class has a probability above zero"
-    assert bool(log_probs[~absent].isfinite().all()), f"{name}: a class that is there has no probability"
+    assert bool(log_probs[~absent].isfinite().all()), f"{name}: a present class has no finite log-probability"
     total = log_probs.exp().sum(1)
-    assert torch.allclose(total, torch.ones_like(total), atol=1e-9), f"{name}: probabilities do not add up to 1"
+    assert torch.allclose(total, torch.ones_like(total), atol=1e-9), f"{name}: probabilities do not sum to 1"
 
 
 def _check_cuts(method: Method, fit: FitResult, model: nn.Module, snapshots: Sequence[Path], atol: float) -> None:
-    """The same examples in batches of four and of two give the same, unless the method draws for each batch."""
+    """Batches of four and of two give the same log-probabilities, unless the method samples for each batch."""
     batches = _batches(seed=4, count=2)
     whole = _predicted(method, fit, model, batches, snapshots)
     again = _predicted(method, fit, model, batches, snapshots)
-    assert torch.equal(whole, again), f"{method.name} says something else about the same batch the second time"
+    assert torch.equal(whole, again), f"{method.name} predicts the same batch differently the second time"
     if method.needs.expert_dropout:
         return
     halves = [
@@ -161,7 +163,7 @@ def _check_cuts(method: Method, fit: FitResult, model: nn.Module, snapshots: Seq
     both = whole == cut
     difference = torch.where(both, 0, whole - cut).abs().max()
     assert bool(difference <= atol), (
-        f"{method.name}: cut into other batches, log_probs differ by {float(difference):.3g}"
+        f"{method.name}: with another batch size, log_probs differ by {float(difference):.3g}"
     )
 
 
@@ -169,13 +171,13 @@ def _check_files(
     method: Method, fit: FitResult, model: nn.Module, folder: Path, snapshots: Sequence[Path], expected: Tensor
 ) -> None:
     state = fit.state_of(method)
-    assert isinstance(state, Mapping), f"{method.name}: a state is a mapping, got {type(state).__name__}"
+    assert isinstance(state, Mapping), f"{method.name}: a state must be a mapping, got {type(state).__name__}"
     wrong = [key for key, value in state.items() if not isinstance(value, Tensor) or value.device.type != "cpu"]
-    assert not wrong, f"{method.name}: entries of the state are no CPU tensors: {wrong}"
+    assert not wrong, f"{method.name}: entries of the state are not CPU tensors: {wrong}"
     save_fit(folder, fit)
     loaded, _ = load_fit(folder)
     found = _predicted(method, loaded, model, _batches(seed=2, count=3), snapshots)
-    assert torch.equal(found, expected), f"{method.name} predicts something else after its state was written and read"
+    assert torch.equal(found, expected), f"{method.name} predicts differently after its state was saved and loaded"
 
 
 def _check_exception(method: Method, fit: FitResult, model: nn.Module, snapshots: Sequence[Path]) -> None:
@@ -217,7 +219,7 @@ def _down_proj(model: nn.Module) -> dict[str, Tensor]:
 
 
 def _fine_tuned(model: nn.Module, folder: Path) -> list[Path]:
-    """Move the expert weights four times, as epochs would, and write the weights after each."""
+    """Perturb the expert weights four times, as epochs would, and save a snapshot after each."""
     generator = torch.Generator().manual_seed(7)
     parameters = {name: p for name, p in model.named_parameters() if ".experts." in name}
     paths = []

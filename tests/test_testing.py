@@ -13,7 +13,7 @@ from bmoe_lightning.methods.needs import Needs
 from bmoe_lightning.testing import check_method
 
 
-@pytest.mark.filterwarnings("ignore:the fitted temperature", "ignore:LPO ends")
+@pytest.mark.filterwarnings("ignore:the fitted temperature", "ignore:LPO ended at the limit")
 @pytest.mark.parametrize("name", method_names())
 def test_every_registered_method_keeps_the_contract(name):
     check_method(get_method(name))
@@ -90,14 +90,14 @@ def swallows(self, batch, state):
 @pytest.mark.parametrize(
     ("log_probs", "message"),
     [
-        (unnormalised, "do not add up to 1"),
+        (unnormalised, "do not sum to 1"),
         (single_precision, "float32, not float64"),
         (absent_class, "an absent class has a probability"),
-        (mixes_the_batch, "cut into other batches"),
+        (mixes_the_batch, "with another batch size"),
         (draws, "global random state"),
-        (varies, "something else about the same batch"),
-        (trains, "in another mode"),
-        (moves_weights, "changed weights|cut into other batches|the second time|after its state"),
+        (varies, "the same batch differently the second time"),
+        (trains, "changed the training mode"),
+        (moves_weights, "changed weights|with another batch size|the second time|after its state"),
         (leaves_gradients, "left gradients"),
         (swallows, "swallowed an exception"),
     ],

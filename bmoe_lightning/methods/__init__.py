@@ -1,4 +1,4 @@
-"""Methods that turn a model into class probabilities: one file a method, all of the same shape."""
+"""Methods that turn a model into class probabilities, one file per method."""
 
 from __future__ import annotations
 
@@ -54,7 +54,7 @@ _MODULES = {
 
 
 def __getattr__(name: str) -> Any:
-    # Imported when first asked for, so that the names of all methods are known without torch.
+    # Imported lazily, so that the names of all methods are known without torch.
     for module, names in _MODULES.items():
         if name in names:
             return getattr(import_module(f"{__name__}.{module}"), name)

@@ -1,9 +1,9 @@
-"""The shape of every method: options, what it needs, how it is fitted, how it predicts.
+"""The base class of all methods: options, requirements, fit and prediction.
 
-A method is a frozen dataclass whose fields are its options. `fit` turns what the workbench offers into a state, a few
-tensors on the CPU; `log_probs` is a pure function of a batch and that state. A method with several members (an
-ensemble) prepares the model for each in a context manager; members are looped over outside, batches inside, so that
-weights are loaded once a member and not once a batch.
+A method is a frozen dataclass whose fields are its options. `fit` computes a state, a few tensors on the CPU, from the
+workbench; `log_probs` is a pure function of a batch and that state. A method with several members (an ensemble)
+prepares the model for each in a context manager; the outer loop is over members and the inner one over batches, so that
+weights are loaded once per member and not once per batch.
 """
 
 from __future__ import annotations
@@ -27,10 +27,10 @@ if TYPE_CHECKING:
     from bmoe_lightning.methods.workbench import Workbench
 
 State = Mapping[str, Tensor]
-"""What was fitted: tensors on the CPU by name, small unless the method says so."""
+"""Result of a fit: tensors on the CPU by name, small unless the method documents otherwise."""
 
 PRIOR_PRECISION = "prior_precision"
-"""Key of the states of Laplace methods: `[L]`, one value a layer. What is served without Lightning looks for it."""
+"""Key in the states of Laplace methods: `[L]`, one value per layer. Serving without Lightning reads it."""
 
 _PREDICTION_ONLY = "prediction_only"
 _LONGEST_VECTOR = 1000
@@ -38,12 +38,12 @@ _NAME = re.compile(r"[a-z][a-z0-9_]*")
 
 
 def option(default: Any, help: str, *, prediction_only: bool = False) -> Any:
-    """A field of a method: its default, and a sentence for help and docs.
+    """Define an option of a method: a dataclass field with a default and a help text.
 
     Args:
         default: Default value.
-        help: One sentence.
-        prediction_only: Whether the option matters for prediction alone, so that a fit made with another value serves.
+        help: Help text, one sentence.
+        prediction_only: Whether the option affects predictions only, so that a fit with another value is reused.
     """
     return field(default=default, metadata={"help": help, _PREDICTION_ONLY: prediction_only})
 
@@ -54,21 +54,21 @@ class Method(ABC):
 
     Attributes:
         name: Identifier in tables, logged names and files.
-        label: Name for people.
+        label: Display name.
     """
 
     name: str = field(metadata={"help": "Identifier in tables, logged names and files."})
-    label: str = field(metadata={"help": "Name for people."})
+    label: str = field(metadata={"help": "Display name."})
 
     source: ClassVar[str] = ""
-    """URL of the paper or of the documentation page that the method is from."""
+    """URL of the paper or documentation page that defines the method."""
 
     cost: ClassVar[str] = "one forward pass"
-    """What a prediction costs, for the table of methods."""
+    """Cost of a prediction, for the table of methods."""
 
     @property
     def needs(self) -> Needs:
-        """What must be there besides the model."""
+        """Requirements besides the model."""
         return Needs()
 
     @property
@@ -89,20 +89,20 @@ class Method(ABC):
 
     @property
     def is_fitted_method(self) -> bool:
-        """Whether there is anything to fit."""
+        """Whether the method overrides `fit`."""
         return type(self).fit is not Method.fit
 
     def fit(self, work: Workbench) -> State:
-        """Fit the method; called on every rank alike, and rank 0's result is used on all.
+        """Fit the method; called on every rank, and the result of rank 0 is broadcast.
 
         Args:
-            work: Everything that the method may look at.
+            work: Workbench with all inputs of a fit.
 
         Returns:
             Tensors on the CPU.
 
         Raises:
-            ValueError: If what is there does not allow a fit.
+            ValueError: If the inputs do not allow a fit.
         """
         return {}
 
@@ -111,70 +111,70 @@ class Method(ABC):
         """Log-probabilities of one batch: `[B, K]` float64, `-inf` for absent classes.
 
         Args:
-            batch: The batch, seen through the model.
-            state: From `fit`.
+            batch: View of the batch.
+            state: State from `fit`.
         """
 
     def members(
         self, model: nn.Module, state: State, snapshots: Sequence[Path]
     ) -> Sequence[AbstractContextManager[None]]:
-        """Contexts that prepare the model for each member of an ensemble, and undo that.
+        """Context managers that set up the model for each member of an ensemble and restore it.
 
         Args:
             model: The model.
-            state: From `fit`.
-            snapshots: Trained weights after the last epochs of the run, the latest last.
+            state: State from `fit`.
+            snapshots: Snapshots of the trained weights after the last epochs, latest last.
         """
         return [nullcontext()]
 
-    def check_run(self, model: nn.Module, folder: Path | None) -> None:  # noqa: B027  (nothing more, for most)
-        """Refuse, before training begins, what could not be fitted afterwards; beyond what `needs` says.
+    def check_run(self, model: nn.Module, folder: Path | None) -> None:  # noqa: B027  (most methods check nothing else)
+        """Check before training that the method can be fitted afterwards, in addition to `needs`.
 
         Args:
             model: The model that is about to be trained.
-            folder: Where the fit will be written, or None.
+            folder: Folder to which the fit will be written, or None.
 
         Raises:
-            ValueError: With what was found and what to do.
+            ValueError: If the method could not be fitted.
         """
 
     def refit(self, state: State, logits: Tensor, labels: Tensor) -> State | None:
-        """The state fitted to other labelled logits, for methods that need nothing else; None for all others.
+        """Refit the state to other labelled logits, for methods that need no other data; None for all others.
 
-        With it the effect of the number of labels is known without another pass over data.
+        It measures the effect of the number of labels without another pass over the data.
 
         Args:
-            state: From `fit`.
+            state: State from `fit`.
             logits: `[N, K]` float64, `-inf` for absent classes; N may be 0.
             labels: `[N]` int64.
         """
         return None
 
     def hyperparameters(self, state: State) -> dict[str, float]:
-        """Numbers for the record: all scalars of the state, and a vector as one number where its entries agree.
+        """Fitted hyperparameters to log: all scalars of the state, and a vector of equal entries as one number.
 
         Args:
-            state: From `fit`.
+            state: State from `fit`.
         """
         return state_numbers(state)
 
     def with_defaults(self, curvature: Curvature) -> Self:
-        """The method with what it leaves open taken from the run.
+        """The method with unset options filled in from the run.
 
         Args:
-            curvature: Curvature of methods that name none of their own.
+            curvature: Curvature of methods that specify none.
         """
         names = {entry.name for entry in fields(self)}
-        if "curvature" in names and getattr(self, "curvature") is None:  # noqa: B009  (not every method has it)
-            return replace(self, curvature=curvature)  # type: ignore[call-arg]  # the field is there
+        if "curvature" in names and getattr(self, "curvature") is None:  # noqa: B009  (not every method has the field)
+            return replace(self, curvature=curvature)  # type: ignore[call-arg]  # the field exists
         return self
 
     def options(self) -> dict[str, Any]:
-        """All options but the name, as plain values."""
+        """All options except the name, as JSON values."""
         return {entry.name: plain(getattr(self, entry.name)) for entry in fields(self) if entry.name != "name"}
 
     def fit_options(self) -> dict[str, Any]:
-        """The options that decide about the fit, as plain values, and the class; a stored fit is compared with them."""
+        """The class and the options that affect the fit, as JSON values; a stored fit is compared with them."""
         chosen = {
             entry.name: plain(getattr(self, entry.name))
             for entry in fields(self)
@@ -185,10 +185,10 @@ class Method(ABC):
 
 @dataclass(frozen=True)
 class CurvatureMethod(Method):
-    """A method that looks at one curvature.
+    """A method that uses one curvature.
 
     Attributes:
-        curvature: Curvature of the posterior; None stands for the run's, see `Method.with_defaults`.
+        curvature: Curvature of the posterior; None is the run's, see `Method.with_defaults`.
     """
 
     curvature: Curvature | None = option(None, "Curvature of the posterior; by default the run's.")
@@ -198,15 +198,15 @@ class CurvatureMethod(Method):
         """The curvature.
 
         Raises:
-            RuntimeError: If it has been left open and `with_defaults` has not been called.
+            RuntimeError: If the curvature is None because `with_defaults` has not been called.
         """
         if self.curvature is None:
-            raise RuntimeError(f"{self.name} has no curvature yet: call with_defaults(Curvature(...)) first")
+            raise RuntimeError(f"{self.name} has no curvature yet; call with_defaults(Curvature(...)) first")
         return self.curvature
 
 
 def state_numbers(state: State) -> dict[str, float]:
-    """The scalars and short vectors of a state; a vector is one number where its entries agree."""
+    """The scalars and short vectors of a state; a vector of equal entries is one number."""
     numbers: dict[str, float] = {}
     for key, value in state.items():
         if value.dim() > 1 or not value.numel() or value.numel() > _LONGEST_VECTOR:
@@ -251,7 +251,7 @@ def option_table(method: type[Method]) -> list[tuple[str, str, str]]:
 
 
 def option_columns(method: Method) -> dict[str, bool | int | float | str]:
-    """The options of a method as columns of a table, those of its curvature by their own names; open ones are left out.
+    """The options of a method as columns of a table, those of its curvature by their names; unset ones are omitted.
 
     Args:
         method: The method.
@@ -265,7 +265,7 @@ def option_columns(method: Method) -> dict[str, bool | int | float | str]:
 
 
 def check_method_names(methods: Sequence[Method]) -> None:
-    """Refuse methods that could not be told apart.
+    """Check that there are methods and that their names are valid and distinct.
 
     Raises:
         ValueError: If there is no method, or a name stands for two.
@@ -280,28 +280,28 @@ def check_method_names(methods: Sequence[Method]) -> None:
     unusable = [name for name in names if not _NAME.fullmatch(name)]
     if unusable:
         raise ValueError(
-            "names of methods are parts of files and of logged keys, so they consist of lower-case letters, digits and "
+            "method names become file names and logged keys, so they must consist of lower-case letters, digits and "
             f"underscores; got {', '.join(map(repr, unusable))}"
         )
     if not names:
-        raise ValueError("no method was asked for; give methods= at least one name or instance")
+        raise ValueError("no method was given; pass methods= with at least one name or instance")
     if twice:
         raise ValueError(
-            f"methods need distinct names, and {', '.join(twice)} stands there more than once; give one of them "
-            "another name= and label="
+            f"methods need distinct names, and {', '.join(twice)} occurs more than once; give one of them another "
+            "name= and label="
         )
 
 
 def check_choice(name: str, value: str, valid: Sequence[str]) -> None:
-    """Refuse an option's value that is none of its choices.
+    """Check that the value of an option is one of its choices.
 
     Raises:
-        ValueError: Naming the option and what is valid.
+        ValueError: If it is not; the message names the option and the choices.
     """
     if value not in valid:
         raise ValueError(f"unknown {name} {value!r}; valid are {', '.join(valid)}")
 
 
 def scalar(value: float) -> Tensor:
-    """A number as a state's tensor, float64."""
+    """A number as a float64 tensor of a state."""
     return torch.tensor(value, dtype=torch.float64)

@@ -1,4 +1,4 @@
-"""One batch, seen through the model, as every method gets it."""
+"""One batch and the model's output on it, as every method receives it."""
 
 from __future__ import annotations
 
@@ -16,15 +16,15 @@ from bmoe_lightning.laplace.posterior import LaplacePosterior, posterior_terms
 
 
 class BatchView:
-    """One batch, seen through the model; everything is computed when first asked for, and once.
+    """One batch and the model's output on it, computed lazily and cached.
 
-    The covariance terms of all posteriors come from one forward pass, which gives the plain logits too.
+    The covariance terms of all posteriors and the logits come from one forward pass.
 
     Args:
         model: The model.
-        class_logits: `(model, batch) -> (logits [B, K], labels [B] or None)`.
-        batch: Whatever `class_logits` takes.
-        posteriors: Posteriors whose covariances will be asked for, by the digest of their curvature.
+        class_logits: Function `(model, batch) -> (logits [B, K], labels [B] or None)`.
+        batch: Batch that `class_logits` accepts.
+        posteriors: Posteriors whose covariances will be computed, by the digest of their curvature.
         seed: Seed for the noise of the methods.
     """
 
@@ -45,34 +45,34 @@ class BatchView:
 
     @classmethod
     def of_logits(cls, logits: Tensor, labels: Tensor | None = None) -> BatchView:
-        """A batch of which the model's logits are known, for methods that look at nothing else.
+        """A view of precomputed logits, for methods that use nothing else.
 
         Args:
-            logits: `[B, K]` float64, `-inf` for absent classes.
-            labels: `[B]` int64, or None.
+            logits: Logits `[B, K]` float64, `-inf` for absent classes.
+            labels: Labels `[B]` int64, or None.
         """
         return cls(nn.Identity(), lambda *_: (logits, labels), None)
 
     @property
     def logits(self) -> Tensor:
-        """`[B, K]` float64, `-inf` for absent classes, of the model in evaluation mode."""
+        """Logits `[B, K]` float64 of the model in evaluation mode, `-inf` for absent classes."""
         return self._output[0]
 
     @property
     def labels(self) -> Tensor | None:
-        """`[B]` int64, or None."""
+        """Labels `[B]` int64, or None."""
         return self._output[1]
 
     def terms(self, curvature: Curvature) -> BatchTerms:
-        """What the covariance of the centred logits under a curvature is made of.
+        """The terms of the covariance of the centred logits under a curvature.
 
         Raises:
-            RuntimeError: If the curvature is not among those that the view was made with.
+            RuntimeError: If the view has no posterior of this curvature.
         """
         if curvature.digest not in self._posteriors:
             raise RuntimeError(
                 f"no posterior of this curvature ({curvature.description()}); a method's `curvatures` must name every "
-                "curvature that its fit or its predictions look at"
+                "curvature that its fit or its predictions use"
             )
         return self._terms[curvature.digest]
 
@@ -80,18 +80,18 @@ class BatchView:
         """Logits and their covariance under the linearised model.
 
         Args:
-            curvature: Which posterior.
-            prior_precision: `[L]`, one value a layer.
+            curvature: Curvature of the posterior.
+            prior_precision: Prior precision `[L]`, one value per layer.
 
         Returns:
-            Logits `[B, K]` and the covariance `[B, K, K]` of the centred logits, float64. Absent classes have `-inf`
-            and zero.
+            Logits `[B, K]` and the covariance `[B, K, K]` of the centred logits, float64. Absent classes have
+            logit `-inf` and covariance zero.
         """
         terms = self.terms(curvature)
         return terms.logits, self._posteriors[curvature.digest].covariance_of(terms, prior_precision)
 
     def forward(self) -> tuple[Tensor, Tensor | None]:
-        """Run the model anew, in evaluation mode: logits `[B, K]` float64 and labels."""
+        """Run another forward pass in evaluation mode: logits `[B, K]` float64 and labels `[B]` or None."""
         with torch.no_grad(), evaluation_mode(self.model):
             logits, labels = self._class_logits(self.model, self._batch)
         check_logits(logits)
@@ -107,5 +107,5 @@ class BatchView:
     def _output(self) -> tuple[Tensor, Tensor | None]:
         if self._posteriors:
             terms = next(iter(self._terms.values()))
-            return terms.logits, terms.labels  # the same forward serves both
+            return terms.logits, terms.labels  # one forward pass gives both
         return self.forward()

@@ -27,10 +27,10 @@ class CheckpointEnsemble(WeightEnsemble):
 
     name: str = "checkpoint_ensemble"
     label: str = "Checkpoint ensemble"
-    num_snapshots: int = option(5, "Members: the weights after each of the last epochs.")
+    num_snapshots: int = option(5, "Number of members: the weights after each of the last epochs.")
 
     source = "https://arxiv.org/abs/1710.03282"
-    cost = "one forward pass a member"
+    cost = "one forward pass per member"
 
     def __post_init__(self) -> None:
         if self.num_snapshots < 2:
@@ -43,7 +43,7 @@ class CheckpointEnsemble(WeightEnsemble):
         return Needs(snapshots=2, max_snapshots=self.num_snapshots)
 
     def fit(self, work: Workbench) -> State:
-        return {"members": scalar(len(work.snapshots[-self.num_snapshots :]))}  # a short run has fewer
+        return {"members": scalar(len(work.snapshots[-self.num_snapshots :]))}  # fewer if the run was short
 
     def members(
         self, model: nn.Module, state: State, snapshots: Sequence[Path]

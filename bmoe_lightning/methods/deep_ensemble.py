@@ -1,4 +1,4 @@
-"""Deep ensemble: the final weights of runs that differ in their seed."""
+"""Deep ensemble: the final weights of runs with different seeds."""
 
 from __future__ import annotations
 
@@ -16,9 +16,9 @@ from bmoe_lightning.methods.weight_ensemble import WeightEnsemble, weight_member
 
 @dataclass(frozen=True)
 class DeepEnsemble(WeightEnsemble):
-    """Averages the probabilities of the final weights of several runs, this one among them.
+    """Averages the probabilities of the final weights of several runs, including this one.
 
-    Runs that start from the same pre-trained weights differ in the order of their data and in dropout alone, so their
+    Runs that start from the same pretrained weights differ only in the order of their data and in dropout, so their
     members are more alike than those of an ensemble trained from scratch. Lakshminarayanan, Pritzel and Blundell 2017,
     Simple and Scalable Predictive Uncertainty Estimation using Deep Ensembles.
 
@@ -28,15 +28,15 @@ class DeepEnsemble(WeightEnsemble):
 
     name: str = "deep_ensemble"
     label: str = "Deep ensemble"
-    size: int = option(3, "Members, this run's weights among them; where `runs` are given, one more than these.")
+    size: int = option(3, "Number of members, including this run; where `runs` are given, one more than these.")
     runs: tuple[str, ...] = option(
         (),
-        "Snapshot files with the other runs' final weights; a recipe makes these runs and fills this in.",
+        "Snapshot files with the final weights of the other runs; recipes train these runs and set this.",
         prediction_only=True,
     )
 
     source = "https://arxiv.org/abs/1612.01474"
-    cost = "one forward pass a member"
+    cost = "one forward pass per member"
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "runs", tuple(map(str, self.runs)))

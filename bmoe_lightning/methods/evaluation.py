@@ -1,4 +1,4 @@
-"""Predict a data set with several methods that share the passes over it."""
+"""Predict a data set with several methods in shared passes over it."""
 
 from __future__ import annotations
 
@@ -21,12 +21,12 @@ from bmoe_lightning.methods.fit_result import FitResult
 
 @dataclass(frozen=True)
 class Predictions:
-    """What one method says about a data set.
+    """Predictions of one method on a data set, on the CPU.
 
     Attributes:
-        log_probs: `[N, K]` float64 on the CPU.
-        labels: `[N]` int64 on the CPU.
-        logits: `[N, K]` float64 on the CPU, of the model itself, whatever the method.
+        log_probs: Log-probabilities `[N, K]` float64.
+        labels: Labels `[N]` int64.
+        logits: Logits `[N, K]` float64 of the model (MAP), whatever the method.
     """
 
     log_probs: Tensor
@@ -39,8 +39,8 @@ class Evaluation:
 
     Args:
         methods: Methods with distinct names.
-        fitted: What was fitted for them.
-        snapshots: Trained weights after the last epochs, for methods that need them.
+        fitted: Result of their fit.
+        snapshots: Snapshots of the trained weights after the last epochs, for methods that need them.
 
     Raises:
         ValueError: If names are not distinct, or a method has not been fitted.
@@ -59,14 +59,14 @@ class Evaluation:
         self._logits: list[Tensor] = []
 
     def view(self, model: nn.Module, class_logits: ClassLogits, batch: Any) -> BatchView:
-        """The batch as all single-member methods share it."""
+        """The view of a batch that all single-member methods share."""
         if self._posteriors is None:
             curvatures = [curvature for method in self._single for curvature in method.prediction_curvatures]
             self._posteriors = self._fitted.posteriors_for(curvatures, model)
         return BatchView(model, class_logits, batch, self._posteriors, seed=self._fitted.seed)
 
     def add(self, model: nn.Module, class_logits: ClassLogits, batch: Any) -> None:
-        """Predict one batch with every method that has one member.
+        """Predict one batch with every single-member method.
 
         Raises:
             ValueError: If the batch has no labels.
@@ -79,18 +79,18 @@ class Evaluation:
         self._logits.append(view.logits.cpu())
 
     def finish(self, model: nn.Module, class_logits: ClassLogits, batches: Iterable[Any]) -> dict[str, Predictions]:
-        """Let the ensembles predict the same data, and return what every method said.
+        """Predict the same data with the ensembles, and return the predictions of every method.
 
         Args:
-            model: The model; its weights are as before afterwards.
-            class_logits: As in `add`.
-            batches: The data that was added, once more; iterated over once a member.
+            model: The model; its weights are unchanged afterwards.
+            class_logits: Function as in `add`.
+            batches: The batches that were added, in the same order; iterated over once per member.
 
         Raises:
-            ValueError: If nothing was added, or the data come in another order than before.
+            ValueError: If nothing was added, or the order of the data changed.
         """
         if not self._labels:
-            raise ValueError("no example to evaluate: the data are empty")
+            raise ValueError("no examples to evaluate: the data are empty; pass at least one batch")
         labels, logits = torch.cat(self._labels), torch.cat(self._logits)
         result = {}
         for method in self.methods:
@@ -109,8 +109,8 @@ class Evaluation:
         members = [_member(context, method, state, model, class_logits, batches, seed) for context in contexts]
         if any(not torch.equal(found, labels) for _, found in members):
             raise ValueError(
-                f"{method.name} passes over the data once a member, and their order changed in between; use a loader "
-                "that does not shuffle"
+                f"{method.name} runs one pass over the data per member, and their order changed in between; use a "
+                "loader that does not shuffle"
             )
         return average_log_probs(torch.stack([log_probs for log_probs, _ in members]))
 
@@ -127,18 +127,17 @@ def evaluate(
 
     Args:
         methods: Methods with distinct names.
-        fitted: What was fitted for them.
+        fitted: Result of their fit.
         model: The model.
-        class_logits: `(model, batch) -> (logits [B, K], labels [B])`.
-        batches: The data; must allow being iterated over more than once (a list, a DataLoader) if a method is an
-            ensemble.
-        snapshots: Trained weights after the last epochs, for methods that need them.
+        class_logits: Function `(model, batch) -> (logits [B, K], labels [B])`.
+        batches: Iterable of batches; it must be re-iterable (a list, a DataLoader) if a method is an ensemble.
+        snapshots: Snapshots of the trained weights after the last epochs, for methods that need them.
 
     Returns:
         Predictions by method name.
 
     Raises:
-        ValueError: If there is no batch or a batch has no labels.
+        ValueError: If there are no batches or a batch has no labels.
     """
     evaluation = Evaluation(methods, fitted, snapshots)
     for batch in batches:
@@ -147,12 +146,12 @@ def evaluate(
 
 
 class Predictor:
-    """Predicts batches with one method, without labels; an ensemble's members one after the other within a batch.
+    """Predicts batches with one method, without labels; an ensemble runs all its members on each batch.
 
     Args:
         method: The method.
-        fitted: What was fitted for it.
-        snapshots: Trained weights after the last epochs, for methods that need them.
+        fitted: Result of its fit.
+        snapshots: Snapshots of the trained weights after the last epochs, for methods that need them.
 
     Raises:
         NotFittedError: If the method has not been fitted.
@@ -169,7 +168,7 @@ class Predictor:
         """Predict one batch.
 
         Returns:
-            Log-probabilities `[B, K]` float64, and the batch under the model's own weights.
+            Log-probabilities `[B, K]` float64, and the view of the batch under the current weights.
         """
         method, seed = self.method, self._fitted.seed
         if self._posteriors is None:
@@ -217,5 +216,5 @@ def _member(
 
 def _labels(view: BatchView) -> Tensor:
     if view.labels is None:
-        raise ValueError("evaluation needs labels, but class_logits returned None for them")
+        raise ValueError("evaluation needs labels, but class_logits returned None for them; return (logits, labels)")
     return view.labels.cpu()

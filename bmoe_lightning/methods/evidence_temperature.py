@@ -1,6 +1,6 @@
 """The evidence temperature: one temperature from the posterior, without labels.
 
-It is served by a plain forward pass: once T is known, the posterior is no longer needed.
+Serving takes one forward pass: once T is fitted, the posterior is no longer needed.
 """
 
 from __future__ import annotations
@@ -20,21 +20,22 @@ from bmoe_lightning.methods.workbench import PRIOR_MEANS, PriorMeanName, Workben
 
 @dataclass(frozen=True)
 class EvidenceTemperature(CurvatureMethod):
-    """`softmax(f / T)` with `T = sqrt(1 + pi/4 median_n v_n)` over unlabelled inputs; the accuracy stays.
+    """`softmax(f / T)` with `T = sqrt(1 + pi/4 median_n v_n)` over unlabelled inputs; the accuracy is unchanged.
 
     `v_n` is the mean variance of the centred logits under the posterior whose prior precision maximises the evidence.
-    The probit factor is MacKay's (1992, The Evidence Framework Applied to Classification Networks). It cannot see label
-    noise or a failure to learn, and is too large where fine-tuning moved the weights far without unclear data.
+    The probit factor is from MacKay 1992, The Evidence Framework Applied to Classification Networks
+    (https://doi.org/10.1162/neco.1992.4.5.720). T does not account for label noise or underfitting, and is too large
+    where fine-tuning moved the weights far although the data are unambiguous.
 
     Raises:
-        ValueError: For an unknown scope or prior mean, or a Fisher other than `exact`.
+        ValueError: If the scope or prior mean is unknown, or the Fisher is not `exact`.
     """
 
     name: str = "evidence_temperature"
     label: str = "Evidence temperature"
-    scope: Scope = option("layer", "One prior precision a layer (`layer`), or a single one (`global`).")
+    scope: Scope = option("layer", "Scope of the prior precision: one per layer (`layer`), or a single one (`global`).")
     prior_mean: PriorMeanName = option(
-        "pretrained", "Prior mean: the weights from before fine-tuning (`pretrained`), or `zero`."
+        "pretrained", "Prior mean: the weights before fine-tuning (`pretrained`), or `zero`."
     )
 
     source = "https://doi.org/10.1162/neco.1992.4.5.720"
@@ -60,14 +61,14 @@ class EvidenceTemperature(CurvatureMethod):
         return (batch.logits / state["temperature"].to(batch.logits)).log_softmax(-1)
 
     def refit(self, state: State, logits: Tensor, labels: Tensor) -> State | None:
-        return state  # labels are not looked at
+        return state  # labels are not used
 
 
 def evidence_temperature(work: Workbench, curvature: Curvature, scope: Scope, prior_mean: PriorMeanName) -> Tensor:
     """The evidence temperature over the held-out inputs, a float64 scalar.
 
     Raises:
-        ValueError: For fewer than 100 inputs.
+        ValueError: If there are fewer than 100 inputs.
     """
     logits, _ = work.calibration_logits()
     covariance = work.covariances(curvature).covariance(work.evidence_precision(curvature, scope, prior_mean))

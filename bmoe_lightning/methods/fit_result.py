@@ -1,4 +1,4 @@
-"""What fitting leaves behind: the state of every method, and the curvatures they share."""
+"""The result of a fit: the state of every method, and the curvatures they share."""
 
 from __future__ import annotations
 
@@ -19,12 +19,12 @@ from bmoe_lightning.methods.base import PRIOR_PRECISION, Method, State
 
 
 class NotFittedError(RuntimeError):
-    """A method is asked for a prediction, and has not been fitted, or with other options."""
+    """A method predicts without having been fitted, or was fitted with other options."""
 
 
 @dataclass(frozen=True)
 class FittedMethod:
-    """What was fitted for one method.
+    """The fit of one method.
 
     Attributes:
         state: From `Method.fit`.
@@ -39,16 +39,16 @@ class FittedMethod:
 
 @dataclass(frozen=True)
 class FitResult:
-    """Everything that was fitted to one set of weights.
+    """The fit of all methods to one set of weights.
 
     Attributes:
-        fit_id: Identifier that all files of this fit carry.
+        fit_id: Identifier in all files of this fit.
         fingerprint: Fingerprint of the weights (see `weight_fingerprint`).
-        layers: Layers that the fingerprint was taken around.
+        layers: Layers whose MoE blocks the fingerprint covers.
         methods: Fitted methods by name.
         posteriors: Curvatures at prior precision 1, by the digest of their `Curvature`.
         seed: Seed for the noise of predictions.
-        calibration: Logits `[N, K]` float64 and labels `[N]` (or None) of the held-out data, if they were passed over.
+        calibration: Logits `[N, K]` float64 and labels `[N]` (or None) of the held-out data, if a method used them.
     """
 
     fit_id: str = field(default_factory=lambda: uuid.uuid4().hex)
@@ -60,7 +60,7 @@ class FitResult:
     calibration: tuple[Tensor, Tensor | None] | None = None
 
     def differences(self, method: Method) -> list[str]:
-        """Which options that decide about a fit differ from those that a method of this name was fitted with.
+        """Fit options of a method that differ from those of the stored fit of that name.
 
         Returns:
             Phrases such as `scope='layer' (here 'global')`; empty if there is no fit of that name, or an equal one.
@@ -80,7 +80,7 @@ class FitResult:
         return differing
 
     def is_fitted(self, method: Method) -> bool:
-        """Whether a method can predict with this fit as it is."""
+        """Whether a method can predict with this fit."""
         if not method.is_fitted_method:
             return True
         return method.name in self.methods and not self.differences(method) and not self._missing(method)
@@ -89,23 +89,23 @@ class FitResult:
         """The state of a method.
 
         Raises:
-            NotFittedError: If it has not been fitted, or with other options.
+            NotFittedError: If it has not been fitted, or was fitted with other options.
         """
         if not method.is_fitted_method:
             return {}
         if differing := self.differences(method):
             raise NotFittedError(
-                f"{method.name} was fitted with other options: {', '.join(differing)}. Give the same ones, or fit it "
-                "again with fit_posterior, which leaves the other methods' fits alone"
+                f"{method.name} was fitted with other options: {', '.join(differing)}. Pass the same ones, or refit it "
+                "with fit_posterior, which does not refit the other methods."
             )
         if not self.is_fitted(method):
             raise NotFittedError(
-                f"{method.name} has not been fitted; call fit_posterior, which fits what is missing and nothing else"
+                f"{method.name} has not been fitted; call fit_posterior, which fits missing methods only"
             )
         return self.methods[method.name].state
 
     def posteriors_for(self, curvatures: Iterable[Curvature], model: nn.Module) -> dict[str, LaplacePosterior]:
-        """The posteriors of some curvatures; those of rank 0, which no pass collects, are made for the model.
+        """The posteriors of some curvatures; those of rank 0, which need no pass, are created from the model.
 
         Raises:
             NotFittedError: If a curvature has not been collected.
@@ -123,26 +123,26 @@ class FitResult:
         return found
 
     def has_weights_of(self, model: nn.Module) -> bool:
-        """Whether this was fitted on the weights that a model has. A collective, if they are sharded.
+        """Whether this was fitted to the weights that a model has. A collective, if they are sharded.
 
         Raises:
-            ValueError: If the model does not have the layers.
+            ValueError: If the model lacks a layer.
         """
         if not self.fingerprint:
             return True
         return weight_fingerprint(model, locate_expert_layers(model, self.layers)) == self.fingerprint
 
     def check_weights(self, model: nn.Module) -> None:
-        """Compare a model's weights with those that this was fitted on.
+        """Compare a model's weights with those that this was fitted to.
 
         Raises:
             WeightMismatchError: If they differ.
-            ValueError: If the model does not have the layers.
+            ValueError: If the model lacks a layer.
         """
         if not self.has_weights_of(model):
             raise WeightMismatchError(
-                "the methods were fitted on other weights than the model has. Load the checkpoint they were fitted on, "
-                "or fit them again (trainer.test() without a model loads the best checkpoint, not the last)."
+                "the methods were fitted to other weights than the model has. Load the checkpoint they were fitted to, "
+                "or refit them (trainer.test() without a model loads the best checkpoint, not the last)."
             )
 
     def scalars(self, methods: Iterable[Method]) -> dict[str, float]:
@@ -162,7 +162,7 @@ class FitResult:
         return flat
 
     def served_posterior(self, digest: str) -> LaplacePosterior:
-        """A curvature at the prior precision of the first method that has fitted one for it, for serving by itself."""
+        """The posterior of a curvature at the prior precision of the first method that fitted one, for serving."""
         posterior = self.posteriors[digest]
         for fitted in self.methods.values():
             if digest in fitted.curvatures and PRIOR_PRECISION in fitted.state:
@@ -180,7 +180,7 @@ class FitResult:
 
 
 def curvature_scalars(posterior: LaplacePosterior) -> dict[str, float]:
-    """Routed tokens of each expert, and the share of the trace that low rank has discarded."""
+    """Routed tokens per expert, and the fraction of the trace that the low rank discards."""
     layers = posterior.factors.layers
     slots = torch.cat([layer.slots.cpu() for layer in layers])
     discarded = torch.cat([layer.discarded_energy() for layer in layers])[slots > 0]
@@ -193,5 +193,5 @@ def curvature_scalars(posterior: LaplacePosterior) -> dict[str, float]:
 
 
 def _prior_only(curvature: Curvature, model: nn.Module) -> LaplacePosterior:
-    """A posterior that is its prior, over layers of which nothing has been collected."""
+    """A posterior of rank 0, which equals its prior."""
     return LaplacePosterior(prior_factors(model, curvature.posterior_layers(model)))

@@ -1,4 +1,4 @@
-"""The control for curvature: the same covariance of the logits, with an isotropic Gaussian in the place of K-FAC."""
+"""The baseline without curvature: the same logit covariance, with an isotropic Gaussian instead of K-FAC."""
 
 from __future__ import annotations
 
@@ -26,21 +26,23 @@ class Isotropic(CurvatureMethod):
     """Gaussian `N(W, sigma^2 I)` over `down_proj` of every expert: logit covariance `sigma^2 J J^T`, no curvature pass.
 
     With labels, sigma minimises validation NLL. Without, it is the largest one that changes the mean NLL of the model's
-    own predicted labels by at most `tolerance`, the rule of Shi et al. 2024, Training-Free Bayesianization for Low-Rank
-    Adapters of Large Language Models. What the Laplace methods add to this one is what their curvature is worth.
+    predicted labels by at most `tolerance`, the rule of Shi et al. 2024, Training-Free Bayesianization for Low-Rank
+    Adapters of Large Language Models. The gain of the Laplace methods over this one is the gain from curvature.
 
     Raises:
-        ValueError: For a tolerance that is not positive, an unknown link, or less than one sample.
+        ValueError: If the tolerance is not positive, the link is unknown, or there is less than one sample.
     """
 
     name: str = "isotropic"
     label: str = "Isotropic"
-    use_labels: bool = option(True, "Whether sigma is fitted on held-out labels, or found without any.")
-    tolerance: float = option(0.003, "Without labels, the relative change of the NLL that is accepted.")
+    use_labels: bool = option(True, "Whether sigma is fitted on held-out labels; otherwise none are used.")
+    tolerance: float = option(0.003, "Accepted relative change of the NLL, without labels.")
     link: LinkName = option(
-        "mc", "From logits to probabilities: `mc`, `isotropic`, `probit` or `laplace_bridge`.", prediction_only=True
+        "mc",
+        "Link from logits to probabilities: `mc`, `isotropic`, `probit` or `laplace_bridge`.",
+        prediction_only=True,
     )
-    num_samples: int = option(NUM_SAMPLES, "Monte Carlo samples of a prediction.", prediction_only=True)
+    num_samples: int = option(NUM_SAMPLES, "Number of Monte Carlo samples per prediction.", prediction_only=True)
 
     source = "https://arxiv.org/abs/2412.05723"
     cost = "one forward pass and K - 1 backward passes to the experts' outputs"
@@ -61,7 +63,7 @@ class Isotropic(CurvatureMethod):
     def fit(self, work: Workbench) -> State:
         (curvature,) = self.curvatures
         if self.use_labels:
-            work.labelled_logits()  # refuses labels that cannot be
+            work.labelled_logits()  # checks the labels before the search
             return {PRIOR_PRECISION: fit_lpo(work.covariances(curvature), "global", seed=work.seed)}
         cache = work.covariances(curvature)
         variance = largest_variance(cache, self.tolerance, seed=work.seed)
@@ -77,11 +79,11 @@ class Isotropic(CurvatureMethod):
 
 
 def largest_variance(cache: ValidationCache, tolerance: float, *, seed: int = 0) -> float:
-    """The largest sigma^2 that changes the mean NLL of the model's own predicted labels by at most a tolerance.
+    """The largest sigma^2 that changes the mean NLL of the model's predicted labels by at most a tolerance.
 
     Args:
         cache: Held-out inputs under a curvature of rank 0.
-        tolerance: Accepted change over the NLL of the model itself.
+        tolerance: Accepted change relative to the NLL of the model itself.
         seed: Seed for the Monte Carlo noise.
 
     Returns:
@@ -105,9 +107,9 @@ def largest_variance(cache: ValidationCache, tolerance: float, *, seed: int = 0)
     low, high = _LOG_VARIANCE_RANGE
     if not is_accepted(low):
         raise ValueError(
-            f"even a variance of {math.exp(low):.0e} changes the NLL of the model's own predicted labels ({plain:.3g}) "
-            f"by more than {tolerance:.1%}: the held-out inputs are too confident for this rule. Give a larger "
-            "tolerance, or fit on labels (use_labels=True)"
+            f"even a variance of {math.exp(low):.0e} changes the NLL of the model's predicted labels ({plain:.3g}) by "
+            f"more than {tolerance:.1%}: the model is too confident for this rule on the held-out inputs. Use a larger "
+            "tolerance, or fit on labels (use_labels=True)."
         )
     for _ in range(_BISECTIONS):
         middle = (low + high) / 2

@@ -1,4 +1,4 @@
-"""The Laplace posterior over the experts, its prior precision from the evidence."""
+"""Laplace posterior over the experts, with the prior precision from the evidence."""
 
 from __future__ import annotations
 
@@ -18,23 +18,26 @@ from bmoe_lightning.methods.workbench import PRIOR_MEANS, PriorMeanName, Workben
 class LaplaceEvidence(CurvatureMethod):
     """Laplace posterior over `down_proj` of every expert; the prior precision maximises the evidence.
 
-    No held-out data are looked at. MacKay 1992, The Evidence Framework Applied to Classification Networks; Dialameh et
-    al. 2025, Bayesian Mixture of Experts for Large Language Models.
+    It uses no held-out data. MacKay 1992, The Evidence Framework Applied to Classification Networks
+    (https://doi.org/10.1162/neco.1992.4.5.720); Dialameh et al. 2025, Bayesian Mixture of Experts for Large Language
+    Models.
 
     Raises:
-        ValueError: For an unknown scope, prior mean or link, or less than one sample.
+        ValueError: If the scope, prior mean or link is unknown, or there is less than one sample.
     """
 
     name: str = "laplace_evidence"
     label: str = "Bayesian-MoE (evidence)"
-    scope: Scope = option("layer", "One prior precision a layer (`layer`), or a single one (`global`).")
+    scope: Scope = option("layer", "Scope of the prior precision: one per layer (`layer`), or a single one (`global`).")
     prior_mean: PriorMeanName = option(
-        "pretrained", "Prior mean: the weights from before fine-tuning (`pretrained`), or `zero`."
+        "pretrained", "Prior mean: the weights before fine-tuning (`pretrained`), or `zero`."
     )
     link: LinkName = option(
-        "mc", "From logits to probabilities: `mc`, `isotropic`, `probit` or `laplace_bridge`.", prediction_only=True
+        "mc",
+        "Link from logits to probabilities: `mc`, `isotropic`, `probit` or `laplace_bridge`.",
+        prediction_only=True,
     )
-    num_samples: int = option(NUM_SAMPLES, "Monte Carlo samples of a prediction.", prediction_only=True)
+    num_samples: int = option(NUM_SAMPLES, "Number of Monte Carlo samples per prediction.", prediction_only=True)
 
     source = "https://arxiv.org/abs/2511.08968"
     cost = "one forward pass and K - 1 backward passes to the experts' outputs"

@@ -1,4 +1,4 @@
-"""Last-layer Laplace: the posterior is over the language model's head alone."""
+"""Last-layer Laplace: a posterior over the language model's head only."""
 
 from __future__ import annotations
 
@@ -18,11 +18,11 @@ from bmoe_lightning.methods.laplace_lpo import LaplaceLPO
 class OutputHead(LayerSelection):
     """The head of a language model as a plain linear layer.
 
-    Only the rows of the K answer tokens move a class logit. All other rows of the head have gradients of zero, so they
-    stay at the prior and take no part in a covariance: the posterior is that over the K rows.
+    Class logits depend only on the rows of the K answer tokens. All other rows of the head have zero gradients, so they
+    stay at the prior and do not contribute to a covariance: the posterior is that over the K rows.
 
     Attributes:
-        name: Shell-style pattern over module names; None takes the output embeddings of the transformers model.
+        name: Shell-style pattern over module names; None is the output embeddings of the transformers model.
     """
 
     name: str | None = None
@@ -31,9 +31,9 @@ class OutputHead(LayerSelection):
         """Find the head.
 
         Raises:
-            ValueError: If the model has no head that is a linear layer.
+            ValueError: If the model has no head, or the head is not a linear layer.
         """
-        # A head tied to the embeddings is linearised in its use as a head, as if it were a copy.
+        # The weights of a head tied to the embeddings are linearised in the head only, as if they were a copy.
         return find_linear_layers(model, self.name or _head_name(model), allow_tied=True)
 
 
@@ -41,15 +41,13 @@ class OutputHead(LayerSelection):
 class LaplaceLastLayer(LaplaceLPO):
     """Laplace posterior over the head's K answer rows, with K-FAC curvature; prior precision from validation NLL (LPO).
 
-    Kristiadi, Hein and Hennig 2020, Being Bayesian, Even Just a Bit, Fixes Overconfidence in ReLU Networks. No gradient
-    goes further down than the head, so the backward passes cost next to nothing.
+    Kristiadi, Hein and Hennig 2020, Being Bayesian, Even Just a Bit, Fixes Overconfidence in ReLU Networks. Gradients
+    stop at the head, so the backward passes cost next to nothing.
     """
 
     name: str = "laplace_last_layer"
     label: str = "Last-layer Laplace"
-    head: str | None = option(
-        None, "Pattern over module names for the head; by default transformers' output embeddings."
-    )
+    head: str | None = option(None, "Pattern over module names of the head; by default the model's output embeddings.")
 
     source = "https://arxiv.org/abs/2002.10118"
     cost = "one forward pass and K - 1 backward passes to the head's output"
@@ -69,6 +67,6 @@ def _head_name(model: nn.Module) -> str:
         if head is not None and id(head) in names:
             return names[id(head)]
     raise ValueError(
-        f"{type(model).__name__} has no output embeddings that transformers knows of; name its last linear layer with "
+        f"{type(model).__name__} has no output embeddings known to transformers; name its last linear layer with "
         "head='pattern'"
     )

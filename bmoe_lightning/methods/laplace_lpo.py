@@ -1,4 +1,4 @@
-"""The Laplace posterior over the experts, its prior precision from a validation split (LPO)."""
+"""Laplace posterior over the experts, with the prior precision from a validation split (LPO)."""
 
 from __future__ import annotations
 
@@ -23,16 +23,18 @@ class LaplaceLPO(CurvatureMethod):
     (https://arxiv.org/abs/2308.13111).
 
     Raises:
-        ValueError: For an unknown scope or link, or less than one sample.
+        ValueError: If the scope or link is unknown, or there is less than one sample.
     """
 
     name: str = "laplace_lpo"
     label: str = "Bayesian-MoE (LPO)"
-    scope: Scope = option("layer", "One prior precision a layer (`layer`), or a single one (`global`).")
+    scope: Scope = option("layer", "Scope of the prior precision: one per layer (`layer`), or a single one (`global`).")
     link: LinkName = option(
-        "mc", "From logits to probabilities: `mc`, `isotropic`, `probit` or `laplace_bridge`.", prediction_only=True
+        "mc",
+        "Link from logits to probabilities: `mc`, `isotropic`, `probit` or `laplace_bridge`.",
+        prediction_only=True,
     )
-    num_samples: int = option(NUM_SAMPLES, "Monte Carlo samples of a prediction.", prediction_only=True)
+    num_samples: int = option(NUM_SAMPLES, "Number of Monte Carlo samples per prediction.", prediction_only=True)
 
     source = "https://arxiv.org/abs/2511.08968"
     cost = "one forward pass and K - 1 backward passes to the experts' outputs"
@@ -46,7 +48,7 @@ class LaplaceLPO(CurvatureMethod):
         return Needs(calibration_labels=True)
 
     def fit(self, work: Workbench) -> State:
-        work.labelled_logits()  # refuses labels that cannot be
+        work.labelled_logits()  # checks the labels before the optimisation
         return {PRIOR_PRECISION: fit_lpo(work.covariances(self.spec), self.scope, seed=work.seed)}
 
     def log_probs(self, batch: BatchView, state: State) -> Tensor:

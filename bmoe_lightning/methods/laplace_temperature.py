@@ -1,4 +1,4 @@
-"""The Laplace predictive with its prior precision from the evidence, followed by a temperature."""
+"""Laplace posterior with the prior precision from the evidence, followed by temperature scaling."""
 
 from __future__ import annotations
 
@@ -17,16 +17,16 @@ from bmoe_lightning.methods.workbench import Workbench
 
 @dataclass(frozen=True)
 class LaplaceTemperature(LaplaceEvidence):
-    """The predictive of the evidence's posterior, its log-probabilities divided by a temperature and normalised again.
+    """Temperature scaling of the predictive log-probabilities of `LaplaceEvidence`, normalised again.
 
-    The temperature is fitted on the predictive of held-out data, so link and samples decide about the fit here.
+    The temperature is fitted to the predictive on held-out data, so link and samples affect the fit.
     Temperature scaling: Guo et al. 2017 (https://arxiv.org/abs/1706.04599).
     """
 
     name: str = "laplace_temperature"
     label: str = "Bayesian-MoE + temperature"
-    link: LinkName = option("mc", "From logits to probabilities: `mc`, `isotropic`, `probit` or `laplace_bridge`.")
-    num_samples: int = option(NUM_SAMPLES, "Monte Carlo samples of a prediction.")
+    link: LinkName = option("mc", "Link from logits to probabilities: `mc`, `isotropic`, `probit` or `laplace_bridge`.")
+    num_samples: int = option(NUM_SAMPLES, "Number of Monte Carlo samples per prediction.")
 
     @property
     def needs(self) -> Needs:

@@ -1,4 +1,4 @@
-"""MAP: the fine-tuned model as it is."""
+"""MAP: the fine-tuned model without uncertainty over its weights."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from bmoe_lightning.methods.batch_view import BatchView
 
 @dataclass(frozen=True)
 class MAP(Method):
-    """The softmax of the model's own logits: the maximum a posteriori weights, and no uncertainty about them."""
+    """Softmax of the model's logits at the maximum a posteriori weights, without uncertainty over them."""
 
     name: str = "map"
     label: str = "MAP"

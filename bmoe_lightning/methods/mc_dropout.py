@@ -1,4 +1,4 @@
-"""MC dropout: dropout inside the experts stays on, and predictions are averaged."""
+"""MC dropout: predictions averaged over dropout masks inside the experts."""
 
 from __future__ import annotations
 
@@ -17,19 +17,19 @@ from bmoe_lightning.methods.needs import Needs
 
 @dataclass(frozen=True)
 class MCDropout(Method):
-    """Averages the probabilities of several forward passes, each with other activations dropped inside the experts.
+    """Averages the probabilities of several forward passes with different dropout masks inside the experts.
 
-    Masks are drawn for every token and expert anew. Each batch starts from the same seed, so what is said about a batch
+    Masks are sampled independently for every token and expert. Each batch starts from the same seed, so its prediction
     does not depend on the batches before it. Gal and Ghahramani 2016, Dropout as a Bayesian Approximation.
 
     Raises:
-        ValueError: If `num_samples` is below 1, or `p` is not in (0, 1): without dropout all passes are the same.
+        ValueError: If `num_samples` is below 1, or `p` is not in (0, 1): without dropout all passes are equal.
     """
 
     name: str = "mc_dropout"
     label: str = "MC dropout"
     p: float = option(0.1, "Probability that an activation is dropped before the second linear layer of its expert.")
-    num_samples: int = option(10, "Forward passes.")
+    num_samples: int = option(10, "Number of forward passes.")
     layers: LayerSelection = option(ExpertLayers(), "Expert layers in which activations are dropped.")
 
     source = "https://arxiv.org/abs/1506.02142"
@@ -40,8 +40,8 @@ class MCDropout(Method):
             raise ValueError(f"MC dropout needs at least one forward pass, got num_samples={self.num_samples}")
         if not 0 < self.p < 1:
             raise ValueError(
-                f"MC dropout needs a dropout probability in (0, 1), got {self.p}: with none, every pass is the same; "
-                "leave the method out, or fine-tune and predict with expert dropout"
+                f"MC dropout needs a dropout probability in (0, 1), got {self.p}: without dropout all passes are "
+                "equal; remove the method, or fine-tune and predict with expert dropout"
             )
 
     @property
@@ -49,7 +49,7 @@ class MCDropout(Method):
         return Needs(expert_dropout=True)
 
     def log_probs(self, batch: BatchView, state: State) -> Tensor:
-        # One generator for all passes: with one seed a pass, two seeds side by side would share most of their masks.
+        # One generator for all passes: with one seed per pass, adjacent seeds would share most of their masks.
         with expert_dropout(batch.model, self.layers.find(batch.model), self.p, seed=batch.seed):
             samples = [batch.forward()[0].log_softmax(-1) for _ in range(self.num_samples)]
         return average_log_probs(torch.stack(samples))

@@ -1,4 +1,4 @@
-"""What methods need besides the model, and one check of it for whoever runs them."""
+"""Requirements of methods besides the model, and their check."""
 
 from __future__ import annotations
 
@@ -12,18 +12,18 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Needs:
-    """What must be there besides the model.
+    """Requirements of a method besides the model.
 
-    The callback, the recipes and the documentation read this; none of them knows a method by name.
+    The callback, the recipes and the documentation read this, so that none of them depends on method names.
 
     Attributes:
-        calibration_inputs: Least number of held-out inputs; their labels are not looked at.
-        calibration_labels: Whether the labels of the held-out inputs are looked at.
-        prior_mean: Whether the weights from before fine-tuning are looked at.
-        snapshots: Least number of snapshots of the trained weights, one after each epoch; 0 for none.
-        max_snapshots: How many of the last snapshots are used.
-        runs: Number of further fine-tuning runs with other seeds, whose weights the option `runs` takes.
-        expert_dropout: Whether the model is meant to be fine-tuned with dropout inside the experts.
+        calibration_inputs: Minimum number of held-out inputs; their labels are not used.
+        calibration_labels: Whether the labels of the held-out inputs are used.
+        prior_mean: Whether the weights from before fine-tuning are used.
+        snapshots: Minimum number of snapshots of the trained weights, one per epoch; 0 for none.
+        max_snapshots: Maximum number of snapshots, the latest ones.
+        runs: Number of further fine-tuning runs with other seeds, whose snapshots go into the option `runs`.
+        expert_dropout: Whether the model should be fine-tuned with dropout inside the experts.
     """
 
     calibration_inputs: int = 0
@@ -36,7 +36,7 @@ class Needs:
 
     @property
     def calibration(self) -> bool:
-        """Whether held-out data are passed over."""
+        """Whether held-out data are used."""
         return self.calibration_labels or self.calibration_inputs > 0
 
     def describe(self) -> str:
@@ -59,14 +59,14 @@ class Needs:
 
 @dataclass(frozen=True)
 class Available:
-    """What a run offers to methods; None where that is not known yet.
+    """What a run provides to methods; None where that is not known yet.
 
     Attributes:
-        calibration_inputs: Number of held-out inputs; 0 where there is no such split.
-        snapshots: Number of snapshots that there will be: one an epoch.
+        calibration_inputs: Number of held-out inputs; 0 without a calibration split.
+        snapshots: Number of snapshots at the end of training, one per epoch.
         prior_mean: Whether the weights from before fine-tuning are known.
-        expert_dropout: Dropout probability inside the experts while fine-tuning.
-        runs: Whether whoever asks makes further fine-tuning runs by itself.
+        expert_dropout: Dropout probability inside the experts during fine-tuning.
+        runs: Whether the caller trains the further fine-tuning runs itself.
     """
 
     calibration_inputs: int | None = None
@@ -77,50 +77,50 @@ class Available:
 
 
 class NeedsError(ValueError):
-    """A run lacks what a method needs."""
+    """A run does not meet the requirements of a method."""
 
 
 def check_needs(methods: Sequence[Method], available: Available) -> None:
-    """Refuse methods that a run could not fit or predict with in the end.
+    """Check that a run meets the requirements of its methods.
 
     Args:
         methods: Methods of the run.
-        available: What the run offers.
+        available: What the run provides.
 
     Raises:
-        NeedsError: Naming the methods, what they need and what there is.
+        NeedsError: If it does not; the message names the method, its requirement and what was found.
     """
     for method in methods:
         needs, found = method.needs, available
         if needs.calibration and found.calibration_inputs == 0:
             raise NeedsError(
-                f"{', '.join(m.name for m in methods if m.needs.calibration)} need a validation split to be fitted "
-                "on, and the trainer has none (no validation loader, no validation_step, or limit_val_batches=0). Add "
-                "one, or leave these methods out"
+                f"{', '.join(m.name for m in methods if m.needs.calibration)} are fitted on a validation split, "
+                "and the trainer has none (no validation loader, no validation_step, or limit_val_batches=0). Add one, "
+                "or remove these methods."
             )
         if found.calibration_inputs is not None and found.calibration_inputs < needs.calibration_inputs:
             raise NeedsError(
                 f"{method.name} needs at least {needs.calibration_inputs} inputs of the validation split, and there "
-                f"are {found.calibration_inputs}; add data, or leave it out of the methods"
+                f"are {found.calibration_inputs}; add data, or remove the method"
             )
         if found.snapshots is not None and found.snapshots < needs.snapshots:
             raise NeedsError(
                 f"{method.name} needs the weights after at least {needs.snapshots} epochs, and there will be "
-                f"{found.snapshots}; train for more epochs, or leave it out of the methods"
+                f"{found.snapshots}; train for more epochs, or remove the method"
             )
         if needs.prior_mean and found.prior_mean is False:
             raise NeedsError(
                 f"{method.name} measures how far fine-tuning moved the experts, and the checkpoint has overwritten the "
-                "weights from before: a load_state_dict that does not call torch.nn.Module's goes unnoticed. Build the "
-                "model in the module's __init__, give it prior_mean='zero', or leave it out of the methods"
+                "weights from before (a load_state_dict that does not call that of torch.nn.Module runs no hook). "
+                "Build the model in the module's __init__, use prior_mean='zero', or remove the method."
             )
         if needs.expert_dropout and found.expert_dropout == 0:
             raise NeedsError(
-                f"{method.name} is meant for a model that was fine-tuned with expert dropout, which is 0 here; set it, "
-                "or leave the method out"
+                f"{method.name} needs a model that was fine-tuned with expert dropout, which is 0 here; set it, or "
+                "remove the method"
             )
         if needs.runs and not found.runs:
             raise NeedsError(
-                f"{method.name} needs the weights of {needs.runs} further fine-tuning runs: give it runs=, one "
+                f"{method.name} needs the weights of {needs.runs} further fine-tuning runs; pass runs= with one "
                 "snapshot file for each"
             )

@@ -1,8 +1,8 @@
-"""Methods by name.
+"""The registry of methods.
 
-Another package registers its methods with an entry point of the group `bmoe_lightning.methods`
-(`name = "package.module:Class"`), running code with `register_method`; a command line names a class directly, as
-`package.module:Class`. `bmoe_lightning.utils.registry` says what else there is.
+Other packages register methods with an entry point of the group `bmoe_lightning.methods`
+(`name = "package.module:Class"`), and code at run time with `register_method`; a command line can name a class
+directly, as `package.module:Class`. See `bmoe_lightning.utils.registry`.
 """
 
 from __future__ import annotations
@@ -47,54 +47,54 @@ M = TypeVar("M", bound="type[Method]")
 
 
 def register_method(method: M) -> M:
-    """Make a method known by the default of its `name`; a decorator for a frozen dataclass.
+    """Register a method under the default of its `name`; a decorator for a frozen dataclass.
 
     Args:
         method: Subclass of `Method` whose options all have defaults.
 
     Raises:
-        TypeError: If it is no such class.
-        ValueError: If its name is taken.
+        TypeError: If it is not such a class.
+        ValueError: If its name is already registered.
     """
     return _METHODS.register(method)
 
 
 def get_method(method: str | Method) -> Method:
-    """Look a method up.
+    """Look up a method.
 
     Args:
-        method: Registered name, `package.module:Class`, or an instance, which is returned as it is.
+        method: Registered name, `package.module:Class`, or an instance, which is returned unchanged.
 
     Returns:
-        The method; by name, with its default options.
+        The instance; by name, one with default options.
 
     Raises:
         ValueError: If there is no method of that name, or no such module or class.
-        TypeError: If what is found is no method.
+        TypeError: If the class is not a method.
     """
     return _METHODS.get(method)
 
 
 def method_names() -> tuple[str, ...]:
-    """The names of all methods: built in, then of other packages, then registered by running code."""
+    """The names of all methods: built-in, then from entry points, then registered at run time."""
     return _METHODS.names()
 
 
 def built_in_names() -> tuple[str, ...]:
-    """The names of the methods that this library brings."""
+    """The names of the built-in methods."""
     return _METHODS.built_in_names()
 
 
 def built_in_class_names() -> tuple[str, ...]:
-    """The names of the classes of the methods that this library brings."""
+    """The class names of the built-in methods."""
     return tuple(path.partition(":")[2] for path in _BUILT_IN.values())
 
 
 def built_in_class(name: str) -> Any:
-    """The class of a method that this library brings, by the name of the class.
+    """The class of a built-in method, by its class name.
 
     Raises:
-        AttributeError: If there is none.
+        AttributeError: If there is no such class.
     """
     for registered, path in _BUILT_IN.items():
         if path.partition(":")[2] == name:

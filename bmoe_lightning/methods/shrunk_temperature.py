@@ -20,15 +20,15 @@ from bmoe_lightning.methods.temperature_search import (
 from bmoe_lightning.methods.workbench import Workbench
 
 PRIOR_STD = 0.2
-"""Standard deviation of the logarithm of the evidence temperature around that of the best one, as measured."""
+"""Measured standard deviation of the log evidence temperature around the log of the best temperature."""
 
 
 @dataclass(frozen=True)
 class ShrunkTemperature(EvidenceTemperature):
     """`softmax(f / T)` with T fitted on held-out labels under a prior around the evidence temperature.
 
-    With no labels it is the evidence temperature, with many it is temperature scaling. A penalised fit of the method of
-    Guo et al. 2017 (https://arxiv.org/abs/1706.04599); the prior is this library's.
+    Without labels it is the evidence temperature, with many it is temperature scaling. This is the method of Guo et al.
+    2017 (https://arxiv.org/abs/1706.04599) with a penalty; the prior is particular to this library.
     """
 
     name: str = "shrunk_temperature"
@@ -58,20 +58,20 @@ def fit_shrunk_temperature(
 ) -> float:
     """Minimise `sum_n NLL(softmax(f_n / T)) + (log T - log T_ev)^2 / (2 prior_std^2)` over log T.
 
-    With no labels this is the evidence temperature, with many it is temperature scaling.
+    Without labels this is the evidence temperature, with many it is temperature scaling.
 
     Args:
-        logits: `[N, K]`, `-inf` for absent classes; N may be 0.
-        labels: `[N]` int64.
-        evidence_temperature: T_ev.
-        prior_std: how far log T_ev is trusted.
+        logits: Logits `[N, K]`, `-inf` for absent classes; N may be 0.
+        labels: Labels `[N]` int64.
+        evidence_temperature: Evidence temperature T_ev.
+        prior_std: Standard deviation of the prior on log T around log T_ev.
 
     Returns:
         T.
 
     Raises:
-        ValueError: if a temperature or `prior_std` is not positive and finite, and for what `fit_temperature` refuses
-            but an empty set.
+        ValueError: If a temperature or `prior_std` is not positive and finite, or logits and labels are invalid; see
+            `fit_temperature`.
     """
     centre = math.log(check_temperature(evidence_temperature))
     if not (math.isfinite(prior_std) and prior_std > 0):

@@ -1,4 +1,4 @@
-"""Snapshots: the trained parameters in one safetensors file, and models that hold other weights for a while."""
+"""Snapshots: the trained parameters in one safetensors file, and context managers that swap them into a model."""
 
 from __future__ import annotations
 
@@ -23,11 +23,11 @@ VERSION = 1
 
 @dataclass(frozen=True)
 class SnapshotInfo:
-    """What a snapshot's header says.
+    """Contents of a snapshot's header.
 
     Attributes:
         shapes: Shape of each parameter by qualified name.
-        fit: Id of the fit that the file belongs to; empty if it belongs to none.
+        fit: Id of the fit that the file belongs to; empty for none.
         digest: SHA-256 digest of the content, as `save_snapshot` returned it.
     """
 
@@ -52,7 +52,7 @@ def save_snapshot(path: str | Path, named_parameters: Mapping[str, Tensor], fit:
         OSError: If the file cannot be written; an existing file is unchanged.
     """
     if not named_parameters:
-        raise ValueError("there are no parameters to save. Pass the trained parameters by name.")
+        raise ValueError("there are no parameters to save; pass the trained parameters by name")
     return write_tensor_file(path, named_parameters, format=FORMAT, version=VERSION, description={}, fit=fit)
 
 
@@ -60,9 +60,9 @@ def snapshot_info(path: str | Path) -> SnapshotInfo:
     """Read a snapshot's header.
 
     Raises:
-        FileNotFoundError: If there is no such file.
+        FileNotFoundError: If the file does not exist.
         OSError: If it cannot be read, such as a `PermissionError`.
-        ValueError: If it is foreign, truncated, or of another format or version.
+        ValueError: If it is not a snapshot, is truncated, or has another format version.
     """
     with _opened(path) as file:
         return SnapshotInfo(file.shapes, file.fit, file.digest)
@@ -72,16 +72,16 @@ def read_snapshot(path: str | Path) -> dict[str, Tensor]:
     """Read all tensors of a snapshot by qualified parameter name, on the CPU.
 
     Raises:
-        FileNotFoundError: If there is no such file.
+        FileNotFoundError: If the file does not exist.
         OSError: If it cannot be read, such as a `PermissionError`.
-        ValueError: If it is foreign, truncated, damaged, or of another format or version.
+        ValueError: If it is not a snapshot, is truncated or damaged, or has another format version.
     """
     with _opened(path) as file:
         return {name: file.read(name) for name in file.shapes}
 
 
 def remove_snapshot(path: str | Path) -> bool:
-    """Remove a file if it is a snapshot, and leave any other file alone.
+    """Remove a file only if it is a snapshot.
 
     Returns:
         Whether it was removed.
@@ -92,17 +92,17 @@ def remove_snapshot(path: str | Path) -> bool:
 def apply_snapshot(model: nn.Module, path: str | Path) -> None:
     """Copy a snapshot's tensors into a model's parameters.
 
-    The parameters stay the same objects. One tensor at a time is read. With FSDP2 each rank copies its shard. The file
-    is verified before the first parameter changes.
+    The copy is in place. Tensors are read one at a time. With FSDP2 each rank copies its shard. The file is verified
+    before the first parameter changes.
 
     Args:
         model: Model whose parameters the snapshot names.
         path: Path of the snapshot.
 
     Raises:
-        FileNotFoundError: If there is no such file.
-        ValueError: If it is no snapshot, is damaged, holds values that are not finite, or names parameters that the
-            model does not have or has in another shape; the model is unchanged then.
+        FileNotFoundError: If the file does not exist.
+        ValueError: If it is not a snapshot, is damaged, contains non-finite values, or names parameters that the model
+            lacks or has in another shape; the model is then unchanged.
         OSError: If it cannot be read; the model is unchanged unless that happens after the file was verified.
     """
     for parameter, value in _with_parameters(model, path):
@@ -111,21 +111,21 @@ def apply_snapshot(model: nn.Module, path: str | Path) -> None:
 
 @contextmanager
 def swapped_weights(model: nn.Module, source: str | Path | Mapping[str, Tensor]) -> Iterator[None]:
-    """Put other tensors into a model's parameters for a while.
+    """Swap other tensors into a model's parameters within a context.
 
-    The parameters stay the same objects. Their original values wait on the CPU and come back bit for bit, also after an
-    exception. One tensor at a time is read and copied. With FSDP2 each rank copies its shard. A file is verified before
-    the first parameter changes.
+    The copy is in place. The original values are stored on the CPU and restored bit for bit, also after an exception.
+    Tensors are read and copied one at a time. With FSDP2 each rank copies its shard. A file is verified before the
+    first parameter changes.
 
     Args:
         model: Model whose parameters the source names.
         source: Path of a snapshot, or unsharded tensors by qualified name on any device.
 
     Raises:
-        FileNotFoundError: If there is no such file.
-        ValueError: If the file is no snapshot or is damaged, if a tensor has values that are not finite, or if the
-            source names parameters that the model does not have or has in another shape; the model is unchanged then.
-        OSError: If the file cannot be read; the model is unchanged then.
+        FileNotFoundError: If the file does not exist.
+        ValueError: If the file is not a snapshot or is damaged, a tensor has non-finite values, or the source names
+            parameters that the model lacks or has in another shape; the model is then unchanged.
+        OSError: If the file cannot be read; the model is then unchanged.
     """
     originals: list[tuple[nn.Parameter, Tensor]] = []
     try:
@@ -137,7 +137,7 @@ def swapped_weights(model: nn.Module, source: str | Path | Mapping[str, Tensor])
     finally:
         reshard(model)
         for parameter, original in originals:
-            local_part(parameter).take(original)  # the model may have been moved
+            local_part(parameter).take(original)  # looked up again: the model may be on another device now
 
 
 def _opened(path: str | Path) -> AbstractContextManager[OpenedTensorFile]:
@@ -147,7 +147,7 @@ def _opened(path: str | Path) -> AbstractContextManager[OpenedTensorFile]:
 def _with_parameters(
     model: nn.Module, source: str | Path | Mapping[str, Tensor]
 ) -> Iterator[tuple[nn.Parameter, Tensor]]:
-    """Parameters with their new values; the first one comes after all values were checked."""
+    """Parameters with their new values; all values are checked before the first one is yielded."""
     if isinstance(source, Mapping):
         tensors = dict(source)
         shapes = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
@@ -165,21 +165,21 @@ def _checked(
     unknown = [name for name in shapes if name not in parameters]
     if unknown:
         raise ValueError(
-            f"{source} holds {len(unknown)} tensors that this model does not have, the first is {unknown[0]!r}. Load "
-            "it into the module whose parameters were saved."
+            f"{source} contains {len(unknown)} tensors that this model does not have, the first is {unknown[0]!r}. "
+            "Load it into the module whose parameters were saved."
         )
     for name, shape in shapes.items():
         expected = tuple(parameters[name].shape)
         if shape != expected:
             raise ValueError(
-                f"{source} holds {name!r} with shape {shape}, the model has {expected}. Load it into a model of the "
+                f"{source} contains {name!r} with shape {shape}, the model has {expected}. Load it into a model of the "
                 "same size."
             )
     for name in shapes:
-        # The first read of a file's tensor verifies its digest, too.
+        # The first read from a file also verifies its digest.
         if not bool(read(name).isfinite().all()):
             raise ValueError(
-                f"{source} holds values in {name!r} that are not finite. Use weights of a stable training."
+                f"{source} contains non-finite values in {name!r}. Use weights from before training diverged."
             )
     for name in shapes:
         yield parameters[name], read(name)

@@ -1,12 +1,12 @@
-"""A fit on disk: one index, and the files that it names, each with the fit's id and a SHA-256 of its content.
+"""A fit on disk: an index and the files that it names, each with the fit's id and a SHA-256 digest of its content.
 
-    index.json                        what was fitted, and the name and digest of every other file
+    index.json                        description of the fit, and the name and digest of every other file
     methods-<random>.safetensors      the states of all methods, as `{name}/{key}`
     posterior.safetensors             the first curvature, at the prior precision of the first method that has one
-    posterior-<curvature>.safetensors every further curvature
+    posterior-<curvature>.safetensors any further curvature
     snapshots/...                     trained weights after the last epochs
 
-The index is replaced last, so that a reader finds the fit before or the fit after, and never parts of two.
+The index is replaced last, so that a reader finds either the previous or the new fit, and never parts of both.
 """
 
 from __future__ import annotations
@@ -35,16 +35,16 @@ _INDEX_FORMAT = "fit index"
 _METHODS_FORMAT = "methods"
 _VERSION = 1
 _REMEDY = "fit again"
-_CALIBRATION = ".calibration"  # no name of a method begins so
+_CALIBRATION = ".calibration"  # no method name starts with a dot
 
 
 def save_fit(folder: Path, fit: FitResult, snapshots: Sequence[Path] = ()) -> None:
-    """Write a fit; a curvature that an earlier write of it has at the same prior precision is not written again.
+    """Write a fit; a curvature that was already written at the same prior precision is not written again.
 
     Args:
         folder: Folder of the fit; created if missing.
-        fit: What was fitted.
-        snapshots: Trained weights after the last epochs, files within `folder`.
+        fit: The fit.
+        snapshots: Snapshots of the trained weights after the last epochs, files within `folder`.
 
     Raises:
         OSError: If a file cannot be written. What an index that is there names is still whole, unless a curvature was
@@ -52,7 +52,7 @@ def save_fit(folder: Path, fit: FitResult, snapshots: Sequence[Path] = ()) -> No
     """
     folder.mkdir(parents=True, exist_ok=True)
     before = _index_of_same_fit(folder, fit.fit_id)
-    # A run that was resumed after its fit has the same id, and other weights.
+    # A run that was resumed after its fit has the same id but other weights.
     same_weights = before.get("fingerprint") == fit.fingerprint
     methods_file = f"methods-{uuid.uuid4().hex[:12]}.safetensors"
     tensors = {f"{name}/{key}": value for name, fitted in fit.methods.items() for key, value in fitted.state.items()}
@@ -96,7 +96,7 @@ def has_fit(folder: Path) -> bool:
 
 
 def stored_fit_id(folder: Path) -> str | None:
-    """The id of the fit in a folder; empty for a damaged one, None where there is no fit."""
+    """The id of the fit in a folder; empty if its index is damaged, None if there is no fit."""
     if not has_fit(folder):
         return None
     try:
@@ -110,10 +110,10 @@ def load_fit(folder: Path, *, offload: Collection[str] = ()) -> tuple[FitResult,
 
     Args:
         folder: Folder of the fit.
-        offload: Digests of the curvatures whose factors stay in CPU memory; see `LaplacePosterior`.
+        offload: Digests of the curvatures whose factors are offloaded to the CPU; see `LaplacePosterior`.
 
     Raises:
-        ValueError: If a file is damaged, of another version, or of another fit than the index.
+        ValueError: If a file is damaged, has another version, or belongs to another fit than the index.
         FileNotFoundError: If the index or a file that it names is missing.
         OSError: If a file cannot be read, such as a `PermissionError`.
     """
@@ -145,18 +145,18 @@ def _read_index(path: Path) -> FileHeader:
 
 
 def _index_of_same_fit(folder: Path, fit_id: str) -> Mapping[str, Any]:
-    """What an earlier write of this very fit says, or nothing."""
+    """The index of an earlier write of this fit, or an empty mapping."""
     try:
         header = _read_index(folder / INDEX_FILE)
     except (OSError, ValueError):
-        return {}  # none, or of something else: it is replaced in the end
+        return {}  # missing, or not an index: it is replaced at the end
     content = header.description
     names = [entry["file"] for entry in content.get("posteriors", {}).values()]
     return content if header.fit == fit_id and all((folder / name).is_file() for name in names) else {}
 
 
 def _save_curvature(folder: Path, fit: FitResult, digest: str, *, written: Mapping[str, Any]) -> dict[str, Any]:
-    """Write a curvature, unless an earlier write has it at the same prior precision; its entry in the index."""
+    """Write a curvature unless it was written at the same prior precision; returns its entry in the index."""
     served = fit.served_posterior(digest)
     precision = served.prior_precision.tolist()
     before = written.get(digest)
@@ -204,14 +204,14 @@ def _checked_snapshot(folder: Path, entry: Mapping[str, str], fit_id: str) -> Pa
 def _check_belongs(path: Path, found: tuple[str, str], fit_id: str, sha256: str) -> None:
     if found != (fit_id, sha256):
         raise ValueError(
-            f"{path} and the {INDEX_FILE} of its folder come from different fits. Copy all files of one fit, "
+            f"{path} and the {INDEX_FILE} of its folder belong to different fits. Copy all files of one fit, "
             "or fit again."
         )
 
 
 def _inside(folder: Path, name: str) -> Path:
-    """A file of the folder, by its name within it."""
+    """Path of a file in the folder; raises `ValueError` for a name that points outside of it."""
     relative = PurePosixPath(name)
     if relative.is_absolute() or ".." in relative.parts or not relative.parts:
-        raise ValueError(f"{folder / INDEX_FILE} names {name!r}, which is no file of its folder; fit again")
+        raise ValueError(f"{folder / INDEX_FILE} names {name!r}, which is not a file in its folder; fit again")
     return folder / relative

@@ -1,4 +1,4 @@
-"""SWAG: a Gaussian through the weights after the last epochs; samples of it predict, and predictions are averaged."""
+"""SWAG: a Gaussian fitted to the weights after the last epochs; predictions are averaged over its samples."""
 
 from __future__ import annotations
 
@@ -24,12 +24,12 @@ _PARTS = ("mean", "variance", "deviations")
 
 @dataclass(frozen=True)
 class SWAG(Method):
-    """Gaussian over the trained weights with the mean, variances and deviations of the snapshots; samples are averaged.
+    """Averages the probabilities of samples from a Gaussian fitted to the snapshots of the trained weights.
 
-    With the mean `m`, the variances `v` and the deviations `D` (one row a snapshot) of K snapshots, a sample is
+    With the mean `m`, the variances `v` and the deviations `D` (one row per snapshot) of K snapshots, a sample is
     `m + sqrt(v / 2) z + D^T u / sqrt(2 (K - 1))` with standard normal `z` and `u`. Maddox et al. 2019, A Simple
     Baseline for Bayesian Uncertainty in Deep Learning, eq. 1; deviations are from the final mean, not the running one.
-    The state takes `K + 2` numbers for each trained weight.
+    The state stores `K + 2` numbers for each trained weight.
 
     Raises:
         ValueError: If there are fewer than 2 snapshots or samples.
@@ -37,8 +37,8 @@ class SWAG(Method):
 
     name: str = "swag"
     label: str = "SWAG"
-    num_snapshots: int = option(5, "Snapshots: the weights after each of the last epochs.")
-    num_samples: int = option(10, "Samples of the weights that are averaged over.", prediction_only=True)
+    num_snapshots: int = option(5, "Number of snapshots: the weights after each of the last epochs.")
+    num_samples: int = option(10, "Number of weight samples to average over.", prediction_only=True)
 
     source = "https://arxiv.org/abs/1902.02476"
     cost = "`num_samples` forward passes, each with other weights"
@@ -54,7 +54,11 @@ class SWAG(Method):
         return Needs(snapshots=2, max_snapshots=self.num_snapshots)
 
     def check_run(self, model: nn.Module, folder: Path | None) -> None:
-        """Refuse a state that takes more than the free memory, or than the free space of the folder's disk."""
+        """Check that the state fits into the free memory and onto the folder's disk.
+
+        Raises:
+            ValueError: If it does not.
+        """
         count = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
         size = 4 * count * (self.num_snapshots + 2)
         for what, free in (("memory", free_memory()), ("disk", None if folder is None else free_space(folder))):
@@ -62,7 +66,7 @@ class SWAG(Method):
                 raise ValueError(
                     f"{self.name} takes {size / 2**30:.1f} GiB for {count:,} trained weights and {self.num_snapshots} "
                     f"snapshots, and there are {free / 2**30:.1f} GiB of free {what}; train fewer weights, lower "
-                    "num_snapshots, or leave it out of the methods"
+                    "num_snapshots, or remove the method"
                 )
 
     def fit(self, work: Workbench) -> State:
@@ -70,7 +74,7 @@ class SWAG(Method):
         if len(paths) < 2:
             raise ValueError(
                 f"{self.name} needs snapshots of the trained weights after at least 2 epochs, and there are "
-                f"{len(paths)}; train for more epochs, or leave it out of the methods"
+                f"{len(paths)}; train for more epochs, or remove the method"
             )
         snapshots = [read_snapshot(path) for path in paths]
         state = {_SEED: torch.tensor(work.seed)}
@@ -100,10 +104,10 @@ def sample(state: State, index: int) -> dict[str, Tensor]:
     """One sample of the trained weights by parameter name, float32 on the CPU.
 
     Args:
-        state: From `SWAG.fit`.
-        index: Number of the sample; the same weights for the same number.
+        state: State from `SWAG.fit`.
+        index: Index of the sample; equal indices give equal weights.
     """
-    # One stream a sample: members are prepared one by one, and each has to be the same in every pass.
+    # One random stream per sample: members are created lazily, and each must be the same in every pass.
     generator = torch.Generator().manual_seed(int(state[_SEED]) * 1_000_003 + index)
     prefix = f"{_PARTS[0]}/"
     names = [key.removeprefix(prefix) for key in state if key.startswith(prefix)]
@@ -124,7 +128,7 @@ def _member(model: nn.Module, state: State, index: int) -> Iterator[None]:
 
 
 def free_memory() -> int | None:
-    """Bytes of main memory that can be had without swapping, or None where the system does not tell."""
+    """Bytes of CPU memory available without swapping, or None where the system does not report it."""
     try:
         lines = Path("/proc/meminfo").read_text(encoding="ascii").splitlines()
     except OSError:

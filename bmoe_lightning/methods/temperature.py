@@ -1,4 +1,4 @@
-"""Temperature scaling: one number, fitted on held-out labels, that all logits are divided by."""
+"""Temperature scaling: logits divided by one temperature that is fitted on held-out labels."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from bmoe_lightning.methods.workbench import Workbench
 
 @dataclass(frozen=True)
 class TemperatureScaling(Method):
-    """`softmax(f / T)` with T fitted on held-out labels: the accuracy stays, the confidence changes.
+    """`softmax(f / T)` with T fitted on held-out labels: the accuracy is unchanged, the confidence is not.
 
     Guo, Pleiss, Sun and Weinberger 2017, On Calibration of Modern Neural Networks.
     """

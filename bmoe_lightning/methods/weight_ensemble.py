@@ -1,4 +1,4 @@
-"""What all ensembles of weights share: one snapshot a member, loaded once a pass over the data."""
+"""Base of weight ensembles: one snapshot per member, loaded once per pass over the data."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from bmoe_lightning.methods.snapshots import snapshot_info, swapped_weights
 
 
 class WeightEnsemble(Method):
-    """Averages the probabilities of a model under several sets of weights; a subclass says which."""
+    """Averages the probabilities of a model under several sets of weights, which a subclass specifies."""
 
     def log_probs(self, batch: BatchView, state: State) -> Tensor:
         return batch.logits.log_softmax(-1)
@@ -23,28 +23,28 @@ class WeightEnsemble(Method):
 def weight_members(
     name: str, model: nn.Module, paths: Sequence[Path], *, include_current: bool
 ) -> list[AbstractContextManager[None]]:
-    """One context a member, which puts its weights into the model and takes them out again.
+    """One context manager per member, which swaps its weights into the model.
 
     Args:
         name: Name of the method, for messages.
         model: The model.
-        paths: Snapshots, from `save_snapshot`.
-        include_current: Whether the weights that the model has anyway are one more member.
+        paths: Snapshot files from `save_snapshot`.
+        include_current: Whether the current weights of the model are another member.
 
     Raises:
         FileNotFoundError: If a snapshot is missing.
-        ValueError: If there is no snapshot, a path is given twice, a file is no snapshot, or the snapshots hold
-            different tensors: members would then mix weights of different runs.
+        ValueError: If there is no snapshot, a path is given twice, a file is not a snapshot, or the snapshots contain
+            different tensors, in which case members would mix weights of different runs.
     """
     if not paths:
-        raise ValueError(f"{name} needs snapshots of the trained weights, and there are none")
+        raise ValueError(f"{name} needs snapshots of the trained weights, and there are none; pass at least one")
     if len(set(paths)) < len(paths):
         raise ValueError(f"{name} was given the same snapshot twice: {[str(path) for path in paths]}")
     shapes = [snapshot_info(path).shapes for path in paths]
     for path, other in zip(paths, shapes, strict=True):
         if other != shapes[0]:
             raise ValueError(
-                f"the snapshots {paths[0]} and {path} hold different tensors; take them from runs that train the same "
+                f"the snapshots {paths[0]} and {path} contain different tensors; use runs that train the same "
                 "parameters of the same model"
             )
     current = [nullcontext()] if include_current else []

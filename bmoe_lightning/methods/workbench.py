@@ -1,7 +1,6 @@
-"""Where methods are fitted: everything they may look at, each thing made once, in as few passes over data as can be.
+"""The fit of methods: all inputs of a fit, computed once and cached, in as few passes over the data as possible.
 
-The workbench runs the collectives, the progress bars and the resumable passes; a method's `fit` reads data through it
-only, on every rank alike.
+The workbench runs the collectives and the resumable passes; a method's `fit` reads data only through it, on every rank.
 """
 
 from __future__ import annotations
@@ -44,21 +43,21 @@ class TrainingData(Protocol):
     """The training data of curvature passes."""
 
     def batches(self, max_batches: int | None) -> Iterable[Any]:
-        """Batches of one pass; on each process at most `max_batches` of its shard."""
+        """Batches of one pass; on each rank at most `max_batches` of its shard."""
         ...
 
     def num_examples(self, max_batches: int | None) -> int | None:
-        """Examples that the curvature shall stand for; None for those of the pass itself."""
+        """Number of examples that the curvature is scaled to; None is that of the pass itself."""
         ...
 
 
 @dataclass(frozen=True)
 class Batches:
-    """Training data from any iterable of batches; must allow being iterated over once a curvature.
+    """Training data from any iterable of batches, which is iterated over once per curvature.
 
     Attributes:
         iterable: The batches.
-        size: Examples that the curvature shall stand for, if the batches are a part of the data.
+        size: Number of examples that the curvature is scaled to, if the batches are a subset of the data.
     """
 
     iterable: Iterable[Any]
@@ -69,44 +68,44 @@ class Batches:
         return self.iterable if max_batches is None else islice(self.iterable, max_batches)
 
     def num_examples(self, max_batches: int | None) -> int | None:
-        """The size that was given."""
+        """The given size."""
         return self.size
 
 
 @dataclass(frozen=True)
 class PassFiles:
-    """Where killed curvature passes resume from.
+    """Location of the checkpoints of curvature passes.
 
     Attributes:
-        folder: Folder for the accumulators of passes that are under way.
-        every: Batches from one write to the next.
+        folder: Folder of the checkpoints.
+        every: Number of batches between two checkpoints.
     """
 
     folder: Path
     every: int
 
     def path(self, curvature: Curvature) -> Path:
-        """The file of one curvature's accumulators."""
+        """Path of the checkpoint of one curvature."""
         return self.folder / f"curvature_state-{curvature.digest}.safetensors"
 
 
 class Workbench:
-    """Everything that methods may look at while they are fitted.
+    """All inputs of a fit: model, data, curvatures and prior mean.
 
     Args:
         model: The trained model.
-        class_logits: `(model, batch) -> (logits [B, K], labels [B] or None)`.
-        methods: Methods that are going to be fitted: what they need of one data set is collected in one pass.
+        class_logits: Function `(model, batch) -> (logits [B, K], labels [B] or None)`.
+        methods: Methods to fit; they share one pass over each data set.
         training: Training data, for curvature.
         calibration: Held-out data, for methods that need them; iterated over at most once.
         prior_mean: Weights from before fine-tuning by qualified parameter name (see `down_proj_weights`).
-        snapshots: Trained weights after the last epochs, the latest last.
-        posteriors: Curvatures that are there already, by digest.
-        calibration_logits: Logits and labels of the held-out data, if they are there already; the data are then passed
-            over only for covariances.
+        snapshots: Snapshots of the trained weights after the last epochs, latest last.
+        posteriors: Curvatures that are already collected, by digest.
+        calibration_logits: Logits and labels of the held-out data, if already computed; a pass over the data then runs
+            only for covariances.
         seed: Seed for sampled labels, sketch matrices and Monte Carlo noise.
-        distributed: Whether all processes of torch.distributed's group take part, each with its shard of the data.
-        pass_files: Where curvature passes write their accumulators; None writes nothing.
+        distributed: Whether all ranks of torch.distributed's default group take part, each with its shard of the data.
+        pass_files: Location of the checkpoints of curvature passes; None writes none.
     """
 
     def __init__(
@@ -142,21 +141,21 @@ class Workbench:
         self._distances: dict[tuple[str, str], list[Tensor]] = {}
 
     def check_before_passes(self) -> None:
-        """Refuse what no pass over data is needed for to refuse.
+        """Check everything that can be checked before the first pass over data.
 
         Raises:
             ValueError: If held-out data or the prior mean are missing, or the weights equal the prior mean.
         """
         needing = [method.name for method in self._methods if method.needs.calibration]
         if needing and self._calibration is None and self._logits is None:
-            raise ValueError(f"{needing} are fitted on held-out data, and there is no calibration split")
+            raise ValueError(f"{needing} are fitted on held-out data, and there is no calibration split; pass one")
         for method in self._methods:
             if method.needs.prior_mean:
                 for curvature in method.curvatures:
                     check_distances(self.squared_distances(curvature, "pretrained"))
 
     def posterior(self, curvature: Curvature) -> LaplacePosterior:
-        """A curvature at prior precision 1: one pass over the training data, unless it is there already.
+        """The posterior of a curvature at prior precision 1, collected in one pass over the training data and cached.
 
         Raises:
             ValueError: If the data are empty or the model has no such layers; see `collect_factors`.
@@ -166,7 +165,7 @@ class Workbench:
         return self.posteriors[curvature.digest]
 
     def calibration_logits(self) -> tuple[Tensor, Tensor | None]:
-        """Logits `[N, K]` float64 and labels `[N]` int64 (None if there are none) of the held-out data, on the CPU.
+        """Logits `[N, K]` float64 and labels `[N]` int64 (or None) of the held-out data, on the CPU.
 
         Raises:
             ValueError: If there are no held-out data.
@@ -178,46 +177,48 @@ class Workbench:
 
     @property
     def known_logits(self) -> tuple[Tensor, Tensor | None] | None:
-        """What `calibration_logits` gives, if the data have been passed over; else None."""
+        """The result of `calibration_logits`, if it was computed; else None."""
         return self._logits
 
     def labelled_logits(self) -> tuple[Tensor, Tensor]:
-        """The same, with labels that have been checked.
+        """Logits `[N, K]` and checked labels `[N]` of the held-out data; see `calibration_logits`.
 
         Raises:
             ValueError: If there are no held-out data, no labels, or a label of an absent class.
         """
         logits, labels = self.calibration_logits()
         if labels is None:
-            raise ValueError("held-out labels are needed, but class_logits returned None for them")
+            raise ValueError(
+                "held-out labels are needed, but class_logits returned None for them; return (logits, labels)"
+            )
         return check_labelled(logits, labels)
 
     def covariances(self, curvature: Curvature) -> ValidationCache:
-        """All that the held-out predictions under a curvature need to know, for any prior precision.
+        """Covariance terms of the held-out data under a curvature, for any prior precision.
 
         Raises:
-            ValueError: If there are no held-out data, or the method that asks has not named this curvature.
+            ValueError: If there are no held-out data, or no method names this curvature in `curvatures`.
         """
         self.calibration_logits()
         if curvature.digest not in self._caches:
             raise ValueError(
-                "the held-out data have been passed over without this curvature; a method that looks at its "
-                "covariances must name it in `curvatures` and held-out data in `needs`"
+                "the pass over the held-out data did not include this curvature; a method that uses its covariances "
+                "must name it in `curvatures` and held-out data in `needs`"
             )
         return self._caches[curvature.digest]
 
     def squared_distances(self, curvature: Curvature, prior_mean: PriorMeanName) -> list[Tensor]:
-        """`||W_e - M_e||^2` of each layer of a posterior, `[E]` float64 on the CPU.
+        """Squared distances `||W_e - M_e||^2` for each layer of a posterior, `[E]` float64 on the CPU.
 
         Raises:
-            ValueError: If the weights from before fine-tuning are asked for and unknown.
+            ValueError: If the prior mean is `pretrained` and the weights from before fine-tuning are unknown.
         """
         key = (curvature.digest, prior_mean)
         if key not in self._distances:
             reference = None if prior_mean == "zero" else self._pretrained()
             found = squared_distances(self.model, curvature.posterior_layers(self.model), reference)
             if self._distributed:
-                # A module that starts at random starts elsewhere on each process, and training at rank 0's weights.
+                # Randomly initialised weights differ between ranks, and DDP starts training at those of rank 0.
                 broadcast_(found)
             self._distances[key] = found
         return self._distances[key]
@@ -230,7 +231,7 @@ class Workbench:
     def _pretrained(self) -> dict[str, Tensor]:
         if self._prior_mean is None:
             raise ValueError(
-                "the evidence measures how far fine-tuning moved the experts, so it needs the weights from before: "
+                "the evidence measures how far fine-tuning moved the experts, so it needs the weights from before; "
                 "pass prior_mean={parameter name: tensor}, or use prior_mean='zero'"
             )
         return dict(self._prior_mean)
@@ -264,7 +265,9 @@ class Workbench:
     def _pass_over_calibration(self) -> None:
         """One pass for all methods: logits, labels and the covariance terms under every curvature."""
         if self._calibration is None:
-            raise ValueError("a method asks for held-out data without naming them in its `needs`, and there are none")
+            raise ValueError(
+                "a method uses held-out data, and there are none; declare them in `needs`, and pass a calibration split"
+            )
         collected = [c for method in self._methods if method.needs.calibration for c in method.curvatures]
         posteriors = {curvature.digest: self.posterior(curvature) for curvature in collected}
         builders = {digest: CacheBuilder(posterior.curvature) for digest, posterior in posteriors.items()}
@@ -285,7 +288,7 @@ class Workbench:
 
 
 class _LogitsBuilder:
-    """Collects plain logits and labels."""
+    """Collects logits and labels of a pass without curvature."""
 
     def __init__(self) -> None:
         self._logits = [torch.empty(0, dtype=torch.float64)]
@@ -298,12 +301,12 @@ class _LogitsBuilder:
         self._labels.append(labels[:count].cpu())
 
     def finish(self, *, distributed: bool) -> tuple[Tensor, Tensor | None]:
-        # An empty tensor of one dimension goes with tensors of any shape.
+        # torch.cat accepts an empty one-dimensional tensor beside tensors of any shape.
         logits, labels = torch.cat(self._logits), torch.cat(self._labels)
         if distributed:
             logits, labels = gather_examples(logits), gather_examples(labels)
         if not len(labels):
-            raise ValueError("no calibration example: the calibration split is empty")
+            raise ValueError("no calibration examples: the calibration split is empty; add examples")
         return logits, None if bool((labels == NO_LABEL).all()) else labels
 
 
@@ -322,30 +325,29 @@ def fit_methods(
     pass_files: PassFiles | None = None,
     fit_id: str | None = None,
 ) -> FitResult:
-    """Fit methods: one curvature pass for each curvature, one pass over the held-out data for all methods together.
+    """Fit methods in one pass over the training data per curvature and one shared pass over the held-out data.
 
     Args:
         methods: Methods with distinct names; see `Method.with_defaults`.
         model: The trained model.
-        class_logits: `(model, batch) -> (logits [B, K], labels [B] or None)`.
-        training: Training data; looked at only if a method has a curvature.
-        calibration: Held-out data; looked at only if a method needs them.
+        class_logits: Function `(model, batch) -> (logits [B, K], labels [B] or None)`.
+        training: Training data; used only if a method has a curvature.
+        calibration: Held-out data; used only if a method needs them.
         prior_mean: Weights from before fine-tuning by qualified parameter name (see `down_proj_weights`), for methods
             that use the evidence with `prior_mean="pretrained"`.
-        snapshots: Trained weights after the last epochs, the latest last, for methods that need them.
-        earlier: An earlier fit to the same weights: what it holds is not fitted again, unless a method of the same name
-            has other options.
+        snapshots: Snapshots of the trained weights after the last epochs, latest last, for methods that need them.
+        earlier: Earlier fit to the same weights; its methods are fitted again only if their options differ.
         seed: Seed for sampled labels, sketch matrices and Monte Carlo noise.
-        distributed: Whether all processes of torch.distributed's group call this, each with its shard of the data:
-            examples r, r + W, r + 2 W, ... for rank r of W, and, where weights are sharded, in as many batches of the
-            same sizes (see `CountedBatch`). All get the same result, which is that of one process with all the data, to
-            rounding. Otherwise nothing is exchanged, however many processes there are.
-        pass_files: Where curvature passes write their accumulators, so that a killed pass resumes; the files are to be
-            removed with `remove_checkpoint` once the fit is written.
+        distributed: Whether all ranks of torch.distributed's default group call this, each with its shard of the data:
+            examples r, r + W, r + 2 W, ... for rank r of W, and, where weights are sharded, in equally many batches of
+            equal sizes (see `CountedBatch`). All ranks get the result of one process with all the data, to rounding.
+            False runs no collective, even if a process group exists.
+        pass_files: Location of the checkpoints of curvature passes, from which a killed pass resumes; remove them with
+            `remove_checkpoint` once the fit is written.
         fit_id: Identifier of a new fit; by default a random one.
 
     Returns:
-        The fit; with `earlier`, that one and what was missing.
+        The fit; with `earlier`, that one completed by the missing methods.
 
     Raises:
         ValueError: If data, labels or the prior mean are missing, a curvature's layers are, processes have different
@@ -403,19 +405,19 @@ def _new_fit(methods: Sequence[Method], model: nn.Module, seed: int, fit_id: str
 
 
 def fingerprinted_layers(methods: Sequence[Method], model: nn.Module) -> list[ExpertLayer]:
-    """The layers around which a fit's fingerprint is taken: those of the first curvature, else the model's experts."""
+    """The layers whose MoE blocks the fingerprint covers: those of the first curvature, else the model's experts."""
     curvatures = [curvature for method in methods for curvature in method.curvatures]
     return (curvatures[0] if curvatures else Curvature()).find_layers(model)
 
 
 def prior_mean_layers(methods: Sequence[Method], model: nn.Module) -> list[ExpertLayer]:
-    """The layers of which methods look at the weights from before fine-tuning, each once."""
+    """The layers whose weights from before fine-tuning methods use, without duplicates."""
     curvatures = [curvature for method in methods if method.needs.prior_mean for curvature in method.curvatures]
     return list({layer.name: layer for curvature in curvatures for layer in curvature.find_layers(model)}.values())
 
 
 def _check_same(fingerprint: str) -> None:
-    """Refuse weights that differ between processes: there is no one fit to them. A collective."""
+    """Check that the weights are the same on all ranks. A collective."""
     here = torch.frombuffer(bytearray.fromhex(fingerprint), dtype=torch.uint8).long()
     first = here.clone()
     broadcast_([first])
@@ -423,6 +425,6 @@ def _check_same(fingerprint: str) -> None:
     sum_over_processes([differing])
     if int(differing):
         raise ValueError(
-            f"the model's weights on {int(differing)} of {num_processes()} processes differ from those of rank 0, so "
-            "nothing can be fitted to them; fit after training with DDP, or load the same checkpoint on all ranks"
+            f"the model's weights on {int(differing)} of {num_processes()} ranks differ from those of rank 0; fit "
+            "after training with DDP, or load the same checkpoint on all ranks"
         )

@@ -62,7 +62,7 @@ class TestDefaults:
 
 def test_names_are_distinct():
     check_method_names([MAP(), MAP(name="again")])
-    with pytest.raises(ValueError, match="map stands there more than once; give one of them another name="):
+    with pytest.raises(ValueError, match="map occurs more than once; give one of them another name="):
         check_method_names([MAP(), MAP()])
     with pytest.raises(ValueError, match="no method"):
         check_method_names([])

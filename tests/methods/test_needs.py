@@ -31,13 +31,13 @@ def test_what_is_enough_or_unknown_passes():
     [
         (
             Available(calibration_inputs=0, runs=True),
-            r"laplace_lpo, shrunk_temperature need a validation split",
+            r"laplace_lpo, shrunk_temperature are fitted on a validation split",
         ),
         (Available(calibration_inputs=99, runs=True), "shrunk_temperature needs at least 100 inputs .* there are 99"),
         (Available(snapshots=1, runs=True), "checkpoint_ensemble needs the weights after at least 2 epochs, .*be 1"),
         (Available(prior_mean=False, runs=True), "laplace_evidence measures how far fine-tuning .*prior_mean='zero'"),
-        (Available(expert_dropout=0.0, runs=True), "mc_dropout is meant for a model .*expert dropout, which is 0"),
-        (Available(), "deep_ensemble needs the weights of 2 further fine-tuning runs: give it runs="),
+        (Available(expert_dropout=0.0, runs=True), "mc_dropout needs a model .*expert dropout, which is 0"),
+        (Available(), "deep_ensemble needs the weights of 2 further fine-tuning runs; pass runs="),
     ],
 )
 def test_what_is_missing_is_named(available, message):

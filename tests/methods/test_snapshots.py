@@ -105,7 +105,7 @@ def test_values_that_are_not_finite_are_refused(model, tmp_path, use, value):
     weights = {name: parameter.detach().clone() for name, parameter in parameters(model).items()}
     weights[DOWN[1]][2, 1, 0] = value
     save_snapshot(tmp_path / "s", weights)
-    assert_refused_untouched(model, use, tmp_path / "s", f"values in '{DOWN[1]}' that are not finite")
+    assert_refused_untouched(model, use, tmp_path / "s", f"non-finite values in '{DOWN[1]}'")
 
 
 class TestTensorsInPlaceOfAFile:
@@ -120,9 +120,9 @@ class TestTensorsInPlaceOfAFile:
     @pytest.mark.parametrize(
         ("change", "message"),
         [
-            ({"z.other": torch.zeros(2)}, r"^the source holds 1 tensors that .* the first is 'z\.other'"),
+            ({"z.other": torch.zeros(2)}, r"^the source contains 1 tensors that .* the first is 'z\.other'"),
             ({DOWN[1]: torch.zeros(2, 3)}, r"shape \(2, 3\), the model has \(4, 6, 5\)"),
-            ({DOWN[1]: torch.full((4, 6, 5), torch.nan)}, "not finite"),
+            ({DOWN[1]: torch.full((4, 6, 5), torch.nan)}, "non-finite values"),
         ],
     )
     def test_that_do_not_fit_are_refused(self, model, change, message):

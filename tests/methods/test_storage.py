@@ -133,7 +133,7 @@ class TestTwoFits:
         one, other = folders
         (target,), (source,) = one.glob(pattern), other.glob(pattern)
         target.write_bytes(source.read_bytes())
-        with pytest.raises(ValueError, match="come from different fits"):
+        with pytest.raises(ValueError, match="belong to different fits"):
             load_fit(one)
 
     def test_an_index_of_another_fit_is_refused(self, folders):
@@ -151,7 +151,7 @@ class TestTwoFits:
         again = folders[0].parent / "again"
         save_fit(again, FitResult(fit.fit_id, fit.fingerprint, fit.layers, shifted, fit.posteriors))
         (again / POSTERIOR_FILE).write_bytes(old)
-        with pytest.raises(ValueError, match="come from different fits"):
+        with pytest.raises(ValueError, match="belong to different fits"):
             load_fit(again)
 
     @pytest.mark.parametrize(
@@ -193,7 +193,7 @@ def test_a_name_outside_of_the_folder_is_refused(fit, tmp_path, name):
     header = read_json_file(tmp_path / INDEX_FILE, format=_INDEX_FORMAT, version=_VERSION)
     content = {**header.description, "states": {**header.description["states"], "file": name}}
     write_json_file(tmp_path / INDEX_FILE, format=_INDEX_FORMAT, version=_VERSION, description=content, fit=header.fit)
-    with pytest.raises(ValueError, match="which is no file of its folder"):
+    with pytest.raises(ValueError, match="which is not a file in its folder"):
         load_fit(tmp_path)
 
 

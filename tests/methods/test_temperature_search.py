@@ -49,10 +49,10 @@ def test_takes_any_dtype_and_any_shift(dtype):
 
 def test_labels_that_do_not_bound_it_give_an_end_of_the_range_and_a_warning():
     logits = drawn(1.0)[0]
-    with pytest.warns(UserWarning, match="end of what is searched"):
+    with pytest.warns(UserWarning, match="end of the search range"):
         assert fit_temperature(logits, logits.argmax(-1)) == pytest.approx(TEMPERATURE_RANGE[0])
     worst = logits.masked_fill(logits == -torch.inf, torch.inf).argmin(-1)
-    with pytest.warns(UserWarning, match="end of what is searched"):
+    with pytest.warns(UserWarning, match="end of the search range"):
         assert fit_temperature(logits, worst) == pytest.approx(TEMPERATURE_RANGE[1])
     with warnings.catch_warnings():
         warnings.simplefilter("error")

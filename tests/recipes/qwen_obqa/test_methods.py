@@ -146,7 +146,7 @@ def test_prediction_has_the_dropout_of_training_unless_told_otherwise():
         (
             [DROPPING],
             {"expert_dropout": 0.0},
-            "--methods: dropping is meant for a model that was fine-tuned with expert",
+            "--methods: dropping needs a model that was fine-tuned with expert",
         ),
         ([DROPPING], {"epochs": 1}, "--methods: dropping needs the weights after at least 2 epochs, and there"),
     ],
