@@ -1,7 +1,7 @@
 """Checkpoints of a curvature pass, from which a killed pass resumes.
 
-One safetensors file for each rank, replaced atomically at every write: all running sums, the state of every generator,
-how far the pass has come, and a digest of the batches so far, by which another order of them is noticed.
+One safetensors file per rank, replaced atomically at every write: all running sums, the state of every generator, the
+progress of the pass, and a digest of the batches so far, which detects another order of them.
 """
 
 from __future__ import annotations
@@ -34,26 +34,26 @@ from bmoe_lightning.utils.safetensors_io import (
 FORMAT = "curvature checkpoint"
 VERSION = 1
 _GENERATOR = "generator"
-_UNUSABLE = -1  # in the place of the number of writes
-_PREVIOUS = ".before"  # suffix of what each of several ranks wrote the time before
+_UNUSABLE = -1  # all-gathered instead of the number of writes
+_PREVIOUS = ".before"  # suffix of the previous file of each of several ranks
 _RESTART = "delete the file to start the curvature pass from the beginning"
 
 
 class Stateful(Protocol):
-    """Something whose sums go into a checkpoint."""
+    """An object whose state goes into a checkpoint."""
 
     def state(self) -> dict[str, Tensor]:
-        """All tensors that it needs to resume, by name."""
+        """All tensors needed to resume, by name."""
         ...
 
     def load_state(self, state: Mapping[str, Tensor]) -> None:
-        """Resume from a `state`; a ValueError if it does not fit."""
+        """Restore a `state`; raises `ValueError` if it does not fit."""
         ...
 
 
 @dataclass(frozen=True)
 class Progress:
-    """How far a pass has come.
+    """Progress of a pass.
 
     Attributes:
         batches: Number of batches that this rank has added.
@@ -71,28 +71,28 @@ class Progress:
 
 
 class PassCheckpoint:
-    """Writes the state of a pass every few batches, and restores what a killed pass has written.
+    """Writes the state of a pass every few batches, and restores the state of a killed pass.
 
-    The ranks of a distributed pass write in lockstep: every `every` batches those that have batches left meet, and
-    those that have none write their state once more. So their files stay at the same write, whichever rank is faster. A
-    kill may still come between two of them: each rank has its previous file as well, and all resume from the newest
+    The ranks of a distributed pass write in lockstep: every `every` batches the ranks that have batches left
+    synchronise, and those that have none write their state again, so the files of all ranks are from the same write. A
+    kill may come between the writes of two ranks: each rank retains its previous file, and all resume from the newest
     write that every rank has.
 
     Args:
-        path: Path of the file; in a distributed pass each rank has a file of its own beside it (see `rank_path`). None
+        path: Path of the file; in a distributed pass each rank has a separate file beside it (see `rank_path`). None
             neither reads nor writes.
         every: Number of batches between two writes.
         fingerprint: Fingerprint of the model's weights.
-        options: Everything else but the batches that the sums depend on, in values that JSON has.
+        options: Everything else that the sums depend on, except the batches, as JSON values.
         distributed: Whether all ranks of torch.distributed's default group take part.
 
     Raises:
-        ValueError: If `every` is below 1, or a file is there from which this pass cannot resume: damaged, of another
-            format or version, of other weights or options; on whichever rank.
-        OSError: If a file is there that cannot be read.
+        ValueError: If `every` is below 1, or the file of any rank is damaged, has another format or version, or is from
+            a pass with other weights or options.
+        OSError: If an existing file cannot be read.
 
     Warns:
-        UserWarning: If the ranks' files have no write in common, since some were removed; the pass starts from the
+        UserWarning: If the ranks' files have no write in common because some were removed; the pass starts from the
             beginning.
     """
 
@@ -117,12 +117,12 @@ class PassCheckpoint:
         """The batches that have not been added yet.
 
         Raises:
-            ValueError: If the first ones are not those that were added before the kill, in the same order.
+            ValueError: If the first batches differ from those added before the kill, or come in another order.
         """
         return batches if self._path is None else self._remaining(iter(batches))
 
     def restore(self, sums: Sequence[Stateful], generator: torch.Generator) -> None:
-        """Load what was read into newly created sums, and into the generator of sampled labels.
+        """Restore the loaded state in newly created sums, and in the generator of sampled labels.
 
         Raises:
             ValueError: If it does not fit.
@@ -141,7 +141,7 @@ class PassCheckpoint:
         self._tensors = {}
 
     def batch_done(self, sums: Sequence[Stateful], generator: torch.Generator, examples: int, *, checked: bool) -> None:
-        """Write if enough batches were added since the last write. A collective of a distributed pass.
+        """Write if enough batches were added since the last write. A collective in a distributed pass.
 
         Args:
             sums: Running sums of all layers.
@@ -157,9 +157,9 @@ class PassCheckpoint:
             self._write(self._path, sums, generator, examples, checked=checked)
 
     def pass_done(self, sums: Sequence[Stateful], generator: torch.Generator, examples: int, *, checked: bool) -> None:
-        """Write once more, if there was a reason to write before. A collective of a distributed pass.
+        """Write a last time if the pass has written before. A collective in a distributed pass.
 
-        Arguments and errors are those of `batch_done`.
+        Arguments and errors are as in `batch_done`.
         """
         if self._path is None:
             return
@@ -179,16 +179,16 @@ class PassCheckpoint:
                 digest = extended_digest(digest, next(batches))
             except StopIteration:
                 raise _refusal(
-                    self._path, f"is of a pass over at least {expected} batches, and now there are only {done}",
-                    "Give the same data again",
+                    self._path, f"is from a pass over at least {expected} batches, and now there are only {done}",
+                    "Pass the same data again",
                 ) from None  # fmt: skip
         if digest != self._digest:
             raise _refusal(
-                self._path, "is of a pass whose batches came in another order or had other contents",
-                "Give the same data in the same order (seed the generator of a loader that shuffles)",
+                self._path, "is from a pass whose batches came in another order or had other contents",
+                "Pass the same data in the same order (seed the generator of a loader that shuffles)",
             )  # fmt: skip
         for batch in batches:
-            # Before the batch is changed in place.
+            # Before the model may modify the batch in place.
             self._batches, self._digest = self._batches + 1, extended_digest(self._digest, batch)
             yield batch
 
@@ -212,7 +212,7 @@ class PassCheckpoint:
         remove_leftovers(path)
         error: OSError | ValueError | None = None
         try:
-            # A rank that was killed between its two writes has the previous file alone.
+            # A rank that was killed between rename and write has only the previous file.
             newest = _previous(path) if self._distributed and not path.exists() else path
             if newest.exists():
                 self.progress, self._tensors = read_checkpoint(newest, self._fingerprint, self._options)
@@ -224,15 +224,15 @@ class PassCheckpoint:
             raise error
 
     def _agree(self, previous: Path, *, failed: bool) -> None:
-        """Resume only if all ranks do, from the same write. A collective."""
+        """Agree on the newest write that all ranks have. A collective."""
         writes = gather_number(_UNUSABLE if failed else self.progress.writes)
         if failed or len(set(writes)) == 1:
             return
         if _UNUSABLE in writes:
             rank = writes.index(_UNUSABLE)
-            raise ValueError(f"rank {rank} cannot resume from its curvature checkpoint. See the error on that rank.")
+            raise ValueError(f"rank {rank} cannot resume from its curvature checkpoint; see the error on that rank")
         if self.progress.writes > min(writes) and previous.is_file():
-            with suppress(OSError, ValueError):  # of another pass, or damaged: then there is no write in common
+            with suppress(OSError, ValueError):  # of another pass, or damaged: no common write
                 self.progress, self._tensors = read_checkpoint(previous, self._fingerprint, self._options)
         found = gather_number(self.progress.writes)
         if len(set(found)) > 1:
@@ -245,7 +245,7 @@ class PassCheckpoint:
 
 
 def rank_path(path: str | Path, *, distributed: bool) -> Path:
-    """The file of this rank: `path` itself or, of several ranks, such as `sums-rank0of2.safetensors`."""
+    """The file of this rank: `path` itself or, with several ranks, for example `sums-rank0of2.safetensors`."""
     path = Path(path)
     if not distributed or num_processes() == 1:
         return path
@@ -253,11 +253,10 @@ def rank_path(path: str | Path, *, distributed: bool) -> Path:
 
 
 def remove_checkpoint(path: str | Path) -> None:
-    """Remove the files that passes with this `checkpoint` wrote, on however many ranks.
+    """Remove the files that passes with this `checkpoint` wrote, for any number of ranks.
 
-    For the caller of `collect_factors`, once the factors or their results are saved. Several ranks may call this at the
-    same time, but none while another one still runs its pass. Files whose header does not name a curvature checkpoint
-    stay.
+    Call it after `collect_factors`, once the factors or their results are saved. Several ranks may call it at the same
+    time, but not while a pass still runs on another rank. Files that are not curvature checkpoints are not removed.
 
     Args:
         path: The `checkpoint` of the passes.
@@ -279,28 +278,28 @@ def extended_digest(digest: str, batch: Any) -> str:
     """The digest of some batches and one more.
 
     It depends on the dtypes, shapes and values of all tensors and arrays, and on all strings, bytes, numbers and
-    `None`s in nested mappings, sequences and dataclasses. A `CountedBatch` of which all examples count is the batch
-    itself.
+    `None`s in nested mappings, sequences and dataclasses. A `CountedBatch` of which all examples count has the digest
+    of the batch itself.
 
     Args:
-        digest: Digest of the batches before, hexadecimal; empty if there is none.
+        digest: Hexadecimal digest of the batches before; empty if there are none.
         batch: The next batch.
 
     Raises:
-        ValueError: If the batch contains anything else, or nothing that distinguishes it from another one.
+        ValueError: If the batch contains any other type, or no values.
     """
     running = hashlib.sha256(digest.encode())
     counts_whole = isinstance(batch, CountedBatch) and batch.num_counted == batch.size
     if not _add(running, plain_batch(batch) if counts_whole else batch):
         raise ValueError(
             f"a batch of type {type(batch).__name__} contains no values, so a curvature pass over such batches cannot "
-            "be resumed. Give batches of tensors, or leave out the curvature checkpoint."
+            "be resumed. Pass batches of tensors, or disable the curvature checkpoint."
         )
     return running.hexdigest()
 
 
 def _add(running: Any, value: Any) -> bool:
-    """Add a value to a digest; whether it contains anything but containers and `None`."""
+    """Add a value to a digest; returns whether it contains anything but containers and `None`."""
     if isinstance(value, Tensor) and value.layout is torch.strided and not (value.is_nested or value.is_quantized):
         running.update(f"{value.dtype} {tuple(value.shape)};".encode())
         running.update(tensor_bytes(value))
@@ -323,9 +322,9 @@ def _add(running: Any, value: Any) -> bool:
         items = [item for field in dataclasses.fields(value) for item in (field.name, getattr(value, field.name))]
     else:
         raise ValueError(
-            f"a batch contains a value of type {type(value).__name__}, and two of them cannot be compared for a "
-            "resumed curvature pass. Give batches of tensors, arrays, numbers and strings in mappings, sequences and "
-            "dataclasses, or leave out the curvature checkpoint."
+            f"a batch contains a value of type {type(value).__name__}, which cannot be compared when a curvature "
+            "pass resumes. Pass batches of tensors, arrays, numbers and strings in mappings, sequences and "
+            "dataclasses, or disable the curvature checkpoint."
         )
     running.update(f"{_kind(value)} {len(items)};".encode())
     found = [_add(running, item) for item in items]
@@ -341,12 +340,13 @@ def read_checkpoint(path: Path, fingerprint: str, options: Mapping[str, Any]) ->
 
     Args:
         path: Path of the file.
-        fingerprint: Fingerprint that the pass has; see `PassCheckpoint`.
-        options: Options that the pass has, as JSON has them.
+        fingerprint: Fingerprint of the weights of this pass; see `PassCheckpoint`.
+        options: Options of this pass, as JSON values.
 
     Raises:
         OSError: If it cannot be read.
-        ValueError: If it is foreign, damaged, of another version, or of a pass with other weights or options.
+        ValueError: If it is not a curvature checkpoint, is damaged, has another version, or is from a pass with other
+            weights or options.
     """
     file = read_tensor_file(path, format=FORMAT, version=VERSION, remedy=_RESTART)
     try:
@@ -357,14 +357,14 @@ def read_checkpoint(path: Path, fingerprint: str, options: Mapping[str, Any]) ->
         raise _refusal(path, f"has a header that does not describe a pass ({error!r})") from error
     if not same_weights:
         raise _refusal(
-            path, "is of a curvature pass with other weights than the model has", "Load the weights of that pass"
+            path, "is from a curvature pass with other weights than the model has", "Load the weights of that pass"
         )
     differing = sorted(name for name in found.keys() | options.keys() if found.get(name) != options.get(name))
     if differing:
         before = ", ".join(f"{name}={_shown(found.get(name))}" for name in differing)
         now = ", ".join(f"{name}={_shown(options.get(name))}" for name in differing)
         raise _refusal(
-            path, f"is of a curvature pass with other settings ({before}, now {now})", "Resume with the same settings"
+            path, f"is from a curvature pass with other settings ({before}, now {now})", "Resume with the same settings"
         )
     return progress, file.tensors
 
@@ -379,6 +379,6 @@ def _previous(path: Path) -> Path:
 
 
 def _shown(value: Any) -> str:
-    """A value in a message; expert layers by their names alone."""
+    """A value in a message; expert layers by their names only."""
     names = [layer["name"] for layer in value if isinstance(layer, dict)] if isinstance(value, list) else []
     return repr(names or value)

@@ -15,18 +15,18 @@ BASIS_DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
 
 def orthonormal(basis: Tensor, dtype: torch.dtype) -> Tensor:
-    """A basis in a wider dtype, its columns made orthonormal again if it was kept in half precision.
+    """A basis in a wider dtype, with its columns re-orthonormalised if it was stored in half precision.
 
-    Otherwise rounding could let the data explain more of a variance than the prior has of it.
+    Otherwise rounding could make the explained variance exceed the prior variance.
 
     Args:
-        basis: `[E, d, r]`.
-        dtype: float32 or float64.
+        basis: Basis `[E, d, r]`.
+        dtype: Target dtype, float32 or float64.
     """
     wide = basis.to(dtype)
     if basis.dtype not in (torch.bfloat16, torch.float16):
         return wide
-    # R of the QR decomposition, from what the columns' inner products lack to the identity.
+    # R of the QR decomposition, from a Cholesky factor of the Gram matrix of the columns.
     root, _ = torch.linalg.cholesky_ex((wide.mT @ wide).double())
     return torch.linalg.solve_triangular(root.mT.to(dtype), wide, upper=True, left=False)
 
@@ -36,15 +36,15 @@ class LayerFactors:
     """Factors of one expert layer: `F_e ~ n_e (U_a diag(alpha) U_a^T) kron (U_g diag(gamma) U_g^T)`.
 
     Attributes:
-        name: name of the expert layer.
-        index: its index among the model's expert layers.
-        slots: `[E]` float64, n_e: slots that counted, rescaled where only a part of the data was used.
-        a_basis: `[E, d_in, r_a]`, orthonormal columns.
-        a_eigenvalues: `[E, r_a]` of the mean of `a a^T`, largest first.
-        g_basis: `[E, d_out, r_g]`, orthonormal columns.
-        g_eigenvalues: `[E, r_g]` of the mean of `E_y[delta delta^T]`, largest first.
-        a_trace: `[E]` float64, trace of the full a-factor.
-        g_trace: `[E]` float64, trace of the full g-factor.
+        name: Name of the expert layer.
+        index: Index among the model's expert layers.
+        slots: Number of counted slots n_e, `[E]` float64, rescaled where only a subset of the data was used.
+        a_basis: Basis `[E, d_in, r_a]` of the activation factor, with orthonormal columns.
+        a_eigenvalues: Eigenvalues `[E, r_a]` of the mean of `a a^T`, descending.
+        g_basis: Basis `[E, d_out, r_g]` of the gradient factor, with orthonormal columns.
+        g_eigenvalues: Eigenvalues `[E, r_g]` of the mean of `E_y[delta delta^T]`, descending.
+        a_trace: Trace of the full a-factor, `[E]` float64.
+        g_trace: Trace of the full g-factor, `[E]` float64.
     """
 
     name: str
@@ -59,7 +59,7 @@ class LayerFactors:
 
     @property
     def num_experts(self) -> int:
-        """E."""
+        """Number of experts E."""
         return len(self.slots)
 
     @property
@@ -78,7 +78,7 @@ class LayerFactors:
         return products * self.slots.to(products).view(-1, 1, 1)
 
     def discarded_energy(self) -> Tensor:
-        """Share of the Kronecker product's trace outside the low-rank bases, `[E]`; 0 for an expert without slots."""
+        """Fraction of the Kronecker product's trace outside the low-rank bases, `[E]`; 0 for experts without slots."""
         full = (self.a_trace * self.g_trace).cpu()
         kept = (self.a_eigenvalues.double().sum(1) * self.g_eigenvalues.double().sum(1)).cpu()
         return torch.where(full > 0, (1 - kept / full.clamp(min=torch.finfo(full.dtype).tiny)).clamp(0, 1), 0.0)
@@ -100,16 +100,16 @@ class KroneckerFactors:
     """The curvature of all tapped expert layers.
 
     Attributes:
-        layers: one entry an expert layer.
-        rank: the rank asked for.
-        fisher: which labels: `exact`, `mc` or `empirical`.
-        approximation: `expand` or `reduce`.
-        sketch: the low-rank algorithm asked for.
-        num_examples: examples that the factors stand for.
-        num_examples_used: examples that were passed through the model.
-        expert_layers: all layers that were tapped, by which they are found again in a model; more than `layers` where
-            some were left out.
-        fingerprint: of the model's MoE blocks at the time (see `weight_fingerprint`).
+        layers: Factors of each expert layer.
+        rank: Requested rank.
+        fisher: Labels of the Fisher: `exact`, `mc` or `empirical`.
+        approximation: K-FAC form, `expand` or `reduce`.
+        sketch: Requested low-rank algorithm.
+        num_examples: Number of examples that the factors are scaled to.
+        num_examples_used: Number of examples in the curvature pass.
+        expert_layers: Descriptions of all tapped layers, with which a model's layers are located; more than `layers`
+            where some were skipped.
+        fingerprint: Fingerprint of the model's MoE blocks during the pass (see `weight_fingerprint`).
     """
 
     layers: tuple[LayerFactors, ...]
@@ -123,25 +123,29 @@ class KroneckerFactors:
     fingerprint: str = field(default="")
 
     def to(self, device: torch.device | str | None = None, dtype: torch.dtype | None = None) -> KroneckerFactors:
-        """The same factors elsewhere, or in less memory.
+        """The same factors on another device, or with bases of another dtype.
 
         Args:
-            device: where to; None leaves every layer where it is.
-            dtype: of the two bases, which are nearly all of the memory; None leaves it. Eigenvalues, traces and counts
-                keep theirs. Computations use the bases in float32 at least, orthonormal again (see `orthonormal`).
+            device: Target device; None moves nothing.
+            dtype: Dtype of the two bases, which take nearly all of the memory; None leaves it. Eigenvalues, traces and
+                counts are not cast. Computations use the bases in at least float32, re-orthonormalised (see
+                `orthonormal`).
 
         Raises:
-            ValueError: for a dtype other than float64, float32, bfloat16 and float16.
+            ValueError: If the dtype is not float64, float32, bfloat16 or float16.
         """
         if dtype is not None and dtype not in BASIS_DTYPES:
-            raise ValueError(f"bases are kept in one of {', '.join(map(str, BASIS_DTYPES))}, not in {dtype}")
+            raise ValueError(f"bases must be stored in one of {', '.join(map(str, BASIS_DTYPES))}, not in {dtype}")
         return KroneckerFactors(tuple(layer.to(device, dtype) for layer in self.layers), **self.description())
 
     def without(self, indices: Sequence[int]) -> KroneckerFactors:
-        """The factors without some layers, which then count as known exactly.
+        """The factors without some layers, whose weights are then deterministic.
+
+        Args:
+            indices: Indices of the layers to skip.
 
         Raises:
-            ValueError: if an index does not exist, or no layer would be left.
+            ValueError: If an index does not exist, or no layer is left.
         """
         unknown = set(indices) - {layer.index for layer in self.layers}
         if unknown:
@@ -150,9 +154,9 @@ class KroneckerFactors:
             )
         kept = tuple(layer for layer in self.layers if layer.index not in set(indices))
         if not kept:
-            raise ValueError("leaving out every expert layer leaves no posterior")
+            raise ValueError("skipping every expert layer leaves no posterior; skip fewer")
         return KroneckerFactors(kept, **self.description())
 
     def description(self) -> dict[str, Any]:
-        """All fields but the layers."""
+        """All fields except the layers."""
         return {name: value for name, value in vars(self).items() if name != "layers"}

@@ -1,8 +1,10 @@
-"""Which labels the Fisher is taken over, as weights for backward passes.
+"""The labels of the Fisher, as weights for backward passes.
 
 Every kind of Fisher is `E_y[delta delta^T]` with `delta = d log p(y|x) / d b`. Since `delta` is linear in the gradients
 of the logits, each is a sum over P backward passes of weighted sums of logits: weights `[P, B, K]` whose outer products
-over P add up to the wanted `K x K` matrix of every example. Shapes: `B` examples, `K` classes.
+over P sum to the `K x K` matrix of that Fisher for every example. With softmax outputs the exact Fisher equals the
+generalised Gauss-Newton matrix (Martens 2014, https://arxiv.org/abs/1412.1193); the empirical one does not (Kunstner et
+al. 2019, https://arxiv.org/abs/1905.12558). Shapes: `B` examples, `K` classes.
 """
 
 from __future__ import annotations
@@ -22,17 +24,17 @@ def fisher_weights(
     """Weights of the logits in each backward pass.
 
     Args:
-        kind: `exact` (all classes, weighted by p: K - 1 passes), `mc` (one drawn label: 1 pass) or `empirical` (the
-            true label: 1 pass).
-        log_probs: `[B, K]` of the model, `-inf` for absent classes.
-        labels: `[B]`, needed by `empirical`.
-        generator: CPU generator, needed by `mc`.
+        kind: Kind of Fisher: `exact` (all classes, weighted by p: K - 1 passes), `mc` (one sampled label: 1 pass) or
+            `empirical` (the true label: 1 pass).
+        log_probs: Log-probabilities `[B, K]` of the model, `-inf` for absent classes.
+        labels: Labels `[B]`, required by `empirical`.
+        generator: CPU generator, required by `mc`.
 
     Returns:
-        `[P, B, K]` float64.
+        Weights `[P, B, K]` float64.
 
     Raises:
-        ValueError: if `empirical` gets no labels, or the kind is unknown.
+        ValueError: If `empirical` gets no labels, or the kind is unknown.
     """
     if kind == "exact":
         return _exact_weights(log_probs)
@@ -41,7 +43,9 @@ def fisher_weights(
         return label_weights(log_probs, drawn.to(log_probs.device)).unsqueeze(0)
     if kind == "empirical":
         if labels is None:
-            raise ValueError("the empirical Fisher needs labels, but class_logits returned None for them")
+            raise ValueError(
+                "the empirical Fisher needs labels, but class_logits returned None for them; return (logits, labels)"
+            )
         return label_weights(log_probs, labels.to(log_probs.device)).unsqueeze(0)
     raise ValueError(f"unknown Fisher {kind!r}; valid are {', '.join(FISHERS)}")
 
@@ -49,7 +53,7 @@ def fisher_weights(
 def label_weights(log_probs: Tensor, labels: Tensor) -> Tensor:
     """Derivative of `log p(label)` with respect to the logits: `[B, K]`, one-hot minus p.
 
-    The label's own entry is the sum of the other probabilities, which stays exact when p is nearly 1.
+    The entry of the label is the sum of the other probabilities, which is accurate when p is nearly 1.
     """
     others = log_probs.exp().scatter(1, labels.unsqueeze(1), 0)
     return (-others).scatter(1, labels.unsqueeze(1), others.sum(1, keepdim=True))
@@ -63,6 +67,6 @@ def _exact_weights(log_probs: Tensor) -> Tensor:
     # The diagonal p (1 - p) as a sum of products: no cancellation when p is nearly 1.
     hessian = torch.diag_embed(outer.sum(2)) - outer
     values, vectors = torch.linalg.eigh(hessian)
-    # The smallest eigenvalue belongs to the common shift of all logits and is zero.
+    # The smallest eigenvalue is zero: its eigenvector is the common shift of all logits.
     root = vectors[..., 1:] * values[..., 1:].clamp(min=0).sqrt().unsqueeze(1)
     return root.permute(2, 0, 1)

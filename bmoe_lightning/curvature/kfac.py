@@ -1,13 +1,13 @@
 """The curvature pass: low-rank K-FAC factors of every expert's second linear layer, in one pass over data.
 
-K-FAC of the Fisher in its *expand* form keeps, per expert with n_e slots,
+K-FAC (Martens and Grosse 2015, https://arxiv.org/abs/1503.05671) of the Fisher in its *expand* form is, for an expert
+with n_e slots,
 
     F_e ~ n_e (1/n_e sum a a^T) kron (1/n_e sum E_y[delta delta^T]),
 
-and in its *reduce* form (Eschenhagen et al. 2023, Kronecker-Factored Approximate Curvature for Modern Neural Network
-Architectures) first sums the deltas and averages the a's of each example and expert. A slot counts when its weight
-gradient `g a^T` is not exactly zero: padding, positions that no logit can see, and the zeros that some models hand to
-experts which were not chosen, drop out by themselves.
+and in its *reduce* form (Eschenhagen et al. 2023, https://arxiv.org/abs/2311.00636) first sums the deltas and averages
+the a's of each example and expert. A slot counts when its weight gradient `g a^T` is not exactly zero. This excludes
+padding, positions that do not affect a logit, and the zero inputs that some models pass to experts without a token.
 """
 
 from __future__ import annotations
@@ -59,49 +59,49 @@ def collect_factors(
 ) -> KroneckerFactors:
     """Collect the curvature of every expert's second linear layer.
 
-    The model runs in evaluation mode with frozen parameters; its modes, gradients and the global random state are as
-    before afterwards. One forward and, per batch, K - 1 (`exact`) or 1 (`mc`, `empirical`) backward passes to the
+    The model runs in evaluation mode with frozen parameters; its modes, gradients and the global random state are
+    restored. Each batch takes one forward pass and K - 1 (`exact`) or 1 (`mc`, `empirical`) backward passes to the
     experts' outputs.
 
     Args:
-        model: any module with expert layers.
-        class_logits: `(model, batch) -> (logits [B, K], labels [B] or None)`.
-        batches: the data; each element is handed to `class_logits` as it is, or is a `CountedBatch`.
-        rank: eigenpairs kept of each factor.
-        fisher: `exact` (all classes), `mc` (a drawn label) or `empirical` (the true label).
-        approximation: `expand` or `reduce`.
-        sketch: `auto`, `nystrom`, `rsvd` or `exact`; see `make_sketch`.
-        layers: which expert layers; by default all that `find_expert_layers` finds.
-        num_examples: how many examples the factors shall stand for, when `batches` is a part of the data; the curvature
-            is scaled by this over the number of examples seen. By default the number seen.
-        seed: of the drawn labels and the random test matrices.
-        distributed: whether all processes of torch.distributed's group call this, each with its own part of the data,
-            maybe none; where weights are sharded, in as many batches of the same sizes. Sums and counts are added up,
-            and every process gets the same factors. Drawn labels (`mc`) come from a stream of its own on each process:
-            the factors then equal those of one process in distribution only.
-        checkpoint: file for the running sums, so that a killed pass goes on: called again with the same weights, data
-            and options it skips the batches that were added already, without running the model on them, and gives the
-            factors of a pass that was never interrupted. Several processes write files of their own beside it. It is
-            not removed: call `remove_checkpoint` once the factors, or what was made of them, are safe.
-        checkpoint_every: batches (of each process) from one write to the next; a shorter pass writes nothing.
-        device: where the factors go, layer by layer; by default each stays where its layer is.
+        model: Module with expert layers.
+        class_logits: Function `(model, batch) -> (logits [B, K], labels [B] or None)`.
+        batches: Iterable of batches, which are passed to `class_logits`, or of `CountedBatch`es.
+        rank: Number of eigenpairs stored per factor.
+        fisher: Labels of the Fisher: `exact` (all classes), `mc` (one sampled label) or `empirical` (the true label).
+        approximation: K-FAC form, `expand` or `reduce`.
+        sketch: Low-rank algorithm: `auto`, `nystrom`, `rsvd` or `exact`; see `make_sketch`.
+        layers: Expert layers; by default all that `find_expert_layers` finds.
+        num_examples: Number of examples that the factors are scaled to when `batches` is a subset of the data: the
+            curvature is multiplied by its ratio to the number of examples seen. By default the number seen.
+        seed: Seed for sampled labels and random test matrices.
+        distributed: Whether all ranks of torch.distributed's default group call this, each with its shard of the data,
+            which may be empty; where weights are sharded, in equally many batches of equal sizes. Sums and counts are
+            all-reduced, and every rank gets the same factors. Sampled labels (`mc`) come from a separate random stream
+            on each rank, so the factors then equal those of one process in distribution only.
+        checkpoint: File for the running sums, from which a killed pass resumes: called again with the same weights,
+            data and options, it skips the batches that were already added without running the model on them, and
+            returns the factors of an uninterrupted pass. Several ranks write separate files beside it. It is not
+            removed: call `remove_checkpoint` once the factors, or results computed from them, are saved.
+        checkpoint_every: Number of batches (of each rank) between two checkpoints; a shorter pass writes none.
+        device: Device to which the factors of each finished layer are moved; by default that of the layer.
 
     Returns:
         The factors, in float32 or, for a float64 model, float64.
 
     Raises:
-        ValueError: for an unknown option, an empty `batches`, logits that are none, a factor that is not finite (the
-            message names layer and expert), layers that share a weight, a name or an index, or a distributed `rsvd`,
-            which is not a sum; for a checkpoint that is damaged, or of other weights, options, or batches than these.
-        OSError: if the checkpoint cannot be written; the one before is still there.
+        ValueError: If an option is unknown; `batches` is empty; the logits are invalid; a factor is not finite (the
+            message names layer and expert); layers share a weight, a name or an index; `rsvd` is used with several
+            ranks; or the checkpoint is damaged or from a pass with other weights, options or batches.
+        OSError: If the checkpoint cannot be written; the previous one is unchanged.
 
     Warns:
-        UserWarning: naming layers that no token which moves a logit went through; they keep their prior. If the
-            checkpoints of several processes are not of the same age, so that the pass begins anew.
+        UserWarning: If a layer processed no token that affects a logit, so that its posterior is the prior; or if the
+            checkpoints of several ranks have no write in common, so that the pass starts from the beginning.
     """
     if rank < 1:
         raise ValueError(f"rank must be at least 1, got {rank}")
-    Curvature(rank=rank, fisher=fisher, approximation=approximation, sketch=sketch)  # refuses unknown names
+    Curvature(rank=rank, fisher=fisher, approximation=approximation, sketch=sketch)  # validates the names
     if distributed:
         check_linear(sketch)
     if num_examples is not None and num_examples < 1:
@@ -140,25 +140,25 @@ def collect_factors(
                     kept.restore(sums, generator)
                 weights = fisher_weights(fisher, tapped.log_probs, tapped.labels, generator)
                 weights = weights * tapped.counts(weights.device).view(1, -1, 1)
-                # Once a model: whether it keeps examples apart is a matter of its code.
+                # Once per model: whether it mixes examples depends on its code, not on the batch.
                 thorough, checked = not checked, checked or len(tapped.logits) > 1
                 _add_batch(sums, tapped, slots, weights, approximation, thorough=thorough)
                 used += tapped.num_counted
-            del tapped, slots  # or this batch's graph stays while the next one's is made
+            del tapped, slots  # frees this batch's graph before the next forward pass
             kept.batch_done(sums, generator, used, checked=checked)
     if not sums and (distributed or kept.resumed):
-        # A process without a batch adds zeros, or what it had added before.
+        # A rank without a batch contributes zeros, or the sums of its checkpoint.
         sums = [_LayerSums(layer, _parameter_of(model, layer), rank, sketch, seed) for layer in layers]
         kept.restore(sums, generator)
     kept.pass_done(sums, generator, used, checked=checked)
     if distributed:
         used = _sum_up(sums, used)
     if used == 0:
-        raise ValueError("no batch to collect curvature from: `batches` is empty")
+        raise ValueError("no batch to collect curvature from: `batches` is empty; pass at least one")
     num_examples = used if num_examples is None else num_examples
     finished = tuple(layer_sums.finish(num_examples / used).to(device) for layer_sums in sums)
     if distributed:
-        # Decompositions of the same sums may differ between machines in rounding, and in sign.
+        # Decompositions of equal sums may differ between machines in rounding and in sign.
         broadcast_([tensor for layer in finished for tensor in layer.tensors().values()])
     _warn_of_unseen(finished)
     return KroneckerFactors(
@@ -175,18 +175,18 @@ def collect_factors(
 
 
 def prior_factors(model: nn.Module, layers: Sequence[ExpertLayer]) -> KroneckerFactors:
-    """Factors of rank 0, without a pass over data: every expert keeps the prior.
+    """Factors of rank 0, without a pass over data: the posterior of every expert is the prior.
 
     Args:
-        model: Any module with these layers.
-        layers: From `find_expert_layers` or `find_linear_layers`.
+        model: Module with these layers.
+        layers: Layers from `find_expert_layers` or `find_linear_layers`.
     """
     empty = []
     for layer in layers:
         like = _parameter_of(model, layer)
         dtype = torch.promote_types(like.dtype, torch.float32)
         count = layer.num_experts
-        # On the CPU: there is nothing in them, and a posterior brings them to where they are used.
+        # On the CPU: they are empty, and the posterior moves them to the device where they are used.
         none = torch.zeros(count, 0, dtype=dtype)
         zeros = torch.zeros(count, dtype=torch.float64)
         a_basis, g_basis = (torch.zeros(count, width, 0, dtype=dtype) for width in (layer.d_in, layer.d_out))
@@ -205,14 +205,14 @@ def prior_factors(model: nn.Module, layers: Sequence[ExpertLayer]) -> KroneckerF
 
 
 def _sum_up(sums: Sequence[_LayerSums], used: int) -> int:
-    """Add up what all processes have collected, in place; returns the number of examples of all."""
+    """All-reduce the sums of all ranks in place; returns the total number of examples."""
     count = torch.tensor([used], dtype=torch.int64)
     sum_over_processes([count, *(tensor for layer_sums in sums for tensor in layer_sums.tensors())])
     return int(count)
 
 
 def _parameter_of(model: nn.Module, layer: ExpertLayer) -> Tensor:
-    """A tensor of a layer, for its device and dtype."""
+    """A weight of a layer, for its device and dtype."""
     return next(iter(down_proj_weights(model, layer).values()))
 
 
@@ -220,9 +220,9 @@ def _warn_of_unseen(layers: Sequence[LayerFactors]) -> None:
     unseen = [layer.name for layer in layers if not bool(layer.slots.any())]
     if unseen:
         warnings.warn(
-            f"no token that moves a logit went through {', '.join(unseen[:4])}{' and more' if unseen[4:] else ''}: "
-            "these layers keep their prior. Right for a part of the model that this data does not use; wrong if the "
-            "model multiplies with the weights without running the modules",
+            f"no token that affects a logit went through {', '.join(unseen[:4])}{' and more' if unseen[4:] else ''}, "
+            "so the posterior of these layers is the prior. Check that these data do not use them, and that the model "
+            "runs their modules rather than multiplying with the weights directly.",
             stacklevel=3,
         )
 
@@ -236,7 +236,7 @@ def _add_batch(
     *,
     thorough: bool,
 ) -> None:
-    """Add one batch's slots to every layer: each gradient as soon as it is known, then the inputs that counted."""
+    """Add one batch's slots to every layer: first the gradients as they are computed, then the counted inputs."""
     owners: list[Tensor] | list[None] = [None] * len(slots)
     if approximation == "reduce":
         owners = slot_owners(tapped, slots, thorough=thorough)
@@ -256,7 +256,7 @@ def _add_batch(
 
 
 class _LayerBatch:
-    """One batch's slots of one layer on their way into the sums."""
+    """Adds the slots of one batch and layer to the running sums."""
 
     def __init__(self, sums: _LayerSums, slots: Slots, owners: Tensor | None, num_examples: int) -> None:
         self._sums = sums
@@ -284,9 +284,9 @@ class _LayerBatch:
 
 
 def _kept(values: Tensor, experts: Tensor, keep: Tensor) -> tuple[Tensor, Tensor]:
-    """The slots to keep; on an accelerator all of them, the others as zeros, which add nothing to a sum.
+    """The selected slots; on an accelerator all slots, with the others set to zero, which does not change a sum.
 
-    To learn there how many are kept would mean waiting for it.
+    Boolean indexing would synchronise with the accelerator.
     """
     if _answers_at_once(values.device):
         return values[keep], experts[keep]
@@ -303,7 +303,7 @@ class _LayerSums:
     def __init__(self, layer: ExpertLayer, like: Tensor, rank: int, sketch: SketchName, seed: int) -> None:
         self.layer = layer
         self.dtype = torch.promote_types(like.dtype, torch.float32)
-        # A stream of its own for each layer: which other layers are tapped changes nothing.
+        # A separate random stream per layer, so that results do not depend on which other layers are tapped.
         generator = torch.Generator().manual_seed(seed * 1_000_003 + layer.index)
         options = {"device": like.device, "dtype": self.dtype, "generator": generator}
         self.inputs = make_sketch(sketch, layer.num_experts, layer.d_in, rank, **options)  # type: ignore[arg-type]
@@ -323,13 +323,13 @@ class _LayerSums:
         return [self.slots, *self.inputs.sums(), *self.gradients.sums()]
 
     def state(self) -> dict[str, Tensor]:
-        """All that these sums need to go on elsewhere, by name."""
+        """All tensors needed to resume, by name."""
         parts = {"inputs": self.inputs.state(), "gradients": self.gradients.state()}
         named = {f"{part}.{name}": tensor for part, state in parts.items() for name, tensor in state.items()}
         return {"slots": self.slots, **named}
 
     def load_state(self, state: Mapping[str, Tensor]) -> None:
-        """Go on from a `state`; raises a ValueError if it does not fit."""
+        """Restore a `state`; raises `ValueError` if it does not fit."""
         check_state(self.state(), state)
         self.slots.copy_(state["slots"])
         for part, sketch in (("inputs.", self.inputs), ("gradients.", self.gradients)):
@@ -342,7 +342,7 @@ class _LayerSums:
                 raise ValueError(
                     f"the {kind}-factor of layer {self.layer.name!r} is not finite for expert {broken[0]}"
                     + (f" and {len(broken) - 1} more" if len(broken) > 1 else "")
-                    + ": the model's activations or gradients overflow there; try bfloat16 or float32 weights"
+                    + ": the model's activations or gradients overflow; try bfloat16 or float32 weights"
                 )
         a, g = self.inputs.finish(), self.gradients.finish()
         mean = 1 / self.slots.clamp(min=1)
@@ -361,21 +361,21 @@ class _LayerSums:
 
 
 class _Merge:
-    """Merges the slots of the same example and expert, for the reduce form: E B groups, of which many are empty."""
+    """Merges the slots of each example and expert, for the reduce form: E B groups, many of them empty."""
 
     def __init__(self, experts: Tensor, owners: Tensor, num_experts: int, num_examples: int) -> None:
-        # Slots without an owner move no logit; whichever group they join, they add nothing to it.
+        # Slots without an owner affect no logit, so they add nothing to the group they are assigned to.
         self._group = owners.clamp(min=0) * num_experts + experts
         self._count = num_experts * num_examples
         self.experts = torch.arange(self._count, device=experts.device) % num_experts
 
     def sum(self, values: Tensor) -> Tensor:
-        """Sum `[S, d]` over each group: `[E B, d]`, in float32 at least."""
+        """Sum `[S, d]` over each group: `[E B, d]`, in at least float32."""
         values = values.to(torch.promote_types(values.dtype, torch.float32))
         return values.new_zeros(self._count, values.shape[1]).index_add_(0, self._group, values)
 
     def mean(self, values: Tensor, counts: Tensor) -> tuple[Tensor, Tensor]:
-        """Average the counted rows of `[S, d]` over each group: `[E B, d]`, and which groups have one `[E B]`."""
+        """Average the counted rows of `[S, d]` over each group: `[E B, d]`, and whether a group has any `[E B]`."""
         totals = self.sum(values * counts.unsqueeze(1))
         sizes = self.sum(counts.unsqueeze(1))
         return totals / sizes.clamp(min=1), sizes.squeeze(1) > 0

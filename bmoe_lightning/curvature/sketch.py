@@ -1,9 +1,8 @@
 """Streaming low-rank factors of second moments, for all experts of a layer at once.
 
-Each accumulator takes slots `x [S, d]` batch after batch and ends with the leading eigenpairs of `sum_s x_s x_s^T` of
-every expert: an orthonormal basis `[E, d, r]` and eigenvalues `[E, r]`, largest first. The trace is kept beside them,
-so that the energy outside the basis is known. No expert is looped over, and nothing of size `d x d` is formed except in
-`ExactGram`.
+Each accumulator takes slots `x [S, d]` batch by batch and returns the leading eigenpairs of `sum_s x_s x_s^T` for every
+expert: an orthonormal basis `[E, d, r]` and eigenvalues `[E, r]`, descending. The trace is accumulated too, so that the
+energy outside the basis is known. There is no loop over experts, and no `d x d` matrix except in `ExactGram`.
 """
 
 from __future__ import annotations
@@ -24,7 +23,7 @@ SketchName = Literal["auto", "nystrom", "rsvd", "exact"]
 EXACT_WIDTH = 512
 _OVERSAMPLING = 10
 _NOT_LINEAR = (
-    "sketch='rsvd' truncates after every batch, so what several processes found cannot be added up; use sketch='auto', "
+    "sketch='rsvd' truncates after every batch, so the results of several ranks cannot be summed; use sketch='auto', "
     "'nystrom' or 'exact', or one process"
 )
 
@@ -34,8 +33,8 @@ class LowRank:
     """Leading eigenpairs of a positive semi-definite matrix per expert.
 
     Attributes:
-        basis: `[E, d, r]`, orthonormal columns.
-        eigenvalues: `[E, r]`, non-negative, largest first.
+        basis: Basis `[E, d, r]` with orthonormal columns.
+        eigenvalues: Eigenvalues `[E, r]`, non-negative, descending.
     """
 
     basis: Tensor
@@ -46,12 +45,12 @@ class GramSketch(ABC):
     """Accumulates `sum_s x_s x_s^T` for every expert.
 
     Args:
-        num_experts: E.
-        width: d.
-        rank: r; at most `width` eigenpairs are returned.
-        device: where the state lives.
-        dtype: of the state, float32 or float64.
-        generator: source of the random test matrices, on the CPU, so that every device draws the same.
+        num_experts: Number of experts E.
+        width: Width d of a slot.
+        rank: Number of eigenpairs r; at most `width` are returned.
+        device: Device of the state.
+        dtype: Dtype of the state, float32 or float64.
+        generator: CPU generator of the random test matrices, so that they are the same on every device.
     """
 
     def __init__(
@@ -83,24 +82,24 @@ class GramSketch(ABC):
 
     @abstractmethod
     def sums(self) -> list[Tensor]:
-        """All that was accumulated; what two accumulators have seen together is the sum of theirs.
+        """The accumulated tensors, which can be summed (all-reduced) over accumulators of different data.
 
         Raises:
-            ValueError: for `rsvd`, which is not linear.
+            ValueError: If the sketch is `rsvd`, which is not linear.
         """
 
     def state(self) -> dict[str, Tensor]:
-        """All that the accumulation needs to go on elsewhere, by name: what was added, test matrix, generator.
+        """All tensors needed to resume, by name: sums, test matrix and generator.
 
-        The tensors are the accumulator's own; the next `update` changes them.
+        They are not copies; the next `update` changes them.
         """
         return {"trace": self.trace, **self._accumulated(), "generator": self._generator.get_state()}
 
     def load_state(self, state: Mapping[str, Tensor]) -> None:
-        """Go on from the `state` of an accumulator that was made in the same way, on whatever device.
+        """Restore the `state` of an accumulator with the same arguments, from any device.
 
         Raises:
-            ValueError: if tensors are missing, surplus, or of another shape or dtype; nothing has changed then.
+            ValueError: If tensors are missing, unexpected, or of another shape or dtype; the state is then unchanged.
         """
         own = self.state()
         check_state(own, state)
@@ -113,7 +112,7 @@ class GramSketch(ABC):
 
     @abstractmethod
     def finish(self) -> LowRank:
-        """The leading eigenpairs of what was added."""
+        """The leading eigenpairs of the accumulated sums."""
 
 
 class ExactGram(GramSketch):
@@ -133,16 +132,17 @@ class ExactGram(GramSketch):
         return [self.trace, self._gram]
 
     def finish(self) -> LowRank:
-        """Exact to rounding: an eigendecomposition per expert."""
+        """Eigendecomposition per expert, exact to rounding."""
         return _leading(self._gram, self.rank)
 
 
 class NystromGram(GramSketch):
     """A linear sketch `Y_e = (sum_s x_s x_s^T) Omega` with one fixed test matrix.
 
-    Being linear, it gives the same result for any split and order of the slots. Recovery is the fixed-rank
-    reconstruction of Tropp, Yurtsever, Udell and Cevher (2017, Fixed-rank approximation of a positive-semidefinite
-    matrix from streaming data, Algorithm 3). The sketch is 4 r wide.
+    Being linear, it gives the same result for any split and order of the slots. The eigenpairs come from the fixed-rank
+    Nystrom approximation of Tropp, Yurtsever, Udell and Cevher 2017, Fixed-Rank Approximation of a
+    Positive-Semidefinite Matrix from Streaming Data, Algorithm 3 (https://arxiv.org/abs/1706.05736). The sketch has 4 r
+    columns.
     """
 
     def _allocate(self, num_experts: int, width: int) -> None:
@@ -155,18 +155,18 @@ class NystromGram(GramSketch):
         self._sketch += groups.outer_sum(x, x @ self._omega)
 
     def _accumulated(self) -> dict[str, Tensor]:
-        # The test matrix too: another machine may round its QR otherwise.
+        # The test matrix too: another machine may round its QR differently.
         return {"sketch": self._sketch, "omega": self._omega}
 
     def sums(self) -> list[Tensor]:
-        """The sketches, for the one test matrix that a seed gives."""
+        """The sketches; the test matrix is determined by the seed."""
         return [self.trace, self._sketch]
 
     def finish(self) -> LowRank:
-        """Reconstruct in float64: the small core is too ill-conditioned for less."""
+        """Reconstruct in float64: the core matrix is too ill-conditioned for float32."""
         sketch, omega = self._sketch.double(), self._omega.double()
         norm = torch.linalg.matrix_norm(sketch, keepdim=True)
-        # The shift lifts the core above the rounding of the accumulated sketch; an expert without slots gets any.
+        # The shift lifts the core above the rounding of the accumulated sketch; it is arbitrary without slots.
         shift = torch.where(norm > 0, norm * torch.finfo(self._sketch.dtype).eps, 1)
         shifted = sketch + shift * omega
         core = omega.mT @ shifted
@@ -179,12 +179,12 @@ class NystromGram(GramSketch):
 
 
 class RandomizedGram(GramSketch):
-    """Incremental randomised SVD, the paper's Algorithm 1, for all experts at once.
+    """Incremental randomised SVD for all experts at once: Algorithm 1 of the paper (https://arxiv.org/abs/2511.08968).
 
-    Each batch updates the best rank-r factor `U diag(s)` of what came before to that of `B = [U diag(s), X^T]`. `B`
-    itself is never formed: its range is sampled with a Gaussian test matrix that has as many rows as `B` has columns
-    (the printed algorithm gives it another shape), and the small problem is solved through `Q^T B B^T Q`. What a batch
-    truncates is lost for good, so the result depends on the order of the batches.
+    Each batch updates the rank-r factor `U diag(s)` of the batches before to that of `B = [U diag(s), X^T]`. `B` is
+    never formed: its range is sampled (Halko et al. 2011, https://arxiv.org/abs/0909.4061) with a Gaussian test matrix
+    that has as many rows as `B` has columns (the printed algorithm gives it another shape), and the small problem is
+    solved through `Q^T B B^T Q`. Each batch truncates, so the result depends on the order of the batches.
     """
 
     def _allocate(self, num_experts: int, width: int) -> None:
@@ -206,7 +206,7 @@ class RandomizedGram(GramSketch):
         return {"factor": self._factor}
 
     def sums(self) -> list[Tensor]:
-        """Refused: what each batch truncates depends on the batches before it."""
+        """Not supported: the truncation of each batch depends on the batches before it."""
         raise ValueError(_NOT_LINEAR)
 
     def finish(self) -> LowRank:
@@ -229,20 +229,20 @@ def make_sketch(
     dtype: torch.dtype,
     generator: torch.Generator,
 ) -> GramSketch:
-    """Make an accumulator by name.
+    """Create an accumulator by name.
 
     Args:
-        name: `nystrom`, `rsvd`, `exact`, or `auto`: `exact` up to a width of 512, where the full sum is the cheaper
-            one, and `nystrom` beyond.
-        num_experts: E.
-        width: d.
-        rank: r.
-        device: where the state lives.
-        dtype: float32 or float64.
-        generator: a CPU generator.
+        name: Low-rank algorithm: `nystrom`, `rsvd`, `exact`, or `auto`, which is `exact` up to a width of 512, where
+            the full sum is cheaper, and `nystrom` above.
+        num_experts: Number of experts E.
+        width: Width d of a slot.
+        rank: Number of eigenpairs r.
+        device: Device of the state.
+        dtype: Dtype of the state, float32 or float64.
+        generator: CPU generator of the random test matrices.
 
     Raises:
-        ValueError: for an unknown name.
+        ValueError: If the name is unknown.
     """
     if name == "auto":
         name = "exact" if width <= EXACT_WIDTH else "nystrom"
@@ -252,37 +252,37 @@ def make_sketch(
 
 
 def check_linear(name: str) -> None:
-    """Refuse a sketch whose results over parts of the data cannot be added.
+    """Check that a sketch is linear, so that the results of several ranks can be summed.
 
     Raises:
-        ValueError: naming it.
+        ValueError: If it is not.
     """
     if name == "rsvd":
         raise ValueError(_NOT_LINEAR)
 
 
 def check_state(own: Mapping[str, Tensor], state: Mapping[str, Tensor]) -> None:
-    """Refuse a state that is not of the kind that an accumulator has.
+    """Check that a state has the tensors of an accumulator.
 
     Args:
-        own: the accumulator's own tensors by name.
-        state: those that shall take their place.
+        own: Current tensors of the accumulator by name.
+        state: Tensors to load.
 
     Raises:
-        ValueError: naming what is missing or surplus, or a tensor of another shape or dtype.
+        ValueError: If a tensor is missing, unexpected, or has another shape or dtype.
     """
     if own.keys() != state.keys():
-        raise ValueError(f"the state holds {sorted(state)}, and {sorted(own)} are needed")
+        raise ValueError(f"the state has the tensors {sorted(state)}, expected {sorted(own)}")
     for name, tensor in own.items():
         found = state[name]
         if (found.shape, found.dtype) != (tensor.shape, tensor.dtype):
             raise ValueError(
-                f"{name!r} is of shape {tuple(found.shape)} and {found.dtype}, and {tuple(tensor.shape)} and "
-                f"{tensor.dtype} are needed"
+                f"{name!r} has shape {tuple(found.shape)} and dtype {found.dtype}, expected {tuple(tensor.shape)} and "
+                f"{tensor.dtype}"
             )
 
 
 def _leading(gram: Tensor, rank: int) -> LowRank:
-    """The largest eigenpairs of symmetric matrices `[E, d, d]`, rounding below zero clipped."""
+    """The leading eigenpairs of symmetric matrices `[E, d, d]`, with negative eigenvalues clipped to zero."""
     values, vectors = torch.linalg.eigh(gram)
     return LowRank(vectors[..., -rank:].flip(-1), values[..., -rank:].flip(-1).clamp(min=0))

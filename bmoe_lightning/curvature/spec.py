@@ -1,6 +1,6 @@
-"""What a curvature pass is asked for: which layers, which labels, how many eigenpairs.
+"""Options of a curvature pass: layers, labels and rank.
 
-Two equal specifications are one pass and one file, whichever methods name them.
+Methods with equal specifications share one pass and one file.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ FACTOR_DTYPES: tuple[FactorDtype, ...] = ("float32", "bfloat16")
 
 
 class LayerSelection(ABC):
-    """Which layers of a model get a posterior; subclasses are frozen dataclasses, so that equal ones compare equal."""
+    """Selection of the layers that get a posterior; subclasses are frozen dataclasses, so that they are hashable."""
 
     @abstractmethod
     def find(self, model: nn.Module) -> list[ExpertLayer]:
@@ -51,10 +51,10 @@ class ExpertLayers(LayerSelection):
     """The second linear layer (`down_proj`) of every expert.
 
     Attributes:
-        experts: Shell-style pattern over module names, where experts are not found by structure; see
+        experts: Shell-style pattern over module names, for experts that are not found by structure; see
             `find_expert_layers`.
-        down_proj: Name of the second linear layer within one expert, likewise.
-        shared_experts: Whether shared experts, which see every token, get a posterior too.
+        down_proj: Name of the second linear layer within one expert, for the same case.
+        shared_experts: Whether shared experts, which process every token, get a posterior too.
     """
 
     experts: str | None = None
@@ -70,11 +70,11 @@ class ExpertLayers(LayerSelection):
 
 @dataclass(frozen=True)
 class LinearLayers(LayerSelection):
-    """Plain linear layers by name: LoRA's matrices, attention projections, dense MLPs.
+    """Plain linear layers by name: LoRA matrices, attention projections, dense MLPs.
 
     Attributes:
         names: Shell-style pattern over module names, such as `"*.lora_[AB].default"`.
-        allow_tied: Whether weights that other modules use too are accepted; see `find_linear_layers`.
+        allow_tied: Whether tied weights are accepted; see `find_linear_layers`.
     """
 
     names: str
@@ -90,18 +90,18 @@ class Curvature:
     """Options of one curvature pass.
 
     Attributes:
-        rank: Eigenpairs stored of each Kronecker factor. Rank 0 runs no pass: the posterior is the prior.
+        rank: Number of eigenpairs stored per Kronecker factor. Rank 0 runs no pass: the posterior is the prior.
         fisher: Labels of the Fisher: `exact` (all classes, weighted by their probability), `mc` (one sampled label) or
             `empirical` (the true label).
         approximation: K-FAC form, `expand` or `reduce` (Eschenhagen et al. 2023, https://arxiv.org/abs/2311.00636).
         sketch: Low-rank algorithm: `auto`, `nystrom`, `rsvd` or `exact`; see `make_sketch`.
         layers: Layers that get the posterior.
-        skip_layers: Indices of layers that stay out of the posterior, as if their weights were known exactly.
-        max_batches: Cap on the training batches of the pass, on each process; the curvature is scaled up to the full
-            data set. None takes all.
+        skip_layers: Indices of layers without a posterior, whose weights are deterministic.
+        max_batches: Maximum number of training batches of the pass on each rank; the curvature is scaled up to the full
+            data set. None uses all.
         factor_dtype: Dtype in which the bases are stored, `float32` (float64 for a float64 model) or `bfloat16`;
-            computations are in float32 at least.
-        offload: Whether the factors stay in CPU memory; each layer's are copied to its device when they are used.
+            computations are in at least float32.
+        offload: Whether the factors are offloaded to the CPU; those of a layer are copied to its device when used.
 
     Raises:
         ValueError: For an unknown name or a value out of range.
@@ -119,7 +119,7 @@ class Curvature:
     offload: bool = False
 
     def __post_init__(self) -> None:
-        # A command line or a YAML file gives a list, which has no hash.
+        # A command line or a YAML file gives a list, which is not hashable.
         object.__setattr__(self, "skip_layers", tuple(self.skip_layers))
         for option, number in (("rank", self.rank), ("max_batches", self.max_batches or 0)):
             if type(number) is not int:
@@ -145,25 +145,27 @@ class Curvature:
 
     @property
     def collects(self) -> bool:
-        """Whether there is anything to collect: a pass over the training data."""
+        """Whether the curvature needs a pass over the training data."""
         return self.rank > 0
 
     def without_pass(self) -> Curvature:
-        """The prior alone over the same layers: the covariance of the logits is then `1 / lambda J J^T`."""
+        """The prior over the same layers (rank 0): the covariance of the logits is then `1 / lambda J J^T`."""
         return Curvature(rank=0, layers=self.layers, skip_layers=self.skip_layers)
 
     def find_layers(self, model: nn.Module) -> list[ExpertLayer]:
-        """Find the layers that are tapped, those of `skip_layers` included.
+        """Find the layers that are tapped, including `skip_layers`.
 
         Raises:
-            ValueError: If there are none, or `skip_layers` names one that does not exist, or all of them.
+            ValueError: If there are none, or `skip_layers` names a layer that does not exist, or all of them.
         """
         layers = self.layers.find(model)
         unknown = set(self.skip_layers) - {layer.index for layer in layers}
         if unknown:
-            raise ValueError(f"skip_layers names {sorted(unknown)}, but the model has {len(layers)} such layers")
+            raise ValueError(
+                f"skip_layers names {sorted(unknown)}, but the model has {len(layers)} such layers; use their indices"
+            )
         if len(set(self.skip_layers)) == len(layers):
-            raise ValueError(f"skip_layers names all {len(layers)} layers, which leaves no posterior")
+            raise ValueError(f"skip_layers names all {len(layers)} layers, which leaves no posterior; skip fewer")
         return layers
 
     def posterior_layers(self, model: nn.Module) -> list[ExpertLayer]:
@@ -171,20 +173,20 @@ class Curvature:
         return [layer for layer in self.find_layers(model) if layer.index not in self.skip_layers]
 
     def description(self) -> dict[str, Any]:
-        """All that decides about the factors, as plain values that JSON knows."""
+        """All options that affect the factors, as JSON values."""
         plain = {name: value for name, value in asdict(replace(self, layers=_Nothing())).items() if name != "offload"}
         return {**plain, "skip_layers": list(self.skip_layers), "layers": self.layers.description()}
 
     @property
     def digest(self) -> str:
-        """Eight hexadecimal digits that name this specification, for file names."""
+        """Eight hexadecimal digits that identify this specification, for file names."""
         text = json.dumps(self.description(), sort_keys=True)
         return hashlib.sha256(text.encode()).hexdigest()[:8]
 
 
 @dataclass(frozen=True)
 class _Nothing(LayerSelection):
-    """Stands in while the other options are turned into plain values."""
+    """Placeholder while the other options are converted to JSON values."""
 
     def find(self, model: nn.Module) -> list[ExpertLayer]:  # noqa: ARG002
         return []

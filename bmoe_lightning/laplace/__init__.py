@@ -1,4 +1,4 @@
-"""The low-rank Kronecker Laplace posterior: its evidence, its prior, its predictions."""
+"""The low-rank Kronecker-factored Laplace posterior: evidence, prior precision and predictive."""
 
 from bmoe_lightning.laplace.posterior import LaplacePosterior, WeightMismatchError
 from bmoe_lightning.laplace.predictive import Prediction

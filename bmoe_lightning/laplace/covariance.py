@@ -1,6 +1,7 @@
-"""Covariance of the class logits under the linearised model, without ever forming a Jacobian.
+"""Covariance of the class logits under the linearised model, without forming a Jacobian.
 
-With `G_i = sum_s g_{s,i} a_s^T` over the slots of one example and expert,
+The linearised predictive is that of Immer et al. 2021 (https://arxiv.org/abs/2008.08711). With `G_i = sum_s g_{s,i}
+a_s^T` over the slots of one example and expert,
 
     <G_i, G_j>    = sum_{s,t} (a_s . a_t) (g_{s,i} . g_{t,j})
     R_i           = U_g^T G_i U_a = sum_s (U_g^T g_{s,i}) (U_a^T a_s)^T                                   [r_g, r_a]
@@ -28,13 +29,13 @@ from bmoe_lightning.laplace.groups import SlotGroups, SlotKeys, group_slots, inn
 
 @dataclass(frozen=True)
 class LayerTerms:
-    """What one layer contributes to the covariance of a batch, for any prior precision.
+    """Terms of one layer in the covariance of a batch, for any prior precision.
 
     Attributes:
-        prior: `[B, P, P]` float64, `<G_i, G_j>` summed over experts.
-        projections: `[N, P, r_g, r_a]`, `R_i` of each group.
-        examples: `[N]` int64, the example of each group.
-        experts: `[N]` int64, the expert of each group.
+        prior: Inner products `<G_i, G_j>` summed over experts, `[B, P, P]` float64.
+        projections: Projections `R_i` of each group, `[N, P, r_g, r_a]`.
+        examples: Example of each group, `[N]` int64.
+        experts: Expert of each group, `[N]` int64.
     """
 
     prior: Tensor
@@ -48,10 +49,10 @@ class BatchTerms:
     """The covariance of a batch before the prior precision is known.
 
     Attributes:
-        logits: `[B, K]` float64, `-inf` for absent classes.
-        labels: `[B]` or None.
-        embedding: `[B, K, P]` float64: the logits vary as `embedding @ contrasts`.
-        layers: one entry a layer of the factors.
+        logits: Logits `[B, K]` float64, `-inf` for absent classes.
+        labels: Labels `[B]`, or None.
+        embedding: Matrix `[B, K, P]` float64 from contrasts to logits.
+        layers: Terms of each layer of the factors.
     """
 
     logits: Tensor
@@ -73,33 +74,36 @@ def batch_terms(
     centred: bool,
     thorough: bool = False,
 ) -> list[BatchTerms]:
-    """Run one batch and collect what its logit covariance is made of, under one or several posteriors.
+    """Run one batch and compute the terms of its logit covariance under one or several posteriors.
 
     Several posteriors share the forward pass, the backward passes and, where they cover the same layer, the inner
-    products `<G_i, G_j>` there.
+    products `<G_i, G_j>`.
 
     Args:
         model: The model.
-        posteriors: Expert layers of the model and their curvature, for each posterior. Factors are used where the slots
-            of each layer are, and copied there if they are elsewhere.
-        class_logits: `(model, batch) -> (logits [B, K], labels [B] or None)`.
-        batch: Whatever `class_logits` takes, or a `CountedBatch`, of which only the counted examples are described.
-        centred: True takes K - 1 backward passes and describes the logits up to a common shift, which no softmax sees;
-            False takes K and describes the logits themselves.
-        thorough: Whether to check in the whole model that no layer mixes examples; see `slot_owners`.
+        posteriors: Expert layers of the model and their curvature, for each posterior. Factors are copied to the device
+            of each layer's slots if necessary.
+        class_logits: Function `(model, batch) -> (logits [B, K], labels [B] or None)`.
+        batch: Batch that `class_logits` accepts, or a `CountedBatch`, of which only the counted examples are returned.
+        centred: True takes K - 1 backward passes for the logits up to a common shift, to which the softmax is
+            invariant; False takes K for the logits themselves.
+        thorough: Whether to check on the full model that no layer mixes examples; see `slot_owners`.
 
     Returns:
-        One entry a posterior.
+        Terms under each posterior.
+
+    Raises:
+        RuntimeError: If a slot that affects a logit belongs to no example.
     """
     union = {layer.name: layer for posterior in posteriors for layer, _ in posterior}
     layers = list(union.values())
-    if len(posteriors) > 1:  # in the model's order, as each posterior's are: ownership is read off the last one
+    if len(posteriors) > 1:  # in model order, as within each posterior: slot_owners reads the last layer
         position = {name: index for index, (name, _) in enumerate(model.named_modules())}
         layers.sort(key=lambda layer: position[layer.name])
     factors = {name: [f for posterior in posteriors for x, f in posterior if x.name == name] for name in union}
     with tapped_batch(model, layers, class_logits, batch) as tapped, torch.no_grad():
         weights, embedding = _contrasts(tapped.present, centred)
-        weights = weights * tapped.counts(weights.device).unsqueeze(1)  # so that no slot of another example counts
+        weights = weights * tapped.counts(weights.device).unsqueeze(1)  # so that slots of other examples do not count
         num_examples = len(embedding)
         slots = [tapped.taps.slots(position) for position in range(len(layers))]
         owners = slot_owners(tapped, slots, thorough=thorough)
@@ -109,8 +113,8 @@ def batch_terms(
         for groups, layer in zip(grouped, layers, strict=True):
             if groups.num_orphans:
                 raise RuntimeError(
-                    f"a slot of layer {layer.name!r} moves a logit, but no example owns it: its gradients cancel or "
-                    "underflow; try bfloat16 or float32 weights"
+                    f"a slot of layer {layer.name!r} affects a logit, but belongs to no example, since its gradients "
+                    "cancel or underflow; try bfloat16 or float32 weights"
                 )
         terms = {
             layer.name: iter(layer_terms(layer_slots.inputs, gradients, groups, factors[layer.name], num_examples))
@@ -127,7 +131,7 @@ def batch_terms(
 
 
 def _first(terms: BatchTerms, count: int) -> BatchTerms:
-    """The terms of the first examples, where only these have slots."""
+    """The terms of the first examples, if only these have slots."""
     layers = tuple(replace(layer, prior=layer.prior[:count]) for layer in terms.layers)
     labels = None if terms.labels is None else terms.labels[:count]
     return BatchTerms(terms.logits[:count], labels, terms.embedding[:count], layers)
@@ -156,11 +160,11 @@ def layer_terms(
     """Reduce the slots of one layer to its covariance terms, under each of several curvatures.
 
     Args:
-        inputs: `[S, d_in]`.
-        gradients: P times `[S, d_out]`.
-        groups: Which of the slots belong together.
+        inputs: Inputs `[S, d_in]` of the slots.
+        gradients: Gradients `[S, d_out]` of the P contrasts.
+        groups: Groups of the slots.
         factors: Curvatures of this layer, one or more.
-        num_examples: B.
+        num_examples: Number of examples B.
     """
     dtype = torch.promote_types(inputs.dtype, torch.float32)
     for layer in factors:
@@ -178,7 +182,7 @@ def layer_terms(
     ]
     for chosen, rows, filled in padded_groups(groups, inputs.shape[1], (num_contrasts, d_out), inputs.device):
         slots = groups.order[rows]
-        # What pads a group has no input, so that it adds nothing whatever its gradient, as long as that is finite.
+        # The inputs of padding are zero, so it adds nothing for any finite gradient.
         a = inputs[slots].to(dtype) * filled.unsqueeze(2)  # [n, h, d_in]
         g = _gathered(gradients, slots, dtype)  # [P, n, h, d_out]
         prior.index_add_(0, keys[chosen] % num_examples, inner_products(a, g).double())
@@ -191,7 +195,7 @@ def layer_terms(
 
 
 def _gathered(gradients: Sequence[Tensor], slots: Tensor, dtype: torch.dtype) -> Tensor:
-    """Some slots' gradients for all contrasts, one after the other: `[P, *slots.shape, d_out]`."""
+    """Gradients of the given slots for all contrasts: `[P, *slots.shape, d_out]`."""
     d_out = gradients[0].shape[1]
     gathered = gradients[0].new_empty(len(gradients), slots.numel(), d_out, dtype=dtype)
     for gradient, rows in zip(gradients, gathered, strict=True):
@@ -206,17 +210,17 @@ def covariance(terms: BatchTerms, curvature: Sequence[Tensor], prior_precision: 
     """The logit covariance of a batch at given prior precisions.
 
     Args:
-        terms: of the batch.
-        curvature: `s_qp` of each layer, `[E, r_g, r_a]` float64.
-        prior_precision: `[L]` float64, one a layer.
+        terms: Terms of the batch.
+        curvature: Eigenvalues `s_qp` of each layer, `[E, r_g, r_a]` float64.
+        prior_precision: Prior precision `[L]` float64, one value per layer.
 
     Returns:
-        `[B, K, K]` float64.
+        Covariance `[B, K, K]` float64.
 
     Raises:
-        ValueError: if the covariance is not positive semi-definite beyond rounding.
+        ValueError: If the covariance is not positive semi-definite beyond rounding.
     """
-    # Each layer's part where its slots were; only the sums of a few numbers an example come together.
+    # Each layer on its device; only the small covariance of the contrasts is moved.
     contrast = sum(
         layer_covariance(layer, s, precision).to(terms.embedding.device)
         for layer, s, precision in zip(terms.layers, curvature, prior_precision, strict=True)
@@ -232,7 +236,7 @@ def covariance(terms: BatchTerms, curvature: Sequence[Tensor], prior_precision: 
 
 
 def layer_covariance(terms: LayerTerms, curvature: Tensor, prior_precision: Tensor) -> Tensor:
-    """One layer's share of the covariance of the contrasts: `[B, P, P]` float64."""
+    """Contribution of one layer to the covariance of the contrasts: `[B, P, P]` float64."""
     projections = terms.projections.double()
     curvature = curvature.to(projections)
     prior_precision = prior_precision.to(projections)
@@ -244,10 +248,10 @@ def layer_covariance(terms: LayerTerms, curvature: Tensor, prior_precision: Tens
 
 def _check_definite(contrast: Tensor, scale: Tensor) -> None:
     lowest = torch.linalg.eigvalsh(contrast)[:, 0]
-    # The covariance is what is left of the prior's; rounding is relative to the latter.
+    # The covariance is the prior's minus the explained part, so its rounding error is relative to the prior's.
     allowed = 1e-4 * scale.diagonal(dim1=1, dim2=2).sum(1)
     if bool((lowest < -allowed).any()) or not bool(torch.isfinite(contrast).all()):
         raise ValueError(
-            f"the logit covariance has an eigenvalue of {lowest.min().item():.3g}, which is not rounding: the factors "
-            "and the model do not belong together, or a value overflowed"
+            f"the logit covariance has an eigenvalue of {lowest.min().item():.3g}, beyond rounding error: the factors "
+            "and the model do not match, or a value overflowed; check that the posterior was fitted to these weights"
         )

@@ -1,13 +1,13 @@
-"""Slots by example and expert, and the inner products of their weight gradients.
+"""Grouping of slots by example and expert, and the inner products of their weight gradients.
 
 With `G_p = sum_s g_{s,p} a_s^T` over the slots of one group, `<G_p, G_q>` is computed in one of two ways, whichever
 takes fewer operations:
 
     sum_s g_{s,p} . sum_t (a_s . a_t) g_{t,q}        h^2 (d_in + P d_out) + P^2 h d_out, for a group of h slots
-    G_p : G_q, written out                           P h d_in d_out + P^2 d_in d_out.
+    G_p : G_q, materialised                          P h d_in d_out + P^2 d_in d_out.
 
-The first is for the many small groups of routed experts, the second for layers that see every token. Which slots there
-are is known on the device alone; its answers for all layers are fetched at once.
+The first is for the many small groups of routed experts, the second for layers that process every token. Group sizes
+are computed on the device and copied to the CPU for all layers at once.
 """
 
 from __future__ import annotations
@@ -24,18 +24,18 @@ from torch import Tensor
 from bmoe_lightning.experts.taps import Slots
 from bmoe_lightning.utils.devices import to_cpu
 
-# Transient floats of one chunk of groups; bounds memory whatever the batch.
+# Temporary floats per chunk of groups: bounds memory for any batch size.
 _CHUNK_FLOATS = 1 << 24
 
 
 @dataclass(frozen=True)
 class SlotKeys:
-    """Which group each slot of a layer belongs to, on the device.
+    """The group of each slot of a layer, on the device.
 
     Attributes:
-        keys: `[S]` int64: `expert * B + example`, or E B for a slot that does not count.
-        counts: `[E B + 2]` int64: slots of each group; those that do not count; those that move a logit and have no
-            owner.
+        keys: Group `[S]` int64 of each slot: `expert * B + example`, or E B for a slot that does not count.
+        counts: Counts `[E B + 2]` int64: slots of each group, slots that do not count, and slots that affect a logit
+            but have no owner.
     """
 
     keys: Tensor
@@ -48,11 +48,12 @@ class SlotKeys:
         """Group the slots of one layer.
 
         Args:
-            slots: S slots.
-            gradients: P times `[S, d_out]`. A slot counts when one of its weight gradients is not exactly zero.
-            owners: `[S]` int64, example of each slot; negative for none.
-            num_experts: E.
-            num_examples: B.
+            slots: The S slots.
+            gradients: Gradients `[S, d_out]` of the P contrasts. A slot counts when one of its weight gradients is not
+                exactly zero.
+            owners: Example of each slot, `[S]` int64; negative for none.
+            num_experts: Number of experts E.
+            num_examples: Number of examples B.
         """
         moves = torch.stack([gradient.any(dim=1) for gradient in gradients]).any(dim=0) & slots.inputs.any(dim=1)
         none = num_experts * num_examples
@@ -65,13 +66,13 @@ class SlotKeys:
 
 @dataclass(frozen=True)
 class SlotGroups:
-    """The slots of one layer that count, sorted by group.
+    """The counted slots of one layer, sorted by group.
 
     Attributes:
-        order: `[n]` int64, on the device: which slots, those of a group one after the other.
-        keys: `[N]`: `expert * B + example` of each group that has a slot, ascending.
-        sizes: `[N]`: slots of each group.
-        num_orphans: slots that move a logit, but have no owner.
+        order: Indices `[n]` int64 of the slots on the device, contiguous within a group.
+        keys: Key `[N]`, `expert * B + example`, of each non-empty group, ascending.
+        sizes: Number of slots `[N]` of each group.
+        num_orphans: Number of slots that affect a logit but have no owner.
     """
 
     order: Tensor
@@ -81,7 +82,7 @@ class SlotGroups:
 
 
 def group_slots(layers: Sequence[SlotKeys]) -> list[SlotGroups]:
-    """Sort the slots of all layers, waiting for each device once."""
+    """Sort the slots of all layers, with one synchronisation per device."""
     grouped = []
     for layer, counts in zip(layers, to_cpu([layer.counts for layer in layers]), strict=True):
         counted = counts.numpy()
@@ -98,19 +99,19 @@ def padded_groups(
     """Pad groups of similar size to the same height.
 
     Args:
-        groups: N groups.
-        d_in: width of a slot's input.
-        contrasts: P and d_out.
-        device: where the indices are wanted.
+        groups: The N groups.
+        d_in: Width of a slot's input.
+        contrasts: Number of contrasts P, and d_out.
+        device: Device of the yielded indices.
 
     Yields:
-        Group indices `[n]`; positions in `groups.order`, `[n, h]`; and which of these are slots of the group, `[n, h]`
-        bool. The others, any slot of the layer, fill it up.
+        Group indices `[n]`; positions in `groups.order`, `[n, h]`; and a mask `[n, h]` that is False for padding, whose
+        positions are those of an arbitrary slot.
     """
     sizes = groups.sizes
     starts = sizes.cumsum(0) - sizes
     num_contrasts, d_out = contrasts
-    # Heights 1, 2, 3, 4, 6, 8, 12, 16, ...: padding adds a third at most, with two heights an octave.
+    # Heights 1, 2, 3, 4, 6, 8, 12, 16, ...: two heights per octave, so that padding adds at most a third.
     power = 2 ** np.ceil(np.log2(sizes)).astype(np.int64)
     height = np.where((4 * sizes <= 3 * power) & (power > 2), 3 * power // 4, power)
     for h in np.unique(height).tolist():
@@ -124,7 +125,7 @@ def padded_groups(
 
 
 def on_device(array: NDArray[Any], device: torch.device) -> Tensor:
-    """A small array as a tensor on a device, without waiting for it."""
+    """A small array as a tensor on a device, without synchronisation."""
     return torch.from_numpy(array).to(device, non_blocking=True)
 
 
@@ -132,11 +133,11 @@ def inner_products(a: Tensor, g: Tensor) -> Tensor:
     """`<G_p, G_q>` of each group.
 
     Args:
-        a: `[n, h, d_in]` inputs of n groups of h slots.
-        g: `[P, n, h, d_out]` gradients.
+        a: Inputs `[n, h, d_in]` of n groups of h slots.
+        g: Gradients `[P, n, h, d_out]`.
 
     Returns:
-        `[n, P, P]`.
+        Inner products `[n, P, P]`.
     """
     num_contrasts, _, height, d_out = g.shape
     d_in = a.shape[2]
@@ -153,7 +154,7 @@ def _by_pairs(a: Tensor, g: Tensor) -> Tensor:
 def _written_out(a: Tensor, g: Tensor) -> Tensor:
     num_contrasts, count = g.shape[:2]
     total = a.new_zeros(count, num_contrasts, num_contrasts)
-    # A few rows of G at a time: a whole one is as large as the weight.
+    # A few rows of G at a time: the full matrix is as large as the weight.
     for rows in g.split(max(1, _CHUNK_FLOATS // (count * num_contrasts * a.shape[2])), dim=3):
         flat = (rows.mT @ a).flatten(2).transpose(0, 1)  # [n, P, rows d_in]
         total += flat @ flat.mT

@@ -1,12 +1,13 @@
-"""The posterior: a Gaussian over every expert's second weight, low-rank and Kronecker-factored.
+"""The posterior: a low-rank Kronecker-factored Gaussian over the `down_proj` weights of every expert.
 
-With the eigenvalues `s_qp = n_e gamma_q alpha_p` of an expert's curvature and `u_qp = u_q kron u_p`,
+See Daxberger et al. 2021, Laplace Redux (https://arxiv.org/abs/2106.14806). With the eigenvalues
+`s_qp = n_e gamma_q alpha_p` of an expert's curvature and `u_qp = u_q kron u_p`,
 
     precision   = lambda I + sum_qp s_qp u_qp u_qp^T
     covariance  = 1/lambda I - sum_qp s_qp / (lambda (lambda + s_qp)) u_qp u_qp^T
     log det     = d_in d_out log lambda + sum_qp log(1 + s_qp / lambda).
 
-An expert that was never routed keeps the prior: variance 1/lambda in every direction.
+The posterior of an expert without routed tokens is its prior: variance 1/lambda in every direction.
 """
 
 from __future__ import annotations
@@ -50,12 +51,12 @@ from bmoe_lightning.laplace.storage import load_posterior, save_posterior
 
 
 class WeightMismatchError(RuntimeError):
-    """A posterior meets a model with other weights than those it was fitted on."""
+    """The model has other weights than those that the posterior was fitted to."""
 
 
 @dataclass
 class _Binding:
-    """A posterior's layers found in a model, and the state of the model at that time."""
+    """The layers of a posterior located in a model, and the state of the model's weights at that time."""
 
     model: weakref.ref[nn.Module]
     device: torch.device
@@ -69,19 +70,20 @@ class LaplacePosterior:
     """A Laplace posterior over the second linear layers of all experts.
 
     Args:
-        factors: curvature, from `collect_factors`.
-        prior_precision: lambda: a number, a `[L]` tensor with one value a layer, or a mapping from layer names.
-        prior_mean: `"pretrained"` or `"zero"`: what the evidence measured distances from; kept for the record.
-        offload: whether the factors stay on the CPU, and each layer's bases come to that layer's device for the moment
-            in which they are used. Otherwise a copy of them stays there, once a model was predicted with.
+        factors: Curvature from `collect_factors`.
+        prior_precision: Prior precision lambda: a number, a tensor `[L]` with one value per layer, or a mapping from
+            layer names.
+        prior_mean: Prior mean of the evidence, `"pretrained"` or `"zero"`; metadata only.
+        offload: Whether the factors are offloaded to the CPU, and the bases of a layer are copied to its device only
+            while they are used. Otherwise a copy remains on the device after the first prediction.
 
     Attributes:
-        factors: as given.
-        prior_precision: `[L]` float64 on the CPU.
+        factors: The curvature.
+        prior_precision: Prior precision `[L]` float64 on the CPU.
         curvature: Eigenvalues `s_qp` of each layer's curvature, `[E, r_g, r_a]` float64 on the CPU.
 
     Raises:
-        ValueError: if a precision is not positive and finite, or their number is not that of the layers.
+        ValueError: If a precision is not positive and finite, or their number differs from that of the layers.
     """
 
     def __init__(
@@ -100,23 +102,23 @@ class LaplacePosterior:
         self._bound: _Binding | None = None
 
     def __getstate__(self) -> dict[str, Any]:
-        """All but the model it was last used with: another process, a spawned one say, has a model of its own."""
+        """All attributes except the bound model, which another process (a spawned one, say) does not share."""
         return vars(self) | {"_bound": None}
 
     def with_prior_precision(self, prior_precision: float | Tensor | Mapping[str, float]) -> LaplacePosterior:
-        """The same curvature under another prior precision; nothing but the precision is computed anew."""
+        """The same curvature under another prior precision; everything else is shared."""
         other = copy.copy(self)
         other.prior_precision = _precision_tensor(self.factors, prior_precision)
         return other
 
     def without_layers(self, indices: Sequence[int]) -> LaplacePosterior:
-        """The posterior with some expert layers taken as known exactly (the paper's ablation over layers).
+        """The posterior with the weights of some expert layers deterministic (the paper's ablation over layers).
 
         Args:
-            indices: of the expert layers to leave out.
+            indices: Indices of the expert layers to skip.
 
         Raises:
-            ValueError: if an index does not exist or no layer is left.
+            ValueError: If an index does not exist or no layer is left.
         """
         kept = [i for i, layer in enumerate(self.factors.layers) if layer.index not in set(indices)]
         factors = self.factors.without(indices)
@@ -134,8 +136,8 @@ class LaplacePosterior:
         """The Laplace evidence `log p(D | lambda)`.
 
         Args:
-            log_likelihood: `log p(D | W*)`, summed over the data the curvature stands for.
-            squared_distances: `||W_e - M_e||^2` from the prior mean, `[E]` a layer (see `squared_distances`).
+            log_likelihood: Log-likelihood `log p(D | W*)`, summed over the `num_examples` of the factors.
+            squared_distances: Distances `||W_e - M_e||^2` from the prior mean, `[E]` for each layer.
 
         Returns:
             A float64 scalar.
@@ -146,8 +148,8 @@ class LaplacePosterior:
         """The posterior at the prior precision that maximises the evidence.
 
         Args:
-            squared_distances: `||W_e - M_e||^2`, `[E]` a layer.
-            scope: `layer` (one precision a layer, measured better) or `global`.
+            squared_distances: Distances `||W_e - M_e||^2` from the prior mean, `[E]` for each layer.
+            scope: Scope of the prior precision: `layer` (one per layer; measured to be better) or `global`.
         """
         return self.with_prior_precision(fit_evidence(self.curvature, squared_distances, scope))
 
@@ -163,18 +165,18 @@ class LaplacePosterior:
     ) -> LaplacePosterior:
         """The posterior at the prior precision that minimises the NLL of a validation set (Laplace prior optimisation).
 
-        The set is passed through the model once.
+        It takes one pass over the validation set.
 
         Args:
-            model: the model the curvature was collected on.
-            class_logits: `(model, batch) -> (logits [B, K], labels [B])`.
-            batches: the validation set.
-            scope: `layer` (the default: measured better) or `global`.
-            num_samples: Monte Carlo samples of the objective.
-            seed: of its noise.
+            model: Model that the curvature was collected on.
+            class_logits: Function `(model, batch) -> (logits [B, K], labels [B])`.
+            batches: Batches of the validation set.
+            scope: Scope of the prior precision: `layer` (one per layer; measured to be better) or `global`.
+            num_samples: Number of Monte Carlo samples of the objective.
+            seed: Seed for the Monte Carlo noise.
 
         Raises:
-            ValueError: if there are no examples or no labels.
+            ValueError: If there are no examples or no labels.
         """
         cache = self.validation_cache(model, class_logits, batches)
         return self.with_prior_precision(fit_lpo(cache, scope, num_samples=num_samples, seed=seed))
@@ -182,17 +184,17 @@ class LaplacePosterior:
     def validation_cache(
         self, model: nn.Module, class_logits: ClassLogits, batches: Iterable[Any], *, distributed: bool = False
     ) -> ValidationCache:
-        """One pass over a labelled set, after which its predictions are known for every prior precision.
+        """Cache the terms of a labelled set in one pass, from which predictions follow for any prior precision.
 
         Args:
-            model: the model the curvature was collected on.
-            class_logits: `(model, batch) -> (logits [B, K], labels [B])`.
-            batches: the set.
-            distributed: whether all processes call this, each with its share of the set (see `gather_examples`); every
-                one then gets the whole.
+            model: Model that the curvature was collected on.
+            class_logits: Function `(model, batch) -> (logits [B, K], labels [B])`.
+            batches: Batches of the set.
+            distributed: Whether all ranks call this, each with its shard of the set (see `gather_examples`); every rank
+                then gets the full cache.
 
         Raises:
-            ValueError: if there are no examples or no labels.
+            ValueError: If there are no examples or no labels.
         """
         terms = (self.batch_terms(model, class_logits, batch) for batch in lockstep(model, batches))
         return cache_terms(terms, self.curvature, distributed=distributed)
@@ -200,9 +202,9 @@ class LaplacePosterior:
     def batch_terms(
         self, model: nn.Module, class_logits: ClassLogits, batch: Any, *, centred: bool = True
     ) -> BatchTerms:
-        """The parts of a batch's logit covariance that do not depend on the prior precision.
+        """The terms of a batch's logit covariance that do not depend on the prior precision.
 
-        Posteriors that differ in their prior precision alone share them; see `covariance_of`.
+        Posteriors that differ only in their prior precision share them; see `covariance_of`.
         """
         return posterior_terms([self], model, class_logits, batch, centred=centred)[0]
 
@@ -210,8 +212,8 @@ class LaplacePosterior:
         """The logit covariance `[B, K, K]` of a batch from its terms.
 
         Args:
-            terms: From `batch_terms`.
-            prior_precision: `[L]`; by default this posterior's.
+            terms: Terms from `batch_terms`.
+            prior_precision: Prior precision `[L]`; by default that of this posterior.
         """
         precision = self.prior_precision if prior_precision is None else prior_precision
         return covariance(terms, self.curvature, precision)
@@ -222,17 +224,17 @@ class LaplacePosterior:
         """Logits and their posterior covariance under the linearised model.
 
         Args:
-            model: the model the curvature was collected on.
-            class_logits: `(model, batch) -> (logits [B, K], labels [B] or None)`.
-            batch: whatever `class_logits` takes.
-            centred: True gives the covariance of the centred logits, which any softmax sees the same way, for one
+            model: Model that the curvature was collected on.
+            class_logits: Function `(model, batch) -> (logits [B, K], labels [B] or None)`.
+            batch: Batch that `class_logits` accepts.
+            centred: Whether to return the covariance of the centred logits, which have the same softmax, for one
                 backward pass less (K - 1 instead of K).
 
         Returns:
-            Logits `[B, K]` and covariance `[B, K, K]`, float64. Absent classes have `-inf` and zero.
+            Logits `[B, K]` and covariance `[B, K, K]`, float64. Absent classes have logit `-inf` and covariance zero.
 
         Raises:
-            WeightMismatchError: if the model's weights are not those the curvature was collected on.
+            WeightMismatchError: If the model's weights are not those that the curvature was collected on.
         """
         terms = self.batch_terms(model, class_logits, batch, centred=centred)
         return terms.logits, self.covariance_of(terms)
@@ -250,12 +252,12 @@ class LaplacePosterior:
         """Predictive log-probabilities `[B, K]`, float64.
 
         Args:
-            model: the model the curvature was collected on.
-            class_logits: `(model, batch) -> (logits [B, K], labels [B] or None)`.
-            batch: whatever `class_logits` takes.
-            link: `mc`, `isotropic`, `probit` or `laplace_bridge`.
-            num_samples: Monte Carlo samples.
-            seed: of the noise.
+            model: Model that the curvature was collected on.
+            class_logits: Function `(model, batch) -> (logits [B, K], labels [B] or None)`.
+            batch: Batch that `class_logits` accepts.
+            link: Link: `mc`, `isotropic`, `probit` or `laplace_bridge`.
+            num_samples: Number of Monte Carlo samples.
+            seed: Seed for the Monte Carlo noise.
         """
         logits, logit_covariance = self.logit_covariance(model, class_logits, batch, centred=True)
         return class_probabilities(logits, logit_covariance, link, num_samples=num_samples, seed=seed)
@@ -268,42 +270,47 @@ class LaplacePosterior:
         return predict_with_uncertainty(logits, logit_covariance, num_samples=num_samples, seed=seed)
 
     def check_weights(self, model: nn.Module) -> None:
-        """Compare the model's weights with those the curvature was collected on.
+        """Compare the model's weights with those that the curvature was collected on.
 
         Raises:
-            WeightMismatchError: if they differ.
-            ValueError: if the model does not have the layers.
+            WeightMismatchError: If they differ.
+            ValueError: If the model lacks a layer.
         """
         fingerprint = self.factors.fingerprint
         layers = locate_expert_layers(model, self.factors.expert_layers)
         if fingerprint and weight_fingerprint(model, layers) != fingerprint:
             raise WeightMismatchError(
-                "this posterior was fitted on other weights than the model has. Load the checkpoint it was fitted on, "
-                "or fit it again (trainer.test() without a model loads the best checkpoint, not the last)."
+                "this posterior was fitted to other weights than the model has. Load the checkpoint it was fitted to, "
+                "or refit it (trainer.test() without a model loads the best checkpoint, not the last)."
             )
 
     def save(self, path: str | Path) -> None:
-        """Write factors, prior and fingerprint as one safetensors file; an existing file is replaced only at the end.
+        """Write factors, prior precision and fingerprint to one safetensors file, atomically.
 
         Raises:
-            OSError: if it cannot be written; what was there before stays.
+            OSError: If the file cannot be written; an existing file is unchanged.
         """
         save_posterior(path, self.factors, self.prior_precision, self.prior_mean)
 
     @classmethod
     def load(cls, path: str | Path, device: torch.device | str = "cpu", *, offload: bool = False) -> LaplacePosterior:
-        """Read a posterior that `save` wrote; `offload` as for a new one.
+        """Load a posterior that `save` wrote.
+
+        Args:
+            path: Path of the file.
+            device: Device of the factors.
+            offload: Whether the factors are offloaded to the CPU; see the class.
 
         Raises:
-            FileNotFoundError: If there is no such file.
+            FileNotFoundError: If the file does not exist.
             OSError: If it cannot be read.
-            ValueError: If it is foreign, truncated, damaged, or of another version.
+            ValueError: If it is not a posterior, is truncated or damaged, or has another version.
         """
         stored = load_posterior(path)
         return cls(stored.factors.to(device), stored.prior_precision, prior_mean=stored.prior_mean, offload=offload)
 
     def _bind(self, model: nn.Module) -> _Binding:
-        """Find the layers in a model, check its weights and bring factors to their devices; again when it changed."""
+        """Locate the layers in a model, check its weights and move the factors; repeated when the model changed."""
         reshard(model)
         device = execution_device(model)
         bound = self._bound
@@ -339,11 +346,11 @@ def posterior_terms(
     """The covariance terms of a batch under several posteriors, from one forward pass.
 
     Args:
-        posteriors: Over the same or over other layers of one model.
+        posteriors: Posteriors over the same or different layers of one model.
         model: The model.
-        class_logits: `(model, batch) -> (logits [B, K], labels [B] or None)`.
-        batch: Whatever `class_logits` takes.
-        centred: See `LaplacePosterior.logit_covariance`.
+        class_logits: Function `(model, batch) -> (logits [B, K], labels [B] or None)`.
+        batch: Batch that `class_logits` accepts.
+        centred: Whether to centre the logits; see `LaplacePosterior.logit_covariance`.
 
     Raises:
         WeightMismatchError: If the model's weights are not those that a curvature was collected on.
@@ -355,7 +362,7 @@ def posterior_terms(
         class_logits,
         batch,
         centred=centred,
-        # Once a model: whether it keeps examples apart is a matter of its code.
+        # Once per model: whether it mixes examples depends on its code, not on the batch.
         thorough=not all(binding.owners_checked for binding in bound),
     )
     for binding in bound:
@@ -368,7 +375,7 @@ def _precision_tensor(factors: KroneckerFactors, value: float | Tensor | Mapping
     if isinstance(value, Mapping):
         missing = [name for name in names if name not in value]
         if missing:
-            raise ValueError(f"no prior precision for the layers {missing}")
+            raise ValueError(f"no prior precision for the layers {missing}; add them to the mapping")
         value = torch.tensor([value[name] for name in names], dtype=torch.float64)
     precision = torch.as_tensor(value, dtype=torch.float64).detach().cpu()
     if precision.dim() == 0:
@@ -381,7 +388,7 @@ def _precision_tensor(factors: KroneckerFactors, value: float | Tensor | Mapping
 
 
 def _match_layers(model: nn.Module, factors: KroneckerFactors) -> list[ExpertLayer]:
-    """The model's layer for each layer of the factors, its sizes compared."""
+    """The model's layer for each layer of the factors, with its sizes checked."""
     described = {layer.name: layer for layer in factors.expert_layers}
     layers = locate_expert_layers(model, [described[layer.name] for layer in factors.layers])
     for layer, known in zip(layers, factors.layers, strict=True):
@@ -389,6 +396,6 @@ def _match_layers(model: nn.Module, factors: KroneckerFactors) -> list[ExpertLay
         if found != expected:
             raise ValueError(
                 f"the posterior's layer {known.name!r} with (experts, d_in, d_out) = {expected} does not fit the "
-                f"model's {layer.name!r} with {found}"
+                f"model's {layer.name!r} with {found}; load it with the model that it was fitted to"
             )
     return layers

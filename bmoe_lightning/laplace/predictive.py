@@ -1,7 +1,7 @@
-"""From a Gaussian over logits to class probabilities.
+"""Links from a Gaussian over logits to class probabilities.
 
-Every link takes `logits [B, K]` (`-inf` for classes that an example does not have) and their `covariance [B, K, K]`
-(zero rows and columns there), and returns log-probabilities `[B, K]`.
+Every link takes `logits [B, K]` (`-inf` for absent classes) and their `covariance [B, K, K]` (zero rows and columns for
+absent classes), and returns log-probabilities `[B, K]`.
 """
 
 from __future__ import annotations
@@ -17,11 +17,11 @@ from torch import Tensor
 LinkName = Literal["mc", "isotropic", "probit", "laplace_bridge"]
 
 NUM_SAMPLES = 10_000
-"""Default number of Monte Carlo samples: a standard deviation of .004 on a probability where logits vary by 3."""
+"""Default number of Monte Carlo samples: standard error .004 of a probability at logits of standard deviation 3."""
 
 
 MIN_UNLABELLED = 100
-"""Inputs below which the evidence temperature is refused."""
+"""Minimum number of inputs for the evidence temperature."""
 
 
 @dataclass(frozen=True)
@@ -29,12 +29,12 @@ class Prediction:
     """A prediction with its uncertainty.
 
     Attributes:
-        log_probs: `[B, K]`, natural logarithm.
-        logits: `[B, K]`, of the model itself.
-        covariance: `[B, K, K]`, of the centred logits.
-        entropy: `[B]` in nats, of the averaged probabilities.
-        mutual_information: `[B]` in nats, between the label and the weights: the part of the entropy that more data
-            would remove.
+        log_probs: Log-probabilities `[B, K]`, natural logarithm.
+        logits: Logits `[B, K]` of the model (MAP).
+        covariance: Covariance `[B, K, K]` of the centred logits.
+        entropy: Entropy `[B]` of the averaged probabilities in nats.
+        mutual_information: Mutual information `[B]` between label and weights in nats: the epistemic part of the
+            entropy.
     """
 
     log_probs: Tensor
@@ -50,27 +50,28 @@ def class_probabilities(
     """Apply a link by name.
 
     Args:
-        logits: `[B, K]`.
-        covariance: `[B, K, K]`.
-        link: `mc` (the paper), `isotropic`, `probit` or `laplace_bridge`.
-        num_samples: of the two sampling links.
-        seed: of the noise, which is common to all examples.
+        logits: Logits `[B, K]`.
+        covariance: Covariance `[B, K, K]`.
+        link: Link: `mc` (the paper's), `isotropic`, `probit` or `laplace_bridge`.
+        num_samples: Number of Monte Carlo samples of `mc` and `isotropic`.
+        seed: Seed for the noise, which is shared by all examples.
 
     Returns:
-        `[B, K]` log-probabilities.
+        Log-probabilities `[B, K]`.
 
     Raises:
-        ValueError: for an unknown link, or a covariance that is not positive semi-definite.
+        ValueError: If the link is unknown, there is less than one sample, or the covariance is not positive
+            semi-definite.
     """
     check_link(link, num_samples)
     return LINKS[link](logits, covariance, num_samples, seed)
 
 
 def check_link(link: str, num_samples: int) -> None:
-    """Refuse an unknown link, or no samples.
+    """Check a link and its number of samples.
 
     Raises:
-        ValueError: Naming what is valid.
+        ValueError: If the link is unknown or there is less than one sample.
     """
     if link not in LINKS:
         raise ValueError(f"unknown link {link!r}; valid are {', '.join(LINKS)}")
@@ -79,20 +80,24 @@ def check_link(link: str, num_samples: int) -> None:
 
 
 def monte_carlo(logits: Tensor, covariance: Tensor, num_samples: int = NUM_SAMPLES, seed: int = 0) -> Tensor:
-    """Average the softmax over samples of the logits (the paper's eq. for MC-Laplace): `[B, K]`."""
+    """Average of the softmax over samples of the logits, `[B, K]`: MC-Laplace of https://arxiv.org/abs/2511.08968."""
     samples = _log_softmax_samples(logits, covariance, num_samples, seed)
     return torch.logsumexp(samples, dim=1) - math.log(num_samples)
 
 
 def isotropic(logits: Tensor, covariance: Tensor, num_samples: int = NUM_SAMPLES, seed: int = 0) -> Tensor:
-    """The same with `v I` in place of the covariance, v its mean variance: keeps the size and drops the shape."""
+    """`monte_carlo` with covariance `v I`, v the mean variance: an ablation of the shape of the covariance."""
     present = logits != -torch.inf
     variance = mean_variance(logits, covariance)
     return monte_carlo(logits, torch.diag_embed(variance.unsqueeze(1) * present), num_samples, seed)
 
 
 def probit(logits: Tensor, covariance: Tensor, num_samples: int = 0, seed: int = 0) -> Tensor:  # noqa: ARG001
-    """`softmax(f / sqrt(1 + pi/4 v))` with the mean variance v: a temperature for each example."""
+    """`softmax(f / sqrt(1 + pi/4 v))` with the mean variance v: one temperature per example.
+
+    The probit approximation of MacKay 1992 (https://doi.org/10.1162/neco.1992.4.5.720); pi/4 v is pi/8 times
+    the variance 2 v of a logit difference under the covariance `v I`.
+    """
     scale = torch.sqrt(1 + math.pi / 4 * mean_variance(logits, covariance)).unsqueeze(1)
     return (logits / scale).log_softmax(-1)
 
@@ -101,7 +106,7 @@ def laplace_bridge(logits: Tensor, covariance: Tensor, num_samples: int = 0, see
     """The mean of the Dirichlet whose softmax-basis Laplace approximation is this Gaussian.
 
     Hobbhahn, Kristiadi and Hennig 2022, Fast Predictive Uncertainty for Classification with Bayesian Deep Networks, eq.
-    7, on the centred logits.
+    7, on the centred logits (https://arxiv.org/abs/2003.01227).
     """
     present = logits != -torch.inf
     count = present.sum(1, keepdim=True).double()
@@ -122,7 +127,7 @@ LINKS: dict[str, Callable[[Tensor, Tensor, int, int], Tensor]] = {
 
 
 def mean_variance(logits: Tensor, covariance: Tensor) -> Tensor:
-    """`v = tr(C Lambda C) / (K - 1)` with the centring matrix C of the classes an example has: `[B]`."""
+    """`v = tr(C Lambda C) / (K - 1)` with the centring matrix C over the present classes: `[B]`."""
     present = logits != -torch.inf
     trace = centred(covariance, present).diagonal(dim1=1, dim2=2).sum(1)
     return trace / (present.sum(1) - 1)
@@ -131,10 +136,10 @@ def mean_variance(logits: Tensor, covariance: Tensor) -> Tensor:
 def temperature_from_variances(variances: Tensor) -> float:
     """The evidence temperature `sqrt(1 + pi/4 median_n v_n)` from the mean variances `[N]` of at least 100 inputs.
 
-    The median, because a few inputs on which the logits are hardly determined pull a mean far up.
+    The median is robust to a few inputs with very large logit variances.
 
     Raises:
-        ValueError: for fewer than 100 inputs.
+        ValueError: If there are fewer than 100 inputs.
     """
     if len(variances) < MIN_UNLABELLED:
         raise ValueError(
@@ -156,10 +161,10 @@ def predict_with_uncertainty(
     """The `mc` link, with entropy and mutual information from the same samples.
 
     Args:
-        logits: `[B, K]`.
-        covariance: `[B, K, K]`.
-        num_samples: Monte Carlo samples.
-        seed: of the noise.
+        logits: Logits `[B, K]`.
+        covariance: Covariance `[B, K, K]`.
+        num_samples: Number of Monte Carlo samples.
+        seed: Seed for the noise.
     """
     samples = _log_softmax_samples(logits, covariance, num_samples, seed)
     log_probs = torch.logsumexp(samples, dim=1) - math.log(num_samples)
@@ -169,10 +174,10 @@ def predict_with_uncertainty(
 
 
 def square_root(covariance: Tensor) -> Tensor:
-    """A root `L [B, K, K]` with `L L^T` the covariance, from an eigendecomposition clipped at zero.
+    """A square root `L [B, K, K]` of the covariance `L L^T`, from an eigendecomposition clipped at zero.
 
     Raises:
-        ValueError: if an eigenvalue lies below zero by more than rounding.
+        ValueError: If an eigenvalue is negative beyond rounding.
     """
     values, vectors = torch.linalg.eigh(covariance)
     if bool((values[:, 0] < -1e-3 * values[:, -1].abs() - 1e-12).any()):
@@ -189,7 +194,7 @@ def _log_softmax_samples(logits: Tensor, covariance: Tensor, num_samples: int, s
 
 
 def standard_normal(num_samples: int, num_classes: int, seed: int) -> Tensor:
-    """Common noise `[S, K]` float64, drawn on the CPU so that every device sees the same."""
+    """Standard normal noise `[S, K]` float64, sampled on the CPU so that it is the same on every device."""
     generator = torch.Generator().manual_seed(seed)
     return torch.randn(num_samples, num_classes, generator=generator, dtype=torch.float64)
 

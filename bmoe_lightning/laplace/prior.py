@@ -1,4 +1,4 @@
-"""The prior precision: from the evidence, or from a validation set (LPO)."""
+"""The prior precision from the evidence, or from a validation set (Laplace prior optimisation, LPO)."""
 
 from __future__ import annotations
 
@@ -21,21 +21,21 @@ SCOPES: tuple[Scope, ...] = ("global", "layer")
 LOG_PRECISION_RANGE = (math.log(1e-8), math.log(1e12))
 _NUM_BINS = 128
 NO_LABEL = -(2**31)
-"""Stands for a label that class_logits did not give; any other negative number is an error of the data."""
+"""Placeholder for a missing label; any other negative label is an error in the data."""
 _LPO_RANGE = (math.log(1e-4), math.log(1e8))
-_GOLDEN_STEPS = 15  # down to .002 in log precision
+_GOLDEN_STEPS = 15  # to .002 in log precision
 
 
 def log_evidence_penalty(curvature: Sequence[Tensor], squared_distances: Sequence[Tensor], precision: Tensor) -> Tensor:
     """`log p(D | lambda) - log p(D | W*)` of the Laplace approximation.
 
-    The terms `D log lambda` of the prior and of the determinant cancel. (Eq. 12 and Algorithm 2 of the paper have the
-    signs of both remaining terms the other way round, which is what one minimises.)
+    The terms `D log lambda` of the prior and of the determinant cancel. (Eq. 12 and Algorithm 2 of the paper,
+    https://arxiv.org/abs/2511.08968, have both remaining terms with the opposite sign, for minimisation.)
 
     Args:
-        curvature: `s_qp` of each layer, `[E, r_g, r_a]` float64.
-        squared_distances: `||W_e - M_e||^2` of each layer, `[E]` float64.
-        precision: `[L]` float64.
+        curvature: Eigenvalues `s_qp` of each layer, `[E, r_g, r_a]` float64.
+        squared_distances: Distances `||W_e - M_e||^2` of each layer, `[E]` float64.
+        precision: Prior precision `[L]` float64.
 
     Returns:
         A float64 scalar, `-1/2 sum_e [lambda ||W_e - M_e||^2 + sum_qp log(1 + s_qp / lambda)]`.
@@ -49,20 +49,20 @@ def log_evidence_penalty(curvature: Sequence[Tensor], squared_distances: Sequenc
 def fit_evidence(curvature: Sequence[Tensor], squared_distances: Sequence[Tensor], scope: Scope = "layer") -> Tensor:
     """The prior precision at which the evidence is stationary: `sum s / (lambda + s) = lambda ||W - M||^2`.
 
-    The left side falls in lambda and the right one rises, so the root is unique; it is found by bisection in log
-    lambda.
+    The fixed point of MacKay 1992 (https://doi.org/10.1162/neco.1992.4.5.720). The left side decreases in lambda, the
+    right side increases, so the root is unique; it is found by bisection in log lambda.
 
     Args:
-        curvature: `s_qp` of each layer, `[E, r_g, r_a]` float64.
-        squared_distances: `||W_e - M_e||^2` of each layer, `[E]`.
-        scope: one precision for all layers, or one each.
+        curvature: Eigenvalues `s_qp` of each layer, `[E, r_g, r_a]` float64.
+        squared_distances: Distances `||W_e - M_e||^2` of each layer, `[E]`.
+        scope: Scope of the prior precision: one per layer (`layer`), or a single one (`global`).
 
     Returns:
-        `[L]` float64.
+        Prior precision `[L]` float64.
 
     Raises:
-        ValueError: if the weights equal the prior mean (the evidence then grows with lambda for ever), or there is no
-            curvature.
+        ValueError: If the scope is unknown, the weights equal the prior mean (the evidence then increases in lambda
+            without bound), or the curvature is zero.
     """
     check_distances(squared_distances)
     spectra = [s.double().flatten().cpu() for s in curvature]
@@ -75,30 +75,32 @@ def fit_evidence(curvature: Sequence[Tensor], squared_distances: Sequence[Tensor
 
 
 def check_distances(squared_distances: Sequence[Tensor]) -> None:
-    """Refuse distances from the prior mean at which the evidence has no maximum.
+    """Check that the evidence has a maximum at these distances from the prior mean.
 
     Args:
-        squared_distances: `||W_e - M_e||^2` of each layer, `[E]`.
+        squared_distances: Distances `||W_e - M_e||^2` of each layer, `[E]`.
 
     Raises:
-        ValueError: If a layer has not moved at all, or a distance is not finite.
+        ValueError: If the distance of a layer is zero or not finite.
     """
     totals = [float(distances.double().sum()) for distances in squared_distances]
     if not all(math.isfinite(total) for total in totals):
         raise ValueError(
-            "the distance of the expert weights from the prior mean is not finite: the weights or the prior mean hold "
-            "NaN or infinity; load a checkpoint from before training diverged"
+            "the distance of the expert weights from the prior mean is not finite: the weights or the prior mean "
+            "contain NaN or infinity; load a checkpoint from before training diverged"
         )
     if not all(total > 0 for total in totals):
         raise ValueError(
-            "the expert weights equal the prior mean, so the evidence has no maximum: was the model fine-tuned, and "
-            "was the prior mean taken before that? A prior mean of zero needs no such weights."
+            "the expert weights equal the prior mean, so the evidence has no maximum. Fine-tune the model, capture the "
+            "prior mean before that, or use a prior mean of zero."
         )
 
 
 def _stationary(spectrum: Tensor, distance: Tensor) -> Tensor:
     if not float(spectrum.sum()) > 0:
-        raise ValueError("the curvature is zero everywhere: no slot moved a logit")
+        raise ValueError(
+            "the curvature is zero everywhere: no slot affected a logit; check that the data use these layers"
+        )
     low, high = LOG_PRECISION_RANGE
     for _ in range(80):
         middle = (low + high) / 2
@@ -112,18 +114,18 @@ def _stationary(spectrum: Tensor, distance: Tensor) -> Tensor:
 
 @dataclass(frozen=True)
 class ValidationCache:
-    """All that a validation set's predictions need to know, for any prior precision.
+    """Logits and covariance terms of a validation set, from which predictions follow for any prior precision.
 
     The projections enter a covariance only through `s / (lambda + s)`, a smooth function of log s. So their products
-    are summed in bins of log s, each shared between the two nearest bin centres.
+    are summed in bins of log s, interpolated linearly between the two nearest bin centres.
 
     Attributes:
-        logits: `[N, K]`, `-inf` for absent classes.
-        labels: `[N]` int64, or None where a batch had none.
-        embedding: `[N, K, P]`.
-        prior: `[N, L, P, P]`, `<G_i, G_j>`.
-        binned: `[N, L, bins, P, P]`, sums of `R_i R_j`.
-        centres: `[L, bins]`, the s of each bin.
+        logits: Logits `[N, K]`, `-inf` for absent classes.
+        labels: Labels `[N]` int64, or None without labels.
+        embedding: Matrix `[N, K, P]` from contrasts to logits.
+        prior: Inner products `<G_i, G_j>`, `[N, L, P, P]`.
+        binned: Sums of `R_i R_j` per bin, `[N, L, bins, P, P]`.
+        centres: Eigenvalue s at the centre of each bin, `[L, bins]`.
     """
 
     logits: Tensor
@@ -148,7 +150,7 @@ class CacheBuilder:
     """Collects a `ValidationCache` batch by batch, on the CPU in float64.
 
     Args:
-        curvature: `s_qp` of each layer, `[E, r_g, r_a]`.
+        curvature: Eigenvalues `s_qp` of each layer, `[E, r_g, r_a]`.
     """
 
     def __init__(self, curvature: Sequence[Tensor]) -> None:
@@ -160,7 +162,7 @@ class CacheBuilder:
         """Add the centred terms of one batch."""
         parts, size = self._parts, len(terms.logits)
         parts["logits"].append(terms.logits.cpu())
-        # A number in the place of every missing label, so that all processes gather alike.
+        # A placeholder for missing labels, so that all ranks all-gather the same tensors.
         labels = torch.full((size,), NO_LABEL) if terms.labels is None else terms.labels.cpu()
         parts["labels"].append(labels)
         parts["embedding"].append(terms.embedding.cpu())
@@ -177,19 +179,21 @@ class CacheBuilder:
         """The cache of all batches.
 
         Args:
-            distributed: Whether all processes call this, each with its shard of the set (see `gather_examples`); every
-                one then gets the full cache.
+            distributed: Whether all ranks call this, each with its shard of the set (see `gather_examples`); every rank
+                then gets the full cache.
 
         Raises:
-            ValueError: If there was no example.
+            ValueError: If there are no examples.
         """
-        # A process without a batch has no sizes to offer, but must have the dtype.
+        # A rank without a batch does not know the shapes, but all-gathers the same dtypes.
         empty = {name: torch.empty(0, dtype=torch.int64 if name == "labels" else torch.float64) for name in self._parts}
         full = {name: torch.cat(values) if values else empty[name] for name, values in self._parts.items()}
         if distributed:
             full = {name: gather_examples(values) for name, values in full.items()}
         if not len(full["logits"]):
-            raise ValueError("no validation example: nothing can be fitted on an empty calibration split")
+            raise ValueError(
+                "no validation examples: nothing can be fitted on an empty calibration split; add examples"
+            )
         labels = full.pop("labels")
         return ValidationCache(
             **full, labels=None if bool((labels == NO_LABEL).all()) else labels, centres=self._centres
@@ -199,15 +203,15 @@ class CacheBuilder:
 def cache_terms(
     batches: Iterable[BatchTerms], curvature: Sequence[Tensor], *, distributed: bool = False
 ) -> ValidationCache:
-    """Run through a validation set once; see `CacheBuilder`.
+    """Cache the terms of a validation set in one pass; see `CacheBuilder`.
 
     Args:
-        batches: Terms of each batch, centred.
-        curvature: `s_qp` of each layer, `[E, r_g, r_a]`.
-        distributed: See `CacheBuilder.finish`.
+        batches: Centred terms of each batch.
+        curvature: Eigenvalues `s_qp` of each layer, `[E, r_g, r_a]`.
+        distributed: Whether all ranks call this; see `CacheBuilder.finish`.
 
     Raises:
-        ValueError: If there is no example.
+        ValueError: If there are no examples.
     """
     builder = CacheBuilder(curvature)
     for terms in batches:
@@ -220,22 +224,25 @@ def fit_lpo(
 ) -> Tensor:
     """Minimise the validation NLL of the MC predictive over the log prior precision.
 
-    Common random numbers make the objective smooth and repeatable, so a line search and a quasi-Newton method do what
-    takes 1000 Adam steps otherwise. A single precision is searched first; `layer` goes on from there, and the best
-    iterate is kept.
+    Laplace prior optimisation follows Yang et al. 2023 (https://arxiv.org/abs/2308.13111). Common random numbers make
+    the objective smooth and deterministic, so a line search and L-BFGS replace 1000 Adam steps. The line search fits a
+    single precision; `layer` starts L-BFGS from there and returns the best iterate.
 
     Args:
-        cache: of the validation set.
-        scope: one precision for all layers, or one each.
-        num_samples: Monte Carlo samples of the objective.
-        seed: of the noise.
-        max_iterations: of the quasi-Newton method.
+        cache: Cache of the validation set.
+        scope: Scope of the prior precision: one per layer (`layer`), or a single one (`global`).
+        num_samples: Number of Monte Carlo samples of the objective.
+        seed: Seed for the Monte Carlo noise.
+        max_iterations: Maximum number of L-BFGS iterations.
 
     Returns:
-        `[L]` float64.
+        Prior precision `[L]` float64.
 
     Raises:
-        ValueError: for an unknown scope, or an objective that is not finite.
+        ValueError: If the scope is unknown, there are no labels, or the objective is not finite.
+
+    Warns:
+        UserWarning: If the prior precisions are at an end of the search range.
     """
     if scope not in ("global", "layer"):
         raise ValueError(f"unknown scope {scope!r}; valid are global, layer")
@@ -246,12 +253,12 @@ def fit_lpo(
     if scope == "layer" and num_layers > 1:
         log_precision = _quasi_newton(objective, log_precision, max_iterations)
     if not math.isfinite(float(objective(log_precision))):
-        raise ValueError("the validation NLL is not finite: check the calibration split's labels and logits")
+        raise ValueError("the validation NLL is not finite; check labels and logits of the calibration split")
     if all(min(abs(x - end) for end in _LPO_RANGE) < 0.1 for x in log_precision.tolist()):
         reached = ", ".join(f"{x:.3g}" for x in log_precision.exp().tolist())
         warnings.warn(
-            f"LPO ends where it stops searching (prior precisions {reached}): on this validation set no finite prior "
-            "precision is best, so predictions are the model's own or nearly uniform",
+            f"LPO ended at the limit of its search range (prior precisions {reached}): no finite prior precision is "
+            "optimal on this validation set, so predictions are those of the MAP or nearly uniform; add labels",
             stacklevel=2,
         )
     return log_precision.exp()
@@ -262,7 +269,7 @@ class _Objective:
 
     def __init__(self, cache: ValidationCache, num_samples: int, seed: int) -> None:
         if cache.labels is None:
-            raise ValueError("LPO needs labels, but class_logits returned None for them")
+            raise ValueError("LPO needs labels, but class_logits returned None for them; return (logits, labels)")
         self._cache = cache
         self._labels = cache.labels
         self._noise = standard_normal(num_samples, cache.embedding.shape[2], seed)
@@ -270,11 +277,11 @@ class _Objective:
     def __call__(self, log_precision: Tensor) -> Tensor:
         cache = self._cache
         contrast = cache.contrast_covariance(log_precision.exp())
-        # A Cholesky factor rather than an eigendecomposition: its derivative exists where eigenvalues meet.
+        # Cholesky instead of an eigendecomposition: it is differentiable at repeated eigenvalues.
         trace = contrast.diagonal(dim1=1, dim2=2).sum(1).clamp(min=1e-12).view(-1, 1, 1)
         jitter = 1e-6 * trace * torch.eye(contrast.shape[1], dtype=contrast.dtype)
         root = cache.embedding @ torch.linalg.cholesky(contrast + jitter)
-        # Samples last: sums over the few classes in the last axis would be the slowest part of it all.
+        # Samples in the last dimension: reductions over the few classes there would dominate the runtime.
         samples = cache.logits.unsqueeze(2) + root @ self._noise.mT  # [N, K, S]
         chosen = samples.gather(1, self._labels.view(-1, 1, 1).expand(-1, 1, len(self._noise))).squeeze(1)
         log_probs = chosen - samples.logsumexp(1)
@@ -282,7 +289,7 @@ class _Objective:
 
 
 def _line_search(objective: Callable[[float], float]) -> float:
-    """Minimise over one log precision: a coarse grid, then golden sections around its best point."""
+    """Minimise over one log precision: a coarse grid, then golden-section search around its best point."""
     low, high = _LPO_RANGE
     grid = torch.linspace(low, high, 25).tolist()
     with torch.no_grad():
@@ -293,7 +300,7 @@ def _line_search(objective: Callable[[float], float]) -> float:
         first, second = right - ratio * (right - left), left + ratio * (right - left)
         at_first, at_second = objective(first), objective(second)
         for _ in range(_GOLDEN_STEPS):
-            # Of the two points within, one serves the next interval too.
+            # One of the two interior points is reused in the next interval.
             if at_first < at_second:
                 right, second, at_second = second, first, at_first
                 first = right - ratio * (right - left)
@@ -329,14 +336,14 @@ def _quasi_newton(objective: Callable[[Tensor], Tensor], start: Tensor, max_iter
 
 
 def _bin_centres_of(curvature: Sequence[Tensor]) -> Tensor:
-    """The bins of every layer, `[L, bins]`; none where no layer has any curvature (rank 0)."""
+    """The bin centres of every layer, `[L, bins]`; no bins if no layer has any curvature (rank 0)."""
     if not any(s.numel() for s in curvature):
         return torch.empty(len(curvature), 0, dtype=torch.float64)
     return torch.stack([_bin_centres(s) for s in curvature])
 
 
 def _bin_centres(curvature: Tensor) -> Tensor:
-    """`[bins]` values of s, evenly spaced in log s over twelve decades below the largest."""
+    """Bin centres `[bins]`, evenly spaced in log s over the twelve decades below the largest s."""
     largest = max(float(curvature.max()), torch.finfo(torch.float32).tiny)
     return torch.logspace(math.log10(largest) - 12, math.log10(largest), _NUM_BINS, dtype=torch.float64)
 
@@ -345,11 +352,11 @@ def _bin_products(projections: Tensor, examples: Tensor, s: Tensor, centres: Ten
     """Sum `R_i,qp R_j,qp` of each example in bins of s: `[B, bins, P, P]` float64.
 
     Args:
-        projections: `[N, P, r_g, r_a]`.
-        examples: `[N]`.
-        s: `[N, r_g, r_a]`.
-        centres: `[bins]`.
-        num_examples: B.
+        projections: Projections `[N, P, r_g, r_a]` of each group.
+        examples: Example `[N]` of each group.
+        s: Eigenvalues `[N, r_g, r_a]`.
+        centres: Bin centres `[bins]`.
+        num_examples: Number of examples B.
     """
     num_contrasts = projections.shape[1]
     if not len(centres):
@@ -357,7 +364,7 @@ def _bin_products(projections: Tensor, examples: Tensor, s: Tensor, centres: Ten
     rows = projections.double().flatten(2)  # [N, P, Q]
     products = rows.unsqueeze(1) * rows.unsqueeze(2)  # [N, P, P, Q]
     low, high = math.log(centres[0]), math.log(centres[-1])
-    # s = 0 shrinks nothing; the lowest bin's share of 1e-12 is the same to rounding.
+    # s = 0 contributes nothing; in the lowest bin its contribution is below rounding.
     position = (s.double().flatten(1).clamp(min=float(centres[0])).log() - low) / (high - low) * (len(centres) - 1)
     lower = position.floor().clamp(0, len(centres) - 2)
     upper_share = position - lower

@@ -1,6 +1,6 @@
-"""A posterior on disk: one safetensors file, its description as JSON in the header.
+"""A posterior on disk: one safetensors file, with its description as JSON in the header.
 
-No pickle: reading a file runs nothing in it, and everything is checked before it is used.
+There is no pickle, so loading a file runs no code from it, and all contents are checked.
 """
 
 from __future__ import annotations
@@ -26,23 +26,23 @@ _FIELDS = (
 _FACTORS = (
     "rank", "fisher", "approximation", "sketch", "num_examples", "num_examples_used", "fingerprint",
 )  # fmt: skip
-# How far the columns' inner products may be from the identity: rounding of the decomposition, and of the dtype. Bases
-# in half precision are made orthonormal again when they are used.
+# Tolerance on the Gram matrix of the columns against the identity: rounding of the decomposition and of the dtype.
+# Bases in half precision are re-orthonormalised before use.
 _BASIS_TOLERANCE = {torch.float64: 1e-6, torch.float32: 1e-3, torch.float16: 1e-2, torch.bfloat16: 5e-2}
-# How far eigenvalues may add up to more than the trace, relatively: both are sums over all tokens.
+# Relative tolerance by which the sum of the eigenvalues may exceed the trace: both are sums over all tokens.
 _TRACE_TOLERANCE = {torch.float64: 1e-6, torch.float32: 1e-2}
 
 
 @dataclass(frozen=True)
 class StoredPosterior:
-    """A posterior that was read from a file.
+    """A posterior loaded from a file.
 
     Attributes:
         factors: Curvature.
         prior_precision: Prior precision of each layer, `[L]`.
         prior_mean: Kind of prior mean.
-        description: Description that the writer gave, as JSON has it.
-        fit: Id of the fit that the file belongs to; empty if it belongs to none.
+        description: Description passed to `save_posterior`, as JSON values.
+        fit: Id of the fit that the file belongs to; empty for none.
         digest: SHA-256 digest of the content.
     """
 
@@ -70,8 +70,7 @@ def save_posterior(
         factors: Curvature.
         prior_precision: Prior precision of each layer, `[L]`.
         prior_mean: Kind of prior mean.
-        description: How the curvature was specified, or anything else to find in the file again, in values that JSON
-            has.
+        description: Specification of the curvature, or any other metadata, as JSON values.
         fit: Id of the fit that the file belongs to.
 
     Returns:
@@ -97,12 +96,12 @@ def save_posterior(
 
 
 def load_posterior(path: str | Path) -> StoredPosterior:
-    """Read what `save_posterior` wrote; keys and tensors that this release does not know are ignored.
+    """Load a file that `save_posterior` wrote; unknown keys and tensors are ignored.
 
     Raises:
-        FileNotFoundError: If there is no such file.
+        FileNotFoundError: If the file does not exist.
         OSError: If it cannot be read, such as a `PermissionError`.
-        ValueError: If it is foreign, truncated, damaged, of another version, or holds values that no posterior has.
+        ValueError: If it is not a posterior, is truncated or damaged, has another version, or contains invalid values.
     """
     path = Path(path)
     file = read_tensor_file(path, format=FORMAT, version=VERSION, remedy="save the posterior again")
@@ -121,7 +120,7 @@ def load_posterior(path: str | Path) -> StoredPosterior:
 
 
 def _refusal(path: Path, reason: str) -> ValueError:
-    return ValueError(f"{path} holds no usable posterior: {reason}. Fit it again, and save it with this release.")
+    return ValueError(f"{path} contains no valid posterior: {reason}. Fit it again, and save it with this release.")
 
 
 def _expert_layer(described: Mapping[str, Any]) -> ExpertLayer:
@@ -137,7 +136,7 @@ def _prior_precision(file: TensorFile, num_layers: int) -> Tensor:
     if precision is None or precision.shape != (num_layers,):
         raise ValueError(f"there is no prior precision for its {num_layers} layers")
     if not precision.is_floating_point() or not bool((precision.isfinite() & (precision > 0)).all()):
-        raise ValueError(f"prior precisions must be positive and finite, and are {precision.tolist()}")
+        raise ValueError(f"prior precisions must be positive and finite, got {precision.tolist()}")
     return precision
 
 
@@ -172,14 +171,14 @@ def _value_fault(layer: LayerFactors) -> str:
         if tensor.dtype not in (BASIS_DTYPES if field.endswith("basis") else _TRACE_TOLERANCE):
             return f"{field} has the unexpected dtype {tensor.dtype}"
         if not bool(torch.isfinite(tensor).all()):
-            return f"{field} has values that are not finite"
+            return f"{field} has non-finite values"
         if not field.endswith("basis") and bool((tensor < 0).any()):
             return f"{field} has negative values"
     return ""
 
 
 def _factor_fault(layer: LayerFactors, side: str) -> str:
-    """Why basis, eigenvalues and trace of a factor cannot be those of one positive semi-definite matrix, or nothing."""
+    """Why basis, eigenvalues and trace are not those of one positive semi-definite matrix; empty if they are."""
     basis, values = getattr(layer, f"{side}_basis"), getattr(layer, f"{side}_eigenvalues")
     wide = basis.to(torch.promote_types(basis.dtype, torch.float32))
     error = (wide.mT @ wide - torch.eye(basis.shape[2], dtype=wide.dtype)).abs()
@@ -188,5 +187,5 @@ def _factor_fault(layer: LayerFactors, side: str) -> str:
     if bool((values.diff(dim=1) > 0).any()):
         return f"{side}_eigenvalues are not in descending order"
     if bool((values.double().sum(1) > getattr(layer, f"{side}_trace") * (1 + _TRACE_TOLERANCE[values.dtype])).any()):
-        return f"{side}_eigenvalues add up to more than {side}_trace"
+        return f"{side}_eigenvalues sum to more than {side}_trace"
     return ""

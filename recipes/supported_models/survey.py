@@ -170,7 +170,7 @@ def _compare(tiny: TinyFamily, layers: Sequence[ExpertLayer], interface: bool) -
     _compare_with_own(single, layers, [fastest], float32_errors)
     with _unusual_state(model), warnings.catch_warnings():
         # Layers that text does not reach are in the notes.
-        warnings.filterwarnings("ignore", "no token that moves a logit", UserWarning)
+        warnings.filterwarnings("ignore", "no token that affects a logit", UserWarning)
         before = _state(model)
         factors = collect_factors(
             model, tiny.class_logits, tiny.batches, rank=_full_rank(layers), sketch="exact", layers=layers

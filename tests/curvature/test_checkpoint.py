@@ -512,7 +512,7 @@ class TestDigest:
         """Left out, it would let another batch pass for this one."""
         kind = type(value).__name__
         for batch in (value, {"a": [value], "b": 1}, Record(torch.ones(1), value)):
-            with pytest.raises(ValueError, match=f"a batch contains a value of type {kind}, and .* leave out the curv"):
+            with pytest.raises(ValueError, match=f"a batch contains a value of type {kind}, which .* disable the curv"):
                 extended_digest("", batch)
 
     @pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors is in prototype")

@@ -378,7 +378,7 @@ def test_a_layer_that_no_token_reaches_keeps_its_prior():
     layers = find_expert_layers(model)
     assert [layer.name for layer in layers][-1] == "tower.crew"
     batch = toy_batch(num_rows=4, seed=1)
-    with pytest.warns(UserWarning, match=r"went through tower.crew: these layers keep their prior"):
+    with pytest.warns(UserWarning, match=r"went through tower.crew, so the posterior of these layers is the prior"):
         factors = collect_factors(model, answer_logits, [batch], rank=4, layers=layers)
     assert float(factors.layers[-1].slots.sum()) == 0
     posterior = LaplacePosterior(factors)

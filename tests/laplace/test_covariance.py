@@ -216,7 +216,7 @@ def test_foreign_factors_are_noticed():
     model, batch = toy_model(), toy_batch()
     factors = collect_factors(model, answer_logits, [batch], rank=FULL)
     factors.layers[0].a_basis.mul_(3)
-    with pytest.raises(ValueError, match="which is not rounding"):
+    with pytest.raises(ValueError, match="beyond rounding error"):
         LaplacePosterior(factors, 0.01).logit_covariance(model, answer_logits, batch)
 
 

@@ -199,7 +199,7 @@ def test_other_weights_are_refused():
         lambda: posterior.predict(other, answer_logits, batch),
         lambda: posterior.fit_prior_lpo(other, answer_logits, [batch]),
     ):
-        with pytest.raises(WeightMismatchError, match="fitted on other weights"):
+        with pytest.raises(WeightMismatchError, match="fitted to other weights"):
             use()
     posterior.check_weights(toy_model())
 

@@ -142,7 +142,7 @@ def test_a_layout_of_another_release(posterior, path):
 @pytest.mark.parametrize("missing", ["rank", "fingerprint", "layers", "expert_layers", "prior_mean"])
 def test_incomplete_header(path, missing):
     with pytest.raises(
-        ValueError, match=r"posterior\.safetensors holds no usable posterior: its header does not describe"
+        ValueError, match=r"posterior\.safetensors contains no valid posterior: its header does not describe"
     ):
         LaplacePosterior.load(rewritten(path, without=[missing]))
 
@@ -202,13 +202,13 @@ def with_value(index, value):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (changed(g_basis=with_value((2, 1, 0), torch.nan)), "g_basis has values that are not finite"),
-        (changed(a_eigenvalues=with_value((2, 0), torch.inf)), "a_eigenvalues has values that are not finite"),
+        (changed(g_basis=with_value((2, 1, 0), torch.nan)), "g_basis has non-finite values"),
+        (changed(a_eigenvalues=with_value((2, 0), torch.inf)), "a_eigenvalues has non-finite values"),
         (changed(g_eigenvalues=with_value((2, 2), -1e-9)), "g_eigenvalues has negative values"),
         (changed(a_eigenvalues=lambda t: t.flip(-1)), "a_eigenvalues are not in descending order"),
         (changed(slots=with_value(2, -1.0)), "slots has negative values"),
-        (changed(a_eigenvalues=lambda t: 10 * t), "a_eigenvalues add up to more than a_trace"),
-        (changed(g_trace=lambda t: 0.01 * t), "g_eigenvalues add up to more than g_trace"),
+        (changed(a_eigenvalues=lambda t: 10 * t), "a_eigenvalues sum to more than a_trace"),
+        (changed(g_trace=lambda t: 0.01 * t), "g_eigenvalues sum to more than g_trace"),
         (changed(a_basis=lambda t: 1.001 * t), "the columns of a_basis are not orthonormal"),
         (changed(g_basis=lambda t: t[..., [0, 0, 1]]), "the columns of g_basis are not orthonormal"),
         (changed(a_basis=lambda t: t.bfloat16() * 1.1), "the columns of a_basis are not orthonormal"),

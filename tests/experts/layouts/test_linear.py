@@ -79,7 +79,9 @@ def test_weights_that_are_multiplied_without_their_layer():
     with pytest.raises(ValueError, match=r"'layers.0.mixture.attention.out_proj' belongs to an nn.MultiheadAttention"):
         find_linear_layers(model, "*.out_proj")
     layers = find_linear_layers(model, ["*.direct", "*.value"])
-    with pytest.warns(UserWarning, match=r"no token that moves a logit went through layers.0.mixture.direct, layers.1"):
+    with pytest.warns(
+        UserWarning, match=r"no token that affects a logit went through layers.0.mixture.direct, layers.1"
+    ):
         collect_factors(model, answer_logits, BATCHES, layers=layers)
 
 

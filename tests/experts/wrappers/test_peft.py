@@ -92,7 +92,7 @@ class TestAdaptersOfLinearLayers:
         torch.testing.assert_close(posterior.predict(model, answer_logits, BATCH), before)
         with torch.no_grad():
             next(p for name, p in model.named_parameters() if "lora_A" in name).add_(1)
-        with pytest.raises(RuntimeError, match="fitted on other weights"):
+        with pytest.raises(RuntimeError, match="fitted to other weights"):
             posterior.predict(model, answer_logits, BATCH)
 
     def test_disabled_adapters_add_nothing(self):

@@ -14,7 +14,7 @@ from recipes.benchmark.settings import SECTIONS, ShapeName
 from recipes.benchmark.workload import PRESETS
 
 
-@pytest.mark.filterwarnings("ignore:There is a performance drop", "ignore:LPO ends where it stops searching")
+@pytest.mark.filterwarnings("ignore:There is a performance drop", "ignore:LPO ended at the limit")
 def test_every_section_is_printed_and_written(tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(prediction, "VALIDATION_EXAMPLES", 20)
     file = tmp_path / "benchmark.json"
