@@ -1,4 +1,4 @@
-"""The callback: fit methods when training ends, and predict with them from then on."""
+"""The Lightning callback: fits methods when training ends, and evaluates and predicts with them afterwards."""
 
 from __future__ import annotations
 
@@ -58,27 +58,27 @@ class BayesianMoECallback(L.Callback):
         >>> trainer.test(module, datamodule=data)                     # doctest: +SKIP
 
     Args:
-        methods: Methods to fit and to log: registered names, `package.module:Class`, or instances with options of their
-            own. A class may stand there twice under two names.
-        curvature: Curvature of methods that name none of their own.
-        class_logits: `(module, batch) -> (logits [B, K], labels [B])`, if the module has no method of that name.
+        methods: Methods to fit and to log: registered names, `package.module:Class`, or configured instances. A class
+            may occur twice under two names.
+        curvature: Curvature of methods that specify none.
+        class_logits: Function `(module, batch) -> (logits [B, K], labels [B])`, if the module has no such method.
         fit_at: Weights that methods are fitted to: the `last`, or the `best` of the trainer's checkpoint callback (then
             test with `ckpt_path="best"`; the module keeps its last weights).
-        predict_method: Name of the method that `trainer.predict` predicts with; its output then has probabilities, and
-            what the module's own step returned beside them. None leaves the module's own step alone.
-        curvature_checkpoint_every: Write the accumulators of curvature passes every so many batches; a killed pass
-            resumes from there in `fit_posterior`. None writes nothing.
-        dirpath: Folder for what is written; by default `bayesian_moe` in the logger's folder.
-        name: Prefix of logged names and of the folder, needed when a trainer has two of these callbacks.
+        predict_method: Name of the method that `trainer.predict` predicts with; its output then has the probabilities
+            beside what the module's `predict_step` returned. None leaves `predict_step` unchanged.
+        curvature_checkpoint_every: Number of batches between two checkpoints of a curvature pass; a killed pass resumes
+            from its last checkpoint in `fit_posterior`. None writes no checkpoints.
+        dirpath: Output folder; by default `bayesian_moe` in the logger's folder.
+        name: Prefix of logged names and of the folder, required when a trainer has two of these callbacks.
         seed: Seed for sampled labels, sketch matrices and Monte Carlo noise.
 
     Attributes:
         methods: Methods with the run's curvature filled in.
-        fitted: What was fitted, or None.
+        fitted: Result of the fit, or None.
         predictions: Predictions of the last validation and test, by loader and method.
 
     Raises:
-        ValueError: For an unknown method, two methods of one name, or a value out of range.
+        ValueError: If a method is unknown, two methods share a name, or a value is out of range.
     """
 
     def __init__(
@@ -120,16 +120,16 @@ class BayesianMoECallback(L.Callback):
 
     @property
     def state_key(self) -> str:
-        """Callbacks with another name keep their own state."""
+        """Key of this callback's state in a checkpoint; it differs between callbacks of different names."""
         return self._generate_state_key(name=self.name)
 
     @property
     def curvatures(self) -> dict[str, Curvature]:
-        """Curvatures of the methods by digest."""
+        """Curvatures of all methods, by digest."""
         return {curvature.digest: curvature for method in self.methods for curvature in method.curvatures}
 
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
-        """Refuse what cannot work before time is spent; let evaluation loops keep gradients possible."""
+        """Check trainer and module before any work is done, and turn off `inference_mode` of the evaluation loops."""
         check_strategy(trainer)
         check_sketch(trainer, [curvature.sketch for curvature in self.curvatures.values() if curvature.collects])
         check_fit_at(trainer, self.fit_at)
@@ -138,7 +138,7 @@ class BayesianMoECallback(L.Callback):
         if self._class_logits is None and not callable(getattr(pl_module, "class_logits", None)):
             raise TypeError(
                 f"{type(pl_module).__name__} has no method class_logits(batch) -> (logits [B, K], labels [B]), and "
-                "BayesianMoECallback got no class_logits argument; give it one of the two"
+                "BayesianMoECallback got no class_logits argument; define the method, or pass the argument"
             )
         self._restore()
         # Inference tensors cannot enter a graph, and the linearised predictive needs one.
@@ -147,18 +147,18 @@ class BayesianMoECallback(L.Callback):
             loop.inference_mode = False
         self._folder.settle(trainer)
         self._precision = trainer.precision_plugin.forward_context
-        # Sharded weights are captured as shards, once there are shards; there a checkpoint is loaded after that.
+        # Sharded weights are captured in on_fit_start; Lightning loads a checkpoint into shards after that.
         if stage == "fit" and not shards_weights(trainer):
             self._prior_mean.capture(pl_module)
             self._prior_mean.capture_on_load(trainer, pl_module)
             self._undo.append(self._prior_mean.remove_hook)
 
     def on_load_checkpoint(self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]) -> None:
-        """Note that training resumes, so that its earlier snapshots belong to it."""
+        """Record that training resumes, so that the snapshots of the resumed run are used."""
         self._folder.resumes = trainer.state.fn == "fit"
 
     def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """The model is complete now: find its layers, and capture where its weights start."""
+        """Find the layers of the complete model, and capture the prior mean."""
         self._prior_mean.remove_hook()
         check_shards(trainer, pl_module)
         fingerprinted_layers(self.methods, pl_module)
@@ -169,7 +169,7 @@ class BayesianMoECallback(L.Callback):
         self._prior_mean.capture(pl_module)
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Drop a fit of earlier weights; check that data and folder allow another one."""
+        """Discard a fit to earlier weights, and check that data and folder allow a new one."""
         self.fitted = None
         self.predictions = {}
         self._folder.begin_training(trainer)
@@ -181,21 +181,24 @@ class BayesianMoECallback(L.Callback):
         for method in self.methods:
             method.check_run(pl_module, self._folder.folder)
         if self.fit_at == "best" and getattr(trainer.checkpoint_callback, "monitor", None) is None:
-            raise ValueError("fit_at='best' needs a ModelCheckpoint with monitor=..., and the trainer has none")
+            raise ValueError(
+                "fit_at='best' needs a ModelCheckpoint with monitor=..., and the trainer has none; add one, or use "
+                "fit_at='last'"
+            )
 
     def on_train_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Write the trained weights of the last epochs, for methods that need snapshots."""
+        """Write a snapshot of the trained weights, if a method needs snapshots."""
         num_snapshots = max(method.needs.max_snapshots for method in self.methods)
         if num_snapshots:
             self._folder.save_snapshot(trainer, pl_module, num_snapshots)
 
     def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Fit everything, while the model is still on its device and the loaders are alive."""
+        """Fit all methods, while the model is still on its device and the loaders still exist."""
         with weights_to_fit(trainer, pl_module, self.fit_at):
             self._fit(trainer, pl_module, with_enough_snapshots(self.methods, len(self._folder.snapshots)))
 
     def on_fit_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Warn if training was over before it began (a finished run was resumed), so that nothing was fitted."""
+        """Warn if nothing was fitted because no training step ran (a finished run was resumed)."""
         if self._found() is None:
             warnings.warn(
                 "training ended without a fit (was a finished run resumed?); call "
@@ -214,24 +217,24 @@ class BayesianMoECallback(L.Callback):
         ckpt_path: str | None = None,
         prior_mean: Mapping[str, Tensor] | None = None,
     ) -> None:
-        """Do what the end of training does, for a model that is already trained.
+        """Fit all methods to a model that is already trained, as the end of training would.
 
         A killed curvature pass resumes (see `curvature_checkpoint_every`). A fit to the same weights that is already in
-        the folder is completed: only what is missing is fitted, so a method can be added to a finished run.
+        the folder is completed: only missing methods are fitted, so a method can be added to a finished run.
 
         Args:
-            module: LightningModule; by default the trainer's own.
-            trainer: A trainer as for training, with any devices, DDP or FSDP2. No step is trained.
-            datamodule: Data, as for `trainer.fit`.
+            module: LightningModule; by default the one attached to the trainer.
+            trainer: Trainer configured as for training, with any devices, DDP or FSDP2. It runs no training step.
+            datamodule: Datamodule, as for `trainer.fit`.
             train_dataloaders: Training data, as for `trainer.fit`.
             val_dataloaders: Validation data, as for `trainer.fit`.
-            ckpt_path: Checkpoint with the trained weights; the weights that the module has before it is loaded are the
-                prior mean. By default the module's weights are the trained ones.
-            prior_mean: Weights before fine-tuning by parameter name (see `down_proj_weights`), for methods that use the
-                evidence; by default those that this callback saw before training or before `ckpt_path` was loaded.
+            ckpt_path: Checkpoint with the trained weights; the module's weights before it is loaded are the prior mean.
+                By default the module already has the trained weights.
+            prior_mean: Pretrained weights by parameter name (see `down_proj_weights`), for methods that use the
+                evidence; by default those that this callback captured before training or before loading `ckpt_path`.
 
         Raises:
-            ValueError: If a method lacks data, labels or the prior mean, or a file in the folder is damaged.
+            ValueError: If data, labels or the prior mean that a method needs are missing, or a file is damaged.
             WeightMismatchError: If the folder has a fit to other weights.
         """
         self._given_prior_mean = prior_mean
@@ -250,12 +253,12 @@ class BayesianMoECallback(L.Callback):
             self._given_prior_mean = None
 
     def on_validation_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Make the methods ready, unless this is a validation within training: nothing is fitted then."""
+        """Load and check the fit, except for a validation within training, when nothing is fitted yet."""
         if trainer.state.fn == "validate":
             self._begin(trainer, pl_module, "val", trainer.val_dataloaders)
 
     def on_test_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Make the methods ready; refuse a posterior fitted to different weights."""
+        """Load and check the fit; raises `WeightMismatchError` if it was fitted to different weights."""
         self._begin(trainer, pl_module, "test", trainer.test_dataloaders)
 
     def on_validation_batch_end(
@@ -274,15 +277,15 @@ class BayesianMoECallback(L.Callback):
     on_test_batch_end = on_validation_batch_end
 
     def on_validation_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Let the ensembles predict, then log the metrics of every method."""
+        """Predict with the ensembles, then log the metrics of every method."""
         self._finish(trainer, pl_module, trainer.val_dataloaders, trainer.num_val_batches)
 
     def on_test_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Let the ensembles predict, then log the metrics of every method and write the TensorBoard comparison."""
+        """Predict with the ensembles, then log the metrics of every method and write the TensorBoard comparison."""
         self._finish(trainer, pl_module, trainer.test_dataloaders, trainer.num_test_batches)
 
     def on_predict_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Have the module's predict step return the probabilities of `predict_method` too."""
+        """Patch the module's `predict_step` to return the probabilities of `predict_method` as well."""
         if self.predict_method is None:
             return
         check_prediction(trainer, as_list(trainer.predict_dataloaders))
@@ -291,19 +294,19 @@ class BayesianMoECallback(L.Callback):
         self._undo.append(replace_predict_step(pl_module, predictor, self._logits))
 
     def teardown(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
-        """Put loops and module back as they were."""
+        """Restore loops and module."""
         self._restore()
 
     def on_exception(self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException) -> None:
-        """Put loops and module back as they were: after an exception, `teardown` is never called."""
+        """Restore loops and module: Lightning does not call `teardown` after an exception."""
         self._restore()
 
     def state_dict(self) -> dict[str, Any]:
-        """Folder, id and snapshot names; tensors are in files of their own, not in every checkpoint."""
+        """Folder, fit id and snapshot names; tensors are in separate files, not in every checkpoint."""
         return self._folder.state_dict()
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Remember where the fit was written."""
+        """Restore the location of the fit."""
         self._folder.load_state_dict(state_dict)
 
     def _fit(
@@ -332,7 +335,7 @@ class BayesianMoECallback(L.Callback):
         )
         if trainer.is_global_zero:
             self._folder.save(self.fitted)
-        trainer.strategy.barrier()  # nobody looks for files that are not there yet
+        trainer.strategy.barrier()  # no rank reads the files before rank 0 has written them
         self._folder.remove_pass_files()
         prefix = f"{self.name}/" if self.name else ""
         scalars = {f"{prefix}{name}": value for name, value in self.fitted.scalars(self.methods).items()}
@@ -340,7 +343,7 @@ class BayesianMoECallback(L.Callback):
             logger.log_metrics(scalars, step=logged_step(trainer))
 
     def _complete(self, trainer: L.Trainer, module: L.LightningModule) -> None:
-        """Fit what is missing; called in the place of training."""
+        """Fit the missing methods; runs instead of the fit loop."""
         with weights_to_fit(trainer, module, self.fit_at):
             earlier = self._found()
             if earlier is not None and not earlier.has_weights_of(module):
@@ -363,18 +366,18 @@ class BayesianMoECallback(L.Callback):
         return found
 
     def _found(self) -> FitResult | None:
-        """What was fitted, here or by an earlier process."""
+        """The fit of this process, or the one that an earlier process wrote."""
         if self.fitted is None:
             self.fitted = self._folder.load([digest for digest, c in self.curvatures.items() if c.offload])
         return self.fitted
 
     def _ready(self, module: nn.Module) -> FitResult:
-        """What was fitted to exactly these weights."""
+        """The fit, checked to be one to exactly these weights."""
         fitted = self._found()
         if fitted is None:
             raise RuntimeError(
-                "no fit was found: run trainer.fit with this callback, call fit_posterior, or give dirpath= the folder "
-                "of an earlier run"
+                "no fit was found; run trainer.fit with this callback, call fit_posterior, or pass dirpath= with the "
+                "folder of an earlier run"
             )
         fitted.check_weights(module)
         return fitted

@@ -1,4 +1,4 @@
-"""A LightningModule that fine-tunes only the experts of a causal language model, on multiple-choice questions."""
+"""A LightningModule that fine-tunes the experts of a causal language model on multiple-choice questions."""
 
 from __future__ import annotations
 
@@ -44,23 +44,24 @@ class ExpertFinetuner(LightningModule):
     `choice_mask [B, K]`, `label [B]` and `index [B]`; see `MultipleChoiceDataModule`.
 
     Checkpoints contain only the trained tensors; sharded checkpoints, of which each rank writes its shards, contain
-    all. `load_from_checkpoint(path)` loads the rest from `model`; if that was an object, pass it again:
+    all. `load_from_checkpoint(path)` loads the frozen weights from `model`; if that was an object, pass it again:
     `load_from_checkpoint(path, model=model)`.
 
     Args:
-        model: A causal language model with experts, or its local folder or hub id, which is loaded when the trainer (or
+        model: Causal language model with experts, or its local folder or hub id, which is loaded when the trainer (or
             `load_from_checkpoint`) calls `configure_model`. Code from the hub is never run.
-        answer_token_ids: The token of each of the K choices; by default `answer_token_ids` of the trainer's datamodule.
-        train: `experts` (all weights of the experts) or `down_proj` (their second linear layers alone). Routers and
-            shared experts are frozen either way.
+        answer_token_ids: Token id of each of the K choices; by default `answer_token_ids` of the trainer's datamodule.
+        train: Trained part: `experts` (all weights of the experts) or `down_proj` (only their second linear layers).
+            Routers and shared experts are always frozen.
         learning_rate: Peak learning rate of AdamW (https://arxiv.org/abs/1711.05101).
         weight_decay: Weight decay of AdamW.
         betas: Betas of AdamW.
-        schedule: `linear` or `cosine` (both fall to zero at the end of training), or `constant`.
-        warmup_fraction: Fraction of the steps in which the learning rate rises linearly, in [0, 1).
+        schedule: Learning-rate schedule: `linear` or `cosine` (both decay to zero at the end of training), or
+            `constant`.
+        warmup_fraction: Fraction of the steps with linear warm-up, in [0, 1).
         expert_dropout: Probability that an activation is dropped before the `down_proj` of its expert, in training
-            only. 0 leaves the model's experts implementation in place.
-        dtype: Dtype of the weights if `model` is a string; `auto` is as they were saved.
+            only. 0 leaves the model's experts implementation unchanged.
+        dtype: Dtype of the weights if `model` is a string; `auto` is the dtype in which they were saved.
 
     Raises:
         TypeError: If `model` is of another type.
@@ -82,7 +83,7 @@ class ExpertFinetuner(LightningModule):
     ) -> None:
         super().__init__()
         if not isinstance(model, (PreTrainedModel, str)):
-            raise TypeError(f"model is a {type(model).__name__}; give a transformers model, or its folder or hub id")
+            raise TypeError(f"model is a {type(model).__name__}; pass a transformers model, or its folder or hub id")
         _check_choice("train", train, TrainedPart)
         _check_choice("schedule", schedule, Schedule)
         _check_choice("dtype", dtype, DtypeName)
@@ -113,10 +114,10 @@ class ExpertFinetuner(LightningModule):
             self.model = model
 
     def setup(self, stage: str) -> None:
-        """Take the answer tokens from the trainer's datamodule, unless they were given.
+        """Read the answer tokens from the trainer's datamodule, unless they were passed as an argument.
 
         Raises:
-            ValueError: If there are none.
+            ValueError: If neither has them.
         """
         if self.hparams[_ANSWERS_KEY] is not None:
             return
@@ -126,19 +127,19 @@ class ExpertFinetuner(LightningModule):
             self._answer_ids = torch.tensor(_checked_answer_ids(found))
         elif self._answer_ids is None:
             raise ValueError(
-                "the tokens of the answers are unknown: give ExpertFinetuner(answer_token_ids=[...]), or give the "
-                "trainer a datamodule with an attribute answer_token_ids, such as MultipleChoiceDataModule"
+                "the answer tokens are unknown; pass ExpertFinetuner(answer_token_ids=[...]), or a datamodule with the "
+                "attribute answer_token_ids, such as MultipleChoiceDataModule, to the trainer"
             )
 
     def configure_model(self) -> None:
-        """Load the model if it was named by a string, and freeze all but the experts. Calling it again changes nothing.
+        """Load the model if it was given as a string, and freeze all but the experts. Idempotent.
 
         Under `ModelParallelStrategy` its blocks are sharded with FSDP2; see `load`.
 
         Raises:
-            ModelUnavailableError: As in `load_causal_model`.
-            RuntimeError: If another rank of `ModelParallelStrategy` could not load it.
-            ValueError: If it has no experts, or the strategy uses tensor parallelism.
+            ModelUnavailableError: If the model cannot be loaded; see `load_causal_model`.
+            RuntimeError: If another rank of `ModelParallelStrategy` failed to load the model.
+            ValueError: If the model has no experts, or the strategy uses tensor parallelism.
         """
         if self.device_mesh is None:
             self.load()
@@ -147,19 +148,19 @@ class ExpertFinetuner(LightningModule):
         self.load(self.device_mesh["data_parallel"])
 
     def load(self, mesh: DeviceMesh | None = None) -> None:
-        """Load the model if it was named by a string, freeze all but the experts, and shard its blocks with FSDP2.
+        """Load the model if it was given as a string, freeze all but the experts, and shard its blocks with FSDP2.
 
-        Before it is sharded, each rank loads the whole model into main memory. The ranks of a node do that one after
-        the other, so all of them have to call this, and the timeout of their group should be longer than the loading
-        takes (`ModelParallelStrategy(timeout=...)`, 30 minutes by default).
+        Before it is sharded, each rank loads the unsharded model into CPU memory. The ranks of a node load it
+        sequentially, so all of them must call this, and the timeout of their process group must be longer than the
+        loading takes (`ModelParallelStrategy(timeout=...)`, 30 minutes by default).
 
         Args:
-            mesh: A device mesh with one dimension, over which the weights are sharded; None shards nothing.
+            mesh: One-dimensional device mesh over which the weights are sharded; None shards nothing.
 
         Raises:
-            ModelUnavailableError: As in `load_causal_model`.
-            RuntimeError: If there is a mesh, and another rank could not load the model.
-            ValueError: If it has no experts.
+            ModelUnavailableError: If the model cannot be loaded; see `load_causal_model`.
+            RuntimeError: If there is a mesh, and another rank failed to load the model.
+            ValueError: If the model has no experts.
         """
         if mesh is not None and self.model is None:
             sequential_per_node(lambda: self._load(mesh))
@@ -180,8 +181,8 @@ class ExpertFinetuner(LightningModule):
             shard_blocks(model, layers, mesh)
 
     def configure_callbacks(self) -> list[Callback]:
-        """A callback that removes expert dropout after an exception, for which a LightningModule has no hook."""
-        # A trainer that is used again has it already, and would warn that it is replaced.
+        """Add a callback that removes expert dropout after an exception, for which a LightningModule has no hook."""
+        # A reused trainer has the callback already, and would warn that it is replaced.
         known = any(isinstance(callback, _ReleaseOnException) for callback in self.trainer.callbacks)  # type: ignore[attr-defined]
         return [] if known else [_ReleaseOnException()]
 
@@ -195,23 +196,23 @@ class ExpertFinetuner(LightningModule):
         return {f"model.{name}": parameter for name, parameter in trained.items()}
 
     def class_logits(self, batch: Mapping[str, Tensor]) -> tuple[Tensor, Tensor | None]:
-        """Logits of the answer tokens at the last position of each prompt that is not padding.
+        """Logits of the answer tokens at the last non-padding position of each prompt.
 
         Args:
-            batch: A batch; see the class.
+            batch: Batch as described in the class docstring.
 
         Returns:
-            Logits `[B, K]`, in float32 at least, `-inf` where `choice_mask` is False; labels `[B]`, or None.
+            Logits `[B, K]`, at least float32, `-inf` where `choice_mask` is False; labels `[B]`, or None.
 
         Raises:
-            RuntimeError: Before the model is loaded or the answer tokens are known.
-            ValueError: If `choice_mask` has another number of choices than there are answer tokens.
+            RuntimeError: If the model is not loaded or the answer tokens are not known yet.
+            ValueError: If the number of choices in `choice_mask` differs from the number of answer tokens.
         """
         model = self._ready()
         if self._answer_ids is None:
             raise RuntimeError(
-                "the tokens of the answers are not known yet: give ExpertFinetuner(answer_token_ids=[...]), or let a "
-                "trainer set the module up with a datamodule that has answer_token_ids"
+                "the answer tokens are not known yet; pass ExpertFinetuner(answer_token_ids=[...]), or let a trainer "
+                "set up the module with a datamodule that has answer_token_ids"
             )
         logits = last_logits(model, batch["input_ids"], batch["attention_mask"])[:, self._answer_ids]
         logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
@@ -220,7 +221,7 @@ class ExpertFinetuner(LightningModule):
             if present.shape != logits.shape:
                 raise ValueError(
                     f"choice_mask has shape {tuple(present.shape)}, but there are {logits.shape[1]} answer tokens for "
-                    f"{logits.shape[0]} questions; answer_token_ids must name one token for each choice of the widest "
+                    f"{logits.shape[0]} questions; pass answer_token_ids with one token for each choice of the widest "
                     "question"
                 )
             logits = logits.masked_fill(~present, -torch.inf)
@@ -254,10 +255,10 @@ class ExpertFinetuner(LightningModule):
         return prediction
 
     def configure_optimizers(self) -> OptimizerLRScheduler:
-        """AdamW over the trained parameters, with a learning rate for every step.
+        """AdamW over the trained parameters, with a learning-rate scheduler that steps after every optimizer step.
 
         Raises:
-            ValueError: If the schedule needs the number of steps and the trainer does not know it.
+            ValueError: If the schedule needs the number of training steps and the trainer does not know it.
         """
         optimizer = torch.optim.AdamW(
             self.trained_parameters().values(),
@@ -269,7 +270,7 @@ class ExpertFinetuner(LightningModule):
         if math.isinf(total) and (self.schedule != "constant" or self.warmup_fraction):
             raise ValueError(
                 f"the schedule {self.schedule!r} with warmup_fraction={self.warmup_fraction} needs the "
-                "number of training steps, which is unknown; set max_steps or max_epochs in the trainer, or use "
+                "number of training steps, which is unknown; set max_steps or max_epochs of the trainer, or use "
                 "schedule='constant' without warm-up"
             )
         warmup = 0 if math.isinf(total) else round(self.warmup_fraction * total)
@@ -279,11 +280,11 @@ class ExpertFinetuner(LightningModule):
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
 
     def on_fit_start(self) -> None:
-        """Put the model in training mode: `from_pretrained` leaves it in evaluation mode, and Lightning would too."""
+        """Set training mode: `from_pretrained` returns the model in evaluation mode, and Lightning preserves modes."""
         self.train()
 
     def on_train_start(self) -> None:
-        """Add expert dropout, which drops in training mode."""
+        """Add expert dropout, which is active in training mode."""
         if self.expert_dropout > 0:
             model = self._ready()
             self._dropout.enter_context(dropout_in_experts(model, find_expert_layers(model), self.expert_dropout))
@@ -297,44 +298,44 @@ class ExpertFinetuner(LightningModule):
         self.release()
 
     def release(self) -> None:
-        """Remove expert dropout and restore the model's experts implementation; may be called any number of times."""
+        """Remove expert dropout and restore the model's experts implementation. Idempotent."""
         self._dropout.close()
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Store only the trained tensors, and the answer tokens.
 
-        A sharded checkpoint, of which each rank writes its shards, stores all: Lightning reads it back as a whole.
+        A sharded checkpoint, of which each rank writes its shards, stores all tensors: Lightning loads all of them.
         """
         state = checkpoint["state_dict"]
         if not any(isinstance(value, Tensor) and is_sharded(value) for value in state.values()):
-            # Under ModelParallelStrategy only rank zero has them.
+            # Under ModelParallelStrategy only rank zero has the full state dict.
             checkpoint["state_dict"] = {name: state[name] for name in self.trained_parameters() if name in state}
         if self._answer_ids is not None:
             checkpoint[_ANSWERS_KEY] = self._answer_ids.tolist()
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Check that the checkpoint holds exactly the tensors that this module trains.
+        """Check that the checkpoint contains exactly the tensors that this module trains.
 
         Raises:
-            RuntimeError: Naming missing and unexpected tensors.
+            RuntimeError: If tensors are missing or unexpected; the message names them.
         """
         trained_then = checkpoint.get(self.CHECKPOINT_HYPER_PARAMS_KEY, {}).get("train")
         expected = set(self.trained_parameters())
         if "state_dict" in checkpoint:
             found = set(checkpoint["state_dict"])
-        else:  # ModelParallelStrategy has loaded it, and does not tell its tensors
+        else:  # ModelParallelStrategy has loaded the state dict, and does not pass it on
             found = expected if trained_then == self.train_part else set()
         if expected != found:
             raise RuntimeError(
-                f"the checkpoint does not hold the tensors that this module trains (train={self.train_part!r}; the "
+                f"the checkpoint does not contain the tensors that this module trains (train={self.train_part!r}; the "
                 f"checkpoint says {trained_then!r}): missing are {first_names(expected - found)}, unexpected are "
-                f"{first_names(found - expected)}. Give the model and the value of train with which it was saved"
+                f"{first_names(found - expected)}. Pass the model and the value of train with which it was saved."
             )
         if self._answer_ids is None and _ANSWERS_KEY in checkpoint:
             self._answer_ids = torch.tensor(_checked_answer_ids(checkpoint[_ANSWERS_KEY]))
 
     def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False) -> Any:
-        """Load tensors by name; frozen ones may be missing and are not reported.
+        """Load a state dict; frozen tensors may be missing and are not reported.
 
         Raises:
             RuntimeError: If shapes differ, or, with `strict`, a trained tensor is missing or a name is unknown.
@@ -345,7 +346,7 @@ class ExpertFinetuner(LightningModule):
         if strict and (missing or found.unexpected_keys):
             raise RuntimeError(
                 f"missing are {first_names(missing)}, unexpected are {first_names(found.unexpected_keys)}: these "
-                "tensors belong to another model, or to another value of train; give those with which they were saved"
+                "tensors belong to another model, or to another value of train; pass those with which they were saved"
             )
         return type(found)(missing, found.unexpected_keys)
 
@@ -360,7 +361,7 @@ class ExpertFinetuner(LightningModule):
     def _labelled(self, batch: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:
         logits, labels = self.class_logits(batch)
         if labels is None:
-            raise ValueError(f"this step needs labels, and the batch has no 'label' (it has {sorted(batch)})")
+            raise ValueError(f"this step needs labels, and the batch has no 'label' (it has {sorted(batch)}); add one")
         return logits, labels
 
     def _ready(self) -> PreTrainedModel:
@@ -381,7 +382,7 @@ class _ReleaseOnException(Callback):
 def _check_choice(name: str, value: str, literal: Any) -> None:
     valid = literal.__args__
     if value not in valid:
-        raise ValueError(f"unknown {name} {value!r}; choose one of {', '.join(valid)}")
+        raise ValueError(f"unknown {name} {value!r}; valid are {', '.join(valid)}")
 
 
 def _check_numbers(
@@ -403,7 +404,7 @@ def _checked_answer_ids(ids: Sequence[int] | Tensor) -> list[int]:
     """Answer tokens as a list of ints.
 
     Raises:
-        ValueError: If there are fewer than two, a token is negative, or two choices share one.
+        ValueError: If there are fewer than two tokens, a token is negative, or two choices share one.
     """
     answers = [int(token) for token in ids]
     if len(answers) < 2 or min(answers) < 0 or len(set(answers)) < len(answers):

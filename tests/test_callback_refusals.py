@@ -155,7 +155,7 @@ class TestRefusals:
             ({"fit_at": "middle"}, "fit_at"),
             ({"predict_method": "temperature"}, r"one of the methods \(map, laplace_lpo\), got 'temperature'"),
             ({"curvature_checkpoint_every": 0}, "curvature_checkpoint_every must be at least 1, got 0"),
-            ({"methods": ("deep_ensemble",)}, "give it runs="),
+            ({"methods": ("deep_ensemble",)}, "pass runs="),
             ({"methods": ("evidence_temperature",), "curvature": Curvature(fisher="mc")}, "exact"),
         ],
     )

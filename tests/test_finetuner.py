@@ -294,7 +294,7 @@ def test_refuses_another_number_of_choices(data):
 
 
 def test_says_what_it_lacks():
-    with pytest.raises(RuntimeError, match="tokens of the answers are not known"):
+    with pytest.raises(RuntimeError, match="answer tokens are not known"):
         finetuner().class_logits({})
     with pytest.raises(RuntimeError, match="not loaded yet"):
         finetuner("some/model").trained_parameters()
@@ -325,7 +325,7 @@ def test_answer_tokens_come_from_the_datamodule_or_the_argument(data, tmp_path):
     given = finetuner(answer_token_ids=(9, 8, 7, 6))
     trainer(tmp_path).test(given, datamodule=data, verbose=False)
     assert given._answer_ids.tolist() == [9, 8, 7, 6]
-    with pytest.raises(ValueError, match="tokens of the answers are unknown"):
+    with pytest.raises(ValueError, match="answer tokens are unknown"):
         trainer(tmp_path).test(finetuner(), dataloaders=data.test_dataloader(), verbose=False)
 
 
@@ -490,7 +490,7 @@ def test_a_schedule_without_an_end_is_refused(data, tmp_path):
 @pytest.mark.parametrize(
     ("options", "says"),
     [
-        ({"train": "router"}, "unknown train 'router'; choose one of down_proj, experts"),
+        ({"train": "router"}, "unknown train 'router'; valid are down_proj, experts"),
         ({"schedule": "step"}, "unknown schedule"),
         ({"dtype": "float8"}, "unknown dtype"),
         ({"learning_rate": 0.0}, "learning_rate must be positive"),
@@ -509,7 +509,7 @@ def test_refuses_bad_settings(options, says):
 
 
 def test_refuses_what_is_no_model():
-    with pytest.raises(TypeError, match="Linear; give a transformers model"):
+    with pytest.raises(TypeError, match="Linear; pass a transformers model"):
         ExpertFinetuner(torch.nn.Linear(2, 2))
 
 

@@ -1,1 +1,1 @@
-"""All that touches a Lightning Trainer, the callback itself aside."""
+"""All code that depends on a Lightning Trainer, except the callback itself."""

@@ -1,4 +1,4 @@
-"""The weights of a trainer's best checkpoint, for a while."""
+"""Context managers that load the weights of a trainer's best checkpoint."""
 
 from __future__ import annotations
 
@@ -15,30 +15,30 @@ import torch
 def weights_to_fit(
     trainer: L.Trainer, module: L.LightningModule, fit_at: Literal["last", "best"]
 ) -> AbstractContextManager[None]:
-    """Put the weights that methods are fitted to into the module for a while; see `best_weights`.
+    """Context manager in which the module has the weights that methods are fitted to; see `best_weights`.
 
     Args:
         trainer: The trainer.
         module: The module, with its last weights.
-        fit_at: `last` leaves it as it is.
+        fit_at: Weights to fit to: `best`, or `last`, which changes nothing.
     """
     return best_weights(trainer, module) if fit_at == "best" else nullcontext()
 
 
 @contextmanager
 def best_weights(trainer: L.Trainer, module: L.LightningModule) -> Iterator[None]:
-    """Put the weights of the best checkpoint into the module; the last ones are restored afterwards.
+    """Load the weights of the best checkpoint into the module within a context; the last ones are restored afterwards.
 
-    The file is read with `weights_only=True`: its path may come out of another checkpoint, and unpickling it could run
-    any code.
+    The file is loaded with `weights_only=True`: its path may come from another checkpoint, and unpickling could run
+    arbitrary code.
 
     Args:
         trainer: The trainer, whose checkpoint callback knows the file.
         module: The module, on its device.
 
     Raises:
-        RuntimeError: If the checkpoint callback has saved none, the file is damaged or holds objects that only
-            unpickling could restore, or its tensors have other shapes.
+        RuntimeError: If the checkpoint callback has saved none, the file is damaged or contains objects that need
+            unpickling, or its tensors have other shapes.
     """
     path = getattr(trainer.checkpoint_callback, "best_model_path", "")
     if not path:
@@ -49,7 +49,7 @@ def best_weights(trainer: L.Trainer, module: L.LightningModule) -> Iterator[None
     current = {name: value for name, value in module.state_dict().items() if name in best}
     last = {name: value.detach().to("cpu", copy=True) for name, value in current.items()}
     try:
-        # Inside the try block: a checkpoint with other shapes raises when a part of it has been loaded.
+        # Inside the try block: a checkpoint with other shapes raises after it was partly loaded.
         module.load_state_dict(best, strict=False)
         yield
     finally:
@@ -65,10 +65,10 @@ def _state_dict(path: str) -> dict[str, Any]:
         if not classes:
             raise RuntimeError(f"the best checkpoint {path} is damaged; use fit_at='last'") from error
         raise RuntimeError(
-            f"the best checkpoint {path} holds objects of {', '.join(sorted(classes)[:3])}, and reading objects other "
-            "than tensors and plain values can run code. Keep them out of the checkpoint "
-            "(save_hyperparameters(ignore=[...]), plain values in state_dict and on_save_checkpoint), allow classes "
-            "that you trust with torch.serialization.add_safe_globals, or use fit_at='last'"
+            f"the best checkpoint {path} contains objects of {', '.join(sorted(classes)[:3])}, and unpickling objects "
+            "other than tensors and plain values can run code. Exclude them from the checkpoint "
+            "(save_hyperparameters(ignore=[...]), plain values in state_dict and on_save_checkpoint), allow trusted "
+            "classes with torch.serialization.add_safe_globals, or use fit_at='last'."
         ) from error
     state: dict[str, Any] = checkpoint["state_dict"]
     return state

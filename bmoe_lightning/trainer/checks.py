@@ -1,4 +1,4 @@
-"""What the callback refuses before time is spent on training."""
+"""Checks of trainer, strategy and data that the callback runs before training."""
 
 from __future__ import annotations
 
@@ -25,10 +25,10 @@ _SHARDED = ("FSDPStrategy", "DeepSpeedStrategy", "XLAFSDPStrategy")
 
 
 def check_strategy(trainer: L.Trainer) -> None:
-    """Refuse strategies under which a plain forward and backward pass of the module does not work.
+    """Check that the strategy supports a plain forward and backward pass of the module.
 
     Raises:
-        ValueError: Naming the strategy.
+        ValueError: If it does not; the message names the strategy.
     """
     names = _class_names(trainer.strategy)
     sharded = sorted(names & set(_SHARDED))
@@ -36,42 +36,42 @@ def check_strategy(trainer: L.Trainer) -> None:
         raise ValueError(
             f"BayesianMoECallback does not support {sharded[0]}: its weights are sharded outside of the training "
             "step. Use ModelParallelStrategy(data_parallel_size=..., tensor_parallel_size=1), one device or DDP, or "
-            "train first and call fit_posterior on the unsharded model"
+            "train first and call fit_posterior on the unsharded model."
         )
     if "ModelParallelStrategy" in names:
         strategy: Any = trainer.strategy
         check_tensor_parallel(strategy.device_mesh)
     elif trainer.world_size > 1 and ("DDPStrategy" not in names or "XLAStrategy" in names):
         raise ValueError(
-            "BayesianMoECallback runs on several processes with DDP and with ModelParallelStrategy (FSDP2), and the "
-            f"trainer has {trainer.world_size} with {type(trainer.strategy).__name__}. Use one of these, or train with "
-            "all of them, load the checkpoint in one process and call fit_posterior"
+            "BayesianMoECallback supports several processes with DDP and with ModelParallelStrategy (FSDP2), and the "
+            f"trainer has {trainer.world_size} with {type(trainer.strategy).__name__}. Use one of these strategies, or "
+            "load the checkpoint of the trained model in one process and call fit_posterior."
         )
 
 
 def check_tensor_parallel(mesh: DeviceMesh) -> None:
-    """Refuse tensor parallelism, under which no rank sees a whole activation.
+    """Check that there is no tensor parallelism, under which no rank has full activations.
 
     Args:
-        mesh: The device mesh of `ModelParallelStrategy`.
+        mesh: Device mesh of `ModelParallelStrategy`.
 
     Raises:
-        ValueError: Naming the size of the tensor-parallel group.
+        ValueError: If the tensor-parallel group has several ranks; the message has its size.
     """
     size = mesh["tensor_parallel"].size()
     if size > 1:
         raise ValueError(
             f"ModelParallelStrategy has a tensor-parallel group of {size} processes (by default all of a node's), and "
-            "bmoe_lightning supports sharded weights (FSDP2) alone. Give ModelParallelStrategy(data_parallel_size="
-            f"{mesh.size()}, tensor_parallel_size=1), and apply fully_shard in configure_model"
+            "bmoe_lightning supports only sharded weights (FSDP2). Use ModelParallelStrategy(data_parallel_size="
+            f"{mesh.size()}, tensor_parallel_size=1), and apply fully_shard in configure_model."
         )
 
 
 def check_shards(trainer: L.Trainer, module: L.LightningModule) -> None:
-    """Refuse to train parameters that are not sharded, whose gradients no strategy averages.
+    """Check that all trained parameters are sharded, since `ModelParallelStrategy` averages no other gradients.
 
     Raises:
-        ValueError: Naming a parameter.
+        ValueError: If one is not; the message names it.
     """
     if trainer.world_size == 1 or not shards_weights(trainer):
         return
@@ -80,29 +80,29 @@ def check_shards(trainer: L.Trainer, module: L.LightningModule) -> None:
     if unsharded:
         raise ValueError(
             f"{len(unsharded)} trained parameters are not sharded, {unsharded[0]!r} for one, and ModelParallelStrategy "
-            "averages no gradients of such: processes would end with different models. Call fully_shard on the whole "
-            "model in configure_model (on its blocks first), or freeze them"
+            "does not average their gradients, so ranks would end with different weights. Call fully_shard on the "
+            "root module in configure_model (after its blocks), or freeze them."
         )
 
 
 def check_prediction(trainer: L.Trainer, loaders: Sequence[Any]) -> None:
-    """Refuse to predict with sharded weights where ranks have different numbers of examples. A collective.
+    """Check that all ranks predict equally many examples where weights are sharded. A collective.
 
-    Lightning pads no loader in a prediction, so a rank may run out of batches while others wait in an all-gather.
+    Lightning pads no predict loader, so a rank may run out of batches while others wait in an all-gather.
 
     Raises:
-        ValueError: Naming the numbers of examples, or a loader without a length.
+        ValueError: If the numbers of examples differ, or a loader has no length.
     """
     for loader in loaders if shards_weights(trainer) else ():
         sampler = getattr(getattr(loader, "batch_sampler", None), "sampler", None)
-        # -1 rather than an error at once: the other ranks are about to compare too.
+        # -1 instead of an error: the other ranks are in the same collective.
         numbers = gather_number(len(sampler) if isinstance(sampler, Sized) else -1)
         if min(numbers) < 0 or len(set(numbers)) > 1:
             found = ", ".join("unknown" if number < 0 else str(number) for number in numbers)
             raise ValueError(
-                "processes all-gather sharded weights in lockstep, so each must predict equally many examples, and "
-                f"they have {found}. Predict a number of examples that the number of processes divides, from a "
-                "DataLoader over a data set with a length; or use trainer.test, or one process"
+                "ranks all-gather sharded weights in lockstep, so each must predict equally many examples, and they "
+                f"have {found}. Predict a multiple of the number of ranks, from a DataLoader over a data set with a "
+                "length; or use trainer.test, or one process."
             )
 
 
@@ -127,14 +127,14 @@ def with_enough_snapshots(methods: Sequence[Method], num_snapshots: int) -> list
 
 
 def check_sketch(trainer: L.Trainer, sketches: Iterable[SketchName]) -> None:
-    """Refuse sketches of the curvature that several ranks cannot sum.
+    """Check that the curvature sketches can be summed over ranks.
 
     Args:
         trainer: The trainer.
-        sketches: The sketches that will be used.
+        sketches: Sketches of the run.
 
     Raises:
-        ValueError: Naming the sketch.
+        ValueError: If there are several ranks and a sketch is not linear.
     """
     if trainer.world_size > 1:
         for sketch in sketches:
@@ -142,16 +142,16 @@ def check_sketch(trainer: L.Trainer, sketches: Iterable[SketchName]) -> None:
 
 
 def check_data(trainer: L.Trainer, methods: Sequence[Method]) -> None:
-    """Refuse training and validation data on which methods could not be fitted in the end.
+    """Check that methods can be fitted on the training and validation data.
 
     Args:
-        trainer: A trainer that fits, its training loader set up.
-        methods: Methods that are going to be fitted.
+        trainer: Trainer within a fit, with its training loader set up.
+        methods: Methods to fit.
 
     Raises:
-        RuntimeError: If the loaders are not what a pass outside of the loops needs; see `training_pass`.
-        NeedsError: If there are too few held-out inputs, or none.
-        ValueError: If the trainer has several processes and their examples cannot be told apart.
+        RuntimeError: If a loader does not support a pass outside of the loops; see `training_pass`.
+        NeedsError: If there are no or too few held-out inputs.
+        ValueError: If there are several ranks, and it is unknown which examples their samplers repeat.
     """
     for curvature in (curvature for method in methods for curvature in method.curvatures if curvature.collects):
         training_pass(trainer, "Curvature", curvature.max_batches)
@@ -162,10 +162,10 @@ def check_data(trainer: L.Trainer, methods: Sequence[Method]) -> None:
 
 
 def check_loaders(trainer: L.Trainer, loaders: Sequence[Any]) -> None:
-    """Refuse evaluation loaders of which several ranks would count examples twice.
+    """Check that several ranks would not count examples of evaluation loaders twice.
 
     Raises:
-        ValueError: Naming the loader's samplers.
+        ValueError: If they would; the message names the loader's sampler.
     """
     for loader in loaders:
         shard = find_sampler_shard(trainer, loader, math.inf)
@@ -174,39 +174,39 @@ def check_loaders(trainer: L.Trainer, loaders: Sequence[Any]) -> None:
 
 
 def check_later_callbacks(later: Sequence[L.Callback]) -> None:
-    """Refuse callbacks that change the weights at the end of training, after the posterior was fitted.
+    """Check that no later callback changes the weights at the end of training, after the posterior was fitted.
 
     Args:
-        later: The callbacks behind `BayesianMoECallback` in the trainer's list.
+        later: Callbacks after `BayesianMoECallback` in the trainer's list.
 
     Raises:
-        ValueError: Naming the callback.
+        ValueError: If one does; the message names it.
     """
     for other in later:
         changes_weights = isinstance(other, (StochasticWeightAveraging, ModelPruning))
-        # By name: Lightning before 2.6 has no such class.
+        # By name: Lightning before 2.6 does not have the class.
         if changes_weights or "WeightAveraging" in _class_names(other):
             raise ValueError(
-                f"{type(other).__name__} changes the weights when training ends, so it must come before "
-                "BayesianMoECallback in the trainer's callbacks"
+                f"{type(other).__name__} changes the weights when training ends, after the posterior was fitted; put "
+                "it before BayesianMoECallback in the trainer's callbacks"
             )
 
 
 def check_fit_at(trainer: L.Trainer, fit_at: str) -> None:
-    """Refuse to fit at the best weights of a trainer that shards them.
+    """Check that the strategy supports `fit_at`.
 
     Raises:
-        ValueError: If a checkpoint of unsharded weights would have to be loaded.
+        ValueError: If `fit_at` is `best`, which reads an unsharded checkpoint, and the strategy shards weights.
     """
     if fit_at == "best" and shards_weights(trainer):
         raise ValueError(
-            "fit_at='best' reads a checkpoint of unsharded weights, and ModelParallelStrategy shards them; fit at the "
-            "last ones, or load the best ones into one process and call fit_posterior"
+            "fit_at='best' reads a checkpoint of unsharded weights, and ModelParallelStrategy shards them; use "
+            "fit_at='last', or load the best weights in one process and call fit_posterior"
         )
 
 
 def is_trial(trainer: L.Trainer) -> bool:
-    """Whether this is a `fast_dev_run`: everything runs, nothing is written."""
+    """Whether this is a `fast_dev_run`, in which nothing is written."""
     return bool(getattr(trainer, "fast_dev_run", False))
 
 

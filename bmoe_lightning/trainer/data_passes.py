@@ -1,4 +1,4 @@
-"""Passes over a trainer's data outside of its loops, with its own devices, precision, limits and progress bar."""
+"""Passes over a trainer's data outside of its loops, with its devices, precision, limits and progress bar."""
 
 from __future__ import annotations
 
@@ -19,21 +19,21 @@ from bmoe_lightning.utils.random_state import reproducible_order, unchanged_rand
 
 
 class DataPass:
-    """One epoch over a data set as the trainer's loops would see it; may be iterated over more than once.
+    """One epoch over a data set as in the trainer's loops; re-iterable.
 
     Args:
-        trainer: A trainer whose strategy is set up.
-        loader: A loader of the trainer, or any iterable of batches.
+        trainer: Trainer whose strategy is set up.
+        loader: Loader of the trainer, or any iterable of batches.
         num_batches: Number of batches in a pass.
         description: Text beside the progress bar.
         dataloader_idx: Index of the loader, passed to the module's transfer hooks.
         transient: Whether the progress bar is removed when a pass is over.
         repeats: Whether the examples that a distributed sampler repeats as padding are included, as in the trainer's
             loops. Without them a rank may have one batch fewer than another, or none; where the strategy shards
-            weights, ranks run in lockstep and repeated examples run too, marked as not counted (see `CountedBatch`).
+            weights, ranks run in lockstep on repeated examples too, marked as not counted (see `CountedBatch`).
 
     Raises:
-        ValueError: If repeated examples are to be left out, and it is unknown which ones they are.
+        ValueError: If `repeats` is False, and it is unknown which examples are repeated.
     """
 
     def __init__(
@@ -62,13 +62,13 @@ class DataPass:
 
     @property
     def num_examples(self) -> int | None:
-        """Examples of one pass, summed over all ranks; None where that is unknown."""
+        """Number of examples of one pass, summed over all ranks; None where it is unknown."""
         return _count_examples(self._loader, self._num_batches) if self._shard is None else self._shard.total
 
     def __iter__(self) -> Iterator[Any]:
         """Batches on the trainer's device, moved by the module's transfer hooks.
 
-        Without `repeats` the order does not depend on what ran before; see `reproducible_order`.
+        Without `repeats` the order is reproducible; see `reproducible_order`.
         """
         trainer = self._trainer
         shard = self._shard if self._lockstep else None
@@ -95,9 +95,9 @@ def training_pass(trainer: L.Trainer, description: str, max_batches: int | None 
     """A pass over the trainer's training data.
 
     Args:
-        trainer: A trainer that fits.
+        trainer: Trainer within a fit.
         description: Text beside the progress bar.
-        max_batches: Cap on the batches of each rank; None is a whole epoch.
+        max_batches: Maximum number of batches per rank; None is a full epoch.
 
     Raises:
         RuntimeError: If the trainer has no training loader, has several, or one without a length and no `max_batches`.
@@ -107,14 +107,14 @@ def training_pass(trainer: L.Trainer, description: str, max_batches: int | None 
     if loader is None or isinstance(loader, (dict, list, tuple)):
         raise RuntimeError(
             f"curvature needs one training loader, found {type(loader).__name__}; combine the data in one loader, or "
-            "call fit_posterior with batches"
+            "call bmoe_lightning.methods.fit_methods with batches"
         )
     limit = math.inf if max_batches is None else max_batches
     total = min(trainer.num_training_batches, limit)
     if math.isinf(total):
         raise RuntimeError(
-            "the training loader has no length, so a curvature epoch never ends; cap the curvature with max_batches=N, "
-            "or the trainer with limit_train_batches=N"
+            "the training loader has no length, so a curvature epoch never ends; set max_batches=N of the curvature, "
+            "or limit_train_batches=N of the trainer"
         )
     return DataPass(trainer, loader, int(total), description)
 
@@ -123,7 +123,7 @@ def validation_pass(trainer: L.Trainer, description: str) -> DataPass | None:
     """A pass over the trainer's validation data; None if it has none.
 
     Args:
-        trainer: A trainer that fits.
+        trainer: Trainer within a fit.
         description: Text beside the progress bar.
 
     Raises:
@@ -136,14 +136,14 @@ def validation_pass(trainer: L.Trainer, description: str) -> DataPass | None:
     loaders = as_list(trainer.val_dataloaders)
     if len(loaders) > 1:
         raise RuntimeError(
-            f"the callback calibrates on the validation loader, and there are {len(loaders)}; give the trainer one, or "
-            "call fit_posterior with batches"
+            f"the callback calibrates on one validation loader, and there are {len(loaders)}; combine the data in one "
+            "loader, or call bmoe_lightning.methods.fit_methods with batches"
         )
     counts = trainer.num_val_batches
     if not loaders or sum(counts) == 0:
         return None
     if math.isinf(counts[0]):
-        raise RuntimeError("the validation loader has no length; give the trainer limit_val_batches=N")
+        raise RuntimeError("the validation loader has no length; set limit_val_batches=N of the trainer")
     return DataPass(trainer, loaders[0], int(counts[0]), description)
 
 
@@ -155,7 +155,7 @@ def as_list(loaders: Any) -> list[Any]:
 
 
 def training_examples(trainer: L.Trainer) -> int | None:
-    """Examples of a training epoch, summed over all ranks; None where that is unknown."""
+    """Number of examples of a training epoch, summed over all ranks; None where it is unknown."""
     shard = find_sampler_shard(trainer, trainer.train_dataloader, trainer.num_training_batches)
     if shard is not None:
         return shard.total
@@ -166,29 +166,29 @@ class TrainerTrainingData:
     """The training data of curvature passes, from a trainer's training loader.
 
     Args:
-        trainer: A trainer that fits.
+        trainer: Trainer within a fit.
     """
 
     def __init__(self, trainer: L.Trainer) -> None:
         self._trainer = trainer
 
     def batches(self, max_batches: int | None) -> DataPass:
-        """One pass, at most `max_batches` batches on each process; see `training_pass`."""
+        """One pass of at most `max_batches` batches on each rank; see `training_pass`."""
         return training_pass(self._trainer, "Curvature", max_batches)
 
     def num_examples(self, max_batches: int | None) -> int | None:
-        """Examples of a training epoch where a pass is capped; else None: those of the pass itself."""
+        """Number of examples of a training epoch if the pass is capped; else None, for that of the pass itself."""
         return None if max_batches is None else training_examples(self._trainer)
 
 
 def _count_examples(loader: Any, num_batches: float) -> int | None:
-    """Examples in the first batches of a loader, or None where that is unknown."""
+    """Number of examples in the first batches of a loader, or None where it is unknown."""
     if not isinstance(loader, DataLoader) or math.isinf(num_batches):
         return None
     batch_sampler = loader.batch_sampler
-    if not isinstance(batch_sampler, BatchSampler):  # the data set, or a custom sampler, makes the batches
+    if not isinstance(batch_sampler, BatchSampler):  # the data set, or a custom sampler, forms the batches
         return None
     size = int(num_batches) * batch_sampler.batch_size
-    # A sampler may draw a part of the data, or some of them more than once.
+    # A sampler may sample a subset of the data, or with replacement.
     sized = next((x for x in (batch_sampler.sampler, loader.dataset) if isinstance(x, Sized)), None)
     return size if sized is None else min(size, len(sized))

@@ -1,4 +1,4 @@
-"""One `trainer.validate` or `trainer.test`, as the callback sees it: predictions, metrics, TensorBoard."""
+"""One `trainer.validate` or `trainer.test` run of the callback: predictions, metrics and TensorBoard."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ class EvaluationRun:
     """Predictions of every method on every loader of one run.
 
     Args:
-        stage: `val` or `test`, as it appears in logged names.
+        stage: Stage in logged names, `val` or `test`.
         methods: Methods that predict.
         fitted: What they were fitted to.
         snapshots: Trained weights after the last epochs.
@@ -62,14 +62,14 @@ class EvaluationRun:
         passes: Sequence[Iterable[Any]],
         shards: Sequence[SamplerShard | None] | None = None,
     ) -> dict[str, dict[str, Predictions]]:
-        """Let the ensembles predict, and return all predictions: by loader (`test`, or `test_0`, ...), then by method.
+        """Predict with the ensembles, and return all predictions by loader (`test`, or `test_0`, ...) and method.
 
         Args:
             module: The model.
-            class_logits: As in `add`.
-            passes: Each loader once more, as in `add`.
-            shards: On several processes, this rank's shard of each loader. All call this then, and each gets the
-                predictions of all.
+            class_logits: Function as in `add`.
+            passes: Re-iterable batches of each loader, as in `add`.
+            shards: This rank's shard of each loader if there are several ranks. Then this is a collective, and every
+                rank gets all predictions.
         """
         for loader, evaluation in self._evaluations.items():
             name = self.stage if len(passes) == 1 else f"{self.stage}_{loader}"
@@ -92,14 +92,14 @@ class EvaluationRun:
         loaders: Sequence[Any],
         counts: Sequence[float],
     ) -> dict[str, dict[str, Predictions]]:
-        """As `finish`, for the loaders of a trainer.
+        """Call `finish` with the loaders of a trainer.
 
         Args:
-            trainer: A trainer that evaluates.
+            trainer: Trainer within an evaluation.
             module: The model.
-            class_logits: As in `add`.
+            class_logits: Function as in `add`.
             loaders: The trainer's loaders of this stage.
-            counts: Number of batches of each.
+            counts: Number of batches of each loader.
         """
         passes = [
             DataPass(trainer, loader, int(n), "Ensembles", index, transient=True, repeats=True)
@@ -109,15 +109,15 @@ class EvaluationRun:
         return self.finish(module, class_logits, passes, shards)
 
     def log(self, trainer: L.Trainer, module: L.LightningModule, name: str) -> None:
-        """Log the metrics of every method, and after a test the comparison in TensorBoard.
+        """Log the metrics of every method, and after a test write the TensorBoard comparison.
 
         Args:
-            trainer: A trainer that evaluates.
+            trainer: Trainer within an evaluation.
             module: The module.
             name: Prefix of logged names, or empty.
         """
         metrics = {f"{name}/{key}" if name else key: value for key, value in self.metrics().items()}
-        # The same on every process, which Lightning must be told; a maximum does not round, as a mean would.
+        # Equal on every rank, but Lightning requires a reduction; unlike a mean, a maximum does not round.
         module.log_dict(metrics, reduce_fx="max", sync_dist=trainer.world_size > 1)
         if self.stage == "test" and not is_trial(trainer) and trainer.is_global_zero:
             for logger in trainer.loggers:
@@ -125,7 +125,7 @@ class EvaluationRun:
                     self.write_tensorboard(Path(logger.log_dir) / name, logged_step(trainer))
 
     def metrics(self) -> dict[str, float]:
-        """`{method}/{loader}/{metric}` of every method."""
+        """Metrics of every method by `{method}/{loader}/{metric}`."""
         return {
             f"{method}/{name}/{metric}": float(value)
             for name, by_method in self._predictions.items()
@@ -134,7 +134,7 @@ class EvaluationRun:
         }
 
     def results(self, loader: int = 0) -> list[MethodResult]:
-        """What the report package takes, one entry a method.
+        """Results for the report package, one per method.
 
         Raises:
             KeyError: If that loader had no batch.
@@ -155,11 +155,11 @@ class EvaluationRun:
         ]
 
     def write_tensorboard(self, folder: Path, step: int) -> None:
-        """Write one sub-run a method, for each loader.
+        """Write one TensorBoard sub-run per method, for each loader.
 
         Args:
-            folder: The logger's own folder.
-            step: Training steps so far, the axis that the training curves have.
+            folder: Folder of the logger.
+            step: Number of training steps, as on the axis of the training curves.
         """
         for loader, name in self._names.items():
             results = self.results(loader)
@@ -169,13 +169,13 @@ class EvaluationRun:
 
 
 def predicted(predictor: Predictor, module: nn.Module, class_logits: ClassLogits, batch: Any) -> dict[str, Any]:
-    """What `trainer.predict` returns for a batch.
+    """The output of `trainer.predict` for a batch.
 
     Args:
-        predictor: The method that predicts.
+        predictor: Predictor of one method.
         module: The model.
-        class_logits: `(module, batch) -> (logits [B, K], labels [B] or None)`.
-        batch: Whatever `class_logits` takes.
+        class_logits: Function `(module, batch) -> (logits [B, K], labels [B] or None)`.
+        batch: Batch that `class_logits` accepts.
 
     Returns:
         `method` (its name), `probs` and `log_probs` `[B, K]`, `logits` `[B, K]` of the model itself, and `entropy`
@@ -200,15 +200,15 @@ def predicted(predictor: Predictor, module: nn.Module, class_logits: ClassLogits
 def replace_predict_step(
     module: L.LightningModule, predictor: Predictor, class_logits: ClassLogits
 ) -> Callable[[], None]:
-    """Have a module's `predict_step` return a prediction beside what it returned by itself.
+    """Patch a module's `predict_step` to return a prediction beside its original output.
 
-    Entries of the module's own output stay where it is a mapping (an `index`, say), unless `predicted` has one of the
-    same name; any other output is the entry `step_output`.
+    If the original output is a mapping, its entries (an `index`, say) are merged, and those of `predicted` take
+    precedence; any other output becomes the entry `step_output`.
 
     Args:
         module: The module.
-        predictor: The method that predicts.
-        class_logits: As in `predicted`.
+        predictor: Predictor of one method.
+        class_logits: Function as in `predicted`.
 
     Returns:
         A function that takes the replacement out again.

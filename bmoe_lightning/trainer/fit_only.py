@@ -1,4 +1,4 @@
-"""A trainer set up as for training, with something else in the place of the training."""
+"""Run an action with a trainer that is set up as for training, instead of the fit loop."""
 
 from __future__ import annotations
 
@@ -21,18 +21,18 @@ def fit_only(
     """Set a trainer up as for training (devices, precision, sharding, loaders), and run an action instead of training.
 
     Args:
-        trainer: The trainer; it trains no step.
-        callback: Callback whose hooks have to run; it is added to the trainer for the time if it is not there.
-        module: LightningModule; by default the trainer's own.
-        action: What runs where training would.
-        data: Data and checkpoint, as for `trainer.fit`.
+        trainer: The trainer; it runs no training step.
+        callback: Callback whose hooks must run; it is added to the trainer temporarily if missing.
+        module: LightningModule; by default the one attached to the trainer.
+        action: Function that runs instead of the fit loop.
+        data: Data and checkpoint arguments of `trainer.fit`.
 
     Raises:
         ValueError: If there is no module.
     """
     module = trainer.lightning_module if module is None else module
     if module is None:
-        raise ValueError("the trainer has no module yet; pass module=, the LightningModule to fit to")
+        raise ValueError("the trainer has no module yet; pass module= with the LightningModule")
     callbacks: list[L.Callback] = trainer.callbacks  # type: ignore[attr-defined]
     is_added = callback not in callbacks
     if is_added:

@@ -9,13 +9,13 @@ Schedule = Literal["linear", "cosine", "constant"]
 
 
 def learning_rate_factor(step: int, total: float, warmup: int, schedule: Schedule) -> float:
-    """The learning rate of a step, divided by its peak.
+    """The learning rate of a step as a fraction of its peak.
 
     Args:
         step: Index of the step, from 0.
         total: Number of steps; may be infinite for a constant schedule.
-        warmup: Number of warm-up steps, in which it rises linearly from `1 / warmup`.
-        schedule: `linear` or `cosine` (zero from step `total` on), or `constant`.
+        warmup: Number of warm-up steps, in which it increases linearly from `1 / warmup`.
+        schedule: Schedule: `linear` or `cosine` (zero from step `total` on), or `constant`.
     """
     if step < warmup:
         return (step + 1) / warmup

@@ -1,7 +1,8 @@
-"""The one border to Lightning's private attributes: each is read in one function here, and nowhere else.
+"""All uses of Lightning's private attributes, one function for each.
 
-Every function says in which releases of Lightning its attribute was seen. `tests/trainer/test_lightning_internals.py`
-runs each of them on a real `Trainer`, so that a release without the attribute fails there, by name.
+Every function documents the releases of Lightning in which its attribute was tested.
+`tests/trainer/test_lightning_internals.py` runs each of them on a real `Trainer`, so that a release without the
+attribute fails there, by name.
 """
 
 from __future__ import annotations
@@ -18,18 +19,18 @@ from torch.utils.data import DataLoader
 
 
 def logged_step(trainer: L.Trainer) -> int:
-    """The step under which Lightning logs: optimizer steps, each counted once with several optimizers.
+    """The step that Lightning logs: optimizer steps, counted once for all optimizers.
 
-    Reads `fit_loop.epoch_loop._batches_that_stepped` (seen in 2.5.0 to 2.6.6); `trainer.global_step` counts the steps
-    of every optimizer.
+    Reads `fit_loop.epoch_loop._batches_that_stepped` (tested with 2.5.0 to 2.6.6); `trainer.global_step` counts the
+    steps of every optimizer.
     """
     return int(trainer.fit_loop.epoch_loop._batches_that_stepped)
 
 
 def is_restoring_checkpoint(trainer: L.Trainer) -> bool:
-    """Whether a checkpoint is being restored right now; `trainer.ckpt_path` may be that of an earlier run.
+    """Whether a checkpoint is being restored now; `trainer.ckpt_path` may be that of an earlier run.
 
-    Reads `_checkpoint_connector._loaded_checkpoint` (seen in 2.5.0 to 2.6.6).
+    Reads `_checkpoint_connector._loaded_checkpoint` (tested with 2.5.0 to 2.6.6).
     """
     return bool(trainer._checkpoint_connector._loaded_checkpoint)
 
@@ -37,24 +38,24 @@ def is_restoring_checkpoint(trainer: L.Trainer) -> bool:
 def before_batch_transfer(module: L.LightningModule, batch: Any, dataloader_idx: int) -> Any:
     """Run the hook `on_before_batch_transfer` of a trainer's datamodule or module, as the trainer's loops do.
 
-    Calls `LightningModule._on_before_batch_transfer` (seen in 2.5.0 to 2.6.6), which finds out whose hook it is.
+    Calls `LightningModule._on_before_batch_transfer` (tested with 2.5.0 to 2.6.6), which selects the hook.
     """
     return module._on_before_batch_transfer(batch, dataloader_idx=dataloader_idx)
 
 
 def setup_validation_data(trainer: L.Trainer) -> None:
-    """Make the validation loaders of a trainer that fits, unless they are there; `trainer.val_dataloaders` holds them.
+    """Create the validation loaders of a trainer within a fit, unless they exist, as `trainer.val_dataloaders`.
 
-    Calls `fit_loop.epoch_loop.val_loop.setup_data` (seen in 2.5.0 to 2.6.6): during a fit, Lightning makes the loaders
-    when it first validates, which may be never.
+    Calls `fit_loop.epoch_loop.val_loop.setup_data` (tested with 2.5.0 to 2.6.6): during a fit, Lightning creates
+    the loaders when it first validates, which may be never.
     """
     trainer.fit_loop.epoch_loop.val_loop.setup_data()
 
 
 def wrapped_sampler(sampler: Any) -> Any:
-    """The user's sampler inside the distributed sampler that Lightning has wrapped around it; None for any other.
+    """The user's sampler inside the distributed sampler with which Lightning wraps it; None for any other.
 
-    Reads `DistributedSamplerWrapper.dataset._sampler` (seen in 2.5.0 to 2.6.6), and the same of
+    Reads `DistributedSamplerWrapper.dataset._sampler` (tested with 2.5.0 to 2.6.6), and the same of
     `UnrepeatedDistributedSamplerWrapper`.
     """
     wrappers = (DistributedSamplerWrapper, UnrepeatedDistributedSamplerWrapper)
@@ -62,10 +63,10 @@ def wrapped_sampler(sampler: Any) -> Any:
 
 
 def wrapped_samplers(loader: Any) -> list[Any]:
-    """The user's samplers that Lightning has wrapped in a loader's own; see `wrapped_sampler`.
+    """The user's samplers that Lightning has wrapped in a loader; see `wrapped_sampler`.
 
     Args:
-        loader: A DataLoader, or any other iterable, which has none.
+        loader: DataLoader, or any other iterable, which has none.
     """
     if not isinstance(loader, DataLoader):
         return []
@@ -76,11 +77,11 @@ def wrapped_samplers(loader: Any) -> list[Any]:
 
 @contextmanager
 def replaced_fit_loop(trainer: L.Trainer, action: Callable[[], None]) -> Iterator[None]:
-    """Have `trainer.fit` make its training loader and then run an action, where it would train.
+    """Make `trainer.fit` create its training loader and then run an action instead of training.
 
-    Replaces `fit_loop.run` on the instance and calls `fit_loop.setup_data` (seen in 2.5.0 to 2.6.6): what a trainer
-    sets up for training is there when the loop runs, and gone when `trainer.fit` returns. Where the action can be
-    pickled, strategies that spawn processes can send it to them.
+    Replaces `fit_loop.run` on the instance and calls `fit_loop.setup_data` (tested with 2.5.0 to 2.6.6): the
+    trainer is set up for training when the loop runs, and torn down when `trainer.fit` returns. If the action can be
+    pickled, it works with strategies that spawn processes.
     """
     loop = trainer.fit_loop
     loop.run = partial(_set_up_and_call, loop, action)  # type: ignore[method-assign]

@@ -1,4 +1,4 @@
-"""The weights from before fine-tuning: the prior mean, from which the evidence measures how far the experts moved."""
+"""The prior mean: copies of the expert weights from before fine-tuning, for the evidence."""
 
 from __future__ import annotations
 
@@ -17,13 +17,14 @@ from bmoe_lightning.trainer.lightning_internals import is_restoring_checkpoint
 
 
 class PriorMean:
-    """CPU copies of the `down_proj` of every expert, taken once for each module.
+    """CPU copies of the `down_proj` of every expert, captured once per module.
 
     Args:
-        find_layers: Finds the layers of a model; raises `ValueError` where there are none yet. None captures nothing.
+        find_layers: Function that finds the layers of a model and raises `ValueError` if there are none yet. None
+            captures nothing.
 
     Attributes:
-        weights: Weights as `down_proj_weights` names them, this rank's shards of sharded ones; None before a capture.
+        weights: Weights by the names of `down_proj_weights` (this rank's shards if sharded); None before a capture.
     """
 
     def __init__(self, find_layers: Callable[[nn.Module], list[ExpertLayer]] | None) -> None:
@@ -33,15 +34,15 @@ class PriorMean:
         self._hook: RemovableHandle | None = None
 
     def is_of(self, module: nn.Module) -> bool:
-        """Whether the copies were taken from this very module."""
+        """Whether the copies were captured from this module object."""
         return self._module is not None and self._module() is module
 
     def capture(self, module: nn.Module) -> None:
-        """Copy the weights, unless that was done, or the module has no experts yet."""
+        """Copy the weights, unless they were captured already or the module has no experts yet."""
         if self._find_layers is None or self.is_of(module):
             return
         self.weights = self._module = None
-        with suppress(ValueError):  # no experts yet: a model that is built in configure_model
+        with suppress(ValueError):  # no experts yet: the model is created in configure_model
             layers = self._find_layers(module)
             self.weights = {
                 name: local_part(weight).values.to("cpu", copy=True)
@@ -51,19 +52,19 @@ class PriorMean:
             self._module = weakref.ref(module)
 
     def capture_on_load(self, trainer: L.Trainer, module: nn.Module) -> None:
-        """Capture a model that is built later just before a checkpoint of the trainer overwrites it.
+        """Capture a model that is created in `configure_model`, just before the trainer loads a checkpoint into it.
 
-        Lightning calls no hook of a callback between the two.
+        Lightning calls no callback hook between the two.
         """
 
         def before_load(loading: nn.Module, *_: Any) -> None:  # a function, so that a copy of the module shares it
-            if is_restoring_checkpoint(trainer):  # and it is not configure_model that loads pretrained weights
+            if is_restoring_checkpoint(trainer):  # not when configure_model loads pretrained weights
                 self.capture(loading)
 
         self._hook = module.register_load_state_dict_pre_hook(before_load)
 
     def remove_hook(self) -> None:
-        """Remove the hook of `capture_on_load`; may be called any number of times."""
+        """Remove the hook of `capture_on_load`. Idempotent."""
         if self._hook is not None:
             self._hook.remove()
             self._hook = None

@@ -1,4 +1,4 @@
-"""Progress of work outside the trainer's loops, shown in the trainer's own progress bar."""
+"""Progress of work outside of the trainer's loops, in the trainer's progress bar."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ from lightning.pytorch.callbacks import RichProgressBar, TQDMProgressBar
 def progress(
     trainer: L.Trainer, total: int, description: str, *, transient: bool = False
 ) -> Iterator[Callable[[], None]]:
-    """Show progress in the trainer's bar; silent without one, with one of an unknown class, and on ranks other than 0.
+    """Show progress in the trainer's bar; silent without a supported bar, and on ranks other than 0.
 
     Args:
-        trainer: The trainer with the bar.
+        trainer: The trainer.
         total: Number of steps.
         description: Text beside the bar.
         transient: Whether the bar is removed afterwards.

@@ -1,4 +1,4 @@
-"""The files of a callback: where a run writes, and what an earlier one has written there."""
+"""The output folder of a callback, and the files of earlier runs in it."""
 
 from __future__ import annotations
 
@@ -30,9 +30,9 @@ _SNAPSHOT_NAME = re.compile(r"[0-9a-f]{8}-epoch-\d{4,}\.safetensors")
 
 
 class RunFolder:
-    """Which folder belongs to a run, and which snapshots are in it.
+    """The output folder of a run, and its snapshots.
 
-    Only files that carry the id of this run's fit are ever removed.
+    Only files with the id of this run's fit are removed.
 
     Args:
         given: Folder that the user named, if any.
@@ -40,11 +40,11 @@ class RunFolder:
         name: Subfolder, by which two callbacks of one run keep apart.
 
     Attributes:
-        given: As above; of several processes, rank 0's.
-        folder: Where the run writes; None writes nothing.
-        fit_id: Identifier of the fit that the run is about to make.
-        snapshots: Trained weights after the last epochs, the latest last.
-        resumes: Whether the training that is about to begin continues the run of a checkpoint.
+        given: Folder that the user specified on rank 0, if any.
+        folder: Output folder; None writes nothing.
+        fit_id: Identifier of this run's fit.
+        snapshots: Snapshots of the trained weights after the last epochs, latest last.
+        resumes: Whether training resumes the run of a checkpoint.
     """
 
     def __init__(self, given: str | None, pass_every: int | None, name: str = "") -> None:
@@ -58,7 +58,7 @@ class RunFolder:
         self.snapshots: list[Path] = []
         self._name = name
         self._pass_every = pass_every
-        self._earlier: tuple[Path, str, list[str]] | None = None  # folder, fit and snapshots of a loaded checkpoint
+        self._earlier: tuple[Path, str, list[str]] | None = None  # folder, fit id and snapshot names of a checkpoint
         self._several = False
         self.resumes = False
 
@@ -71,9 +71,9 @@ class RunFolder:
         self._several = trainer.world_size > 1
 
     def begin_training(self, trainer: L.Trainer) -> None:
-        """Take over the snapshots of a run that is being resumed, or begin a new fit. A collective.
+        """Adopt the snapshots of a resumed run, or start a new fit. A collective.
 
-        A folder that the user did not name is another one if it holds the fit of another run.
+        A default folder that contains the fit of another run is replaced by its next version.
         """
         earlier = self._earlier if self.resumes else None
         self.fit_id, self.snapshots = (uuid.uuid4().hex if earlier is None else earlier[1]), []
@@ -90,7 +90,7 @@ class RunFolder:
         self.resumes = False
 
     def continue_training_of(self, trainer: L.Trainer) -> None:
-        """Find the snapshots of a training that has ended, or was killed while its fit was made. A collective."""
+        """Find the snapshots of a training run that ended, or was killed while fitting. A collective."""
         if trainer.is_global_zero:
             _check_writable(self.folder)
             self._warn_of_pass_elsewhere()
@@ -106,7 +106,7 @@ class RunFolder:
         self.resumes = False
 
     def save_snapshot(self, trainer: L.Trainer, module: L.LightningModule, num_snapshots: int) -> None:
-        """Write the trained weights of an epoch, and remove those of the earliest one too many. A collective."""
+        """Write a snapshot of the trained weights, and remove the oldest surplus ones. A collective."""
         if self.folder is None:
             return
         name = f"{self.fit_id[:8]}-epoch-{trainer.current_epoch:04d}.safetensors"
@@ -123,18 +123,18 @@ class RunFolder:
                 remove_snapshot(earlier)
 
     def save(self, fit: FitResult) -> None:
-        """Write a fit with the run's snapshots, copied if another folder has them; for one process of all."""
+        """Write a fit with the run's snapshots, copied if they are in another folder. Call it on rank 0 only."""
         if self.folder is not None:
             target = self.folder / SNAPSHOT_FOLDER
             self.snapshots = [_copied(path, target / path.name) for path in self.snapshots]
             save_fit(self.folder, fit, self.snapshots)
 
     def load(self, offload: Collection[str] = ()) -> FitResult | None:
-        """Read what an earlier process wrote, its snapshots included; None if there is nothing. A collective.
+        """Load the fit of an earlier process with its snapshots; None if there is none. A collective.
 
         Raises:
-            ValueError: If it is damaged, or parts of two fits, or processes do not find the same fit.
-            FileNotFoundError: If a part of it is missing.
+            ValueError: If it is damaged, mixes files of two fits, or ranks do not find the same fit.
+            FileNotFoundError: If one of its files is missing.
         """
         earlier = None if self._earlier is None else self._earlier[0]
         folders = [folder for folder in (self.given, earlier, self.folder) if folder is not None]
@@ -147,20 +147,20 @@ class RunFolder:
         return fit
 
     def set_aside(self) -> None:
-        """Leave a fit that was found where it is: it is to other weights, and so are its snapshots.
+        """Ignore a fit to other weights, and its snapshots.
 
         Raises:
-            WeightMismatchError: If another fit would replace it.
+            WeightMismatchError: If the new fit would overwrite it.
         """
         if self.folder is not None and has_fit(self.folder):
             raise WeightMismatchError(
-                f"{self.folder} has a fit to other weights than the model's, and it is not replaced. Load the "
-                f"checkpoint that it was fitted on, give another dirpath=, or remove its {INDEX_FILE}"
+                f"{self.folder} has a fit to other weights than the model's, which is not overwritten. Load the "
+                f"checkpoint that it was fitted to, pass another dirpath=, or remove its {INDEX_FILE}."
             )
         self.fit_id, self.snapshots = uuid.uuid4().hex, []  # of rank 0, once the others hear of it
 
     def pass_files(self) -> PassFiles | None:
-        """Where curvature passes write their accumulators."""
+        """Location of the checkpoints of curvature passes."""
         if self.folder is None or self._pass_every is None:
             return None
         return PassFiles(self.folder, self._pass_every)
@@ -171,13 +171,13 @@ class RunFolder:
         folder = self._earlier[0]
         if folder != self.folder and any(folder.glob("curvature_state-*.safetensors")):
             warnings.warn(
-                f"the run of the checkpoint has left a killed curvature pass in {folder}, and this one starts again in "
-                f"{self.folder}; give dirpath={str(folder)!r} to resume it",
+                f"the run of the checkpoint has a killed curvature pass in {folder}, and this one starts from the "
+                f"beginning in {self.folder}; pass dirpath={str(folder)!r} to resume it",
                 stacklevel=2,
             )
 
     def remove_pass_files(self) -> None:
-        """Remove the accumulators of curvature passes that are over, or of weights that are no more."""
+        """Remove the checkpoints of curvature passes that are complete or belong to earlier weights."""
         if self.folder is not None:
             for path in self.folder.glob("curvature_state-????????.safetensors"):
                 remove_checkpoint(path)
@@ -185,7 +185,7 @@ class RunFolder:
                 remove_checkpoint(path.with_name(f"{path.name.partition('-rank')[0]}.safetensors"))
 
     def state_dict(self) -> dict[str, Any]:
-        """The folder, the fit's id and the names of its snapshots, for a checkpoint."""
+        """Folder, fit id and snapshot names, for a checkpoint."""
         return {
             "folder": None if self.folder is None else str(self.folder),
             "fit": self.fit_id,
@@ -193,18 +193,18 @@ class RunFolder:
         }
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Remember where the run of a checkpoint wrote."""
+        """Restore the folder and fit of a checkpoint's run."""
         if state_dict.get("folder"):
             names = [str(name) for name in state_dict.get("snapshots", [])]
             self._earlier = (Path(state_dict["folder"]), str(state_dict.get("fit", "")), names)
 
 
 def _check_same(fit: FitResult | None, folders: Sequence[Path]) -> None:
-    """Refuse folders that not all processes see alike. A collective."""
+    """Check that all ranks find the same fit. A collective."""
     if len(set(gather_number(0 if fit is None else zlib.crc32(fit.fit_id.encode()) + 1))) > 1:
         raise ValueError(
-            f"processes find different fits in {', '.join(map(str, folders))}, or some of them none. Give dirpath= a "
-            "folder that all machines share"
+            f"ranks find different fits in {', '.join(map(str, folders))}, or some find none. Pass dirpath= with a "
+            "folder that all machines share."
         )
 
 
@@ -232,7 +232,7 @@ def _log_folder(trainer: L.Trainer) -> Path:
 
 
 def _versions(folder: Path) -> Iterator[Path]:
-    """A folder, then `-v1`, `-v2`, ... of it, as `ModelCheckpoint` names files."""
+    """A folder, then its versions `-v1`, `-v2`, ..., as in the file names of `ModelCheckpoint`."""
     yield folder
     for number in itertools.count(1):
         yield folder.with_name(f"{folder.name}-v{number}")
@@ -245,14 +245,14 @@ def _latest_version(folder: Path) -> Path:
 
 
 def _free_version(folder: Path, fit_id: str) -> Path:
-    """The first version of a folder that holds no fit of another run."""
+    """The first version of a folder that contains no fit of another run."""
     first = folder.with_name(re.sub(r"-v\d+$", "", folder.name))
     candidates = itertools.chain([folder], _versions(first))
     return next(path for path in candidates if stored_fit_id(path) in (None, fit_id))
 
 
 def _latest_snapshots(folder: Path) -> list[Path]:
-    """The snapshots of the training that wrote one last, in the order of their epochs."""
+    """The snapshots of the training run that wrote the latest one, in the order of epochs."""
     found = [path for path in folder.glob("*.safetensors") if _SNAPSHOT_NAME.fullmatch(path.name)]
     if not found:
         return []
@@ -261,7 +261,7 @@ def _latest_snapshots(folder: Path) -> list[Path]:
 
 
 def _taken_over(folder: Path, names: list[str], fit_id: str, target: Path | None) -> list[Path]:
-    """The snapshots of a run that is being resumed, in the folder that the resumed run writes to."""
+    """The snapshots of a resumed run, copied to the output folder."""
     if target is None:
         return []
     found = []
@@ -269,8 +269,8 @@ def _taken_over(folder: Path, names: list[str], fit_id: str, target: Path | None
         path, copy = folder / SNAPSHOT_FOLDER / name, target / SNAPSHOT_FOLDER / name
         if not _SNAPSHOT_NAME.fullmatch(name) or not path.is_file() or snapshot_info(path).fit != fit_id:
             warnings.warn(
-                f"the checkpoint names a snapshot {name!r}, and {folder / SNAPSHOT_FOLDER} has none of this run: "
-                "methods that need snapshots use the later ones alone",
+                f"the checkpoint names a snapshot {name!r}, which {folder / SNAPSHOT_FOLDER} does not have for this "
+                "run; methods that need snapshots use only the later ones",
                 stacklevel=2,
             )
             continue
@@ -279,7 +279,7 @@ def _taken_over(folder: Path, names: list[str], fit_id: str, target: Path | None
 
 
 def _copied(path: Path, copy: Path) -> Path:
-    """A copy of a snapshot, written atomically unless it is there."""
+    """Copy a snapshot atomically, unless the target exists; returns the target."""
     if not copy.exists():
         copy.parent.mkdir(parents=True, exist_ok=True)
         partial = copy.with_name(f".{copy.name}.copy.tmp")

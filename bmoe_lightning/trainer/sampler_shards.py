@@ -1,7 +1,7 @@
 """The shard of a distributed sampler that belongs to this rank, and which of its examples are padding.
 
-A `DistributedSampler` assigns the examples round-robin and repeats some, so that all ranks get equally many: training
-steps synchronise gradients. A sum over the data, or a metric, would count the repeated examples twice.
+A `DistributedSampler` assigns the examples round-robin and repeats some, so that all ranks have equally many, since
+training steps synchronise gradients. A sum over the data, or a metric, would count the repeated examples twice.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from bmoe_lightning.experts.counted_batch import CountedBatch, check_entries
 from bmoe_lightning.trainer.lightning_internals import wrapped_sampler
 from bmoe_lightning.utils.distributed import gather_examples, shard_size
 
-# These repeat examples at the end; other classes may repeat any.
+# These repeat examples only at the end; other classes may repeat any.
 _SUPPORTED_SAMPLERS = (
     DistributedSampler,
     DistributedSamplerWrapper,
@@ -41,7 +41,7 @@ class SamplerShard:
     Attributes:
         batch_sampler: The loader's batch sampler.
         sampler: The distributed sampler in it.
-        num_batches: Cap on the batches of each rank.
+        num_batches: Maximum number of batches per rank.
     """
 
     batch_sampler: BatchSampler
@@ -50,23 +50,23 @@ class SamplerShard:
 
     @property
     def size(self) -> int:
-        """Examples of this rank, repeated ones left out."""
+        """Number of examples of this rank without repeated ones."""
         return self._size(self.sampler.rank)
 
     @property
     def padded_size(self) -> int:
-        """Examples of this rank in the trainer's loops, repeated ones included."""
+        """Number of examples of this rank in the trainer's loops, including repeated ones."""
         return min(self.num_batches * self.batch_sampler.batch_size, len(self.sampler))
 
     @property
     def total(self) -> int:
-        """Examples of all ranks, each counted once."""
+        """Number of examples of all ranks, each counted once."""
         return sum(self._size(rank) for rank in range(self.sampler.num_replicas))
 
     @contextmanager
     def without_repeats(self) -> Iterator[None]:
-        """Let the loader leave out repeated examples; this rank may then have a batch less than another, or none."""
-        # A last batch that is short because a repeated example is missing must not be dropped.
+        """Context in which the loader skips repeated examples; a rank may then have fewer batches than others."""
+        # A last batch that is short because repeated examples are skipped must not be dropped.
         drop_last = self.batch_sampler.drop_last
         self.batch_sampler.sampler = _First(self.sampler, self.size)
         self.batch_sampler.drop_last = False
@@ -88,16 +88,16 @@ class SamplerShard:
         return CountedBatch(batch, max(0, min(size, self.size - first)), size)
 
     def gather(self, values: Tensor) -> Tensor:
-        """All-gather results of the trainer's loops, without those of repeated examples. A collective.
+        """All-gather results of the trainer's loops without those of repeated examples. A collective.
 
         Args:
-            values: `[padded_size, ...]`, one entry for each example of this rank, repeated ones included.
+            values: Results `[padded_size, ...]` of this rank's examples, including repeated ones.
 
         Returns:
-            `[total, ...]` in the order of the sampler, which is that of the data set unless it shuffles.
+            Results `[total, ...]` in the order of the sampler, which is that of the data set unless it shuffles.
 
         Raises:
-            ValueError: If there are more or fewer entries than examples.
+            ValueError: If the numbers of entries and examples differ.
         """
         check_entries(len(values), self.padded_size)
         return gather_examples(values[: self.size])
@@ -125,9 +125,9 @@ def find_sampler_shard(trainer: L.Trainer, loader: Any, num_batches: float) -> S
     """Find this rank's shard of a trainer's loader; None with a single process.
 
     Args:
-        trainer: The trainer, which has put its distributed samplers in.
+        trainer: The trainer, after it has injected its distributed samplers.
         loader: The loader.
-        num_batches: Cap on the batches of each rank.
+        num_batches: Maximum number of batches per rank.
 
     Raises:
         ValueError: If it is unknown which examples the loader repeats.
@@ -141,23 +141,23 @@ def find_sampler_shard(trainer: L.Trainer, loader: Any, num_batches: float) -> S
     )
     if not supported or (sampler.num_replicas, sampler.rank) != (trainer.world_size, trainer.global_rank):
         raise ValueError(
-            f"on {trainer.world_size} processes each example must be counted once, and for a {type(loader).__name__} "
+            f"on {trainer.world_size} ranks each example must be counted once, and for a {type(loader).__name__} "
             f"with the batch sampler {type(batch_sampler).__name__} and the sampler {type(sampler).__name__} it is "
             "unknown which examples are repeated. Use a DataLoader over a data set with a length, with the sampler "
-            "that Lightning puts in (use_distributed_sampler=True) or torch.utils.data.DistributedSampler"
+            "that Lightning injects (use_distributed_sampler=True) or torch.utils.data.DistributedSampler."
         )
     return SamplerShard(batch_sampler, sampler, int(min(num_batches, len(batch_sampler))))
 
 
 def check_order(shard: SamplerShard) -> None:
-    """Refuse samplers that draw another order on each rank, so that the ranks' examples overlap.
+    """Check that a sampler has the same order on all ranks, so that their examples do not overlap.
 
     Raises:
-        ValueError: Naming the sampler.
+        ValueError: If it does not; the message names the sampler.
     """
     sampler = wrapped_sampler(shard.sampler)
     if hasattr(sampler, "generator"):
         raise ValueError(
-            f"{type(sampler).__name__} draws another order on each process, so some examples would be evaluated twice "
+            f"{type(sampler).__name__} samples another order on each rank, so some examples would be evaluated twice "
             "and others never; evaluate without it"
         )

@@ -82,7 +82,7 @@ class TestBestWeights:
 
     def test_code_in_a_checkpoint_does_not_run(self, tmp_path):
         torch.save({"state_dict": {}, "callbacks": Harmful(tmp_path / "ran")}, tmp_path / "best.ckpt")
-        said = r"best.ckpt holds objects of .*pathlib.Path.*add_safe_globals, or use fit_at='last'"
+        said = r"best.ckpt contains objects of .*pathlib.Path.*add_safe_globals, or use fit_at='last'"
         with pytest.raises(RuntimeError, match=said), best_weights(self.fake(tmp_path / "best.ckpt"), Plain()):
             pass
         assert not (tmp_path / "ran").exists()

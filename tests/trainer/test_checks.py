@@ -96,7 +96,7 @@ class TestLoaders:
         run = FakeTrainer(world_size=2)
         check_loaders(run, [DataLoader(range(5), sampler=DistributedSampler(range(5), 2, 0))])
         sampler = DistributedSamplerWrapper(SubsetRandomSampler(range(5)), num_replicas=2, rank=0, shuffle=False)
-        with pytest.raises(ValueError, match="SubsetRandomSampler draws another order"):
+        with pytest.raises(ValueError, match="SubsetRandomSampler samples another order"):
             check_loaders(run, [DataLoader(range(5), sampler=sampler)])
 
     def test_sketches(self):
@@ -135,7 +135,7 @@ def test_weights_to_fit_at(fit_at, strategy, refused):
     if not refused:
         check_fit_at(run, fit_at)
         return
-    with pytest.raises(ValueError, match=r"fit_at='best' reads a checkpoint of unsharded weights.*fit at the last"):
+    with pytest.raises(ValueError, match=r"fit_at='best' reads a checkpoint of unsharded weights.*use fit_at='last'"):
         check_fit_at(run, fit_at)
 
 

@@ -146,7 +146,7 @@ def test_a_killed_pass_in_another_folder_is_named(runs):
         runs.train(first)
     assert list(folder_of(first).glob("curvature_state-*"))
     second = BayesianMoECallback(("map", "laplace_lpo"), curvature_checkpoint_every=1)
-    with pytest.warns(UserWarning, match=f"give dirpath='{folder_of(first)}' to resume it"):
+    with pytest.warns(UserWarning, match=f"pass dirpath='{folder_of(first)}' to resume it"):
         runs.complete(second)
     batches.clear()
     third = BayesianMoECallback(
