@@ -1,1 +1,1 @@
-"""What the method costs, as ratios within one run."""
+"""Costs of curvature, prediction and prior fit, as ratios within one run."""

@@ -1,4 +1,4 @@
-"""What the method costs on this machine: ratios within one run, growth with sizes, and peers on the same work."""
+"""Costs of the method on this machine: ratios within one run, scaling with sizes, and comparison with peers."""
 
 from __future__ import annotations
 
@@ -23,12 +23,12 @@ weights.
 
 @command
 def main(arguments: Sequence[str]) -> int:
-    """Print the tables; returns the exit status: 0, 1 (it failed, with a sentence why) or 2 (wrong usage).
+    """Print the tables; returns the exit status: 0, 1 (failed, with the reason on stderr) or 2 (wrong usage).
 
-    A bar that is missed is shown in its table and is no failure: timings depend on what else the machine does.
+    A missed bound is shown in its table and does not change the status: timings depend on the machine's other load.
     """
     settings = parse(BenchmarkSettings, arguments, program="python -m recipes.benchmark", description=DESCRIPTION)
-    # Late: torch and transformers take seconds to import, and --help should not.
+    # Imported late: torch and transformers take seconds, and --help should not.
     from recipes.benchmark.report import benchmark_json, benchmark_text, run_benchmark
     from recipes.common.output_flags import json_written
 

@@ -1,4 +1,4 @@
-"""The curvature pass beside a plain training pass over the same batch."""
+"""The cost of the curvature pass relative to a plain training pass over the same batch."""
 
 from __future__ import annotations
 
@@ -23,20 +23,20 @@ _TRAININGS = {"experts": "training all expert matrices", "down_proj": "training 
 
 
 def measure_curvature(work: Workload, repeats: int) -> Section:
-    """Time one more batch of each curvature pass, in turn with training steps on that batch."""
+    """Time one more batch of each curvature pass, alternating with training steps on that batch."""
     ratios: list[Ratio] = []
     amounts: list[Amount] = []
     trainings = {part: partial(work.train, part) for part in _TRAININGS}
     for fisher, sketch in _VARIANTS:
         if sketch != "auto" and sketch == resolved(work):
-            continue  # `auto` was it
+            continue  # timed already, as `auto`
         own, others = batch_in_turn(
             partial(work.collect, fisher=fisher, sketch=sketch), work.batch, trainings, repeats, work.device
         )
         label = f"{fisher}, {sketch}" if sketch != "auto" else f"{fisher}, auto ({resolved(work)})"
         bar = 0.6 * work.shape.classes if fisher == "exact" else 1.0
         for part, name in _TRAININGS.items():
-            # What is promised is about training the experts, whichever of the two the user trains.
+            # The bound is relative to training all expert matrices, also for users who train down_proj alone.
             ratios.append(Ratio(f"curvature ({label}) / {name}", own, others[part], bar if part == "experts" else None))
         amounts.append(Amount(f"a curvature batch ({label})", "s", own))
         if (fisher, sketch) == _VARIANTS[0]:
@@ -56,13 +56,13 @@ def measure_curvature(work: Workload, repeats: int) -> Section:
 
 
 def resolved(work: Workload) -> str:
-    """What the sketch `auto` is for a model's layers."""
+    """The sketch that `auto` resolves to for the model's layers."""
     kinds = {"exact" if width <= EXACT_WIDTH else "nystrom" for x in work.layers for width in (x.d_in, x.d_out)}
     return " and ".join(sorted(kinds))
 
 
 def sketch_share(work: Workload, repeats: int) -> Ratio:
-    """Time inside the Nystrom sketch's updates over that of the batch, in passes of their own."""
+    """Share of a batch's time that is spent in updates of the Nystrom sketch, measured in separate passes."""
     inside: list[float] = []
     with time_inside(NystromGram, "update", work.device) as spent:
 
@@ -71,7 +71,7 @@ def sketch_share(work: Workload, repeats: int) -> Ratio:
 
         own, _ = batch_in_turn(partial(work.collect, sketch="nystrom"), work.batch, {"": note}, repeats, work.device)
         note()
-    # The first note is of before the pass; between two of the others lies one batch.
+    # The first value was noted before the pass; consecutive others are one batch apart.
     shares = tuple(after - before for before, after in itertools.pairwise(inside[1:]))
     widths = sorted({width for layer in work.layers for width in (layer.d_in, layer.d_out)})
     name = f"updates of Nystrom sketches (d = {', '.join(map(str, widths))}) / curvature batch (mc, nystrom)"

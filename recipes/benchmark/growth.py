@@ -1,4 +1,4 @@
-"""How time and memory grow with the sizes of a problem."""
+"""Scaling of time and memory with the sizes of a problem."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from bmoe_lightning import LaplacePosterior
 from recipes.benchmark.measure import Amount, Growth, Section, batch_in_turn, in_turn, peak_megabytes
 from recipes.benchmark.workload import Preset, Shape, Workload, along
 
-# Above one by what a fit over few points may miss.
+# Above one by the error of a fit over few points.
 _LINEAR_BAR = 1.1
 _LINEAR = ("tokens of an example", "examples", "experts")
 

@@ -1,7 +1,7 @@
-"""Timings of alternatives in turn, peaks of memory, and what is read off them.
+"""Interleaved timings, peak memory, and statistics of them.
 
-Alternatives that make up one ratio are run in turn, A B A B, so that whatever else the machine does hits them alike; a
-ratio is taken within each turn.
+The alternatives of one ratio are interleaved, A B A B, so that other load on the machine affects them equally; a ratio
+is taken within each round.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ Action = Callable[[], object]
 
 @dataclass(frozen=True)
 class Spread:
-    """A median and what lies around it."""
+    """A median with minimum and maximum."""
 
     median: float
     low: float
@@ -39,13 +39,13 @@ class Spread:
 
 @dataclass(frozen=True)
 class Ratio:
-    """One thing's time over another's, taken in turn.
+    """The ratio of two interleaved timings.
 
     Attributes:
-        name: What is divided by what, for the table.
-        numerator: Seconds, one value a turn.
-        denominator: Seconds, one value a turn, above 0.
-        bar: Upper bound of the ratio; None where nothing is promised.
+        name: Numerator and denominator in words, for the table.
+        numerator: Seconds, one value for each round.
+        denominator: Seconds, one value for each round, above 0.
+        bar: Upper bound of the ratio; None for no bound.
     """
 
     name: str
@@ -55,19 +55,19 @@ class Ratio:
 
     @property
     def spread(self) -> Spread:
-        """Median, minimum and maximum of the ratios of the turns."""
+        """Median, minimum and maximum of the ratios of the rounds."""
         return Spread.of([a / b for a, b in zip(self.numerator, self.denominator, strict=True)])
 
 
 @dataclass(frozen=True)
 class Amount:
-    """Something measured by itself.
+    """An absolute measurement.
 
     Attributes:
-        name: What was measured.
+        name: Name of the measured quantity.
         unit: Unit, `s` or `MB` (10^6 bytes).
-        values: One value a repeat.
-        bar: Upper bound of the median; None where nothing is promised.
+        values: Values, one for each repeat.
+        bar: Upper bound of the median; None for no bound.
     """
 
     name: str
@@ -78,16 +78,16 @@ class Amount:
 
 @dataclass(frozen=True)
 class Growth:
-    """How something grows with a size.
+    """The scaling of a quantity with a size.
 
     Attributes:
-        name: What grows.
-        axis: Size that it grows with.
+        name: Name of the quantity.
+        axis: Name of the size.
         unit: Unit, `s` or `MB` (10^6 bytes).
         sizes: Sizes in ascending order.
-        values: Value at each size, above 0; the median, where it is a time.
+        values: Value at each size, above 0; the median of times.
         raw: All values at each size.
-        bar: Upper bound of the exponent; None where nothing is promised.
+        bar: Upper bound of the exponent; None for no bound.
     """
 
     name: str
@@ -106,18 +106,18 @@ class Growth:
 
 @dataclass(frozen=True)
 class Peer:
-    """Another library beside this one, on the same work.
+    """Comparison of another library (the peer) with this one on the same work.
 
     Attributes:
         name: Name of the peer.
         work: Work that both did.
-        peer_seconds: Seconds of the peer, one value a turn; empty where it could not run.
-        our_seconds: Seconds of this library, one value a turn.
-        peer_megabytes: Peak memory of the peer beyond the model, in 10^6 bytes; None where it could not run.
-        our_megabytes: The same of this library.
-        difference: The largest difference of the answers relative to the largest entry; None where they do not promise
-            the same answer.
-        error: Error that kept the peer from running; None where it ran.
+        peer_seconds: Seconds of the peer, one value for each round; empty if it failed.
+        our_seconds: Seconds of this library, one value for each round.
+        peer_megabytes: Peak memory of the peer beyond the model, in 10^6 bytes; None if it failed.
+        our_megabytes: Peak memory of this library, likewise.
+        difference: Largest difference of the results relative to the largest entry; None where both need not give the
+            same result.
+        error: Error of the peer; None if it ran.
     """
 
     name: str
@@ -137,7 +137,7 @@ class Section:
     Attributes:
         name: Name on the command line.
         title: Heading.
-        notes: Paragraphs on how it was measured.
+        notes: Paragraphs on the measurement.
         ratios: Rows of the table of ratios.
         amounts: Rows of the table of amounts.
         growth: Rows of the table of growth.
@@ -157,7 +157,7 @@ def growth_exponent(sizes: Sequence[float], values: Sequence[float]) -> float:
     """The slope of `log value` over `log size` by least squares.
 
     Raises:
-        ValueError: For fewer than two different sizes, or anything that is not above 0.
+        ValueError: If there are fewer than two different sizes, or a size or value is not above 0.
     """
     if len(set(sizes)) < 2 or min(*sizes, *values) <= 0:
         raise ValueError(f"growth needs two sizes and values above 0, got sizes {list(sizes)}, values {list(values)}")
@@ -165,13 +165,13 @@ def growth_exponent(sizes: Sequence[float], values: Sequence[float]) -> float:
 
 
 def synchronise(device: torch.device) -> None:
-    """Wait until the device has done what it was given."""
+    """Wait for all kernels on the device."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
 
 
 def seconds(action: Action, device: torch.device) -> float:
-    """How long an action takes, to its end on the device."""
+    """Seconds that an action takes, synchronised with the device."""
     synchronise(device)
     start = time.perf_counter()
     action()
@@ -180,7 +180,7 @@ def seconds(action: Action, device: torch.device) -> float:
 
 
 def in_turn(actions: Mapping[str, Action], repeats: int, device: torch.device) -> dict[str, tuple[float, ...]]:
-    """Time actions in turn, after each has run once.
+    """Time interleaved actions, after one warm-up run of each.
 
     Returns:
         `repeats` values for each name.
@@ -195,7 +195,7 @@ def in_turn(actions: Mapping[str, Action], repeats: int, device: torch.device) -
 
 
 class _EnoughError(Exception):
-    """Ends a pass before it would finish."""
+    """Ends a pass early."""
 
 
 def batch_in_turn(
@@ -205,14 +205,14 @@ def batch_in_turn(
     repeats: int,
     device: torch.device,
 ) -> tuple[tuple[float, ...], dict[str, tuple[float, ...]]]:
-    """Time what one more batch costs something that runs over batches, in turn with other actions.
+    """Time the marginal cost of a batch in a pass over batches, interleaved with other actions.
 
-    The first batch, with all set-up, is not counted, and the pass is left before it would finish: a batch's time is
-    what passes between handing it over and being asked for the next.
+    The first batch, which includes the set-up, is not counted, and the pass ends early: a batch's time is that between
+    yielding it and the request for the next one.
 
     Args:
-        consume: Function that takes the batches.
-        batch: Batch that is handed over again and again.
+        consume: Function that iterates over the batches.
+        batch: Batch that is yielded repeatedly.
         actions: Functions that run between the batches, by name.
         repeats: Number of batches that are timed.
         device: Device that they run on.
@@ -241,12 +241,12 @@ def batch_in_turn(
         consume(batches())
     except _EnoughError:
         return tuple(own), {name: tuple(values) for name, values in times.items()}
-    raise RuntimeError("what was timed did not ask for all of its batches")
+    raise RuntimeError("the timed pass did not ask for all of its batches; time a function that iterates over them")
 
 
 @contextmanager
 def time_inside(owner: type, method: str, device: torch.device) -> Iterator[list[float]]:
-    """Collect the seconds that a class spends in one of its methods; on a GPU each call is waited for."""
+    """Collect the seconds of each call of a method of a class, synchronised with the device."""
     spent: list[float] = []
     original = getattr(owner, method)
 
@@ -258,12 +258,12 @@ def time_inside(owner: type, method: str, device: torch.device) -> Iterator[list
 
 
 def peak_megabytes(action: Action, device: torch.device, known: Iterable[Tensor] = ()) -> float:
-    """The most memory that an action holds at once beyond what was there before, in 10^6 bytes.
+    """Peak memory of an action beyond what was allocated before, in 10^6 bytes.
 
-    On a GPU what its allocator says, else the storages of all tensors that are alive.
+    On a GPU it is that of the caching allocator, on the CPU that of all live storages.
 
     Args:
-        action: Function that runs once.
+        action: Function, which is called once.
         device: Device that it runs on.
         known: Tensors that were allocated before, left out of the memory.
     """

@@ -1,4 +1,4 @@
-"""Other ways to the same things, on models small enough for them."""
+"""Other libraries on the same work, on models that are small enough for them."""
 
 from __future__ import annotations
 
@@ -23,11 +23,11 @@ from recipes.benchmark.workload import Shape, Workload
 Task = Callable[[], Any]
 
 SAME = 1e-4
-"""Relative difference up to which two float32 answers count as the same."""
+"""Relative difference up to which two float32 results count as equal."""
 
 
 def measure_peers(shape: Shape, repeats: int, device: torch.device, say: Callable[[str], None]) -> Section:
-    """Run every peer in turn with this library; what a peer cannot do stands in its row."""
+    """Time every peer interleaved with this library; the error of a peer that fails is in its row."""
     rows: list[Peer] = []
     say("peers: torch.func.jacrev")
     fused = Workload(shape, device)
@@ -90,17 +90,17 @@ def compared(
     known: list[Tensor] | None = None,
     same_answer: bool = False,
 ) -> Peer:
-    """Time a peer and this library in turn; an exception of the peer's becomes the row's error.
+    """Time a peer interleaved with this library; an exception of the peer becomes the row's error.
 
     Args:
         name: Name of the peer.
         work: Work that both do, for the table.
-        make_peer: Function that imports the peer and returns its work.
-        ours: Work of this library.
-        repeats: Number of turns.
+        make_peer: Function that imports the peer and returns its computation.
+        ours: Computation of this library.
+        repeats: Number of rounds.
         device: Device that both run on.
         known: Tensors that were allocated before, left out of the memory.
-        same_answer: Whether both return the same tensor.
+        same_answer: Whether both have to return the same tensor.
     """
     known = [] if known is None else known
     answer = ours()
@@ -110,25 +110,25 @@ def compared(
         difference = relative_difference(theirs(), answer) if same_answer else None
         memory = peak_megabytes(theirs, device, known)
         times = in_turn({"theirs": theirs, "ours": ours}, repeats, device)
-    except Exception as error:  # noqa: BLE001  (whatever a peer raises is its result)
+    except Exception as error:  # noqa: BLE001  (any exception of a peer is its result)
         alone = in_turn({"ours": ours}, repeats, device)["ours"]
         return Peer(name, work, (), alone, None, our_memory, None, f"{type(error).__name__}: {error}")
     return Peer(name, work, times["theirs"], times["ours"], memory, our_memory, difference, None)
 
 
 def relative_difference(found: Tensor, expected: Tensor) -> float:
-    """The largest difference over the largest expected entry."""
+    """The largest absolute difference relative to the largest expected entry."""
     return float((found.double() - expected.double()).abs().max() / expected.double().abs().max())
 
 
 def without_curvature(factors: KroneckerFactors) -> KroneckerFactors:
-    """The same factors with eigenvalues of zero: a posterior that is its prior."""
+    """The same factors with zero eigenvalues, so that the posterior equals the prior."""
     layers = tuple(replace(layer, a_eigenvalues=torch.zeros_like(layer.a_eigenvalues)) for layer in factors.layers)
     return replace(factors, layers=layers)
 
 
 class _Logits(nn.Module):
-    """Class logits as a module of token ids, which is what peers take."""
+    """A module from token ids to class logits, as peers expect."""
 
     def __init__(self, work: Workload) -> None:
         super().__init__()
@@ -140,7 +140,7 @@ class _Logits(nn.Module):
 
 
 def covariance_by_jacobian(work: Workload) -> Tensor:
-    """`J J^T` over all second weights, with the Jacobian written out: `[B, K, K]` at a prior precision of 1."""
+    """`J J^T` over all second weights from the materialised Jacobian: `[B, K, K]` at a prior precision of 1."""
     weights = {
         f"model.{name}": parameter.detach()
         for layer in work.layers
@@ -148,7 +148,7 @@ def covariance_by_jacobian(work: Workload) -> Tensor:
     }
     logits = _Logits(work)
     jacobian = torch.func.jacrev(lambda w: torch.func.functional_call(logits, w, (work.batch["ids"],)))(weights)
-    # Expert by expert: one product over all weights at once loses four digits in float32.
+    # Expert by expert: a single product over all weights loses four digits in float32.
     by_expert = [part.flatten(2) for layer in jacobian.values() for part in layer.unbind(2)]
     return sum((part @ part.mT for part in by_expert), torch.zeros(()))
 
@@ -157,7 +157,7 @@ def _import_peer(name: str) -> ModuleType:
     try:
         return importlib.import_module(name)
     except ImportError as error:
-        raise ImportError(f"{error}; to run it: pip install 'bmoe-lightning[bench]'") from error
+        raise ImportError(f"{error}; install it with: pip install 'bmoe-lightning[bench]'") from error
 
 
 def _second_weights(work: Workload) -> list[nn.Parameter]:
@@ -168,7 +168,7 @@ def _second_weights(work: Workload) -> list[nn.Parameter]:
 
 
 def curvlinops_factors(work: Workload) -> Task:
-    """The computation of curvlinops' Kronecker factors of every expert's second weight."""
+    """The Kronecker factors of all second weights with curvlinops (https://github.com/f-dangel/curvlinops)."""
     curvlinops = _import_peer("curvlinops")
     weights, ids, labels = _second_weights(work), work.batch["ids"], work.batch["labels"]
 
@@ -189,7 +189,7 @@ def curvlinops_factors(work: Workload) -> Task:
 
 
 def laplace_torch_prediction(work: Workload) -> Task:
-    """The fit of laplace-torch's Kronecker posterior and its prediction of the same batch."""
+    """The fit of laplace-torch's Kronecker posterior (https://github.com/aleximmer/Laplace) and its prediction."""
     laplace = _import_peer("laplace")
     _second_weights(work)
     ids = work.batch["ids"]
@@ -227,7 +227,7 @@ def _linear(weight: Tensor) -> nn.Linear:
 
 
 class _Experts(nn.ModuleList):
-    """All experts, called one after the other on the tokens routed to them."""
+    """All experts, called one by one on the tokens routed to them."""
 
     def forward(self, tokens: Tensor, index: Tensor, weights: Tensor) -> Tensor:
         total = torch.zeros_like(tokens)
@@ -238,7 +238,7 @@ class _Experts(nn.ModuleList):
 
 
 def separate_experts(model: Any) -> None:
-    """Give a Qwen2-MoE model the same experts as `nn.Linear`s in an `nn.ModuleList`."""
+    """Replace the fused experts of a Qwen2-MoE model by the same ones as `nn.Linear`s in an `nn.ModuleList`."""
     for block in model.model.layers:
         fused = block.mlp.experts
         block.mlp.experts = _Experts(map(_Expert, fused.gate_up_proj.detach(), fused.down_proj.detach()))

@@ -1,4 +1,4 @@
-"""The linearised prediction beside its floor, and the fit of the prior precision on a validation set."""
+"""The cost of the linearised prediction relative to its floor, and of the prior's fit on a validation set."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ _LPO_SECONDS_BAR = 2.0
 def measure_prediction(
     work: Workload, posterior: LaplacePosterior, class_counts: tuple[int, ...], bar: float, repeats: int
 ) -> Section:
-    """Time predictions, floors and plain forwards in turn, for several K."""
+    """Time interleaved predictions, floors and plain forwards, for several K."""
     ratios: list[Ratio] = []
     amounts: list[Amount] = []
     for classes in class_counts:
@@ -58,7 +58,7 @@ def measure_prediction(
 
 
 def measure_lpo(work: Workload, posterior: LaplacePosterior, repeats: int) -> Section:
-    """Time LPO's pass over a set in turn with predictions of that set, then its optimisation."""
+    """Time LPO's pass over a set interleaved with predictions of that set, then its optimisation."""
     class_logits = work.class_logits()
 
     def cache() -> ValidationCache:
@@ -91,7 +91,7 @@ def measure_lpo(work: Workload, posterior: LaplacePosterior, repeats: int) -> Se
 
 
 def repeated(cache: ValidationCache, count: int) -> ValidationCache:
-    """A cache of so many examples: those of another in turn, with logits and labels of an overconfident model."""
+    """A cache with more examples: those of another one repeated, with logits and labels of an overconfident model."""
     chosen = torch.arange(count) % len(cache.logits)
     generator = torch.Generator().manual_seed(0)
     logits = 3 * torch.randn(count, cache.logits.shape[1], generator=generator, dtype=cache.logits.dtype)

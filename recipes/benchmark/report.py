@@ -1,4 +1,4 @@
-"""All sections, as markdown and as JSON."""
+"""The results of all sections, as markdown and as JSON."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ class Benchmark:
 
     Attributes:
         settings: Settings of the command line.
-        machine: Versions, threads, processor or accelerator, by name.
+        machine: Versions, number of threads, and processor or accelerator, by name.
         shape: Shape of the model behind curvature, prediction and LPO, in words.
         sections: Sections in the order in which they ran.
     """
@@ -45,10 +45,10 @@ def run_benchmark(settings: BenchmarkSettings, say: Callable[[str], None]) -> Be
 
     Args:
         settings: What to measure.
-        say: Function that is told what is being measured.
+        say: Function that prints progress messages.
 
     Raises:
-        RuntimeError: If the device is not there, or its memory does not suffice.
+        RuntimeError: If the device is not available or runs out of memory.
     """
     device = torch.device(settings.device)
     if device.type == "cuda" and not torch.cuda.is_available():
@@ -111,7 +111,7 @@ def _processor() -> str:
 
 
 def benchmark_json(benchmark: Benchmark) -> str:
-    """Everything, every single timing included, with medians and exponents beside them."""
+    """All results with every single timing, and with medians and exponents."""
     content = asdict(benchmark)
     for shown, section in zip(content["sections"], benchmark.sections, strict=True):
         for entry, ratio in zip(shown["ratios"], section.ratios, strict=True):

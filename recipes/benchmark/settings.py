@@ -1,4 +1,4 @@
-"""Options of the benchmark; nothing heavy is imported here."""
+"""Options of the benchmark; torch and transformers are not imported here."""
 
 from __future__ import annotations
 
@@ -14,11 +14,11 @@ SECTIONS: tuple[SectionName, ...] = get_args(SectionName)
 
 @dataclass(frozen=True)
 class BenchmarkSettings:
-    """What is measured, and what is written."""
+    """Options of `python -m recipes.benchmark`."""
 
     device: Literal["cpu", "cuda"] = option("cpu", "device that runs the model")
     model_shape: ShapeName = option("default", "sizes of model and batch")
-    threads: int | None = option(None, "CPU threads; left out: torch's choice", least=1)
-    repeats: int = option(4, "rounds behind each median", least=1)
+    threads: int | None = option(None, "CPU threads; default: torch's", least=1)
+    repeats: int = option(4, "rounds that each median is taken over", least=1)
     only: tuple[SectionName, ...] = option(SECTIONS, "sections to run, separated by commas")
     json: str | None = option(None, "also write every single timing to this JSON file")

@@ -1,4 +1,4 @@
-"""The models that are measured, and what is run on them."""
+"""The models and computations that are measured."""
 
 from __future__ import annotations
 
@@ -27,17 +27,17 @@ from bmoe_lightning.experts import (
 
 @dataclass(frozen=True)
 class Shape:
-    """Sizes of a model with Qwen2-MoE's architecture, and of the batch it is given.
+    """Sizes of a model with Qwen2-MoE's architecture, and of its batch.
 
     Attributes:
         hidden: Hidden width: d_out of `down_proj`.
         intermediate: Width of an expert: d_in of `down_proj`.
-        layers: MoE layers.
-        experts: Experts of a layer.
-        top_k: Experts that a token goes to.
-        examples: Examples of a batch.
-        tokens: Tokens of an example.
-        classes: K.
+        layers: Number of MoE layers.
+        experts: Number of experts of a layer.
+        top_k: Number of experts that a token is routed to.
+        examples: Number of examples of a batch.
+        tokens: Number of tokens of an example.
+        classes: Number of classes K.
         rank: Rank of the factors.
         dtype: Dtype of the weights.
         shared: Width of the shared expert.
@@ -69,18 +69,18 @@ class Shape:
 
 @dataclass(frozen=True)
 class Preset:
-    """What `--model-shape` stands for.
+    """The sizes of a value of `--model-shape`.
 
     Attributes:
-        main: Shape behind all ratios.
+        main: Shape for all ratios.
         growth: Shape from which growth is measured.
         peers: Shape that is small enough for a materialised Jacobian.
         tokens: Numbers of tokens along which growth is measured.
         examples: Numbers of examples, likewise.
         experts: Numbers of experts, likewise, at the same number of slots.
         ranks: Ranks, likewise.
-        widths: Hidden widths, likewise; the width of an expert is half of it.
-        class_counts: K of the predictions.
+        widths: Hidden widths, likewise; an expert is half as wide.
+        class_counts: Values of K for which predictions are timed.
         predictive_bar: Upper bound of a prediction's time over its floor.
     """
 
@@ -132,7 +132,7 @@ PRESETS = {
 
 @contextmanager
 def _made_on(device: torch.device, dtype: torch.dtype) -> Iterator[None]:
-    """Make new parameters on a device in a dtype: a large model does not fit elsewhere first."""
+    """Create parameters directly on a device in a dtype, since a large model may not fit into CPU memory first."""
     before = torch.get_default_dtype()
     torch.set_default_dtype(dtype)
     try:
@@ -164,7 +164,7 @@ def build(shape: Shape, device: torch.device) -> nn.Module:
 
 
 class Workload:
-    """A model, a batch, and what is timed on them.
+    """A model, a batch, and the computations that are timed on them.
 
     Args:
         shape: Shape of the model and the batch.
@@ -193,7 +193,7 @@ class Workload:
         }
 
     def class_logits(self, classes: int | None = None) -> ClassLogits:
-        """Logits of the first K tokens of the vocabulary at the last position, in float32."""
+        """A function to the float32 logits of the first K tokens of the vocabulary, at the last position."""
         count = self.shape.classes if classes is None else classes
 
         def logits(model: Any, batch: Any) -> tuple[Tensor, Tensor]:
@@ -203,7 +203,7 @@ class Workload:
         return logits
 
     def train(self, part: str) -> None:
-        """Forward and backward of a training step with weight gradients, without the optimiser's step.
+        """Forward and backward pass of a training step with weight gradients, without the optimiser's step.
 
         Args:
             part: Trained weights, `experts` (all matrices of all experts) or `down_proj` (the second ones).
@@ -219,12 +219,12 @@ class Workload:
             parameter.requires_grad_(False)
 
     def forward(self, classes: int | None = None) -> None:
-        """A plain forward."""
+        """A plain forward pass."""
         with torch.no_grad():
             self.class_logits(classes)(self.model, self.batch)
 
     def floor(self, classes: int | None = None) -> None:
-        """A forward with graph and K - 1 gradients of the experts' outputs: no linearised prediction takes less."""
+        """A forward pass with graph and K - 1 backward passes to the experts' outputs: the least for linearisation."""
         with tapped_batch(self.model, self.layers, self.class_logits(classes), self.batch) as tapped:
             for k in range(1, tapped.logits.shape[1]):
                 weights = torch.zeros_like(tapped.logits)
@@ -241,12 +241,12 @@ class Workload:
         )
 
     def tensors(self) -> list[Tensor]:
-        """All that is there before anything runs."""
+        """All tensors that are allocated before anything is timed."""
         return [*self.model.parameters(), *self.model.buffers(), *self.batch.values()]
 
 
 def along(preset: Preset) -> Iterator[tuple[str, int, Shape]]:
-    """The shapes of the growth section: what grows, its size, and the shape."""
+    """The shapes of the growth section: name of the axis, size, and shape."""
     base = preset.growth
     for tokens in preset.tokens:
         yield "tokens of an example", tokens, replace(base, tokens=tokens)

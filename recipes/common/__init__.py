@@ -1,1 +1,1 @@
-"""What several recipes share."""
+"""Helpers that the recipes share: command lines, output flags, memory measurement, generated sections of pages."""

@@ -1,6 +1,6 @@
-"""Command lines and YAML files of all recipes: one dataclass of options each, read by jsonargparse.
+"""Command lines and YAML files of all recipes: one dataclass of options each, parsed by jsonargparse.
 
-Nothing heavy is imported here, so that `--help` answers at once.
+Torch and transformers are not imported here, so that `--help` is fast.
 """
 
 from __future__ import annotations
@@ -28,9 +28,9 @@ _WORDS: dict[Any, str] = {int: "an integer", float: "a number", str: "text", boo
 
 
 class UsageError(Exception):
-    """An option is unknown or has an impossible value; the message says which and what to do.
+    """An option is unknown or has an invalid value; the message names it and says what to do.
 
-    Neither a `ValueError` nor a `TypeError`, which argparse replaces by texts of its own.
+    Neither a `ValueError` nor a `TypeError`, whose messages argparse replaces.
     """
 
 
@@ -38,8 +38,8 @@ def option(default: Any = MISSING, help: str = "", *, least: int | None = None, 
     """A field of a dataclass of options.
 
     Args:
-        default: Default value; left out, the option has to be given.
-        help: Phrase for `--help`.
+        default: Default value; without one, the option is required.
+        help: Text for `--help`.
         least: Smallest value allowed.
         repeat: Whether each occurrence of the flag adds one item; otherwise commas separate the items of a tuple.
     """
@@ -49,7 +49,7 @@ def option(default: Any = MISSING, help: str = "", *, least: int | None = None, 
 def command(main: Callable[[Sequence[str]], int]) -> Callable[..., int]:
     """Make `main(arguments)` the entry point of a recipe.
 
-    The arguments default to the command line, and wrong usage ends in one sentence on stderr and exit status 2.
+    The arguments default to `sys.argv`; a usage error is printed as one line on stderr, with exit status 2.
     """
 
     @functools.wraps(main)
@@ -64,7 +64,7 @@ def command(main: Callable[[Sequence[str]], int]) -> Callable[..., int]:
 
 
 def parse(options: type[T], arguments: Sequence[str], *, program: str, description: str) -> T:
-    """Read options from their defaults, then `--config FILE`, then flags.
+    """Parse options; flags override `--config FILE`, which overrides the defaults.
 
     Args:
         options: Frozen dataclass whose fields are made with `option`; fields that are such dataclasses nest.
@@ -73,8 +73,8 @@ def parse(options: type[T], arguments: Sequence[str], *, program: str, descripti
         description: Text above the options in `--help`.
 
     Raises:
-        UsageError: For an unknown option, one that is missing, or an impossible value.
-        SystemExit: For `--help` and `--print-config`, with status 0.
+        UsageError: If an option is unknown, missing or has an invalid value.
+        SystemExit: If `--help` or `--print-config` is given, with status 0.
     """
     parser = ArgumentParser(
         prog=program,
@@ -84,7 +84,7 @@ def parse(options: type[T], arguments: Sequence[str], *, program: str, descripti
         allow_abbrev=False,
         print_config="--print-config",
     )
-    parser.add_argument("--config", action="config", metavar="FILE", help="YAML file of options; flags win over it")
+    parser.add_argument("--config", action="config", metavar="FILE", help="YAML file of options; flags override it")
     hints = {}
     for name, entry, hint in _leaves(options):
         hints[name] = hint
@@ -102,12 +102,12 @@ def convert(name: str, hint: Any, value: Any) -> Any:
     """Convert a value to a type, as `parse` does.
 
     Args:
-        name: What the value is of, for messages.
-        hint: Type.
+        name: Name of the option, for error messages.
+        hint: Target type.
         value: Text of the command line, or a value of a YAML file.
 
     Raises:
-        UsageError: If the value is none of that type.
+        UsageError: If the value is not of that type.
     """
     parser = ArgumentParser(exit_on_error=False)
     parser.add_argument("--value", type=hint)
@@ -122,14 +122,14 @@ def convert(name: str, hint: Any, value: Any) -> Any:
 
 
 def check_bounds(options: Any, prefix: str = "") -> None:
-    """Refuse numbers below the least that their option allows, in nested options too.
+    """Check numbers against the smallest value that their option allows, in nested options too.
 
     Args:
         options: Instance of a dataclass of options.
         prefix: Dotted name of the field that holds it.
 
     Raises:
-        UsageError: With the name of the flag.
+        UsageError: If a number is too small; the message names the flag.
     """
     for entry in fields(options):
         value, name = getattr(options, entry.name), prefix + entry.name
@@ -145,7 +145,7 @@ def option_lines(options: type) -> list[str]:
 
 
 def nearest(name: str, known: Iterable[str]) -> str:
-    """A question to add to a message about an unknown name, empty if nothing comes close."""
+    """A suggestion (", did you mean X?") for an error message about an unknown name; empty if no name is similar."""
     close = difflib.get_close_matches(name, list(known), n=1)
     return f", did you mean {close[0]}?" if close else ""
 
@@ -198,7 +198,7 @@ def _boolean(flag: str) -> Callable[[Any], bool]:
 
 
 def _items(flag: str, *, split: bool) -> Callable[[Any], list[Any]]:
-    """The type of a flag with several values: text on the command line, a list in a file."""
+    """The parser of a flag with several values: text on the command line, a list in a YAML file."""
 
     def convert(value: Any) -> list[Any]:
         if isinstance(value, str):
@@ -225,7 +225,7 @@ def _made(options: type[T], values: Mapping[str, Any], prefix: str = "") -> T:
 
 
 def _sentence(message: str, hints: Mapping[str, Any], name: str | None = None) -> str:
-    """What jsonargparse found, as one sentence that names the flag, or what `name` says."""
+    """An error message of jsonargparse as one line that names the flag, or `name`."""
     if found := _UNKNOWN.match(message):
         given = found[1] or _flag(found[2])
         if not given.startswith("--"):
@@ -263,7 +263,7 @@ def _metavar(hint: Any) -> str:
 
 
 def _type_name(hint: Any) -> str:
-    """A type as it is written in the source, the same for every version of Python."""
+    """A type as it is written in the source code, independent of the version of Python."""
     if len(parts := _alternatives(hint)) > 1:
         return " | ".join(map(_type_name, parts))
     if typing.get_origin(hint) is tuple:

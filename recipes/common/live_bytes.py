@@ -1,4 +1,4 @@
-"""How much memory a computation holds at most, on the CPU."""
+"""Peak memory of a computation on the CPU."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from torch.utils._pytree import tree_leaves
 
 
 class LiveBytes(TorchDispatchMode):
-    """Counts the bytes of the storages that are made inside and are still alive.
+    """Counts the bytes of the live storages that were allocated in the context.
 
     Attributes:
         alive: Bytes that are alive now.
@@ -33,7 +33,7 @@ class LiveBytes(TorchDispatchMode):
         return result
 
     def known(self, tensors: Iterable[Tensor]) -> None:
-        """Leave out what was there before."""
+        """Exclude tensors that were allocated before."""
         self._known |= {tensor.untyped_storage()._cdata for tensor in tensors}
 
     def _note(self, storage: torch.UntypedStorage) -> None:

@@ -1,4 +1,4 @@
-"""The flags `--json` and `--write` of recipes that print figures."""
+"""The flags `--json` and `--write` of recipes that print numbers."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from recipes.common.readme import fill
 
 
 def json_written(path: str | None, text: str) -> bool:
-    """Write the file that `--json` names, if it names one; False if that fails, with the reason on stderr."""
+    """Write the file of `--json`, if the flag is given; returns False, with the reason on stderr, if that fails."""
     if path is None:
         return True
     try:
@@ -22,7 +22,7 @@ def json_written(path: str | None, text: str) -> bool:
 
 
 def place_filled(path: str | None, place: str, content: str) -> bool:
-    """Fill a place of the page that `--write` names, likewise; see `recipes.common.readme.fill`."""
+    """Replace a generated section of the page of `--write`, likewise; see `recipes.common.readme.fill`."""
     if path is None:
         return True
     try:

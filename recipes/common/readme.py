@@ -1,6 +1,6 @@
-"""Put a run's table and figures into the README, or a command's output into any page: no number is typed by hand.
+"""Generate the sections of README and documentation that hold numbers, from a run or from a command's output.
 
-A place is what stands between `<!-- NAME -->` and `<!-- end of NAME -->`.
+A place is a generated section: the text between `<!-- NAME -->` and `<!-- end of NAME -->`.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ Put numbers into the README and the documentation, between `<!-- NAME -->` and `
 
 @dataclass(frozen=True)
 class ReadmeSettings:
-    """What is put where."""
+    """Source and target of the generated sections."""
 
     output_dir: str = option("runs/qwen_obqa", "folder of a finished run")
     page: str | None = option(None, "markdown file that takes the standard input instead; needs --place")
@@ -44,7 +44,7 @@ class ReadmeSettings:
 
 @command
 def main(arguments: Sequence[str]) -> int:
-    """Fill the places; returns the exit status: 0, 1 (it failed, with a sentence why) or 2 (wrong usage)."""
+    """Fill the places; returns the exit status: 0, 1 (failed, with the reason on stderr) or 2 (wrong usage)."""
     settings = parse(ReadmeSettings, arguments, program="python -m recipes.common.readme", description=DESCRIPTION)
     try:
         if settings.page is None or settings.place is None:
@@ -58,7 +58,7 @@ def main(arguments: Sequence[str]) -> int:
 
 
 def fill(page: Path, place: str, content: str) -> None:
-    """Replace what stands at a place in a markdown file.
+    """Replace the content of a place in a markdown file.
 
     Args:
         page: Markdown file.
@@ -67,10 +67,10 @@ def fill(page: Path, place: str, content: str) -> None:
 
     Raises:
         OSError: If the file cannot be read or written.
-        ValueError: If the content is empty, or the file does not have exactly one such place.
+        ValueError: If the content is empty, or the file does not have exactly one place of that name.
     """
     if not content.strip():
-        raise ValueError(f"there is nothing to put at {place!r}; {page} stays as it is")
+        raise ValueError(f"there is nothing to put at {place!r}; check the command, {page} is unchanged")
     try:
         text = between(page.read_text(encoding="utf-8"), place, content)
     except ValueError as error:
@@ -79,10 +79,10 @@ def fill(page: Path, place: str, content: str) -> None:
 
 
 def between(text: str, name: str, content: str) -> str:
-    """Replace what stands between `<!-- name -->` and `<!-- end of name -->`.
+    """Replace the text between `<!-- name -->` and `<!-- end of name -->`.
 
     Raises:
-        ValueError: Unless the text has exactly one such place.
+        ValueError: If the text does not have exactly one such place.
     """
     pattern = re.compile(f"(<!-- {re.escape(name)} -->\n).*?(<!-- end of {re.escape(name)} -->)", re.DOTALL)
     new, count = pattern.subn(lambda m: f"{m[1]}\n{content.strip()}\n\n{m[2]}", text)
@@ -92,13 +92,13 @@ def between(text: str, name: str, content: str) -> str:
 
 
 def scores(results: str) -> str:
-    """The table of scores and its caption; without the fitted numbers, and without bold type inside the intervals."""
+    """The table of metrics and its caption, without the table of fitted numbers and without bold type."""
     table, *_, caption = results.strip().split("\n\n")
     return f"{table}\n\n{caption}".replace("**", "").replace(" Bold: best mean.", "")
 
 
 def budget_table(points: Sequence[dict[str, object]]) -> str:
-    """Median test NLL by method and number of labels, as markdown."""
+    """Markdown table of the median test NLL by method and number of labels."""
     budgets = list(dict.fromkeys(point["num_labels"] for point in points))
     cells = {(point["label"], point["num_labels"]): f"{point['median']:.3f}" for point in points}
     head = ["NLL ↓ with n labels", *("all" if budget is None else str(budget) for budget in budgets)]
@@ -124,7 +124,7 @@ def models(run: Path) -> str:
 
 
 def _fill_readme(run: Path) -> None:
-    """Rewrite the results of the README and of the documentation, and `recipes/figures`, from a finished run."""
+    """Update the results in README and documentation, and `recipes/figures`, from a finished run."""
     if not (run / "results.md").is_file():
         raise ValueError(f"{run} holds no finished run; give its folder as --output-dir")
     table = scores((run / "results.md").read_text(encoding="utf-8")) + models(run)

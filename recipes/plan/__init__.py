@@ -1,1 +1,1 @@
-"""What `python -m recipes.plan` counts: a model's experts, and what posterior, training and curvature cost."""
+"""Memory and compute of a run, from a model's configuration alone (`python -m recipes.plan`)."""

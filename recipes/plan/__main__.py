@@ -1,4 +1,4 @@
-"""What a run would take, before anything is downloaded: experts, factors, operations, and which accelerator it fits."""
+"""Memory and compute of a run before anything is downloaded, and which accelerators it fits."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from recipes.common.cli import command, parse
 from recipes.plan.settings import PlanSettings
 
 DESCRIPTION = """\
-Plan a run for a mixture-of-experts language model from its configuration alone: no weights are read, none are made.
+Plan a run for a mixture-of-experts language model from its configuration alone, without its weights.
 
   python -m recipes.plan --model qwen1.5-moe-a2.7b --memory 24,40,80,141
   python -m recipes.plan --model path/to/config.json --rank 20 --json plan.json
@@ -21,9 +21,9 @@ Plan a run for a mixture-of-experts language model from its configuration alone:
 
 @command
 def main(arguments: Sequence[str]) -> int:
-    """Print the plan; returns the exit status: 0, 1 (it failed, with a sentence why) or 2 (wrong usage)."""
+    """Print the plan; returns the exit status: 0, 1 (failed, with the reason on stderr) or 2 (wrong usage)."""
     settings = parse(PlanSettings, arguments, program="python -m recipes.plan", description=DESCRIPTION)
-    # Late: torch and transformers take seconds to import, and --help should not.
+    # Imported late: torch and transformers take seconds, and --help should not.
     from bmoe_lightning.models.loading import ModelUnavailableError
     from recipes.common.output_flags import json_written, place_filled
     from recipes.plan.report import PLACE, launch_section, make_plan, plan_json, plan_text

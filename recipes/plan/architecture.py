@@ -1,4 +1,4 @@
-"""A model without its weights: what a plan has to know about its blocks, its attention and its experts."""
+"""The sizes of a model's blocks, attention and experts, read from a model on the meta device."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ _TOP_K_NAMES = (
 
 @dataclass(frozen=True)
 class Products:
-    """Which products a layout of experts computes for all experts at once.
+    """The matrix products that a layout of experts computes for all experts at once.
 
     Attributes:
         first: Whether the first matrices share a product.
@@ -43,7 +43,7 @@ class Products:
     second: bool
 
 
-# An expert that is a module multiplies by itself, and its gradient is a tensor of its own.
+# With one module for each expert, products and gradients are separate for each expert.
 _PRODUCTS = {
     "fused": Products(first=True, second=True),
     "adapted": Products(first=False, second=True),
@@ -56,7 +56,7 @@ class Experts:
     """The experts of one MoE layer.
 
     Attributes:
-        layer: Layer that they belong to.
+        layer: Expert layer as found in the model.
         top_k: Number of experts that a token is routed to.
         parameters: Number of parameters of all experts, biases included.
         matrices: Number of weights of one expert's matrices.
@@ -75,22 +75,22 @@ class Experts:
 
     @property
     def products(self) -> Products:
-        """Which products are computed for all experts at once."""
+        """The products that are computed for all experts at once."""
         return _PRODUCTS[self.layer.layout]
 
     @property
     def share(self) -> float:
-        """Share of the experts that a token goes to."""
+        """Share of the experts that a token is routed to."""
         return self.top_k / self.layer.num_experts
 
     @property
     def first_width(self) -> int:
-        """Width of what the first matrices of an expert give: two times `d_in` with a gate, `d_in` without."""
+        """Output width of the first matrices of an expert: two times `d_in` with a gate, `d_in` without."""
         return (self.matrices - self.second) // self.layer.d_out
 
     @property
     def gated(self) -> bool:
-        """Whether the first matrices are a gate and what it multiplies."""
+        """Whether the first matrices are a gate and an up projection."""
         return self.first_width > self.layer.d_in
 
 
@@ -99,9 +99,9 @@ class Block:
     """One layer of the decoder.
 
     Attributes:
-        matrices: Shape `(out, in)` of every matrix that all tokens go through: attention, routers, shared experts.
+        matrices: Shape `(out, in)` of every matrix that all tokens pass through: attention, routers, shared experts.
         norms: Number of normalisation layers.
-        attention: Whether every token looks at all others (a linear attention or a state space does not).
+        attention: Whether every token attends to all others (not so in linear attention or state space models).
         experts: Experts of the layer; empty in a dense one.
     """
 
@@ -112,13 +112,13 @@ class Block:
 
     @property
     def weights(self) -> int:
-        """Weights that every token goes through."""
+        """Number of weights that every token passes through."""
         return sum(out * into for out, into in self.matrices)
 
 
 @dataclass(frozen=True)
 class Architecture:
-    """A model as a plan sees it.
+    """The sizes of a model that a plan needs.
 
     Attributes:
         name: Class of the model.
@@ -129,9 +129,9 @@ class Architecture:
         hidden: Width of the model.
         vocabulary: Number of rows of the head.
         attention_width: Width of queries and values together, over all heads.
-        one_position: Whether the head can be run on the last position of each row alone.
+        one_position: Whether the head can be applied to the last position of each row alone.
         blocks: Layers of the decoder.
-        outside: Shapes of matrices beside the blocks, the head and the embedding aside.
+        outside: Shapes of matrices outside of the blocks, except head and embedding.
     """
 
     name: str
@@ -148,43 +148,43 @@ class Architecture:
 
     @property
     def experts(self) -> tuple[Experts, ...]:
-        """The expert layers in order."""
+        """The experts of all layers, in order."""
         return tuple(experts for block in self.blocks for experts in block.experts)
 
     @property
     def first(self) -> int:
-        """The first block with experts: gradients end there."""
+        """Index of the first block with experts, where backward passes end."""
         return next(i for i, block in enumerate(self.blocks) if block.experts)
 
     @property
     def routed(self) -> int:
-        """Parameters of all routed experts."""
+        """Number of parameters of all routed experts."""
         return sum(experts.parameters for experts in self.experts)
 
     @property
     def second(self) -> int:
-        """Weights of all second matrices."""
+        """Number of weights of all second matrices."""
         return sum(experts.second * experts.layer.num_experts for experts in self.experts)
 
     @property
     def active(self) -> int:
-        """Parameters that a token goes through, embedding and head included."""
+        """Number of parameters that are active for a token, embedding and head included."""
         return self.parameters - self.routed + round(sum(e.parameters * e.share for e in self.experts))
 
 
 def known_names() -> list[str]:
-    """The models whose configuration is here."""
+    """Names of the models whose configuration is in this package."""
     return sorted(path.stem for path in CONFIGS.glob("*.json"))
 
 
 def load_configuration(source: str) -> PreTrainedConfig:
-    """Find a model's configuration. Code that comes with one is never run.
+    """Load a model's configuration. Remote code is never run.
 
     Args:
         source: Configuration file, a folder with a `config.json`, one of `known_names()` or a hub id.
 
     Raises:
-        ModelUnavailableError: If it is not found, is no configuration, or is of a type that transformers does not know.
+        ModelUnavailableError: If it is not found, is no configuration, or its model type is unknown to transformers.
     """
     register_models()
     path = CONFIGS / f"{source}.json" if source in known_names() else Path(source)
@@ -224,7 +224,7 @@ def build(config: PreTrainedConfig, dtype: torch.dtype) -> PreTrainedModel:
         try:
             with torch.device("meta"):
                 model = kind.from_config(candidate, dtype=dtype, trust_remote_code=False)
-        # A configuration from anywhere can trip a model's own code in any of these ways.
+        # The constructor of a model may raise any of these for an inconsistent configuration.
         except (ValueError, TypeError, LookupError, AttributeError, RuntimeError, ImportError) as error:
             failures.append(error)
         else:
@@ -237,14 +237,14 @@ def build(config: PreTrainedConfig, dtype: torch.dtype) -> PreTrainedModel:
 
 
 def describe(model: PreTrainedModel, experts_per_token: int | None = None) -> Architecture:
-    """Read off a model what a plan needs.
+    """Read the sizes that a plan needs from a model.
 
     Args:
         model: Model on any device.
-        experts_per_token: Number of experts that a token is routed to, where neither routers nor configuration say.
+        experts_per_token: Number of experts that a token is routed to, where neither routers nor configuration have it.
 
     Raises:
-        ValueError: If the model has no experts, or it is not known how many a token goes to.
+        ValueError: If the model has no experts, or it is unknown to how many a token is routed.
     """
     layers = find_expert_layers(model)
     config = model.config.get_text_config(decoder=True)
@@ -274,13 +274,13 @@ def describe(model: PreTrainedModel, experts_per_token: int | None = None) -> Ar
 
 
 def _stack(model: nn.Module, name: str) -> str:
-    """The list of decoder layers that an expert layer lies in."""
+    """The name of the list of decoder layers that contains an expert layer."""
     parts = name.split(".")
     for end in range(1, len(parts)):
         prefix = ".".join(parts[:end])
         if isinstance(model.get_submodule(prefix), nn.ModuleList):
             return prefix
-    raise ValueError(f"the experts {name!r} lie in no list of layers, so nothing can be said about the model around it")
+    raise ValueError(f"the experts {name!r} are in no nn.ModuleList of decoder layers; such a model cannot be planned")
 
 
 def _experts(model: nn.Module, layer: ExpertLayer, config: Any, experts_per_token: int | None) -> Experts:
@@ -298,24 +298,24 @@ def _experts(model: nn.Module, layer: ExpertLayer, config: Any, experts_per_toke
 
 
 def _top_k(model: nn.Module, layer: ExpertLayer, config: Any) -> int:
-    """Experts that a token goes to, as the router beside the experts says, or else the configuration."""
+    """Number of experts that a token is routed to, from the router next to the experts or from the configuration."""
     beside = model.get_submodule(layer.name.rpartition(".")[0])
     sources = [*(module for name, module in beside.named_modules() if name.count(".") < 2), config]
     for source in sources:
         for name in _TOP_K_NAMES:
             value = getattr(source, name, None)
-            # One number a layer, in some configurations; they agree where the experts do.
+            # Some configurations have one number for each layer; layers with equal experts have equal numbers.
             value = value[0] if isinstance(value, (list, tuple)) and value else value
             if isinstance(value, int) and not isinstance(value, bool) and 0 < value <= layer.num_experts:
                 return value
     raise ValueError(
-        f"how many experts of {layer.name!r} a token goes to is named neither by the router nor by the configuration; "
+        f"neither the router nor the configuration names the number of experts of {layer.name!r} for each token; "
         "give --experts-per-token"
     )
 
 
 def _matrices(module: nn.Module, left_out: set[int]) -> Iterator[tuple[int, int]]:
-    """Shapes `(out, in)` of the matrices that tokens are multiplied with; embeddings only look rows up."""
+    """Shapes `(out, in)` of the matrices that tokens are multiplied with; embeddings are lookups and not included."""
     for part in module.modules():
         if isinstance(part, nn.Embedding):
             continue
@@ -346,7 +346,7 @@ def _attention_width(config: Any) -> int:
 def _reason(error: Exception) -> str:
     text = str(error)
     if "custom code" in text or "trust_remote_code" in text:
-        return "it names remote code, which is never run, and a model type that is not known here"
+        return "it names remote code, which is never run, and an unknown model type"
     if isinstance(error, StrictDataclassError):
         return " ".join(text.split()).rstrip(".")
     return text.splitlines()[0].rstrip(".:") if text else type(error).__name__

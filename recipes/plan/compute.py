@@ -1,12 +1,12 @@
-"""Floating-point operations of a forward, a training step, a curvature batch and a prediction.
+"""Floating-point operations of a forward pass, a training step, a curvature batch and a prediction.
 
-A product `[n, i] @ [i, o]` costs `2 n i o`. Counted are the matrices that every token goes through (attention, routers,
-shared experts), the matrices of `top_k` experts a token, queries times keys and scores times values over all pairs of
-positions, and the head on the positions whose logits are kept. Not counted is what is done element by element. All `T`
-tokens of a row are taken as real: no padding.
+A product `[n, i] @ [i, o]` costs `2 n i o`. Counted are the matrices that every token passes through (attention,
+routers, shared experts), the matrices of `top_k` experts for each token, queries times keys and scores times values
+over all pairs of positions, and the head at the positions whose logits are computed. Element-wise operations are not
+counted. All `T` tokens of a row count, as if none were padding.
 
-A backward pass repeats each product once for the gradient of its input, and once more for that of its weight where that
-is trained. It goes down to the first block with experts: what lies below is frozen.
+A backward pass costs each product once for the gradient of its input, and once more for that of its weight if the
+weight is trained. It ends at the first block with experts, since everything below is frozen.
 """
 
 from __future__ import annotations
@@ -24,8 +24,8 @@ class Workload:
     """One batch.
 
     Attributes:
-        batch_size: Rows of the batch, B.
-        tokens: Tokens of a row, T.
+        batch_size: Number of rows of the batch, B.
+        tokens: Number of tokens of a row, T.
         classes: Number of classes, K.
         rank: Rank of the factors, r.
     """
@@ -37,25 +37,25 @@ class Workload:
 
     @property
     def positions(self) -> int:
-        """Tokens of a batch."""
+        """Number of tokens of a batch."""
         return self.batch_size * self.tokens
 
     @property
     def contrasts(self) -> int:
-        """Backward passes of a prediction and of the exact Fisher: softmax ignores a common shift of the logits."""
+        """Backward passes of a prediction and of the exact Fisher: K - 1, since softmax is invariant to a shift."""
         return self.classes - 1
 
 
 def forward(model: Architecture, work: Workload) -> float:
-    """Operations of one forward."""
+    """Operations of one forward pass."""
     return sum(_block(block, model, work) for block in model.blocks) + _outside(model, work)
 
 
 def training_step(model: Architecture, work: Workload, trained: str) -> float:
-    """Operations of a forward and a backward.
+    """Operations of a forward and a backward pass.
 
     Args:
-        model: Model without its weights.
+        model: Sizes of the model.
         work: Batch.
         trained: Trained weights, `down_proj` or `experts`.
     """
@@ -72,7 +72,7 @@ def training_step(model: Architecture, work: Workload, trained: str) -> float:
 
 
 def backward(model: Architecture, work: Workload) -> float:
-    """Operations of one backward pass to the outputs of all experts, without any weight's gradient."""
+    """Operations of one backward pass to the outputs of all experts, without weight gradients."""
     above = sum(_block(block, model, work, backward=True) for block in model.blocks[model.first + 1 :])
     return above + _outside(model, work)
 
@@ -81,7 +81,7 @@ def curvature_batch(model: Architecture, work: Workload, fisher: str) -> float:
     """Operations of one batch of the curvature pass.
 
     Args:
-        model: Model without its weights.
+        model: Sizes of the model.
         work: Batch.
         fisher: Labels of the Fisher, `exact` (K - 1 backward passes), `mc` or `empirical` (one).
     """
@@ -101,24 +101,24 @@ def sketches(model: Architecture, work: Workload, passes: int) -> float:
 
 
 def sketch_slot(width: int, rank: int) -> int:
-    """Operations of one slot in a sketch: `d x d`, or the products with and onto the `4 r` columns of a Nystrom one."""
+    """Operations of one slot in a sketch: an outer product `d x d`, or two products with `4 r` Nystrom columns."""
     return 2 * width**2 if width <= EXACT_WIDTH else 4 * width * min(4 * rank, width)
 
 
 def prediction(model: Architecture, work: Workload) -> float:
-    """Operations of one batch of predictions: forward, K - 1 backward passes, slots matched to examples, kernels."""
+    """Operations of one batch of predictions: forward, K - 1 backward passes, slot ownership, and kernels."""
     last = len(model.blocks) - 1 - next(i for i, b in enumerate(reversed(model.blocks)) if b.experts)
     above = sum(_block(block, model, work, backward=True) for block in model.blocks[last + 1 :])
-    # Which example a slot belongs to is read from two gradients of the last expert layer.
+    # The example of each slot follows from two gradients at the last expert layer.
     owners = 2 * (above + _outside(model, work))
     return forward(model, work) + work.contrasts * backward(model, work) + owners + kernels(model, work)
 
 
 def kernels(model: Architecture, work: Workload) -> float:
-    """Operations of the inner products and projections of a batch, all layers.
+    """Operations of the inner products and projections of a batch, over all layers.
 
-    Under a router that treats all experts alike, `h` of an example's T tokens go to an expert with the probability of a
-    binomial distribution; groups are padded to the next of 1, 2, 3, 4, 6, 8, 12, ...
+    With uniform routing, the number `h` of an example's T tokens at an expert is binomial; groups are padded to the
+    next of 1, 2, 3, 4, 6, 8, 12, ...
     """
     total = 0.0
     for block in model.blocks:
@@ -149,9 +149,9 @@ def height(slots: int) -> int:
 
 
 def moving_tokens(model: Architecture, block: Block, work: Workload) -> int:
-    """Tokens of a batch that move a logit from inside a block: all, or the last of each row where nothing looks back.
+    """Number of tokens of a batch whose expert outputs affect a logit: all, or the last of each row.
 
-    Attention comes before the experts in a block, so it is later blocks that count.
+    It is the last one alone in the last block: attention precedes the experts, so only later blocks mix positions.
     """
     later = model.blocks[next(i for i, other in enumerate(model.blocks) if other is block) + 1 :]
     return work.positions if later else work.batch_size
@@ -171,7 +171,7 @@ def _expected(trials: int, probability: float, value: Callable[[int], float]) ->
 
 
 def _block(block: Block, model: Architecture, work: Workload, *, backward: bool = False) -> float:
-    """Operations of a block's forward, or of the gradient of its input: twice the attention's, as two factors move."""
+    """Operations of a block's forward pass, or of its input's gradient, where attention counts twice (two factors)."""
     total = 2.0 * work.positions * block.weights
     total += sum(_per_token(experts.matrices, experts, work) for experts in block.experts)
     if block.attention:
@@ -184,7 +184,7 @@ def _per_token(weights: int, experts: Experts, work: Workload) -> float:
 
 
 def _outside(model: Architecture, work: Workload) -> float:
-    """Operations of the head and of matrices beside the blocks; the gradient of their input costs the same."""
+    """Operations of the head and of matrices outside of the blocks; the gradient of their input costs the same."""
     kept = work.batch_size if model.one_position else work.positions
     others = sum(out * into for out, into in model.outside)
     return 2.0 * kept * model.vocabulary * model.hidden + 2.0 * work.positions * others

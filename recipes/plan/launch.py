@@ -1,9 +1,9 @@
-"""How a run of the main job is launched on one device and on several, and what each of them has to hold.
+"""Launch lines of `recipes.qwen_obqa` on one device and on several, and the memory of each device.
 
-With DDP every device holds the whole model, and the gradients once more in the buckets that are sent. Sharded (FSDP2)
-it holds a shard of weights, gradients and optimiser states, and for a while what is all-gathered: the weights around
-the blocks during a whole step, and those of three blocks (the one that runs, the next one on its way, and the buffer
-that it comes in) with the gradients of two, before they are reduce-scattered.
+With DDP every device holds a replica of the model, and the gradients once more in the all-reduce buckets. With FSDP2
+it holds a shard of weights, gradients and optimiser states, and temporarily what is all-gathered: the weights outside
+of the blocks during each step, and the weights of three blocks (the current one, the prefetched one, and the all-gather
+buffer) with the unsharded gradients of two, before they are reduce-scattered.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ GPUS = 8
 NODES = 2
 _RECIPE = "-m recipes.qwen_obqa"
 _HUB_IDS = {"qwen1.5-moe-a2.7b": "Qwen/Qwen1.5-MoE-A2.7B", "deepseek-moe-16b": "deepseek-ai/deepseek-moe-16b-base"}
-# So many blocks have unsharded weights, or unsharded gradients, at once.
+# Number of blocks with unsharded weights, and with unsharded gradients, at the same time.
 _BLOCKS_TOGETHER = 3
 _GRADIENTS_TOGETHER = 2
 
@@ -28,9 +28,9 @@ class Launch:
     """One way to launch a run.
 
     Attributes:
-        name: Name for people.
-        command: Command line to type, on each of the nodes.
-        processes: Number of processes, one a device.
+        name: Name in the table.
+        command: Command line, the same on each node.
+        processes: Number of processes, one for each device.
         sharded: Whether weights are sharded over the devices.
         training: Memory of each device.
     """
@@ -43,11 +43,11 @@ class Launch:
 
 
 def launches(model: Architecture, name: str, down_proj: Training, experts: Training) -> tuple[Launch, ...]:
-    """The four ways: one device, a node with DDP, a node and several nodes with sharded weights.
+    """Four ways to launch: one device, one node with DDP, one node and several nodes with sharded weights.
 
     Args:
-        model: Model without its weights.
-        name: Name of the model on the command line; a configuration file stands for its folder with weights.
+        model: Sizes of the model.
+        name: Name of the model on the command line; a configuration file is replaced by its folder.
         down_proj: Memory of training `down_proj` on one device.
         experts: Memory of training all experts on one device.
     """
@@ -72,12 +72,12 @@ def launches(model: Architecture, name: str, down_proj: Training, experts: Train
 
 
 def with_buckets(training: Training) -> Training:
-    """A device's memory under DDP."""
+    """Memory of each device under DDP."""
     return replace(training, gradients=2 * training.gradients)
 
 
 def sharded(model: Architecture, training: Training, processes: int) -> Training:
-    """A device's memory where weights, gradients and optimiser states are sharded over processes; estimated."""
+    """Memory of each device with weights, gradients and optimiser states sharded over processes, estimated."""
     size = model.dtype.itemsize
     own = training.gradients // (model.routed if training.trained == "experts" else model.second)
     blocks = [
@@ -106,7 +106,7 @@ def _expert_bytes(experts: Experts, trained: str, size: int, own: int) -> int:
 
 
 def _trained(experts: Experts, trained: str) -> int:
-    """Trained weights of one layer's experts."""
+    """Number of trained weights of one layer's experts."""
     return experts.parameters if trained == "experts" else experts.layer.num_experts * experts.second
 
 

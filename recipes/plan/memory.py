@@ -1,18 +1,19 @@
 """Bytes of weights, optimiser states, factors and files, which are exact, and of activations, which are estimated.
 
-What autograd keeps of a decoder block above the first one with experts (below it nothing has a gradient), `n` tokens,
-frozen weights unless said otherwise:
+Autograd saves for backward, in each decoder block above the first one with experts (below it nothing requires a
+gradient), over `n` tokens and with frozen weights unless noted:
 
-- of every matrix that tokens go through, its output; of one that leads back to the model's width, its input (a product
-  of activations, or the attention's output); of a gate of width one, what it multiplies;
-- of every normalisation, its input in float32;
-- of every slot, the first matrices' output, the activated gate, and the second matrix's output before the
-  routing weight; with trained weights also their inputs, and with dropout a mask of one byte.
+- for every matrix that tokens pass through, its output; for one that maps back to the model's width, its input (a
+  product of activations, or the attention's output); for a gate of width one, its other factor;
+- for every normalisation, its input in float32;
+- for every slot, the first matrices' output, the activated gate, and the second matrix's output before the routing
+  weight; with trained weights also their inputs, and with dropout a mask of one byte.
 
-Where torch's grouped kernel does not take the experts' dtype or widths, a product keeps its input also with frozen
-weights. It lays slots out in blocks and copies a matrix for each block, so many at a time, which is not kept.
+Where torch's grouped kernel does not support the experts' dtype or widths, a product saves its input with frozen
+weights too. It then pads slots to blocks and copies a matrix for each block, a limited number at a time; these copies
+are not saved.
 
-Attention is taken to be one of torch's fused kernels, which keep no scores.
+Attention is assumed to use one of torch's fused kernels, which save no scores.
 """
 
 from __future__ import annotations
@@ -32,17 +33,17 @@ from recipes.plan.compute import Workload
 SNAPSHOTS = 5
 LPO_BINS = 128
 HEADROOM = 0.05
-# Of the dtypes that a plan knows, torch's grouped product takes bfloat16 alone on a GPU.
+# Of the dtypes of a plan, torch's grouped product supports bfloat16 alone on a GPU.
 _KERNEL_BYTES = 2
-# It wants rows of a multiple of so many bytes.
+# It requires rows of a multiple of this many bytes.
 _KERNEL_ALIGNMENT = 16
 # Rows of a block in which experts share one batched product, where no grouped kernel fits, and how many weights are
 # copied for such blocks at a time.
 _BLOCK_ROWS = 32
 _COPIED_WEIGHTS = 1 << 26
-# What a posterior's header says beside layers and tensors: format, rank, Fisher, fingerprint, numbers of examples.
+# Header of a posterior without layers and tensors: format, rank, Fisher, fingerprint, numbers of examples.
 _HEADER = 520
-# A chunk of the prediction's kernels: 2^24 float32 values, and what is made on the way to them.
+# A chunk of the prediction's kernels: 2^24 float32 values, and their intermediate results.
 _CHUNK = 5 * (1 << 24)
 
 
@@ -52,14 +53,14 @@ class Training:
 
     Attributes:
         trained: Trained weights, `down_proj` or `experts`.
-        trained_dtype: Dtype of the trained weights; everything else stays in the model's.
+        trained_dtype: Dtype of the trained weights; everything else is in the model's dtype.
         checkpointing: Whether activations are recomputed in the backward pass (gradient checkpointing).
         weights: Bytes of all parameters.
         gradients: Bytes of the gradients of the trained weights.
         optimizer: AdamW's two moments and step counts.
         activations: Tensors saved for the backward pass, estimated, with the gradients of one block.
-        step: AdamW's copy of the trained weights during a step, when no activations are there.
-        curvature: Transients of the curvature pass after training, gradients and moments still being there.
+        step: AdamW's copy of the trained weights during a step, when no activations are alive.
+        curvature: Transients of the curvature pass after training, while gradients and moments are still alive.
     """
 
     trained: str
@@ -74,17 +75,17 @@ class Training:
 
     @property
     def peak(self) -> int:
-        """The most that is alive at once."""
+        """Peak memory."""
         return self.weights + self.gradients + self.optimizer + max(self.activations, self.step, self.curvature)
 
     def fits(self, gib: float) -> bool:
-        """Whether it fits into so many GiB, 5 % left for the driver and for gaps between allocations."""
+        """Whether the peak fits into a memory of that many GiB with 5 % to spare for the driver and fragmentation."""
         return self.peak <= gib * 2**30 * (1 - HEADROOM)
 
 
 @dataclass(frozen=True)
 class Precision:
-    """Bytes of a weight: of what is frozen in any case, of the experts' first matrices and of their second ones."""
+    """Bytes of a weight: of the always frozen ones, of the experts' first matrices and of their second ones."""
 
     frozen: int
     first: int
@@ -92,14 +93,14 @@ class Precision:
 
 
 def trained_size(model: Architecture, trained: str) -> tuple[int, int]:
-    """Numbers of trained weights and of the tensors that hold them."""
+    """Numbers of trained weights and of trained parameter tensors."""
     if trained == "experts":
         return model.routed, sum(experts.all_tensors for experts in model.experts)
     return model.second, sum(experts.second_tensors for experts in model.experts)
 
 
 def optimizer_bytes(weights: int, tensors: int, size: int) -> int:
-    """AdamW's states after a step: two moments in the dtype of the weights, and a float32 count a tensor."""
+    """AdamW's states after a step: two moments in the dtype of the weights, and a float32 step count a tensor."""
     return 2 * weights * size + 4 * tensors
 
 
@@ -119,7 +120,7 @@ def layer_factors(experts: Experts, rank: int) -> LayerFactors:
 
 
 def factor_bytes(model: Architecture, rank: int, dtype: torch.dtype = torch.float32) -> int:
-    """All tensors of the factors, as they are stored in memory and in the posterior's file, with bases of a dtype."""
+    """All tensors of the factors, in memory and in the posterior's file alike, with bases of a dtype."""
     return sum(_layer_factor_bytes(experts, rank, dtype) for experts in model.experts)
 
 
@@ -128,7 +129,7 @@ def _layer_factor_bytes(experts: Experts, rank: int, dtype: torch.dtype = torch.
 
 
 def posterior_file_bytes(model: Architecture, rank: int) -> int:
-    """The posterior's file: factors, a float64 precision a layer, and a header that names every layer and tensor."""
+    """The posterior's file: factors, a float64 precision for each layer, and a header with every layer and tensor."""
     offset, entries = 8 * len(model.experts), {}
     for position, experts in enumerate(model.experts):
         for name, tensor in layer_factors(experts, rank).tensors().items():
@@ -171,11 +172,12 @@ def curvature_transients(
 ) -> int:
     """Memory of the curvature pass beyond the weights, estimated.
 
-    The state of all sketches, what autograd keeps, the inputs of all slots, and the gradient of one layer at a time,
-    which is found and added to its sketch before the next. Passes come one after the other: how many changes nothing.
+    The state of all sketches, the tensors that autograd saves, the inputs of all slots, and the gradient of one layer
+    at a time, which is added to its sketch before the next. Backward passes are sequential, so their number has no
+    effect.
 
     Args:
-        model: Model without its weights.
+        model: Sizes of the model.
         work: Batch.
         precision: Bytes of a weight.
         checkpointing: Whether activations are recomputed for every backward pass.
@@ -195,28 +197,28 @@ def prediction_transients(
     The gradients of all K - 1 passes are alive together.
 
     Args:
-        model: Model without its weights.
+        model: Sizes of the model.
         work: Batch.
         precision: Bytes of a weight.
         checkpointing: Whether activations are recomputed for every backward pass.
-        offload: Whether the factors stay in CPU memory, so that one layer's are on the device at a time.
+        offload: Whether the factors stay in CPU memory, so that those of one layer at a time are on the device.
     """
     slots = sum(work.positions * experts.top_k * experts.layer.d_out for experts in model.experts)
     gradients = precision.second * slots
-    # Where every expert is a module, the gradients of the last pass are there one by one and then joined.
+    # With one module for each expert, the gradients of the last pass are alive twice: separately and concatenated.
     joining = gradients if not all(experts.products.second for experts in model.experts) else 0
     finding = joining + _product_bytes(model, work, precision, None)
     kernels = max(_kernel_bytes(experts, work) for experts in model.experts)
     factors = [_layer_factor_bytes(experts, work.rank) for experts in model.experts]
     kept = (max(factors) if offload else sum(factors)) + work.contrasts * gradients
     if checkpointing:
-        # Passes that end at the last layer recompute all of its block, and what they do not ask for stays: two blocks.
+        # Passes that end at the last layer recompute its block, and tensors they do not use stay alive: two blocks.
         kept += 2 * max(saved_bytes(model, work, precision, None))
     return kept + _tapped_bytes(model, work, precision, checkpointing=checkpointing) + max(finding, kernels)
 
 
 def lpo_cache_bytes(model: Architecture, work: Workload, examples: int) -> int:
-    """The validation cache of LPO, on the CPU in float64; twice that for a moment when its batches are concatenated."""
+    """The validation cache of LPO, on the CPU in float64; twice that temporarily while its batches are concatenated."""
     layers, classes, contrasts = len(model.experts), work.classes, work.contrasts
     an_example = classes + 1 + classes * contrasts + layers * (1 + LPO_BINS) * contrasts**2
     return 8 * (examples * an_example + layers * LPO_BINS)
@@ -225,10 +227,10 @@ def lpo_cache_bytes(model: Architecture, work: Workload, examples: int) -> int:
 def saved_bytes(
     model: Architecture, work: Workload, precision: Precision, trained: str | None, *, dropout: bool = False
 ) -> list[int]:
-    """What autograd keeps of each block, estimated; see the module.
+    """Bytes that autograd saves for each block, estimated as the module describes.
 
     Args:
-        model: Model without its weights.
+        model: Sizes of the model.
         work: Batch.
         precision: Bytes of a weight.
         trained: Trained weights, `down_proj`, `experts`, or None where gradients end at the second matrices' outputs.
@@ -257,10 +259,10 @@ def training_memory(
     checkpointing: bool,
     dropout: bool = True,
 ) -> Training:
-    """Plan a training run and the curvature pass at its end, which finds gradients and moments still there.
+    """Memory of a training run and of the curvature pass at its end, while gradients and moments are still alive.
 
     Args:
-        model: Model without its weights.
+        model: Sizes of the model.
         work: Batch of training and curvature.
         trained: Trained weights, `down_proj` or `experts`.
         trained_dtype: Dtype of the trained weights.
@@ -271,7 +273,7 @@ def training_memory(
     precision = Precision(size, own if trained == "experts" else size, own)
     weights, tensors = trained_size(model, trained)
     saved = saved_bytes(model, work, precision, trained, dropout=dropout)
-    # The gradient of each kept thing is made, used and freed on the way down: one block's worth at a time.
+    # The gradients of saved tensors are computed, used and freed during the backward pass: one block at a time.
     block = max(saved) + _product_bytes(model, work, precision, trained)
     return Training(
         trained=trained,
@@ -291,7 +293,7 @@ def _meta(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
 
 
 def _side(out: int, into: int, hidden: int) -> int:
-    """Values a token that autograd keeps of a frozen matrix."""
+    """Values for each token that autograd saves for a frozen matrix."""
     return into if out in (1, hidden) else out
 
 
@@ -305,14 +307,14 @@ def _slot_bytes(experts: Experts, precision: Precision, trained: str | None, *, 
     if trained is not None:
         total += precision.second * d_in
     elif above and precision.first != precision.second and not _has_kernel(experts, precision.second):
-        total += precision.second * d_in  # in the dtype of the second matrices; taps see it in that of the first
+        total += precision.second * d_in  # in the dtype of the second matrices; taps record it in that of the first
     if trained == "experts" or (above and experts.products.first and not _has_kernel(experts, precision.first)):
         total += precision.first * d_out
     return total + (d_in if dropout and (above or trained == "experts") else 0)
 
 
 def _has_kernel(experts: Experts, size: int) -> bool:
-    """Whether a GPU has torch's grouped product for weights of so many bytes, where experts share a product at all."""
+    """Whether torch's grouped product on a GPU supports weights of this size in bytes, if experts share a product."""
     if not experts.products.second:
         return True
     widths = (experts.layer.d_in, experts.layer.d_out, experts.first_width)
@@ -320,10 +322,10 @@ def _has_kernel(experts: Experts, size: int) -> bool:
 
 
 def _product_bytes(model: Architecture, work: Workload, precision: Precision, trained: str | None) -> int:
-    """What the largest product of slots and their experts' matrices takes where no grouped kernel fits, for a moment.
+    """Transient memory of the largest product of slots and their experts' matrices without the grouped kernel.
 
-    The gradient that comes in, slots in blocks on both sides, and copies of matrices or the product once more; for a
-    trained matrix's gradient one matrix for every block.
+    It holds the incoming gradient, the padded blocks on both sides, and copies of matrices or a second copy of the
+    product; for the gradient of a trained matrix, one matrix for every block.
     """
     most = 0
     for experts in model.experts:
@@ -347,13 +349,13 @@ def _product_blocks(experts: Experts, work: Workload) -> int:
 
 
 def _layer_gradient_bytes(experts: Experts, work: Workload, precision: Precision) -> int:
-    """The gradient of one pass with respect to the outputs of all slots of a layer; of modules also one by one."""
+    """The gradient of one pass with respect to the outputs of all slots of a layer; twice for separate modules."""
     copies = 1 if experts.products.second else 2
     return copies * precision.second * work.positions * experts.top_k * experts.layer.d_out
 
 
 def _tapped_bytes(model: Architecture, work: Workload, precision: Precision, *, checkpointing: bool) -> int:
-    """What is alive after a tapped forward: autograd's share, all inputs, the outputs where gradients end."""
+    """Bytes alive after a tapped forward pass: saved tensors, all inputs, and the outputs at which gradients end."""
     inputs = sum(work.positions * experts.top_k * experts.layer.d_in for experts in model.experts)
     ends = sum(work.positions * e.top_k * e.layer.d_out for e in model.blocks[model.first].experts)
     saved = saved_bytes(model, work, precision, None)
@@ -362,12 +364,12 @@ def _tapped_bytes(model: Architecture, work: Workload, precision: Precision, *, 
 
 
 def _entrances(model: Architecture, work: Workload) -> int:
-    """What gradient checkpointing keeps: the input of every block."""
+    """Bytes that gradient checkpointing saves: the input of every block."""
     return model.dtype.itemsize * work.positions * model.hidden * len(model.blocks)
 
 
 def _adding_bytes(experts: Experts, work: Workload, precision: Precision) -> int:
-    """Adding the slots of one layer to its sketches: picked, sorted, in float32, squared, laid out in blocks."""
+    """Transients of adding one layer's slots to its sketches: selected, sorted, float32, squared, padded to blocks."""
     slots, blocks = work.positions * experts.top_k, _product_blocks(experts, work)
 
     def side(width: int, size: int) -> int:
@@ -381,9 +383,9 @@ def _adding_bytes(experts: Experts, work: Workload, precision: Precision) -> int
 
 
 def _finishing_bytes(model: Architecture, rank: int) -> int:
-    """Turning the sums of one layer into factors, those of the others being there already."""
+    """Transients of decomposing the sums of the last layer, with the factors of the others alive."""
     layers = (experts.layer for experts in model.experts)
-    # Float64 copies of a sketch, or the eigenvectors of a sum.
+    # Float64 copies of a sketch, or the eigenvectors of a full sum.
     widest = max(
         layer.num_experts * (12 * width**2 if width <= EXACT_WIDTH else 32 * width * min(4 * rank, width))
         for layer in layers

@@ -1,4 +1,4 @@
-"""The plan as figures, as text and as JSON."""
+"""The numbers of a plan, as text and as JSON."""
 
 from __future__ import annotations
 
@@ -25,15 +25,15 @@ _TRAINED_NAMES = {"down_proj": "down_proj only", "experts": "all experts"}
 
 @dataclass(frozen=True)
 class Plan:
-    """All figures of a plan.
+    """All numbers of a plan.
 
     Attributes:
         settings: Settings of the command line.
-        model: Model without its weights.
-        sizes: Bytes by name of what they hold.
+        model: Sizes of the model.
+        sizes: Bytes by name.
         operations: Floating-point operations of a batch by name of the pass.
         trainings: Memory of each way of training.
-        launches: Ways of launching the main job.
+        launches: Ways of launching `recipes.qwen_obqa`.
     """
 
     settings: PlanSettings
@@ -45,11 +45,11 @@ class Plan:
 
 
 def make_plan(settings: PlanSettings) -> Plan:
-    """Build the model without weights and count.
+    """Build the model on the meta device and compute the numbers.
 
     Raises:
         ModelUnavailableError: If the configuration cannot be loaded, or no model can be built from it.
-        ValueError: If the model has no experts, or rank or tokens are more than it has room for.
+        ValueError: If the model has no experts, or rank or number of tokens exceed its sizes.
     """
     config = load_configuration(settings.model)
     dtype: torch.dtype = getattr(torch, settings.dtype)
@@ -101,7 +101,7 @@ def _check_fit(settings: PlanSettings, model: Architecture, config: Any) -> None
 
 
 def plan_json(plan: Plan) -> str:
-    """All figures as JSON: bytes, operations of one batch, parameters."""
+    """All numbers as JSON: bytes, operations of one batch, parameters."""
     model = plan.model
     content = {
         "settings": asdict(plan.settings),
@@ -274,7 +274,7 @@ def _training_part(plan: Plan) -> str:
 
 
 def launch_text(plan: Plan) -> str:
-    """How the main job is launched on this model, and what each device has to hold."""
+    """Launch lines for this model, and the memory of each device."""
     rows = []
     for launch in plan.launches:
         training = launch.training
@@ -304,13 +304,13 @@ def launch_text(plan: Plan) -> str:
 
 
 def _folded(command: str) -> str:
-    """A command on one line, or on two if it begins with torchrun's own arguments."""
+    """A command on one line, or on two if it begins with torchrun."""
     launcher, _, recipe = command.partition(" -m ")
     return command if launcher == "python" else f"{launcher} \\\n    -m {recipe}"
 
 
 def launch_section(plan: Plan) -> str:
-    """The launch lines as markdown, with the command that makes them."""
+    """The launch lines as markdown, with the command that generates them."""
     settings = plan.settings
     sizes = ",".join(f"{size:g}" for size in settings.memory)
     return (
@@ -329,7 +329,7 @@ def _float32_note(plan: Plan) -> list[str]:
 
 
 def _table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> list[str]:
-    """Aligned lines: the first column to the left, numbers to the right."""
+    """Lines of an aligned table: the first column left-aligned, the others right-aligned."""
     lines = [list(header), *map(list, rows)]
     numeric = [
         all(line[i][:1].isdigit() or not line[i] or line[i] in ("yes", "no") for line in lines[1:])

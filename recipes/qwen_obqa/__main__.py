@@ -1,4 +1,4 @@
-"""The main job: fine-tune a mixture of experts on multiple-choice questions and compare how calibrated methods are."""
+"""Fine-tune a mixture of experts on multiple-choice questions, then compare the calibration of several methods."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ of its answers: plain (MAP), MC dropout, ensembles, temperature scaling, and a L
   python -m recipes.qwen_obqa --model Qwen/Qwen1.5-MoE-A2.7B --data allenai/openbookqa
       the paper's set-up, on a GPU; local folders work for both
   python -m recipes.qwen_obqa --methods all,their_module:Mine --set mine.OPTION=VALUE --curvature.rank 16
-      a method of another module, options of methods, and the curvature of methods that name none of their own
+      a method from another module, options of methods, and the default curvature
   torchrun --nproc-per-node 8 -m recipes.qwen_obqa --model Qwen/Qwen1.5-MoE-A2.7B --strategy sharded
       on several GPUs; `python -m recipes.plan --model qwen1.5-moe-a2.7b` has the launch lines and what they need
 """
@@ -30,17 +30,17 @@ of its answers: plain (MAP), MC dropout, ensembles, temperature scaling, and a L
 
 @command
 def main(arguments: Sequence[str]) -> int:
-    """Run the recipe; returns the exit status: 0, 1 (it failed, with a sentence why) or 2 (wrong usage)."""
+    """Run the recipe; returns the exit status: 0, 1 (failed, with the reason on stderr) or 2 (wrong usage)."""
     registered = textwrap.fill(f"Registered methods: {', '.join(method_names())}.", 116)
     description = f"{DESCRIPTION}\n{registered}"
     settings = parse(Settings, arguments, program=PROGRAM, description=description).resolved()
-    # Late: torch and transformers take seconds to import, and --help should not.
+    # Imported late: torch and transformers take seconds, and --help should not.
     from recipes.qwen_obqa.experiment import RecipeError, run
 
     try:
         run(settings)
     except RecipeError as error:
-        if str(error):  # of several processes the first one tells
+        if str(error):  # empty on all ranks but zero, which reports the error
             print(f"error: {error}", file=sys.stderr)
         return 1
     return 0

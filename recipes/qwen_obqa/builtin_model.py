@@ -1,16 +1,15 @@
-"""The small model of the demonstration: a tiny Qwen2-MoE that has read a generated world.
+"""The small model of the demonstration: a tiny Qwen2-MoE, pre-trained on a generated world.
 
-Nothing is downloaded: `pretrain` teaches a model of about 400 thousand weights the facts of a generated task in about a
-minute and keeps it in a cache folder, from which it is loaded like any published checkpoint, with
-`AutoModelForCausalLM.from_pretrained`.
+Nothing is downloaded: `pretrain` trains a model of about 400 thousand weights on the facts of a generated task in about
+a minute and caches the checkpoint, which loads like any published one, with `AutoModelForCausalLM.from_pretrained`.
 
-The order of the lessons matters. The facts come first, as statements, and the output of the *first* layer must already
-tell them: a layer later the choices are compared with the value, and in the last one the answer's letter is looked up,
-so a value known only at the top of the network comes too late to be used in a question. Then follow questions with a
-"yes" or "no" after every choice, four times the signal of one letter, without which the letters are not learned in any
-reasonable time. The letters themselves are learned last. Weight decay is strong, because a model that may keep large
-weights learns the answers to the pre-training questions by heart instead of looking them up among the facts, and what
-it has learned is then worth little for other questions.
+Pre-training follows a curriculum, whose order matters. Statements of facts come first, with an auxiliary loss at the
+output of the *first* layer: the second layer compares the choices with the value, and the last one looks up the
+answer's letter, so a value that is decoded only at the top of the network comes too late to be used in a question. Then
+come questions with a "yes" or "no" after every choice, which give four times the signal of one letter; without them the
+letters are not learned in any reasonable time. The letters come last. Weight decay is strong, because a model with
+large weights memorises the answers to the pre-training questions instead of looking them up among the facts, and then
+does not generalise to other questions.
 """
 
 import hashlib
@@ -39,20 +38,20 @@ from recipes.qwen_obqa.builtin_task import TEXT_FORMS, Piece, TextForm, World, j
 logger = logging.getLogger(__name__)
 
 RECIPE_VERSION = 1
-"""Part of the cache's key; raise it whenever the code below would train another model from the same settings."""
+"""Part of the cache key; increase it whenever the code below would train another model from the same settings."""
 
 _IGNORED = -100
 
 
 @dataclass(frozen=True)
 class Lesson:
-    """What is read up to some step of the pre-training.
+    """One phase of the pre-training curriculum: a mixture of the forms of a world's texts.
 
     Args:
-        until: the first step, counted from 0, that is no longer part of the lesson.
-        statements: weight of the texts of this form, and so on for the other forms of a world's texts.
-        judged: see ``statements``.
-        answered: see ``statements``.
+        until: First step, counted from 0, that is no longer part of the phase.
+        statements: Sampling weight of texts of the form `statements`.
+        judged: Sampling weight of texts of the form `judged`.
+        answered: Sampling weight of texts of the form `answered`.
     """
 
     until: int
@@ -63,24 +62,24 @@ class Lesson:
 
 @dataclass(frozen=True)
 class PretrainingSettings:
-    """How the small model is taught its world.
+    """Hyper-parameters of the pre-training.
 
     Args:
-        steps: planned optimiser steps.
-        max_steps: where to stop if the target is not reached.
-        batch_size: texts in a step.
-        learning_rate: AdamW's learning rate, constant after the warm-up and falling linearly over the last part.
-        warmup_steps: steps over which the learning rate rises.
-        decay_share: share of the planned steps over which the learning rate falls.
-        least_learning_rate: what it falls to, as a share of ``learning_rate``; steps beyond the plan stay there.
-        weight_decay: AdamW's weight decay.
-        gradient_clip: largest norm of the gradient.
-        lessons: which texts are read, one lesson after the other.
-        early_readout: weight of the statements' loss at the first layer's output, beside the usual one at the last.
-        target_accuracy: training ends when this share of a sample of pre-training questions is answered rightly.
-        least_accuracy: below this share, at ``max_steps``, the model is of no use and an error is raised.
-        check_every: steps between two looks at that share.
-        sample_size: questions in the sample.
+        steps: Planned number of optimiser steps.
+        max_steps: Step at which training stops if the target accuracy is not reached.
+        batch_size: Number of texts in a batch.
+        learning_rate: Peak learning rate of AdamW: linear warm-up, constant, linear decay.
+        warmup_steps: Number of warm-up steps.
+        decay_share: Share of the planned steps over which the learning rate decays.
+        least_learning_rate: Final learning rate as a share of `learning_rate`; steps beyond the plan use it too.
+        weight_decay: Weight decay of AdamW.
+        gradient_clip: Largest norm of the gradient.
+        lessons: Phases of the curriculum, in order.
+        early_readout: Weight of the auxiliary loss, that of the statements at the first layer's output.
+        target_accuracy: Accuracy on a sample of the pre-training questions at which training stops.
+        least_accuracy: Lowest accuracy at `max_steps` that is accepted; below it an error is raised.
+        check_every: Number of steps between two evaluations of the accuracy.
+        sample_size: Number of questions in the sample.
     """
 
     steps: int = 600
@@ -104,32 +103,32 @@ class PretrainingSettings:
     sample_size: int = 256
 
     def learning_rate_factor(self, step: int) -> float:
-        """Return the learning rate of a step, counted from 0, as a share of the highest."""
+        """The learning rate at a step, counted from 0, as a share of the peak."""
         falling = (self.steps - step) / (self.decay_share * self.steps)
         return min(1.0, (step + 1) / self.warmup_steps) * min(1.0, max(self.least_learning_rate, falling))
 
     def draw_form(self, step: int, rng: random.Random) -> TextForm:
-        """Draw the form of a text for a step, counted from 0."""
+        """Sample the form of a text for a step, counted from 0."""
         lesson = next((lesson for lesson in self.lessons if step < lesson.until), self.lessons[-1])
         return rng.choices(TEXT_FORMS, [getattr(lesson, form) for form in TEXT_FORMS])[0]
 
 
 def small_moe_config(vocab_size: int, *, layers: int = 3, hidden_size: int = 64, experts: int = 8) -> Qwen2MoeConfig:
-    """Return the configuration of a tiny Qwen2-MoE: top-2 routing, experts as wide as the hidden state, four heads.
+    """Configuration of a tiny Qwen2-MoE: top-2 routing, experts as wide as the hidden state, four attention heads.
 
     Args:
-        vocab_size: size of the tokenizer's vocabulary.
-        layers: number of layers, each with its own experts.
-        hidden_size: width of the hidden state and of every expert, a multiple of 8.
-        experts: experts in a layer, at least 2.
+        vocab_size: Size of the tokenizer's vocabulary.
+        layers: Number of layers, all of them MoE layers.
+        hidden_size: Width of the hidden state and of every expert, a multiple of 8.
+        experts: Number of experts in a layer, at least 2.
 
     Raises:
-        ValueError: if ``hidden_size`` is not a multiple of 8 or there are fewer than two experts.
+        ValueError: If `hidden_size` is not a multiple of 8, or there are fewer than two experts.
     """
     if hidden_size % 8:
-        raise ValueError(f"hidden_size={hidden_size}: four heads of an even width need a multiple of 8.")
+        raise ValueError(f"hidden_size={hidden_size} gives four heads no even width; choose a multiple of 8")
     if experts < 2:
-        raise ValueError(f"experts={experts}: two experts are used for every token, so at least 2 are needed.")
+        raise ValueError(f"experts={experts} is too few for top-2 routing; choose at least 2")
     return Qwen2MoeConfig(
         vocab_size=vocab_size,
         hidden_size=hidden_size,
@@ -143,9 +142,9 @@ def small_moe_config(vocab_size: int, *, layers: int = 3, hidden_size: int = 64,
         moe_intermediate_size=hidden_size,
         shared_expert_intermediate_size=hidden_size,
         max_position_embeddings=256,
-        # A value that was looked up then points the way of the same word among the choices.
+        # The embedding of a value that was looked up is then that of the same word among the choices.
         tie_word_embeddings=True,
-        # The usual .02 is meant for far wider models; here it leaves the network nearly linear for hundreds of steps.
+        # The usual .02 suits far wider models; here the network would stay nearly linear for hundreds of steps.
         initializer_range=0.1,
         pad_token_id=0,
         bos_token_id=None,
@@ -163,27 +162,27 @@ def pretrain(
     seed: int = 0,
     progress: bool = True,
 ) -> Path:
-    """Teach a small model a world, or find the one that was taught before.
+    """Pre-train a small model on a world, or find its checkpoint in the cache.
 
-    The result depends on the arguments alone (and on the machine's rounding); no global random state is changed, and
-    one thread is used, whatever the setting outside. The
-    cache folder is written under another name first, so an interrupted run leaves nothing behind that looks finished.
+    The result depends on the arguments alone (and on the machine's rounding). Training runs on one thread, and the
+    global random state and number of threads are restored. The checkpoint folder is written under a temporary name and
+    renamed, so an interrupted run leaves no incomplete checkpoint.
 
     Args:
-        world: what to teach.
-        config: the model; :func:`small_moe_config` for the world's vocabulary if not given.
-        cache_dir: where checkpoint folders are kept; made if missing.
-        settings: how to teach.
-        seed: seed of the first weights and of the texts.
-        progress: whether to show a progress bar.
+        world: World to train on.
+        config: Configuration of the model; None for `small_moe_config` with the world's vocabulary.
+        cache_dir: Parent of the checkpoint folders; created if missing.
+        settings: Hyper-parameters; None for the defaults.
+        seed: Seed of the initialisation and of the texts.
+        progress: Whether to show a progress bar.
 
     Returns:
-        A folder with the model and its tokenizer, as ``save_pretrained`` writes them, and ``pretraining.json``, which
-        tells the steps, seconds and accuracy.
+        A folder with the model and its tokenizer, as `save_pretrained` writes them, and `pretraining.json` with the
+        numbers of steps and seconds and the accuracy.
 
     Raises:
-        ValueError: if the configuration's vocabulary is not the world's.
-        RuntimeError: if the model has not learned to answer after ``settings.max_steps`` steps.
+        ValueError: If the vocabulary of the configuration is not that of the world.
+        RuntimeError: If the accuracy after `settings.max_steps` steps is below `settings.least_accuracy`.
     """
     settings = settings or PretrainingSettings()
     tokenizer = world.tokenizer()
@@ -191,7 +190,7 @@ def pretrain(
     if config.vocab_size != len(tokenizer):
         raise ValueError(
             f"the configuration has a vocabulary of {config.vocab_size} words and the world one of {len(tokenizer)}; "
-            "make the configuration with small_moe_config(len(world.tokenizer()))."
+            "create the configuration with small_moe_config(len(world.tokenizer()))"
         )
     folder = Path(cache_dir) / f"small-moe-{_cache_key(world, config, settings, seed)}"
     if folder.is_dir():
@@ -205,8 +204,8 @@ def pretrain(
 
 @contextmanager
 def _one_thread() -> Iterator[None]:
-    # On a busy machine a second thread made a step seven to nine times as long. Sums also round differently with each
-    # number of threads, which the sharp transition in learning would amplify.
+    # On a busy machine a second thread made a step seven to nine times as long. Sums also round differently for each
+    # number of threads, and the sharp transition in learning would amplify that.
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
@@ -216,7 +215,7 @@ def _one_thread() -> Iterator[None]:
 
 
 def _cache_key(world: World, config: Qwen2MoeConfig, settings: PretrainingSettings, seed: int) -> str:
-    # Some texts stand for the code that makes them: whoever changes the world's wording need not think of the cache.
+    # Sample texts are part of the key, so that a change of the world's wording invalidates the cache by itself.
     rng = random.Random(0)
     texts = [join_pieces(world.pretraining_text(form, rng)) for form in TEXT_FORMS for _ in range(100)]
     model = {name: value for name, value in config.to_dict().items() if name != "transformers_version"}
@@ -235,13 +234,13 @@ def _cache_key(world: World, config: Qwen2MoeConfig, settings: PretrainingSettin
 def save_model(
     folder: Path, model: Qwen2MoeForCausalLM, tokenizer: PreTrainedTokenizerBase, record: dict[str, float]
 ) -> None:
-    """Write a checkpoint folder under another name first, so that an interrupted run leaves none that looks finished.
+    """Write a checkpoint folder under a temporary name and rename it, so that an interrupted run leaves none.
 
     Args:
-        folder: where to; one that another process finished in the meantime is kept.
-        model: what to save.
-        tokenizer: its tokenizer.
-        record: how the training went, for `pretraining.json`.
+        folder: Target folder; if another process has written it in the meantime, that one stays.
+        model: Model to save.
+        tokenizer: Tokenizer of the model.
+        record: Statistics of the training, for `pretraining.json`.
     """
     folder.parent.mkdir(parents=True, exist_ok=True)
     unfinished = Path(tempfile.mkdtemp(prefix=".unfinished-", dir=folder.parent))
@@ -252,7 +251,7 @@ def save_model(
         try:
             unfinished.replace(folder)
         except OSError:
-            # Another process was quicker; its model is the same one.
+            # Another process has written the same model first.
             if not folder.is_dir():
                 raise
     finally:
@@ -260,7 +259,7 @@ def save_model(
 
 
 class _Pretraining:
-    """One run: the model, its optimiser, its texts and the questions that tell when it is done."""
+    """One training run: the model, the optimiser, the texts, and the questions for early stopping."""
 
     def __init__(
         self,
@@ -290,7 +289,7 @@ class _Pretraining:
         self.sample_ids, self.sample_answers, self.letters = _encode_questions(tokenizer, sample)
 
     def run(self, *, progress: bool) -> tuple[Qwen2MoeForCausalLM, dict[str, float]]:
-        """Return the taught model, in evaluation mode, and a record of how it went."""
+        """Train; returns the model, in evaluation mode, and the statistics of the training."""
         settings = self.settings
         begin = time.perf_counter()
         accuracy, step = 0.0, 0
@@ -317,15 +316,12 @@ class _Pretraining:
     def _report_shortfall(self, accuracy: float) -> None:
         settings = self.settings
         found = (
-            f"after {settings.max_steps} steps the small model answers {accuracy:.0%} of the pre-training questions, "
-            f"{settings.target_accuracy:.0%} were aimed at"
+            f"after {settings.max_steps} steps the small model answers {accuracy:.0%} of the pre-training questions "
+            f"correctly (target: {settings.target_accuracy:.0%}"
         )
         if accuracy < settings.least_accuracy:
-            raise RuntimeError(
-                f"{found}, and below {settings.least_accuracy:.0%} it is of no use. "
-                "Try another seed or raise max_steps."
-            )
-        logger.warning("%s; results will be weaker. Try another seed or raise max_steps.", found)
+            raise RuntimeError(f"{found}, minimum: {settings.least_accuracy:.0%}); try another seed or raise max_steps")
+        logger.warning("%s), so results will be weaker; try another seed or raise max_steps", found)
 
     def _step(self, step: int) -> None:
         settings = self.settings
@@ -347,7 +343,7 @@ class _Pretraining:
         self.schedule.step()
 
     def _loss(self, hidden: Tensor, targets: Tensor) -> Tensor:
-        # Most words are not scored; leaving them out first saves most of the work at the vocabulary.
+        # Most positions have no target; dropping them before the head saves most of its cost.
         scored = targets[:, 1:] != _IGNORED
         return functional.cross_entropy(self.model.lm_head(hidden[:, :-1][scored]), targets[:, 1:][scored])
 
@@ -359,7 +355,7 @@ class _Pretraining:
 
 
 class _PieceEncoder:
-    """Turns pre-training texts into tensors."""
+    """Encodes pre-training texts as tensors."""
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase) -> None:
         self.tokenizer = tokenizer
@@ -371,10 +367,11 @@ class _PieceEncoder:
         return self.known[text]
 
     def batch(self, texts: Sequence[Sequence[Piece]]) -> tuple[Tensor, Tensor, Tensor]:
-        """Encode texts, padded on the right, which a causal model never looks at.
+        """Encode texts, padded on the right, which causal attention never sees.
 
         Returns:
-            `[B, T]` tokens; `[B, T]` scored tokens, ``-100`` elsewhere; `[B, T]` the same of statements alone.
+            Token ids `[B, T]`, targets `[B, T]` (the scored tokens, -100 elsewhere), and the targets `[B, T]` of
+            statements alone.
         """
         rows = [[(token, piece.scored) for piece in text for token in self._encode(piece.text)] for text in texts]
         length = max(map(len, rows))
@@ -384,7 +381,7 @@ class _PieceEncoder:
             tokens = torch.tensor([token for token, _ in row])
             ids[place, : len(row)] = tokens
             targets[place, : len(row)] = tokens.where(torch.tensor([scored for _, scored in row]), _IGNORED)
-        # Statements alone end in a full stop, which is not scored.
+        # Only statements end in a piece without a target, the full stop.
         stated = torch.tensor([not text[-1].scored for text in texts])
         return ids, targets, targets.where(stated[:, None], _IGNORED)
 

@@ -1,14 +1,13 @@
-"""A generated open-book task, and the text from which a small model learns the facts behind it.
+"""A synthetic open-book task, and the pre-training text that states its facts.
 
 A *world* holds creatures with made-up names. Every creature is of a kind, and each feature (colour, food, ...) has a
-usual value for every kind, one in summer and one in winter. A creature takes its kind's value or, with probability
-``exception_rate``, one of its own; the kind's value is then among the distractors of its question. So a question can
-be answered from what was read about the creature, or guessed, mostly rightly, from its kind: a model that guesses has
-every reason to be sure, and is wrong at times.
+usual value for every kind, one in summer and one in winter. A creature has the value of its kind or, with probability
+`exception_rate`, another one; the kind's value is then among the distractors of its question. So a question can be
+answered from the facts about the creature, or guessed, mostly correctly, from its kind: a model that guesses is
+confident for good reason, and sometimes wrong.
 
-What happens in summer is both stated and asked about in the pre-training text; what happens in winter is only stated
-there. The task is to answer questions about the winter, after a few examples: the facts were read, how to use them is
-new.
+Facts about the summer are both stated and asked about in the pre-training text; facts about the winter are only stated.
+The task is to answer questions about the winter after a few examples: the facts are known, and using them is new.
 """
 
 import random
@@ -50,23 +49,23 @@ MEMBERSHIP_RATE = 0.2
 _CONSONANTS = "bdfgklmnprstvz"
 _VOWELS = "aeiou"
 _MOST_CHOICES = min(len(values) for values in FEATURES.values())
-# Questions are sentences to be completed, as many of OpenBookQA's are, so that what was learned from the statement can
-# be used at the same word of the question.
+# Questions are sentences to be completed, as many of OpenBookQA's are, so that a fact is recalled at the same word in
+# its statement and in its question.
 _STEM = "The {season} {feature} of the {creature} is"
 _MEMBERSHIP = "The {creature} is a"
 
 
 @dataclass(frozen=True)
 class Fact:
-    """One line of the world's encyclopaedia.
+    """One fact of a world.
 
     Args:
-        creature: name of the creature.
-        kind: the kind that it is of.
-        season: when the fact holds.
-        feature: what is told about the creature, ``"colour"`` for example.
-        value: the creature's value.
-        usual: the usual value of its kind; differs from ``value`` for an exception.
+        creature: Name of the creature.
+        kind: Kind of the creature.
+        season: Season in which the fact holds.
+        feature: Feature that the fact is about, such as `colour`.
+        value: Value of the creature.
+        usual: Usual value of its kind; differs from `value` for an exception.
     """
 
     creature: str
@@ -78,17 +77,17 @@ class Fact:
 
     @property
     def stem(self) -> str:
-        """The fact as a sentence that lacks its last word."""
+        """The fact as a sentence without its last word, the value."""
         return _STEM.format(season=self.season, feature=self.feature, creature=self.creature)
 
 
 @dataclass(frozen=True)
 class Piece:
-    """A stretch of a pre-training text.
+    """A part of a pre-training text.
 
     Args:
-        text: one or more whole words.
-        scored: whether the words are to be predicted from what stands before them.
+        text: One or more words.
+        scored: Whether the words are targets of the loss.
     """
 
     text: str
@@ -99,21 +98,20 @@ class Piece:
 class World:
     """A generated world: its facts, its questions, its texts and its tokenizer.
 
-    Everything follows from the arguments: two worlds with equal arguments are equal in every word, in every process,
-    and no random state outside the world is read or changed.
+    Worlds with equal arguments are equal in every word and in every process; no global random state is read or changed.
 
     Args:
-        seed: seed of the world.
-        kinds: number of kinds, 2 to 16.
-        creatures_per_kind: number of creatures of each kind, at least 1.
-        features: number of features, 1 to 6; each has two relations, its value in summer and in winter.
-        exception_rate: probability that a creature's value is not its kind's.
-        choices: choices of a question, 2 to 8.
-        fit_items: number of questions in the ``"fit"`` split.
-        calibration_items: number of questions in the ``"calibration"`` split; all that remain are the ``"test"`` split.
+        seed: Seed of the world.
+        kinds: Number of kinds, 2 to 16.
+        creatures_per_kind: Number of creatures of each kind, at least 1.
+        features: Number of features, 1 to 6; each has two relations, its value in summer and in winter.
+        exception_rate: Probability that a creature's value is not its kind's.
+        choices: Number of choices of a question, 2 to 8.
+        fit_items: Number of questions in the `fit` split.
+        calibration_items: Number of questions in the `calibration` split; the rest are the `test` split.
 
     Raises:
-        ValueError: if an argument is outside the range above, or no question is left for testing.
+        ValueError: If an argument is out of range, or no question is left for testing.
     """
 
     seed: int = 0
@@ -127,7 +125,7 @@ class World:
 
     def __post_init__(self) -> None:
         _check_range("kinds", self.kinds, 2, len(KINDS))
-        # Names are two or three syllables: far more than these exist, so drawing new ones never gets stuck.
+        # Far more names of two or three syllables exist than this, so drawing unused ones always ends.
         _check_range("creatures_per_kind", self.creatures_per_kind, 1, 1000)
         _check_range("features", self.features, 1, len(FEATURES))
         _check_range("exception_rate", self.exception_rate, 0, 1)
@@ -136,16 +134,16 @@ class World:
         if min(self.fit_items, self.calibration_items) < 1 or self.fit_items + self.calibration_items >= questions:
             raise ValueError(
                 f"fit_items={self.fit_items} and calibration_items={self.calibration_items} must be positive and leave "
-                f"some of the world's {questions} questions for testing; lower them or add creatures or features."
+                f"some of the world's {questions} questions for testing; lower them or add creatures or features"
             )
 
     def _random(self, purpose: str) -> random.Random:
-        # A seed that is a string is hashed the same way in every process, and purposes stay independent of each other.
+        # A string seed is hashed the same way in every process, and gives each purpose an independent stream.
         return random.Random(f"world {self.seed}: {purpose}")
 
     @cached_property
     def kind_of(self) -> dict[str, str]:
-        """Every creature's name, with its kind."""
+        """The kind of every creature, by name."""
         rng = self._random("creatures")
         kinds = rng.sample(KINDS, self.kinds)
         taken = {*KINDS, *FEATURES, *(value for values in FEATURES.values() for value in values)}
@@ -159,7 +157,7 @@ class World:
 
     @cached_property
     def facts(self) -> tuple[Fact, ...]:
-        """Every creature's value of every feature, in both seasons."""
+        """The value of every feature of every creature, in both seasons."""
         rng = self._random("facts")
         facts = []
         for feature in rng.sample(sorted(FEATURES), self.features):
@@ -193,25 +191,25 @@ class World:
         }
 
     def questions(self, split: Split) -> tuple[Question, ...]:
-        """Return the questions of one split, in a shuffled order that follows from the seed.
+        """The questions of one split, shuffled with the seed.
 
         Args:
-            split: ``"fit"``, ``"calibration"`` or ``"test"``, one question for each fact that pre-training only states,
-                no fact in two splits; or ``"pretraining"``, one for each fact that pre-training asks about.
+            split: Split `fit`, `calibration` or `test`, with one question for each fact that pre-training only states
+                and no fact in two splits; or `pretraining`, with one for each fact that pre-training asks about.
 
         Raises:
-            ValueError: if there is no such split.
+            ValueError: If there is no such split.
         """
         if split not in SPLITS:
-            raise ValueError(f"a world has no split {split!r}; choose from {', '.join(SPLITS)}.")
+            raise ValueError(f"a world has no split {split!r}; choose from {', '.join(SPLITS)}")
         return self._splits[split]
 
     def ask(self, fact: Fact, rng: random.Random) -> Question:
-        """Ask about a fact. The usual value of the kind is always among the choices.
+        """Turn a fact into a question. The usual value of the kind is always among the choices.
 
         Args:
-            fact: a fact of this world.
-            rng: draws the other distractors and the order.
+            fact: Fact of this world.
+            rng: Generator of the other distractors and of the order.
         """
         temptation = [fact.usual] if fact.usual != fact.value else []
         others = [value for value in FEATURES[fact.feature] if value not in (fact.value, fact.usual)]
@@ -225,28 +223,26 @@ class World:
         )
 
     def pretraining_text(self, form: TextForm, rng: random.Random) -> tuple[Piece, ...]:
-        """Draw one text from which to learn this world.
+        """Sample one pre-training text.
 
         Args:
-            form: ``"statements"``, three sentences about facts of either season or about creatures' kinds, whose last
-                words are scored; ``"answered"``, a question about a summer fact in the ``letters`` prompt with its
-                answer's letter, which is scored; ``"judged"``, such a question with a scored yes or no after each
-                choice.
-            rng: source of every draw.
+            form: Form of the text: `statements`, three sentences about facts of either season or about creatures'
+                kinds, whose last words are scored; `answered`, a question about a summer fact in the `letters` prompt
+                with the letter of its answer, which is scored; or `judged`, such a question with a scored yes or no
+                after each choice.
+            rng: Generator of all samples.
 
         Returns:
-            The text in pieces, to be joined by spaces.
+            The pieces of the text, to be joined by spaces.
 
         Raises:
-            ValueError: if there is no such form.
+            ValueError: If there is no such form.
         """
         if form == "statements":
             sentences = (self._sentence(rng) for _ in range(STATEMENTS_PER_TEXT))
             return tuple(piece for sentence in sentences for piece in sentence)
         if form not in TEXT_FORMS:
-            raise ValueError(
-                f"there is no pre-training text of the form {form!r}; choose from {', '.join(TEXT_FORMS)}."
-            )
+            raise ValueError(f"there is no pre-training text of the form {form!r}; choose from {', '.join(TEXT_FORMS)}")
         question = self.ask(rng.choice(self._asked), rng)
         if form == "judged":
             return _judged(question)
@@ -259,9 +255,9 @@ class World:
         return Piece(fact.stem), Piece(fact.value, scored=True), Piece(".")
 
     def tokenizer(self) -> PreTrainedTokenizerFast:
-        """Make a tokenizer in which every word of this world, and of both prompt formats, is one token.
+        """Train a tokenizer in which every word of this world, and of both prompt formats, is one token.
 
-        White space is dropped, so ``" A"`` and ``"A"`` are the same token. Pads on the left.
+        White space is dropped, so ` A` and `A` are the same token. Padding is on the left.
         """
         questions = [self.ask(fact, self._random("tokenizer")) for fact in self.facts]
         texts = [get_prompt_format(name).render(question) for name in PROMPT_NAMES for question in questions[:1]]
@@ -273,7 +269,7 @@ class World:
         ]
         texts += [value for fact in self.facts for value in FEATURES[fact.feature]]
         words = train_word_tokenizer(texts, max_vocab=100_000, keep=(*KEPT_WORDS, *LETTERS[:_MOST_CHOICES]))
-        # Only what is given at construction is saved with the tokenizer.
+        # Constructed anew: only arguments of the constructor, such as the padding side, are saved with a tokenizer.
         return PreTrainedTokenizerFast(
             tokenizer_object=words.backend_tokenizer,
             pad_token=words.pad_token,
@@ -284,7 +280,7 @@ class World:
 
 def _check_range(name: str, value: float, lowest: float, highest: float) -> None:
     if not lowest <= value <= highest:
-        raise ValueError(f"{name}={value}: choose a value from {lowest} to {highest}.")
+        raise ValueError(f"{name}={value} is out of range; choose a value from {lowest} to {highest}")
 
 
 def _judged(question: Question) -> tuple[Piece, ...]:
@@ -295,5 +291,5 @@ def _judged(question: Question) -> tuple[Piece, ...]:
 
 
 def join_pieces(pieces: Sequence[Piece]) -> str:
-    """Return a pre-training text as one string."""
+    """A pre-training text as one string."""
     return " ".join(piece.text for piece in pieces)

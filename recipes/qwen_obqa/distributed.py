@@ -1,7 +1,6 @@
-"""A run on several processes: all go through the same stages, and the first one writes and talks for them.
+"""Runs on several processes, started by torchrun: all ranks run the same stages, and rank zero writes and prints.
 
-They are started by torchrun. What is decided by looking at files is decided by the first process for all: files come
-into being while the others are still looking.
+Rank zero alone checks which files exist, and broadcasts the result: a file may appear while other ranks check for it.
 """
 
 from __future__ import annotations
@@ -26,24 +25,24 @@ T = TypeVar("T")
 
 @contextmanager
 def joined(settings: ResolvedSettings) -> Iterator[None]:
-    """Have the processes that torchrun started find each other; alone, nothing happens."""
+    """Initialise the default process group if torchrun started this process, and destroy it afterwards."""
     if not dist.is_torchelastic_launched() or dist.is_initialized():
         yield
         return
     on_gpu = settings.accelerator != "cpu" and torch.cuda.is_available()
     if on_gpu:
         torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
-    # While one process loads a large model the others wait for it, longer than NCCL does by itself.
+    # The other ranks wait while one loads a large model, which may exceed NCCL's default timeout.
     dist.init_process_group("nccl" if on_gpu else "gloo", timeout=timedelta(minutes=30))
     try:
         yield
     finally:
-        gc.collect()  # a sharded model that is left over would keep gloo's threads beyond the group
+        gc.collect()  # a sharded model that is still referenced would keep gloo's threads alive
         dist.destroy_process_group()
 
 
 def trainer_options(settings: ResolvedSettings) -> dict[str, Any]:
-    """Devices, nodes and strategy of a trainer."""
+    """The arguments `devices`, `num_nodes` and `strategy` of the trainer."""
     processes = num_processes()
     local = int(os.environ.get("LOCAL_WORLD_SIZE", "1")) if processes > 1 else 1
     strategy: Any = "auto" if processes == 1 else "ddp"
@@ -53,15 +52,21 @@ def trainer_options(settings: ResolvedSettings) -> dict[str, Any]:
 
 
 def agreed(value: bool) -> bool:
-    """What the first process says. A collective."""
+    """Broadcast a boolean from rank zero. A collective."""
     return bool(gather_number(int(value))[0])
 
 
 def first_then_others(action: Callable[[], T]) -> T:
-    """Do something in the first process, then in the others, which find the files that it has made. A collective.
+    """Call a function on rank zero, then on the other ranks, which find the files that it wrote. A collective.
+
+    Args:
+        action: Function to call.
+
+    Returns:
+        What the function returned on this rank.
 
     Raises:
-        RecipeError: the first process's own, there; in the others an empty one.
+        RecipeError: If the function raises it on rank zero; on the other ranks without a message.
     """
     if num_processes() == 1:
         return action()
@@ -76,4 +81,4 @@ def first_then_others(action: Callable[[], T]) -> T:
     if not is_rank_zero():
         result = action()
     barrier()
-    return result  # type: ignore[return-value]  # done in either branch
+    return result  # type: ignore[return-value]  # set in either branch

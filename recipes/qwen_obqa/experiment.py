@@ -1,7 +1,7 @@
-"""The stages of the main job: model and data, fine-tuning, fits, evaluation, report.
+"""The stages of a run: model and data, fine-tuning, fits, evaluation, report.
 
-Each stage leaves a file behind, written atomically; a stage whose file is there is not repeated. A method that is added
-to a finished run is fitted and evaluated by itself.
+Each stage writes a file atomically; a stage whose file exists is not repeated. For a method that is added to a finished
+run, only that method is fitted and evaluated.
 """
 
 from __future__ import annotations
@@ -51,14 +51,17 @@ __all__ = ["RecipeError", "run"]
 
 
 def run(settings: ResolvedSettings) -> None:
-    """Do everything that the settings ask for, and print the table.
+    """Run all stages, and print the results table.
 
-    An earlier run in the output folder is resumed if it had the same settings, and replaced if the settings say so.
+    An earlier run in the output folder is resumed if it had the same settings, and replaced if `overwrite` is set.
+
+    Args:
+        settings: Resolved settings.
 
     Raises:
         UsageError: If a method cannot be built.
-        RecipeError: With a sentence, if the model or the data cannot be loaded, the earlier run had other settings, or
-            a setting cannot be used here.
+        RecipeError: If the model or the data cannot be loaded, the earlier run had other settings, or a setting cannot
+            be used here.
     """
     with plain_notes(), joined(settings):
         _quieten()
@@ -71,7 +74,7 @@ def _run(settings: ResolvedSettings, methods: tuple[Method, ...]) -> None:
     resumes, source = first_then_others(lambda: _begun(settings, methods, output))
     if is_rank_zero():
         if resumes:
-            print(f"Resuming the run in {output}: finished stages are not repeated; --overwrite starts again.")
+            print(f"Resuming the run in {output}: finished stages are not repeated; --overwrite replaces the run.")
         print(source.banner, flush=True)
     runs = [
         SeedRun(settings, source, methods, output, seed)
@@ -90,7 +93,7 @@ def _run(settings: ResolvedSettings, methods: tuple[Method, ...]) -> None:
 
 
 def _begun(settings: ResolvedSettings, methods: tuple[Method, ...], output: Path) -> tuple[bool, Source]:
-    """Whether an earlier run is resumed, and model and questions; rank 0 writes what the run is."""
+    """Whether an earlier run is resumed, and model and questions; rank zero writes the description of the run."""
     resumes = check_start(settings, methods, output)
     source = prepare_source(settings, methods)
     if is_rank_zero():
@@ -137,8 +140,8 @@ class SeedRun:
         return [self.predictions.read(method, self.seed, ids) for method in self.methods]
 
     def complete(self) -> None:
-        """Do what an earlier run has not done."""
-        # Of several processes, rank 0 looks at the files: they may come into being while the others look.
+        """Run the stages that an earlier run has not finished."""
+        # Rank zero decides by the files for all ranks: files may appear while the others check.
         missing = [method for method in self.methods if not agreed(self.predictions.has(method))]
         if not missing:
             return
@@ -149,7 +152,7 @@ class SeedRun:
         self._train_and_fit(module, data, list(ready.values()))
         names = ", ".join(method.name for method in missing)
         self._say("evaluating" if len(missing) == len(self.methods) else f"evaluating {names}")
-        # A callback of its own: what is evaluated is what was written.
+        # A new callback, so that the evaluation uses the files of the fit.
         callback = self._callback([ready[method.name] for method in missing])
         load = _LoadTrained(self._trained)
         self._trainer([load, callback]).test(module, datamodule=data, verbose=False)
@@ -168,7 +171,7 @@ class SeedRun:
         return self.folder / "trained.safetensors"
 
     def _with_runs(self, method: Method) -> Method:
-        """The method with the weights of the further fine-tuning runs that it needs, made now or by an earlier run."""
+        """The method with the files of the further fine-tuning runs that it needs; missing runs are trained now."""
         count = method.needs.runs
         if not count:
             return method
@@ -176,7 +179,7 @@ class SeedRun:
         return replace(method, runs=paths)  # type: ignore[call-arg]  # a method that needs runs takes them so
 
     def _member(self, index: int, size: int) -> Path:
-        """The weights of one more fine-tuning run, made now if there are none yet."""
+        """The file with the weights of one further fine-tuning run, trained now if it is missing."""
         path = self.folder / f"member-{index}.safetensors"
         if not agreed(path.is_file()):
             self._say(f"fine-tuning member {index + 1} of {size} of an ensemble")
@@ -196,7 +199,7 @@ class SeedRun:
     def _train_and_fit(
         self, module: ExpertFinetuner, data: MultipleChoiceDataModule, methods: Sequence[Method]
     ) -> None:
-        """Have the module fine-tuned and the methods fitted, as far as an earlier run has not done it."""
+        """Fine-tune the module and fit the methods, unless an earlier run has."""
         callback = self._callback(methods)
         if not agreed(self._trained.is_file()):
             self._say("fine-tuning the experts, then curvature and calibration")
@@ -206,12 +209,12 @@ class SeedRun:
         missing = [m.name for m in methods if not agreed(fit is not None and fit.is_fitted(m))]
         if missing:
             self._say(f"fitting {', '.join(missing)} to the fine-tuned weights")
-            # The callback captures the weights from before fine-tuning, then the fine-tuned ones are loaded.
+            # The callback first captures the weights from before fine-tuning; then the fine-tuned ones are loaded.
             trainer = self._trainer([callback, _LoadTrained(self._trained)])
             callback.fit_posterior(module, trainer=trainer, datamodule=data)
 
     def _fitted(self) -> FitResult | None:
-        """What an earlier run has fitted; the index of a damaged fit is removed, so that everything is fitted again."""
+        """The fit of an earlier run; the index of a damaged one is removed, so that everything is fitted again."""
         if not has_fit(self.fit_folder):
             return None
         try:
@@ -222,7 +225,7 @@ class SeedRun:
             return None
 
     def _fresh(self, member: int) -> tuple[ExpertFinetuner, MultipleChoiceDataModule]:
-        """An untrained module and the data in this member's order."""
+        """A module before fine-tuning, and the DataModule with this member's training order."""
         settings = self.settings
         seed = 1000 * self.seed + member
         L.seed_everything(seed, workers=True, verbose=False)
@@ -257,7 +260,7 @@ class SeedRun:
             enable_checkpointing=False,
             enable_model_summary=False,
             enable_progress_bar=not self.settings.quiet,
-            # Calibration data decide nothing while training.
+            # Nothing depends on the validation loss, so validate once, at the end.
             check_val_every_n_epoch=self.settings.epochs,
             num_sanity_val_steps=0,
             default_root_dir=str(self.output),
@@ -270,7 +273,7 @@ class SeedRun:
 
 
 class _SaveTrained(L.Callback):
-    """Writes the trained weights when training ends; first in the list, so that they outlive a failing fit."""
+    """Writes the trained weights when training ends; first in the list, so that they are saved if the fit fails."""
 
     def __init__(self, path: Path) -> None:
         self._path = path
@@ -284,7 +287,7 @@ class _SaveTrained(L.Callback):
 
 
 class _LoadTrained(L.Callback):
-    """Loads the trained weights before a fit without training, and before a test."""
+    """Loads the trained weights before a fit without training steps, and before a test."""
 
     def __init__(self, path: Path) -> None:
         self._path = path
@@ -302,7 +305,7 @@ def _report(settings: ResolvedSettings, source: Source, output: Path, runs: Sequ
     config = {**asdict(settings), "pretrained_weights": hashes}
     write_results(output, results, rows, config=config, versions=library_versions())
     comparison = output / "tensorboard"
-    if comparison.is_dir():  # of the run that is being resumed; written anew, since events only ever add up
+    if comparison.is_dir():  # of the resumed run; event files cannot be replaced, so the folder is rewritten
         shutil.rmtree(comparison)
     write_tensorboard(comparison, results, rows)
     fits = {run_of_seed.seed: load_fit(run_of_seed.fit_folder)[0] for run_of_seed in runs}
@@ -310,7 +313,7 @@ def _report(settings: ResolvedSettings, source: Source, output: Path, runs: Sequ
     points = label_budget(runs[0].methods, fits, logits, results)
     if points:
         write_text(output / "label_budget.json", json.dumps([asdict(point) for point in points], indent=2) + "\n")
-    if matplotlib_available():  # write_tensorboard has said so otherwise
+    if matplotlib_available():  # otherwise write_tensorboard has warned
         write_figures(output / "figures", results, rows)
         if points:
             names = [row.method for row in rows]
@@ -319,9 +322,9 @@ def _report(settings: ResolvedSettings, source: Source, output: Path, runs: Sequ
 
 
 def _quieten() -> None:
-    """Leave the screen to the training's progress bars and the table."""
+    """Silence log messages and warnings that would hide the progress bars and the table."""
     transformers.utils.logging.disable_progress_bar()
-    # Its retries are no news: what they come to is said in one sentence.
+    # Not each retry: the final failure is reported as one error.
     huggingface_hub.utils.logging.set_verbosity_error()
     for name in ("lightning.pytorch", "lightning.fabric", "lightning.pytorch.utilities.rank_zero"):
         logging.getLogger(name).setLevel(logging.ERROR)
@@ -330,6 +333,6 @@ def _quieten() -> None:
         ".*LeafSpec.*",
         ".*Checkpoint directory.*",
         ".*logging interval.*",
-        ".*recommended to use `Trainer.*",  # on several processes; repeated examples are not counted here
+        ".*recommended to use `Trainer.*",  # on several processes; the callback does not count repeated examples
     ):
         warnings.filterwarnings("ignore", message=message)

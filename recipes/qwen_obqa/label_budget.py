@@ -22,19 +22,19 @@ def label_budget(
     logits: Mapping[int, Tensor],
     results: Sequence[MethodResult],
 ) -> list[LabelBudgetPoint]:
-    """Test NLL when fewer calibration labels are known, for all methods that can be fitted to other labels.
+    """Test NLL against the number of calibration labels, for all methods that can be refitted to other labels.
 
-    For each budget the labels are drawn 50 times a seed; the band is the range that holds 80 % of these draws.
+    For each budget the labels are drawn 50 times a seed; the band spans the 10 % and 90 % quantiles of the draws.
 
     Args:
-        methods: Methods of the run; those whose `refit` gives nothing are left out.
-        fits: What they were fitted to, by seed, with the calibration split's logits and labels.
-        logits: The model's own logits on the test split by seed, `[N, K]` float64.
-        results: Of the test split, for its labels.
+        methods: Methods of the run; those whose `refit` returns None are left out.
+        fits: Fit of each seed, with the logits and labels of the calibration split.
+        logits: Logits of the model itself on the test split by seed, `[N, K]` float64.
+        results: Results on the test split, for its labels.
 
     Returns:
-        One point for each method and budget (None is all labels); empty if no method can be fitted to other labels, or
-        none looked at the calibration split.
+        One point for each method and budget (None is all labels); empty if no method can be refitted, or no fit has the
+        calibration split's logits.
     """
     targets = {result.seed: result.target for result in results}
     losses: dict[tuple[str, int | None], list[float]] = {}
@@ -59,9 +59,9 @@ def label_budget(
 def _loss(
     method: Method, fit: FitResult, labelled: tuple[Tensor, Tensor], logits: Tensor, target: Tensor
 ) -> float | None:
-    """Test NLL of a method that knows these labels, or None if it cannot be fitted to them."""
+    """Test NLL of a method that is refitted to these labels, or None if it cannot be."""
     with warnings.catch_warnings():
-        # Ten labels, all answered right, do not determine a temperature; that is what this study shows.
+        # Ten correct predictions do not determine a temperature, and showing that is the purpose here.
         warnings.filterwarnings("ignore", message="the fitted temperature")
         state = method.refit(fit.state_of(method), *labelled)
     if state is None:
@@ -71,7 +71,7 @@ def _loss(
 
 
 def _draws(size: int, budget: int | None, seed: int) -> list[Tensor]:
-    """Which calibration items have labels, draw by draw; one draw where there is nothing to choose."""
+    """Indices of the labelled calibration items, one tensor for each draw; a single draw for no or all labels."""
     if not budget:
         return [torch.arange(size if budget is None else 0)]
     generator = torch.Generator().manual_seed(1000 * seed + budget)

@@ -1,4 +1,4 @@
-"""The methods of a run: looked up by name, with the options that `--set` and YAML files give them."""
+"""The methods of a run: looked up by name, with options from `--set` and YAML files."""
 
 from __future__ import annotations
 
@@ -20,18 +20,18 @@ _DROPOUT = "p"
 
 @dataclass(frozen=True)
 class _Given:
-    """Value of an option, and where it was given."""
+    """The value of an option, and its origin for error messages."""
 
     value: Any
     place: str
 
 
 _Tree = dict[str, Any]
-"""Options by name: `_Given`, or the options of a dataclass."""
+"""Options by name: a `_Given`, or the nested options of a dataclass."""
 
 
 def run_curvature(settings: ResolvedSettings) -> Curvature:
-    """Curvature of the methods that name none of their own."""
+    """Curvature of the methods that specify none."""
     chosen = settings.curvature
     return Curvature(rank=chosen.rank, fisher=chosen.fisher, sketch=chosen.sketch)
 
@@ -39,14 +39,14 @@ def run_curvature(settings: ResolvedSettings) -> Curvature:
 def build_methods(settings: ResolvedSettings) -> tuple[Method, ...]:
     """Build the methods of a run.
 
-    Options that are not given come from the run where it has them: the curvature, and the dropout of the experts for
-    methods that predict with it.
+    Two options default to the settings of the run: the curvature, and the expert dropout of methods that predict with
+    it.
 
     Args:
         settings: Resolved settings.
 
     Raises:
-        UsageError: If there is no such method or option, a value is impossible, or the run lacks what a method needs.
+        UsageError: If there is no such method or option, a value is invalid, or the run lacks what a method needs.
     """
     curvature = run_curvature(settings)
     chosen = [_looked_up(entry, curvature) for entry in _entries(settings.methods)]
@@ -77,7 +77,7 @@ def _entries(methods: Sequence[str | dict[str, Any]]) -> Iterator[str | dict[str
 
 
 def _looked_up(entry: str | dict[str, Any], curvature: Curvature) -> tuple[Method, frozenset[str]]:
-    """A method, and the names of the options that were given with it."""
+    """A method, and the names of the options in its YAML entry."""
     if isinstance(entry, str):
         return _found(entry), frozenset()
     path, args = entry.get("class_path"), entry.get("init_args", {})
@@ -95,7 +95,7 @@ def _found(name: str) -> Method:
 
 
 def _tree(args: Mapping[str, Any], place: str) -> _Tree:
-    """The options of a YAML file; a mapping stands for the options of a dataclass, unless it names a class."""
+    """The options of a YAML file; a mapping holds the options of a dataclass, unless it has a `class_path`."""
     return {
         name: _tree(value, f"{place}.{name}")
         if isinstance(value, dict) and "class_path" not in value
@@ -105,7 +105,7 @@ def _tree(args: Mapping[str, Any], place: str) -> _Tree:
 
 
 def _assignments(texts: Sequence[str], methods: Sequence[str]) -> dict[str, _Tree]:
-    """The options that `--set METHOD.OPTION=VALUE` gives, by method; the last one counts."""
+    """The options of `--set METHOD.OPTION=VALUE` by method; the last value of an option wins."""
     given: dict[str, _Tree] = {}
     for text in texts:
         path, equals, value = text.partition("=")
@@ -126,7 +126,7 @@ def _assignments(texts: Sequence[str], methods: Sequence[str]) -> dict[str, _Tre
 
 
 def _filled(method: Method, given: Iterable[str], settings: ResolvedSettings) -> Method:
-    """The method with what it leaves open taken from the run: the dropout of training, and the curvature."""
+    """The method with its defaults from the run: the dropout of training, and the curvature."""
     try:
         if method.needs.expert_dropout and _DROPOUT in _option_names(method) and _DROPOUT not in given:
             dropout: dict[str, Any] = {_DROPOUT: settings.expert_dropout}
@@ -137,13 +137,13 @@ def _filled(method: Method, given: Iterable[str], settings: ResolvedSettings) ->
 
 
 def _with_options(instance: Any, given: _Tree, place: str, defaults: Mapping[str, Any]) -> Any:
-    """A dataclass with other values.
+    """A copy of a dataclass with some options replaced.
 
     Args:
         instance: Frozen dataclass.
         given: Options by name.
-        place: Where they were given, for messages.
-        defaults: Values of fields that are None, whose own options may be given.
+        place: Origin of the options, for error messages.
+        defaults: Values of fields that are None, so that nested options of theirs can be set.
     """
     hints, names, changes = typing.get_type_hints(type(instance)), _option_names(instance), {}
     for name, value in given.items():
@@ -155,7 +155,9 @@ def _with_options(instance: Any, given: _Tree, place: str, defaults: Mapping[str
         inner = getattr(instance, name)
         inner = defaults.get(name) if inner is None else inner
         if not is_dataclass(inner):
-            raise UsageError(f"{place}.{name} is one value, and has no options {', '.join(map(repr, value))}")
+            raise UsageError(
+                f"{place}.{name} is a single value without options {', '.join(map(repr, value))}; set it directly"
+            )
         changes[name] = _with_options(inner, value, f"{place}.{name}", {})
     try:
         return replace(instance, **changes)

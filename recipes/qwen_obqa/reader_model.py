@@ -1,7 +1,7 @@
-"""A small model for real questions: its own word tokenizer, and a short look at the training text.
+"""A small model for real questions: a word-level tokenizer, and a short pre-training on the training questions.
 
-It cannot know the answers (no model of this size does), but it is fine-tuned, over-confident and calibrated like any
-other, which is what a run on real input without a download is for.
+A model of this size cannot know the answers, but fine-tuning makes it overconfident like any other, so that everything
+can be run on real data without a download.
 """
 
 from __future__ import annotations
@@ -31,17 +31,17 @@ def read_questions(
     seed: int = 0,
     progress: bool = True,
 ) -> Path:
-    """Make a small model that has read questions with their right answers, as plain text.
+    """Pre-train a small model on questions with their right answers, as plain text.
 
     Args:
-        questions: the training questions; no others may be read.
-        folder: where model and tokenizer are kept; if it is there already, it is used as it is.
-        steps: optimiser steps; 0 leaves the weights random.
-        batch_size: texts in a step.
-        learning_rate: of AdamW, falling linearly to zero.
-        prompt: the prompt format whose words the tokenizer has to know.
-        seed: of the first weights and of the order of the texts.
-        progress: whether to show a progress bar, if there are steps.
+        questions: Training questions; held-out ones must not be among them.
+        folder: Folder of the checkpoint; an existing one is returned as it is.
+        steps: Number of optimiser steps; 0 leaves the weights random.
+        batch_size: Number of texts in a batch.
+        learning_rate: Initial learning rate of AdamW, with a linear decay to zero.
+        prompt: Prompt format whose words are in the tokenizer's vocabulary.
+        seed: Seed of the initialisation and of the order of the texts.
+        progress: Whether to show a progress bar, if there are steps.
 
     Returns:
         The folder, as `save_pretrained` writes it.
@@ -61,13 +61,13 @@ def read_questions(
     optimizer = torch.optim.AdamW(model.parameters(), lr=learning_rate, betas=(0.9, 0.95))
     generator = torch.Generator().manual_seed(seed)
     hidden = not progress or steps == 0
-    bar = tqdm(range(steps), desc="The small model reads the training questions", unit="step", disable=hidden)
+    bar = tqdm(range(steps), desc="Pre-training the small model on the questions", unit="step", disable=hidden)
     for step in bar:
         chosen = torch.randint(len(rows), (batch_size,), generator=generator).tolist()
         ids = torch.nn.utils.rnn.pad_sequence([rows[i] for i in chosen], batch_first=True, padding_value=-100)
         for group in optimizer.param_groups:
             group["lr"] = learning_rate * (1 - step / steps)
-        # Padding is on the right, where a causal model never looks back from.
+        # No attention mask: padding is on the right, where causal attention never sees it.
         loss = model(input_ids=ids.clamp(min=0), labels=ids).loss
         optimizer.zero_grad()
         loss.backward()

@@ -1,4 +1,4 @@
-"""Whether a run can begin: the folder it writes to, an earlier run in there, and values that only the library knows."""
+"""The output folder of a run: checks before it starts, and whether it resumes an earlier run."""
 
 from __future__ import annotations
 
@@ -26,13 +26,13 @@ from recipes.qwen_obqa.settings import ResolvedSettings
 from recipes.qwen_obqa.sources import RecipeError, Source
 
 RUN_FILE = "run.json"
-# What a run makes, beside a folder for each seed. The small model is kept: it does not depend on the settings here.
+# What a run writes, besides a folder for each seed. The cached small model stays: it does not depend on these settings.
 _OWN_FOLDERS = ("tensorboard", "training_curves", "figures")
 _OWN_FILES = ("results.json", "results.csv", "results.md", "predictions.jsonl", "label_budget.json", RUN_FILE)
 _KEPT_FOLDER = "model"
 _QUESTIONS = "questions"
-# These say how a run goes, not what comes out. More seeds may be asked for later: each has files of its own.
-# Each method compares its own options with those that it was fitted and evaluated with, so methods may be added.
+# Settings that may change when a run is resumed, since they do not change its results. Seeds may be added: each has a
+# folder. Methods may be added: their options are compared with those that they were fitted and evaluated with.
 _FREE = (
     "resume", "overwrite", "quiet", "output_dir", "seeds", "first_seed", "curvature_checkpoint_every", "methods", "set",
     "curvature",
@@ -40,7 +40,7 @@ _FREE = (
 
 
 def check_start(settings: ResolvedSettings, methods: Sequence[Method], output: Path) -> bool:
-    """Refuse at once what would fail after hours; nothing that an earlier run wrote is changed.
+    """Check before training what would otherwise fail after hours; files of an earlier run are not changed.
 
     Args:
         settings: Resolved settings.
@@ -51,8 +51,8 @@ def check_start(settings: ResolvedSettings, methods: Sequence[Method], output: P
         Whether an earlier run with the same settings is resumed.
 
     Raises:
-        RecipeError: With a sentence, if the folder holds something else or cannot be written, or if accelerator,
-            precision or a method's options cannot be used here.
+        RecipeError: If the folder holds something else or cannot be written, or accelerator, precision or a method's
+            options cannot be used here.
     """
     try:
         output.mkdir(parents=True, exist_ok=True)
@@ -86,20 +86,26 @@ def check_start(settings: ResolvedSettings, methods: Sequence[Method], output: P
 
 
 def begin(settings: ResolvedSettings, output: Path, source: Source, *, resumes: bool) -> None:
-    """Note what the run is, once its model and questions are there; with `overwrite`, remove the earlier run first.
+    """Write the description of the run, once model and questions are loaded; without `resumes` remove an earlier run.
+
+    Args:
+        settings: Resolved settings.
+        output: Folder of the run.
+        source: Model and questions.
+        resumes: Whether an earlier run is resumed.
 
     Raises:
-        RecipeError: if the run goes on, and its questions are no longer the same.
+        RecipeError: If an earlier run is resumed, and its questions were different.
     """
     path = output / RUN_FILE
     fingerprint = _fingerprint(source)
     if resumes and _read_run(path).get(_QUESTIONS) != fingerprint:
         raise RecipeError(
-            f"the questions are not those that the earlier run in {output} used; --overwrite starts anew, or give "
+            f"the questions are not those of the earlier run in {output}; give --overwrite to replace that run, or "
             "another --output-dir"
         )
     if not resumes:
-        # An earlier run's own files and nothing else, its description last: event files of two runs would be one curve.
+        # Only files of the earlier run, its description last. Event files must go: those of two runs form one curve.
         for folder in (*output.glob("seed-*"), *(output / name for name in _OWN_FOLDERS)):
             if folder.is_dir():
                 shutil.rmtree(folder)
@@ -110,7 +116,7 @@ def begin(settings: ResolvedSettings, output: Path, source: Source, *, resumes: 
 
 @contextlib.contextmanager
 def plain_notes() -> Iterator[None]:
-    """Show the first process's warnings as one line for a person, without the place in the code, for a while."""
+    """Show warnings of rank zero as one line each, without file and line number, until the context ends."""
 
     def show(message: Warning | str, *_: Any, **__: Any) -> None:
         if is_rank_zero():
@@ -122,9 +128,9 @@ def plain_notes() -> Iterator[None]:
 
 
 def _earlier_run(settings: ResolvedSettings, output: Path) -> bool:
-    """Whether there is one that goes on."""
+    """Whether the folder holds an earlier run to resume."""
     path = output / RUN_FILE
-    remove_leftovers(path)  # of a process that was killed while it wrote this very file
+    remove_leftovers(path)  # of a process that was killed while it wrote the description
     if not path.is_file():
         if any(entry.name != _KEPT_FOLDER for entry in output.iterdir()):
             raise RecipeError(f"{output} is not empty and holds no earlier run; give another --output-dir")
@@ -136,8 +142,8 @@ def _earlier_run(settings: ResolvedSettings, output: Path) -> bool:
     if differing:
         had = ", ".join(f"{name}={found.get(name)!r}" for name in differing)
         raise RecipeError(
-            f"the earlier run in {output} had other settings ({had}); give the same ones to go on with it, "
-            "--overwrite to start anew, or another --output-dir"
+            f"the earlier run in {output} had other settings ({had}); give the same ones to resume it, --overwrite to "
+            "replace it, or another --output-dir"
         )
     return True
 
@@ -149,14 +155,14 @@ def _read_run(path: Path) -> dict[str, Any]:
         content = None
     if not isinstance(content, dict):
         raise RecipeError(
-            f"{path}, which describes the earlier run, is damaged; --overwrite starts anew, or give another "
+            f"{path}, which describes the earlier run, is damaged; --overwrite replaces that run, or give another "
             "--output-dir"
         )
     return content
 
 
 def _lasting(settings: ResolvedSettings) -> dict[str, Any]:
-    """What must stay the same for the files of a run to belong together."""
+    """The settings that a resumed run must share with the earlier one."""
     lasting = {name: value for name, value in asdict(settings).items() if name not in _FREE}
     return lasting | {"processes": num_processes()}
 

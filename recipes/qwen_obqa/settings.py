@@ -1,4 +1,4 @@
-"""Settings of a run; nothing heavy is imported here, so that `--help` answers at once.
+"""Settings of a run; torch and transformers are not imported here, so that `--help` is fast.
 
 Options of methods are fields of the methods; `recipes.qwen_obqa.methods` sets those that `--set` names.
 """
@@ -21,41 +21,41 @@ SketchName = Literal["auto", "nystrom", "rsvd", "exact"]
 
 @dataclass(frozen=True, kw_only=True)
 class _CurvatureCommon:
-    fisher: FisherName = option("exact", "labels of the Fisher")
+    fisher: FisherName = option("exact", "labels over which the Fisher is taken")
     sketch: SketchName = option("auto", "low-rank algorithm")
 
 
 @dataclass(frozen=True, kw_only=True)
 class CurvatureSettings(_CurvatureCommon):
-    """Curvature of the methods that name none of their own."""
+    """Curvature of the methods that specify none."""
 
     rank: int | None = option(
-        None, "eigenpairs stored of each Kronecker factor; left out: 32 for a small model, 10 for a given one", least=0
+        None, "eigenpairs stored of each Kronecker factor; default: 32 for a small model, 10 with --model", least=0
     )
 
 
 @dataclass(frozen=True, kw_only=True)
 class ResolvedCurvature(_CurvatureCommon):
-    """`CurvatureSettings` with its rank."""
+    """`CurvatureSettings` with its rank resolved."""
 
     rank: int
 
 
 @dataclass(frozen=True, kw_only=True)
 class _Common:
-    """What is the same before and after `Settings.resolved`."""
+    """Settings that `Settings.resolved` does not change."""
 
     model: str | None = option(
-        None, "hub id or local folder of a mixture-of-experts causal LM; left out: a small one is made"
+        None, "hub id or local folder of a mixture-of-experts causal LM; default: a small built-in one"
     )
     data: str | None = option(
         None,
         "hub id (allenai/openbookqa, allenai/ai2_arc:ARC-Easy) or folder with train.jsonl and test.jsonl (or parquet) "
-        "in the hub's columns; left out: the built-in generated task, or allenai/openbookqa if --model is given",
+        "in the hub's columns; default: the built-in generated task, or allenai/openbookqa if --model is given",
     )
-    task: str | None = option(None, "how rows of --data are read, such as openbookqa; left out: its columns decide")
-    revision: str | None = option(None, "branch, tag or commit of a --data that is a hub id")
-    output_dir: str = option("runs/qwen_obqa", "folder of all files that are written")
+    task: str | None = option(None, "task that reads the rows of --data, such as openbookqa; default: by its columns")
+    revision: str | None = option(None, "branch, tag or commit of --data on the hub")
+    output_dir: str = option("runs/qwen_obqa", "output folder")
     methods: tuple[str | dict[str, Any], ...] = option(
         ("all",),
         "methods to compare, separated by commas: registered names, package.module:Class, or all registered ones; a "
@@ -66,16 +66,16 @@ class _Common:
     )
     seeds: int = option(
         1,
-        "number of seeds of pre-training (the built-in model) and fine-tuning; the table has mean and standard "
+        "number of seeds of pre-training (of the built-in model) and fine-tuning; the table has mean and standard "
         "deviation over them",
         least=1,
     )
-    first_seed: int = option(0, "first of these seeds", least=0)
+    first_seed: int = option(0, "first seed", least=0)
     limit: int | None = option(None, "largest number of questions of each split", least=1)
     resume: bool = option(
         False, "resume an interrupted run: finished stages are not repeated (the default with the same settings)"
     )
-    overwrite: bool = option(False, "start again where an earlier run is, and remove its files")
+    overwrite: bool = option(False, "replace an earlier run in the output folder")
     dry_run: bool = option(
         False,
         "few questions, two epochs, and random weights for the small model: checks that everything runs, within a "
@@ -85,16 +85,16 @@ class _Common:
     weight_decay: float = option(0.0, "weight decay of AdamW")
     schedule: Literal["linear", "cosine", "constant"] = option("linear", "learning rate schedule")
     train: Literal["experts", "down_proj"] = option(
-        "experts", "what is fine-tuned: all weights of the experts, or their second layers alone"
+        "experts", "weights that are fine-tuned: all of the experts, or their second linear layers alone"
     )
     max_length: int = option(256, "longest prompt in tokens", least=1)
     curvature_checkpoint_every: int = option(
-        100, "batches between checkpoints of the curvature pass, from which a killed pass resumes", least=1
+        100, "batches between checkpoints of the curvature pass, from which an interrupted pass resumes", least=1
     )
     accelerator: Literal["auto", "cpu", "gpu"] = option("auto", "Lightning accelerator")
     strategy: Literal["auto", "sharded"] = option(
         "auto",
-        "with several processes, which torchrun starts: auto is DDP (each rank holds the model), sharded is FSDP2",
+        "strategy on several processes under torchrun: auto is DDP (each rank holds the model), sharded is FSDP2",
     )
 
     @property
@@ -107,21 +107,21 @@ class _Common:
 
 @dataclass(frozen=True, kw_only=True)
 class Settings(_Common):
-    """What `python -m recipes.qwen_obqa` does; None is replaced according to the kind of run by `resolved`."""
+    """Settings of `python -m recipes.qwen_obqa`; `resolved` replaces None by the default of the kind of run."""
 
     epochs: int | None = option(None, "fine-tuning epochs", least=1)
     batch_size: int | None = option(None, "fine-tuning batch size", least=1)
     eval_batch_size: int | None = option(None, "batch size of curvature and prediction", least=1)
     learning_rate: float | None = option(None, "peak learning rate of AdamW")
     expert_dropout: float | None = option(
-        None, "dropout inside the experts while fine-tuning, and of methods that predict with it"
+        None, "dropout probability in the experts, in fine-tuning and in methods that predict with dropout"
     )
-    prompt: Prompt | None = option(None, "prompt format; left out: the one that the model knows")
+    prompt: Prompt | None = option(None, "prompt format; default: the one that the model was trained on")
     precision: Precision | None = option(None, "Lightning precision")
-    curvature: CurvatureSettings = option(CurvatureSettings(), "curvature of methods that name none of their own")
+    curvature: CurvatureSettings = option(CurvatureSettings(), "curvature of methods that specify none")
 
     def resolved(self) -> ResolvedSettings:
-        """Replace each None: the paper's hyper-parameters for a given model, gentle ones for the small one.
+        """Replace each None: by the paper's hyper-parameters with `--model`, else by those of the small model.
 
         Raises:
             UsageError: If a value is out of range.
@@ -141,7 +141,7 @@ class Settings(_Common):
 
 @dataclass(frozen=True, kw_only=True)
 class ResolvedSettings(_Common):
-    """Settings in which nothing is left open; made by `Settings.resolved`.
+    """Settings without defaults left to fill in; made by `Settings.resolved`.
 
     Raises:
         UsageError: If a value is out of range, or two exclude each other.
@@ -158,10 +158,10 @@ class ResolvedSettings(_Common):
 
     def __post_init__(self) -> None:
         if self.resume and self.overwrite:
-            raise UsageError("--resume continues a run and --overwrite removes it; give one of the two")
+            raise UsageError("--resume and --overwrite exclude each other; give one of the two")
         if self.kind == "builtin" and (self.task or self.revision):
             raise UsageError(
-                "--task and --revision say how --data is read, and the built-in task has none; give --data"
+                "--task and --revision apply to --data alone, which is not given; add --data, or leave them out"
             )
         if not 0 < self.learning_rate < math.inf:
             raise UsageError(f"--learning-rate must be a number above 0, got {self.learning_rate}")
@@ -179,7 +179,7 @@ _DEFAULTS: Mapping[Kind, dict[str, Any]] = {
         "learning_rate": 6e-4,
         "expert_dropout": 0.2,
         "rank": 32,
-        "prompt": "letters",  # the only format that the built-in model has read
+        "prompt": "letters",  # the only format that the built-in model was trained on
         "precision": "32-true",
     },
     "small": {

@@ -1,4 +1,4 @@
-"""Where a run takes its model and its questions from."""
+"""Model and questions of a run: built in, from a folder, or from the hub."""
 
 from __future__ import annotations
 
@@ -21,11 +21,11 @@ from recipes.qwen_obqa.builtin_task import World
 from recipes.qwen_obqa.reader_model import read_questions
 from recipes.qwen_obqa.settings import ResolvedSettings
 
-_DRY_RUN_QUESTIONS = 128  # of each split: more than any method needs at least
+_DRY_RUN_QUESTIONS = 128  # in each split: above the minimum of every method
 
 
 class RecipeError(RuntimeError):
-    """The recipe cannot do what was asked for; the message is one sentence for a person."""
+    """The recipe cannot run with these settings; the message is one line for the user."""
 
 
 @dataclass(frozen=True)
@@ -33,13 +33,13 @@ class Source:
     """Model and questions of a run.
 
     Attributes:
-        settings: resolved.
-        model: folder or hub id of the model.
-        tokenizer: folder or hub id of its tokenizer.
-        train: questions for fine-tuning and curvature.
-        calibration: held-out questions for priors and temperatures.
-        test: questions that nothing is tuned on.
-        banner: what a person should know first.
+        settings: Resolved settings.
+        model: Folder or hub id of the model.
+        tokenizer: Folder or hub id of the tokenizer.
+        train: Questions for fine-tuning and curvature.
+        calibration: Held-out questions for prior precisions and temperatures.
+        test: Questions on which nothing is tuned.
+        banner: Text that is printed first.
         world: Task on which the built-in model is pre-trained, once for each seed; None for a model that all
             seeds share.
     """
@@ -54,21 +54,21 @@ class Source:
     world: World | None = None
 
     def model_of(self, seed: int) -> str:
-        """Folder or hub id of the model that a seed starts from; the built-in one is pre-trained if it is not there."""
+        """Folder or hub id of the model that a seed starts from; pre-trains the built-in one if it is not cached."""
         if self.world is None:
             return self.model
         folder, progress = _model_folder(self.settings), not self.settings.quiet
         return str(pretrain(self.world, cache_dir=folder, seed=seed, progress=progress))
 
     def model_hash(self, seed: int) -> str:
-        """Hash of the weights that a seed starts from, by which two machines' small models are told apart.
+        """Hash of the weights that a seed starts from, which tells apart small models pre-trained on two machines.
 
-        Empty for a given model, whose name says what it is.
+        Empty for `--model`, which is identified by its name.
         """
         return "" if self.settings.kind == "full" else weights_hash(Path(self.model_of(seed)))
 
     def data(self, seed: int) -> MultipleChoiceDataModule:
-        """The questions as batches, in the order of a seed; which questions are in which split never changes."""
+        """The DataModule of a seed, which sets the training order; the splits do not depend on it."""
         settings = self.settings
         data = MultipleChoiceDataModule(
             Splits(tuple(self.train), tuple(self.calibration), tuple(self.test)),
@@ -84,14 +84,14 @@ class Source:
 
 
 def prepare_source(settings: ResolvedSettings, methods: Sequence[Method]) -> Source:
-    """Get model and questions ready.
+    """Load or create the model and the questions.
 
     Args:
         settings: Resolved settings.
-        methods: Methods of the run, for what they need of the questions.
+        methods: Methods of the run, whose needs the questions are checked for.
 
     Raises:
-        RecipeError: With one sentence, if either cannot be loaded or is malformed.
+        RecipeError: If either cannot be loaded or is malformed.
     """
     try:
         return (_builtin if settings.kind == "builtin" else _real)(settings, methods)
@@ -100,7 +100,7 @@ def prepare_source(settings: ResolvedSettings, methods: Sequence[Method]) -> Sou
 
 
 def weights_hash(folder: Path) -> str:
-    """Twelve hexadecimal digits of the SHA-256 of a model folder's weight files, which tell two models apart."""
+    """The first twelve hexadecimal digits of the SHA-256 digest of a model folder's weight files."""
     digest = hashlib.sha256()
     for path in sorted(folder.glob("*.safetensors")):
         digest.update(path.read_bytes())
@@ -108,11 +108,11 @@ def weights_hash(folder: Path) -> str:
 
 
 def check_model(source: str) -> None:
-    """Ask for a model's configuration, a small file, before anything large is downloaded.
+    """Load a model's configuration, a small file, before anything large is downloaded.
 
     Raises:
-        ModelUnavailableError: with one sentence naming the model, if there is no such folder, the hub cannot give it,
-            or transformers does not know its kind.
+        ModelUnavailableError: If there is no such folder, the hub cannot be reached or does not have the model, or its
+            model type is unknown to transformers.
     """
     register_models()
     with model_source(source, ValueError):
@@ -153,16 +153,16 @@ def _real(settings: ResolvedSettings, methods: Sequence[Method]) -> Source:
     else:
         model = _reader(settings, splits.train)
         banner = (
-            f"The small built-in model on {settings.data}: it has read the training questions and nothing else, so its"
-            "\naccuracy is near guessing. For a model that knows answers add --model Qwen/Qwen1.5-MoE-A2.7B (on a GPU)."
+            f"The small built-in model on {settings.data}: pre-trained on the training questions alone, so its accuracy"
+            "\nis near chance. For a real language model add --model Qwen/Qwen1.5-MoE-A2.7B (on a GPU)."
         )
     source = Source(settings, model, model, drawn.train, drawn.calibration, drawn.test, banner)
-    source.data(seed=0)  # a tokenizer, or prompts, that do not fit are noticed now
+    source.data(seed=0)  # raises now if the tokenizer or the prompts do not fit
     return source
 
 
 def _disjoint(train: Sequence[Question], validation: Sequence[Question] | None, test: Sequence[Question]) -> Splits:
-    """Make the splits once, for all seeds and for the small model's reading: no question is in two of them."""
+    """Make disjoint splits once, for all seeds and for the pre-training of the small model."""
     train = drop_overlap(train, test)
     if validation is None:
         return Splits(*split_train(train), tuple(test))
@@ -183,9 +183,9 @@ def _limited(settings: ResolvedSettings, splits: Splits, methods: Sequence[Metho
 
 
 def _reader(settings: ResolvedSettings, train: Sequence[Question]) -> str:
-    """The folder of a small model that has read these questions, or in a dry run only knows their words."""
+    """The folder of a small model pre-trained on these questions, or in a dry run with random weights."""
     kind, steps = ("random", {"steps": 0}) if settings.dry_run else ("small", {})
-    # A later run into the same folder may be about other questions.
+    # The questions are part of the name: a later run in the same folder may have other ones.
     content = json.dumps([settings.prompt, [asdict(question) for question in train]])
     folder = _model_folder(settings) / f"{kind}-{hashlib.sha256(content.encode()).hexdigest()[:16]}"
     return str(read_questions(train, folder, prompt=settings.prompt, progress=not settings.quiet, **steps))

@@ -1,4 +1,4 @@
-"""Predictions of the test split on disk, a file a method: a method that is added leaves those of the others alone."""
+"""Predictions on the test split, one file for each method, so that methods can be added to a finished run."""
 
 from __future__ import annotations
 
@@ -31,10 +31,10 @@ class StoredPredictions:
     folder: Path
 
     def has(self, method: Method) -> bool:
-        """Whether the test split has been predicted with a method with these very options.
+        """Whether predictions of a method with exactly these options are stored.
 
         Warns:
-            UserWarning: If the file is damaged, which counts as none.
+            UserWarning: If the file is damaged; it is then treated as missing.
         """
         path = self._path(method)
         if not path.is_file():
@@ -42,7 +42,7 @@ class StoredPredictions:
         try:
             file = read_tensor_file(path, format=_FORMAT, version=_VERSION, remedy=_REMEDY)
         except ValueError as error:
-            warnings.warn(f"{error} The test split is predicted again", stacklevel=2)
+            warnings.warn(f"{error} The test split is evaluated again", stacklevel=2)
             return False
         return bool(file.description.get("options") == _options(method))
 
@@ -51,8 +51,8 @@ class StoredPredictions:
 
         Args:
             method: Method, as the run's settings have it.
-            fit: What it was fitted to.
-            predictions: Of the test split.
+            fit: Fit that the predictions were made with.
+            predictions: Predictions on the test split.
         """
         description = {"options": _options(method), "numbers": method.hyperparameters(fit.state_of(method))}
         tensors = {"log_probs": predictions.log_probs, "labels": predictions.labels, "logits": predictions.logits}
@@ -84,7 +84,7 @@ class StoredPredictions:
         )
 
     def logits(self, method: Method) -> torch.Tensor:
-        """The model's own logits on the test split, `[N, K]` float64."""
+        """The logits of the model itself on the test split, `[N, K]` float64."""
         with opened_tensor_file(self._path(method), format=_FORMAT, version=_VERSION, remedy=_REMEDY) as file:
             return file.read("logits")
 

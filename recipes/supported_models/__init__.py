@@ -1,1 +1,1 @@
-"""Every MoE family of the installed transformers: which there are, a tiny model of each, and what works on it."""
+"""Survey of every MoE family of the installed transformers, on a tiny model of each."""

@@ -1,4 +1,4 @@
-"""Which model families of transformers and of this library work, each compared with a dense oracle on a tiny model."""
+"""Compare the model families of transformers and of this library with a dense oracle on tiny models."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ tiny model with random weights.
 def main(arguments: Sequence[str]) -> int:
     """Print the table; returns the exit status: 0, 1 (a family fails) or 2 (wrong usage)."""
     settings = parse(SurveySettings, arguments, program=PROGRAM, description=DESCRIPTION)
-    # Late: torch and transformers take seconds to import, and --help should not.
+    # Imported late: torch and transformers take seconds, and --help should not.
     from recipes.common.output_flags import place_filled
     from recipes.supported_models.catalogue import families
     from recipes.supported_models.report import PLACE, section, surveyed

@@ -1,10 +1,9 @@
-"""Which model families hold mixture-of-experts layers, read from the source text of transformers and of this library.
+"""The model families with mixture-of-experts layers, found in the source code of transformers and of this library.
 
-A family is a folder of `transformers/models`, called by its name, or a file of `bmoe_lightning/models`, called
-`bmoe_lightning.` and its name: no folder of transformers can ever be called the same. Nothing is imported: importing
-every model takes a minute.
+A family is a folder of `transformers/models`, with its name, or a file of `bmoe_lightning/models`, with the prefix
+`bmoe_lightning.`, which no folder of transformers can have. Nothing is imported: importing every model takes a minute.
 
-Three rules tell a MoE family, each on the syntax tree of a family's `modeling_*.py` files, or its one file:
+A MoE family is found by any of three rules, applied to the syntax trees of its `modeling_*.py` files or its one file:
 
 1. a class carries the decorator `use_experts_implementation`: the experts interface of transformers 5;
 2. a class sizes weights with a *number of experts*: its `__init__` calls a parameter, layer or module-list constructor,
@@ -12,7 +11,7 @@ Three rules tell a MoE family, each on the syntax tree of a family's `modeling_*
 3. the file imports an experts or MoE class from another family's modeling file.
 
 The plural matters: the "action expert" of a robot policy has an `expert_hidden_size` and no number of experts. Wrappers
-that make their language model through `AutoModel` hold another family's layers and are not listed themselves.
+that build their language model with `AutoModel` contain another family's layers and are not listed themselves.
 """
 
 from __future__ import annotations
@@ -34,10 +33,10 @@ _SIZED_BY = frozenset(
 
 
 def families() -> list[str]:
-    """Every MoE family: those of the installed transformers, sorted, and then this library's own.
+    """Every MoE family: those of the installed transformers, sorted, then those of this library.
 
     Raises:
-        RuntimeError: If transformers is not installed, or its folder of models holds no MoE family.
+        RuntimeError: If transformers is not installed, or its folder of models has no MoE family.
     """
     return [*families_of_transformers(), *own_families()]
 
@@ -46,30 +45,30 @@ def families_of_transformers() -> list[str]:
     """Every MoE family of the installed transformers: folder names of `transformers/models`, sorted.
 
     Raises:
-        RuntimeError: If transformers is not installed, or its folder of models holds no MoE family.
+        RuntimeError: If transformers is not installed, or its folder of models has no MoE family.
     """
     return sorted(_scan(_models_folder()))
 
 
 def own_families() -> list[str]:
-    """Every MoE family that is a class of this library, sorted."""
+    """Every MoE family of this library, sorted."""
     return sorted(_scan_own())
 
 
 def is_own(family: str) -> bool:
-    """Whether a family's name is that of a class of this library."""
+    """Whether a family is one of this library."""
     return family.startswith(_OWN_PREFIX)
 
 
 def module_of(family: str) -> str:
-    """Qualified name of the module that holds a family's model classes."""
+    """Qualified name of the module with a family's model classes."""
     if is_own(family):
         return f"bmoe_lightning.models.{family.removeprefix(_OWN_PREFIX)}"
     return f"transformers.models.{family}.modeling_{family}"
 
 
 def uses_interface(family: str) -> bool:
-    """Whether a family's own modeling file sends its experts through transformers' experts interface.
+    """Whether the modeling files of a family use transformers' experts interface.
 
     Args:
         family: Name from `families()`.
@@ -87,14 +86,14 @@ def uses_interface(family: str) -> bool:
 
 @cache
 def _scan(models: Path) -> dict[str, bool]:
-    """Family of transformers to whether it uses the interface."""
+    """Whether each family of transformers uses the interface, by name."""
     found = {}
     for folder in sorted(path for path in models.iterdir() if path.is_dir()):
         interface = _read(sorted(folder.glob("modeling_*.py")))
         if interface is not None:
             found[folder.name] = interface
     if not found:
-        raise RuntimeError(f"no MoE family was found in {models}: has the source layout of transformers changed?")
+        raise RuntimeError(f"no MoE family was found in {models}; update the rules to transformers' source layout")
     return found
 
 
@@ -105,9 +104,9 @@ def _scan_own() -> dict[str, bool]:
 
 
 def _read(files: list[Path]) -> bool | None:
-    """Whether the experts in some modeling files go through the interface; None where there are none."""
+    """Whether the experts in some modeling files use the interface; None if there are no experts."""
     sources = [path.read_text(encoding="utf-8") for path in files]
-    # Without the word neither rule can hold, and parsing is what takes the time.
+    # Without the word no rule can match, and parsing is slow.
     trees = [ast.parse(source) for source in sources if "Experts" in source or "experts" in source]
     classes = [node for tree in trees for node in tree.body if isinstance(node, ast.ClassDef)]
     interface = any(_decorated(node) for node in classes)

@@ -1,8 +1,8 @@
-"""Dense curvature and covariance of any model's experts, from the model's own code alone.
+"""Dense curvature and covariance of any model's experts, from the model's code alone.
 
-The model runs its own implementation under a `Watch`, which keeps what enters and leaves every second weight. Nothing
-of the library's forward, taps or algebra takes part; that is what makes this a reference for them. Everything is
-float64 and written out: for small models only.
+The model runs its unmodified implementation under a `Watch`, which records the inputs and outputs of every second
+weight. The library's forward, taps and algebra are not used, so that this is an independent reference for them. All
+matrices are dense and in float64: for small models only.
 
 Shapes: `B` examples, `K` classes, `E` experts, `S` slots of one layer; a weight is `[d_out, d_in]` and its flattened
 form has the curvature `kron(G, A)`.
@@ -22,8 +22,8 @@ from recipes.supported_models.watch import OracleError, SecondWeights, Watch, ch
 
 ClassLogits = Callable[[Any, Any], tuple[Tensor, Tensor | None]]
 
-# Slots and weight gradients are two ways to the same Jacobian; models that compute in float32 here and there still
-# give the same numbers both ways, since the backward pass is one.
+# Slots and weight gradients give the same Jacobian; they agree even for models that compute partly in float32, since
+# both come from one backward pass.
 _AGREEMENT = 1e-5
 
 
@@ -34,7 +34,8 @@ class ObservedSlots:
     Attributes:
         experts: Expert of each slot, `[S]` int64.
         inputs: Inputs `[S, d_in]` float64.
-        gradients: Gradients of each logit of each example in the slot's output, `[B, K, S, d_out]` float64.
+        gradients: Gradients of each logit of each example with respect to the slots' outputs, `[B, K, S, d_out]`
+            float64.
     """
 
     experts: Tensor
@@ -47,20 +48,20 @@ class ObservedSlots:
         return self.inputs.ne(0).any(1) & self.gradients.ne(0).any(3).flatten(0, 1).any(0)
 
     def weight_jacobian(self, num_experts: int) -> Tensor:
-        """Derivative of every logit in every expert's weight, slot by slot: `[B, K, E, d_out, d_in]`."""
+        """Jacobian of the logits with respect to every expert's weight, from the slots: `[B, K, E, d_out, d_in]`."""
         hits = nn.functional.one_hot(self.experts, num_experts).to(self.inputs)
         return torch.einsum("nkso,se,si->nkeoi", self.gradients, hits, self.inputs)
 
 
 @dataclass(frozen=True)
 class Observation:
-    """What one batch did.
+    """Logits, slots and Jacobians of one batch.
 
     Attributes:
         logits: Logits `[B, K]` float64, without graph.
         slots: Slots of each layer.
-        jacobians: Jacobian of each layer, `[B, K, E, d_out, d_in]` float64, by automatic differentiation in the
-            parameters.
+        jacobians: Jacobian of each layer, `[B, K, E, d_out, d_in]` float64, by automatic differentiation with respect
+            to the parameters.
     """
 
     logits: Tensor
@@ -88,7 +89,7 @@ class DenseFactors:
 
 
 def observe(model: nn.Module, class_logits: ClassLogits, batch: Any, weights: Sequence[SecondWeights]) -> Observation:
-    """Run a batch through the model's own code and differentiate every logit.
+    """Run a batch through the model's code and differentiate every logit.
 
     Args:
         model: Model in evaluation mode; `requires_grad` and `.grad` of its parameters are restored.
@@ -97,7 +98,7 @@ def observe(model: nn.Module, class_logits: ClassLogits, batch: Any, weights: Se
         weights: Second weights of the layers to watch.
 
     Raises:
-        OracleError: If two layers share a weight, or a second weight is used in a way that is not followed.
+        OracleError: If two layers share a weight, or a second weight is used in a way that is not supported.
     """
     check_disjoint(weights)
     watch = Watch(weights)
@@ -110,7 +111,7 @@ def observe(model: nn.Module, class_logits: ClassLogits, batch: Any, weights: Se
 def weighted_jacobians(
     model: nn.Module, class_logits: ClassLogits, batch: Any, weights: Sequence[SecondWeights], logit_weights: Tensor
 ) -> tuple[Tensor, list[Tensor]]:
-    """Differentiate a weighted sum of logits in the second weights, whatever implementation the model is set to.
+    """Differentiate a weighted sum of logits with respect to the second weights, with any experts implementation.
 
     Args:
         model: Model in evaluation mode.
@@ -129,7 +130,7 @@ def weighted_jacobians(
 
 
 def dense_factors(observations: Sequence[Observation], weights: Sequence[SecondWeights]) -> list[DenseFactors]:
-    """K-FAC factors by definition: one expert and one slot after the other.
+    """K-FAC factors (expand form, https://arxiv.org/abs/2311.00636) by definition, in a loop over experts and slots.
 
     A slot counts when its weight gradient is not exactly zero.
     """
@@ -207,14 +208,14 @@ def _differentiated(watch: Watch, logits: Tensor, weights: Sequence[SecondWeight
         missed = torch.linalg.vector_norm(seen.weight_jacobian(layer.num_experts) - jacobian)
         if missed > _AGREEMENT * torch.linalg.vector_norm(jacobian):
             raise OracleError(
-                f"the products seen with the second weights of {layer.name!r} do not make up their gradients: the "
-                "model uses these weights in another way as well"
+                f"the recorded products with the second weights of {layer.name!r} do not add up to their gradients; "
+                "the model uses these weights in another way as well"
             )
     return Observation(logits.detach().double(), slots, stacked)
 
 
 def _joined(rows: Sequence[Tensor], width: int) -> Tensor:
-    """One float64 matrix of all rows; a layer that no token of the batch came to has none."""
+    """One float64 matrix of all rows; empty for a layer that no token of the batch reached."""
     return torch.cat([torch.empty(0, width, dtype=torch.float64), *(part.double() for part in rows)])
 
 
@@ -228,7 +229,7 @@ def _layer_factors(observations: Sequence[Observation], position: int, layer: Se
         fisher = torch.diag_embed(p) - p.unsqueeze(2) * p.unsqueeze(1)
         for slot in seen.counted.nonzero().flatten().tolist():
             expert = int(seen.experts[slot])
-            gradient = seen.gradients[:, :, slot]  # [B, K, d_out]; zero but for the examples that the slot serves
+            gradient = seen.gradients[:, :, slot]  # [B, K, d_out]; zero except for the slot's example
             slots[expert] += 1
             a[expert] += torch.outer(seen.inputs[slot], seen.inputs[slot])
             g[expert] += (gradient.mT @ fisher @ gradient).sum(0)

@@ -1,4 +1,4 @@
-"""What makes each family small: settings shared by name, and per family what the shared ones do not cover."""
+"""Configuration overrides that make each family small: some shared by name, others for single families."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ SMALL: Mapping[str, Any] = {
     "moe_shared_expert_intermediate_size": 10,
     "shared_intermediate_size": 10,
     "share_expert_dim": 10,
-    # Experts; one dense layer first where a family can have one.
+    # Experts; the first layer is dense where a family supports that.
     "num_experts": 4,
     "num_local_experts": 4,
     "n_routed_experts": 4,
@@ -48,7 +48,7 @@ SMALL: Mapping[str, Any] = {
     "num_dense_layers": 1,
     "mlp_only_layers": [0],
     "mlp_layer_types": ["dense", "sparse", "sparse"],
-    # Attention. Windows and selections are shorter than a sequence, so that they do something.
+    # Attention. Windows and selections are shorter than a sequence, so that they have an effect.
     "num_attention_heads": 2,
     "num_key_value_heads": 2,
     "head_dim": 8,
@@ -75,7 +75,7 @@ SMALL: Mapping[str, Any] = {
     "hc_mult": 2,
 }
 
-# Vision and audio towers beside the language model: text never enters them, so they only have to be small.
+# Vision and audio towers: text does not pass through them, so they only have to be small.
 SMALL_TOWER: Mapping[str, Any] = {
     "depth": 1,
     "embed_dim": 16,
@@ -115,11 +115,11 @@ SMALL_TOWER: Mapping[str, Any] = {
 
 @dataclass(frozen=True)
 class FamilySettings:
-    """What one family needs.
+    """Settings of one family.
 
     Attributes:
         config: Keyword arguments of its configuration, nested as the configuration is.
-        model_class: Name of the class to build, where the usual heads are not it.
+        model_class: Name of the class to build, if it is none of the usual heads.
         call: Keyword arguments of every forward.
         dtype: Dtype of weights and activations.
         takes_padding: Whether a batch may be padded on the left.
@@ -189,7 +189,7 @@ OVERRIDES: Mapping[str, FamilySettings] = {
         config={
             "text_config": {"layer_types": ["sliding_attention", "full_attention"], "num_hidden_layers": 2},
             "canvas_length": 3,
-            # Not only the embeddings: the encoder's layers are the decoder's.
+            # Ties all layers of encoder and decoder, not only the embeddings.
             "tie_word_embeddings": True,
             "vision_config": {"model_type": "gemma4_vision", **SMALL_TOWER, "position_embedding_size": 16},
         },
@@ -197,7 +197,7 @@ OVERRIDES: Mapping[str, FamilySettings] = {
         # The canvas reads the prompt from the cache.
         call={},
         is_encoder_decoder=True,
-        # The canvas would need a mask of its own over prompt and canvas.
+        # The canvas would need a separate mask over prompt and canvas.
         takes_padding=False,
     ),
     "doge": FamilySettings(
@@ -236,7 +236,7 @@ OVERRIDES: Mapping[str, FamilySettings] = {
             }
         },
         model_class="Ernie4_5_VLMoeForConditionalGeneration",
-        # Image tokens have experts of their own, which text alone would never reach.
+        # Image tokens have separate experts, which text alone would never reach.
         image_marker="moe_mm_token_type_ids",
     ),
     "exaone_moe": _config(layer_types=_SLIDING),
@@ -386,5 +386,5 @@ OVERRIDES: Mapping[str, FamilySettings] = {
 
 
 def settings_of(family: str) -> FamilySettings:
-    """What a family needs; the defaults where it is nothing."""
+    """The settings of a family; the defaults if it has none."""
     return OVERRIDES.get(family, FamilySettings())

@@ -1,4 +1,4 @@
-"""The survey of all families, as a table."""
+"""The survey of all families as a markdown table."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ _HEAD = ("family", "expert layers", "layout", "oracle error", "float32 error", "
 
 
 def surveyed(names: Sequence[str]) -> Iterator[Row]:
-    """Survey families one after the other, with progress on stderr; an exception becomes a row that failed."""
+    """Survey families one by one, with progress on stderr; an exception becomes a failed row."""
     verbosity = logging.get_verbosity()
     logging.set_verbosity_error()  # which optional kernels are missing
     try:
@@ -43,7 +43,7 @@ def table(rows: Sequence[Row]) -> str:
 
 
 def summary(rows: Sequence[Row]) -> str:
-    """How many families there are, work, are refused and fail: a few short sentences."""
+    """The numbers of families that are supported, refused and failed, in sentences."""
     theirs = [row for row in rows if not row.own]
     own = [row for row in rows if row.own]
     text = []
@@ -70,7 +70,7 @@ def summary(rows: Sequence[Row]) -> str:
 
 
 def versions() -> str:
-    """The versions that the table is about."""
+    """The versions of torch and transformers that were surveyed."""
     return f"torch {torch.__version__.partition('+')[0]}, transformers {transformers.__version__}."
 
 

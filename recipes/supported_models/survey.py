@@ -41,20 +41,20 @@ PRIOR_PRECISION = 2.0
 
 @dataclass(frozen=True)
 class Row:
-    """What was found about one family.
+    """The results of one family.
 
     Attributes:
         family: Name of the family.
-        interface: Whether its own code sends experts through transformers' experts interface.
-        refused: Reason why there is no figure: it cannot be built small, or the library does not support it.
+        interface: Whether its code uses transformers' experts interface.
+        refused: Reason why it was not compared: it cannot be built small, or the library does not support it.
         failed: Error that ended the comparison, if one did.
         experts: Number of experts of each expert layer.
         layout: Way in which the experts are stored, in words.
         notes: Other features of the model, in words.
         errors: Relative error (norm of the difference over the norm) by quantity, largest over batches and layers, with
             weights in float64.
-        float32_errors: The same for the tapped forward against the model's own `grouped_mm`, with weights in float32.
-        disturbed: Names of what the library did not restore; should be empty.
+        float32_errors: Errors of the tapped forward against the model's `grouped_mm`, with weights in float32.
+        disturbed: Names of states that the library did not restore; should be empty.
         wrapper: Phrase for the notes, if what was compared is a multimodal wrapper, or one of two models is.
     """
 
@@ -72,7 +72,7 @@ class Row:
 
     @property
     def own(self) -> bool:
-        """Whether it is a class of this library, not of transformers."""
+        """Whether it is a family of this library, not of transformers."""
         return is_own(self.family)
 
     @property
@@ -87,7 +87,7 @@ class Row:
 
     @property
     def complaint(self) -> str | None:
-        """What is wrong: an exception, an error above the bound, or something left behind; None if nothing is."""
+        """The failure: an exception, an error above the bound, or state that was not restored; None if it passed."""
         wrong = [self.failed] if self.failed is not None else []
         wrong += [f"{name} {value:.1e}" for name, value in self.errors if not value < BOUND]
         wrong += [f"float32 {name} {value:.1e}" for name, value in self.float32_errors if not value < BOUND]
@@ -96,21 +96,21 @@ class Row:
 
     @property
     def supported(self) -> bool:
-        """Whether it was compared and nothing is wrong."""
+        """Whether it was compared without a failure."""
         return self.refused is None and self.complaint is None
 
 
 def survey(family: str) -> Row:
-    """Build a family's tiny model and hold the library against the dense oracle and the family's own implementations.
+    """Build a family's tiny model; compare the library with the dense oracle and with the family's implementations.
 
-    Of a family that has a text model and a multimodal wrapper around it, both are built and compared.
+    For a family with a text model and a multimodal wrapper around it, both are built and compared.
 
     Args:
         family: Name from `families()`.
 
     Raises:
-        ValueError: For an unknown family.
-        RuntimeError: If expert layers of the experts interface are not found, or the oracle cannot follow the model.
+        ValueError: If the family is unknown.
+        RuntimeError: If expert layers of the experts interface are not found, or the oracle does not support the model.
     """
     text = _survey(family, wrapper=False)
     if text.refused is not None or wrapper_name(family) is None:
@@ -133,7 +133,7 @@ def _survey(family: str, *, wrapper: bool) -> Row:
 
 
 def _both(text: Row, wrapper: Row) -> Row:
-    """One row of a family's text model and its wrapper: the larger errors, and what is said of either."""
+    """One row for a family's text model and its wrapper: the larger errors, and the notes of both."""
     if wrapper.refused is not None:
         return dataclasses.replace(text, notes=(*text.notes, f"not its wrapper: {wrapper.refused}"))
     return dataclasses.replace(
@@ -213,7 +213,7 @@ class _Errors:
 
 
 def _check_all_found(model: nn.Module, weights: Sequence[SecondWeights]) -> None:
-    """Every module of the experts interface has a layer; tied ones share it."""
+    """Check that every module of the experts interface has a layer; tied modules share one."""
     known = {id(parameter) for layer in weights for parameter in layer.parameters}
     missed = [name for name, module in _interface_modules(model) if id(module.down_proj) not in known]
     if missed:
@@ -232,7 +232,7 @@ def _decorated(module: nn.Module) -> bool:
 def _compare_with_own(
     tiny: TinyFamily, layers: Sequence[ExpertLayer], implementations: Sequence[str], errors: _Errors
 ) -> None:
-    """Logits and weight gradients of the tapped forward against the model's own implementations."""
+    """Compare logits and weight gradients of the tapped forward with the model's implementations."""
     generator = torch.Generator().manual_seed(0)
     weights = [down_proj_weights(tiny.model, layer) for layer in layers]
     for batch in tiny.batches:
@@ -247,7 +247,7 @@ def _compare_with_own(
 
 
 def _fastest_own(tiny: TinyFamily, layers: Sequence[ExpertLayer]) -> str:
-    """`grouped_mm` where the model's own one runs, forward and backward: it wants rows of a multiple of 16 bytes."""
+    """`grouped_mm` if it runs on the model, forward and backward: it requires rows of a multiple of 16 bytes."""
     if not _interface_modules(tiny.model):
         return "eager"
     weights = [down_proj_weights(tiny.model, layer) for layer in layers]
@@ -260,7 +260,7 @@ def _fastest_own(tiny: TinyFamily, layers: Sequence[ExpertLayer]) -> str:
 
 
 def _tapped(tiny: TinyFamily, layers: Sequence[ExpertLayer], batch: Any, mix: Tensor) -> tuple[Tensor, list[Tensor]]:
-    """Logits of the tapped forward, and the weights' gradients `[E, d_out, d_in]` that its slots amount to."""
+    """Logits of the tapped forward, and the weight gradients `[E, d_out, d_in]` computed from its slots."""
     with tapped_batch(tiny.model, layers, tiny.class_logits, batch) as tapped:
         gradients = tapped.taps.gradients(tapped.logits, mix)
         jacobians = []
@@ -288,7 +288,7 @@ def _full_rank(layers: Sequence[ExpertLayer]) -> int:
 
 @contextmanager
 def _implementation(model: PreTrainedModel, name: str) -> Iterator[None]:
-    if not _interface_modules(model):  # its own code is all there is
+    if not _interface_modules(model):  # there is only one implementation
         yield
         return
     before = model.get_experts_implementation()
@@ -312,7 +312,7 @@ def _unusual_state(model: PreTrainedModel) -> Iterator[None]:
 
 
 def _state(model: nn.Module) -> dict[str, Any]:
-    """What a look at the curvature may not change."""
+    """The state that a curvature pass must restore."""
     modules = dict(model.named_modules())
     parameters = dict(model.named_parameters())
     configs = [getattr(module, "config", None) for module in modules.values()]
@@ -335,7 +335,7 @@ def _differences(before: dict[str, Any], after: dict[str, Any]) -> tuple[str, ..
 
 
 def _layout(model: nn.Module, layers: Sequence[ExpertLayer]) -> str:
-    """How the experts of a model are stored, in words; one description for each kind of layer in it."""
+    """The layouts of the expert layers of a model, in words."""
     return "; ".join(dict.fromkeys(_layer_layout(model, layer) for layer in layers))
 
 
@@ -370,7 +370,7 @@ def _notes(
     if without:
         notes.append(f"{without} layer{'s' if without > 1 else ''} without experts")
     unreached = sum(not layer.slots.any() for layer in dense)
-    if unreached:  # towers for images or sound may have expert layers of their own
+    if unreached:  # image and audio towers may have expert layers
         notes.append(f"{unreached} of the expert layers not reached by text")
     if fastest == "batched_mm":
         notes.append("its own `grouped_mm` does not run at these sizes")
@@ -380,7 +380,7 @@ def _notes(
 
 
 def _has_shared_experts(model: nn.Module) -> bool:
-    """Whether the library can take shared experts in."""
+    """Whether the library finds shared experts."""
     try:
         return bool(find_expert_layers(model, shared_experts=True))
     except ValueError:
@@ -388,7 +388,7 @@ def _has_shared_experts(model: nn.Module) -> bool:
 
 
 def _layers_without_experts(model: nn.Module, layers: Sequence[ExpertLayer]) -> int:
-    """Blocks that stand in a row with those that hold the expert layers, and hold none."""
+    """Number of blocks without experts in the module lists that contain the expert layers."""
     modules = dict(model.named_modules())
     rows, holders = set(), set()
     for layer in layers:

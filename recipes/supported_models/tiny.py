@@ -1,7 +1,7 @@
-"""A tiny model of any MoE family, with random weights, made from the family's own configuration class.
+"""A tiny model of any MoE family, with random weights, built from the family's configuration class.
 
-Every setting that makes a model large is replaced by a small one, on every level of a nested configuration
-(`text_config`, `vision_config`, ...); what a family needs beyond that stands in `overrides.py`.
+Every size is replaced by a small one, on every level of a nested configuration (`text_config`, `vision_config`, ...);
+further settings of single families are in `overrides.py`.
 """
 
 from __future__ import annotations
@@ -23,32 +23,32 @@ NUM_CLASSES = 3
 _FIRST_ANSWER = 3
 _SPECIAL_TOKENS = 10
 _WEIGHT_STD = 0.3
-# What a user would fine-tune, in this order.
+# Heads that a user would fine-tune, in order of preference.
 _HEADS = ("ForCausalLM", "ForConditionalGeneration", "ForTokenClassification")
 
-# Nested configurations with a language model inside; every other one is a vision or audio tower.
+# Nested configurations of language models; all others are vision or audio towers.
 _LANGUAGE = ("text", "thinker", "talker", "code_predictor", "decoder")
 
 Batch = dict[str, Tensor]
 
 
 class CannotBuildError(RuntimeError):
-    """A family has no tiny model here. The message is the reason, one short sentence for a table."""
+    """A family has no tiny model. The message is the reason, one short sentence for a table."""
 
 
 @dataclass(frozen=True)
 class TinyFamily:
-    """A family's tiny model and something to run it on.
+    """A family's tiny model with input batches.
 
     Attributes:
         family: Name from `families()`.
-        model: Model with random weights in evaluation mode, `model.dtype` (float64 unless the family cannot), eager
-            experts. Weights are what is float64: the families' own code computes norms, and some the logits, in
-            float32.
+        model: Model with random weights in evaluation mode, in `model.dtype` (float64 where the family supports it),
+            with eager experts. Only the weights are in float64: the families' code computes norms, and sometimes the
+            logits, in float32.
         class_logits: Function `(model, batch) -> (logits [B, 3], labels [B])`, at the last position of every example.
         batches: Batches of three and of two examples, each a dictionary of the forward's inputs and `labels` `[B]`;
-            the second is padded on the left, unless the family cannot be.
-        wrapper: Whether the model has towers for images, video or sound beside its language model; batches are text.
+            the second is padded on the left, unless the family does not support padding.
+        wrapper: Whether the model has towers for images, video or audio besides its language model; batches are text.
     """
 
     family: str
@@ -67,7 +67,7 @@ def build(family: str, *, wrapper: bool = False, seed: int = 0) -> TinyFamily:
         seed: Seed of weights and input; the global generator is restored.
 
     Raises:
-        ValueError: If it is no MoE family, or has no wrapper beside its text model.
+        ValueError: If it is no MoE family, or has no wrapper around its text model.
         CannotBuildError: If the family has no tiny model, with the reason.
     """
     if family not in families():
@@ -104,7 +104,7 @@ def wrapper_name(family: str) -> str | None:
 
 
 def _has_towers(model_class: type[PreTrainedModel]) -> bool:
-    """Whether a model's configuration has one of a language model and others beside it."""
+    """Whether a model's configuration contains that of a language model and others."""
     languages = [_is_language(name) for name in _config_class(model_class).sub_configs]
     return any(languages) and not all(languages)
 
@@ -123,7 +123,7 @@ def _random_model(
     config = config_class(**_settings_for(config_class, settings.config))
     if interface:
         config._experts_implementation = "eager"
-    # Constructors draw from the global generator: parameters, which are replaced, and now and then a buffer.
+    # Constructors draw parameters, which are replaced, and sometimes buffers from the global generator.
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(generator.initial_seed())
         model = model_class(config)
@@ -156,7 +156,7 @@ def _model_class(family: str, settings: FamilySettings) -> type[PreTrainedModel]
 def _heads(family: str) -> list[str]:
     """Names of a family's model classes, heads among them."""
     module = importlib.import_module(module_of(family))
-    if is_own(family):  # beside what it imports
+    if is_own(family):  # without the classes that it imports
         return [name for name, value in vars(module).items() if getattr(value, "__module__", "") == module.__name__]
     return list(module.__all__)
 
@@ -180,9 +180,9 @@ def _is_language(name: str) -> bool:
 
 
 def _fill(model: nn.Module, generator: torch.Generator) -> None:
-    """Draw every weight, so that nothing is zero, constant or uninitialised.
+    """Sample every weight, so that none is zero, constant or uninitialised.
 
-    Norms keep scales near 1, as a trained model's; the bias that a router adds to its scores is kept small beside them.
+    Norms have scales near 1, as in a trained model; the bias that a router adds to its scores is small.
     """
     with torch.no_grad():
         for name, parameter in model.named_parameters():
@@ -191,10 +191,10 @@ def _fill(model: nn.Module, generator: torch.Generator) -> None:
             parameter.copy_(1 + 0.1 * noise if is_scale else (0.1 if "bias" in name else _WEIGHT_STD) * noise)
         for name, buffer in model.named_buffers():
             if "bias" in name and buffer.is_floating_point():
-                # Added to what is there: a router may hold an expert back with a bias that is not zero.
+                # Added to the initial value: a router may mask an expert with a non-zero bias.
                 buffer.add_(0.1 * torch.randn(buffer.shape, generator=generator, dtype=torch.float64))
             elif name.endswith("tid2eid"):
-                # A table of token to experts, instead of a router; as made, it sends every token to the first.
+                # A table from tokens to experts instead of a router; initially, every token goes to the first one.
                 scores = torch.rand(len(buffer), SMALL["num_experts"], generator=generator)
                 buffer.copy_(scores.argsort(-1)[:, : buffer.shape[1]])
 
@@ -203,7 +203,7 @@ def _batches(settings: FamilySettings, generator: torch.Generator) -> tuple[Batc
     first = _random_batch(3, 6, settings, generator)
     second = _random_batch(2, 5, settings, generator)
     if settings.image_marker is not None:
-        # The last token is one of them, or the last layer's image experts would not reach the logits.
+        # The last token is an image token, or the last layer's image experts would not affect the logits.
         first[settings.image_marker] = torch.tensor([[0, 1, 1, 1, 0, 0], [0, 0, 0, 0, 1, 1], [0, 0, 1, 1, 0, 1]])
     if settings.takes_padding:
         mask = torch.ones(2, 5, dtype=torch.int64)

@@ -1,7 +1,7 @@
-"""Watch a model's own code multiply with the second weights of its experts.
+"""Record the products of a model's code with the second weights of its experts.
 
-Every matrix product is seen by a `TorchFunctionMode`. Where one operand lies in the memory of a second weight, what
-goes in and what comes out is recorded; which expert it was follows from the operand's place in that memory.
+A `TorchFunctionMode` intercepts every matrix product. If the storage of an operand is that of a second weight, inputs
+and outputs are recorded; the operand's offset in the storage gives the expert.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from torch.overrides import TorchFunctionMode
 
 from bmoe_lightning.experts import ExpertLayer, down_proj_parameters
 
-# Arguments in their order, and what each is: `left @ right + bias`.
+# Positional arguments, and the role of each: `left @ right + bias`.
 _MATMUL = {"input": "left", "other": "right"}
 _MM = {"input": "left", "mat2": "right"}
 _OPERANDS = {
@@ -29,26 +29,26 @@ _OPERANDS = {
     "addmm": {"input": "bias", "mat1": "left", "mat2": "right"},
     "baddbmm": {"input": "bias", "batch1": "left", "batch2": "right"},
 }
-# Some models multiply in another precision than that of their weights: the copy stands for the weight.
+# Some models multiply in another dtype than that of their weights: a converted copy is treated as the weight.
 _CONVERSIONS = frozenset({"float", "double", "half", "bfloat16", "to", "type"})
 _NOT_FOLLOWED = frozenset({"einsum", "tensordot", "mv", "addmv", "chain_matmul", "multi_dot", "grouped_mm", "bilinear"})
 
 
 class OracleError(RuntimeError):
-    """The model does with a second weight what the oracle cannot follow."""
+    """The model uses a second weight in a way that the oracle does not support."""
 
 
 @dataclass(frozen=True)
 class SecondWeights:
-    """Where the second weights of one expert layer lie.
+    """The parameters that hold the second weights of one expert layer.
 
     Attributes:
         name: Name of the expert layer.
-        parameters: One parameter that holds all experts one after the other, or one `[d_out, d_in]` an expert.
+        parameters: One parameter with the weights of all experts in order, or one `[d_out, d_in]` for each expert.
         num_experts: Number of experts, E.
         d_in: Width of the input.
         d_out: Width of the output.
-        transposed: Whether the one parameter holds `[d_in, d_out]` an expert.
+        transposed: Whether the single parameter holds `[d_in, d_out]` for each expert.
     """
 
     name: str
@@ -59,17 +59,17 @@ class SecondWeights:
     transposed: bool
 
     def by_expert(self, gradients: Sequence[Tensor]) -> Tensor:
-        """Gradients of the parameters, in their own shapes, as `[E, d_out, d_in]`."""
+        """Gradients with the shapes of the parameters, as `[E, d_out, d_in]`."""
         if self.transposed:
             return gradients[0].reshape(self.num_experts, self.d_in, self.d_out).mT
         return torch.cat([g.reshape(-1, self.d_out, self.d_in) for g in gradients])
 
 
 def down_proj_weights(model: nn.Module, layer: ExpertLayer) -> SecondWeights:
-    """Look a layer's second weights up.
+    """Look up the second weights of a layer.
 
     Raises:
-        OracleError: If their number or sizes are not what the layer says.
+        OracleError: If their number or sizes do not match the layer.
     """
     parameters = tuple(down_proj_parameters(model, layer).values())
     size = layer.d_in * layer.d_out
@@ -86,10 +86,10 @@ def down_proj_weights(model: nn.Module, layer: ExpertLayer) -> SecondWeights:
 
 
 def check_disjoint(weights: Sequence[SecondWeights]) -> None:
-    """Refuse layers that hold the same weights: their slots would have to be added up as one layer's.
+    """Check that no two layers share weights: their slots would have to be added up as those of one layer.
 
     Raises:
-        OracleError: If there are two such layers, with their names.
+        OracleError: If two layers share a weight; the message names them.
     """
     owners: dict[int, str] = {}
     for layer in weights:
@@ -116,7 +116,7 @@ class Product:
 
 @dataclass(frozen=True)
 class _Region:
-    """Memory that holds second weights: parameter `index` of the layer at `position`, or a copy from `start` on."""
+    """Storage of second weights: parameter `index` of the layer at `position`, or a copy of it from `start`."""
 
     tensor: Tensor
     position: int
@@ -125,7 +125,7 @@ class _Region:
 
 
 class Watch(TorchFunctionMode):
-    """While entered, records every product that torch computes with a second weight.
+    """Records every product that torch computes with a second weight in its context.
 
     Args:
         weights: Second weights of the layers to watch.
@@ -134,7 +134,7 @@ class Watch(TorchFunctionMode):
         products: Products of each layer.
 
     Raises:
-        OracleError: From an operation that uses a second weight in a way that is not followed.
+        OracleError: If an operation uses a second weight in a way that is not supported.
     """
 
     def __init__(self, weights: Sequence[SecondWeights]) -> None:
@@ -170,12 +170,12 @@ class Watch(TorchFunctionMode):
         regions.append(_Region(tensor, position, index, start))
 
     def _region(self, tensor: Any) -> _Region | None:
-        """The second weight whose memory a tensor lies in."""
+        """The second weight whose storage contains a tensor."""
         if not isinstance(tensor, Tensor):
             return None
         try:
             address = tensor.untyped_storage().data_ptr()
-        except NotImplementedError:  # inside torch.vmap, where masks are made
+        except NotImplementedError:  # inside torch.vmap, which creates masks
             return None
         for region in self._regions.get(address, ()):
             if 0 <= tensor.storage_offset() - region.tensor.storage_offset() < region.tensor.numel():
@@ -183,7 +183,7 @@ class Watch(TorchFunctionMode):
         return None
 
     def _converted(self, source: Any, result: Any) -> Any:
-        """Know a copy of a second weight in another dtype for what it is."""
+        """Register a copy of a second weight in another dtype."""
         region = self._region(source)
         if region is not None and isinstance(result, Tensor) and self._region(result) is None:
             if result.stride() != source.stride():
@@ -209,7 +209,7 @@ class Watch(TorchFunctionMode):
         return product if bias is None else product + bias
 
     def _keep(self, inputs: Tensor, matrix: Tensor, region: _Region) -> Tensor:
-        """Compute `inputs @ matrix`, `matrix [d_in, d_out]` or `[n, d_in, d_out]`, and keep it if it has a graph."""
+        """Compute `inputs @ matrix` (`[d_in, d_out]` or `[n, d_in, d_out]`), and record it if it has a graph."""
         experts = self._experts(matrix, region)
         outputs = inputs @ matrix
         if outputs.requires_grad:
@@ -221,11 +221,11 @@ class Watch(TorchFunctionMode):
                     outputs,
                 )
             )
-        # A copy goes on, so that what the model does in place is done to the copy.
+        # The model continues with a copy, so that its in-place operations do not change the recorded output.
         return outputs.clone()
 
     def _experts(self, matrix: Tensor, region: _Region) -> Tensor:
-        """Which expert's a matrix is, or one expert for each of a stack."""
+        """The expert of a matrix, or the experts of a stack of matrices."""
         layer = self._weights[region.position]
         size = layer.d_in * layer.d_out
         strides = (layer.d_out, 1) if layer.transposed else (1, layer.d_in)
@@ -239,7 +239,7 @@ class Watch(TorchFunctionMode):
             or step % size
         ):
             raise OracleError(
-                f"{layer.name!r} multiplies with a part of its second weights that is no expert's: shape "
+                f"{layer.name!r} multiplies with a slice of its second weights that is no expert's: shape "
                 f"{tuple(matrix.shape)}, strides {matrix.stride()}; expected {(layer.d_in, layer.d_out)} and {strides}"
             )
         first = region.index + offset // size

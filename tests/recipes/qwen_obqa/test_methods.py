@@ -134,7 +134,7 @@ def test_prediction_has_the_dropout_of_training_unless_told_otherwise():
         ([MINE], {"set": ["mine.link=bridge"]}, "--set mine.link must be one of mc, probit, got bridge"),
         ([MINE], {"set": ["mine.few=1.5"]}, "--set mine.few must be an integer, got 1.5"),
         ([MINE], {"set": ["mine.width=0"]}, "--set mine: width must be above 0, got 0.0"),
-        ([MINE], {"set": ["mine.width.x=0"]}, "--set mine.width is one value, and has no options 'x'"),
+        ([MINE], {"set": ["mine.width.x=0"]}, "--set mine.width is a single value without options 'x'"),
         ([MINE], {"set": ["mine.curvature.rnk=0"]}, "--set mine.curvature has no option 'rnk', did you mean rank?"),
         ([MINE], {"set": ["mine.curvature.rank=-1"]}, "--set mine.curvature: rank must be at least 0, got -1"),
         ([MINE], {"curvature": CurvatureSettings(fisher="mc")}, "--methods: mine: it needs fisher='exact', got 'mc'"),

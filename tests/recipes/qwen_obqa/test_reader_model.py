@@ -155,4 +155,4 @@ def test_progress_only_when_asked(tmp_path, capsys):
     read(tmp_path / "quiet")
     assert "small model" not in capsys.readouterr().err
     read_questions(questions(), tmp_path / "loud", steps=1, batch_size=4)
-    assert "The small model reads the training questions" in capsys.readouterr().err
+    assert "Pre-training the small model on the questions" in capsys.readouterr().err
