@@ -12,12 +12,12 @@ from torch.utils.data import Dataset, Sampler
 
 
 class Batch(TypedDict):
-    """One batch; B questions, T tokens in the longest of them, K_max choices in the widest question of all splits.
+    """One batch: B questions, T tokens in the longest one, K_max choices in the widest question of all splits.
 
     `input_ids` `[B, T]` int64 and `attention_mask` `[B, T]` int64 are padded on the left, so the last column is always
-    the end of the prompt. `choice_mask` `[B, K_max]` bool is False where a question has no such choice: no probability
-    belongs there. `label` `[B]` int64. `index` `[B]` int64 is the position in the split: a sampler that repeats
-    questions to fill up its last batch shows by repeated indices.
+    the end of the prompt. `choice_mask` `[B, K_max]` bool is False for choices that a question lacks, whose probability
+    must be zero. `label` `[B]` int64. `index` `[B]` int64 is the position in the split, by which questions that a
+    distributed sampler repeats are identified.
     """
 
     input_ids: Tensor
@@ -29,7 +29,7 @@ class Batch(TypedDict):
 
 @dataclass(frozen=True)
 class EncodedQuestion:
-    """A question as the model sees it.
+    """A question as model input.
 
     Args:
         token_ids: Token ids of the prompt, ending in the last token before the answer.
@@ -58,10 +58,10 @@ class EncodedQuestions(Dataset[EncodedQuestion]):
 
 
 class SeededShuffle(Sampler[int]):
-    """An order for every epoch that depends on nothing but the seed and the epoch's number.
+    """A sampler whose order in each epoch depends on the seed and the epoch's number alone.
 
-    Lightning tells a sampler the epoch, also after resuming from a checkpoint: a resumed run then sees the orders that
-    an uninterrupted one sees.
+    Lightning calls `set_epoch`, also after resuming from a checkpoint, so a resumed run has the same orders as an
+    uninterrupted one.
 
     Args:
         size: Number of items.
@@ -74,7 +74,7 @@ class SeededShuffle(Sampler[int]):
         self.epoch = 0
 
     def set_epoch(self, epoch: int) -> None:
-        """Take the order of an epoch.
+        """Set the epoch of the next iteration.
 
         Args:
             epoch: Number of the epoch, counted from 0.
@@ -86,16 +86,16 @@ class SeededShuffle(Sampler[int]):
 
     def __iter__(self) -> Iterator[int]:
         generator = torch.Generator().manual_seed(self.seed + 1_000_003 * self.epoch)
-        self.epoch += 1  # for a loop that does not name its epochs
+        self.epoch += 1  # for loops that do not call set_epoch
         return iter(torch.randperm(self.size, generator=generator).tolist())
 
 
 @dataclass(frozen=True)
 class Collate:
-    """Pads encoded questions on the left and stacks them; the tokenizer has no part in it.
+    """Pads encoded questions on the left and stacks them, without the tokenizer.
 
     Args:
-        pad_id: Token id of padded positions. They are masked out, so any id of the vocabulary serves.
+        pad_id: Token id of padded positions. They are masked out, so any id of the vocabulary will do.
         num_choices: Width of `choice_mask`, K_max.
     """
 
@@ -103,7 +103,7 @@ class Collate:
     num_choices: int
 
     def __call__(self, items: Sequence[EncodedQuestion]) -> Batch:
-        """The batch of these items.
+        """Collate items into a batch.
 
         Args:
             items: Questions of one split.

@@ -1,4 +1,4 @@
-"""The Lightning DataModule that turns multiple-choice questions into batches with a known answer position."""
+"""The Lightning DataModule for multiple-choice questions, with batches that end right before the answer."""
 
 import warnings
 from collections.abc import Sequence
@@ -22,40 +22,41 @@ from bmoe_lightning.models.loading import load_tokenizer
 
 Part = Literal["train", "calibration", "test"]
 
-# Enough prompts to see whether the answer tokens depend on what the prompt says.
+# Enough prompts to detect answer tokens that depend on the prompt.
 _PROMPTS_FOR_ANSWER_TOKENS = 8
 
 
 class MultipleChoiceDataModule(LightningDataModule):
-    """Questions from a folder, from the hub or at hand, as batches that end right before the answer.
+    """Questions from a folder, from the hub or from memory, as batches that end right before the answer.
 
     The data's validation split is the calibration part; without one, a seeded share of train is set aside. Prior and
     temperature are tuned on that part and never on test. A question that is also asked in a later part (train <
     calibration < test) is dropped from the earlier one, with a warning. Prompts are encoded once, in `setup`.
 
-    After `setup`: `num_choices` is K_max over all parts, `answer_token_ids` `[K_max]` int64 are the tokens that answer,
-    `questions(part)` are the questions behind `index`.
+    After `setup`, `num_choices` is K_max over all parts, `answer_token_ids` `[K_max]` int64 are the answer tokens, and
+    `questions(part)` are the questions that `index` refers to.
 
     Args:
-        data: Folder or hub id as in `load_questions`, or the questions themselves as `Splits`. `split_train` sets a
-            part of the training questions aside for calibration.
+        data: Folder or hub id as in `load_questions`, or the questions as `Splits`, with a calibration part such as
+            `split_train` makes.
         tokenizer: Tokenizer, or the folder or hub id of one. Its settings are never changed.
-        task: How the data's rows become questions: registered name, instance or `package.module:Class`; None recognises
+        task: Task that turns rows into questions: registered name, instance or `package.module:Class`; None recognises
             the task by hub id or by columns.
         revision: Revision of a hub data set.
         prompt: Name of a prompt format.
-        batch_size: Questions in a batch of `train_dataloader`.
-        eval_batch_size: Questions in a batch of every other loader; None for the same.
-        max_length: Most tokens in a prompt. Longer ones lose words from the front of the passage, then of the question.
-        calibration_fraction: Share of train to set aside where the data have no validation split.
-        limit: Most questions of each part, a seeded draw for a quick trial; None for all.
+        batch_size: Batch size of `train_dataloader`.
+        eval_batch_size: Batch size of all other loaders; None for `batch_size`.
+        max_length: Maximum number of tokens of a prompt. Longer ones lose words from the front of the passage, then of
+            the question.
+        calibration_fraction: Share of train that is set aside if the data have no validation split.
+        limit: Maximum number of questions of each part, a seeded sample for a quick trial; None for all.
         seed: Seed of the calibration split, of `limit` and of the training order.
-        num_workers: Worker processes of every loader.
+        num_workers: Number of worker processes of every loader.
 
     Raises:
-        TypeError: If `data`, `tokenizer` or `task` is of another type.
-        ValueError: If a number is out of range, prompt or task is unknown, `task` or `revision` is given beside
-            `Splits`, or a part is empty.
+        TypeError: If `data`, `tokenizer` or `task` has the wrong type.
+        ValueError: If a number is out of range, prompt or task is unknown, `task` or `revision` is given with `Splits`,
+            or a part is empty.
     """
 
     def __init__(
@@ -91,7 +92,7 @@ class MultipleChoiceDataModule(LightningDataModule):
         if isinstance(data, Splits):
             _check_not_empty(data)
             if task is not None or revision is not None:
-                raise ValueError("task and revision say how to load data, but data are Splits; leave both out")
+                raise ValueError("task and revision apply to a folder or hub id, but data are Splits; leave both out")
         self.data = data
         self.tokenizer = tokenizer
         self.task = None if task is None else get_task(task)
@@ -110,21 +111,21 @@ class MultipleChoiceDataModule(LightningDataModule):
         """Download a hub data set into the local cache, on one process only.
 
         Raises:
-            DataUnavailableError: If the hub cannot be reached or does not have it.
+            DataUnavailableError: If the hub cannot be reached or does not have the data set.
         """
         if isinstance(self.data, str) and is_hub_id(self.data):
             load_questions(self.data, "test", task=self.task, revision=self.revision)
 
     def setup(self, stage: str | None = None) -> None:  # noqa: ARG002
-        """Read, split and encode everything, at the first call; later calls do nothing.
+        """Load, split and encode all questions on the first call; later calls do nothing.
 
         Args:
-            stage: Ignored: every stage needs the number of choices of all parts.
+            stage: Stage, ignored: every stage needs the number of choices of all parts.
 
         Raises:
             DataUnavailableError: If data or tokenizer cannot be loaded.
             FileNotFoundError: If the train or test split is missing.
-            ValueError: If the data, the tokenizer or the prompt lengths do not fit, with what to do.
+            ValueError: If the data are malformed, the tokenizer has no answer tokens, or prompts do not fit.
         """
         if self._prepared is None:
             self._prepared = self._prepare()
@@ -154,7 +155,7 @@ class MultipleChoiceDataModule(LightningDataModule):
             questions=parts,
             encoded=encoded,
             answer_token_ids=answers,
-            # Padding is masked out, so a tokenizer without a padding token needs none made up for it.
+            # Padding is masked out, so any id will do for a tokenizer without a padding token.
             collate=Collate(pad_id=0 if pad_id is None else pad_id, num_choices=num_choices),
         )
 
@@ -193,19 +194,19 @@ class MultipleChoiceDataModule(LightningDataModule):
 
     @property
     def num_choices(self) -> int:
-        """Number of choices of the widest question of all parts, K_max."""
+        """Largest number of choices of a question over all parts, K_max."""
         return self._ready().collate.num_choices
 
     @property
     def answer_token_ids(self) -> Tensor:
-        """The token that answers with each letter, `[K_max]` int64."""
+        """The answer token of each letter, `[K_max]` int64."""
         return self._ready().answer_token_ids
 
     def questions(self, split: Part) -> tuple[Question, ...]:
-        """The questions of a part, in the order that `index` counts.
+        """The questions of a part, in the order of `index`.
 
         Args:
-            split: `train`, `calibration` or `test`.
+            split: Part: `train`, `calibration` or `test`.
 
         Raises:
             ValueError: If there is no such part.
@@ -233,11 +234,11 @@ class MultipleChoiceDataModule(LightningDataModule):
         return self.test_dataloader()
 
     def calibration_dataloader(self) -> DataLoader[EncodedQuestion]:
-        """The questions that prior and temperature may be tuned on, in order."""
+        """The calibration questions, for tuning prior precisions and temperatures, in order."""
         return self._loader("calibration", self.eval_batch_size)
 
     def curvature_dataloader(self) -> DataLoader[EncodedQuestion]:
-        """The questions that the weights were fitted on, in order and each once."""
+        """The training questions, in order and each once."""
         return self._loader("train", self.eval_batch_size)
 
     def _loader(self, part: Part, batch_size: int, sampler: Sampler[int] | None = None) -> DataLoader[EncodedQuestion]:
@@ -246,7 +247,7 @@ class MultipleChoiceDataModule(LightningDataModule):
             prepared.encoded[part],
             batch_size=batch_size,
             sampler=sampler,
-            # Even without shuffling a loader draws a number, and would take it from the global generator.
+            # Even without shuffling a loader draws a base seed, by default from the global generator.
             generator=torch.Generator().manual_seed(self.seed),
             collate_fn=prepared.collate,
             num_workers=self.num_workers,

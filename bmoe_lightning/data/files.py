@@ -1,4 +1,4 @@
-"""The splits of a local folder: lines of JSON or parquet, under the names that the hub gives them."""
+"""The splits of a local folder: JSON Lines or parquet files with the names of the hub."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from typing import Any
 from bmoe_lightning.data.tasks.base import Row
 
 NumberedRow = tuple[str, Row]
-"""Where a row stands, for messages, and its columns."""
+"""The location of a row, for error messages, and its columns."""
 
 _logger = logging.getLogger(__name__)
 
@@ -26,11 +26,11 @@ class FolderData:
 
     Args:
         folder: Existing folder.
-        split_names: Names that a split may have; the first folder that has a file of one of them is taken.
-        preferred: Names of the sub-folder to take where several have files.
+        split_names: Names that a split may have; the first folder with a file of one of them is used.
+        preferred: Names of the sub-folder to use if several have files.
 
     Raises:
-        ValueError: If several sub-folders could be meant.
+        ValueError: If the choice between several sub-folders is ambiguous.
     """
 
     def __init__(self, folder: Path, split_names: Collection[str], preferred: Collection[str]) -> None:
@@ -51,17 +51,17 @@ class FolderData:
         """The rows of a split, or None if there is no file of it.
 
         Args:
-            names: Names of the split; files of one of them may be there.
+            names: Possible names of the split.
 
         Raises:
-            ValueError: If more than one file could be meant, shards are missing, or, while iterating, a file is
+            ValueError: If there are several files for the split, shards are missing, or, while iterating, a file is
                 malformed.
-            DataUnavailableError: While iterating, if a file cannot be read.
+            DataUnavailableError: If, while iterating, a file cannot be read.
         """
         forms = [form for name in names for form in _forms(self.folder, name)]
         if len(forms) > 1:
             files = ", ".join(path.name for form in forms for path in form)
-            raise ValueError(f"{self.folder} has one split more than once: {files}; leave one of them there")
+            raise ValueError(f"{self.folder} has one split more than once: {files}; remove all but one")
         if not forms:
             return None
         _logger.info("reading %s", ", ".join(map(str, forms[0])))
@@ -73,9 +73,9 @@ def _has_split(folder: Path, names: Collection[str]) -> bool:
 
 
 def _forms(folder: Path, name: str) -> list[list[Path]]:
-    """The files of a split, by the way they are stored: lines of JSON, one parquet file, or shards of one count."""
+    """The files of a split by format: JSON Lines, one parquet file, or shards with one total count."""
     single = [[path] for suffix in (".jsonl", ".json", ".parquet") if (path := folder / f"{name}{suffix}").is_file()]
-    # Older data sets of the hub have a hash after the count.
+    # Older data sets on the hub have a hash after the count.
     shard = re.compile(rf"{re.escape(name)}-(\d+)-of-(\d+)(-[0-9a-f]+)?")
     counts: dict[int, list[tuple[int, Path]]] = {}
     for path in folder.glob("*.parquet"):
@@ -93,7 +93,7 @@ def _complete(shards: list[tuple[int, Path]], count: int) -> list[Path]:
 
 
 def _file_rows(file: Path) -> Iterator[NumberedRow]:
-    """Yield `(where, row)`; lines and rows are counted from 1."""
+    """Yield `(location, row)`; lines and rows are counted from 1."""
     try:
         yield from _parquet_rows(file) if file.suffix == ".parquet" else _json_rows(file)
     except OSError as error:
@@ -122,9 +122,9 @@ def _json_object(line: bytes, where: str) -> dict[str, Any]:
     try:
         row = json.loads(line.decode("utf-8-sig"), object_pairs_hook=_unique)
     except (ValueError, RecursionError) as error:
-        raise ValueError(f"{where}: not a JSON object ({_reason(error)}); one object a line is expected") from None
+        raise ValueError(f"{where}: not a JSON object ({_reason(error)}); write one object a line") from None
     if not isinstance(row, dict):
-        raise ValueError(f"{where}: a JSON {type(row).__name__}; one object a line is expected")
+        raise ValueError(f"{where}: a JSON {type(row).__name__}; write one object a line")
     return row
 
 
@@ -132,7 +132,7 @@ def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     row = dict(pairs)
     if len(row) != len(pairs):
         names = [name for name, _ in pairs]
-        raise ValueError(f"the key {next(name for name in names if names.count(name) > 1)!r} stands there twice")
+        raise ValueError(f"the key {next(name for name in names if names.count(name) > 1)!r} is duplicate")
     return row
 
 

@@ -42,22 +42,23 @@ def load_questions(
     """Load one split.
 
     Args:
-        source: A local folder, or a hub id such as `allenai/openbookqa`. Either may be followed by `:CONFIG`
-            (`allenai/ai2_arc:ARC-Easy`); for a folder that names a sub-folder. A folder holds `train.jsonl` or
+        source: Local folder, or hub id such as `allenai/openbookqa`. Either may be followed by `:CONFIG`
+            (`allenai/ai2_arc:ARC-Easy`), which for a folder names a sub-folder. A folder holds `train.jsonl` or
             `train.json` (one object a line), `train.parquet`, or the shards `train-00000-of-00002.parquet`, and the
-            like for `validation` (also `valid`, `val`, `dev`) and `test`, all directly or all in one sub-folder.
-        split: `train`, `validation` or `test`. Which split of the data that is, the task says.
-        task: Registered name, instance or `package.module:Class`; None recognises it by hub id or by columns.
+            same for `validation` (also `valid`, `val`, `dev`) and `test`, all directly or all in one sub-folder.
+        split: Split `train`, `validation` or `test`; the task maps it to a split of the data.
+        task: Registered name, instance or `package.module:Class`; None recognises the task by hub id or by columns.
         revision: Revision of a hub data set; refused for a folder.
 
     Returns:
         The questions in file order; None if there is no validation split.
 
     Raises:
-        DataUnavailableError: If the hub cannot be reached, is switched off (`HF_HUB_OFFLINE`) or does not have the id,
-            or a file cannot be read.
+        DataUnavailableError: If the hub cannot be reached, is disabled (`HF_HUB_OFFLINE`) or does not have the id, or a
+            file cannot be read.
         FileNotFoundError: If the train or test split is missing.
-        ValueError: If source, task or a row is malformed, two rows have one id, or more than one file could be meant.
+        ValueError: If source, task or a row is malformed, two rows have the same id, or the file of a split is
+            ambiguous.
         TypeError: If `task` is no task.
     """
     if split not in SPLIT_NAMES:
@@ -86,7 +87,7 @@ def load_questions(
 
 
 def is_hub_id(source: str) -> bool:
-    """Whether `source` means the hub: shaped like `owner/name[:config]`, and no local folder of that name.
+    """Whether `source` is a hub id: of the form `owner/name[:config]`, and no local folder.
 
     Args:
         source: Folder or hub id.
@@ -98,7 +99,7 @@ def is_hub_id(source: str) -> bool:
 
 
 _RowsOf = Callable[[Sequence[str]], Iterator[NumberedRow] | None]
-"""The rows of the one split that has one of these names, or None."""
+"""A function from possible names of a split to its rows, or None if there is none."""
 
 
 def _folder_rows(folder: Path, requested: Task | None) -> _RowsOf:
@@ -109,13 +110,13 @@ def _folder_rows(folder: Path, requested: Task | None) -> _RowsOf:
 
 def _hub_rows(source: str, task: Task | None, revision: str | None) -> _RowsOf:
     name, _, config = source.partition(":")
-    # A copy under another id need not have the same configurations.
+    # A copy under another id may have other configurations.
     if task is not None and task.hub_id == name and not config:
         if task.configs:
             choices = " or ".join(f"{name}:{option}" for option in task.configs)
             raise ValueError(f"{name} has several configurations; write {choices}")
         config = task.default_config or ""
-    # Late: the import takes seconds, and local files do without it.
+    # Imported late: it takes seconds, and local files do not need it.
     import datasets
 
     try:
@@ -131,7 +132,7 @@ def _hub_rows(source: str, task: Task | None, revision: str | None) -> _RowsOf:
         present = [name for name in names if name in splits]
         if len(present) > 1:
             raise ValueError(
-                f"{source} has one split under the names {', '.join(present)}; name a task that says which to read"
+                f"{source} has one split under the names {', '.join(present)}; name a task that selects one of them"
             )
         if not present:
             return None
@@ -162,7 +163,7 @@ def _questions(task: Task, split: SplitName, rows: Iterator[NumberedRow]) -> tup
     seen: dict[str, str] = {}
     for number, (where, row) in enumerate(rows, start=1):
         question = task.read(row, f"{split}-{number}", where)
-        # Predictions are reported by id.
+        # Ids must be unique: predictions are reported by id.
         if question.id in seen:
             raise ValueError(f"{where}: the id {question.id!r} is that of {seen[question.id]} too; make ids unique")
         seen[question.id] = where
@@ -171,7 +172,7 @@ def _questions(task: Task, split: SplitName, rows: Iterator[NumberedRow]) -> tup
 
 
 def _local_folder(source: str) -> Path | None:
-    """The folder that `source` names, or None if it is a hub id."""
+    """The local folder of `source`, or None if it is a hub id."""
     base, _, config = source.rpartition(":") if ":" in source else (source, "", "")
     for candidate in (Path(source), Path(base) / config):
         if source and candidate.is_dir():

@@ -1,8 +1,8 @@
 """Prompts that end right before a lettered answer, and the tokens that answer them.
 
 A question is answered by the next token after `Answer:`, among the letters of its choices. The answer token is the
-letter *with* its leading space (` A`), because that is what a model writes; scoring the bare letter costs accuracy and
-calibration. The two formats follow the styles named in appendix C of arXiv 2511.08968, in our own words.
+letter *with* its leading space (` A`), because that is what a model generates; scoring the bare letter costs accuracy
+and calibration. The two formats follow the styles named in appendix C of https://arxiv.org/abs/2511.08968, reworded.
 """
 
 from collections.abc import Sequence
@@ -17,10 +17,10 @@ from bmoe_lightning.data.questions import LETTERS, Question
 
 @dataclass(frozen=True)
 class PromptFormat:
-    """How a question is written out: `head`, passage if any, question, `before_choices`, lettered choices, `tail`.
+    """A prompt template: `head`, passage if any, question, `before_choices`, lettered choices, `tail`.
 
     Args:
-        name: Name under which it is chosen.
+        name: Name of the format.
         head: Text before passage and question.
         before_choices: Text between the question and the first choice.
         separator: Text between two choices.
@@ -41,11 +41,11 @@ class PromptFormat:
     def __post_init__(self) -> None:
         if not self.tail or self.tail != self.tail.rstrip():
             raise ValueError(
-                f"prompt {self.name!r} ends in {self.tail!r}; end it without white space, that is part of the answer"
+                f"prompt {self.name!r} ends in {self.tail!r}; end it without white space, which is part of the answer"
             )
 
     def before_question(self, passage: str | None) -> str:
-        """What stands before the question's text: the head, and the passage if there is one.
+        """The text before the question: the head, and the passage if there is one.
 
         Args:
             passage: Passage of the question.
@@ -53,10 +53,10 @@ class PromptFormat:
         return self.head if passage is None else self.head + passage.strip() + self.after_passage
 
     def after_question(self, question: Question) -> str:
-        """What follows the question's text: the lettered choices and the tail.
+        """The text after the question: the lettered choices and the tail.
 
         Args:
-            question: Whose choices to write out.
+            question: Question with the choices.
         """
         choices = (f"{letter}. {text.strip()}" for letter, text in zip(LETTERS, question.choices, strict=False))
         return self.before_choices + self.separator.join(choices) + self.tail
@@ -65,7 +65,7 @@ class PromptFormat:
         """The prompt of a question.
 
         Args:
-            question: What to write out.
+            question: Question to format.
         """
         return self.before_question(question.passage) + question.question.strip() + self.after_question(question)
 
@@ -88,10 +88,10 @@ PROMPT_NAMES = tuple(_FORMATS)
 
 
 def get_prompt_format(name: str) -> PromptFormat:
-    """The format of that name.
+    """Look up a prompt format.
 
     Args:
-        name: One of `PROMPT_NAMES`.
+        name: Name of the format, one of `PROMPT_NAMES`.
 
     Raises:
         ValueError: If there is no such format.
@@ -102,18 +102,18 @@ def get_prompt_format(name: str) -> PromptFormat:
 
 
 def _plain_ids(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
-    # A saved tokenizer may carry truncation and padding settings of its own.
+    # The files of a tokenizer may enable truncation and padding.
     return list(tokenizer(text, add_special_tokens=False, truncation=False, padding=False, verbose=False)["input_ids"])
 
 
 def leading_special_ids(tokenizer: PreTrainedTokenizerBase) -> list[int]:
-    """The tokens that the tokenizer puts before a text, such as a beginning-of-sequence token.
+    """The special tokens that the tokenizer prepends to a text, such as a beginning-of-sequence token.
 
-    Those that it puts after a text are left out on purpose: with an end-of-sequence token appended, the last position
-    no longer predicts the answer.
+    Appended ones are left out on purpose: after an end-of-sequence token, the last position no longer predicts the
+    answer.
 
     Args:
-        tokenizer: Any tokenizer; its settings are left as they are.
+        tokenizer: Tokenizer, whose settings are not changed.
 
     Raises:
         ValueError: If the tokenizer encodes the text itself differently when it adds special tokens.
@@ -126,22 +126,22 @@ def leading_special_ids(tokenizer: PreTrainedTokenizerBase) -> list[int]:
             return framed[:start]
     raise ValueError(
         f"the tokenizer encodes {text!r} as {plain} without and as {framed} with special tokens; "
-        "a tokenizer that only puts special tokens around the text is needed"
+        "use a tokenizer that only adds special tokens before and after the text"
     )
 
 
 def encode_prompts(tokenizer: PreTrainedTokenizerBase, prompts: Sequence[str]) -> list[list[int]]:
-    """Encode prompts so that the last token is the last of the prompt's text.
+    """Encode prompts without special tokens at the end.
 
     Args:
-        tokenizer: Any tokenizer; its settings are left as they are.
+        tokenizer: Tokenizer, whose settings are not changed.
         prompts: Texts to encode.
 
     Returns:
         One list of token ids for each prompt: leading special tokens, then the text, and nothing after it.
 
     Raises:
-        ValueError: If a prompt ends in white space, gives no token, or ends in a special token all the same.
+        ValueError: If a prompt ends in white space, has no token, or is encoded with a special token at its end.
     """
     for prompt in prompts:
         if not prompt or prompt != prompt.rstrip():
@@ -162,15 +162,15 @@ def encode_prompts(tokenizer: PreTrainedTokenizerBase, prompts: Sequence[str]) -
 
 
 def answer_token_ids(tokenizer: PreTrainedTokenizerBase, prompts: Sequence[str], num_choices: int) -> Tensor:
-    """Find the tokens that answer a prompt with a letter, by what the tokenizer really does after these prompts.
+    """Find the answer tokens of a tokenizer by encoding prompts with the answers appended.
 
     Encodes every prompt with and without ` A`, ` B`, ... appended; the difference must be one token. Word-level
-    tokenizers drop the space, and the difference is then the bare letter. No position is guessed, as in
+    tokenizers drop the space, and the difference is then the bare letter. No position is assumed, unlike in
     `encode("A")[1]`, which presumes a beginning-of-sequence token.
 
     Args:
-        tokenizer: Any tokenizer; its settings are left as they are.
-        prompts: Some prompts of the task, at least one; several show whether the tokens depend on the prompt.
+        tokenizer: Tokenizer, whose settings are not changed.
+        prompts: Some prompts of the task, at least one; several reveal whether the tokens depend on the prompt.
         num_choices: Number of letters, from A on.
 
     Returns:
@@ -195,8 +195,8 @@ def answer_token_ids(tokenizer: PreTrainedTokenizerBase, prompts: Sequence[str],
     tokens = dict(zip(letters, tokenizer.convert_ids_to_tokens(first), strict=True))
     if len(set(first)) != num_choices:
         raise ValueError(
-            f"some letters share a token: {tokens}; the tokenizer does not know them apart; "
-            f"train or choose one whose vocabulary has the letters {letters[0]} to {letters[-1]}"
+            f"some letters share a token: {tokens}; train or choose a tokenizer whose vocabulary has the letters "
+            f"{letters[0]} to {letters[-1]}"
         )
     if tokenizer.unk_token_id in first:
         raise ValueError(
@@ -222,22 +222,22 @@ def _answer_id(tokenizer: PreTrainedTokenizerBase, prompt: str, letter: str) -> 
 def fit_prompts(
     tokenizer: PreTrainedTokenizerBase, prompt_format: PromptFormat, questions: Sequence[Question], max_length: int
 ) -> tuple[list[list[int]], int]:
-    """Encode questions in at most `max_length` tokens, cutting words from the front of passage and question only.
+    """Encode questions in at most `max_length` tokens, truncating words at the front of passage and question only.
 
-    The choices and the end of the prompt always survive: a tokenizer's own truncation cuts off `Answer:`. The question
-    loses words only where its passage has none left.
+    The choices and the end of the prompt are never truncated, unlike by the tokenizer, which would cut off `Answer:`.
+    The question loses words only after its passage has none left.
 
     Args:
-        tokenizer: Any tokenizer; its settings are left as they are.
-        prompt_format: How to write the question out.
+        tokenizer: Tokenizer, whose settings are not changed.
+        prompt_format: Prompt format.
         questions: Questions to encode.
-        max_length: Most tokens in a prompt, leading special tokens included.
+        max_length: Maximum number of tokens of a prompt, leading special tokens included.
 
     Returns:
-        `(token ids of each prompt, number of prompts that were cut)`.
+        `(token ids of each prompt, number of truncated prompts)`.
 
     Raises:
-        ValueError: If not even the question's last word fits; names the item and both lengths.
+        ValueError: If not even the question's last word fits; the message names the question and both lengths.
     """
     encoded = encode_prompts(tokenizer, [prompt_format.render(question) for question in questions])
     long = [row for row, ids in enumerate(encoded) if len(ids) > max_length]
@@ -265,7 +265,7 @@ def _cut(
             f"question {question.id!r}: cut to the last word of its text, the prompt still has {len(best)} tokens, and "
             f"max_length is {max_length}; raise max_length or drop the item"
         )
-    # Bisection for the most words that fit; `low` words are always known to.
+    # Bisection for the largest number of words that fit; `low` words always do.
     low, high = 1, len(passage) + len(words)
     while high - low > 1:
         middle = (low + high) // 2

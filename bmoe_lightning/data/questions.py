@@ -1,7 +1,7 @@
-"""Multiple-choice questions as plain values, and how they are divided without leaks.
+"""Multiple-choice questions, and splits of them without leaks.
 
-Everything that is measured later rests on two rules of this module: the questions that tune a prior or a temperature
-are neither trained on nor reported on, and a question never sits on two sides of a split, whatever its spelling.
+All reported results rely on two rules: questions that tune a prior precision or a temperature are neither trained on
+nor reported on, and a question is never in two splits, whatever its spelling.
 """
 
 import random
@@ -19,16 +19,16 @@ class Question:
     """One multiple-choice question.
 
     Args:
-        id: Name of the item, used in every message about it.
-        question: Text that is asked.
-        choices: Texts to choose from, in the order in which they are lettered. A list is turned into a tuple.
+        id: Identifier, used in every message about the question.
+        question: Text of the question.
+        choices: Texts of the choices, in the order of their letters. A list is converted to a tuple.
         answer: Position of the right choice, counted from 0.
         passage: Text that the question is about, None if there is none.
 
     Raises:
         TypeError: If a text is not a string, `choices` is one string, or `answer` is not an integer.
         ValueError: If a text is empty or not valid Unicode, there are fewer than 2 or more than 26 choices, or `answer`
-            names none of them.
+            is out of range.
     """
 
     id: str
@@ -72,7 +72,7 @@ def _check_texts(question: Question) -> None:
 
 
 def is_encodable(text: str) -> bool:
-    """Whether a text is valid Unicode: JSON can spell half a surrogate pair, which no tokenizer and no file takes.
+    """Whether a text is valid Unicode: JSON can hold half a surrogate pair, which cannot be tokenized or written.
 
     Args:
         text: Any text.
@@ -89,8 +89,8 @@ class Splits:
     """The three disjoint parts of a task.
 
     Args:
-        train: Questions that the weights are fitted to.
-        calibration: Questions that prior precision and temperature may be tuned on.
+        train: Questions that the weights are trained on.
+        calibration: Questions that prior precisions and temperatures are tuned on.
         test: Questions that are reported, and used for nothing else.
     """
 
@@ -100,12 +100,12 @@ class Splits:
 
 
 def question_key(question: Question) -> str:
-    """The text by which two questions count as the same one.
+    """The normalised text of a question; questions with equal keys are duplicates.
 
-    Compatibility characters, case, runs of white space and closing punctuation are levelled; anything inside the text
-    stays, because `5 - 3` and `5 + 3` are different questions. A passage is part of the key: "Which of these is true?"
-    is another question about another text. The choices are not: the same question with other distractors still gives
-    the answer away.
+    Compatibility characters, case, runs of white space and closing punctuation are normalised; anything inside the text
+    is kept as it is, because `5 - 3` and `5 + 3` are different questions. A passage is part of the key: "Which of these
+    is true?" is another question about another text. The choices are not: the same question with other distractors
+    still leaks the answer.
 
     Args:
         question: Any question.
@@ -125,8 +125,8 @@ def drop_overlap(
     """Drop every question that is also asked in the held-out part, and warn with the count.
 
     Args:
-        questions: Part that loses questions.
-        held_out: Part that stays as it is.
+        questions: Part that questions are dropped from.
+        held_out: Part that does not change.
         name: Name of the first part in the warning.
         held_out_name: Name of the second part in the warning.
 
@@ -152,9 +152,9 @@ def split_train(
 ) -> tuple[tuple[Question, ...], tuple[Question, ...]]:
     """Set a seeded random part of the training questions aside for calibration.
 
-    The draw is stratified by the position of the answer, and questions with the same text (`question_key`) stay
-    together, so no text lands on both sides. Bayesian LoRA takes the last 20 % in file order instead, which follows
-    whatever order the file happens to have.
+    The split is stratified by the position of the answer, and questions with the same text (`question_key`) stay
+    together, so no text is in both parts. Bayesian LoRA (https://arxiv.org/abs/2308.13111) takes the last 20 % in file
+    order instead, which depends on the order of the file.
 
     Args:
         questions: Training questions.
@@ -183,7 +183,7 @@ def split_train(
     for answer in sorted(strata):
         generator.shuffle(strata[answer])
         seen += sum(len(group) for group in strata[answer])
-        # A running target keeps the total right where each stratum by itself would round to nothing.
+        # A cumulative target gives the right total even if each stratum alone would round to nothing.
         target = round(fraction * seen)
         for group in strata[answer]:
             if len(chosen) + len(group) <= target:

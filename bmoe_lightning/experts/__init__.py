@@ -1,4 +1,4 @@
-"""Expert layers: find them in a model, and read what flows through them."""
+"""Expert layers: find them in a model, and record their activations and gradients."""
 
 from bmoe_lightning.experts.counted_batch import CountedBatch
 from bmoe_lightning.experts.discovery import find_expert_layers, find_linear_layers

@@ -1,4 +1,4 @@
-"""Batches with padding examples, which run through the model and enter no result."""
+"""Batches with padding examples, which run through the model and are not counted."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ class CountedBatch:
 
 
 def plain_batch(batch: Any) -> Any:
-    """What `class_logits` takes."""
+    """The batch as `class_logits` takes it."""
     return batch.batch if isinstance(batch, CountedBatch) else batch
 
 
@@ -54,7 +54,7 @@ def count_of(batch: Any, num_examples: int) -> int:
 
 
 def check_entries(num_examples: int, entries: int) -> None:
-    """Refuse examples of which it is unknown which ones a distributed sampler repeats.
+    """Check that the examples that a distributed sampler repeats can be identified.
 
     Args:
         num_examples: Number of examples that `class_logits` returned.
@@ -71,14 +71,14 @@ def check_entries(num_examples: int, entries: int) -> None:
 
 
 def lockstep(model: nn.Module, batches: Iterable[Any]) -> Iterator[Any]:
-    """The batches, with a check that all ranks have equally many where weights are sharded. Then a collective each.
+    """Iterate over batches; where weights are sharded, check that all ranks have equally many (a collective a batch).
 
     Args:
         model: The model.
         batches: The batches of this rank.
 
     Raises:
-        ValueError: On all ranks, as soon as one has no batch left and another one has.
+        ValueError: If one rank has no batch left and another one has; raised on all ranks.
     """
     if not runs_in_lockstep(model):
         yield from batches

@@ -43,8 +43,8 @@ def find_expert_layers(
 
     Raises:
         ValueError: If no expert layer is found, the `down_proj` of an expert is ambiguous, shared experts are requested
-            and there are none, or `down_proj` weights are not accessible: quantised, parametrised, sharded other than
-            by FSDP2, or tied to something else than the same weights elsewhere.
+            and there are none, or `down_proj` weights are not supported: quantised, parametrised, sharded other than
+            by FSDP2, or tied to anything but the same weights of an equal layer.
     """
     modules = dict(model.named_modules())
     found: dict[str, ExpertLayer] = {}
@@ -53,7 +53,7 @@ def find_expert_layers(
         if experts is not None and not fnmatch.fnmatchcase(name, experts):
             continue
         layer = _detected(name, module, modules, down_proj, named=experts is not None)
-        # Tied layers, such as those of an encoder and a decoder, are one.
+        # Tied layers, such as those of an encoder and a decoder, count as one.
         if layer is not None and (weights := weight_ids(module, layer)) not in seen:
             seen.add(weights)
             found[name] = layer
@@ -75,7 +75,7 @@ def find_expert_layers(
 def find_linear_layers(
     model: nn.Module, pattern: str | Sequence[str], *, first_index: int = 0, allow_tied: bool = False
 ) -> list[ExpertLayer]:
-    """Find plain linear layers by name, to put the posterior on other layers: each is an expert layer with one expert.
+    """Find plain linear layers by name, for a posterior over other layers: each is an expert layer with one expert.
 
     Attention projections (`"*.self_attn.?_proj"`), the matrices of LoRA (`"*.lora_[AB].default"`), dense MLPs and heads
     are supported that way.
@@ -83,7 +83,7 @@ def find_linear_layers(
     Args:
         model: Any module.
         pattern: Shell-style pattern over module names, or several.
-        first_index: Index of the first layer; to combine them with layers found before, the number of those.
+        first_index: Index of the first layer; to combine the layers with other ones, the number of those.
         allow_tied: Whether a weight that other modules use too (a head tied to the embeddings) is accepted. The
             posterior is then over the layer's use of the weight, as if that were a copy.
 
@@ -96,7 +96,7 @@ def find_linear_layers(
     """
     patterns = [pattern] if isinstance(pattern, str) else list(pattern)
     if not patterns:
-        raise ValueError("find_linear_layers got no pattern; give it one over module names")
+        raise ValueError("find_linear_layers got no pattern; pass a pattern over module names")
     modules = dict(model.named_modules())
     linears = {name: module for name, module in modules.items() if is_linear(module) and not is_wrapped_name(name)}
     names = [name for name in linears if any(fnmatch.fnmatchcase(name, p) for p in patterns)]
@@ -119,7 +119,7 @@ def find_linear_layers(
 
 
 def locate_expert_layers(model: nn.Module, layers: Sequence[ExpertLayer]) -> list[ExpertLayer]:
-    """Find layers again in another model: the same one, a module that contains it, or a part of it.
+    """Locate layers in another model: a copy, a module that contains it, or a part of it.
 
     The names may differ by a prefix (`model.layers.0.mlp.experts` inside a LightningModule), and by wrappers.
 
@@ -158,7 +158,7 @@ def _located(model: nn.Module, modules: dict[str, nn.Module], layer: ExpertLayer
 
 
 def _is_suffix(name: str, other: str) -> bool:
-    """Whether one of two names is the other without its first parts, apart from wrappers."""
+    """Whether one of two names is a suffix of the other, ignoring wrappers."""
     name = plain_name(name)
     return bool(name) and (name.endswith(f".{other}") or other.endswith(f".{name}"))
 

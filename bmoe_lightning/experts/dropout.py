@@ -39,20 +39,20 @@ class _Dropout:
 def expert_dropout(
     model: nn.Module, layers: Sequence[ExpertLayer], p: float, *, seed: int | None = None
 ) -> Iterator[None]:
-    """Drop activations before the `down_proj` of every expert; of nested calls the innermost applies.
+    """Drop activations before the `down_proj` of every expert; of nested contexts the innermost applies.
 
-    If a compiled function calls the model, that goes unnoticed, and the model may run without dropout there.
+    A compiled function that calls the model is not detected, and the model may run without dropout in it.
 
     Args:
         model: The model.
         layers: Its expert layers.
         p: Probability that an activation is dropped, in [0, 1).
-        seed: Seed of a separate generator, from which activations are dropped in every mode: MC dropout, for
-            predictions (activations that are recomputed for gradients would get other masks). None drops in training
-            mode only, from torch's global generator, as `nn.Dropout` does.
+        seed: Seed of a separate generator, with which activations are dropped in training and evaluation mode: MC
+            dropout, for predictions (activations that are recomputed for gradients would get other masks). None drops
+            in training mode only, with torch's global generator, as `nn.Dropout` does.
 
     Raises:
-        ValueError: If p is outside [0, 1), or compiled code would skip the dropout in training.
+        ValueError: If `p` is outside [0, 1), or compiled code would skip the dropout in training.
     """
     if not 0 <= p < 1:
         raise ValueError(f"expert dropout is {p}; give a probability in [0, 1)")
@@ -63,7 +63,7 @@ def expert_dropout(
         )
     with ExitStack() as stack:
         if seed is not None:
-            # A few passes, for which a recompilation would not pay.
+            # Only a few passes, for which a recompilation does not pay off.
             stack.enter_context(torch.compiler.set_stance("force_eager"))
         stack.enter_context(intercepted_layers(model, layers, dropout=_Dropout(p, seed)))
         yield

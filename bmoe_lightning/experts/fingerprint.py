@@ -1,4 +1,4 @@
-"""A fingerprint of a model's weights, so that a posterior is never used with other weights."""
+"""A fingerprint of a model's weights, so that a posterior is never used with different weights."""
 
 from __future__ import annotations
 
@@ -62,9 +62,9 @@ def _reduced(values: Tensor, here: Tensor, counts: Tensor) -> Tensor:
     differing = sum(gather_number(int(not bool(same.all()))))
     if differing:
         raise ValueError(
-            f"{differing} of {num_processes()} processes differ from the others in weights that several of them hold "
-            "(parameters that are not sharded, or replicas of sharded ones), so they run different models. Nothing "
-            "averages the gradients of such parameters: shard the whole model with fully_shard, or freeze them"
+            f"{differing} of {num_processes()} processes differ from the others in replicated weights (parameters that "
+            "are not sharded, or replicas of sharded ones), whose gradients nothing all-reduces; shard all parameters "
+            "with fully_shard, or freeze them"
         )
     return total
 
@@ -73,7 +73,7 @@ def _samples(model: nn.Module, *, sharded: bool) -> Iterator[tuple[str, Tensor]]
     """The plain name of every parameter, and its sample; see `_sample`."""
     for prefix, module in model.named_modules():
         for name, parameter in module.named_parameters(recurse=False):
-            # Packed weights are left out: some libraries rewrite them while they are used.
+            # Packed weights are left out: some libraries rewrite them during the forward pass.
             none = torch.empty(0, 3) if sharded else torch.empty(0)
             values = none if unusable(parameter) else _sample(materialized(module, name).detach(), sharded=sharded)
             yield plain_name(f"{prefix}.{name}" if prefix else name), values
@@ -99,10 +99,10 @@ def fingerprinted_module(model: nn.Module, layers: Sequence[ExpertLayer]) -> nn.
 
 
 def _sample(parameter: Tensor, *, sharded: bool) -> Tensor:
-    """Scattered values of a parameter; of every leading entry for a stack of matrices.
+    """A sample of the values of a parameter; of every leading entry for a stack of matrices.
 
     Returns:
-        `[n]`, or of a sharded model `[n, 3]`: the values of this rank, whether it holds them, and whether its copy
+        `[n]`, or for a sharded model `[n, 3]`: the values of this rank, whether it holds them, and whether its copy
         is the one that is counted.
     """
     stacked = len(parameter) if parameter.dim() == 3 else 1

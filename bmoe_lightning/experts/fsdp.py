@@ -1,12 +1,12 @@
-"""Weights that FSDP2 (`torch.distributed.fsdp.fully_shard`) shards, and which shard of them this rank holds.
+"""Weights that are sharded with FSDP2 (`torch.distributed.fsdp.fully_shard`), and the shard that this rank holds.
 
 https://docs.pytorch.org/docs/stable/distributed.fsdp.fully_shard.html
 
-Every rank runs all modules on its own examples, and each module's weights are all-gathered while it runs. So
-activations and gradients are those of one device, and only code that reads the weights themselves has to know about
-shards. Tensor and expert parallelism shard the computation too, and are not supported.
+Every rank runs all modules on its examples, and each module's weights are all-gathered while it runs. So activations
+and gradients are those of one device, and only code that reads the weights themselves handles shards. Tensor and
+expert parallelism shard the computation too, and are not supported.
 
-What is private in FSDP2 is read at the end of this file.
+Private attributes of FSDP2 are read at the end of this file.
 """
 
 from __future__ import annotations
@@ -72,14 +72,14 @@ def runs_in_lockstep(model: nn.Module) -> bool:
 
 
 def check_collective(model: nn.Module, *, distributed: bool) -> None:
-    """Refuse a fit by a single rank if the weights are sharded over several.
+    """Refuse a fit on each rank by itself if the weights are sharded.
 
     Args:
         model: The model.
-        distributed: Whether all ranks fit together.
+        distributed: Whether all ranks fit one posterior together.
 
     Raises:
-        ValueError: If they do not.
+        ValueError: If the weights are sharded and `distributed` is False.
     """
     if runs_in_lockstep(model) and not distributed:
         raise ValueError(
@@ -89,7 +89,7 @@ def check_collective(model: nn.Module, *, distributed: bool) -> None:
 
 
 def sharding_refusal(tensor: Any) -> str | None:
-    """Why a DTensor cannot be used, or None if `fully_shard` has made it."""
+    """The reason why a DTensor is not supported, or None if `fully_shard` has created it."""
     kinds = [type(placement).__name__ for placement in tensor.placements]
     # With replicas, each group of ranks holds all shards (HSDP).
     if kinds not in (["Shard"], ["Replicate", "Shard"]):
@@ -100,14 +100,14 @@ def sharding_refusal(tensor: Any) -> str | None:
 
 
 def local_part(tensor: Tensor) -> LocalPart:
-    """The shard of a tensor that this rank holds; all of it, where it is not sharded."""
+    """The shard of a tensor that this rank holds; the full tensor if it is not sharded."""
     if not is_sharded(tensor):
         return LocalPart(tensor.detach(), 0, 0, is_rank_zero())
     sharded: Any = tensor.detach()
     mesh, dim = sharded.device_mesh, sharded.placements[-1].dim
     with torch.no_grad():  # or the values would be a view in a graph
         values = sharded.to_local()
-    # As torch.chunk: all shards have the same size, apart from the last ones.
+    # Sizes as in torch.chunk: all shards are equally large, except for the last ones.
     length = sharded.shape[dim]
     offset = min(mesh.get_local_rank(mesh.ndim - 1) * -(-length // mesh.size(mesh.ndim - 1)), length)
     return LocalPart(values, dim, offset, mesh.ndim == 1 or mesh.get_local_rank(0) == 0)
@@ -139,17 +139,17 @@ def gathered(tensors: Mapping[str, Tensor], *, keep: bool) -> dict[str, Tensor]:
 
 
 def reshard(model: nn.Module) -> None:
-    """Reshard all modules of a model: some stay unsharded after they ran."""
+    """Reshard all modules of a model: some stay unsharded after their forward pass."""
     for module in _sharded_modules(model):
         module.reshard()
 
 
 @contextmanager
 def unsharded_roots(model: nn.Module) -> Iterator[None]:
-    """Leave what belongs to no sharded block unsharded after a backward pass, for the next one through the same graph.
+    """Leave root modules unsharded after a backward pass, for further backward passes through the same graph.
 
-    FSDP2 all-gathers weights again when the backward pass reaches a module's outputs, and finds no tensors in outputs
-    of a custom class, which the outermost module may return; a single backward pass works all the same.
+    FSDP2 all-gathers weights again when the backward pass reaches a module's outputs, but finds no tensors in outputs
+    of a custom class, which the root module may return; a single backward pass works nevertheless.
     """
     roots: list[Any] = _roots(model)
     before = [(root, resharding) for root in roots if (resharding := _reshards_after_backward(root)) is not None]
@@ -180,7 +180,7 @@ def shard_blocks(model: nn.Module, layers: Iterable[ExpertLayer], mesh: DeviceMe
 
     Args:
         model: The model, on any device; nothing happens if it is sharded already.
-        layers: Its expert layers. The outermost module lists that contain them hold the blocks.
+        layers: Its expert layers. The blocks are the children of the outermost module lists that contain them.
         mesh: A device mesh with one dimension.
     """
     from torch.distributed.fsdp import fully_shard
@@ -212,7 +212,7 @@ def _is_fully_sharded(module: nn.Module) -> bool:
 
 @cache
 def _sharded_class() -> type | tuple[()]:
-    """The class that `fully_shard` mixes into a module's; none where torch was built without torch.distributed."""
+    """The class that `fully_shard` mixes into a module's class; none if torch was built without torch.distributed."""
     if not dist.is_available():
         return ()
     from torch.distributed.fsdp import FSDPModule
@@ -224,7 +224,7 @@ def _sharded_class() -> type | tuple[()]:
 
 
 def _reshards_after_backward(module: Any) -> bool | None:
-    """What `set_reshard_after_backward` was last called with for a module; None if it has no weights outside of blocks.
+    """The current value of `set_reshard_after_backward` for a module; None if it has no weights outside of blocks.
 
     There is no public getter. Reads `FSDPModule._get_fsdp_state()._fsdp_param_groups` (seen in torch 2.13), or
     the single `_fsdp_param_group` of older releases, and `reshard_after_backward` of a group.

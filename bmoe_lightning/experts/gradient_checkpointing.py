@@ -1,7 +1,7 @@
 """Gradient checkpointing of transformers, in evaluation mode too.
 
-transformers recomputes activations in training mode alone. A user who enabled it has no memory to store them in a
-curvature pass or a prediction either, and these run in evaluation mode.
+transformers recomputes activations in training mode only. The curvature pass and predictions run in evaluation mode,
+where a user who enabled it has no memory for stored activations either.
 """
 
 from __future__ import annotations
@@ -30,14 +30,14 @@ _CACHES = ("past_key_values", "layer_past")
 def recomputed_activations(model: nn.Module) -> Iterator[None]:
     """Recompute activations of layers in evaluation mode where `gradient_checkpointing_enable` was called.
 
-    The checkpoints are never reentrant, whatever was set: taps record nothing in reentrant ones. Layers get no cache of
-    keys and values. The model is restored afterwards, also after an exception.
+    Checkpoints are never reentrant, whatever was set: taps record nothing in reentrant ones. Layers get no key-value
+    cache. The model is restored afterwards, also after an exception.
 
     Args:
         model: Any module; nothing changes if it has no checkpointed layers.
 
     Raises:
-        RuntimeError: From within the model, if it is called with a cache.
+        RuntimeError: If the model is called with a cache; raised from within the model.
     """
     layers = [
         module
@@ -76,15 +76,15 @@ def _recomputed(layer: GradientCheckpointingLayer) -> Iterator[None]:
 
 
 def _checkpoint_of(layer: nn.Module) -> Callable[..., Any]:
-    """The layer's checkpointing function, which may offload as well, but not reentrant."""
+    """The layer's checkpointing function, which may offload as well, in its non-reentrant form."""
     chosen = checkpoint_function(layer)
-    # transformers' is a partial of what takes these two. Nothing is random in evaluation mode.
+    # transformers sets a partial of a function with these two arguments. Nothing is random in evaluation mode.
     usual = chosen if isinstance(chosen, functools.partial) else checkpoint
     return functools.partial(usual, use_reentrant=False, preserve_rng_state=False)
 
 
 def _without_caches(kwargs: dict[str, Any]) -> dict[str, Any]:
-    """A layer's arguments without caches, which every recomputation would write to once more."""
+    """A layer's arguments without caches, which every recomputation would update again."""
     kept = {k: None if k in _CACHES or isinstance(value, Cache) else value for k, value in kwargs.items()}
     return kept | ({"use_cache": False} if kwargs.get("use_cache") else {})
 
@@ -92,6 +92,6 @@ def _without_caches(kwargs: dict[str, Any]) -> dict[str, Any]:
 def _refuse_caches(_module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
     if any(isinstance(value, Cache) for value in (*args, *kwargs.values())):
         raise RuntimeError(
-            "class_logits calls the model with a cache of keys and values, and gradient checkpointing does without; "
-            "call gradient_checkpointing_disable() on the model, or let class_logits do without a cache"
+            "class_logits calls the model with a cache of keys and values, which gradient checkpointing does not "
+            "support; call gradient_checkpointing_disable() on the model, or pass use_cache=False in class_logits"
         )

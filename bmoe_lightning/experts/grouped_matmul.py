@@ -1,6 +1,6 @@
 """Matrix products over slots that are grouped by expert, without a loop over experts.
 
-One shape convention: `S` slots, sorted by expert; `E` experts; expert e owns the rows `offsets[e - 1]:offsets[e]`.
+Shapes: `S` slots, sorted by expert; `E` experts; the rows of expert e are `offsets[e - 1]:offsets[e]`.
 """
 
 from __future__ import annotations
@@ -18,16 +18,16 @@ _KERNEL_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
 class ExpertGroups:
-    """The order that sorts slots by expert, and products that respect the groups.
+    """The permutation that sorts slots by expert, and matrix products over the groups.
 
     Args:
-        experts: `[S]` int64, the expert of each slot, in `0 .. num_experts - 1`, in any order.
+        experts: Expert of each slot, `[S]` int64 in `0 .. num_experts - 1`, in any order.
         num_experts: Number of experts, those without a slot included.
 
     Attributes:
-        order: `[S]` int64; `x[order]` is sorted by expert.
-        experts: `[S]` int64, the sorted expert of each slot.
-        counts: `[E]` int64, slots of each expert.
+        order: Permutation `[S]` int64; `x[order]` is sorted by expert.
+        experts: Expert of each sorted slot, `[S]` int64.
+        counts: Number of slots of each expert, `[E]` int64.
     """
 
     def __init__(self, experts: Tensor, num_experts: int) -> None:
@@ -41,12 +41,12 @@ class ExpertGroups:
         """Multiply every slot with the matrix of its expert.
 
         Args:
-            x: `[S, d]`, sorted by expert.
-            weight: `[E, d, k]`.
+            x: Slots `[S, d]`, sorted by expert.
+            weight: Matrices `[E, d, k]`.
 
         Returns:
             `[S, k]`, row s being `x[s] @ weight[experts[s]]`; differentiable in both arguments, but only once where
-            torch's kernel for groups does not fit.
+            torch's grouped kernel does not support the operands.
         """
         if _kernel_fits(x, weight):
             return F.grouped_mm(x, weight, offs=self._offsets)
@@ -55,7 +55,7 @@ class ExpertGroups:
     def _blocked_matmul(self, x: Tensor, weight: Tensor) -> Tensor:
         rows, block_experts, num_rows = self._blocks()
         blocks = x.new_zeros(num_rows, x.shape[1]).index_copy(0, rows, x).view(-1, _BLOCK_ROWS, x.shape[1])
-        # Every block copies its expert's matrix, so only as many at a time as fit.
+        # Every block copies its expert's matrix, so their number at a time is limited.
         at_a_time = max(1, _COPIED_FLOATS // weight[0].numel())
         products = [
             torch.bmm(block, weight[experts])
@@ -67,8 +67,8 @@ class ExpertGroups:
         """Sum the outer products of two slot vectors over the slots of each expert.
 
         Args:
-            x: `[S, d]`, sorted by expert.
-            z: `[S, k]`, sorted by expert.
+            x: Slots `[S, d]`, sorted by expert.
+            z: Slots `[S, k]`, sorted by expert.
 
         Returns:
             `[E, d, k]`, entry e being `x_e^T z_e`; zero for an expert without a slot.
@@ -78,7 +78,7 @@ class ExpertGroups:
         rows, block_experts, num_rows = self._blocks()
         left = x.new_zeros(num_rows, x.shape[1]).index_copy(0, rows, x).view(-1, _BLOCK_ROWS, x.shape[1])
         right = z.new_zeros(num_rows, z.shape[1]).index_copy(0, rows, z).view(-1, _BLOCK_ROWS, z.shape[1])
-        # Every block makes a matrix, so only as many at a time as fit.
+        # Every block produces a matrix, so their number at a time is limited.
         at_a_time = max(1, _COPIED_FLOATS // (x.shape[1] * z.shape[1]))
         total = x.new_zeros(len(self.counts), x.shape[1], z.shape[1])
         for some_left, some_right, experts in zip(
@@ -88,7 +88,7 @@ class ExpertGroups:
         return total
 
     def restored(self, values: Tensor) -> Tensor:
-        """Bring sorted slot values `[S, ...]` back into the order that the slots had before they were sorted."""
+        """Undo the sorting of slot values `[S, ...]`."""
         places = torch.empty_like(self.order)
         places[self.order] = torch.arange(len(places), device=places.device)
         return values[places]
@@ -98,7 +98,7 @@ class ExpertGroups:
         return values.new_zeros(len(self.counts), *values.shape[1:]).index_add_(0, self.experts, values)
 
     def _blocks(self) -> tuple[Tensor, Tensor, int]:
-        """Lay the groups out in blocks of equal height, each block of one expert.
+        """Pad the groups to blocks of equal height, each block for one expert.
 
         Returns:
             The padded row of each slot `[S]`, the expert of each block `[N]`, and the number of padded rows. `N` is an
@@ -117,7 +117,7 @@ class ExpertGroups:
 
 
 class _BlockedProduct(torch.autograd.Function):
-    """The product by blocks; saved for the backward pass are its arguments, not a matrix for every block."""
+    """The blocked product; it saves its arguments for the backward pass, not a matrix for every block."""
 
     @staticmethod
     def forward(ctx: Any, groups: ExpertGroups, x: Tensor, weight: Tensor) -> Tensor:
@@ -141,7 +141,7 @@ class _BlockedProduct(torch.autograd.Function):
 
 
 def _kernel_fits(x: Tensor, other: Tensor) -> bool:
-    """Whether torch's grouped matrix product takes these operands (rows must be aligned to 16 bytes)."""
+    """Whether torch's grouped matrix product supports these operands (rows must be aligned to 16 bytes)."""
     if not hasattr(F, "grouped_mm") or x.dtype not in _KERNEL_DTYPES or x.dtype != other.dtype:
         return False
     if x.is_cuda and (x.dtype != torch.bfloat16 or torch.cuda.get_device_capability(x.device) < (8, 0)):
@@ -150,7 +150,7 @@ def _kernel_fits(x: Tensor, other: Tensor) -> bool:
     return (
         x.device.type in ("cpu", "cuda")
         and len(x) > 0
-        # The product's gradient has rows as wide as the product, and a single column has no telling stride.
+        # The product's gradient has rows as wide as the product, and the stride of a single column is arbitrary.
         and all(tensor.shape[-1] * x.element_size() % 16 == 0 for tensor in (x, other))
         and all(stride * x.element_size() % 16 == 0 for stride in strides)
         and x.data_ptr() % 16 == 0

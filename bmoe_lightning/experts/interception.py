@@ -28,8 +28,8 @@ def intercepted_layers(
     Args:
         model: The model.
         layers: Some of its expert layers.
-        taps: One for each layer.
-        dropout: Applied to the input of every `down_proj`.
+        taps: Tap of each layer; None for no taps.
+        dropout: Dropout of the input of every `down_proj`; None for no dropout.
     """
     with ExitStack() as stack:
         for name in dict.fromkeys(layer.layout for layer in layers):

@@ -1,12 +1,12 @@
-"""Which example each slot belongs to.
+"""The example that each slot belongs to.
 
 A model may arrange its tokens in any way: one row for each example, K rows, sorted rows, experts that are called on
-`x[tokens]`. But it shows in gradients which example's logits a slot moves: the logits of example n are weighted by a
-power of two that depends on n, and the ratio of that gradient to the unweighted one gives n. Powers of two scale
-floating-point numbers without rounding, so the ratio is exact.
+`x[tokens]`. Gradients reveal whose logits depend on a slot: the logits of example n are weighted by a power of two that
+depends on n, and the ratio of that gradient to the unweighted one gives n. Powers of two scale floating-point numbers
+without rounding, so the ratio is exact.
 
-Where the row of each token is known, the last layer is enough to learn which row belongs to which example, and its
-gradients are cheap. Otherwise the gradients of all layers are needed, at the price of two backward passes.
+If the row of each token is known, the last layer is enough to find the example of each row, and its gradients are
+cheap. Otherwise the gradients of all layers are needed, at the cost of two backward passes.
 """
 
 from __future__ import annotations
@@ -24,19 +24,19 @@ _MIXED = -2
 
 
 def slot_owners(batch: TappedBatch, slots: Sequence[Slots], *, thorough: bool = False) -> list[Tensor]:
-    """Find the example of every slot that moves a logit.
+    """Find the example of every slot that affects a logit.
 
     Args:
         batch: A tapped batch of B examples.
         slots: The slots of each tapped layer.
-        thorough: Whether to check the other layers too, for two backward passes through the whole model. The last layer
-            does not show whether the model mixes examples in lower layers, nor whether those reorder tokens.
+        thorough: Whether to check the other layers too, at the cost of two full backward passes. The last layer does
+            not reveal whether lower layers mix examples or reorder tokens.
 
     Returns:
-        One `[S]` int64 tensor for each layer: the example, or -1 where the slot moves no logit.
+        One `[S]` int64 tensor for each layer: the example, or -1 where the slot affects no logit.
 
     Raises:
-        RuntimeError: If a slot moves the logits of several examples.
+        RuntimeError: If a slot affects the logits of several examples.
     """
     num_examples = len(batch.logits)
     if num_examples == 1:
@@ -52,13 +52,13 @@ def slot_owners(batch: TappedBatch, slots: Sequence[Slots], *, thorough: bool = 
     if any(map(bool, to_cpu([(layer_owners == _MIXED).any().view(1) for layer_owners in owners]))):
         raise RuntimeError(
             "a token moves the logits of several examples (examples that share a sequence, or a layer that mixes the "
-            "batch): their covariance would not be a sum over examples. Give each example separate rows."
+            "batch), so their covariance is no sum over examples. Give each example separate rows"
         )
     return owners
 
 
 def _examples_of_rows(batch: TappedBatch, slots: Sequence[Slots]) -> Tensor | None:
-    """The example of each row `[R]`, or None if the last layer that was reached is ambiguous about a row."""
+    """The example of each row `[R]`, or None if it is ambiguous in the last layer that was reached."""
     last = max(position for position, layer_slots in enumerate(slots) if len(layer_slots.inputs))
     owners = _owners_by_gradient(batch, [last])[0]
     if bool((owners == _MIXED).any()):
@@ -73,7 +73,7 @@ def _examples_of_rows(batch: TappedBatch, slots: Sequence[Slots]) -> Tensor | No
 
 
 def _contradicted(batch: TappedBatch, slots: Sequence[Slots], examples: Tensor) -> bool:
-    """Whether the gradients at any layer give another example than the row does."""
+    """Whether the gradients at any layer contradict the examples of the rows."""
     for layer_slots, owners in zip(slots, _owners_by_gradient(batch, range(len(slots))), strict=True):
         if bool(((owners != _UNKNOWN) & (owners != _at_rows(examples, layer_slots))).any()):
             return True
@@ -81,16 +81,16 @@ def _contradicted(batch: TappedBatch, slots: Sequence[Slots], examples: Tensor) 
 
 
 def _at_rows(examples: Tensor, slots: Slots) -> Tensor:
-    """The example of every slot from that of its row, on the slots' device."""
+    """The example of every slot, looked up by its row, on the slots' device."""
     assert slots.rows is not None
     return examples.to(slots.rows.device)[slots.rows]
 
 
 def _owners_by_gradient(batch: TappedBatch, positions: Sequence[int]) -> list[Tensor]:
-    """Owners of the slots of some layers: an example, `_UNKNOWN` (moves no logit) or `_MIXED`."""
+    """Owners of the slots of some layers: an example, `_UNKNOWN` (affects no logit) or `_MIXED`."""
     logits = batch.logits
     num_examples, num_classes = logits.shape
-    # Random class weights: a slot that moves any logit almost surely moves their weighted sum.
+    # Random class weights: a slot that affects any logit almost surely affects their weighted sum.
     generator = torch.Generator().manual_seed(0)
     class_weights = 1 + torch.rand(num_classes, generator=generator, dtype=torch.float64)
     plain_weights = batch.present * class_weights.to(logits.device)
@@ -125,7 +125,7 @@ def _signed_peak(gradient: Tensor, peak: torch.return_types.max) -> Tensor:
 
 
 def _digits(count: int, base: int) -> Tensor:
-    """The digits of 0 .. count - 1 in a base, lowest place first: `[places, count]`."""
+    """The digits of 0 .. count - 1 in a base, least significant first: `[places, count]`."""
     numbers, places = torch.arange(count), []
     while True:
         places.append(numbers % base)

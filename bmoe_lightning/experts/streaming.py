@@ -13,17 +13,17 @@ from torch.autograd.graph import GradientEdge, get_gradient_edge
 
 
 class Output:
-    """A part of a layer's output for gradients: its node in the graph, without its values.
+    """The graph node of a part of a layer's output, without its values.
 
-    Where activations are recomputed, the values are stored nowhere else.
+    With gradient checkpointing nothing else stores the values, so they must not be kept alive here.
 
     Args:
-        values: `[s, d_out]`, with graph.
+        values: Outputs `[s, d_out]`, with graph.
     """
 
     def __init__(self, values: Tensor) -> None:
         self.is_leaf = values.is_leaf
-        # A leaf is in no graph without its tensor.
+        # A leaf has no gradient edge without its tensor.
         self.target: Tensor | GradientEdge = values if values.is_leaf else get_gradient_edge(values)
         self._shape, self._dtype, self._device = values.shape, values.dtype, values.device
         # The graph references the relay, so the relay must not reference the graph.
@@ -36,7 +36,7 @@ class Output:
 
 
 class _Relay:
-    """Passes a gradient on to a listener."""
+    """A tensor hook that forwards the gradient to a listener."""
 
     def __init__(self) -> None:
         self.listener: Callable[[Tensor], None] | None = None
@@ -50,11 +50,11 @@ class _Relay:
 
 
 class Collector:
-    """Collects the gradients of all parts of one layer during a backward pass, and passes them on together.
+    """Collects the gradients of all parts of one layer in a backward pass, and passes them to a function together.
 
     Args:
-        position: Position of the layer; passed on too.
-        outputs: The layer's outputs; several where experts are separate modules or are called repeatedly.
+        position: Position of the layer, the function's first argument.
+        outputs: Outputs of the layer; several where experts are separate modules or are called repeatedly.
         consume: Function of the position and the concatenated gradients of all outputs.
     """
 
@@ -67,7 +67,7 @@ class Collector:
         self._consumed = False
 
     def listen(self, stack: ExitStack) -> None:
-        """Listen to backward passes until the stack is closed."""
+        """Receive gradients of backward passes until the stack is closed."""
         for index, output in enumerate(self._outputs):
             output.relay.listener = functools.partial(self._take, index)
             stack.callback(output.relay.silence)
@@ -83,7 +83,7 @@ class Collector:
         return [output for part, output in zip(self._parts, self._outputs, strict=False) if part is None]
 
     def finish(self, gradients: Iterator[Tensor | None], empty: Callable[[int], Tensor]) -> None:
-        """Pass the layer on with the gradients of `missing` (None is zero), or `empty` if it has no slots."""
+        """Consume the layer with the gradients of `missing` (None is zero), or with `empty` if it has no slots."""
         if self._consumed:
             return
         for index, (part, output) in enumerate(zip(self._parts, self._outputs, strict=True)):
@@ -102,7 +102,7 @@ class Collector:
 
 
 def differentiated(logits: Tensor, weights: Tensor, outputs: Sequence[Output]) -> tuple[Tensor | None, ...]:
-    """Gradients of weighted logits `[B, K]` with respect to some outputs, None for zero; the graph stays."""
+    """Gradients of weighted logits `[B, K]` with respect to some outputs, None for zero; the graph is retained."""
     targets: Any = [output.target for output in outputs]
     return torch.autograd.grad(logits, targets, weights, retain_graph=True, allow_unused=True)
 

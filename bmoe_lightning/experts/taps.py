@@ -40,10 +40,10 @@ class Slots:
     """The slots of one expert layer in one batch, in no particular order.
 
     Attributes:
-        inputs: `[S, d_in]`, the input of `down_proj`, detached, in the model's dtype.
-        experts: `[S]` int64.
-        rows: `[S]` int64, the row of the model's input that contains the slot's token, counted over all calls of the
-            model in this batch; None where the model's code does not tell.
+        inputs: Input of `down_proj`, `[S, d_in]`, detached, in the model's dtype.
+        experts: Expert of each slot, `[S]` int64.
+        rows: Row of the model's input that contains the slot's token, `[S]` int64, counted over all calls of the model
+            in this batch; None where it is unknown.
     """
 
     inputs: Tensor
@@ -64,11 +64,11 @@ class _LayerTap:
     write_counts: list[int] = field(default_factory=list)
 
     def check_inputs(self) -> None:
-        """Refuse inputs that were written to after `down_proj` ran: the recorded tensor is no longer its input."""
+        """Refuse inputs that were modified in place after `down_proj` ran: the record would be wrong."""
         if [write_count(inputs) for inputs in self.inputs] != self.write_counts:
             raise RuntimeError(
-                f"the model writes in place to the input of down_proj in {self.layer.name!r}, after it ran; let it "
-                "make a new tensor there"
+                f"the model writes in place to the input of down_proj in {self.layer.name!r} after it ran; replace "
+                "that by an out-of-place operation"
             )
 
     def join(self) -> None:
@@ -92,7 +92,7 @@ class _LayerTap:
                 "(use_reentrant=False works)"
             )
         if not outputs.requires_grad:
-            # With frozen parameters the graph begins at the first tapped layer: no activations below it are stored.
+            # With frozen parameters the graph begins at the first tapped layer: activations below it are not saved.
             outputs = outputs.detach().requires_grad_()
         if not self.source.recording:
             return outputs
@@ -105,13 +105,13 @@ class _LayerTap:
 
 
 class Taps:
-    """What the taps of one batch recorded. Made by `tapped_batch`.
+    """The recorded slots of one batch. Created by `tapped_batch`.
 
     Attributes:
         layers: The tapped layers.
-        num_rows: Rows of input of the model, over all calls.
-        recording: Whether slots are recorded. Off after the forward pass: what runs later is a recomputation of
-            checkpointed activations, whose slots are known.
+        num_rows: Number of input rows of the model, over all calls.
+        recording: Whether slots are recorded. False after the forward pass, when only checkpointed activations are
+            recomputed, whose slots were recorded already.
     """
 
     def __init__(self, layers: Sequence[ExpertLayer]) -> None:
@@ -120,11 +120,11 @@ class Taps:
         self.recording = True
         self._call = (0, frozenset[int]())
         self._modules: list[nn.Module] = []
-        # Weak, or a batch and its graph would live until Python collects reference cycles.
+        # Weak references: otherwise a batch and its graph would live until the garbage collector runs.
         self._layer_taps = [_LayerTap(weakref.proxy(self), layer) for layer in layers]
 
     def begin_call(self, num_rows: int, token_counts: Iterable[int]) -> None:
-        """Note that the model is called on `num_rows` rows, and the number of tokens in each of its inputs."""
+        """Record a call of the model on `num_rows` rows, and the number of tokens in each of its inputs."""
         self._call = (num_rows, frozenset(token_counts))
         self.num_rows += num_rows
 
@@ -136,17 +136,17 @@ class Taps:
         return self.num_rows - num_rows + tokens // (num_tokens // num_rows)
 
     def finish_recording(self) -> None:
-        """End the forward pass: what runs from now on is recomputation.
+        """End the forward pass: anything that runs later is recomputation.
 
         Raises:
-            RuntimeError: If the model has written to the input of a `down_proj` after it was used.
+            RuntimeError: If the model has modified the input of a `down_proj` in place after it ran.
         """
         self.recording = False
         for tap in self._layer_taps:
             tap.check_inputs()
 
     def slots(self, position: int) -> Slots:
-        """The slots of the layer at a position of `layers`; none where the batch does not reach it.
+        """The slots of the layer at a position of `layers`; empty if the batch does not reach it.
 
         Raises:
             RuntimeError: If the batch reaches no layer at all.
@@ -168,16 +168,16 @@ class Taps:
                 like = tap.inputs[0]
                 return like.new_empty(0, width, device=like.device if device.type == "meta" else device)
         raise RuntimeError(
-            f"no token was routed through the expert layer {self.layers[0].name!r}, nor through another: class_logits "
-            "must run the model that it gets, and no copy of it"
+            f"no token was routed through the expert layer {self.layers[0].name!r} or any other; class_logits must run "
+            "the model that it gets, and no copy of it"
         )
 
     def gradients(self, outputs: Tensor, weights: Tensor, positions: Sequence[int] | None = None) -> list[Tensor]:
         """Gradients of a weighted sum of logits with respect to the outputs of `down_proj`.
 
         Args:
-            outputs: `[B, K]` logits of this batch.
-            weights: `[B, K]` weight of each logit in the sum.
+            outputs: Logits of this batch, `[B, K]`.
+            weights: Weight of each logit in the sum, `[B, K]`.
             positions: Positions of the layers in `layers`; None for all.
 
         Returns:
@@ -202,13 +202,13 @@ class Taps:
         ]
 
     def stream_gradients(self, outputs: Tensor, weights: Tensor, consume: Callable[[int, Tensor], None]) -> None:
-        """As `gradients`, but each layer's gradient is passed on as soon as it is computed, and not stored.
+        """As `gradients`, but each layer's gradient is consumed as soon as it is computed, and not stored.
 
         Args:
-            outputs: `[B, K]` logits of this batch.
-            weights: `[B, K]` weight of each logit in the sum.
-            consume: Function of a position in `layers` and `[S, d_out]`, in the order of `slots`; called once for
-                each layer, the last layer first.
+            outputs: Logits of this batch, `[B, K]`.
+            weights: Weight of each logit in the sum, `[B, K]`.
+            consume: Function of a position in `layers` and the gradient `[S, d_out]`, in the order of `slots`; called
+                once for each layer, the last layer first.
 
         Raises:
             RuntimeError: If the logits carry no graph.
@@ -224,14 +224,14 @@ class Taps:
                 collector.listen(stack)
             if leaves:
                 differentiated(outputs, weights, leaves)
-        # Outputs on no path to a leaf depend on another tensor that requires gradients, or move no logit.
+        # Outputs on no path to a leaf depend on another tensor that requires gradients, or affect no logit.
         missing = [output for collector in collectors for output in collector.missing()]
         gradients = iter(differentiated(outputs, weights, missing) if missing else ())
         for collector in collectors:
             collector.finish(gradients, lambda at: self._empty(at, self.layers[at].d_out))
 
     def attach(self, model: nn.Module) -> ExitStack:
-        """Hook into a model; closing the returned stack removes all hooks."""
+        """Register hooks in a model; closing the returned stack removes them."""
         stack = ExitStack()
         self._modules = [model.get_submodule(layer.name) for layer in self.layers]
         try:
@@ -259,8 +259,8 @@ class Taps:
 def _check_graph(outputs: Tensor) -> None:
     if not outputs.requires_grad:
         raise RuntimeError(
-            "class_logits returned logits without a graph, so they have no derivatives: it must not detach them, nor "
-            "run the model under torch.no_grad() or torch.inference_mode()"
+            "class_logits returned logits without a graph; do not detach them, and do not run the model under "
+            "torch.no_grad() or torch.inference_mode()"
         )
 
 
@@ -269,9 +269,9 @@ class TappedBatch:
     """One batch after the forward pass of a tapped model, with its graph.
 
     Attributes:
-        logits: `[B, K]` with graph; absent classes hold 0 here, so that no infinity enters a product.
-        present: `[B, K]` bool, False for absent classes.
-        labels: `[B]` int64 or None.
+        logits: Logits `[B, K]`, with graph; 0 for absent classes, so that no infinity enters a product.
+        present: Mask `[B, K]`, False for absent classes.
+        labels: Labels `[B]` int64, or None.
         taps: The slots and their gradients.
         num_counted: Number of examples, from the first, that are counted (see `CountedBatch`).
         lockstep: Whether ranks run in lockstep, since weights are sharded.
@@ -285,11 +285,11 @@ class TappedBatch:
     lockstep: bool = False
 
     def agreed(self, found: bool) -> bool:
-        """Whether a condition holds on all ranks that run in lockstep, where it decides which passes follow."""
+        """Whether a condition holds on all ranks that run in lockstep, so that all make the same backward passes."""
         return min(gather_number(int(found))) == 1 if self.lockstep else found
 
     def counts(self, device: torch.device) -> Tensor:
-        """`[B]` bool, the examples that are counted."""
+        """Mask `[B]` of the examples that are counted."""
         return torch.arange(len(self.logits), device=device) < self.num_counted
 
     @property
@@ -302,7 +302,7 @@ class TappedBatch:
 def tapped_batch(
     model: nn.Module, layers: Sequence[ExpertLayer], class_logits: ClassLogits, batch: Any
 ) -> Iterator[TappedBatch]:
-    """Run a batch with expert layers tapped, in evaluation mode, with frozen parameters.
+    """Run a batch with tapped expert layers, in evaluation mode, with frozen parameters.
 
     Modes, `requires_grad` flags, the experts implementation and `.grad` are restored afterwards, also after an
     exception.
@@ -310,12 +310,12 @@ def tapped_batch(
     Args:
         model: The model.
         layers: The expert layers to tap.
-        class_logits: `(model, batch) -> (logits [B, K], labels [B] or None)`.
-        batch: Whatever `class_logits` takes, or a `CountedBatch`.
+        class_logits: Function `(model, batch) -> (logits [B, K], labels [B] or None)`.
+        batch: Batch as `class_logits` takes it, or a `CountedBatch`.
 
     Raises:
-        ValueError: If what `class_logits` returns are no logits (wrong shape, NaN, probabilities).
-        RuntimeError: If no layer is reached, or logits carry no graph.
+        ValueError: If `class_logits` does not return logits (wrong shape, NaN, probabilities).
+        RuntimeError: If no layer is reached, or the logits have no graph.
     """
     taps = Taps(layers)
     with ExitStack() as stack:
@@ -328,20 +328,20 @@ def tapped_batch(
         stack.enter_context(taps.attach(model))
         stack.enter_context(gradients_checked(model))
         stack.enter_context(recomputed_activations(model))
-        # Compiled code skips taps; what was compiled stays valid for later.
+        # Compiled code skips taps; compiled graphs stay valid for later.
         stack.enter_context(torch.compiler.set_stance("force_eager"))
         logits, labels = class_logits(model, _without_inference_tensors(plain_batch(batch)))
         taps.finish_recording()
         check_logits(logits)
         present = logits.detach() != -torch.inf
-        # A caller's autocast is for the model alone, not for computations on its slots.
+        # A caller's autocast applies to the model alone, not to computations on its slots.
         stack.enter_context(torch.autocast(logits.device.type, enabled=False))
         num_counted = count_of(batch, len(logits))
         yield TappedBatch(torch.where(present, logits, 0), present, labels, taps, num_counted, runs_in_lockstep(model))
 
 
 def check_logits(logits: Tensor) -> None:
-    """Refuse what cannot be class logits.
+    """Check that a tensor may hold class logits.
 
     Raises:
         ValueError: If the shape is not `[B, K]` with K >= 2, a value is NaN or +inf, an example has fewer than two
@@ -372,7 +372,7 @@ def check_logits(logits: Tensor) -> None:
 
 @contextmanager
 def evaluation_mode(model: nn.Module) -> Iterator[None]:
-    """Put a model in evaluation mode; every module's mode is restored afterwards."""
+    """Set a model to evaluation mode; the mode of every module is restored afterwards."""
     modes = [(module, module.training) for module in model.modules()]
     model.eval()
     try:
@@ -391,12 +391,12 @@ def _frozen(model: nn.Module) -> Iterator[None]:
     try:
         with ExitStack() as stack:
             for module in model.modules():
-                # Hooks of gradient checkpointing and PEFT make embeddings require gradients: a graph from there
+                # Hooks of gradient checkpointing and PEFT make embeddings require gradients: a graph would start there.
                 if isinstance(module, nn.Embedding):
                     stack.callback(module.register_forward_hook(_detached).remove)
             yield
     finally:
-        reshard(model)  # unsharded weights have copied the flag
+        reshard(model)  # unsharded weights hold a copy of the flag
         for parameter in trained:
             parameter.requires_grad_(True)
 
@@ -410,7 +410,7 @@ def _without_inference_tensors(batch: Any) -> Any:
     if isinstance(batch, Tensor):
         return batch.clone() if batch.is_inference() else batch
     if isinstance(batch, MutableMapping):
-        copied = copy.copy(batch)  # rather than a new one: not every mapping is made from a mapping
+        copied = copy.copy(batch)  # not a new one: the constructor may not take a mapping
         for key, value in batch.items():
             copied[key] = _without_inference_tensors(value)
         return copied

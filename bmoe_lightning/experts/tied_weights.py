@@ -17,7 +17,7 @@ def parameter_owners(model: nn.Module) -> Counter[int]:
 
 
 def tied_modules(model: nn.Module, layer: ExpertLayer, owners: Counter[int]) -> list[nn.Module]:
-    """The modules that multiply with a layer's `down_proj` weights: its own, and those that are tied to it.
+    """The modules that use a layer's `down_proj` weights: the layer's module, and those with tied weights.
 
     Args:
         model: The model.
@@ -32,7 +32,7 @@ def tied_modules(model: nn.Module, layer: ExpertLayer, owners: Counter[int]) -> 
 
 
 def weight_ids(module: nn.Module, layer: ExpertLayer) -> tuple[int, ...]:
-    """The ids of a module's `down_proj` parameters, expert by expert; none if it has no such experts."""
+    """The ids of a module's `down_proj` parameters, by expert; empty if it has no such experts."""
     try:
         return tuple(id(parameter) for parameter in LAYOUTS[layer.layout].parameters(module, layer).values())
     except AttributeError:  # a list of other modules
@@ -40,10 +40,10 @@ def weight_ids(module: nn.Module, layer: ExpertLayer) -> tuple[int, ...]:
 
 
 def check_tied_weights(model: nn.Module, layers: Iterable[ExpertLayer]) -> None:
-    """Refuse `down_proj` weights that are tied to other modules, whose contributions to the logits no slot shows.
+    """Refuse `down_proj` weights that are tied to other modules, whose use of the weights is in no slot.
 
     Raises:
-        ValueError: Naming the layer.
+        ValueError: If there are any; the message names the layer.
     """
     owners = parameter_owners(model)
     for layer in layers:
@@ -51,13 +51,12 @@ def check_tied_weights(model: nn.Module, layers: Iterable[ExpertLayer]) -> None:
         if any(owners[weight] != alike for weight in weight_ids(model.get_submodule(layer.name), layer)):
             raise ValueError(
                 f"the weight of {layer.name!r} is tied to another module (a head to the embeddings, or experts to "
-                "others), whose gradients are not those of a linear layer's inputs and outputs; leave this "
-                "layer out, or untie the weights"
+                "others), whose use of it the curvature would miss; leave this layer out, or untie the weights"
             )
 
 
 def check_distinct(model: nn.Module, layers: Sequence[ExpertLayer]) -> None:
-    """Refuse layers that would count a weight twice.
+    """Check that no weight is counted twice.
 
     Raises:
         ValueError: If two have the same name, index or `down_proj` weight.

@@ -1,4 +1,4 @@
-"""What an expert layer is, and what a layout (one way in which models store experts) implements."""
+"""Expert layers, and the interface of a layout (a way in which models store experts)."""
 
 from __future__ import annotations
 
@@ -43,13 +43,13 @@ class Tap(Protocol):
     def record(
         self, inputs: Tensor, experts: Tensor, outputs: Tensor, tokens: Tensor | None, num_tokens: int
     ) -> Tensor:
-        """Take slots, and return the outputs that the model continues with.
+        """Record slots; returns the outputs that the model continues with.
 
         Args:
-            inputs: `[S, d_in]` input of `down_proj`.
-            experts: `[S]` int64.
-            outputs: `[S, d_out]`, before the routing weight.
-            tokens: `[S]` int64, position of each slot's token among the flattened tokens of this call; None where it is
+            inputs: Input of `down_proj`, `[S, d_in]`.
+            experts: Expert of each slot, `[S]` int64.
+            outputs: Output of `down_proj`, `[S, d_out]`, before the routing weight.
+            tokens: Position of each slot's token among the flattened tokens of this call, `[S]` int64; None if it is
                 unknown.
             num_tokens: Number of flattened tokens in this call.
         """
@@ -61,13 +61,13 @@ Dropout = Callable[[Tensor, bool], Tensor]
 
 
 class Layout(ABC):
-    """One way in which models store experts.
+    """A way in which models store experts.
 
     To add one, write a subclass in a file of `bmoe_lightning.experts.layouts`, and its line in `registry.LAYOUTS`.
 
     Attributes:
         name: Name of the layout, as in `ExpertLayer.layout`.
-        description: What is detected, for the message where a model has no experts.
+        description: Modules that are detected, in words, for the error message if a model has no experts.
         uses_hooks: Whether `intercepted` works through forward hooks, which compiled code may skip.
         may_hold_block: Whether the module of the experts may be the MoE block itself, with router and shared experts.
     """
@@ -87,8 +87,8 @@ class Layout(ABC):
             name: Qualified name of the module.
             module: The module.
             parent: The module that holds it; the model itself for the outermost one.
-            down_proj: Name of the second linear layer within an expert, where the user named it.
-            named: Whether the user named the module, so that it must hold experts if it is of this layout's kind.
+            down_proj: Name of the second linear layer within an expert, if the user gave it.
+            named: Whether the user's pattern matches the module, so that it must hold experts if it has this layout.
 
         Raises:
             ValueError: If it holds experts whose `down_proj` is ambiguous or not accessible.
@@ -96,10 +96,10 @@ class Layout(ABC):
 
     @abstractmethod
     def layer(self, name: str, index: int, module: nn.Module, down_proj: str) -> ExpertLayer:
-        """Describe a module that is known to be stored in this layout.
+        """Describe a module that is known to have this layout.
 
         Raises:
-            ValueError: If it is not, or its `down_proj` weights are not accessible.
+            ValueError: If it has not, or its `down_proj` weights are not accessible.
         """
 
     @abstractmethod
@@ -108,9 +108,9 @@ class Layout(ABC):
 
     @abstractmethod
     def weights(self, model: nn.Module, layer: ExpertLayer) -> dict[str, Tensor]:
-        """What a layer's experts multiply with in `down_proj`, by the names of `parameters`, detached.
+        """The effective `down_proj` weights of a layer, by the names of `parameters`, detached.
 
-        That is the parameters, and what adapters add to them.
+        These are the parameters plus what adapters add to them.
         """
 
     @abstractmethod
@@ -121,8 +121,8 @@ class Layout(ABC):
     def intercepted(
         self, module: nn.Module, layer: ExpertLayer, tap: Tap | None, dropout: Dropout | None
     ) -> AbstractContextManager[None]:
-        """Apply dropout to the inputs of `down_proj`, and pass its slots to a tap; either may be None."""
+        """Apply dropout to the inputs of `down_proj`, and pass its slots to a tap; both may be None."""
 
     def prepared(self, model: nn.Module) -> AbstractContextManager[None]:  # noqa: ARG002  (the default needs no model)
-        """What has to hold for the whole model while modules are `intercepted`; nothing by default."""
+        """A context for the model in which its modules can be `intercepted`; does nothing by default."""
         return nullcontext()

@@ -1,4 +1,4 @@
-"""The weights of expert layers: as parameters, as what the model multiplies with, and how far they moved."""
+"""The weights of expert layers: their parameters, their effective values, and their distance from the prior mean."""
 
 from __future__ import annotations
 
@@ -26,9 +26,9 @@ def expert_parameters(model: nn.Module, layer: ExpertLayer) -> dict[str, nn.Para
 
 
 def down_proj_weights(model: nn.Module, layer: ExpertLayer) -> dict[str, Tensor]:
-    """What a layer's experts multiply with in `down_proj`, detached, by the names of `down_proj_parameters`.
+    """The effective `down_proj` weights of a layer, detached, by the names of `down_proj_parameters`.
 
-    These are the parameters themselves, unless adapters of PEFT add to them.
+    These are the parameters, plus what adapters of PEFT add to them.
     """
     return {f"{layer.name}.{name}": w for name, w in LAYOUTS[layer.layout].weights(model, layer).items()}
 
@@ -36,7 +36,7 @@ def down_proj_weights(model: nn.Module, layer: ExpertLayer) -> dict[str, Tensor]
 def squared_distances(
     model: nn.Module, layers: list[ExpertLayer], reference: Mapping[str, Tensor] | None
 ) -> list[Tensor]:
-    """The squared distance of each expert's `down_proj` from the prior mean. A collective, where weights are sharded.
+    """The squared distance of each expert's `down_proj` from the prior mean. A collective if weights are sharded.
 
     Args:
         model: The model.
@@ -63,12 +63,12 @@ def squared_distances(
                 continue
             weight = part.values.to(torch.promote_types(parameter.dtype, torch.float32))
             if reference is not None:
-                # One parameter at a time, so that the prior mean is not copied as a whole. Rounded to the weight's
-                # dtype first: the rounding of a wider mean is no movement.
+                # One parameter at a time, to limit the memory of the copies. Rounded to the weight's dtype first, so
+                # that the rounding of a wider mean does not count as distance.
                 mean = part.of(reference[name]).to(weight.device, parameter.dtype)
                 weight = weight - mean.to(weight.dtype)
             norms = torch.linalg.vector_norm(weight.flatten(1), dim=1, dtype=torch.float64).cpu()
-            # An expert has one row in a stack of matrices, and all rows of a matrix.
+            # An expert is one row of a stack of matrices, or all rows of a single matrix.
             rows = torch.arange(len(norms)) + (part.offset if part.dim == 0 else 0)
             totals.index_add_(0, position * experts_each + rows * experts_each // len(parameter), norms.square())
         distances.append(totals)

@@ -1,4 +1,4 @@
-"""Whether tensors were written to: torch counts in-place writes."""
+"""Detection of in-place writes, which torch counts for each tensor."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from bmoe_lightning.experts.wrappers.quantised import unusable
 
 
 def write_count(tensor: Tensor) -> int:
-    """How often a tensor was written to in place; inference tensors have no counter.
+    """Number of in-place writes to a tensor; 0 for inference tensors, which have no counter.
 
     Reads `Tensor._version` (seen in torch 2.13). Writes through `.data` are not counted.
     """
@@ -17,9 +17,9 @@ def write_count(tensor: Tensor) -> int:
 
 
 def weights_state(module: nn.Module) -> tuple[tuple[int, int], ...]:
-    """Address and write count of every weight of a module, without reading their values; quantised ones are left out.
+    """Address and write count of every weight of a module, without reading their values.
 
-    Packed weights may be rewritten while they are used.
+    Quantised weights are left out: packed ones may be rewritten during the forward pass.
     """
     parts = [local_part(p).values for p in module.parameters() if unusable(p) is None]
     return tuple((values.data_ptr(), write_count(values)) for values in parts)

@@ -1,4 +1,4 @@
-"""Calibration metrics from log-probabilities: functions, their torchmetrics twins, and bootstrap intervals."""
+"""Calibration metrics from log-probabilities: functions, torchmetrics classes, and bootstrap intervals."""
 
 from bmoe_lightning.metrics.acc import Accuracy, accuracy
 from bmoe_lightning.metrics.binning import BinConvention, Binning

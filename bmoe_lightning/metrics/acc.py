@@ -27,7 +27,7 @@ def accuracy(log_probs: Tensor, target: Tensor) -> Tensor:
 
 
 class Accuracy(MeanOverExamples):
-    """Fraction of examples whose most probable class is the target; twin of `accuracy`."""
+    """Fraction of examples whose most probable class is the target; the torchmetrics class of `accuracy`."""
 
     is_differentiable = False
     higher_is_better = True

@@ -1,9 +1,9 @@
-"""What metrics have in common: the torchmetrics class of a mean over examples.
+"""The torchmetrics base class of means over examples.
 
-States are fixed-size float64 sums, so results over batches, ranks or hosts merge by addition. Every class names its
-states apart from the others: a `MetricCollection` takes metrics for one and the same when their state names and first
-values agree. Updates are out of place, because a state that was reset under `torch.inference_mode` may not be written
-to outside it. float64 does not exist on MPS: leave these objects on the CPU there, or use the functions.
+States are fixed-size float64 sums, so results over batches, ranks or hosts merge by addition. State names are unique to
+each class: the compute groups of a `MetricCollection` merge metrics whose state names and first values agree. Updates
+are out of place, because a state that was reset under `torch.inference_mode` cannot be written to outside of it. MPS
+has no float64: there, leave these objects on the CPU, or use the functions.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
 
 class MeanOverExamples(Metric):
-    """Base class of metrics that are the mean of a value per example; a subclass names its states and has the value."""
+    """Base class of metrics that are a mean over examples; a subclass defines `prefix` and `per_example`."""
 
     full_state_update = False
     plot_lower_bound = 0.0
@@ -67,7 +67,7 @@ class MeanOverExamples(Metric):
 
         Args:
             val: A value or a sequence of them; None for the value so far.
-            ax: Where to draw; a new figure if None.
+            ax: Axes to draw on; a new figure if None.
         """
         return self._plot(val, ax)
 
@@ -76,11 +76,11 @@ def add_to_state(metric: Metric, state: str, value: Tensor) -> None:
     """Add to a state of a metric, out of place.
 
     Args:
-        metric: Whose state.
+        metric: Metric to update.
         state: Name of the state.
-        value: What to add, float64.
+        value: Increment, float64.
     """
     current: Tensor = getattr(metric, state)
-    # A module moved to bfloat16 takes its metrics' states along, where a count stops growing at 256; adding out of
-    # place promotes them back to float64.
+    # Converting a module to bfloat16 converts the states of its metrics too, where a count stops growing at 256; adding
+    # out of place promotes them back to float64.
     setattr(metric, state, current + value.to(current.device))

@@ -1,4 +1,4 @@
-"""Equal-width bins of the top label's confidence: sums per bin, from which every binned metric follows."""
+"""Equal-width bins of top-label confidence, and the sums per bin that all binned metrics are computed from."""
 
 from __future__ import annotations
 
@@ -13,12 +13,12 @@ from bmoe_lightning.metrics.base import add_to_state
 from bmoe_lightning.metrics.inputs import check_predictions, top_label
 
 BinConvention = Literal["right", "left"]
-"""Which edge of a bin is closed: `right` is (lo, hi] as in Guo et al. 2017, `left` is [lo, hi)."""
+"""Closed side of a bin: `right` is (lo, hi] (Guo et al. 2017, https://arxiv.org/abs/1706.04599), `left` is [lo, hi)."""
 
 
 @dataclass(frozen=True)
 class Binning:
-    """How confidences are binned.
+    """Number and convention of the confidence bins.
 
     Args:
         num_bins: Number of equal-width bins B.
@@ -48,7 +48,7 @@ class BinTotals(NamedTuple):
     Attributes:
         number: Number of examples, `[B]` float64.
         confidence: Sum of top-label confidences, `[B]` float64.
-        correct: Number of examples that were right, `[B]` float64.
+        correct: Number of correctly classified examples, `[B]` float64.
     """
 
     number: Tensor
@@ -61,7 +61,7 @@ def bin_edges(num_bins: int, device: torch.device | None = None) -> Tensor:
 
     Args:
         num_bins: Number of bins B.
-        device: Where to put them.
+        device: Device of the result.
     """
     return torch.linspace(0.0, 1.0, num_bins + 1, dtype=torch.float64, device=device)
 
@@ -99,7 +99,7 @@ def bin_totals(log_probs: Tensor, target: Tensor, binning: Binning) -> BinTotals
 
 
 class MetricOverBins(Metric):
-    """Base class of binned metrics: the sums per bin. A subclass names its states and computes from `totals`.
+    """Base class of binned metrics; a subclass defines `prefix`, and computes its value from `totals`.
 
     Args:
         num_bins: Number of bins.

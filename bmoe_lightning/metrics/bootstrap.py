@@ -1,6 +1,6 @@
 """Percentile bootstrap over test examples (Efron 1979, https://doi.org/10.1214/aos/1176344552) for headline metrics.
 
-There is no loop over resamples.
+Resamples are vectorised.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ def calibration_resamples(
         log_probs: Normalised natural log-probabilities, `[N, K]`.
         target: Class indices, `[N]`.
         num_samples: Number of resamples S.
-        seed: Seed of the draws; the global generator is left alone.
+        seed: Seed of the draws; the global generator is not used.
         num_bins: Number of ECE bins.
         convention: Closed side of the ECE bins.
 
@@ -91,13 +91,13 @@ def percentile_interval(samples: Tensor, level: float = 0.95) -> Interval:
 def draw_resamples(
     num_examples: int, num_samples: int, seed: int, draws_per_chunk: int = _DRAWS_PER_CHUNK
 ) -> Iterator[Resamples]:
-    """Yield resamples drawn with replacement, some at a time, `num_samples` in all.
+    """Yield resamples drawn with replacement, in chunks, `num_samples` in total.
 
     Args:
         num_examples: Number of examples N, also of each resample.
         num_samples: Number of resamples.
-        seed: Seed of the draws; the global generator is left alone.
-        draws_per_chunk: Most indices at a time, which bounds the memory; a single resample may have more.
+        seed: Seed of the draws; the global generator is not used.
+        draws_per_chunk: Maximum number of indices in a chunk, to bound the memory; a single resample may have more.
 
     Raises:
         ValueError: If `num_samples` is below 1.

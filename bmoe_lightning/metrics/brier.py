@@ -28,7 +28,7 @@ def brier_score(log_probs: Tensor, target: Tensor) -> Tensor:
 
 
 class BrierScore(MeanOverExamples):
-    """Mean squared error of the probabilities, summed over classes; twin of `brier_score`."""
+    """Mean squared error of the probabilities, summed over classes; the torchmetrics class of `brier_score`."""
 
     is_differentiable = True
     higher_is_better = False

@@ -1,7 +1,7 @@
-"""The metrics of the results table: their list, and all of them at once.
+"""The headline metrics, those of the results table.
 
-A further one is described in its own file and added to `HEADLINE_METRICS`; values, the torchmetrics collection,
-bootstrap intervals, tables, files and TensorBoard follow from the list.
+To add one, describe it in a new file and add it to `HEADLINE_METRICS`; values, the torchmetrics collection, bootstrap
+intervals, tables, files and TensorBoard follow from that list.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ def calibration_values(
 def calibration_metrics(num_bins: int = 15, convention: BinConvention = "right") -> MetricCollection:
     """All headline metrics as a torchmetrics collection, under their names.
 
-    Compute groups are off: they would share one state between metrics that happen to agree on the first batch.
+    Compute groups are disabled: they would share one state between metrics that happen to agree on the first batch.
 
     Args:
         num_bins: Number of ECE bins.

@@ -34,7 +34,7 @@ def expected_calibration_error(
     """Top-label calibration error over equal-width confidence bins.
 
     With `convention="left"` it equals `torchmetrics` except for a confidence of exactly 1, which torchmetrics puts in a
-    bin of its own.
+    separate bin.
 
     Args:
         log_probs: Normalised natural log-probabilities, `[N, K]`.
@@ -56,7 +56,7 @@ def expected_calibration_error(
 
 
 def calibration_error(totals: BinTotals, norm: CalibrationNorm = "l1") -> Tensor:
-    """Calibration error from sums per bin; NaN if there is no example at all.
+    """Calibration error from sums per bin; NaN without examples.
 
     Args:
         totals: Sums per bin.
@@ -112,7 +112,7 @@ class ExpectedCalibrationError(MetricOverBins):
 
         Args:
             val: A value or a sequence of them; None for the value so far.
-            ax: Where to draw; a new figure if None.
+            ax: Axes to draw on; a new figure if None.
         """
         return self._plot(val, ax)
 

@@ -1,4 +1,4 @@
-"""What a metric of the results table is made of; each metric's file describes its own."""
+"""The description of a headline metric (of the results table); each metric's file has one."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from bmoe_lightning.metrics.binning import Binning
 
 @dataclass(frozen=True, eq=False)
 class Resamples:
-    """Some bootstrap resamples of N examples.
+    """A chunk of bootstrap resamples of N examples.
 
     Attributes:
         indices: Drawn examples, `[R, N]` int64.
@@ -26,7 +26,7 @@ class Resamples:
 
     @cached_property
     def counts(self) -> Tensor:
-        """How often each example was drawn, `[R, N]` float64."""
+        """Number of times that each example was drawn, `[R, N]` float64."""
         counts = torch.zeros(self.indices.shape, dtype=torch.float64)
         return counts.scatter_add_(1, self.indices, torch.ones((), dtype=torch.float64).expand(self.indices.shape))
 
@@ -38,13 +38,13 @@ class HeadlineMetric:
     Attributes:
         name: Key in results and logged names.
         title: Column title.
-        higher_is_better: Which direction is better.
-        value: `(log_probs, target, binning) -> scalar`, from checked predictions.
-        resampled: `(log_probs, target, binning) -> (Resamples -> [R])`, from checked predictions on the CPU: what can
-            be done once comes before the function that is called for some resamples at a time.
-        torchmetric: `binning -> torchmetrics.Metric`, the class twin.
-        note: `binning -> sentence`, what a reader of a table has to know; empty for nothing.
-        interval_note: Said below a table in which an interval does not hold its value; empty for nothing.
+        higher_is_better: Whether higher values are better.
+        value: Function `(log_probs, target, binning) -> scalar` of checked predictions.
+        resampled: Function `(log_probs, target, binning) -> (Resamples -> [R])` of checked predictions on the CPU: it
+            does the work that all resamples share, and returns a function that is called on chunks of resamples.
+        torchmetric: Function `binning -> torchmetrics.Metric`, the torchmetrics class.
+        note: Function `binning -> sentence` for the caption of a table; an empty sentence for none.
+        interval_note: Sentence for the caption of a table with an interval that does not contain its value.
     """
 
     name: str
@@ -68,8 +68,8 @@ def mean_over_examples(name: str, title: str, metric: type[MeanOverExamples], no
     Args:
         name: Key in results and logged names.
         title: Column title.
-        metric: The class twin, which has the value per example.
-        note: What a reader of a table has to know; empty for nothing.
+        metric: Torchmetrics class, which computes the value per example.
+        note: Sentence for the caption of a table; empty for none.
     """
 
     def value(log_probs: Tensor, target: Tensor, binning: Binning) -> Tensor:  # noqa: ARG001
@@ -77,7 +77,7 @@ def mean_over_examples(name: str, title: str, metric: type[MeanOverExamples], no
 
     def resampled(log_probs: Tensor, target: Tensor, binning: Binning) -> Callable[[Resamples], Tensor]:  # noqa: ARG001
         values = metric.per_example(log_probs, target)
-        # Gathered, not weighted by counts: an infinite value that was not drawn must not become 0 * inf.
+        # Indexed, not weighted by counts: an infinite value that was not drawn would become 0 * inf.
         return lambda resamples: values[resamples.indices].mean(dim=1)
 
     return HeadlineMetric(

@@ -1,8 +1,8 @@
-"""What every metric takes: log-probabilities `[N, K]` and targets `[N]`.
+"""The inputs of every metric: log-probabilities `[N, K]` and targets `[N]`.
 
 Log-probabilities are natural logarithms, each row normalised; an example with fewer than K classes has `-inf` in the
-columns it lacks. Probabilities and logits are refused rather than guessed at: a guess soft-maxes the batch a second
-time as soon as one probability is rounded above one. All is computed in float64, whatever the dtype of the input.
+columns of absent ones. Probabilities and logits are refused, not detected: a detection would apply softmax twice as
+soon as one probability is rounded above one. Computations are in float64, whatever the dtype of the input.
 """
 
 from __future__ import annotations
@@ -16,10 +16,10 @@ NORMALISATION_TOLERANCE = 1e-3
 
 
 def check_predictions(log_probs: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
-    """Check shapes and values, and bring both to the dtypes all metrics compute in.
+    """Check shapes and values, and convert both to the dtypes that all metrics compute in.
 
-    Rows may miss normalisation by 1e-3, or by what rounding to the input's dtype explains (bfloat16 has eight bits of
-    each log-probability, which moves the sum by up to `eps * log K`).
+    The logsumexp of a row may differ from 0 by 1e-3, or by the rounding error of the input's dtype (up to
+    `eps * log K`: bfloat16 has eight bits for each log-probability).
 
     Args:
         log_probs: Natural log-probabilities `[N, K]`, floating.
@@ -36,7 +36,7 @@ def check_predictions(log_probs: Tensor, target: Tensor) -> tuple[Tensor, Tensor
     _check_shapes(log_probs, target)
     if torch.isnan(log_probs).any():
         rows = torch.isnan(log_probs).any(dim=1).nonzero().flatten()
-        raise ValueError(f"log_probs holds NaN in {len(rows)} rows, the first is row {int(rows[0])}")
+        raise ValueError(f"log_probs has NaN in {len(rows)} rows, first in row {int(rows[0])}; check the logits")
     wide = _to_float64(log_probs)
     num_classes = wide.shape[1]
     tolerance = max(NORMALISATION_TOLERANCE, torch.finfo(log_probs.dtype).eps * math.log(max(num_classes, 2)))
@@ -56,7 +56,7 @@ def check_predictions(log_probs: Tensor, target: Tensor) -> tuple[Tensor, Tensor
 
 
 def top_label(log_probs: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
-    """Confidence of the most probable class, and whether that class is right.
+    """Confidence of the most probable class, and whether that class is the target.
 
     Args:
         log_probs: Log-probabilities `[N, K]`, checked.

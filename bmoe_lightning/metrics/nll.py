@@ -32,7 +32,7 @@ def negative_log_likelihood(log_probs: Tensor, target: Tensor) -> Tensor:
 
 
 class NegativeLogLikelihood(MeanOverExamples):
-    """Mean negative log-likelihood in nats; twin of `negative_log_likelihood`."""
+    """Mean negative log-likelihood in nats; the torchmetrics class of `negative_log_likelihood`."""
 
     is_differentiable = True
     higher_is_better = False

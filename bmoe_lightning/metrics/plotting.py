@@ -1,4 +1,4 @@
-"""Drawing of a reliability curve. matplotlib is optional and imported late; pyplot, which is global, is never used."""
+"""Drawing of reliability curves. matplotlib is optional and imported late; pyplot is not used, since it is global."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ if TYPE_CHECKING:
 
 
 def new_axes(width: float = 4.8, height: float = 4.8) -> tuple[Figure, Axes]:
-    """A new figure on the Agg canvas with one pair of axes, leaving the backend the user chose alone.
+    """A new figure on the Agg canvas with one pair of axes; the backend that the user chose is not changed.
 
     Args:
         width: Width in inches.
@@ -26,7 +26,7 @@ def new_axes(width: float = 4.8, height: float = 4.8) -> tuple[Figure, Axes]:
         from matplotlib.figure import Figure
     except ModuleNotFoundError as error:
         raise ModuleNotFoundError(
-            "drawing needs matplotlib, which is not installed; pip install 'bmoe-lightning[plots]'"
+            "drawing needs matplotlib, which is not installed; install it with: pip install 'bmoe-lightning[plots]'"
         ) from error
     figure = Figure(figsize=(width, height), dpi=120, layout="constrained")
     FigureCanvasAgg(figure)
@@ -44,15 +44,15 @@ def draw_reliability_curve(
 ) -> None:
     """Draw accuracy over mean confidence with the diagonal, on equal axes from 0 to 1; empty bins are left out.
 
-    The area of a marker follows the share of examples in its bin, so that a bin of two examples looks like one.
+    The area of a marker grows with the share of examples in its bin, so that nearly empty bins are inconspicuous.
 
     Args:
-        ax: Where to draw; what is there already stays, so that several curves overlay.
-        curve: What to draw.
+        ax: Axes to draw on; they are not cleared, so that several curves overlay.
+        curve: Curve to draw.
         color: Colour of line and markers.
-        marker: Marker, as matplotlib names it.
-        linestyle: Line style, as matplotlib names it.
-        label: Name in the legend; None for no entry.
+        marker: Marker of matplotlib.
+        linestyle: Line style of matplotlib.
+        label: Label in the legend; None for no entry.
     """
     filled = (curve.count > 0).cpu()
     confidence = curve.confidence.cpu()[filled].tolist()

@@ -23,7 +23,7 @@ class ReliabilityCurve:
     Attributes:
         bin_edges: Edges of the bins, `[B + 1]`, equally spaced from 0 to 1.
         confidence: Mean confidence of each bin's examples, `[B]`; NaN where the bin is empty.
-        accuracy: Fraction of each bin's examples that were right, `[B]`; NaN where the bin is empty.
+        accuracy: Accuracy on each bin's examples, `[B]`; NaN where the bin is empty.
         count: Number of examples in each bin, `[B]`.
     """
 
@@ -64,7 +64,7 @@ def curve_from_totals(totals: BinTotals) -> ReliabilityCurve:
 
 
 class ReliabilityDiagram(MetricOverBins):
-    """Confidence against accuracy per bin; twin of `reliability_curve`.
+    """Confidence against accuracy per bin; the torchmetrics class of `reliability_curve`.
 
     Args:
         num_bins: Number of bins.
@@ -91,7 +91,7 @@ class ReliabilityDiagram(MetricOverBins):
         """Draw the diagram.
 
         Args:
-            ax: Where to draw; a new figure, outside pyplot, if None.
+            ax: Axes to draw on; a new figure, outside pyplot, if None.
 
         Raises:
             ModuleNotFoundError: If matplotlib is not installed.

@@ -1,4 +1,4 @@
-"""Selective prediction: how often the answers are wrong when only the most confident ones are given.
+"""Selective prediction: the error rate on the most confident examples.
 
 El-Yaniv and Wiener 2010 (https://jmlr.org/papers/v11/el-yaniv10a.html); for neural networks Geifman and El-Yaniv 2017
 (https://arxiv.org/abs/1705.08500).
@@ -17,8 +17,8 @@ from bmoe_lightning.metrics.inputs import check_predictions
 def selective_risk(log_probs: Tensor, target: Tensor, coverages: Sequence[float]) -> Tensor:
     """Error rate among the most confident fraction of the examples.
 
-    At coverage c the `ceil(c N)` most confident examples are answered. Examples that are equally confident count with
-    their mean error, which is the expectation over their order.
+    At coverage c the `ceil(c N)` most confident examples are answered. Ties in confidence count with their mean error,
+    the expectation over their order.
 
     Args:
         log_probs: Normalised natural log-probabilities, `[N, K]`.

@@ -1,6 +1,6 @@
-"""Model families that transformers does not have, so that their published weights load without code from the hub.
+"""Model families that transformers lacks, so that their published weights load without remote code.
 
-Importing this package makes them known to the Auto classes of transformers.
+Importing this package registers them with the Auto classes of transformers.
 """
 
 from bmoe_lightning.models.deepseek_moe import (
@@ -14,9 +14,9 @@ __all__ = ["DeepseekForCausalLM", "DeepseekModel", "DeepseekMoeConfig", "registe
 
 
 def register_models() -> None:
-    """Make every family of this package known to the Auto classes of transformers. Calling it again changes nothing.
+    """Register every family of this package with the Auto classes of transformers. Idempotent.
 
-    A family that transformers, or the user, has registered under the same model type already is left as it is.
+    A model type that transformers or the user has registered already is not replaced.
     """
     register_deepseek_moe()
 

@@ -1,13 +1,13 @@
 """DeepSeekMoE (`deepseek-ai/deepseek-moe-16b-base` and its fine-tunes), model type `deepseek`.
 
 Architecture: Dai et al., "DeepSeekMoE: Towards Ultimate Expert Specialization in Mixture-of-Experts Language Models"
-(arXiv 2401.06066), Section 3. It is Llama's decoder, with a mixture of experts in place of the MLP in all but the first
-layers; of a normalised token u it makes
+(https://arxiv.org/abs/2401.06066), Section 3. It is Llama's decoder, with a mixture of experts instead of the MLP in
+all but the first layers, which maps a normalised token u to
 
     sum over the top k of all routed experts of s_i FFN_i(u), plus shared FFN(u),   s = softmax(W u)
 
-where the `s_i` of the chosen experts are not scaled to a sum of one unless `norm_topk_prob` says so, and the shared
-experts are one MLP of their joint width, always on and without a gate.
+where the `s_i` of the chosen experts are normalised to a sum of one only if `norm_topk_prob` is set, and the shared
+experts are one MLP of their total width, without a gate.
 """
 
 from typing import ClassVar
@@ -41,23 +41,23 @@ class DeepseekMoeConfig(LlamaConfig):
     Fields that `LlamaConfig` has mean the same here.
 
     Attributes:
-        moe_intermediate_size: width of one expert; `intermediate_size` is that of a dense layer.
-        n_shared_experts: experts that every token goes through; None or 0 for none.
-        n_routed_experts: experts that the router chooses from.
-        num_experts_per_tok: how many of them a token goes through.
-        first_k_dense_replace: the first so many layers are dense.
-        moe_layer_freq: of the others, those whose index it divides have experts, the rest are dense.
-        norm_topk_prob: whether the probabilities of a token's experts are scaled to a sum of one.
-        scoring_func: `softmax`.
-        aux_loss_alpha: weight of the balancing loss in pre-training. That loss is not computed here.
-        seq_aux: whether that loss was taken for each sequence. Not used here.
+        moe_intermediate_size: Width of one expert; `intermediate_size` is that of a dense layer.
+        n_shared_experts: Number of shared experts; None or 0 for none.
+        n_routed_experts: Number of routed experts.
+        num_experts_per_tok: Number of routed experts for each token.
+        first_k_dense_replace: Number of dense layers at the beginning.
+        moe_layer_freq: Divisor of the indices of the other layers that have experts; the rest are dense.
+        norm_topk_prob: Whether the probabilities of a token's experts are normalised to a sum of one.
+        scoring_func: Scoring function of the router; only `softmax` is implemented.
+        aux_loss_alpha: Weight of the load-balancing loss in pre-training, which is not computed here.
+        seq_aux: Whether that loss was computed for each sequence. Not used here.
 
     Raises:
-        ValueError: if a value asks for an architecture that is not implemented, or sizes contradict each other.
+        ValueError: If a value asks for an architecture that is not implemented, or sizes contradict each other.
     """
 
     model_type = "deepseek"
-    # What transformers' modules of experts read.
+    # Attributes that the experts modules of transformers read.
     attribute_map: ClassVar[dict[str, str]] = {"num_experts": "n_routed_experts"}
 
     vocab_size: int = 102400
@@ -114,7 +114,7 @@ class DeepseekMoeConfig(LlamaConfig):
 
 
 class DeepseekRouter(nn.Module):
-    """Chooses the experts of each token: the largest of the probabilities of all routed experts."""
+    """Top-k router: softmax over all routed experts."""
 
     def __init__(self, config: DeepseekMoeConfig) -> None:
         super().__init__()
@@ -162,10 +162,10 @@ class DeepseekMixture(nn.Module):
 
 
 class DeepseekDecoderLayer(LlamaDecoderLayer):
-    """Llama's layer, its MLP a mixture of experts where the configuration says so."""
+    """Llama's decoder layer, with a mixture of experts as its MLP in the sparse layers."""
 
     def __init__(self, config: DeepseekMoeConfig, layer_idx: int) -> None:
-        # Past LlamaDecoderLayer's own, which would build a dense MLP for every layer.
+        # Skips LlamaDecoderLayer.__init__, which would build a dense MLP for every layer.
         GradientCheckpointingLayer.__init__(self)
         self.hidden_size = config.hidden_size
         self.self_attn = LlamaAttention(config, layer_idx)
@@ -175,7 +175,7 @@ class DeepseekDecoderLayer(LlamaDecoderLayer):
 
 
 class DeepseekPreTrainedModel(LlamaPreTrainedModel):
-    """What the models of this family share."""
+    """Base class of the models of this family."""
 
     config: DeepseekMoeConfig
     config_class = DeepseekMoeConfig
@@ -194,7 +194,7 @@ class DeepseekModel(DeepseekPreTrainedModel, LlamaModel):
     """The decoder without a head. Called like `LlamaModel`."""
 
     def __init__(self, config: DeepseekMoeConfig) -> None:
-        # Past LlamaModel's own, which would build Llama's layers.
+        # Skips LlamaModel.__init__, which would build Llama's layers.
         PreTrainedModel.__init__(self, config)
         self.padding_idx = config.pad_token_id
         self.vocab_size = config.vocab_size
@@ -207,13 +207,13 @@ class DeepseekModel(DeepseekPreTrainedModel, LlamaModel):
 
 
 class DeepseekForCausalLM(DeepseekPreTrainedModel, LlamaForCausalLM):
-    """The language model. Called like `LlamaForCausalLM`; it returns no router logits and has no balancing loss.
+    """The causal language model. Called like `LlamaForCausalLM`, without router logits and load-balancing loss.
 
-    The name is the one in published configurations, so that saved ones name the same architecture.
+    The name is that in published configurations, so that saved ones name the same architecture.
     """
 
     def __init__(self, config: DeepseekMoeConfig) -> None:
-        # Past LlamaForCausalLM's own, which would build Llama.
+        # Skips LlamaForCausalLM.__init__, which would build Llama.
         PreTrainedModel.__init__(self, config)
         self.model = DeepseekModel(config)
         self.vocab_size = config.vocab_size
@@ -222,16 +222,16 @@ class DeepseekForCausalLM(DeepseekPreTrainedModel, LlamaForCausalLM):
 
 
 def register_deepseek_moe() -> None:
-    """Make the family known to the Auto classes of transformers, and how its published experts are stored.
+    """Register the family with the Auto classes of transformers, and the conversion of its published checkpoints.
 
-    Published checkpoints hold one matrix an expert (`mlp.experts.7.down_proj.weight`); they are stacked when loaded and
-    taken apart when saved. If the model type `deepseek` is taken already, by transformers or by the user, nothing is
-    changed. Code from the hub is never run, also where config.json names some.
+    Published checkpoints have one matrix for each expert (`mlp.experts.7.down_proj.weight`), which are stacked when
+    loaded and unstacked when saved. If the model type `deepseek` is registered already, by transformers or by the user,
+    nothing is changed. Remote code is never run, even if config.json names some.
     """
     model_type = DeepseekMoeConfig.model_type
     if model_type in CONFIG_MAPPING:
         return
-    # The same names and the same stacked layout, as the class of the experts is the same.
+    # The class of the experts is that of Qwen2-MoE, so names and stacked layout are the same.
     register_checkpoint_conversion_mapping(model_type, get_checkpoint_conversion_mapping("qwen2_moe"))
     AutoConfig.register(model_type, DeepseekMoeConfig)
     AutoModel.register(DeepseekMoeConfig, DeepseekModel)

@@ -1,4 +1,4 @@
-"""The logits of a causal language model behind a prompt."""
+"""The next-token logits of a causal language model after a prompt."""
 
 from __future__ import annotations
 
@@ -14,8 +14,8 @@ def last_logits(model: PreTrainedModel, input_ids: Tensor, attention_mask: Tenso
 
     Args:
         model: A causal language model.
-        input_ids: `[B, T]`, padded on either side.
-        attention_mask: `[B, T]`, zero for padding.
+        input_ids: Token ids `[B, T]`, padded on either side.
+        attention_mask: Mask `[B, T]`, zero for padding.
 
     Returns:
         `[B, V]`, in the model's dtype.
@@ -24,9 +24,9 @@ def last_logits(model: PreTrainedModel, input_ids: Tensor, attention_mask: Tenso
     options = {
         "position_ids": (attention_mask.long().cumsum(-1) - 1).clamp(min=0),
         "use_cache": False,
-        # Frozen routers need no balancing loss.
+        # Frozen routers need no load-balancing loss.
         "output_router_logits": False,
-        # Logits over a large vocabulary at one position instead of at all.
+        # Over a large vocabulary, logits at all positions would be expensive.
         "logits_to_keep": 1 if ends_in_text else 0,
     }
     accepted = inspect.signature(model.forward).parameters

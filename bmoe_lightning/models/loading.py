@@ -1,4 +1,4 @@
-"""Language models and their tokenizers by folder or hub id: completely or not at all, and without code from the hub."""
+"""Loading of language models and tokenizers by folder or hub id: complete or refused, and without remote code."""
 
 from __future__ import annotations
 
@@ -39,11 +39,11 @@ class ModelUnavailableError(RuntimeError):
 
 @contextmanager
 def model_source(source: str, *errors: type[Exception]) -> Iterator[None]:
-    """Explain in one sentence why the files of a model could not be read.
+    """Convert errors from reading the files of a model to a `ModelUnavailableError` of one sentence.
 
     Args:
         source: Local folder or hub id; anything else is refused before the files are read.
-        errors: Further exceptions, beside those about missing or damaged files, that are explained that way.
+        errors: Exceptions to convert, in addition to those for missing or damaged files.
 
     Raises:
         ModelUnavailableError: If there is no such folder, the hub does not have the model or cannot be reached, or
@@ -64,21 +64,21 @@ def model_source(source: str, *errors: type[Exception]) -> Iterator[None]:
 
 
 def load_causal_model(source: str, dtype: DtypeName = "auto") -> PreTrainedModel:
-    """Load a causal language model on the CPU, in evaluation mode. Code from the hub is never run.
+    """Load a causal language model on the CPU, in evaluation mode. Remote code is never run.
 
-    Families of `bmoe_lightning.models` load like those of transformers, also where config.json names custom code.
-    Tensors in the files that the model has no place for are ignored, with a warning that names them.
+    Families of `bmoe_lightning.models` load like those of transformers, even if config.json names remote code.
+    Unexpected tensors in the files are ignored, with a warning that names them.
 
     Args:
         source: Local folder or hub id.
-        dtype: Dtype of the weights; `auto` is as they were saved.
+        dtype: Dtype of the weights; `auto` is that of the files.
 
     Raises:
         ModelUnavailableError: If there is no such folder, the hub does not have the model, files are missing or
             damaged, or they lack weights of the model (a single expert, say) or hold them in other shapes, which
             transformers would initialise at random.
-        ValueError: If transformers does not know the kind of model, or the configuration asks for what is not
-            implemented.
+        ValueError: If the model type is unknown to transformers, or the configuration asks for an architecture that is
+            not implemented.
     """
     register_models()
     try:
@@ -108,14 +108,14 @@ def load_causal_model(source: str, dtype: DtypeName = "auto") -> PreTrainedModel
 
 
 def load_tokenizer(source: str) -> PreTrainedTokenizerBase:
-    """Load a tokenizer as its files describe it. Code from the hub is never run, and no prompt asks to run it.
+    """Load a tokenizer as its files describe it. Remote code is never run, without a prompt that asks to.
 
     Args:
         source: Local folder or hub id.
 
     Raises:
         OSError: If the tokenizer could not be loaded.
-        ValueError: If it exists as code alone.
+        ValueError: If it needs remote code.
     """
     register_models()
     tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=False)

@@ -1,4 +1,4 @@
-"""Results of several methods side by side: table, files, figures and TensorBoard."""
+"""Comparison of several methods: table, files, figures and TensorBoard."""
 
 from bmoe_lightning.report.figures import (
     LabelBudgetPoint,

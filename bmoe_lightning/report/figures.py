@@ -1,4 +1,4 @@
-"""Figures: reliability diagrams and calibration against the number of labels. matplotlib is optional, pyplot unused."""
+"""Figures: reliability diagrams, and test NLL against the number of labels. Needs matplotlib, but not pyplot."""
 
 from __future__ import annotations
 
@@ -31,8 +31,8 @@ class LabelBudgetPoint:
 
     Attributes:
         method: Slug.
-        label: Name for people.
-        num_labels: Number of labels; None for all there are.
+        label: Display name.
+        num_labels: Number of labels; None for all.
         median: Median test NLL in nats; a temperature fitted on ten labels can be arbitrarily bad.
         low: Lower end of its band.
         high: Upper end of its band.
@@ -47,7 +47,7 @@ class LabelBudgetPoint:
 
 
 def matplotlib_available() -> bool:
-    """Whether figures can be drawn."""
+    """Whether matplotlib is installed."""
     return importlib.util.find_spec("matplotlib") is not None
 
 
@@ -64,9 +64,9 @@ def pooled_curve(group: Sequence[MethodResult], row: Row) -> ReliabilityCurve:
 
 
 def well_filled(curve: ReliabilityCurve) -> ReliabilityCurve:
-    """The curve without the bins that hold less than 2 % of the items: counts there become zero, the rest NaN.
+    """The curve without bins that hold less than 2 % of the items: their counts become zero, the other values NaN.
 
-    The accuracy of a bin of a few items is mostly noise, and lines through such bins hide those of other methods.
+    The accuracy of a bin with few items is mostly noise, and lines through such bins hide those of other methods.
 
     Args:
         curve: Any reliability curve.
@@ -87,7 +87,7 @@ def reliability_figure(group: Sequence[MethodResult], row: Row, style: MethodSty
     Args:
         group: Results of one method, over its seeds.
         row: Its row.
-        style: How to draw it; see `method_styles`.
+        style: Style of the method; see `method_styles`.
 
     Raises:
         ModuleNotFoundError: If matplotlib is not installed.
@@ -132,10 +132,10 @@ def label_budget_figure(points: Sequence[LabelBudgetPoint], methods: Sequence[st
 
     Raises:
         ModuleNotFoundError: If matplotlib is not installed.
-        ValueError: If there are no points, a method has two for one budget, or is none of `methods`.
+        ValueError: If there are no points, a method has two for one budget, or is not one of `methods`.
     """
     if not points:
-        raise ValueError("there are no points to draw")
+        raise ValueError("there are no points to draw; pass at least one")
     styles = method_styles(methods)
     unknown = sorted({point.method for point in points} - set(styles))
     if unknown:
@@ -174,8 +174,8 @@ def save_figure(figure: Figure, path: str | Path) -> Path:
     """Write a figure as PNG.
 
     Args:
-        figure: What to write.
-        path: File; its folder exists.
+        figure: Figure to write.
+        path: Path of the file, in an existing folder.
     """
     buffer = io.BytesIO()
     figure.savefig(buffer, format="png")

@@ -1,4 +1,4 @@
-"""The results as files: `results.json`, `results.csv`, `results.md` and `predictions.jsonl`."""
+"""Output files of a comparison: `results.json`, `results.csv`, `results.md` and `predictions.jsonl`."""
 
 from __future__ import annotations
 
@@ -21,10 +21,10 @@ _PACKAGES = ("torch", "lightning", "transformers", "torchmetrics", "bmoe-lightni
 
 
 def library_versions(packages: Sequence[str] = _PACKAGES) -> dict[str, str]:
-    """Versions of Python and of the libraries that the numbers depend on; "not installed" where there is none.
+    """Versions of Python and of the libraries that the results depend on; "not installed" for missing ones.
 
     Args:
-        packages: Names on the package index.
+        packages: Names on PyPI.
     """
     versions = {"python": platform.python_version()}
     for package in packages:
@@ -43,10 +43,10 @@ def write_results(
     config: Mapping[str, Any],
     versions: Mapping[str, str] | None = None,
 ) -> dict[str, Path]:
-    """Write everything a reader needs to check or redo the comparison.
+    """Write everything that is needed to check or reproduce the comparison.
 
     JSON has no infinity: a number that is not finite is written as the string `inf`, `-inf` or `nan`, and a
-    log-probability of `-inf`, which an absent class has, as null.
+    log-probability of `-inf`, that of an absent class, as null.
 
     Args:
         output_dir: Folder, created if missing; files of the same names are replaced.
@@ -59,7 +59,7 @@ def write_results(
         The paths by file name.
 
     Raises:
-        TypeError: If `config` holds something JSON cannot.
+        TypeError: If a value of `config` is not JSON serialisable.
         ValueError: If results and rows do not match, or the results cannot be compared; see `by_method`.
     """
     check_rows_match(results, rows)

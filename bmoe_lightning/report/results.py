@@ -1,4 +1,4 @@
-"""Predictions of each method on the test items, and their summary: one row a method."""
+"""Predictions of each method on the test items, and their summary, one row for each method."""
 
 from __future__ import annotations
 
@@ -31,12 +31,12 @@ class MethodResult:
 
     Attributes:
         method: Short slug such as `my_method`; lower-case letters, digits and underscores.
-        label: Name for people.
+        label: Display name.
         seed: Training seed.
-        log_probs: Normalised natural log-probabilities, `[N, K]`; `-inf` for classes an item does not have.
+        log_probs: Normalised natural log-probabilities, `[N, K]`; `-inf` for absent classes.
         target: Class indices, `[N]`.
-        ids: Name of each item, all different.
-        extra: Further numbers worth a column, such as a fitted temperature or seconds spent.
+        ids: Unique id of each item.
+        extra: Further numbers for the table, such as a fitted temperature.
         hyperparameters: Options of the method, the same for all seeds.
 
     Raises:
@@ -57,7 +57,7 @@ class MethodResult:
         if not _SLUG.fullmatch(self.method):
             raise ValueError(
                 f"method must be a slug of lower-case letters, digits and underscores, found {self.method!r}; "
-                "put the name for people in label"
+                "use label for the display name"
             )
         try:
             check_predictions(self.log_probs, self.target)
@@ -72,7 +72,7 @@ class MethodResult:
 
 @dataclass(frozen=True)
 class SummarySettings:
-    """How results are summarised; part of every row, so that a table can say it.
+    """Settings of the summary; part of every row, so that a table can name the conventions.
 
     Attributes:
         num_bins: Number of ECE bins.
@@ -125,12 +125,12 @@ class Row:
 
     Attributes:
         method: Slug.
-        label: Name for people.
+        label: Display name.
         seeds: Training seeds, ascending.
         num_examples: Number of test items N.
         metrics: The headline metrics by name.
         extra: Means over seeds of the further numbers.
-        settings: How the row was made.
+        settings: Settings of the summary.
         hyperparameters: Options of the method.
     """
 
@@ -155,7 +155,7 @@ def by_method(results: Sequence[MethodResult]) -> dict[str, list[MethodResult]]:
             not cover the same items with the same answers in the same order.
     """
     if not results:
-        raise ValueError("there are no results to report")
+        raise ValueError("there are no results to report; pass at least one")
     groups: dict[str, list[MethodResult]] = {}
     for result in results:
         _check_same_items(results[0], result)
@@ -177,8 +177,7 @@ def _check_same_items(first: MethodResult, other: MethodResult) -> None:
     if first.ids != other.ids or not torch.equal(first.target.cpu(), other.target.cpu()):
         raise ValueError(
             f"{other.method} (seed {other.seed}) was not evaluated on the same items, in the same order and with the "
-            f"same answers, as {first.method} (seed {first.seed}); a table compares only what was measured on one test "
-            "set; summarise them apart"
+            f"same answers, as {first.method} (seed {first.seed}); summarise results on different test sets separately"
         )
 
 
@@ -197,8 +196,8 @@ def seed_values(result: MethodResult, settings: SummarySettings) -> dict[str, fl
 def summarise(results: Sequence[MethodResult], settings: SummarySettings | None = None) -> list[Row]:
     """One row a method, in order of first appearance: mean and deviation over seeds, and a bootstrap interval.
 
-    The interval is of the mean over seeds: each resample of the items is the same for all seeds and all methods.
-    It speaks of the test items, the deviation of the training seeds.
+    The interval is that of the mean over seeds: each resample of the items is shared by all seeds and methods. It
+    describes the variation over test items, and the deviation that over training seeds.
 
     Args:
         results: Any number of methods and seeds, all on the same items.

@@ -1,4 +1,4 @@
-"""The results as text: an aligned table for a terminal and a markdown table."""
+"""Results tables: an aligned one for the terminal, and one in markdown."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ _HEADER = ("method", *(metric.header for metric in HEADLINE_METRICS))
 
 
 def caption(rows: Sequence[Row]) -> str:
-    """What a reader needs to know to compare the numbers: items, seeds, conventions, interval.
+    """The caption of a table: numbers of items and seeds, conventions, interval.
 
     Args:
         rows: From `summarise`.
@@ -39,14 +39,14 @@ def caption(rows: Sequence[Row]) -> str:
 
 
 def results_table(rows: Sequence[Row], *, width: int = 120) -> str:
-    """Aligned plain text: a row a method, then the caption.
+    """Table in aligned plain text, one row for each method, with its caption.
 
-    Where a line would be wider than `width`, intervals move to a line of their own below the means; a label that is
-    still too long is cut.
+    If a line would exceed `width`, intervals are on a separate line below the means; a label that is still too long is
+    truncated.
 
     Args:
         rows: From `summarise`.
-        width: Columns of the terminal, at least 80.
+        width: Width of the terminal in columns, at least 80.
 
     Raises:
         ValueError: If there are no rows or the terminal is too narrow.
@@ -104,7 +104,7 @@ def results_markdown(rows: Sequence[Row]) -> str:
 
 def _best(rows: Sequence[Row], metric: HeadlineMetric) -> str:
     means = [row.metrics[metric.name].mean for row in rows]
-    # As printed: a difference that the table does not show is no reason to prefer a method.
+    # Compared as printed: a difference that the table does not show must not decide.
     return _number(max(means) if metric.higher_is_better else min(means))
 
 

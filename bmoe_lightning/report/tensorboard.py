@@ -1,4 +1,4 @@
-"""The comparison in TensorBoard: a sub-run per method with the same tags, which TensorBoard overlays by itself."""
+"""The comparison in TensorBoard: one sub-run for each method with the same tags, which TensorBoard overlays."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ def write_tensorboard(
     hyperparameters: Mapping[str, HyperparameterValue] | None = None,
     step: int = 0,
 ) -> None:
-    """Write the comparison; call it once a log directory, at the end, since TensorBoard shows what was written before.
+    """Write the comparison; call it once for each log directory, at the end, since TensorBoard adds up event files.
 
     Each sub-run `log_dir/<method>` gets the headline metrics as `test/<metric>` (means over seeds), further numbers
     under `extra/`, one HParams row with all headline metrics and the method's options, a reliability diagram, and
@@ -60,8 +60,8 @@ def write_tensorboard(
         log_dir: Parent of the sub-runs; created if missing.
         results: What the rows were made from.
         rows: From `summarise`.
-        hyperparameters: Settings shared by all methods, beside the options of each (`MethodResult.hyperparameters`),
-            which win.
+        hyperparameters: Settings shared by all methods; the options of a method (`MethodResult.hyperparameters`)
+            override them.
         step: Step of the test metrics; the trainer's last, to share an axis with training curves.
 
     Raises:
@@ -72,7 +72,7 @@ def write_tensorboard(
     if not with_figures:
         _logger.warning("matplotlib is not installed, figures are left out; pip install 'bmoe-lightning[plots]'")
     settings = {row.method: {**(hyperparameters or {}), **row.hyperparameters} for row in rows}
-    # TensorBoard takes the columns of the HParams table from one run only, so every run names the columns of all.
+    # TensorBoard reads the columns of the HParams table from one run only, so every run declares the columns of all.
     columns = {key: value for of_method in settings.values() for key, value in of_method.items()}
     groups, styles = by_method(results), method_styles([row.method for row in rows])
     for row in rows:
@@ -101,7 +101,7 @@ def _write_scores(
         writer.add_scalar(tag, value, step)
     for name, value in row.extra.items():
         writer.add_scalar(f"extra/{name}", value, step)
-    # Not add_hparams: it writes into a further sub-run named after the time.
+    # Not add_hparams, which writes into an additional sub-run named after the time.
     experiment, _, _ = hparams({"method": row.method, **_readable(columns)}, scores)
     _, start, end = hparams({"method": row.method, **_readable(settings)}, scores)
     for summary in (experiment, start, end):
@@ -128,5 +128,5 @@ def _write_curves(writer: SummaryWriter, group: Sequence[MethodResult], row: Row
 
 
 def _unbroken(markdown: str) -> str:
-    # The page is narrow, and an interval that is broken in two lines is hard to read.
+    # Non-breaking spaces: the page is narrow, and an interval on two lines is hard to read.
     return re.sub(r" ± |(?<=\d), (?=[\d-]+\.\d+\])", lambda match: match[0].replace(" ", "\u00a0"), markdown)

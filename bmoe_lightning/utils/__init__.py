@@ -1,1 +1,1 @@
-"""Files, processes and random state: helpers that know nothing of models or methods."""
+"""Helpers for files, processes and random state, independent of models and methods."""

@@ -1,4 +1,4 @@
-"""Atomic writes: a reader sees the old content of a file or the new, and a failed write leaves the old."""
+"""Atomic writes: a reader sees either the old or the new content of a file, and a failed write leaves the old one."""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ from pathlib import Path
 
 @contextmanager
 def replaced_file(path: Path) -> Iterator[Path]:
-    """Give a temporary file beside `path` to write, and rename it to `path` once the block ends without an error.
+    """Yield a temporary file in the folder of `path`, and rename it to `path` if the context ends without an error.
 
-    Temporary files that killed writers of `path` left behind are removed first. A path has one writer at a time: on
-    several ranks, rank zero.
+    Temporary files of killed writers of `path` are removed first. A path must have one writer at a time: on several
+    ranks, rank zero.
 
     Args:
         path: Target path, in an existing folder.

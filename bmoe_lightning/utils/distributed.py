@@ -1,8 +1,8 @@
 """Collectives over the ranks of torch.distributed's default group.
 
-What is called a collective must be called by all ranks, in the same order; with a single process it leaves its
-arguments as they are. Examples are assigned round-robin, as by `torch.utils.data.DistributedSampler`: of W ranks, rank
-r has the examples r, r + W, r + 2 W, ... of the data set.
+All ranks must call a collective, in the same order; with a single process it returns its arguments unchanged. Examples
+are assigned round-robin, as by `torch.utils.data.DistributedSampler`: of W ranks, rank r has the examples r, r + W,
+r + 2 W, ... of the data set.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ def is_rank_zero() -> bool:
 
 
 def shard_size(total: int, rank: int, world_size: int) -> int:
-    """How many of `total` examples are assigned to a rank."""
+    """The number of `total` examples that are assigned to a rank."""
     return len(range(rank, total, world_size))
 
 
@@ -62,13 +62,13 @@ def broadcast_(tensors: Sequence[Tensor]) -> None:
 
 
 def barrier() -> None:
-    """Wait until every rank gets here. A collective."""
-    # The sum is copied to the CPU, so this waits; a barrier of an accelerator's backend may not.
+    """Wait until every rank calls this. A collective."""
+    # The sum is copied to the CPU, which blocks; a barrier of an accelerator's backend may not.
     sum_over_processes([torch.zeros(1)])
 
 
 def sequential_per_node(action: Callable[[], T]) -> T:
-    """Call a function on the ranks of each node, one rank at a time. A collective; host names tell nodes apart.
+    """Call a function on the ranks of each node, one rank at a time. A collective; nodes are identified by host name.
 
     The other ranks wait, for as long as the timeout of torch.distributed's group allows; it should be longer than the
     function takes.
@@ -80,7 +80,7 @@ def sequential_per_node(action: Callable[[], T]) -> T:
         What the function returned on this rank.
 
     Raises:
-        RuntimeError: On all other ranks, as soon as the function has failed on one; on that one, whatever it raised.
+        RuntimeError: If the function fails on another rank; on that rank its exception is raised again.
     """
     host = int.from_bytes(hashlib.sha256(socket.gethostname().encode()).digest()[:7])
     hosts = gather_number(host)
@@ -97,12 +97,12 @@ def sequential_per_node(action: Callable[[], T]) -> T:
         if error is not None:
             raise error
         if any(failed):
-            raise RuntimeError(f"process {failed.index(1)} has failed; see its error above, this process ends too")
+            raise RuntimeError(f"process {failed.index(1)} has failed; see its error above")
     return results[0]
 
 
 def gather_number(number: int) -> list[int]:
-    """All-gather one integer: the number of every rank, in their order. A collective."""
+    """All-gather one integer of every rank, in the order of ranks. A collective."""
     numbers = torch.zeros(num_processes(), dtype=torch.int64)
     numbers[process_rank()] = number
     sum_over_processes([numbers])
@@ -113,7 +113,7 @@ def gather_examples(tensor: Tensor) -> Tensor:
     """All-gather the ranks' examples, in the order of the data set. A collective.
 
     Args:
-        tensor: `[n, ...]`, the examples of this rank. Where n = 0 the other sizes do not matter; the dtype does.
+        tensor: Examples of this rank, `[n, ...]`. If n = 0, the other sizes are ignored; the dtype is not.
 
     Returns:
         `[N, ...]`, on every rank.
@@ -131,12 +131,12 @@ def gather_examples(tensor: Tensor) -> Tensor:
     if lengths != [shard_size(total, rank, world_size) for rank in range(world_size)]:
         raise ValueError(
             f"the processes have {lengths} examples, which is no round-robin assignment of {total}; use the samplers "
-            "that Lightning puts in, or DistributedSampler"
+            "that Lightning adds, or DistributedSampler"
         )
     sizes = {tuple(shape[1:]) for shape in shapes if shape[0]}
     if len(sizes) > 1:
-        raise ValueError(f"examples have different sizes on different processes: {sorted(sizes)}")
-    # Rank 0 has the most examples; a row that another rank lacks is padding, and ends up at the very end.
+        raise ValueError(f"examples have different sizes on different processes: {sorted(sizes)}; make them equal")
+    # Rank 0 has the most examples; the padding of other ranks ends up at the very end.
     padded = tensor.new_zeros(lengths[0], *next(iter(sizes), ()), device=device)
     if len(tensor):
         padded[: len(tensor)] = tensor

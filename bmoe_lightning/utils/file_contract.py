@@ -1,6 +1,6 @@
-"""The contract of the files of this package, for tests of a format.
+"""The contract test of the file formats of this package.
 
-A file is complete or refused, is replaced atomically, and its reader raises errors that name the path and what to do.
+A file is complete or refused, is replaced atomically, and errors of its reader name the path and what to do.
 """
 
 from __future__ import annotations
@@ -25,17 +25,17 @@ Read = Callable[[Path], object]
 
 
 def check_file_format(write: Write, read: Read, tmp_path: Path, *, name: str = "sample.safetensors") -> None:
-    """Check that a format keeps the contract of the files of this package.
+    """Check that a file format satisfies the contract of this package.
 
     Args:
-        write: Function that writes a sample to a path, always with the same content, over a file that is there already.
+        write: Function that writes a sample, always with the same content, to a path, and replaces an existing file.
         read: Function that reads a path and returns its content: tensors, mappings, sequences, dataclasses and plain
             values.
-        tmp_path: Empty folder to work in.
+        tmp_path: Empty folder for temporary files.
         name: Name of the sample, `.safetensors` or `.json`.
 
     Raises:
-        AssertionError: If the format breaks the contract, with a sentence on how.
+        AssertionError: If the format breaks the contract; the message says how.
     """
     path = tmp_path / "folder" / name
     _check_round_trip(write, read, path)
@@ -103,7 +103,7 @@ def _check_places(write: Write, read: Read, path: Path) -> None:
     path.mkdir()
     _check_error(read, path, "a folder in the place of the file", IsADirectoryError)
     path.rmdir()
-    path.symlink_to(path.name)  # stands for all that is there and cannot be opened, also by root
+    path.symlink_to(path.name)  # exists and cannot be opened, not even by root
     error = _check_error(read, path, "a link to itself", OSError)
     _require(not isinstance(error, FileNotFoundError), "a file that cannot be opened must not be called missing")
     path.unlink()

@@ -1,4 +1,4 @@
-"""The header that all files of this package carry: format, version, id of the fit, description and SHA-256 digests."""
+"""The header of all files of this package: format, version, id of the fit, description and SHA-256 digests."""
 
 from __future__ import annotations
 
@@ -15,13 +15,13 @@ _DIGEST = "sha256"
 
 @dataclass(frozen=True)
 class FileHeader:
-    """What a header says.
+    """The fields of a header.
 
     Attributes:
         format: Name of the format in words, such as `posterior`.
         version: Version of the format.
         fit: Id of the fit that the file belongs to; empty if it belongs to none.
-        description: Content in JSON; readers leave keys that they do not know alone.
+        description: Content in JSON; readers ignore unknown keys.
         tensors: SHA-256 digest of each tensor by name.
         digest: SHA-256 digest of all of the above, and so of the file's content.
     """
@@ -38,7 +38,7 @@ def seal(fields: Mapping[str, Any]) -> tuple[str, str]:
     """Add the digest to the fields of a header.
 
     Args:
-        fields: `format`, `version`, `fit`, `description` and `tensors` (see `FileHeader`), in values that JSON has; a
+        fields: Fields `format`, `version`, `fit`, `description` and `tensors` (see `FileHeader`) as JSON values; a
             digest among them is replaced.
 
     Returns:
@@ -50,7 +50,7 @@ def seal(fields: Mapping[str, Any]) -> tuple[str, str]:
 
 
 def parse_header(path: Path, text: str | bytes, *, format: str, version: int, remedy: str = REMEDY) -> FileHeader:
-    """Check the JSON text of a header and return what it says.
+    """Parse and verify the JSON text of a header.
 
     Args:
         path: Path of the file, for messages.
@@ -106,7 +106,7 @@ def damaged(path: Path, format: str, reason: str, remedy: str = REMEDY) -> Damag
 
 
 def check_readable(path: Path, format: str) -> None:
-    """Open a file, so that a missing, unreadable or misplaced one gets the error that Python has for it.
+    """Open a file, so that a missing or unreadable one, or a folder, raises the corresponding error of Python.
 
     Raises:
         FileNotFoundError: If there is no such file.

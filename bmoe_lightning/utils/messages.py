@@ -10,7 +10,7 @@ def first_names(names: Iterable[str], count: int = 3) -> str:
 
     Args:
         names: All names.
-        count: How many of them to give.
+        count: Number of names to list.
     """
     ordered = sorted(names)
     more = f" and {len(ordered) - count} more" if len(ordered) > count else ""

@@ -1,4 +1,4 @@
-"""Torch's random state and the order of data loaders: isolated, and reproducible."""
+"""Isolation of torch's random state, and reproducible orders of data loaders."""
 
 from __future__ import annotations
 
@@ -27,12 +27,12 @@ def forked_random_state() -> AbstractContextManager[None]:
 def unchanged_random_state(loader: Iterable[Any], samplers: Sequence[Any] = ()) -> Iterator[None]:
     """Restore torch's random state, and that of a loader's generators, afterwards.
 
-    Iterating over a DataLoader draws a base seed even where nothing is shuffled; without this a later training run
+    Iterating over a DataLoader draws a base seed even without shuffling; without this context a later training run
     would see other batches.
 
     Args:
-        loader: A DataLoader, or any iterable of batches.
-        samplers: Further samplers that the loader's own wrap, where wrappers hide them.
+        loader: DataLoader, or any iterable of batches.
+        samplers: Further samplers, inside wrappers that hide them.
     """
     generators = _generators(loader, samplers)
     states = [(generator, generator.get_state()) for generator in generators]
@@ -46,15 +46,15 @@ def unchanged_random_state(loader: Iterable[Any], samplers: Sequence[Any] = ()) 
 
 @contextmanager
 def reproducible_order(loader: Iterable[Any], samplers: Sequence[Any] = ()) -> Iterator[None]:
-    """Have a loader give the same order in every process, whatever ran before; restore its state afterwards.
+    """Make a loader's order reproducible and equal in every process; its state is restored afterwards.
 
-    Torch's random state and the loader's generators are seeded with a constant, which also makes a sampler draw the
-    same on every rank; samplers that count epochs (`set_epoch`) are set to epoch 0. A sampler or a data set with random
-    state of another kind may still give another order every time.
+    Torch's random state and the loader's generators are seeded with a constant, so that a sampler draws the same order
+    on every rank; samplers with `set_epoch` are set to epoch 0. A sampler or data set with another random state may
+    still have a different order every time.
 
     Args:
-        loader: A DataLoader, or any iterable of batches, of which only draws from torch's generator are known.
-        samplers: Further samplers that the loader's own wrap, where wrappers hide them.
+        loader: DataLoader, or any iterable of batches, of which only torch's generator is controlled.
+        samplers: Further samplers, inside wrappers that hide them.
     """
     with unchanged_random_state(loader, samplers):
         torch.default_generator.manual_seed(0)

@@ -1,9 +1,9 @@
-"""Named classes that are imported when they are asked for: strict, lazy, and open to other packages.
+"""Registries of named classes: imported lazily, and extensible by other packages.
 
 A registry holds frozen dataclasses of one kind under the default of their field `name`. Names of this library are
-strings in a table, so that listing them imports nothing. Another package adds to a registry with an entry point of its
-group (`name = "package.module:Class"`); code that is running anyway calls `register`; a command line names a class
-directly, as `package.module:Class`.
+strings in a table, so that listing them imports nothing. Another package extends a registry with an entry point of its
+group (`name = "package.module:Class"`), running code with `register`; a command line may name a class directly, as
+`package.module:Class`.
 """
 
 from __future__ import annotations
@@ -22,10 +22,10 @@ class Registry(Generic[T]):
     """The classes of one kind, by name.
 
     Args:
-        kind: What one of them is called in messages, such as `task`.
-        base: Returns the class that all of them inherit from; called late, since its import may be slow.
-        group: Entry-point group of other packages.
-        package: Package that the built-in modules are in.
+        kind: Name of the kind in messages, such as `task`.
+        base: Function that returns the base class of all classes; called late, since its import may be slow.
+        group: Entry-point group for other packages.
+        package: Package of the built-in modules.
         built_in: Built-in classes as `module:Class`, by name.
     """
 
@@ -39,11 +39,11 @@ class Registry(Generic[T]):
         self._registered: dict[str, type[T]] = {}
 
     def names(self) -> tuple[str, ...]:
-        """All names: built in, then of other packages, then registered by running code."""
+        """All names: built-in ones, then those of other packages, then those registered in this process."""
         return tuple(dict.fromkeys((*self._built_in, *sorted(self._entry_points()), *self._registered)))
 
     def built_in_names(self) -> tuple[str, ...]:
-        """The names that this library brings."""
+        """The built-in names."""
         return tuple(self._built_in)
 
     def register(self, cls: Registered) -> Registered:
@@ -54,7 +54,7 @@ class Registry(Generic[T]):
 
         Raises:
             TypeError: If it is no such class.
-            ValueError: If its name is taken.
+            ValueError: If its name is registered already.
         """
         path = _path(cls)
         name: str = getattr(self._instance(cls, path), "name")  # noqa: B009  # the base class is not known here
@@ -62,7 +62,7 @@ class Registry(Generic[T]):
         taken = self._built_in.get(name) or (points[name].value if name in points else None)
         if taken is None and name in self._registered:
             taken = _path(self._registered[name])
-        # A module that is reloaded, or that an entry point names, registers its class again.
+        # A reloaded module, or the module of an entry point, registers its class again.
         if taken not in (None, path):
             raise ValueError(f"the {self.kind} name {name!r} is taken by {taken}; give {cls.__qualname__} another name")
         self._registered[name] = cls
@@ -105,7 +105,7 @@ class Registry(Generic[T]):
             imported = import_module(module)
         except ModuleNotFoundError as error:
             if error.name is not None and module != error.name and not module.startswith(f"{error.name}."):
-                raise  # the module is there, and something that it imports is not
+                raise  # the module exists, and something that it imports does not
             raise ValueError(f"the {self.kind} {path!r} names a module that cannot be imported: {error}") from error
         if not hasattr(imported, attribute):
             raise ValueError(f"the module {module!r} has no {attribute!r}; the {self.kind} {path!r} cannot be loaded")
@@ -118,7 +118,7 @@ class Registry(Generic[T]):
             instance = cls()
         except TypeError as error:
             raise TypeError(
-                f"the {self.kind} {name!r} ({cls.__qualname__}) cannot be made without arguments: {error}"
+                f"the {self.kind} {name!r} ({cls.__qualname__}) cannot be created without arguments: {error}"
             ) from error
         return self._checked(instance)
 
@@ -132,7 +132,7 @@ class Registry(Generic[T]):
         """Entry points of other packages by name.
 
         Raises:
-            ValueError: If two packages use one name, or one that this library brings.
+            ValueError: If two packages use the same name, or one uses a built-in name.
         """
         points: dict[str, EntryPoint] = {}
         for point in entry_points(group=self.group):

@@ -1,6 +1,6 @@
 """Tensors with a description on disk: safetensors files, written atomically, with a SHA-256 digest of each tensor.
 
-There is no pickle: reading a file runs nothing in it, and every tensor is verified before it is used.
+There is no pickle, so reading a file executes no code from it, and every tensor is verified before it is used.
 """
 
 from __future__ import annotations
@@ -27,11 +27,11 @@ _MAX_HEADER = 100_000_000  # bytes, the limit of safetensors itself
 
 @dataclass(frozen=True)
 class TensorFile:
-    """A file that was read and verified.
+    """The verified content of a file.
 
     Attributes:
         tensors: Tensors by name, on the CPU.
-        description: Description that the writer gave, as JSON has it.
+        description: Description by the writer, as JSON values.
         fit: Id of the fit that the file belongs to; empty if it belongs to none.
         digest: SHA-256 digest of the content, as `write_tensor_file` returned it.
     """
@@ -58,7 +58,7 @@ def write_tensor_file(
         tensors: Tensors by name, on any device.
         format: Name of the format in words, such as `posterior`.
         version: Version of the format.
-        description: Anything else to store, in values that JSON has.
+        description: Further content, as JSON values.
         fit: Id of the fit that the file belongs to.
 
     Returns:
@@ -108,7 +108,7 @@ class OpenedTensorFile:
 
     Attributes:
         shapes: Shape of each tensor by name.
-        description: Description that the writer gave, as JSON has it.
+        description: Description by the writer, as JSON values.
         fit: Id of the fit that the file belongs to.
         digest: SHA-256 digest of the content, provided that the tensors match theirs.
     """
@@ -129,14 +129,14 @@ class OpenedTensorFile:
         self._unverified = dict(header.tensors)
 
     def read(self, name: str) -> Tensor:
-        """Read a tensor to the CPU; the first time, its digest is verified.
+        """Read a tensor to the CPU; its digest is verified the first time.
 
         Raises:
             OSError: If it cannot be read.
             ValueError: If it does not match its digest.
         """
         try:
-            # Cloned for their alignment: tensors in a file begin anywhere, and matrix kernels care.
+            # Cloned for alignment: tensors in a file are not aligned, which matrix kernels require or prefer.
             tensor: Tensor = self._file.get_tensor(name).clone()
         except SafetensorError as error:
             raise OSError(f"could not read the tensor {name!r} from {self._path}: {error}") from error
@@ -185,7 +185,7 @@ def written_format(path: str | Path) -> str | None:
 
 
 def remove_tensor_file(path: str | Path, *, format: str) -> bool:
-    """Remove a file if its header names this format, and leave any other file alone.
+    """Remove a file if its header names this format; any other file is left unchanged.
 
     Returns:
         Whether it was removed.

@@ -459,7 +459,7 @@ def test_task_of_a_folder(tokenizer, tmp_path, task):
 
 @pytest.mark.parametrize("options", [{"task": "arc"}, {"revision": "main"}])
 def test_splits_need_no_task(tokenizer, options):
-    with pytest.raises(ValueError, match="task and revision say how to load data, but data are Splits"):
+    with pytest.raises(ValueError, match="task and revision apply to a folder or hub id, but data are Splits"):
         module(tokenizer, **options)
 
 

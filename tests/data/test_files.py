@@ -128,7 +128,7 @@ def test_the_files_that_are_read_are_logged(tmp_path, caplog):
         (b"3", "a JSON int"),
         (b"\xff", "not a JSON object"),
         (b"[" * 100_000, "not a JSON object"),
-        (b'{"n": 1, "n": 2}', "the key 'n' stands there twice"),
+        (b'{"n": 1, "n": 2}', "the key 'n' is duplicate"),
     ],
 )
 def test_lines_that_are_no_objects_are_named(tmp_path, line, reason):

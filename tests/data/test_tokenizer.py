@@ -68,7 +68,7 @@ def test_saved_and_loaded_without_a_network(tmp_path):
     [
         ([], {"max_vocab": 50}, "hold no word"),
         (["  \n"], {"max_vocab": 50}, "hold no word"),
-        (TEXTS, {"max_vocab": 13}, "13 entries are reserved"),
+        (TEXTS, {"max_vocab": 13}, "13 reserved entries"),
         (TEXTS, {"max_vocab": 50, "keep": ["not one"]}, "the word 'not one' of keep is not one word"),
     ],
 )

@@ -1,4 +1,4 @@
-"""What a task is: one public data set, and how its rows become questions."""
+"""The base class of tasks: a public data set, and the conversion of its rows to questions."""
 
 from __future__ import annotations
 
@@ -18,20 +18,20 @@ SPLIT_NAMES: tuple[SplitName, ...] = ("train", "validation", "test")
 class Task(ABC):
     """A multiple-choice data set: a frozen dataclass whose fields have defaults, and `question`.
 
-    Of each tuple of split names, the first that the data have is read. Names are those of the hub, and of the files of
-    a local folder.
+    Of each tuple of split names, the first that the data have is read. The names are those of the hub, and those of the
+    files in a local folder.
 
     Attributes:
         name: Name in the registry; lower-case letters, digits and underscores.
-        label: Name for people.
-        url: Data set card.
-        columns: Columns by which rows of this task are recognised where no task is named.
+        label: Display name.
+        url: URL of the data set card.
+        columns: Columns by which rows of this task are recognised if no task is named.
         hub_id: Id on the hub, `owner/name`; empty if it is not there.
-        default_config: Configuration that is loaded where none is named; None for the hub's default.
-        configs: Configurations to name one of, where there is no sensible default.
+        default_config: Configuration that is loaded by default; None for the hub's default.
+        configs: Configurations of which the user must name one, if there is no sensible default.
         train_splits: Names of the training split.
-        validation_splits: Names of the validation split, on which priors and temperatures are tuned; empty if the data
-            set has none, and a part of train is to be set aside.
+        validation_splits: Names of the validation split, on which prior precisions and temperatures are tuned; empty
+            if the data set has none, so that a part of train is set aside.
         test_splits: Names of the split that is reported; its answers have to be public.
     """
 
@@ -56,18 +56,18 @@ class Task(ABC):
             row_id: Split and number of the row, such as `test-17`: the id of a question whose row has none.
 
         Raises:
-            ValueError: Naming the column and what is wrong with it, if the row is malformed.
-            TypeError: Likewise.
-            KeyError: Of a column that is missing.
+            ValueError: If the row is malformed; the message names the column and the defect.
+            TypeError: If the row is malformed, likewise.
+            KeyError: If a column is missing.
         """
 
     def read(self, row: Row, row_id: str, where: str) -> Question:
-        """Turn one row into a question, or say where the malformed row is.
+        """Turn one row into a question; errors name the location of a malformed row.
 
         Args:
             row: Columns by name.
             row_id: As in `question`.
-            where: File and line, or data set and row; every message begins with it.
+            where: Location: file and line, or data set and row; every message begins with it.
 
         Raises:
             ValueError: If the row is malformed.
@@ -83,6 +83,6 @@ class Task(ABC):
         """The names under which the data may have a split, best first.
 
         Args:
-            split: The part that is asked for.
+            split: Split to look up.
         """
         return {"train": self.train_splits, "validation": self.validation_splits, "test": self.test_splits}[split]

@@ -1,4 +1,4 @@
-"""The contract of every task, as a check to call from tests: `check_task(MyTask(), rows)`."""
+"""The contract test of tasks: `check_task(MyTask(), rows)`."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from bmoe_lightning.data.tasks.base import Row, Task
 from bmoe_lightning.data.tasks.registry import get_task, recognise_task, task_names
 
 _NAME = re.compile(r"[a-z][a-z0-9_]*")
-# Some row among these is malformed in any column that a question is made from.
+# For any column that a question is made from, at least one of these values is malformed.
 _DAMAGES: Mapping[str, Any] = {
     "null": None,
     "an empty text": "",
@@ -94,7 +94,7 @@ def _check_refusals(task: Task, row: Row, question: Question) -> None:
     columns_used = 0
     for column in row:
         outcomes = [_outcome(task, damaged, column, how) for how, damaged in _damaged(row, column)]
-        # A column that no damage to changes anything is not read; an id may be made up where it is missing.
+        # A column in which no damage has an effect is not read; a missing id may be replaced.
         if all(_same(question, outcome) for outcome in outcomes):
             continue
         columns_used += 1

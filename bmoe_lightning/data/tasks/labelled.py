@@ -1,4 +1,4 @@
-"""Rows whose choices carry labels and whose answer is one of them: AI2's data sets and others in their columns."""
+"""Rows with labelled choices whose answer is a label: the format of AI2's data sets."""
 
 from __future__ import annotations
 
@@ -14,9 +14,9 @@ def labelled_question(row: Row, column: str) -> Question:
     """The question of a row in the columns of AI2's data sets.
 
     Args:
-        row: With `id`, the question, `choices` (`text` and `label`) and `answerKey`. The original archives nest the
+        row: Row with `id`, the question, `choices` (`text` and `label`) and `answerKey`. The original archives nest the
             question as `question: {stem, choices: [{text, label}]}`.
-        column: The question's text.
+        column: Name of the column with the question's text.
 
     Raises:
         ValueError: If the row is malformed.
@@ -35,8 +35,8 @@ def labelled_choices(choices: object, column: str = "choices") -> tuple[tuple[st
     """Texts and labels of choices, either a mapping of two lists or a list of mappings, with `text` and `label`.
 
     Args:
-        choices: What the column holds.
-        column: Its name.
+        choices: Value of the column.
+        column: Name of the column, for error messages.
 
     Returns:
         `(texts, labels)`, of equal length; labels are texts without surrounding white space.
@@ -64,8 +64,8 @@ def labelled_choices(choices: object, column: str = "choices") -> tuple[tuple[st
 def label_position(row: Row, column: str, labels: Sequence[str]) -> int:
     """Position of the answer's label among the row's labels.
 
-    It is looked up and never computed from the label's character code: ARC has items labelled 1 to 4, and items with 3
-    or 5 choices.
+    It is looked up, not computed from the label's character code: ARC has questions labelled 1 to 4, and questions with
+    3 or 5 choices.
 
     Args:
         row: Columns by name.
@@ -73,11 +73,11 @@ def label_position(row: Row, column: str, labels: Sequence[str]) -> int:
         labels: Labels of the choices.
 
     Raises:
-        ValueError: If the column is empty or none of the labels.
+        ValueError: If the column is empty, or not one of the labels.
     """
     value = row.get(column)
     if value is None or (isinstance(value, str) and not value.strip()):
-        raise ValueError(f"{column} is empty; a split with hidden answers cannot be used")
+        raise ValueError(f"{column} is empty; use a split whose answers are public")
     key = name_of(value, column)
     if key not in labels:
         raise ValueError(f"{column} {key!r} is none of the labels {list(labels)}")

@@ -1,7 +1,7 @@
-"""Tasks by name, and the task that rows belong to.
+"""The registry of tasks, and the recognition of the task of a data set.
 
-Another package registers its tasks with an entry point of the group `bmoe_lightning.tasks`;
-`bmoe_lightning.utils.registry` says what else there is.
+Other packages register tasks with an entry point of the group `bmoe_lightning.tasks`; see
+`bmoe_lightning.utils.registry`.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ T = TypeVar("T", bound="type[Task]")
 
 
 def register_task(task: T) -> T:
-    """Make a task known by the default of its `name`; a decorator for a frozen dataclass.
+    """Register a task under the default of its `name`; a decorator for a frozen dataclass.
 
     Args:
         task: Subclass of `Task` whose fields all have defaults.
@@ -42,7 +42,7 @@ def register_task(task: T) -> T:
 
 
 def get_task(task: str | Task) -> Task:
-    """Look a task up.
+    """Look up a task.
 
     Args:
         task: Registered name, `package.module:Class`, or an instance, which is returned as it is.
@@ -55,12 +55,12 @@ def get_task(task: str | Task) -> Task:
 
 
 def task_names() -> tuple[str, ...]:
-    """The names of all tasks: built in, then of other packages, then registered by running code."""
+    """The names of all tasks: built-in ones, then those of other packages, then those registered in this process."""
     return _TASKS.names()
 
 
 def built_in_task_names() -> tuple[str, ...]:
-    """The names of the tasks that this library brings."""
+    """The names of the built-in tasks."""
     return _TASKS.built_in_names()
 
 
@@ -74,7 +74,7 @@ def task_of_hub_id(hub_id: str) -> Task | None:
 
 
 def recognise_task(columns: Collection[str]) -> Task:
-    """The registered task whose columns are all there; of several, the one with the most.
+    """The registered task whose columns are all present; if several, the one with the most columns.
 
     Args:
         columns: Columns of the data.

@@ -1,1 +1,1 @@
-"""How models store experts, one file a layout."""
+"""Layouts: the ways in which models store experts, one file each."""

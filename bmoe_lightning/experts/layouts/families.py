@@ -1,6 +1,6 @@
-"""Families of transformers whose experts do not use its experts interface: registered forwards, or a refusal.
+"""Families of transformers whose experts do not use its experts interface: registered or refused.
 
-Each forward is that of the family's experts module around `down_proj`; see `register_experts`.
+Each forward is that of the family's experts module with `down_proj` replaced by a call; see `register_experts`.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ def _dbrx(self: Any, down_proj: DownProj, hidden_states: Tensor, index: Tensor, 
 
 @register_experts(f"{_MODELS}.llama4.modeling_llama4.Llama4TextExperts", down_proj="down_proj", transposed=True)
 def _llama4(self: Any, down_proj: DownProj, hidden_states: Tensor) -> Tensor:
-    # Every expert gets every token, multiplied with zero where the router did not choose it.
+    # Every expert gets every token, multiplied by zero unless the router chose the expert.
     num_experts = self.num_experts
     x = hidden_states.view(num_experts, -1, self.hidden_size)
     gate, up = torch.bmm(x, self.gate_up_proj).chunk(2, dim=-1)
@@ -60,7 +60,7 @@ def _jetmoe(self: Any, down_proj: DownProj, layer_input: Tensor) -> Tensor:
 
 @register_experts(f"{_MODELS}.longcat_flash.modeling_longcat_flash.LongcatFlashExperts", down_proj="down_proj")
 def _longcat_flash(self: Any, down_proj: DownProj, hidden_states: Tensor, index: Tensor, weights: Tensor) -> Tensor:
-    # The experts beyond the routed ones are identities, without down_proj.
+    # The experts beyond the routed ones are identities without down_proj.
     groups, tokens = _sorted_slots(index, self.total_experts)
     x = hidden_states[tokens]
     gate, up = groups.matmul(x, self.gate_up_proj.mT).chunk(2, dim=-1)

@@ -1,8 +1,8 @@
-"""Fused experts of transformers: one forward for all of them, in which every slot can be tapped.
+"""Fused experts of transformers: an experts implementation in which every slot can be tapped.
 
-It is registered under the name `bmoe` with transformers' experts interface and computes what the model's own
-implementations compute. Before `down_proj` it applies expert dropout; between `down_proj` and the routing weight it
-passes every slot to a tap.
+It is registered as `bmoe` with transformers' experts interface and is equivalent to the implementations of
+transformers. Before `down_proj` it applies expert dropout; between `down_proj` and the routing weight it passes every
+slot to a tap.
 """
 
 from __future__ import annotations
@@ -36,8 +36,8 @@ class FusedExperts(Layout):
         """Detect a fused experts module, by its parameters.
 
         Raises:
-            ValueError: If it would be one if its `down_proj` was not quantised, parametrised or sharded: it must not
-                stay out of the posterior silently.
+            ValueError: If its `down_proj` is quantised, parametrised or sharded: such experts must not be left out of
+                the posterior silently.
         """
         if is_fused_experts(module):
             return self.layer(name, 0, module, "down_proj")
@@ -59,8 +59,8 @@ class FusedExperts(Layout):
             raise ValueError(f"{name!r} is no module of fused experts with the parameter {down_proj!r}")
         if has_parallel_plan(module) or getattr(module, "num_experts", len(weight)) != len(weight):
             raise ValueError(
-                f"the experts {name!r} are sharded by expert or tensor parallelism, so each process computes a part of "
-                "them; load the model without a parallel plan"
+                f"the experts {name!r} are sharded by expert or tensor parallelism, which is not supported; load the "
+                "model without a parallel plan"
             )
         check_down_proj(name, weight)
         transposed = bool(module.is_transposed)
@@ -73,7 +73,7 @@ class FusedExperts(Layout):
         return {layer.down_proj: module.get_parameter(layer.down_proj)}
 
     def weights(self, model: nn.Module, layer: ExpertLayer) -> dict[str, Tensor]:
-        """The same, with what PEFT's adapters of whole parameters add."""
+        """The effective value of that parameter, including PEFT's `target_parameters` adapters."""
         return {layer.down_proj: effective_parameter(model, layer.name, layer.down_proj)}
 
     def expert_parameters(self, module: nn.Module) -> dict[str, nn.Parameter]:
@@ -83,7 +83,7 @@ class FusedExperts(Layout):
     def intercepted(
         self, module: nn.Module, layer: ExpertLayer, tap: Tap | None, dropout: Dropout | None
     ) -> AbstractContextManager[None]:
-        """Attach to the module; works while the model is `prepared`."""
+        """Attach tap and dropout to the module; they apply while the model is `prepared`."""
         return attached_state(module, tap, dropout)
 
     def prepared(self, model: nn.Module) -> AbstractContextManager[None]:
@@ -116,11 +116,11 @@ def fused_implementation(model: nn.Module) -> Iterator[None]:
         ALL_EXPERTS_FUNCTIONS.register(IMPLEMENTATION, tapped_experts_forward)
     elif taken is not tapped_experts_forward:
         raise RuntimeError(
-            f"transformers already has an experts implementation called {IMPLEMENTATION!r} ({taken!r}); "
-            "bmoe_lightning needs that name; register the other one under another name"
+            f"transformers already has an experts implementation called {IMPLEMENTATION!r} ({taken!r}), the name that "
+            "bmoe_lightning uses; register it under another name"
         )
-    # Through each module's own configuration: a model's set_experts_implementation does not reach copies of it, nor
-    # classes that are not in the file of their model.
+    # Through the configuration of each module: set_experts_implementation of a model does not reach copies of its
+    # configuration, nor classes that are not in the file of their model.
     configs = {id(module.config): module.config for module in fused}
     attributes = [(config, experts_implementation_attribute(config)) for config in configs.values()]
     before = [(config, attribute, getattr(config, attribute)) for config, attribute in attributes]
@@ -138,9 +138,9 @@ def tapped_experts_forward(self: Any, hidden_states: Tensor, top_k_index: Tensor
 
     Args:
         self: A module that transformers decorated with `use_experts_implementation`.
-        hidden_states: `[T, hidden]`.
-        top_k_index: `[T, k]` expert of each slot; E and above mean no expert, as in transformers.
-        top_k_weights: `[T, k]` routing weights.
+        hidden_states: Tokens `[T, hidden]`.
+        top_k_index: Expert of each slot, `[T, k]`; E and above mean no expert, as in transformers.
+        top_k_weights: Routing weights `[T, k]`.
 
     Returns:
         `[T, hidden]`.

@@ -26,8 +26,8 @@ def check_linear_weight(name: str, linear: nn.Module) -> None:
     inner = unwrapped(linear)
     if has_parallel_plan(inner):
         raise ValueError(
-            f"the linear layer {name!r} is sharded by tensor parallelism, so that each process computes a part of it; "
-            "load the model without a parallel plan"
+            f"the linear layer {name!r} is sharded by tensor parallelism, which is not supported; load the model "
+            "without a parallel plan"
         )
     weight = getattr(inner, "weight", None)
     check_down_proj(name, weight)
@@ -44,17 +44,17 @@ def intercept_linear(
     """Hook into a linear layer until a stack is closed.
 
     Args:
-        stack: The stack.
-        linear: The layer, with its wrappers.
-        tap: Receives the layer's slots.
-        dropout: Applied to the layer's input.
-        expert: Index of the expert whose layer it is.
+        stack: Stack that removes the hooks.
+        linear: Linear layer, with its wrappers.
+        tap: Tap of the layer's slots, or None.
+        dropout: Dropout of the layer's input, or None.
+        expert: Index of the expert that the layer belongs to.
         knows_tokens: Whether the layer's rows are the model's tokens, in their order.
     """
     nested = expert_state(linear) is not None
     stack.enter_context(attached_state(linear, tap, dropout))
     if not nested:
-        # First of all hooks, so that a tap sees the layer's own input and output.
+        # Innermost of all hooks, so that a tap sees the unmodified input and output of the layer.
         stack.callback(linear.register_forward_pre_hook(_drop, prepend=True, with_kwargs=True).remove)
         hook = functools.partial(_record, expert, knows_tokens)
         stack.callback(linear.register_forward_hook(hook, prepend=True, with_kwargs=True).remove)
@@ -80,7 +80,7 @@ def _record(
     # An expert is called on the tokens routed to it; a plain layer usually on all tokens, in order.
     tokens = torch.arange(len(flat), device=flat.device) if knows_tokens else None
     seen = state.tap.record(flat, experts, output.reshape(-1, output.shape[-1]), tokens, len(flat))
-    # A copy, so that what the model does to it in place does not count as the layer's output.
+    # A copy, so that in-place operations of the model do not change the recorded output.
     return seen.view(output.shape).clone()
 
 

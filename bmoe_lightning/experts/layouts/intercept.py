@@ -1,4 +1,4 @@
-"""The point in an experts forward around `down_proj`: where activations are dropped and slots are tapped."""
+"""The `down_proj` product in the forward of an experts module, with dropout before it and taps after it."""
 
 from __future__ import annotations
 
@@ -16,11 +16,11 @@ _STATE = "_bmoe_state"
 
 @dataclass(frozen=True)
 class ExpertState:
-    """What is attached to an experts module while slots are tapped or activations dropped.
+    """The state attached to an experts module while slots are tapped or activations dropped.
 
     Attributes:
-        tap: Receives every slot; None while there is none.
-        dropout: Dropout of the inputs of `down_proj` (see `bmoe_lightning.experts.dropout`); None while there is none.
+        tap: Tap of all slots, or None.
+        dropout: Dropout of the inputs of `down_proj` (see `bmoe_lightning.experts.dropout`), or None.
     """
 
     tap: Tap | None = None
@@ -34,10 +34,10 @@ def expert_state(module: nn.Module) -> ExpertState | None:
 
 @contextmanager
 def attached_state(module: nn.Module, tap: Tap | None = None, dropout: Dropout | None = None) -> Iterator[None]:
-    """Attach a tap or dropout to a module, beside what is attached already; afterwards the latter alone is left."""
+    """Attach a tap or dropout to a module, in addition to its state so far, which is restored afterwards."""
     before = expert_state(module)
     outer = before or ExpertState()
-    # Straight into __dict__: the state is no submodule, and nn.Module's bookkeeping has no part in it.
+    # Directly in __dict__, so that nn.Module does not register the state.
     module.__dict__[_STATE] = ExpertState(tap or outer.tap, dropout or outer.dropout)
     try:
         yield
@@ -56,9 +56,9 @@ def down_proj_product(
     Args:
         module: The experts module.
         groups: The slots, sorted by expert.
-        hidden: `[S, d_in]`, sorted by expert.
-        weight: `[E, d_in, d_out]`.
-        tokens: `[S]` int64, the flattened token of each slot, or None.
+        hidden: Inputs `[S, d_in]`, sorted by expert.
+        weight: Weights `[E, d_in, d_out]`.
+        tokens: Flattened token of each slot, `[S]` int64, or None.
         num_tokens: Number of tokens.
 
     Returns:
@@ -78,8 +78,8 @@ def combine(groups: ExpertGroups, output: Tensor, top_k_weights: Tensor) -> Tens
 
     Args:
         groups: Groups over the flattened slots of `T` tokens with `k` experts each.
-        output: `[T k, d_out]`, sorted by expert.
-        top_k_weights: `[T, k]`.
+        output: Outputs `[T k, d_out]`, sorted by expert.
+        top_k_weights: Routing weights `[T, k]`.
 
     Returns:
         `[T, d_out]`.

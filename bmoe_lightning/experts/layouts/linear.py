@@ -23,7 +23,7 @@ class LinearLayer(Layout):
     def detect(
         self, name: str, module: nn.Module, parent: nn.Module, down_proj: str | None, *, named: bool
     ) -> ExpertLayer | None:
-        """Detect nothing: every model has linear layers that are no experts."""
+        """Detect nothing: every model has linear layers that are not experts."""
         return None
 
     def layer(self, name: str, index: int, module: nn.Module, down_proj: str) -> ExpertLayer:
@@ -40,7 +40,7 @@ class LinearLayer(Layout):
         return {name: module.get_parameter(name)}
 
     def weights(self, model: nn.Module, layer: ExpertLayer) -> dict[str, Tensor]:
-        """What the layer multiplies with, adapters included."""
+        """The effective weight of the layer, adapters included."""
         module = model.get_submodule(layer.name)
         return {linear_weight_name(module): effective_weight(module)}
 

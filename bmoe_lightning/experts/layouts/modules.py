@@ -1,4 +1,4 @@
-"""Experts that are modules of their own, in a list or a dictionary."""
+"""Experts that are separate modules in an `nn.ModuleList` or `nn.ModuleDict`."""
 
 from __future__ import annotations
 
@@ -56,7 +56,7 @@ class ModuleExperts(Layout):
         return {name: module.get_parameter(name) for name in names}
 
     def weights(self, model: nn.Module, layer: ExpertLayer) -> dict[str, Tensor]:
-        """What each expert multiplies with in `down_proj`, adapters included."""
+        """The effective weight of each expert's `down_proj`, adapters included."""
         linears = self._linears(model.get_submodule(layer.name), layer)
         return {f"{name}.{linear_weight_name(x)}": effective_weight(x) for name, x in linears.items()}
 

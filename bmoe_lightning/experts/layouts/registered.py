@@ -1,6 +1,6 @@
-"""Experts of custom classes: the forward of a class of modules, registered with its `down_proj` replaced by a call.
+"""Experts of custom classes: a registered forward in which the `down_proj` product is a function call.
 
-For a module of transformers that does not use its experts interface, or for a user's class:
+For a class of transformers that does not use its experts interface, or for a user's class:
 
     @register_experts(MyExperts, down_proj="w2", transposed=True)
     def forward(self, down_proj, x, index, weights):
@@ -8,8 +8,8 @@ For a module of transformers that does not use its experts interface, or for a u
         outputs = down_proj(hidden, experts, tokens, len(x))
         ...
 
-While slots are tapped or activations dropped, that forward runs instead of the module's; at all other times the module
-is unchanged. The first time that a module is tapped its own forward runs as well, and the two have to agree.
+While slots are tapped or activations dropped, that forward replaces the module's; at all other times the module is
+unchanged. The first time that a module is tapped, its original forward runs as well, and both must agree.
 """
 
 from __future__ import annotations
@@ -34,15 +34,15 @@ from bmoe_lightning.experts.wrappers.quantised import check_down_proj
 
 @dataclass(frozen=True)
 class ExpertAdapter:
-    """What `register_experts` was told about a class of modules.
+    """The registration of a class of modules with `register_experts`.
 
     Attributes:
-        forward: `(module, down_proj, *arguments of the module's forward)`.
+        forward: Function `(module, down_proj, *arguments of the module's forward)`.
         down_proj: Name of the parameter that holds the `down_proj` of all experts.
         transposed: Whether that is `[E, d_in, d_out]` rather than `[E, d_out, d_in]`.
         num_experts: Name of the attribute that holds E, where the weights of all experts are stacked in two dimensions.
         expert_parameters: Names of all weights of experts; None where every parameter of the module is one.
-        owner: The class, where it was registered itself rather than by its name.
+        owner: The class, if the class itself was registered rather than its name.
     """
 
     forward: Callable[..., Any]
@@ -80,7 +80,7 @@ def register_experts(
     `down_proj(hidden [S, d_in], experts [S], tokens [S] or None, num_tokens) -> [S, d_out]` and those of the module's
     forward. It calls `down_proj` once, on all slots, in any order, instead of the product with the `down_proj` weights:
     before bias and routing weight. `tokens` are positions among the `num_tokens` tokens of the call, flattened from
-    `[batch, length]`; with None, each slot's example is found from gradients, at the price of two backward passes.
+    `[batch, length]`; with None, each slot's example is found from gradients, at the cost of two backward passes.
     Slots of zeros, which pad the buffers of some models, have no effect.
 
     Args:
@@ -93,7 +93,7 @@ def register_experts(
         expert_parameters: Names of all weights of experts, where the module holds other parameters too.
 
     Raises:
-        TypeError: If the class is no class of modules.
+        TypeError: If it is not a subclass of `nn.Module`.
         ValueError: If another forward is registered for the class already.
     """
     if isinstance(experts_class, str):
@@ -107,7 +107,7 @@ def register_experts(
 
     def register(forward: Callable[..., Any]) -> Callable[..., Any]:
         known = _ADAPTERS.get(name)
-        # A cell of a notebook may run again.
+        # A notebook cell may run again.
         if known is not None and _qualified_name(known.forward) != _qualified_name(forward):
             raise ValueError(f"the experts of {name!r} are registered already, by {known.forward!r}")
         _ADAPTERS[name] = ExpertAdapter(forward, down_proj, transposed, num_experts, expert_parameters, owner)
@@ -131,12 +131,12 @@ def _registered(module: nn.Module) -> tuple[ExpertAdapter, type[nn.Module]] | No
 
 
 def refuse_experts(experts_class: str, reason: str) -> None:
-    """Have `find_expert_layers` refuse a class of modules, by its qualified name, with a reason."""
+    """Register a class of modules, by its qualified name, as not supported, with the reason for the error message."""
     _REFUSALS[experts_class] = reason
 
 
 def refusal_of(module: nn.Module) -> str | None:
-    """Why the experts of a module are refused, if they are."""
+    """The reason why the experts of a module are not supported; None if they are."""
     found = _registered(module)
     if found is not None and type(module).forward is not found[1].forward:
         return f"it overrides the registered forward of {found[1].__name__}; register {type(module).__name__} too"
@@ -196,7 +196,7 @@ class RegisteredExperts(Layout):
         return {layer.down_proj: module.get_parameter(layer.down_proj)}
 
     def weights(self, model: nn.Module, layer: ExpertLayer) -> dict[str, Tensor]:
-        """The same, with what PEFT's adapters of whole parameters add."""
+        """The effective value of that parameter, including PEFT's `target_parameters` adapters."""
         owner, _, name = f"{layer.name}.{layer.down_proj}".rpartition(".")
         return {layer.down_proj: effective_parameter(model, owner, name)}
 
@@ -223,8 +223,8 @@ class RegisteredExperts(Layout):
                 own = module.__dict__.get(name)
                 if own is not None and getattr(own, "__func__", None) is not type(module).forward:
                     raise ValueError(
-                        f"the forward of the experts {layer.name!r} was replaced on the instance ({own!r}), and the "
-                        "registered one would ignore that; register a class for them"
+                        f"the forward of the experts {layer.name!r} was replaced on the instance ({own!r}), which the "
+                        "registered forward would ignore; register a subclass with that forward"
                     )
                 module.__dict__[name] = functools.partial(_run, module, adapter)
                 stack.callback(_put_back, module, name, own)
@@ -248,7 +248,7 @@ def _run(module: nn.Module, adapter: ExpertAdapter, *args: Any, **kwargs: Any) -
 
 
 def _compare(module: nn.Module, own: Any, registered: Any) -> None:
-    """Refuse a registered forward that computes something else than the module's own."""
+    """Refuse a registered forward whose outputs differ from those of the module's original forward."""
     pairs = zip(*(x if isinstance(x, tuple) else (x,) for x in (own, registered)), strict=True)
     for expected, found in pairs:
         if not isinstance(expected, Tensor) or not expected.is_floating_point():

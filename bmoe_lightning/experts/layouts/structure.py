@@ -13,7 +13,7 @@ _USUAL_NAMES = ("down_proj", "w2", "fc2", "wo", "c_proj", "output_linear", "dens
 
 
 def experts_of(module: nn.Module) -> dict[str, nn.Module]:
-    """The experts in a list or dictionary of modules, by name: what has linear layers; a dropout may stand beside."""
+    """The experts in a list or dictionary of modules, by name: all children with linear layers (not a dropout, say)."""
     if not isinstance(module, (nn.ModuleList, nn.ModuleDict)):
         return {}
     return {name: child for name, child in module.named_children() if linears_of(child)}
@@ -27,9 +27,9 @@ def down_proj_name(
     Args:
         name: Qualified name of the list.
         experts: The list.
-        parent: The module that holds the list, with a router beside it.
-        down_proj: Name of the layer, where the user named it.
-        named: Whether the user named the list, so that it must hold experts.
+        parent: The module that holds the list and the router.
+        down_proj: Name of the layer, if the user gave it.
+        named: Whether the user's pattern matches the list, so that it must hold experts.
 
     Raises:
         ValueError: If the shapes are ambiguous, or `down_proj` does not exist in a list that was named.
@@ -54,7 +54,7 @@ def down_proj_name(
     candidates = [
         n
         for n, (d_out, d_in) in linears.items()
-        # Gate and up may be one layer.
+        # Gate and up projection may be one layer.
         if all(shape in ((d_in, d_out), (2 * d_in, d_out)) for other, shape in linears.items() if other != n)
     ]
     if len(candidates) > 1:
@@ -72,13 +72,13 @@ def down_proj_name(
 def shared_experts_near(layer: ExpertLayer, modules: dict[str, nn.Module], *, may_hold_block: bool) -> list[str]:
     """The `down_proj` layers of the shared experts that belong to an expert layer.
 
-    A shared expert is a module with `shared_expert` or `shared_mlp` in its name, beside the routed experts or beside
+    A shared expert is a module with `shared_expert` or `shared_mlp` in its name, a sibling of the routed experts or of
     the block that holds them, with linear layers of which one maps back to the model's width.
 
     Args:
         layer: A layer of routed experts.
         modules: All modules of the model by name.
-        may_hold_block: Whether shared experts may lie in the layer's own module; see `Layout`.
+        may_hold_block: Whether shared experts may be inside the layer's module; see `Layout`.
 
     Returns:
         Qualified names of the linear layers.
@@ -112,7 +112,7 @@ def _shapes(module: nn.Module) -> dict[str, tuple[int, ...]]:
 
 
 def _router_widths(parent: nn.Module, experts: nn.Module) -> set[int]:
-    """The widths of matrices beside the experts with one row or column an expert, which may be routers."""
+    """The widths of matrices next to the experts with one row or column for each expert, which may be routers."""
     inside = {id(parameter) for parameter in experts.parameters()}
     shapes = [p.shape for p in parent.parameters() if p.dim() == 2 and id(p) not in inside]
     count = len(experts_of(experts))

@@ -34,7 +34,7 @@ def forward_attribute(module: nn.Module) -> str:
 
 
 def execution_device(model: nn.Module) -> torch.device:
-    """The device that a model computes on, also where accelerate offloads its weights.
+    """The device that a model computes on, also if accelerate offloads its weights.
 
     Reads `AlignDevicesHook.execution_device` (seen in accelerate 1.0.0 to 1.15.0).
     """
@@ -59,7 +59,5 @@ def materialized(module: nn.Module, name: str) -> Tensor:
         return weight
     offloaded = offloaded_weights(module)
     if offloaded is None:
-        raise ValueError(
-            "the model's weights are on the meta device, which holds no values; load them before anything is fitted"
-        )
+        raise ValueError("the model's weights are on the meta device, which holds no values; load them before fitting")
     return offloaded[name]

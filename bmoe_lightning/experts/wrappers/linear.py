@@ -1,4 +1,4 @@
-"""Linear layers and expert weights below wrappers: their shapes, names, and what they multiply with."""
+"""Linear layers and expert weights inside wrappers: their shapes, names and effective values."""
 
 from __future__ import annotations
 
@@ -14,8 +14,8 @@ from bmoe_lightning.experts.wrappers.peft import adapted_parameter, has_paramete
 from bmoe_lightning.experts.wrappers.quantised import is_linear
 
 _ADAPTED_SHARDS = (
-    "the down_proj weights have adapters of PEFT and are sharded, so no process knows the sum of both; merge the "
-    "adapters into the weights, leave these weights unsharded, or use methods without an evidence"
+    "the down_proj weights have adapters of PEFT and are sharded, so no process has their sum; merge the adapters "
+    "into the weights, leave these weights unsharded, or use methods without an evidence"
 )
 
 
@@ -26,7 +26,7 @@ def linear_shape(module: nn.Module) -> tuple[int, int]:
 
 
 def linears_of(module: nn.Module, prefix: str = "") -> dict[str, nn.Module]:
-    """The linear layers of a module by name, in order; one with wrappers is one layer, under the outermost's name."""
+    """The linear layers of a module by name, in order; a wrapped layer has the name of its outermost wrapper."""
     if is_linear(module):
         return {prefix: module}
     found: dict[str, nn.Module] = {}
@@ -45,9 +45,9 @@ def linear_weight_name(module: nn.Module) -> str:
 
 @torch.no_grad()
 def effective_weight(module: nn.Module) -> Tensor:
-    """What a linear layer multiplies with, `[d_out, d_in]`, detached, adapters included.
+    """The effective weight of a linear layer, `[d_out, d_in]`, detached, adapters included.
 
-    A layer with wrappers is run, on the unit vectors and, for its bias, on zero.
+    A wrapped layer is evaluated at the unit vectors and, for its bias, at zero.
 
     Raises:
         ValueError: If it has adapters and is sharded, or is on the meta device.
@@ -63,7 +63,7 @@ def effective_weight(module: nn.Module) -> Tensor:
         materialized(linear, "weight")  # raises
     basis = torch.eye(linear.in_features + 1, linear.in_features, dtype=weight.dtype, device=device)
     modes = [(child, child.training) for child in module.modules()]
-    module.eval()  # or LoRA's dropout would take part
+    module.eval()  # without LoRA's dropout
     try:
         outputs = module(basis)
     finally:
@@ -73,7 +73,7 @@ def effective_weight(module: nn.Module) -> Tensor:
 
 
 def effective_parameter(model: nn.Module, name: str, parameter: str) -> Tensor:
-    """A parameter of an experts module with what PEFT's adapters of whole parameters add while it runs, detached.
+    """The effective value of a parameter of an experts module, with PEFT's `target_parameters` adapters, detached.
 
     Args:
         model: The model.

@@ -29,7 +29,7 @@ def saved_copy(module: nn.Module) -> str | None:
 
 
 def adapted_parameter(module: nn.Module) -> str | None:
-    """The name of the parameter that an adapter of a whole parameter (`target_parameters`) adapts; None for others.
+    """The name of the parameter that a parameter adapter (`target_parameters`) adapts; None for other adapters.
 
     Reads `ParamWrapper.parameter_name` (seen in PEFT 0.18.0 to 0.21.2).
     """
@@ -45,7 +45,7 @@ def has_lora_variant(module: nn.Module) -> bool:
 
 
 def parameter_deltas(wrapper: Any) -> list[Tensor]:
-    """What the active adapters of a whole parameter add to it, one tensor an adapter, detached.
+    """The updates of a parameter by its active adapters (`target_parameters`), one tensor each, detached.
 
     Reads `merged`, `disable_adapters`, `active_adapters`, `lora_A` and `get_delta_weight` of a `ParamWrapper` (seen in
     PEFT 0.18.0 to 0.21.2).
@@ -57,20 +57,20 @@ def parameter_deltas(wrapper: Any) -> list[Tensor]:
 
 
 def has_parameter_deltas(wrapper: Any) -> bool:
-    """Whether `parameter_deltas` gives any, without computing them."""
+    """Whether `parameter_deltas` is not empty, without computing it."""
     active = any(adapter in wrapper.lora_A for adapter in wrapper.active_adapters)
     return active and not wrapper.merged and not wrapper.disable_adapters
 
 
 def check_lora_matrix(name: str, modules: dict[str, nn.Module]) -> None:
-    """Refuse a matrix of LoRA that does not run as a layer of the forward pass.
+    """Refuse a LoRA matrix that does not run as a layer of the forward pass.
 
     Args:
-        name: Name of the layer (`...lora_A.default`, if it is such a matrix).
+        name: Name of the layer (`...lora_A.default`, if it is a LoRA matrix).
         modules: All modules of the model by name.
 
     Raises:
-        ValueError: Naming the adapter.
+        ValueError: If it is such a matrix; the message names it.
     """
     owner = name.rpartition(".")[0]
     wrapper = modules.get(owner.rpartition(".")[0])
@@ -78,7 +78,7 @@ def check_lora_matrix(name: str, modules: dict[str, nn.Module]) -> None:
         return
     if adapted_parameter(wrapper) is not None:
         raise ValueError(
-            f"{name!r} adapts a whole parameter: PEFT multiplies its matrices and never runs them as layers; use "
+            f"{name!r} adapts a parameter (target_parameters), and PEFT never runs its matrices as layers; use "
             "adapters of linear layers (target_modules) instead"
         )
     if has_lora_variant(wrapper):

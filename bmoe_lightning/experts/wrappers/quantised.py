@@ -25,7 +25,7 @@ def is_packed(tensor: Tensor) -> bool:
 
 
 def unusable(weight: Any) -> str | None:
-    """Why a weight is no matrix of floating-point numbers, or of shards of FSDP2; None if it is one."""
+    """The reason why a weight is not supported, in words; None for a floating-point weight, sharded by FSDP2 or not."""
     if isinstance(weight, Tensor) and is_sharded(weight):
         return sharding_refusal(weight)
     if not isinstance(weight, Tensor) or is_packed(weight):
@@ -66,7 +66,7 @@ def gradients_checked(model: nn.Module) -> Iterator[None]:
     """Check that quantised layers propagate gradients: one that does not would silently drop a part of them.
 
     Raises:
-        RuntimeError: From within the model, naming the layer.
+        RuntimeError: If one does not; raised from within the model, naming the layer.
     """
     with ExitStack() as stack:
         for name, module in model.named_modules():

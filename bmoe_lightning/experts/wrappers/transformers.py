@@ -12,7 +12,7 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 
 
 def outermost_pretrained(model: nn.Module) -> list[PreTrainedModel]:
-    """The `PreTrainedModel`s in a module that lie in no other one."""
+    """The outermost `PreTrainedModel`s in a module."""
     if isinstance(model, PreTrainedModel):
         return [model]
     return [owner for child in model.children() for owner in outermost_pretrained(child)]
@@ -45,7 +45,7 @@ def can_checkpoint_with_cache(layer: GradientCheckpointingLayer) -> bool:
 
 
 def checkpoint_function(layer: nn.Module) -> Callable[..., Any]:
-    """The function with which a layer checkpoints its forward; torch's own, unless transformers set another.
+    """The function with which a layer checkpoints its forward; torch's, unless transformers set another.
 
     Reads `_gradient_checkpointing_func` (seen in transformers 5.16.0 to 5.23.0).
     """

@@ -156,7 +156,7 @@ class TestAdaptersOfWholeParameters:
         torch.testing.assert_close(answer_logits(model, BATCH)[0], plain)
 
     def test_their_matrices_are_no_layers(self):
-        with pytest.raises(ValueError, match="adapts a whole parameter"):
+        with pytest.raises(ValueError, match=r"adapts a parameter \(target_parameters\)"):
             find_linear_layers(self.model(), "*.lora_A.default")
 
 
