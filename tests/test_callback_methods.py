@@ -15,6 +15,7 @@ from bmoe_lightning.curvature import Curvature, LinearLayers
 from bmoe_lightning.laplace import LaplacePosterior
 from bmoe_lightning.methods import (
     CheckpointEnsemble,
+    LaplaceEvidence,
     LaplaceLPO,
     Method,
     NotFittedError,
@@ -233,3 +234,113 @@ def test_states_are_on_the_cpu_and_small(tmp_path):
         assert all(value.device.type == "cpu" and value.numel() < 10 for value in fitted.state.values())
     assert scalar(2.0).dtype == torch.float64
     assert len(ToyData(4, 1)) == 4
+
+
+@dataclass(frozen=True)
+class Aliasing(Method):
+    """Returns a weight, an expanded tensor and one tensor twice, none of which a file or a broadcast can hold."""
+
+    name: str = "aliasing"
+    label: str = "Aliasing"
+
+    def fit(self, work):
+        weight = next(work.model.parameters())
+        return {"weight": weight, "again": weight, "expanded": torch.ones(()).expand(3)}
+
+    def log_probs(self, batch, state):
+        return batch.logits.log_softmax(-1)
+
+
+class TestWhatIsCompared:
+    def test_a_state_is_a_copy(self, tmp_path):
+        callback, module = BayesianMoECallback((Aliasing(),), dirpath=str(tmp_path / "fit")), ToyModule()
+        trainer(tmp_path, [callback], max_epochs=1).fit(module, train_loader(), calibration_loader())
+        state = load_fit(tmp_path / "fit")[0].state_of(Aliasing())
+        assert torch.equal(state["weight"], next(module.parameters()).detach())
+        assert state["expanded"].tolist() == [1, 1, 1]
+        kept = callback.fitted.state_of(Aliasing())
+        assert kept["weight"].data_ptr() != next(module.parameters()).data_ptr()
+
+    def test_another_seed_is_refused_where_a_fit_is_completed(self, tmp_path):
+        module, options = ToyModule(), {"dirpath": str(tmp_path / "fit")}
+        data = {"train_dataloaders": train_loader(), "val_dataloaders": calibration_loader()}
+        first = BayesianMoECallback(("map", "temperature"), **options)
+        trainer(tmp_path, [first], max_epochs=1).fit(module, train_loader(), calibration_loader())
+        second = BayesianMoECallback(("map", "temperature", "laplace_lpo"), seed=5, **options)
+        with pytest.raises(ValueError, match=r"made with seed 0.*seed 5"):
+            second.fit_posterior(module, trainer=trainer(tmp_path, [second]), **data)
+
+    def test_too_few_snapshots_leave_out_the_methods_that_need_them(self, tmp_path):
+        callback, module = BayesianMoECallback(("map", "temperature", "checkpoint_ensemble")), ToyModule()
+        run = trainer(tmp_path, [callback], max_epochs=3)
+
+        class Stop(L.Callback):
+            def on_train_epoch_end(self, trainer, pl_module):
+                trainer.should_stop = True
+
+        run.callbacks.append(Stop())
+        with pytest.warns(UserWarning, match="1 snapshots, too few for checkpoint_ensemble"):
+            run.fit(module, train_loader(), calibration_loader())
+        assert set(callback.fitted.methods) == {"temperature"}
+        with pytest.raises(NotFittedError, match="checkpoint_ensemble has not been fitted"):
+            run.test(module, test_loader(), verbose=False)
+
+    def test_a_trial_predicts_with_what_it_could_fit(self, tmp_path):
+        callback, module = BayesianMoECallback(("map", "swag")), ToyModule()
+        run = trainer(tmp_path, [callback], fast_dev_run=True)
+        with pytest.warns(UserWarning, match="too few for swag"):
+            run.fit(module, train_loader(), calibration_loader())
+        assert "map/test/nll" in run.test(module, test_loader(), verbose=False)[0]
+
+    def test_an_added_method_asks_for_its_own_data_alone(self, tmp_path):
+        module, folder = ToyModule(), str(tmp_path / "fit")
+        first = BayesianMoECallback(("map", "laplace_lpo"), dirpath=folder)
+        trainer(tmp_path, [first], max_epochs=1).fit(module, train_loader(), calibration_loader())
+        methods = ("map", "laplace_lpo", LaplaceEvidence(prior_mean="zero"))
+        second = BayesianMoECallback(methods, dirpath=folder)
+        second.fit_posterior(module, trainer=trainer(tmp_path, [second]), train_dataloaders=train_loader())
+        assert "laplace_evidence" in load_fit(tmp_path / "fit")[0].methods
+
+    def test_evidence_temperature_predicts_by_a_plain_forward(self, tmp_path):
+        class NoGradient(ToyModule):
+            def class_logits(self, batch):
+                logits, labels = super().class_logits(batch)
+                self.with_gradient = logits.requires_grad
+                return logits, labels
+
+        module = NoGradient()
+        callback = BayesianMoECallback(("evidence_temperature",))
+        run = trainer(tmp_path, [callback], max_epochs=1)
+        run.fit(module, train_loader(), loader(120, 2))
+        run.test(module, test_loader(), verbose=False)
+        assert not module.with_gradient
+
+    def test_two_callbacks_of_one_dirpath_have_a_folder_each(self, tmp_path):
+        both = [BayesianMoECallback(("temperature",), name=name, dirpath=str(tmp_path / "fit")) for name in "ab"]
+        trainer(tmp_path, both, max_epochs=1).fit(ToyModule(), train_loader(), calibration_loader())
+        assert {path.parent.name for path in (tmp_path / "fit").rglob("index.json")} == {"a", "b"}
+
+
+class TestPredictStep:
+    def test_that_of_an_instance_is_called_and_put_back(self, tmp_path):
+        module, callback = ToyModule(), BayesianMoECallback(("map",), predict_method="map")
+        run = trainer(tmp_path, [callback], max_epochs=1)
+        run.fit(module, train_loader(), calibration_loader())
+
+        def own(batch, batch_idx):
+            return {"index": batch_idx}
+
+        module.predict_step = own
+        outputs = run.predict(module, test_loader())
+        assert [output["index"] for output in outputs] == list(range(len(outputs)))
+        assert {output["method"] for output in outputs} == {"map"}
+        assert module.predict_step is own
+
+    def test_two_callbacks_that_would_predict_are_refused(self, tmp_path):
+        module = ToyModule()
+        both = [BayesianMoECallback(("map",), name=name, predict_method="map") for name in "ab"]
+        run = trainer(tmp_path, both, max_epochs=1)
+        run.fit(module, train_loader(), calibration_loader())
+        with pytest.raises(ValueError, match="two callbacks have a predict_method"):
+            run.predict(module, test_loader())
+        assert "predict_step" not in vars(module)

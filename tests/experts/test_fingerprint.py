@@ -90,3 +90,12 @@ def test_the_rest_of_a_transformers_model_counts():
     with torch.no_grad():
         model.get_input_embeddings().weight.mul_(1.5)
     assert weight_fingerprint(model, layers) != before
+
+
+@pytest.mark.parametrize("name", ["head.weight", "words.weight", "layers.0.query.weight"])
+def test_all_that_an_own_model_computes_with_counts(name):
+    model = toy_model()
+    before = fingerprint(model)
+    with torch.no_grad():
+        model.get_parameter(name).mul_(3)
+    assert fingerprint(model) != before

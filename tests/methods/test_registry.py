@@ -114,7 +114,7 @@ class TestRegistering:
             def log_probs(self, batch, state):
                 return batch.logits
 
-        with pytest.raises(TypeError, match="cannot be made without arguments"):
+        with pytest.raises(TypeError, match="cannot be created without arguments"):
             register_method(Needy)
 
 

@@ -120,10 +120,9 @@ class TestPredictions:
             for method in METHODS:
                 assert torch.equal(found[name][method].log_probs, two[1][name][method].log_probs)
 
-    def test_a_method_that_was_not_fitted_is_refused_with_the_first_batch(self, model, prepared, loaders):
-        run = EvaluationRun("test", [LaplaceLPO(curvature=Curvature(rank=2))], *prepared[1:])
+    def test_a_method_that_was_not_fitted_is_refused_before_the_first_batch(self, prepared):
         with pytest.raises(NotFittedError, match="laplace_lpo has not been fitted"):
-            run.add(model, answer_logits, loaders[0][0], 0)
+            EvaluationRun("test", [LaplaceLPO(curvature=Curvature(rank=2))], *prepared[1:])
 
 
 class TestMetrics:

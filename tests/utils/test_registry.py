@@ -132,7 +132,7 @@ def test_a_built_in_class_may_register_itself(zoo):
         ("zoo.nowhere:Bird", ValueError, "names a module that cannot be imported"),
         ("zoo.birds:Fish", ValueError, "the module 'zoo.birds' has no 'Fish'"),
         ("zoo.birds:Stone", TypeError, "an instance of zoo.base:Animal, got <zoo.birds.Stone"),
-        ("zoo.birds:NeedsLegs", TypeError, r"'zoo.birds:NeedsLegs' \(NeedsLegs\) cannot be made without arguments"),
+        ("zoo.birds:NeedsLegs", TypeError, r"'zoo.birds:NeedsLegs' \(NeedsLegs\) cannot be created without arguments"),
         ("zoo.broken:Bird", ModuleNotFoundError, "not_installed_anywhere"),
     ],
 )
