@@ -35,10 +35,10 @@ class LayerSelection(ABC):
         """
 
     def description(self) -> dict[str, Any]:
-        """Class and options as JSON would give them back, for files and comparisons.
+        """Class and options as JSON values, for files and comparisons.
 
         Raises:
-            TypeError: If JSON cannot hold an option.
+            TypeError: If an option is not JSON-serialisable.
         """
         options = asdict(self)  # type: ignore[call-overload]  # a dataclass
         content = {"selection": f"{type(self).__module__}:{type(self).__qualname__}", **options}
@@ -105,7 +105,7 @@ class Curvature:
 
     Raises:
         ValueError: For an unknown name or a value out of range.
-        TypeError: For a value of another type.
+        TypeError: If a value has another type.
     """
 
     rank: int = 10

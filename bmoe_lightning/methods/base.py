@@ -73,13 +73,13 @@ class Method(ABC):
 
     @property
     def curvatures(self) -> tuple[Curvature, ...]:
-        """Curvatures that the fit or predictions look at."""
+        """Curvatures that the fit or predictions use."""
         given = getattr(self, "curvature", None)
         return () if given is None else (given,)
 
     @property
     def prediction_curvatures(self) -> tuple[Curvature, ...]:
-        """Those of `curvatures` that predictions look at; all of them, unless the fit alone needs some."""
+        """The subset of `curvatures` that predictions use; by default all."""
         return self.curvatures
 
     @property
@@ -220,10 +220,10 @@ def state_numbers(state: State) -> dict[str, float]:
 
 
 def plain(value: Any) -> Any:
-    """An option as JSON would give it back.
+    """An option as a JSON value.
 
     Raises:
-        TypeError: If JSON cannot hold it.
+        TypeError: If it is not JSON-serialisable.
     """
     if isinstance(value, (Curvature, LayerSelection)):
         return value.description()
@@ -236,8 +236,8 @@ def plain(value: Any) -> Any:
     if value is None or isinstance(value, (bool, int, float, str)):
         return value
     raise TypeError(
-        f"the option {value!r} is a {type(value).__name__}, which no file of a fit can hold; options are numbers, "
-        "strings, paths, curvatures, and lists and mappings of these"
+        f"the option {value!r} is a {type(value).__name__}, which cannot be stored in a file; use numbers, strings, "
+        "paths, curvatures, and lists and mappings of these"
     )
 
 
@@ -268,8 +268,8 @@ def check_method_names(methods: Sequence[Method]) -> None:
     """Check that there are methods and that their names are valid and distinct.
 
     Raises:
-        ValueError: If there is no method, or a name stands for two.
-        TypeError: If a method has an option that no file of a fit can hold.
+        ValueError: If there is no method, a name is invalid, or two methods share one.
+        TypeError: If an option is not JSON-serialisable, or a curvature is not a `Curvature`.
     """
     for method in methods:
         method.options()

@@ -27,9 +27,9 @@ class FittedMethod:
     """The fit of one method.
 
     Attributes:
-        state: From `Method.fit`.
-        options: The method's `fit_options` at the time.
-        curvatures: Digests of the curvatures that its fit or its predictions look at.
+        state: State from `Method.fit`.
+        options: The method's `fit_options` when it was fitted.
+        curvatures: Digests of the curvatures that its fit or its predictions use.
     """
 
     state: State
@@ -146,10 +146,10 @@ class FitResult:
             )
 
     def scalars(self, methods: Iterable[Method]) -> dict[str, float]:
-        """Flat numbers for a logger: what was fitted, and how much of each curvature the factors hold.
+        """Scalars to log: the fitted hyperparameters, and the energy that each curvature's low rank discards.
 
         Args:
-            methods: Methods that are logged, as far as they have been fitted; see `Method.hyperparameters`.
+            methods: Methods to log; those that are not fitted are skipped. See `Method.hyperparameters`.
         """
         flat: dict[str, float] = {}
         for method in methods:

@@ -53,7 +53,7 @@ class LaplaceLastLayer(LaplaceLPO):
     cost = "one forward pass and K - 1 backward passes to the head's output"
 
     def with_defaults(self, curvature: Curvature) -> Self:
-        """The method with its own curvature, or else the run's, moved to the head."""
+        """The method with its curvature, by default the run's, applied to the head."""
         given = self.curvature or curvature
         if isinstance(given.layers, OutputHead) and self.head is None:
             return replace(self, curvature=given)

@@ -47,8 +47,8 @@ def save_fit(folder: Path, fit: FitResult, snapshots: Sequence[Path] = ()) -> No
         snapshots: Snapshots of the trained weights after the last epochs, files within `folder`.
 
     Raises:
-        OSError: If a file cannot be written. What an index that is there names is still whole, unless a curvature was
-            being replaced; then reading says so.
+        OSError: If a file cannot be written; the files that an existing index names are unchanged, unless a curvature
+            was being replaced, in which case `load_fit` raises `ValueError`.
     """
     folder.mkdir(parents=True, exist_ok=True)
     before = _index_of_same_fit(folder, fit.fit_id)
@@ -67,7 +67,7 @@ def save_fit(folder: Path, fit: FitResult, snapshots: Sequence[Path] = ()) -> No
         description={"methods": list(fit.methods)},
         fit=fit.fit_id,
     )
-    # Last of the large files: posterior.safetensors keeps its name, so what an index says of it ends here.
+    # Last of the large files: posterior.safetensors is overwritten in place, which invalidates the previous index.
     posteriors = dict(before["posteriors"]) if same_weights else {}
     for digest in fit.posteriors:
         posteriors[digest] = _save_curvature(folder, fit, digest, written=posteriors)

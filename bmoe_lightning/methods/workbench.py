@@ -350,10 +350,10 @@ def fit_methods(
         The fit; with `earlier`, that one completed by the missing methods.
 
     Raises:
-        ValueError: If data, labels or the prior mean are missing, a curvature's layers are, processes have different
-            weights, a file of `pass_files` is of another pass, or `earlier` was made with another seed.
-        WeightMismatchError: If `earlier` was fitted on other weights.
-        OSError: If a file of `pass_files` cannot be written.
+        ValueError: If data, labels, the prior mean or a curvature's layers are missing, ranks have different weights, a
+            checkpoint belongs to another curvature pass, or `earlier` was fitted with another seed.
+        WeightMismatchError: If `earlier` was fitted to other weights.
+        OSError: If a checkpoint cannot be written.
     """
     check_method_names(methods)
     check_collective(model, distributed=distributed)
@@ -365,8 +365,8 @@ def fit_methods(
         earlier.check_weights(model)
         if earlier.seed != seed:
             raise ValueError(
-                f"the fit was made with seed {earlier.seed}, which all its methods share, and seed {seed} was asked "
-                "for; give the same one, or fit into another folder"
+                f"the existing fit has seed {earlier.seed}, which all its methods share, and seed={seed} differs; pass "
+                "the same seed, or fit into another folder"
             )
     missing = [method for method in methods if not earlier.is_fitted(method)]
     work = Workbench(
@@ -389,7 +389,7 @@ def fit_methods(
             work.posterior(curvature)
     fitted = {}
     for method in missing:
-        # A copy: a state may be an expanded tensor, or share its memory with a weight or with another entry.
+        # A copy: a state may be an expanded tensor, or share memory with a weight or another entry.
         state = {key: value.detach().cpu().contiguous().clone() for key, value in method.fit(work).items()}
         if distributed:
             broadcast_(list(state.values()))

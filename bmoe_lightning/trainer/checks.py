@@ -107,20 +107,20 @@ def check_prediction(trainer: L.Trainer, loaders: Sequence[Any]) -> None:
 
 
 def with_enough_snapshots(methods: Sequence[Method], num_snapshots: int) -> list[Method]:
-    """The methods that the snapshots of a training that has ended allow to be fitted.
+    """The methods for which a finished training run has enough snapshots.
 
     Args:
         methods: Methods of the run.
-        num_snapshots: Snapshots that there are, fewer than expected if training stopped early.
+        num_snapshots: Number of snapshots, fewer than expected if training stopped early.
 
     Warns:
-        UserWarning: Naming the methods that are left out.
+        UserWarning: If methods are skipped; the message names them.
     """
     short = [method.name for method in methods if method.needs.snapshots > num_snapshots]
     if short:
         warnings.warn(
-            f"training ended with {num_snapshots} snapshots, too few for {', '.join(short)}: the other methods are "
-            "fitted; leave these out, or train for more epochs",
+            f"training ended with {num_snapshots} snapshots, too few for {', '.join(short)}: only the "
+            "other methods are fitted; remove these, or train for more epochs",
             stacklevel=2,
         )
     return [method for method in methods if method.name not in short]

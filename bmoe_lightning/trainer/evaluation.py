@@ -35,14 +35,14 @@ class EvaluationRun:
         snapshots: Trained weights after the last epochs.
 
     Raises:
-        NotFittedError: If a method has not been fitted, or with other options.
+        NotFittedError: If a method has not been fitted, or was fitted with other options.
     """
 
     def __init__(self, stage: str, methods: Sequence[Method], fitted: FitResult, snapshots: Sequence[Path]) -> None:
         self.stage = stage
         self._methods = tuple(methods)
         for method in methods:
-            fitted.state_of(method)  # refuses before anything is predicted
+            fitted.state_of(method)  # raises before anything is predicted
         self._fitted = fitted
         self._snapshots = tuple(snapshots)
         self._evaluations: dict[int, Evaluation] = {}
@@ -214,12 +214,12 @@ def replace_predict_step(
         A function that takes the replacement out again.
 
     Raises:
-        ValueError: If another callback has replaced the step already.
+        ValueError: If another callback has patched the step already.
     """
     own = vars(module).get("predict_step")
     if hasattr(own, _REPLACES):
         raise ValueError(
-            "two callbacks have a predict_method, and one prediction can be returned; leave one of them out"
+            "two callbacks have a predict_method, and only one prediction can be returned; set one of them to None"
         )
     step = module.predict_step
     has_step = own is not None or type(module).predict_step is not L.LightningModule.predict_step

@@ -37,7 +37,7 @@ class RunFolder:
     Args:
         given: Folder that the user named, if any.
         pass_every: Batches from one write of a curvature pass's accumulators to the next; None writes none.
-        name: Subfolder, by which two callbacks of one run keep apart.
+        name: Name of the subfolder, which separates two callbacks of one run.
 
     Attributes:
         given: Folder that the user specified on rank 0, if any.
@@ -50,7 +50,7 @@ class RunFolder:
     def __init__(self, given: str | None, pass_every: int | None, name: str = "") -> None:
         if name and not re.fullmatch(r"[\w.-]*\w", name):
             raise ValueError(
-                f"name is a folder and a part of logged keys: letters, digits, '.', '_', '-'; got {name!r}"
+                f"name becomes a folder and a part of logged keys; use letters, digits, '.', '_' and '-', got {name!r}"
             )
         self.given = Path(given, name) if given is not None else None
         self.folder = self.given
@@ -157,7 +157,7 @@ class RunFolder:
                 f"{self.folder} has a fit to other weights than the model's, which is not overwritten. Load the "
                 f"checkpoint that it was fitted to, pass another dirpath=, or remove its {INDEX_FILE}."
             )
-        self.fit_id, self.snapshots = uuid.uuid4().hex, []  # of rank 0, once the others hear of it
+        self.fit_id, self.snapshots = uuid.uuid4().hex, []  # continue_training_of broadcasts rank 0's id
 
     def pass_files(self) -> PassFiles | None:
         """Location of the checkpoints of curvature passes."""
@@ -209,12 +209,12 @@ def _check_same(fit: FitResult | None, folders: Sequence[Path]) -> None:
 
 
 def _check_writable(folder: Path | None) -> None:
-    """Refuse a folder that nothing can be written to, before there is anything to write."""
+    """Check that a folder is writable, before there is anything to write."""
     if folder is not None:
         there = next(path for path in (folder, *folder.absolute().parents) if path.exists())
         if not there.is_dir() or not os.access(there, os.W_OK | os.X_OK):
             raise OSError(
-                f"the fit cannot be written to {folder}: {there} is no writable folder; give another dirpath="
+                f"the fit cannot be written to {folder}: {there} is not a writable folder; pass another dirpath="
             )
 
 

@@ -212,12 +212,12 @@ def test_a_folder_that_cannot_be_written_to_is_refused_before_training(tmp_path)
     module = ToyModule()
     before = {name: value.clone() for name, value in module.state_dict().items()}
     callback = BayesianMoECallback(dirpath=str(tmp_path / "file" / "fit"))
-    with pytest.raises(OSError, match=r"file is no writable folder; give another dirpath="):
+    with pytest.raises(OSError, match=r"file is not a writable folder; pass another dirpath="):
         trainer(tmp_path, [callback], max_epochs=1).fit(module, train_loader(), calibration_loader())
     assert all(torch.equal(value, before[name]) for name, value in module.state_dict().items())
 
 
 @pytest.mark.parametrize("name", ["a/b", "../x", ".."])
 def test_a_name_that_leaves_the_folder_is_refused(name):
-    with pytest.raises(ValueError, match="name is a folder"):
+    with pytest.raises(ValueError, match="name becomes a folder"):
         BayesianMoECallback(name=name)

@@ -123,7 +123,7 @@ def test_prediction_has_the_dropout_of_training_unless_told_otherwise():
         (["their_module:None"], {}, "--methods: the module 'their_module' has no 'None'"),
         (["their_module:Number"], {}, "--methods: a method is a name or an instance of"),
         ([MINE, MINE], {}, "--methods: methods need distinct names, and mine"),
-        ([], {}, "--methods: no method was asked for"),
+        ([], {}, "--methods: no method was given"),
         ([{"class_path": MINE, "args": {}}], {}, "an item of methods must be a name or {class_path"),
         ([MINE], {"set": ["mine.width"]}, "--set must be METHOD.OPTION=VALUE, got 'mine.width'"),
         ([MINE], {"set": ["width=3"]}, "--set must be METHOD.OPTION=VALUE, got 'width=3'"),
