@@ -249,7 +249,7 @@ class TestRealData:
     def test_banner_of_the_small_model_says_what_to_expect(self, tmp_path, data):
         banner = prepare_source(settings(tmp_path, data=data)).banner
         assert data in banner
-        assert "near guessing" in banner
+        assert "near chance" in banner
         assert "--model Qwen/Qwen1.5-MoE-A2.7B" in banner
 
     def test_banner_of_a_given_model_names_both(self, tmp_path, data):
