@@ -111,12 +111,12 @@ def budget_table(points: Sequence[dict[str, object]]) -> str:
 
 
 def in_short(table: str) -> str:
-    """A table of scores and its caption without the intervals."""
+    """A table of metrics and its caption without the intervals."""
     return re.sub(r" (In brackets|An ECE interval)[^.]*\.", "", re.sub(r" \[[-\d.]+, [-\d.]+\]", "", table))
 
 
 def models(run: Path) -> str:
-    """Which pre-trained weights a run's seeds started from, as a sentence; empty where the run does not say."""
+    """A sentence with the hashes of the pre-trained weights of a run's seeds; empty if the run has none."""
     hashes = json.loads((run / "results.json").read_text("utf-8"))["config"].get("pretrained_weights", {})
     if not hashes or not all(hashes.values()):
         return ""

@@ -93,7 +93,7 @@ class StoredPredictions:
 
 
 def _options(method: Method) -> dict[str, Any]:
-    """The options that decide about predictions, as a file has them; the class, too, since names can be taken over."""
+    """The options that affect predictions, as JSON stores them, with the class, since its name may be reused."""
     options = {key: value for key, value in method.options().items() if key != "label"}
     loaded: dict[str, Any] = json.loads(json.dumps({**method.fit_options(), **options}))
     return loaded
