@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import make_dataclass
 
 import pytest
 import torch
@@ -84,3 +85,32 @@ def test_numbers_of_a_state():
         "long": torch.zeros(10_000),
     }
     assert state_numbers(state) == {"one": 2.0, "same": 3.0, "layers_0": 1.0, "layers_1": 2.0}
+
+
+PREDICTION_ONLY = {"link", "num_samples", "runs"}
+# Its temperature is fitted to the predictions that link and samples give.
+FITTED_TO_PREDICTIONS = {"laplace_temperature", "mc_dropout"}
+
+
+@pytest.mark.parametrize("name", method_names())
+def test_a_fit_is_compared_with_all_that_decides_about_it(name):
+    method = get_method(name).with_defaults(RANK3)
+    exempt = set() if name in FITTED_TO_PREDICTIONS else PREDICTION_ONLY
+    assert set(method.fit_options()) == {"class", *method.options()} - {"label"} - exempt
+
+
+def test_classes_of_one_name_are_two_methods():
+    other = type("MAP", (MAP,), {"__module__": "elsewhere"})
+    assert other().options() == MAP().options()
+    assert other().fit_options() != MAP().fit_options()
+
+
+def test_an_option_that_no_file_can_hold_is_refused():
+    typed = make_dataclass("Typed", [("dtype", torch.dtype, torch.float32)], bases=(MAP,), frozen=True)
+    with pytest.raises(TypeError, match="float32"):
+        check_method_names([typed()])
+
+
+def test_a_curvature_of_another_type_is_refused():
+    with pytest.raises(TypeError, match="laplace_lpo must be a Curvature"):
+        check_method_names([LaplaceLPO(curvature="rank 3")])
