@@ -120,7 +120,7 @@ class OfRank(Method):
 
 def agreeing(rank, world_size):
     _check_same("00ff" * 16)
-    with pytest.raises(ValueError, match=f"weights on 1 of {world_size} processes"):
+    with pytest.raises(ValueError, match=f"weights on 1 of {world_size} ranks"):
         _check_same("00ff" * 15 + ("00ff" if rank != 1 else "00fe"))
 
 
@@ -134,7 +134,7 @@ def fitting(rank, world_size):
     assert alone["vector"].tolist() == [1 / 3 + rank, 2.0]
     with torch.no_grad():
         model.layers[0].mixture.crew.down_proj[-1, -1, -1] += rank == 1
-    with pytest.raises(ValueError, match=f"weights on 1 of {world_size} processes"):
+    with pytest.raises(ValueError, match=f"weights on 1 of {world_size} ranks"):
         fit_methods([OfRank()], model, answer_logits, [], distributed=True)
 
 
