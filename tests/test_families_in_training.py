@@ -52,9 +52,9 @@ def test_fine_tuning_and_posterior(family, part, tmp_path):
 @pytest.mark.parametrize(
     ("selection", "layers", "said"),
     [
-        (LinearLayers("*.self_attn.?_proj"), 8, "'selection': 'LinearLayers'"),
-        (LinearLayers("*.lm_head"), 1, "'selection': 'LinearLayers'"),
-        (ExpertLayers(shared_experts=True), 4, "'shared_experts': True"),
+        (LinearLayers("*.self_attn.?_proj"), 8, "layers.selection=.*LinearLayers"),
+        (LinearLayers("*.lm_head"), 1, "layers.selection=.*LinearLayers"),
+        (ExpertLayers(shared_experts=True), 4, "layers.shared_experts=True"),
     ],
     ids=str,
 )

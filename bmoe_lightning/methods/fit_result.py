@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import uuid
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -68,12 +68,7 @@ class FitResult:
         stored = self.methods.get(method.name)
         if stored is None:
             return []
-        there, here = stored.options, method.fit_options()
-        differing = [
-            f"{name}={there.get(name)!r} (here {here.get(name)!r})"
-            for name in sorted(there.keys() | here.keys())
-            if there.get(name) != here.get(name)
-        ]
+        differing = list(_differences(stored.options, method.fit_options()))
         digests = tuple(curvature.digest for curvature in method.curvatures)
         if not differing and stored.curvatures != digests:
             differing = [f"curvatures={list(stored.curvatures)} (here {list(digests)})"]
@@ -177,6 +172,18 @@ class FitResult:
 
     def _missing(self, method: Method) -> bool:
         return any(c.collects and c.digest not in self.posteriors for c in method.prediction_curvatures)
+
+
+def _differences(there: Mapping[str, Any], here: Mapping[str, Any], prefix: str = "") -> Iterator[str]:
+    """Phrases for the entries of two nested mappings that differ."""
+    for name in sorted(there.keys() | here.keys()):
+        one, other = there.get(name), here.get(name)
+        if one == other:
+            continue
+        if isinstance(one, Mapping) and isinstance(other, Mapping):
+            yield from _differences(one, other, f"{prefix}{name}.")
+        else:
+            yield f"{prefix}{name}={one!r} (here {other!r})"
 
 
 def curvature_scalars(posterior: LaplacePosterior) -> dict[str, float]:
