@@ -107,8 +107,8 @@ def test_a_folder_that_not_all_see_is_refused_by_all(folder, kind, world_size):
         if world_size == 1:
             assert said is None
         else:
-            assert "processes find different fits in" in said
-            assert "or some of them none. Give dirpath= a folder that all machines share" in said
+            assert "ranks find different fits in" in said
+            assert "or some find none. Pass dirpath= with a folder that all machines share" in said
 
 
 def test_processes_that_are_spawned(runs):
