@@ -387,5 +387,8 @@ def test_factors_that_take_less_memory(tmp_path):
     assert again["laplace_lpo/test/nll"] == pytest.approx(metrics["laplace_lpo/test/nll"], rel=1e-6)
     assert only_posterior(other).offload
     assert only_posterior(other).factors.layers[0].a_basis.dtype == torch.bfloat16
-    with pytest.raises(NotFittedError, match=r"laplace_lpo was fitted with other options: curvature="):
+    with pytest.raises(
+        NotFittedError,
+        match=r"laplace_lpo was fitted with other options: curvature\.factor_dtype='bfloat16' \(here 'float32'\)",
+    ):
         trainer(tmp_path, [BayesianMoECallback(**options)]).test(module, test_loader(), verbose=False)
