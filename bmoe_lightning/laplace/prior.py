@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import warnings
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Literal
@@ -14,6 +13,7 @@ from torch import Tensor
 from bmoe_lightning.laplace.covariance import BatchTerms
 from bmoe_lightning.laplace.predictive import standard_normal
 from bmoe_lightning.utils.distributed import gather_examples
+from bmoe_lightning.utils.fit_warnings import warn_of_fit
 
 Scope = Literal["global", "layer"]
 SCOPES: tuple[Scope, ...] = ("global", "layer")
@@ -242,7 +242,7 @@ def fit_lpo(
         ValueError: If the scope is unknown, there are no labels, or the objective is not finite.
 
     Warns:
-        UserWarning: If the prior precisions are at an end of the search range.
+        FitWarning: If the prior precisions are at an end of the search range.
     """
     if scope not in ("global", "layer"):
         raise ValueError(f"unknown scope {scope!r}; valid are global, layer")
@@ -256,7 +256,7 @@ def fit_lpo(
         raise ValueError("the validation NLL is not finite; check labels and logits of the calibration split")
     if all(min(abs(x - end) for end in _LPO_RANGE) < 0.1 for x in log_precision.tolist()):
         reached = ", ".join(f"{x:.3g}" for x in log_precision.exp().tolist())
-        warnings.warn(
+        warn_of_fit(
             f"LPO ended at the limit of its search range (prior precisions {reached}): no finite prior precision is "
             "optimal on this validation set, so predictions are those of the MAP or nearly uniform; add labels",
             stacklevel=2,

@@ -30,11 +30,13 @@ class FittedMethod:
         state: State from `Method.fit`.
         options: The method's `fit_options` when it was fitted.
         curvatures: Digests of the curvatures that its fit or its predictions use.
+        warnings: What makes the fit doubtful, one sentence each; see `warn_of_fit`.
     """
 
     state: State
     options: Mapping[str, Any]
     curvatures: tuple[str, ...] = ()
+    warnings: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -98,6 +100,11 @@ class FitResult:
                 f"{method.name} has not been fitted; call fit_posterior, which fits missing methods only"
             )
         return self.methods[method.name].state
+
+    def warnings_of(self, method: Method) -> tuple[str, ...]:
+        """What makes the fit of a method doubtful, one sentence each; empty for a method without a fit."""
+        stored = self.methods.get(method.name)
+        return () if stored is None or not method.is_fitted_method else stored.warnings
 
     def posteriors_for(self, curvatures: Iterable[Curvature], model: nn.Module) -> dict[str, LaplacePosterior]:
         """The posteriors of some curvatures; those of rank 0, which need no pass, are created from the model.

@@ -76,7 +76,11 @@ def save_fit(folder: Path, fit: FitResult, snapshots: Sequence[Path] = ()) -> No
         "layers": [asdict(layer) for layer in fit.layers],
         "seed": fit.seed,
         "methods": {
-            name: {"options": dict(fitted.options), "curvatures": list(fitted.curvatures)}
+            name: {
+                "options": dict(fitted.options),
+                "curvatures": list(fitted.curvatures),
+                "warnings": list(fitted.warnings),
+            }
             for name, fitted in fit.methods.items()
         },
         "states": {"file": methods_file, "sha256": sha256},
@@ -123,7 +127,9 @@ def load_fit(folder: Path, *, offload: Collection[str] = ()) -> tuple[FitResult,
     try:
         states = _load_states(folder, header)
         methods = {
-            name: FittedMethod(states.get(name, {}), dict(entry["options"]), tuple(entry["curvatures"]))
+            name: FittedMethod(
+                states.get(name, {}), dict(entry["options"]), tuple(entry["curvatures"]), _warnings(entry)
+            )
             for name, entry in content["methods"].items()
         }
         posteriors = {
@@ -185,6 +191,13 @@ def _load_states(folder: Path, header: FileHeader) -> dict[str, dict[str, Tensor
         method, _, key = name.partition("/")
         states.setdefault(method, {})[key] = value
     return states
+
+
+def _warnings(entry: Mapping[str, Any]) -> tuple[str, ...]:
+    sentences = entry.get("warnings", [])  # absent in files of earlier releases
+    if not isinstance(sentences, list) or not all(isinstance(sentence, str) for sentence in sentences):
+        raise TypeError(f"warnings must be a list of sentences, got {sentences!r}")
+    return tuple(sentences)
 
 
 def _load_curvature(folder: Path, entry: Mapping[str, Any], fit_id: str, *, offload: bool) -> LaplacePosterior:

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import math
-import warnings
 from collections.abc import Callable
 
 import torch
 from torch import Tensor
+
+from bmoe_lightning.utils.fit_warnings import warn_of_fit
 
 TEMPERATURE_RANGE = (0.01, 100.0)
 """Search range of the temperature."""
@@ -34,7 +35,7 @@ def fit_temperature(logits: Tensor, labels: Tensor) -> float:
             absent class.
 
     Warns:
-        UserWarning: If T is at an end of the range: the predictions are all correct, or no better than chance, so that
+        FitWarning: If T is at an end of the range: the predictions are all correct, or no better than chance, so that
             the labels do not bound T.
     """
     logits, labels = check_labelled(logits, labels)
@@ -45,10 +46,9 @@ def fit_temperature(logits: Tensor, labels: Tensor) -> float:
     low, high = math.log(TEMPERATURE_RANGE[0]), math.log(TEMPERATURE_RANGE[1])
     log_temperature = minimise(lambda u: negative_log_likelihood(logits, labels, u), low, high)
     if min(log_temperature - low, high - log_temperature) < 1e-6:
-        warnings.warn(
+        warn_of_fit(
             f"the fitted temperature {math.exp(log_temperature):.3g} is at the end of the search range: {len(labels)} "
             "labels do not determine it (all predictions are correct, or no better than chance); add labels",
-            UserWarning,
             stacklevel=2,
         )
     return math.exp(log_temperature)

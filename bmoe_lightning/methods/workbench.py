@@ -5,6 +5,7 @@ The workbench runs the collectives and the resumable passes; a method's `fit` re
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import islice
@@ -32,7 +33,16 @@ from bmoe_lightning.methods.base import Method, check_method_names
 from bmoe_lightning.methods.batch_view import BatchView
 from bmoe_lightning.methods.fit_result import FitResult, FittedMethod
 from bmoe_lightning.methods.temperature_search import check_labelled
-from bmoe_lightning.utils.distributed import broadcast_, gather_examples, num_processes, sum_over_processes
+from bmoe_lightning.utils.distributed import (
+    broadcast_,
+    gather_examples,
+    is_rank_zero,
+    num_processes,
+    sum_over_processes,
+)
+from bmoe_lightning.utils.fit_warnings import collected_fit_warnings, warn_of_fit
+
+_logger = logging.getLogger(__name__)
 
 PriorMeanName = Literal["pretrained", "zero"]
 PRIOR_MEANS: tuple[PriorMeanName, ...] = ("pretrained", "zero")
@@ -228,6 +238,14 @@ class Workbench:
         distances = self.squared_distances(curvature, prior_mean)
         return fit_evidence(self.posterior(curvature).curvature, distances, scope)
 
+    def warn(self, sentence: str) -> None:
+        """Warn that the number being fitted is doubtful (at a bound, say): logged, and a footnote of the results.
+
+        Args:
+            sentence: What was found and what to do, in one sentence.
+        """
+        warn_of_fit(sentence, stacklevel=2)
+
     def _pretrained(self) -> dict[str, Tensor]:
         if self._prior_mean is None:
             raise ValueError(
@@ -389,13 +407,26 @@ def fit_methods(
             work.posterior(curvature)
     fitted = {}
     for method in missing:
+        with collected_fit_warnings() as doubts:
+            found = method.fit(work)
         # A copy: a state may be an expanded tensor, or share memory with a weight or another entry.
-        state = {key: value.detach().cpu().contiguous().clone() for key, value in method.fit(work).items()}
+        state = {key: value.detach().cpu().contiguous().clone() for key, value in found.items()}
         if distributed:
             broadcast_(list(state.values()))
-        fitted[method.name] = FittedMethod(state, method.fit_options(), tuple(c.digest for c in method.curvatures))
+        digests = tuple(curvature.digest for curvature in method.curvatures)
+        fitted[method.name] = FittedMethod(state, method.fit_options(), digests, tuple(doubts))
+    if is_rank_zero():
+        _log_warnings(fitted)
     collected = {digest: p for digest, p in work.posteriors.items() if p.factors.rank > 0}
     return replace(earlier.with_methods(fitted, collected), calibration=work.known_logits or earlier.calibration)
+
+
+def _log_warnings(fitted: Mapping[str, FittedMethod]) -> None:
+    """One line for each distinct warning, with the methods that it is about."""
+    sentences = dict.fromkeys(sentence for entry in fitted.values() for sentence in entry.warnings)
+    for sentence in sentences:
+        names = [name for name, entry in fitted.items() if sentence in entry.warnings]
+        _logger.warning("%s: %s", ", ".join(names), sentence)
 
 
 def _new_fit(methods: Sequence[Method], model: nn.Module, seed: int, fit_id: str | None) -> FitResult:

@@ -113,6 +113,7 @@ def _results_json(
                 },
                 "extra": _jsonable(row.extra),
                 "hyperparameters": _jsonable(row.hyperparameters),
+                "warnings": list(row.warnings),
             }
             for row in rows
         ],
@@ -122,6 +123,7 @@ def _results_json(
                 "seed": result.seed,
                 **_jsonable(seed_values(result, settings)),
                 "extra": _jsonable(result.extra),
+                "warnings": list(result.warnings),
             }
             for result in results
         ],

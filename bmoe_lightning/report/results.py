@@ -38,6 +38,7 @@ class MethodResult:
         ids: Unique id of each item.
         extra: Further numbers for the table, such as a fitted temperature.
         hyperparameters: Options of the method, the same for all seeds.
+        warnings: What makes the result doubtful, one sentence each: footnotes of the table.
 
     Raises:
         TypeError: If the tensors have the wrong dtype.
@@ -52,6 +53,7 @@ class MethodResult:
     ids: tuple[str, ...]
     extra: Mapping[str, float] = field(default_factory=dict)
     hyperparameters: Mapping[str, HyperparameterValue] = field(default_factory=dict)
+    warnings: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         if not _SLUG.fullmatch(self.method):
@@ -132,6 +134,7 @@ class Row:
         extra: Means over seeds of the further numbers.
         settings: Settings of the summary.
         hyperparameters: Options of the method.
+        warnings: What makes the results doubtful, one sentence each; with several seeds, with those it is about.
     """
 
     method: str
@@ -142,6 +145,7 @@ class Row:
     extra: dict[str, float]
     settings: SummarySettings
     hyperparameters: dict[str, HyperparameterValue] = field(default_factory=dict)
+    warnings: tuple[str, ...] = ()
 
 
 def by_method(results: Sequence[MethodResult]) -> dict[str, list[MethodResult]]:
@@ -238,6 +242,16 @@ def _row(group: list[MethodResult], settings: SummarySettings) -> Row:
         extra=_mean_extra(group),
         settings=settings,
         hyperparameters=dict(group[0].hyperparameters),
+        warnings=_warnings(group),
+    )
+
+
+def _warnings(group: list[MethodResult]) -> tuple[str, ...]:
+    sentences = dict.fromkeys(sentence for result in group for sentence in result.warnings)
+    seeds = {sentence: [result.seed for result in group if sentence in result.warnings] for sentence in sentences}
+    return tuple(
+        sentence if len(of_sentence) == len(group) else f"seed {', '.join(map(str, of_sentence))}: {sentence}"
+        for sentence, of_sentence in seeds.items()
     )
 
 

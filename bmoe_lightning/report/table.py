@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 from bmoe_lightning.metrics import HEADLINE_METRICS, METRIC_NAMES, HeadlineMetric
 from bmoe_lightning.report.results import MetricSummary, Row
 
 _GAP = "  "
+_DIGITS = "⁰¹²³⁴⁵⁶⁷⁸⁹"
+_SUPERSCRIPT = str.maketrans("0123456789", _DIGITS)
 _HEADER = ("method", *(metric.header for metric in HEADLINE_METRICS))
 
 
@@ -38,8 +40,18 @@ def caption(rows: Sequence[Row]) -> str:
     return " ".join(parts)
 
 
+def footnotes(rows: Sequence[Row]) -> dict[str, str]:
+    """The warnings of all rows: the mark of each distinct sentence, such as `¹`, by the sentence.
+
+    Args:
+        rows: From `summarise`.
+    """
+    sentences = dict.fromkeys(sentence for row in rows for sentence in row.warnings)
+    return {sentence: str(number).translate(_SUPERSCRIPT) for number, sentence in enumerate(sentences, 1)}
+
+
 def results_table(rows: Sequence[Row], *, width: int = 120) -> str:
-    """Table in aligned plain text, one row for each method, with its caption.
+    """Table in aligned plain text, one row for each method, with its caption, and a footnote for each warning.
 
     If a line would exceed `width`, intervals are on a separate line below the means; a label that is still too long is
     truncated.
@@ -54,13 +66,17 @@ def results_table(rows: Sequence[Row], *, width: int = 120) -> str:
     if width < 80:
         raise ValueError(f"width must be at least 80 columns, found {width}")
     note = caption(rows)
-    lines = [[row.label, *(f"{_mean(m)} {_interval(m)}" for m in _cells(row))] for row in rows]
+    marks = footnotes(rows)
+    labels = [_marked(row.label, row, marks) for row in rows]
+    lines = [
+        [label, *(f"{_mean(m)} {_interval(m)}" for m in _cells(row))] for label, row in zip(labels, rows, strict=True)
+    ]
     if _total_width(_column_widths([_HEADER, *lines])) > width:
         lines = [
             line
-            for row in rows
+            for label, row in zip(labels, rows, strict=True)
             for line in (
-                [row.label, *(_mean(m) for m in _cells(row))],
+                [label, *(_mean(m) for m in _cells(row))],
                 ["", *(_interval(m) for m in _cells(row))],
             )
         ]
@@ -68,11 +84,14 @@ def results_table(rows: Sequence[Row], *, width: int = 120) -> str:
     widths[0] = max(len(_HEADER[0]), min(widths[0], width - _total_width(widths[1:]) - len(_GAP)))
     rule = "─" * _total_width(widths)
     body = [_aligned(line, widths) for line in lines]
-    return "\n".join([_aligned(_HEADER, widths), rule, *body, rule, *_wrapped(note, width)])
+    notes = [line for sentence, mark in marks.items() for line in _wrapped(f"{mark} {sentence}", width)]
+    return "\n".join([_aligned(_HEADER, widths), rule, *body, rule, *_wrapped(note, width), *notes])
 
 
 def results_markdown(rows: Sequence[Row]) -> str:
-    """Markdown table of the headline metrics, the best mean of each in bold, then further numbers, then the caption.
+    """Markdown table of the headline metrics, the best mean of each in bold, with its caption and footnotes.
+
+    Further numbers are in a second table below it; the footnotes are the warnings.
 
     Args:
         rows: From `summarise`.
@@ -81,6 +100,7 @@ def results_markdown(rows: Sequence[Row]) -> str:
         ValueError: If there are no rows.
     """
     note = caption(rows)
+    marks = footnotes(rows)
     best = {metric.name: _best(rows, metric) for metric in HEADLINE_METRICS}
     lines = [list(_HEADER)]
     for row in rows:
@@ -89,7 +109,7 @@ def results_markdown(rows: Sequence[Row]) -> str:
             metric = row.metrics[name]
             mean = f"**{_mean(metric)}**" if len(rows) > 1 and _number(metric.mean) == best[name] else _mean(metric)
             cells.append(f"{mean} {_interval(metric)}")
-        lines.append([_escaped(row.label), *cells])
+        lines.append([_escaped(_marked(row.label, row, marks)), *cells])
     blocks = [_markdown_table(lines), note + (" Bold: best mean." if len(rows) > 1 else "")]
     extra_names = list(dict.fromkeys(name for row in rows for name in row.extra))
     if extra_names:
@@ -99,6 +119,7 @@ def results_markdown(rows: Sequence[Row]) -> str:
                 [_escaped(row.label), *(f"{row.extra[n]:.4g}" if n in row.extra else "" for n in extra_names)]
             )
         blocks.insert(1, _markdown_table(further))
+    blocks += [f"{mark} {_escaped(sentence)}" for sentence, mark in marks.items()]
     return "\n\n".join(blocks) + "\n"
 
 
@@ -141,8 +162,20 @@ def _total_width(widths: Sequence[int]) -> int:
     return sum(widths) + len(_GAP) * (len(widths) - 1)
 
 
+def _marked(label: str, row: Row, marks: Mapping[str, str]) -> str:
+    return " ".join([label, *(marks[sentence] for sentence in row.warnings)])
+
+
+def _shortened(label: str, width: int) -> str:
+    """A label cut to a width; its marks stay."""
+    if len(label) <= width:
+        return label
+    mark = label[len(label.rstrip(_DIGITS + " ")) :]
+    return f"{label[: max(width - 1 - len(mark), 0)]}…{mark}"
+
+
 def _aligned(cells: Sequence[str], widths: Sequence[int]) -> str:
-    label = cells[0] if len(cells[0]) <= widths[0] else cells[0][: widths[0] - 1] + "…"
+    label = _shortened(cells[0], widths[0])
     padded = [label.ljust(widths[0]), *(cell.rjust(w) for cell, w in zip(cells[1:], widths[1:], strict=True))]
     return _GAP.join(padded).rstrip()
 

@@ -150,6 +150,7 @@ class EvaluationRun:
                 tuple(map(str, range(len(predictions[method.name].labels)))),
                 method.hyperparameters(self._fitted.state_of(method)),
                 option_columns(method),
+                self._fitted.warnings_of(method),
             )
             for method in self._methods
         ]

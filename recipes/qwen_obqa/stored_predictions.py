@@ -54,7 +54,11 @@ class StoredPredictions:
             fit: Fit that the predictions were made with.
             predictions: Predictions on the test split.
         """
-        description = {"options": _options(method), "numbers": method.hyperparameters(fit.state_of(method))}
+        description = {
+            "options": _options(method),
+            "numbers": method.hyperparameters(fit.state_of(method)),
+            "warnings": list(fit.warnings_of(method)),
+        }
         tensors = {"log_probs": predictions.log_probs, "labels": predictions.labels, "logits": predictions.logits}
         write_tensor_file(
             self._path(method), tensors, format=_FORMAT, version=_VERSION, description=description, fit=fit.fit_id
@@ -81,6 +85,7 @@ class StoredPredictions:
             ids=ids,
             extra=file.description["numbers"],
             hyperparameters=option_columns(method),
+            warnings=tuple(file.description.get("warnings", ())),
         )
 
     def logits(self, method: Method) -> torch.Tensor:

@@ -233,3 +233,10 @@ def test_a_run_that_was_resumed_after_its_fit_replaces_the_curvature(fit, tmp_pa
     ):
         assert all(torch.equal(value, expected.tensors()[name]) for name, value in layer.tensors().items())
     assert len(list(tmp_path.glob("methods-*"))) == 1
+
+
+def test_warnings_are_stored_and_may_be_missing(tmp_path):
+    fit = FitResult(methods={"one": FittedMethod({}, {}, (), ("at a bound; add labels",)), "two": FittedMethod({}, {})})
+    save_fit(tmp_path, fit)
+    assert load_fit(tmp_path)[0].methods["one"].warnings == ("at a bound; add labels",)
+    assert load_fit(tmp_path)[0].methods["two"].warnings == ()

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import logging
 import math
-from dataclasses import replace
+from dataclasses import dataclass, replace
 
 import pytest
 import torch
@@ -25,6 +26,7 @@ from bmoe_lightning.methods import (
     TemperatureScaling,
     fit_methods,
 )
+from bmoe_lightning.methods.base import Method, scalar
 from bmoe_lightning.methods.workbench import Batches, PassFiles
 
 DOWN = ("layers.0.mixture.crew.down_proj", "layers.1.mixture.crew.down_proj")
@@ -410,3 +412,50 @@ def test_held_out_logits_are_passed_over_once(model, calibration):
     assert state(more, "again") == state(fit, "temperature")
     without_data = fit_methods(again, model, answer_logits, Untouchable(), None, earlier=fit)
     assert state(without_data, "again") == state(fit, "temperature")
+
+
+@dataclass(frozen=True)
+class Doubtful(Method):
+    """A user's method that is not sure of its number."""
+
+    name: str = "doubtful"
+    label: str = "Doubtful"
+    sentence: str = "the number 7 is at a bound; add labels"
+
+    def fit(self, work):
+        work.warn(self.sentence)
+        work.warn(self.sentence)
+        return {"number": scalar(7)}
+
+    def log_probs(self, batch, state):
+        return batch.logits.log_softmax(-1)
+
+
+class TestWarnings:
+    def test_are_stored_and_logged_once_with_the_methods_they_are_about(self, model, caplog):
+        methods = [Doubtful(), Doubtful(name="other"), Doubtful(name="third", sentence="something else"), MAP()]
+        with caplog.at_level(logging.WARNING, "bmoe_lightning"):
+            fit = fit_methods(methods, model, answer_logits, Untouchable(), Untouchable())
+        assert [fit.warnings_of(method) for method in methods] == [
+            ("the number 7 is at a bound; add labels",),
+            ("the number 7 is at a bound; add labels",),
+            ("something else",),
+            (),
+        ]
+        assert [record.getMessage() for record in caplog.records] == [
+            "doubtful, other: the number 7 is at a bound; add labels",
+            "third: something else",
+        ]
+
+    def test_methods_that_are_kept_keep_theirs_without_a_second_line(self, model, caplog):
+        earlier = fit_methods([Doubtful()], model, answer_logits, Untouchable(), Untouchable())
+        caplog.clear()
+        completed = fit_methods([Doubtful(), MAP()], model, answer_logits, Untouchable(), None, earlier=earlier)
+        assert completed.warnings_of(Doubtful()) == ("the number 7 is at a bound; add labels",)
+        assert not caplog.records
+
+    def test_of_functions_that_know_no_workbench(self, model, calibration):
+        labels_it_predicts = [{**batch, "labels": answer_logits(model, batch)[0].argmax(1)} for batch in calibration]
+        fit = fit_methods([TemperatureScaling()], model, answer_logits, Untouchable(), labels_it_predicts)
+        (sentence,) = fit.warnings_of(TemperatureScaling())
+        assert "end of the search range" in sentence

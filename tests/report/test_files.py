@@ -1,4 +1,5 @@
 import csv
+import dataclasses
 import json
 import math
 from importlib import metadata
@@ -122,3 +123,11 @@ def test_config_that_is_not_json_is_refused_before_anything_is_written(one_seed,
     with pytest.raises(TypeError, match="not JSON serializable"):
         files.write_results(tmp_path, one_seed, summarise(one_seed, SETTINGS), config={"f": print})
     assert not list(tmp_path.iterdir())
+
+
+def test_json_has_the_warnings_of_rows_and_runs(results, tmp_path):
+    marked = [dataclasses.replace(r, warnings=("at a bound; add labels",) if r.seed else ()) for r in results]
+    paths = files.write_results(tmp_path, marked, summarise(marked, SETTINGS), config={})
+    content = strict(paths["results.json"].read_text())
+    assert content["rows"][0]["warnings"] == ["seed 1: at a bound; add labels"]
+    assert {run["seed"]: run["warnings"] for run in content["runs"]} == {0: [], 1: ["at a bound; add labels"]}

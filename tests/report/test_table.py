@@ -101,3 +101,41 @@ def test_refusals(one_seed):
         results_table([])
     with pytest.raises(ValueError, match="80 columns"):
         results_table(summarise(one_seed, SETTINGS), width=60)
+
+
+DOUBT = "the fitted temperature is at the end of its range; add labels"
+
+
+def test_warnings_are_marks_and_footnotes(one_seed):
+    marked = [dataclasses.replace(one_seed[0], warnings=(DOUBT,)), *one_seed[1:]]
+    marked[2] = dataclasses.replace(one_seed[2], warnings=("another | one", DOUBT))
+    rows = summarise(marked, SETTINGS)
+    text, markdown = results_table(rows), results_markdown(rows)
+    labels = [line[:30] for line in text.splitlines()[2:5]]
+    assert labels[0].startswith("MAP ¹ ")
+    assert "¹" not in labels[1]
+    assert "(evidence) ² ¹" in labels[2]
+    assert text.splitlines()[-2:] == [f"¹ {DOUBT}", "² another | one"]
+    assert "| MAP ¹ |" in markdown
+    assert markdown.endswith(f"\n\n¹ {DOUBT}\n\n² another \\| one\n")
+
+
+def test_rows_without_warnings_have_no_footnotes(one_seed):
+    rows = summarise(one_seed, SETTINGS)
+    assert not set("¹²³") & set(results_table(rows) + results_markdown(rows))
+
+
+def test_a_warning_of_some_seeds_says_which(results):
+    marked = [dataclasses.replace(result, warnings=(DOUBT,) if result.seed == 1 else ()) for result in results]
+    assert summarise(marked, SETTINGS)[0].warnings == (f"seed 1: {DOUBT}",)
+    both = [dataclasses.replace(result, warnings=(DOUBT,)) for result in results]
+    assert summarise(both, SETTINGS)[0].warnings == (DOUBT,)
+
+
+def test_a_label_that_is_cut_keeps_its_mark_and_footnotes_are_wrapped(one_seed):
+    rows = summarise(one_seed, SETTINGS)
+    rows[0] = dataclasses.replace(rows[0], label="A very long name" * 8, warnings=(DOUBT * 3,))
+    text = results_table(rows, width=80)
+    assert max(map(len, text.splitlines())) <= 80
+    assert "… ¹ " in text
+    assert text.splitlines()[-3].startswith("¹ the fitted")

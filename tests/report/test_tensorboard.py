@@ -1,3 +1,4 @@
+import dataclasses
 import logging
 
 import pytest
@@ -145,3 +146,11 @@ def test_refusals(results, tmp_path):
     with pytest.raises(ValueError, match="summarise"):
         T.write_tensorboard(tmp_path, results, rows[:1], hyperparameters={})
     assert not list(tmp_path.iterdir())
+
+
+def test_warnings_are_in_the_text(results, tmp_path):
+    marked = [dataclasses.replace(result, warnings=("at a bound; add labels",)) for result in results]
+    T.write_tensorboard(tmp_path, marked, summarise(marked, SETTINGS))
+    text = read(tmp_path).Tensors("results/text_summary")[0].tensor_proto.string_val[0].decode()
+    assert "| MAP ¹ |" in text
+    assert "¹ at a bound; add labels" in text

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 
 import pytest
 import torch
@@ -219,3 +220,13 @@ class TestTensorBoard:
         for name in ("test_0", "test_1"):
             (event,) = self.events(tmp_path / name / "temperature").Scalars("test/acc")
             assert event.value == pytest.approx(two[0].metrics()[f"temperature/{name}/acc"], rel=1e-6)
+
+
+def test_results_carry_the_warnings_of_the_fit(model, loaders, prepared):
+    methods, fitted, snapshots = prepared
+    doubtful = replace(fitted.methods["temperature"], warnings=("at a bound; add labels",))
+    marked = replace(fitted, methods={**fitted.methods, "temperature": doubtful})
+    run = EvaluationRun("test", methods, marked, snapshots)
+    run.add(model, answer_logits, loaders[0][0], 0)
+    run.finish(model, answer_logits, [loaders[0][:1]])
+    assert {r.method: r.warnings for r in run.results() if r.warnings} == {"temperature": doubtful.warnings}
