@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -12,6 +13,8 @@ from transformers import PreTrainedModel
 def last_logits(model: PreTrainedModel, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
     """Logits at the last position of each row that is not padding.
 
+    The output embedding is applied to no other positions than these, where the model supports that.
+
     Args:
         model: A causal language model.
         input_ids: Token ids `[B, T]`, padded on either side.
@@ -19,21 +22,37 @@ def last_logits(model: PreTrainedModel, input_ids: Tensor, attention_mask: Tenso
 
     Returns:
         `[B, V]`, in the model's dtype.
+
+    Raises:
+        ValueError: If the model returns logits at other positions than asked for.
     """
-    ends_in_text = bool(attention_mask[:, -1].all())
+    positions = torch.arange(attention_mask.shape[1], device=attention_mask.device)
+    last = (attention_mask.ne(0) * positions).argmax(dim=1)
+    kept, column = last.unique(return_inverse=True)
+    accepted = inspect.signature(model.forward).parameters
+    selects = _takes_positions(accepted.get("logits_to_keep"))
     options = {
         "position_ids": (attention_mask.long().cumsum(-1) - 1).clamp(min=0),
         "use_cache": False,
         # Frozen routers need no load-balancing loss.
         "output_router_logits": False,
-        # Over a large vocabulary, logits at all positions would be expensive.
-        "logits_to_keep": 1 if ends_in_text else 0,
+        # For a number of positions the output embedding gets a slice that is not contiguous, for which torch runs one
+        # product for each row and copies a frozen weight for each: B times the whole vocabulary.
+        "logits_to_keep": kept if selects else 0,
     }
-    accepted = inspect.signature(model.forward).parameters
     options = {name: value for name, value in options.items() if name in accepted}
     logits = model(input_ids=input_ids, attention_mask=attention_mask, **options).logits
-    if ends_in_text:
-        return logits[:, -1]
-    positions = torch.arange(attention_mask.shape[1], device=attention_mask.device)
-    last = (attention_mask.ne(0) * positions).argmax(dim=1)
-    return logits[torch.arange(len(last), device=last.device), last]
+    expected = len(kept) if selects else attention_mask.shape[1]
+    if logits.shape[1] != expected:
+        raise ValueError(
+            f"{type(model).__name__} returned logits at {logits.shape[1]} positions instead of {expected}; a forward "
+            "with `logits_to_keep: int | Tensor` must return those at the given positions, and every other forward all"
+        )
+    rows = torch.arange(len(last), device=last.device)
+    return logits[rows, column if selects else last]
+
+
+def _takes_positions(parameter: inspect.Parameter | None) -> bool:
+    """Whether a parameter, by its annotation, takes a tensor of positions and not only their number."""
+    annotation: Any = inspect.Parameter.empty if parameter is None else parameter.annotation
+    return "Tensor" in str(annotation)

@@ -14,6 +14,7 @@ import transformers
 from bmoe_lightning import LaplacePosterior
 from recipes.benchmark.curvature import measure_curvature
 from recipes.benchmark.growth import measure_growth
+from recipes.benchmark.head import measure_head
 from recipes.benchmark.measure import Amount, Growth, Peer, Ratio, Section, Spread
 from recipes.benchmark.peers import SAME, measure_peers
 from recipes.benchmark.prediction import measure_lpo, measure_prediction
@@ -60,6 +61,7 @@ def run_benchmark(settings: BenchmarkSettings, say: Callable[[str], None]) -> Be
         preset = PRESETS[settings.model_shape]
         sections = (
             *_on_main_shape(settings, device, say),
+            *([measure_head(preset.head, settings.repeats, device, say)] if "head" in settings.only else []),
             *([measure_growth(preset, settings.repeats, device, say)] if "growth" in settings.only else []),
             *([measure_peers(preset.peers, settings.repeats, device, say)] if "peers" in settings.only else []),
         )

@@ -82,6 +82,7 @@ class Preset:
         widths: Hidden widths, likewise; an expert is half as wide.
         class_counts: Values of K for which predictions are timed.
         predictive_bar: Upper bound of a prediction's time over its floor.
+        head: Shape whose vocabulary is large beside its layers, in which the output embedding is timed.
     """
 
     main: Shape
@@ -94,6 +95,7 @@ class Preset:
     widths: tuple[int, ...] = (64, 256, 1024, 2048)
     class_counts: tuple[int, ...] = (2, 4, 5)
     predictive_bar: float = 1.25
+    head: Shape = Shape(576, 96, layers=1, experts=8, top_k=2, examples=8, tokens=64, vocabulary=49_152)
 
 
 _PEERS = Shape(256, 128, layers=2, experts=16, top_k=4, examples=8, tokens=32)
@@ -115,6 +117,7 @@ PRESETS = {
         tokens=(256, 512, 1024),
         examples=(16, 32, 64),
         predictive_bar=1.15,
+        head=Shape(2048, 1408, layers=1, experts=60, top_k=4, examples=8, tokens=128, head=128, vocabulary=151_936),
     ),
     "tiny": Preset(
         Shape(16, 12, layers=2, experts=4, top_k=2, examples=3, tokens=8, rank=2, shared=8, head=8, vocabulary=20),
@@ -126,6 +129,7 @@ PRESETS = {
         ranks=(1, 4),
         widths=(16, 32),
         class_counts=(2, 3),
+        head=Shape(16, 16, layers=1, experts=4, top_k=2, examples=3, tokens=8, shared=8, head=8, vocabulary=40),
     ),
 }  # fmt: skip
 
@@ -180,6 +184,8 @@ class Workload:
         ids = torch.randint(shape.vocabulary, (shape.examples, shape.tokens), generator=generator)
         labels = torch.randint(2, (shape.examples,), generator=generator)
         self.batch = {"ids": ids.to(device), "labels": labels.to(device)}
+        # A number instead would give the output embedding a slice that is not contiguous, which costs B times as much.
+        self._last = torch.tensor([shape.tokens - 1], device=device)
 
     @cached_property
     def _trained(self) -> dict[str, list[nn.Parameter]]:
@@ -197,7 +203,7 @@ class Workload:
         count = self.shape.classes if classes is None else classes
 
         def logits(model: Any, batch: Any) -> tuple[Tensor, Tensor]:
-            found = model(input_ids=batch["ids"], use_cache=False, logits_to_keep=1).logits[:, -1, :count]
+            found = model(input_ids=batch["ids"], use_cache=False, logits_to_keep=self._last).logits[:, -1, :count]
             return found.float(), batch["labels"]
 
         return logits
