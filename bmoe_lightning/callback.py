@@ -38,6 +38,7 @@ from bmoe_lightning.trainer.fit_only import fit_only
 from bmoe_lightning.trainer.lightning_internals import is_restoring_checkpoint, logged_step
 from bmoe_lightning.trainer.prior_mean import PriorMean
 from bmoe_lightning.trainer.run_folder import RunFolder
+from bmoe_lightning.trainer.signals import report_stop
 
 
 class BayesianMoECallback(L.Callback):
@@ -201,8 +202,7 @@ class BayesianMoECallback(L.Callback):
         """Warn if nothing was fitted because no training step ran (a finished run was resumed)."""
         if self._found() is None:
             warnings.warn(
-                "training ended without a fit (was a finished run resumed?); call "
-                "BayesianMoECallback.fit_posterior before testing",
+                "training ended without a fit (was a finished run resumed?); call fit_posterior before testing",
                 stacklevel=2,
             )
 
@@ -300,6 +300,7 @@ class BayesianMoECallback(L.Callback):
     def on_exception(self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException) -> None:
         """Restore loops and module: Lightning does not call `teardown` after an exception."""
         self._restore()
+        report_stop(exception, self._folder.folder)
 
     def state_dict(self) -> dict[str, Any]:
         """Folder, fit id and snapshot names; tensors are in separate files, not in every checkpoint."""

@@ -22,6 +22,7 @@ DEFAULTS: dict[str, Any] = {
     "num_training_batches": 0,
     "num_val_batches": [],
     "progress_bar_callback": None,
+    "received_sigterm": False,
     "strategy": None,
     "train_dataloader": None,
     "val_dataloaders": None,

@@ -11,9 +11,10 @@ import hashlib
 import json
 import re
 import warnings
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -24,6 +25,7 @@ from torch import Tensor
 from bmoe_lightning.experts.counted_batch import CountedBatch, plain_batch
 from bmoe_lightning.utils.atomic_io import remove_leftovers
 from bmoe_lightning.utils.distributed import gather_number, num_processes, process_rank
+from bmoe_lightning.utils.interruption import InterruptedPassError
 from bmoe_lightning.utils.safetensors_io import (
     read_tensor_file,
     remove_tensor_file,
@@ -35,6 +37,7 @@ FORMAT = "curvature checkpoint"
 VERSION = 1
 _GENERATOR = "generator"
 _UNUSABLE = -1  # all-gathered instead of the number of writes
+_DONE, _RUNNING, _STOPPED = range(3)  # states of a rank, all-gathered before each write
 _PREVIOUS = ".before"  # suffix of the previous file of each of several ranks
 _RESTART = "delete the file to start the curvature pass from the beginning"
 
@@ -78,6 +81,9 @@ class PassCheckpoint:
     kill may come between the writes of two ranks: each rank retains its previous file, and all resume from the newest
     write that every rank has.
 
+    The state is also written when the iterable of batches raises `KeyboardInterrupt` or `SystemExit`, which it does
+    between two batches after a signal; the other ranks then write theirs and stop.
+
     Args:
         path: Path of the file; in a distributed pass each rank has a separate file beside it (see `rank_path`). None
             neither reads nor writes.
@@ -111,6 +117,7 @@ class PassCheckpoint:
         if self._path is not None:
             self._resume(self._path)
         self._batches, self._digest = self.progress.batches, self.progress.digest
+        self._latest: Callable[[], None] | None = None  # writes the state after the last batch
         self.resumed = self.progress.writes > 0
 
     def remaining(self, batches: Iterable[Any]) -> Iterable[Any]:
@@ -119,7 +126,7 @@ class PassCheckpoint:
         Raises:
             ValueError: If the first batches differ from those added before the kill, or come in another order.
         """
-        return batches if self._path is None else self._remaining(iter(batches))
+        return batches if self._path is None else self._remaining(self._written_before_stop(iter(batches)))
 
     def restore(self, sums: Sequence[Stateful], generator: torch.Generator) -> None:
         """Restore the loaded state in newly created sums, and in the generator of sampled labels.
@@ -151,10 +158,16 @@ class PassCheckpoint:
 
         Raises:
             OSError: If the file cannot be written; the previous one is unchanged.
+            InterruptedPassError: If another rank was stopped by a signal.
         """
-        if self._path is not None and self._batches % self._every == 0:
-            self._num_running(1)
-            self._write(self._path, sums, generator, examples, checked=checked)
+        if self._path is None:
+            return
+        self._latest = partial(self._write, self._path, sums, generator, examples, checked=checked)
+        if self._batches % self._every == 0:
+            states = self._states(_RUNNING)
+            self._latest()
+            if _STOPPED in states:
+                raise InterruptedPassError
 
     def pass_done(self, sums: Sequence[Stateful], generator: torch.Generator, examples: int, *, checked: bool) -> None:
         """Write a last time if the pass has written before. A collective in a distributed pass.
@@ -163,14 +176,16 @@ class PassCheckpoint:
         """
         if self._path is None:
             return
-        while self._num_running(0):
+        while any(states := self._states(_DONE)):
             self._write(self._path, sums, generator, examples, checked=checked)
+            if _STOPPED in states:
+                raise InterruptedPassError
         if self.progress.writes and (self._distributed or self._batches > self.progress.batches):
             self._write(self._path, sums, generator, examples, checked=checked)
 
-    def _num_running(self, running: int) -> int:
-        """Number of ranks on which the pass still runs. A collective."""
-        return sum(gather_number(running)) if self._distributed else running
+    def _states(self, state: int) -> list[int]:
+        """The states of all ranks. A collective in a distributed pass."""
+        return gather_number(state) if self._distributed else [state]
 
     def _remaining(self, batches: Iterator[Any]) -> Iterator[Any]:
         digest, expected = "", self.progress.batches
@@ -190,6 +205,20 @@ class PassCheckpoint:
         for batch in batches:
             # Before the model may modify the batch in place.
             self._batches, self._digest = self._batches + 1, extended_digest(self._digest, batch)
+            yield batch
+
+    def _written_before_stop(self, batches: Iterator[Any]) -> Iterator[Any]:
+        """The batches; if a signal stops the iterator, the state is written first."""
+        while True:
+            try:
+                batch = next(batches)
+            except StopIteration:
+                return
+            except (KeyboardInterrupt, SystemExit):
+                self._states(_STOPPED)
+                if self._latest is not None and (self._distributed or self._batches > self.progress.batches):
+                    self._latest()
+                raise
             yield batch
 
     def _write(

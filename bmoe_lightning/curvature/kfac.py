@@ -94,6 +94,7 @@ def collect_factors(
             message names layer and expert); layers share a weight, a name or an index; `rsvd` is used with several
             ranks; or the checkpoint is damaged or from a pass with other weights, options or batches.
         OSError: If the checkpoint cannot be written; the previous one is unchanged.
+        InterruptedPassError: If a signal stopped another rank (seen where ranks synchronise).
 
     Warns:
         UserWarning: If a layer processed no token that affects a logit, so that its posterior is the prior; or if the
@@ -130,7 +131,7 @@ def collect_factors(
     sums: list[_LayerSums] = []
     used, checked = kept.progress.examples, kept.progress.checked
     with forked_random_state():
-        for batch in lockstep(model, kept.remaining(batches)):
+        for batch in kept.remaining(lockstep(model, batches)):
             with tapped_batch(model, layers, class_logits, batch) as tapped, torch.no_grad():
                 slots = [tapped.taps.slots(position) for position in range(len(layers))]
                 if not sums:

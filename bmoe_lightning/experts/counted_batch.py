@@ -10,8 +10,10 @@ from torch import nn
 
 from bmoe_lightning.experts.fsdp import runs_in_lockstep
 from bmoe_lightning.utils.distributed import gather_number
+from bmoe_lightning.utils.interruption import InterruptedPassError
 
 _NONE = object()
+_STOPPED = -1
 
 
 @dataclass(frozen=True)
@@ -79,14 +81,21 @@ def lockstep(model: nn.Module, batches: Iterable[Any]) -> Iterator[Any]:
 
     Raises:
         ValueError: If one rank has no batch left and another one has; raised on all ranks.
+        InterruptedPassError: If the batches of another rank raised `KeyboardInterrupt` or `SystemExit`.
     """
     if not runs_in_lockstep(model):
         yield from batches
         return
     iterator = iter(batches)
     while True:
-        batch = next(iterator, _NONE)
+        try:
+            batch = next(iterator, _NONE)
+        except (KeyboardInterrupt, SystemExit):
+            gather_number(_STOPPED)
+            raise
         running = gather_number(int(batch is not _NONE))
+        if _STOPPED in running:
+            raise InterruptedPassError
         if not all(running):
             break
         yield batch

@@ -15,6 +15,7 @@ from torch.utils.data import BatchSampler, DataLoader
 from bmoe_lightning.trainer.lightning_internals import before_batch_transfer, setup_validation_data, wrapped_samplers
 from bmoe_lightning.trainer.progress import progress
 from bmoe_lightning.trainer.sampler_shards import find_sampler_shard
+from bmoe_lightning.trainer.signals import check_sigterm, deferred_sigint
 from bmoe_lightning.utils.random_state import reproducible_order, unchanged_random_state
 
 
@@ -69,18 +70,25 @@ class DataPass:
         """Batches on the trainer's device, moved by the module's transfer hooks.
 
         Without `repeats` the order is reproducible; see `reproducible_order`.
+
+        Raises:
+            SIGTERMException: Between two batches, if the trainer has received SIGTERM; the exit status is 143.
+            KeyboardInterrupt: Likewise after SIGINT.
         """
         trainer = self._trainer
         shard = self._shard if self._lockstep else None
         order = self._order(self._loader, wrapped_samplers(self._loader))
         bar = progress(trainer, self._num_batches, self._description, transient=self._transient)
-        with order, self._without_repeats(), bar as advance:
+        with order, self._without_repeats(), bar as advance, deferred_sigint() as check_sigint:
+            check_sigterm(trainer)
             for position, batch in enumerate(islice(self._loader, self._num_batches)):
                 batch = trainer.precision_plugin.convert_input(batch)
                 batch = before_batch_transfer(trainer.lightning_module, batch, self._index)
                 batch = trainer.strategy.batch_to_device(batch, dataloader_idx=self._index)
                 yield batch if shard is None else shard.counted(position, batch)
                 advance()
+                check_sigterm(trainer)
+                check_sigint()
 
     def _without_repeats(self) -> AbstractContextManager[None]:
         return nullcontext() if self._shard is None or self._lockstep else self._shard.without_repeats()

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import os
 import sys
 import textwrap
 from collections.abc import Sequence
 
 from bmoe_lightning.methods.registry import method_names
 from recipes.common.cli import command, parse
-from recipes.qwen_obqa.settings import Settings
+from recipes.common.signals import sigterm_exits, stopping_signal
+from recipes.qwen_obqa.settings import ResolvedSettings, Settings
 
 PROGRAM = "python -m recipes.qwen_obqa"
 DESCRIPTION = """\
@@ -30,10 +32,31 @@ of its answers: plain (MAP), MC dropout, ensembles, temperature scaling, and a L
 
 @command
 def main(arguments: Sequence[str]) -> int:
-    """Run the recipe; returns the exit status: 0, 1 (failed, with the reason on stderr) or 2 (wrong usage)."""
+    """Run the recipe; returns the exit status.
+
+    0, 1 (failed, with the reason on stderr), 2 (wrong usage), or 143 or 130 (stopped by SIGTERM or SIGINT).
+    """
     registered = textwrap.fill(f"Registered methods: {', '.join(method_names())}.", 116)
     description = f"{DESCRIPTION}\n{registered}"
     settings = parse(Settings, arguments, program=PROGRAM, description=description).resolved()
+    try:
+        with sigterm_exits():
+            return _run(settings)
+    except (KeyboardInterrupt, SystemExit) as stop:
+        found = stopping_signal(stop)
+        if found is None:
+            raise
+        name, status = found
+        if os.environ.get("RANK", "0") == "0":
+            print(
+                f"stopped by {name}: finished stages and the sums of a curvature pass are stored in "
+                f"{settings.output_dir}; run the same command again to resume",
+                file=sys.stderr,
+            )
+        return status
+
+
+def _run(settings: ResolvedSettings) -> int:
     # Imported late: torch and transformers take seconds, and --help should not.
     from recipes.qwen_obqa.experiment import RecipeError, run
 

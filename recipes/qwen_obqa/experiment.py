@@ -36,6 +36,7 @@ from bmoe_lightning.report import (
     write_results,
     write_tensorboard,
 )
+from bmoe_lightning.trainer.signals import check_sigterm, set_exit_status
 from bmoe_lightning.utils.atomic_io import write_text
 from bmoe_lightning.utils.distributed import barrier, is_rank_zero
 from bmoe_lightning.utils.file_header import DamagedFileError
@@ -254,7 +255,7 @@ class SeedRun:
             accelerator=self.settings.accelerator,
             precision=self.settings.precision,
             gradient_clip_val=1.0,
-            callbacks=callbacks,
+            callbacks=[_StopAtSignal(), *callbacks],
             logger=logger,
             log_every_n_steps=10,
             enable_checkpointing=False,
@@ -270,6 +271,16 @@ class SeedRun:
     def _say(self, what: str) -> None:
         if is_rank_zero():
             print(f"[seed {self.seed}] {what}", flush=True)
+
+
+class _StopAtSignal(L.Callback):
+    """Gives a run that SIGTERM stops an exit status, and stops after a signal that came too late for the run's loops."""
+
+    def on_exception(self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException) -> None:  # noqa: ARG002
+        set_exit_status(exception)
+
+    def teardown(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:  # noqa: ARG002
+        check_sigterm(trainer)
 
 
 class _SaveTrained(L.Callback):
@@ -328,6 +339,8 @@ def _quieten() -> None:
     huggingface_hub.utils.logging.set_verbosity_error()
     for name in ("lightning.pytorch", "lightning.fabric", "lightning.pytorch.utilities.rank_zero"):
         logging.getLogger(name).setLevel(logging.ERROR)
+    # A stop is reported once, by the command.
+    logging.getLogger("bmoe_lightning.trainer.signals").setLevel(logging.ERROR)
     for message in (
         ".*does not have many workers.*",
         ".*LeafSpec.*",

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -51,7 +53,7 @@ def test_a_run_that_cannot_go_on_is_1_with_a_sentence(monkeypatch, capsys):
     assert shown.out == ""
 
 
-@pytest.mark.parametrize("error", [KeyError("a defect"), KeyboardInterrupt()])
+@pytest.mark.parametrize("error", [KeyError("a defect"), SystemExit(5)])
 def test_what_is_no_expected_failure_keeps_its_traceback(monkeypatch, error):
     def broken(settings):
         raise error
@@ -59,6 +61,42 @@ def test_what_is_no_expected_failure_keeps_its_traceback(monkeypatch, error):
     monkeypatch.setattr(experiment, "run", broken)
     with pytest.raises(type(error)):
         main([])
+
+
+def interrupted_in_lightning():
+    try:
+        raise KeyboardInterrupt
+    except KeyboardInterrupt:
+        sys.exit(1)
+
+
+STOPS = {
+    "SIGTERM": (lambda: os.kill(os.getpid(), signal.SIGTERM), 143),
+    "SIGINT": (lambda: os.kill(os.getpid(), signal.SIGINT), 130),
+    "SIGINT in a trainer": (interrupted_in_lightning, 130),
+}
+
+
+@pytest.mark.parametrize("case", STOPS)
+def test_a_signal_gives_its_exit_status_and_one_sentence(monkeypatch, capsys, case):
+    stop, status = STOPS[case]
+    monkeypatch.setattr(experiment, "run", lambda settings: stop())
+    assert main(["--output-dir", "here"]) == status
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith(f"stopped by {case.split()[0]}: ")
+    assert "here; run the same command again" in line
+    assert signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
+
+
+def test_a_handler_of_sigterm_that_is_set_stays(monkeypatch):
+    received = []
+    before = signal.signal(signal.SIGTERM, lambda *_: received.append(0))
+    try:
+        monkeypatch.setattr(experiment, "run", lambda settings: os.kill(os.getpid(), signal.SIGTERM))
+        assert main([]) == 0
+    finally:
+        signal.signal(signal.SIGTERM, before)
+    assert received == [0]
 
 
 @pytest.mark.parametrize(
