@@ -1,4 +1,4 @@
-"""A temperature fitted on a few labels, shrunk towards the evidence temperature."""
+"""A temperature fitted on a few labels under a prior on its inverse."""
 
 from __future__ import annotations
 
@@ -7,82 +7,94 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from bmoe_lightning.methods.base import State, scalar
-from bmoe_lightning.methods.evidence_temperature import EvidenceTemperature, evidence_temperature
+from bmoe_lightning.methods.base import Method, State, option, scalar
+from bmoe_lightning.methods.batch_view import BatchView
 from bmoe_lightning.methods.needs import Needs
 from bmoe_lightning.methods.temperature_search import (
     TEMPERATURE_RANGE,
     check_labelled,
-    check_temperature,
     minimise,
     negative_log_likelihood,
 )
 from bmoe_lightning.methods.workbench import Workbench
 
-PRIOR_STD = 0.2
-"""Measured standard deviation of the log evidence temperature around the log of the best temperature."""
+CENTRE = 0.4
+WIDTH = 0.2
 
 
 @dataclass(frozen=True)
-class ShrunkTemperature(EvidenceTemperature):
-    """`softmax(f / T)` with T fitted on held-out labels under a prior around the evidence temperature.
+class ShrunkTemperature(Method):
+    """`softmax(f / T)` with T fitted on held-out labels under a Gaussian prior on 1/T.
 
-    Without labels it is the evidence temperature, with many it is temperature scaling. This is the method of Guo et al.
-    2017 (https://arxiv.org/abs/1706.04599) with a penalty; the prior is particular to this library.
+    Without labels T is `1 / centre`, with many it is that of temperature scaling. The loss is convex in 1/T and nearly
+    quadratic there, so a Gaussian on 1/T yields to labels that speak for a very large T (a model that is no better than
+    chance), which one on log T does not. This is the method of Guo et al. 2017 (https://arxiv.org/abs/1706.04599) with
+    a penalty; the prior is particular to this library.
+
+    Raises:
+        ValueError: If the centre or the width is not positive and finite.
     """
 
     name: str = "shrunk_temperature"
     label: str = "Shrunk temperature"
+    centre: float = option(CENTRE, "Mean of the prior on 1/T.")
+    width: float = option(WIDTH, "Standard deviation of the prior on 1/T.")
 
     source = "https://arxiv.org/abs/1706.04599"
 
+    def __post_init__(self) -> None:
+        _check_prior(self.centre, self.width)
+
     @property
     def needs(self) -> Needs:
-        return Needs(
-            calibration_inputs=super().needs.calibration_inputs,
-            calibration_labels=True,
-            prior_mean=self.prior_mean == "pretrained",
-        )
+        return Needs(calibration_labels=True)
 
     def fit(self, work: Workbench) -> State:
-        centre = evidence_temperature(work, self.spec, self.scope, self.prior_mean)
-        return self.refit({"evidence_temperature": centre}, *work.labelled_logits())
+        return self._fitted(*work.labelled_logits())
+
+    def log_probs(self, batch: BatchView, state: State) -> Tensor:
+        return (batch.logits / state["temperature"].to(batch.logits)).log_softmax(-1)
 
     def refit(self, state: State, logits: Tensor, labels: Tensor) -> State:
-        temperature = fit_shrunk_temperature(logits, labels, float(state["evidence_temperature"]))
-        return {"temperature": scalar(temperature), "evidence_temperature": state["evidence_temperature"]}
+        return self._fitted(logits, labels)
+
+    def _fitted(self, logits: Tensor, labels: Tensor) -> State:
+        temperature = fit_shrunk_temperature(logits, labels, centre=self.centre, width=self.width)
+        return {"temperature": scalar(temperature)}
 
 
-def fit_shrunk_temperature(
-    logits: Tensor, labels: Tensor, evidence_temperature: float, *, prior_std: float = PRIOR_STD
-) -> float:
-    """Minimise `sum_n NLL(softmax(f_n / T)) + (log T - log T_ev)^2 / (2 prior_std^2)` over log T.
+def fit_shrunk_temperature(logits: Tensor, labels: Tensor, *, centre: float = CENTRE, width: float = WIDTH) -> float:
+    """Minimise `sum_n NLL(softmax(f_n / T)) + (1/T - centre)^2 / (2 width^2)` over T.
 
-    Without labels this is the evidence temperature, with many it is temperature scaling.
+    Without labels this is `1 / centre`, with many it is temperature scaling. Both terms are convex in 1/T.
 
     Args:
         logits: Logits `[N, K]`, `-inf` for absent classes; N may be 0.
         labels: Labels `[N]` int64.
-        evidence_temperature: Evidence temperature T_ev.
-        prior_std: Standard deviation of the prior on log T around log T_ev.
+        centre: Mean of the prior on 1/T.
+        width: Standard deviation of the prior on 1/T.
 
     Returns:
         T.
 
     Raises:
-        ValueError: If a temperature or `prior_std` is not positive and finite, or logits and labels are invalid; see
+        ValueError: If the centre or the width is not positive and finite, or logits and labels are invalid; see
             `fit_temperature`.
     """
-    centre = math.log(check_temperature(evidence_temperature))
-    if not (math.isfinite(prior_std) and prior_std > 0):
-        raise ValueError(f"prior_std must be positive and finite, got {prior_std}")
+    _check_prior(centre, width)
     logits, labels = check_labelled(logits, labels)
     if len(labels) == 0:
-        return float(evidence_temperature)
+        return 1 / centre
 
     def objective(log_temperature: Tensor) -> Tensor:
-        penalty = (log_temperature - centre).square() / (2 * prior_std**2)
+        penalty = ((-log_temperature).exp() - centre).square() / (2 * width**2)
         return negative_log_likelihood(logits, labels, log_temperature) + penalty
 
     low, high = (math.log(value) for value in TEMPERATURE_RANGE)
-    return math.exp(minimise(objective, min(low, centre), max(high, centre)))
+    return math.exp(minimise(objective, min(low, -math.log(centre)), max(high, -math.log(centre))))
+
+
+def _check_prior(centre: float, width: float) -> None:
+    for name, value in (("centre", centre), ("width", width)):
+        if not 0 < value < math.inf:
+            raise ValueError(f"{name} of the prior on 1/T must be positive and finite, got {value}")

@@ -13,12 +13,11 @@ from bmoe_lightning.methods import (
     LaplaceEvidence,
     LaplaceLPO,
     MCDropout,
-    ShrunkTemperature,
     check_needs,
 )
 
 ENOUGH = Available(calibration_inputs=100, snapshots=2, prior_mean=True, expert_dropout=0.1, runs=True)
-ALL = (MAP(), MCDropout(), CheckpointEnsemble(), DeepEnsemble(), LaplaceLPO(), LaplaceEvidence(), ShrunkTemperature())
+ALL = (MAP(), MCDropout(), CheckpointEnsemble(), DeepEnsemble(), LaplaceLPO(), LaplaceEvidence(), EvidenceTemperature())
 
 
 def test_what_is_enough_or_unknown_passes():
@@ -31,9 +30,9 @@ def test_what_is_enough_or_unknown_passes():
     [
         (
             Available(calibration_inputs=0, runs=True),
-            r"laplace_lpo, shrunk_temperature are fitted on a validation split",
+            r"laplace_lpo, evidence_temperature are fitted on a validation split",
         ),
-        (Available(calibration_inputs=99, runs=True), "shrunk_temperature needs at least 100 inputs .* there are 99"),
+        (Available(calibration_inputs=99, runs=True), "evidence_temperature needs at least 100 inputs .* there are 99"),
         (Available(snapshots=1, runs=True), "checkpoint_ensemble needs the weights after at least 2 epochs, .*be 1"),
         (Available(prior_mean=False, runs=True), "laplace_evidence measures how far fine-tuning .*prior_mean='zero'"),
         (Available(expert_dropout=0.0, runs=True), "mc_dropout needs a model .*expert dropout, which is 0"),

@@ -282,11 +282,9 @@ class TestNumbers:
 
     def test_shrunk_temperature_is_where_its_objective_is_least(self, model, calibration, everything):
         logits, labels = whole(model, calibration)
-        centre = float(state(everything, "shrunk_temperature")["evidence_temperature"])
-        assert centre == float(state(everything, "evidence_temperature")["temperature"])
 
         def objective(temperature):
-            penalty = (math.log(temperature) - math.log(centre)) ** 2 / (2 * 0.2**2)
+            penalty = (1 / temperature - 0.4) ** 2 / (2 * 0.2**2)
             return nll((logits / temperature).log_softmax(-1), labels) + penalty
 
         found = float(state(everything, "shrunk_temperature")["temperature"])
@@ -339,7 +337,7 @@ class TestSkippedLayers:
 
 
 class TestMissing:
-    @pytest.mark.parametrize("kind", [LaplaceEvidence, EvidenceTemperature, ShrunkTemperature])
+    @pytest.mark.parametrize("kind", [LaplaceEvidence, EvidenceTemperature])
     def test_prior_mean_is_missed_before_the_data_are_looked_at(self, model, kind):
         with pytest.raises(ValueError, match="prior_mean='zero'"):
             fit_methods(methods_of(kind), model, answer_logits, Untouchable(), Untouchable())
@@ -379,10 +377,11 @@ class TestMissing:
         with pytest.raises(ValueError, match=r"empty calibration split|calibration split is empty"):
             fit_methods(methods_of(kind), model, answer_logits, train, [], prior_mean=prior_mean)
 
-    @pytest.mark.parametrize("kind", [EvidenceTemperature, ShrunkTemperature])
-    def test_enough_inputs_for_the_evidence_temperature(self, model, train, calibration, prior_mean, kind):
+    def test_enough_inputs_for_the_evidence_temperature(self, model, train, calibration, prior_mean):
         with pytest.raises(ValueError, match="at least 100 unlabelled inputs, got 80"):
-            fit_methods(methods_of(kind), model, answer_logits, train, calibration[:2], prior_mean=prior_mean)
+            fit_methods(
+                methods_of(EvidenceTemperature), model, answer_logits, train, calibration[:2], prior_mean=prior_mean
+            )
 
 
 def test_factors_in_half_precision_and_on_the_cpu(model, everything, train, calibration, prior_mean):

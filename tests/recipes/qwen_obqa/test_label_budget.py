@@ -19,7 +19,7 @@ STATES = {
     "laplace_lpo": {"prior_precision": torch.ones(2, dtype=torch.float64)},
     "temperature": {"temperature": scalar(3.0)},
     "evidence_temperature": {"temperature": scalar(2.8)},
-    "shrunk_temperature": {"temperature": scalar(2.9), "evidence_temperature": scalar(2.8)},
+    "shrunk_temperature": {"temperature": scalar(2.9)},
 }
 
 
@@ -50,7 +50,8 @@ def test_limits():
     logits, target = data(400, 1)
     plain = -logits.log_softmax(-1).gather(1, target.unsqueeze(1)).mean()
     assert points["temperature", 0].median == pytest.approx(float(plain))
-    assert points["shrunk_temperature", 0].median == points["evidence_temperature", 0].median
+    without = (logits / 2.5).log_softmax(-1).gather(1, target.unsqueeze(1)).mean()
+    assert points["shrunk_temperature", 0].median == pytest.approx(-float(without))
     scaled = (logits / fit_temperature(*data(150, 2))).log_softmax(-1).gather(1, target.unsqueeze(1)).mean()
     assert points["temperature", None].median == pytest.approx(-float(scaled))
 
