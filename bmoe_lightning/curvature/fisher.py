@@ -14,6 +14,8 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from bmoe_lightning.experts.logits_contract import checked_labels
+
 FisherName = Literal["exact", "mc", "empirical"]
 FISHERS = ("exact", "mc", "empirical")
 
@@ -34,7 +36,7 @@ def fisher_weights(
         Weights `[P, B, K]` float64.
 
     Raises:
-        ValueError: If `empirical` gets no labels, or the kind is unknown.
+        ValueError: If `empirical` gets no labels or invalid ones, or the kind is unknown.
     """
     if kind == "exact":
         return _exact_weights(log_probs)
@@ -46,7 +48,7 @@ def fisher_weights(
             raise ValueError(
                 "the empirical Fisher needs labels, but class_logits returned None for them; return (logits, labels)"
             )
-        return label_weights(log_probs, labels.to(log_probs.device)).unsqueeze(0)
+        return label_weights(log_probs, checked_labels(labels, log_probs).to(log_probs.device)).unsqueeze(0)
     raise ValueError(f"unknown Fisher {kind!r}; valid are {', '.join(FISHERS)}")
 
 

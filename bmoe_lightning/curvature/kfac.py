@@ -31,8 +31,9 @@ from bmoe_lightning.experts.discovery import find_expert_layers
 from bmoe_lightning.experts.fingerprint import weight_fingerprint
 from bmoe_lightning.experts.fsdp import check_collective
 from bmoe_lightning.experts.grouped_matmul import ExpertGroups
+from bmoe_lightning.experts.logits_contract import ClassLogits
 from bmoe_lightning.experts.ownership import slot_owners
-from bmoe_lightning.experts.taps import ClassLogits, Slots, TappedBatch, tapped_batch
+from bmoe_lightning.experts.taps import Slots, TappedBatch, tapped_batch
 from bmoe_lightning.experts.tied_weights import check_distinct
 from bmoe_lightning.experts.types import ExpertLayer
 from bmoe_lightning.experts.weights import down_proj_weights

@@ -6,10 +6,9 @@ examples, `K` classes.
 
 from __future__ import annotations
 
-import copy
 import math
 import weakref
-from collections.abc import Callable, Iterable, Iterator, MutableMapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -21,6 +20,7 @@ from bmoe_lightning.experts.counted_batch import count_of, plain_batch
 from bmoe_lightning.experts.fsdp import reshard, runs_in_lockstep, unsharded_roots
 from bmoe_lightning.experts.gradient_checkpointing import recomputed_activations
 from bmoe_lightning.experts.interception import intercepted_layers
+from bmoe_lightning.experts.logits_contract import ClassLogits, present_classes, run_class_logits
 from bmoe_lightning.experts.streaming import Collector, Output, differentiated, joined
 from bmoe_lightning.experts.types import ExpertLayer
 from bmoe_lightning.experts.wrappers.accelerate import execution_device
@@ -30,9 +30,6 @@ from bmoe_lightning.experts.write_counts import write_count
 from bmoe_lightning.utils.distributed import gather_number
 
 _INPUTS = ("input_ids", "inputs_embeds", "decoder_input_ids", "decoder_inputs_embeds")
-
-ClassLogits = Callable[[Any, Any], tuple[Tensor, Tensor | None]]
-"""`(model, batch) -> (logits [B, K], labels [B] or None)`; `-inf` marks an absent class."""
 
 
 @dataclass(frozen=True)
@@ -271,7 +268,7 @@ class TappedBatch:
     Attributes:
         logits: Logits `[B, K]`, with graph; 0 for absent classes, so that no infinity enters a product.
         present: Mask `[B, K]`, False for absent classes.
-        labels: Labels `[B]` int64, or None.
+        labels: Labels as `class_logits` returned them, or None.
         taps: The slots and their gradients.
         num_counted: Number of examples, from the first, that are counted (see `CountedBatch`).
         lockstep: Whether ranks run in lockstep, since weights are sharded.
@@ -330,44 +327,13 @@ def tapped_batch(
         stack.enter_context(recomputed_activations(model))
         # Compiled code skips taps; compiled graphs stay valid for later.
         stack.enter_context(torch.compiler.set_stance("force_eager"))
-        logits, labels = class_logits(model, _without_inference_tensors(plain_batch(batch)))
+        logits, labels = run_class_logits(class_logits, model, plain_batch(batch))
         taps.finish_recording()
-        check_logits(logits)
-        present = logits.detach() != -torch.inf
+        present = present_classes(logits)
         # A caller's autocast applies to the model alone, not to computations on its slots.
         stack.enter_context(torch.autocast(logits.device.type, enabled=False))
         num_counted = count_of(batch, len(logits))
         yield TappedBatch(torch.where(present, logits, 0), present, labels, taps, num_counted, runs_in_lockstep(model))
-
-
-def check_logits(logits: Tensor) -> None:
-    """Check that a tensor may hold class logits.
-
-    Raises:
-        ValueError: If the shape is not `[B, K]` with K >= 2, a value is NaN or +inf, an example has fewer than two
-            classes, or every row is a distribution.
-    """
-    if logits.dim() != 2 or logits.shape[1] < 2 or not logits.is_floating_point():
-        raise ValueError(
-            f"class_logits must return logits of shape [B, K] with K >= 2, got {logits.dtype} {tuple(logits.shape)}"
-        )
-    values = logits.detach().float()
-    if bool(torch.isnan(values).any() | (values == torch.inf).any()):
-        raise ValueError(
-            "class_logits returned NaN or +inf, so the weights or the input are broken. If training diverged, lower "
-            "the learning rate, clip gradients (gradient_clip_val=1.0 in the trainer), or use bfloat16 or float32 "
-            "rather than float16"
-        )
-    if bool(((values != -torch.inf).sum(-1) < 2).any()):
-        raise ValueError(
-            "class_logits returned an example with fewer than two classes (all others "
-            "are -inf); leave such examples out"
-        )
-    if bool(((values >= 0) & (values <= 1)).all() & ((values.sum(-1) - 1).abs() < 1e-3).all()):
-        raise ValueError(
-            "class_logits returned probabilities (every row is non-negative and sums to 1); return the logits before "
-            "the softmax"
-        )
 
 
 @contextmanager
@@ -403,18 +369,3 @@ def _frozen(model: nn.Module) -> Iterator[None]:
 
 def _detached(_module: nn.Module, _inputs: Any, output: Any) -> Any:
     return output.detach() if isinstance(output, Tensor) and output.is_leaf else output
-
-
-def _without_inference_tensors(batch: Any) -> Any:
-    """Copy the inference tensors of nested lists, tuples and mappings; everything else stays the same object."""
-    if isinstance(batch, Tensor):
-        return batch.clone() if batch.is_inference() else batch
-    if isinstance(batch, MutableMapping):
-        copied = copy.copy(batch)  # not a new one: the constructor may not take a mapping
-        for key, value in batch.items():
-            copied[key] = _without_inference_tensors(value)
-        return copied
-    if isinstance(batch, (list, tuple)):
-        values = [_without_inference_tensors(value) for value in batch]
-        return type(batch)(*values) if hasattr(batch, "_fields") else type(batch)(values)
-    return batch

@@ -21,8 +21,9 @@ import torch
 from torch import Tensor, nn
 
 from bmoe_lightning.curvature.factors import LayerFactors, orthonormal
+from bmoe_lightning.experts.logits_contract import ClassLogits
 from bmoe_lightning.experts.ownership import slot_owners
-from bmoe_lightning.experts.taps import ClassLogits, tapped_batch
+from bmoe_lightning.experts.taps import tapped_batch
 from bmoe_lightning.experts.types import ExpertLayer
 from bmoe_lightning.laplace.groups import SlotGroups, SlotKeys, group_slots, inner_products, on_device, padded_groups
 
@@ -50,7 +51,7 @@ class BatchTerms:
 
     Attributes:
         logits: Logits `[B, K]` float64, `-inf` for absent classes.
-        labels: Labels `[B]`, or None.
+        labels: Labels as `class_logits` returned them, or None.
         embedding: Matrix `[B, K, P]` float64 from contrasts to logits.
         layers: Terms of each layer of the factors.
     """

@@ -27,7 +27,7 @@ from bmoe_lightning.experts.counted_batch import lockstep
 from bmoe_lightning.experts.discovery import locate_expert_layers
 from bmoe_lightning.experts.fingerprint import fingerprinted_module, weight_fingerprint
 from bmoe_lightning.experts.fsdp import reshard
-from bmoe_lightning.experts.taps import ClassLogits
+from bmoe_lightning.experts.logits_contract import ClassLogits
 from bmoe_lightning.experts.types import ExpertLayer
 from bmoe_lightning.experts.wrappers.accelerate import execution_device
 from bmoe_lightning.experts.write_counts import weights_state

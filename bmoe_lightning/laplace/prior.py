@@ -10,9 +10,10 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from bmoe_lightning.experts.logits_contract import NO_LABEL, checked_labels, joined_logits
 from bmoe_lightning.laplace.covariance import BatchTerms
 from bmoe_lightning.laplace.predictive import standard_normal
-from bmoe_lightning.utils.distributed import gather_examples
+from bmoe_lightning.utils.distributed import gather_examples, gather_number
 from bmoe_lightning.utils.fit_warnings import warn_of_fit
 
 Scope = Literal["global", "layer"]
@@ -20,8 +21,6 @@ SCOPES: tuple[Scope, ...] = ("global", "layer")
 
 LOG_PRECISION_RANGE = (math.log(1e-8), math.log(1e12))
 _NUM_BINS = 128
-NO_LABEL = -(2**31)
-"""Placeholder for a missing label; any other negative label is an error in the data."""
 _LPO_RANGE = (math.log(1e-4), math.log(1e8))
 _GOLDEN_STEPS = 15  # to .002 in log precision
 
@@ -163,8 +162,9 @@ class CacheBuilder:
         parts, size = self._parts, len(terms.logits)
         parts["logits"].append(terms.logits.cpu())
         # A placeholder for missing labels, so that all ranks all-gather the same tensors.
-        labels = torch.full((size,), NO_LABEL) if terms.labels is None else terms.labels.cpu()
-        parts["labels"].append(labels)
+        missing = torch.full((size,), NO_LABEL)
+        labels = missing if terms.labels is None else checked_labels(terms.labels, terms.logits, values=False)
+        parts["labels"].append(labels.cpu())
         parts["embedding"].append(terms.embedding.cpu())
         parts["prior"].append(torch.stack([layer.prior.to(terms.embedding) for layer in terms.layers], dim=1).cpu())
         binned = [
@@ -187,7 +187,12 @@ class CacheBuilder:
         """
         # A rank without a batch does not know the shapes, but all-gathers the same dtypes.
         empty = {name: torch.empty(0, dtype=torch.int64 if name == "labels" else torch.float64) for name in self._parts}
-        full = {name: torch.cat(values) if values else empty[name] for name, values in self._parts.items()}
+        num_classes = max((logits.shape[1] for logits in self._parts["logits"]), default=0)
+        if distributed:
+            num_classes = max(gather_number(num_classes))
+        full = {
+            name: _joined(name, values, num_classes) if values else empty[name] for name, values in self._parts.items()
+        }
         if distributed:
             full = {name: gather_examples(values) for name, values in full.items()}
         if not len(full["logits"]):
@@ -198,6 +203,19 @@ class CacheBuilder:
         return ValidationCache(
             **full, labels=None if bool((labels == NO_LABEL).all()) else labels, centres=self._centres
         )
+
+
+def _joined(name: str, parts: Sequence[Tensor], num_classes: int) -> Tensor:
+    """Concatenate one of the tensors of all batches; a class that a batch does not have is absent there."""
+    if name == "labels":
+        return torch.cat(list(parts))
+    if name == "logits":
+        return joined_logits(parts, num_classes)
+    # The last dimensions are the K - 1 contrasts, or the K classes and the contrasts; those of absent classes are zero.
+    rows = num_classes if name == "embedding" else num_classes - 1
+    sizes = [(part.shape[-1], part.shape[-2]) for part in parts]
+    padding = [(0, num_classes - 1 - columns, 0, rows - found) for columns, found in sizes]
+    return torch.cat([torch.nn.functional.pad(part, by) for part, by in zip(parts, padding, strict=True)])
 
 
 def cache_terms(
@@ -271,7 +289,7 @@ class _Objective:
         if cache.labels is None:
             raise ValueError("LPO needs labels, but class_logits returned None for them; return (logits, labels)")
         self._cache = cache
-        self._labels = cache.labels
+        self._labels = checked_labels(cache.labels, cache.logits)
         self._noise = standard_normal(num_samples, cache.embedding.shape[2], seed)
 
     def __call__(self, log_precision: Tensor) -> Tensor:

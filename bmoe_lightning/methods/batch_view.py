@@ -10,7 +10,8 @@ import torch
 from torch import Tensor, nn
 
 from bmoe_lightning.curvature.spec import Curvature
-from bmoe_lightning.experts.taps import ClassLogits, check_logits, evaluation_mode
+from bmoe_lightning.experts.logits_contract import ClassLogits, masked_logits, run_class_logits
+from bmoe_lightning.experts.taps import evaluation_mode
 from bmoe_lightning.laplace.covariance import BatchTerms
 from bmoe_lightning.laplace.posterior import LaplacePosterior, posterior_terms
 
@@ -60,7 +61,7 @@ class BatchView:
 
     @property
     def labels(self) -> Tensor | None:
-        """Labels `[B]` int64, or None."""
+        """Labels as `class_logits` returned them, or None; see `checked_labels`."""
         return self._output[1]
 
     def terms(self, curvature: Curvature) -> BatchTerms:
@@ -91,11 +92,10 @@ class BatchView:
         return terms.logits, self._posteriors[curvature.digest].covariance_of(terms, prior_precision)
 
     def forward(self) -> tuple[Tensor, Tensor | None]:
-        """Run another forward pass in evaluation mode: logits `[B, K]` float64 and labels `[B]` or None."""
+        """Run another forward pass in evaluation mode: logits `[B, K]` float64 and labels as returned."""
         with torch.no_grad(), evaluation_mode(self.model):
-            logits, labels = self._class_logits(self.model, self._batch)
-        check_logits(logits)
-        return logits.double(), labels
+            logits, labels = run_class_logits(self._class_logits, self.model, self._batch)
+        return masked_logits(logits), labels
 
     @cached_property
     def _terms(self) -> dict[str, BatchTerms]:

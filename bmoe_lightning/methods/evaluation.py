@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from bmoe_lightning.experts.taps import ClassLogits
+from bmoe_lightning.experts.logits_contract import ClassLogits, checked_labels, joined_logits
 from bmoe_lightning.laplace.posterior import LaplacePosterior
 from bmoe_lightning.methods.base import PRIOR_PRECISION, Method, State, check_method_names
 from bmoe_lightning.methods.batch_view import BatchView
@@ -91,13 +91,13 @@ class Evaluation:
         """
         if not self._labels:
             raise ValueError("no examples to evaluate: the data are empty; pass at least one batch")
-        labels, logits = torch.cat(self._labels), torch.cat(self._logits)
+        labels, logits = torch.cat(self._labels), joined_logits(self._logits)
         result = {}
         for method in self.methods:
             if method.is_ensemble:
                 log_probs = self._ensemble(method, model, class_logits, batches, labels)
             else:
-                log_probs = torch.cat(self._log_probs[method.name])
+                log_probs = joined_logits(self._log_probs[method.name])
             result[method.name] = Predictions(log_probs, labels, logits)
         return result
 
@@ -211,10 +211,10 @@ def _member(
             view = BatchView(model, class_logits, batch, seed=seed)
             log_probs.append(method.log_probs(view, state).cpu())
             labels.append(_labels(view))
-    return torch.cat(log_probs), torch.cat(labels)
+    return joined_logits(log_probs), torch.cat(labels)
 
 
 def _labels(view: BatchView) -> Tensor:
     if view.labels is None:
         raise ValueError("evaluation needs labels, but class_logits returned None for them; return (logits, labels)")
-    return view.labels.cpu()
+    return checked_labels(view.labels, view.logits).cpu()

@@ -8,6 +8,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from bmoe_lightning.experts.logits_contract import checked_labels, masked_logits
 from bmoe_lightning.utils.fit_warnings import warn_of_fit
 
 TEMPERATURE_RANGE = (0.01, 100.0)
@@ -96,7 +97,7 @@ def check_temperature(temperature: float) -> float:
 
 
 def check_labelled(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
-    """Check calibration data, and convert them to float64 and int64 on the CPU.
+    """Check calibration data, and convert them to float64 (`-inf` for absent classes) and int64 on the CPU.
 
     Args:
         logits: Logits `[N, K]`, `-inf` for absent classes.
@@ -105,21 +106,10 @@ def check_labelled(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
     Raises:
         ValueError: If shapes do not match, a value is NaN or +inf, or a label is that of an absent class.
     """
-    if logits.dim() != 2 or labels.shape != logits.shape[:1]:
-        raise ValueError(
-            f"calibration needs logits [N, K] and labels [N], got {tuple(logits.shape)} and {tuple(labels.shape)}"
-        )
-    logits, labels = logits.detach().double().cpu(), labels.detach().long().cpu()
+    if logits.dim() != 2:
+        raise ValueError(f"calibration needs logits [N, K], got {tuple(logits.shape)}")
+    logits = logits.detach().double().cpu()
     if bool((torch.isnan(logits) | (logits == torch.inf)).any()):
         raise ValueError("calibration logits contain NaN or +inf; check the model's weights and inputs")
-    if bool(((labels < 0) | (labels >= logits.shape[1])).any()):
-        raise ValueError(
-            f"calibration labels must lie in 0 .. {logits.shape[1] - 1}, got {sorted(set(labels.tolist()))}"
-        )
-    absent = (logits.gather(1, labels.unsqueeze(1)) == -torch.inf).squeeze(1)
-    if bool(absent.any()):
-        raise ValueError(
-            f"{int(absent.sum())} calibration labels name a class that their example does not have (logit -inf), the "
-            f"first is example {int(absent.nonzero()[0])}; check labels and class mask"
-        )
-    return logits, labels
+    labels = checked_labels(labels, logits).cpu()
+    return (masked_logits(logits) if len(logits) else logits), labels

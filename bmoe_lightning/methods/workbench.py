@@ -20,9 +20,9 @@ from bmoe_lightning.curvature.spec import Curvature
 from bmoe_lightning.experts import ClassLogits, ExpertLayer, squared_distances, weight_fingerprint
 from bmoe_lightning.experts.counted_batch import count_of, lockstep, plain_batch
 from bmoe_lightning.experts.fsdp import check_collective
+from bmoe_lightning.experts.logits_contract import NO_LABEL, checked_labels, joined_logits
 from bmoe_lightning.laplace.posterior import LaplacePosterior, posterior_terms
 from bmoe_lightning.laplace.prior import (
-    NO_LABEL,
     CacheBuilder,
     Scope,
     ValidationCache,
@@ -36,6 +36,7 @@ from bmoe_lightning.methods.temperature_search import check_labelled
 from bmoe_lightning.utils.distributed import (
     broadcast_,
     gather_examples,
+    gather_number,
     is_rank_zero,
     num_processes,
     sum_over_processes,
@@ -309,18 +310,23 @@ class _LogitsBuilder:
     """Collects logits and labels of a pass without curvature."""
 
     def __init__(self) -> None:
-        self._logits = [torch.empty(0, dtype=torch.float64)]
+        self._logits: list[Tensor] = []
         self._labels = [torch.empty(0, dtype=torch.int64)]
 
     def add(self, view: BatchView, batch: Any) -> None:
         count = count_of(batch, len(view.logits))
-        labels = torch.full((len(view.logits),), NO_LABEL) if view.labels is None else view.labels
+        missing = torch.full((len(view.logits),), NO_LABEL)
+        labels = missing if view.labels is None else checked_labels(view.labels, view.logits, values=False)
         self._logits.append(view.logits[:count].cpu())
         self._labels.append(labels[:count].cpu())
 
     def finish(self, *, distributed: bool) -> tuple[Tensor, Tensor | None]:
-        # torch.cat accepts an empty one-dimensional tensor beside tensors of any shape.
-        logits, labels = torch.cat(self._logits), torch.cat(self._labels)
+        num_classes = max((part.shape[1] for part in self._logits), default=0)
+        if distributed:
+            num_classes = max(gather_number(num_classes))
+        # A rank without a batch contributes no rows, of that many classes.
+        self._logits.append(torch.empty(0, num_classes, dtype=torch.float64))
+        logits, labels = joined_logits(self._logits, num_classes), torch.cat(self._labels)
         if distributed:
             logits, labels = gather_examples(logits), gather_examples(labels)
         if not len(labels):

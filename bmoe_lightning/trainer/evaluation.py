@@ -11,6 +11,7 @@ from lightning.pytorch.loggers import TensorBoardLogger
 from torch import nn
 
 from bmoe_lightning.experts import ClassLogits
+from bmoe_lightning.experts.logits_contract import joined_logits
 from bmoe_lightning.laplace.predictive import entropy, predict_with_uncertainty
 from bmoe_lightning.methods.base import Method, option_columns
 from bmoe_lightning.methods.evaluation import Evaluation, Predictions, Predictor
@@ -21,6 +22,7 @@ from bmoe_lightning.trainer.checks import is_trial
 from bmoe_lightning.trainer.data_passes import DataPass
 from bmoe_lightning.trainer.lightning_internals import logged_step
 from bmoe_lightning.trainer.sampler_shards import SamplerShard, find_sampler_shard
+from bmoe_lightning.utils.distributed import gather_number
 
 _REPLACES = "_replaces_predict_step"
 
@@ -77,10 +79,7 @@ class EvaluationRun:
             found = evaluation.finish(module, class_logits, passes[loader])
             shard = None if shards is None else shards[loader]
             if shard is not None:
-                found = {
-                    m: Predictions(shard.gather(p.log_probs), shard.gather(p.labels), shard.gather(p.logits))
-                    for m, p in found.items()
-                }
+                found = {method: _gathered(predictions, shard) for method, predictions in found.items()}
             self._predictions[name] = found
         return self._predictions
 
@@ -167,6 +166,15 @@ class EvaluationRun:
             write_tensorboard(
                 folder / ("methods" if name == self.stage else name), results, summarise(results), step=step
             )
+
+
+def _gathered(predictions: Predictions, shard: SamplerShard) -> Predictions:
+    """The predictions of all ranks, whose longest questions may differ. A collective."""
+    width = max(gather_number(predictions.logits.shape[1]))
+    log_probs, logits = (
+        shard.gather(joined_logits([values], width)) for values in (predictions.log_probs, predictions.logits)
+    )
+    return Predictions(log_probs, shard.gather(predictions.labels), logits)
 
 
 def predicted(predictor: Predictor, module: nn.Module, class_logits: ClassLogits, batch: Any) -> dict[str, Any]:

@@ -270,7 +270,25 @@ def test_an_answer_that_is_absent_is_refused(fitted):
     model, posterior, batches = fitted
     batch = dict(batches[0])
     batch["absent"] = torch.nn.functional.one_hot(batch["labels"], 4).bool()
-    with pytest.raises(ValueError, match="validation NLL is not finite"):
+    with pytest.raises(ValueError, match="labels name a class that their example does not have"):
+        posterior.fit_prior_lpo(model, answer_logits, [batch], num_samples=10)
+
+
+@pytest.mark.parametrize(
+    ("spoil", "message"),
+    [
+        (lambda labels: labels.float(), "as torch.float32"),
+        (lambda labels: labels.index_fill(0, torch.tensor([1]), -100), "labels -100 for K = 4"),
+        (lambda labels: labels + 1, "counted from 1"),
+        (lambda labels: labels > 1, "as torch.bool"),
+    ],
+)
+def test_labels_that_no_class_has_are_refused(fitted, spoil, message):
+    model, posterior, batches = fitted
+    labels = torch.tensor([3, 2, 1, 3, 2])[: len(batches[0]["labels"])]
+    batch = {**batches[0], "labels": spoil(labels)}
+    batch = {name: value[: len(labels)] for name, value in batch.items()}
+    with pytest.raises(ValueError, match=message):
         posterior.fit_prior_lpo(model, answer_logits, [batch], num_samples=10)
 
 

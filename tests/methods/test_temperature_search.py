@@ -68,11 +68,11 @@ def test_refuses_bad_calibration_data():
     logits, labels = drawn(1.0, 6)
     with pytest.raises(ValueError, match="calibration split is empty"):
         fit_temperature(logits[:0], labels[:0])
-    with pytest.raises(ValueError, match=r"got \(6, 4\) and \(5,\)"):
+    with pytest.raises(ValueError, match=r"logits \(6, 4\) and labels \(5,\)"):
         fit_temperature(logits, labels[:5])
     with pytest.raises(ValueError, match="NaN"):
         fit_temperature(logits.index_fill(1, torch.tensor([1]), torch.nan), labels)
-    with pytest.raises(ValueError, match=r"0 \.\. 3"):
+    with pytest.raises(ValueError, match="for K = 4 classes"):
         fit_temperature(logits, labels + 4)
     absent = labels.clone()
     absent[3] = 3
