@@ -21,8 +21,14 @@ _HOMES = {
 }
 
 
-def __getattr__(name: str) -> Any:
-    # Imported when first asked for: serving a posterior needs no Lightning, and a command's --help no torch.
-    if name not in _HOMES:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    return getattr(import_module(_HOMES[name]), name)
+if not TYPE_CHECKING:  # a type checker that saw it would accept any name
+
+    def __getattr__(name: str) -> Any:
+        # Imported when first asked for: serving a posterior needs no Lightning, and a command's --help no torch.
+        if name not in _HOMES:
+            raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+        return getattr(import_module(_HOMES[name]), name)
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

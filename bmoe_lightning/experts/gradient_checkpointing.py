@@ -9,18 +9,20 @@ from __future__ import annotations
 import functools
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from torch import nn
 from torch.utils.checkpoint import checkpoint, set_checkpoint_early_stop
-from transformers import Cache
-from transformers.modeling_layers import GradientCheckpointingLayer
 
 from bmoe_lightning.experts.wrappers.transformers import (
     can_checkpoint_with_cache,
     checkpoint_function,
+    imported_class,
     outermost_pretrained,
 )
+
+if TYPE_CHECKING:
+    from transformers.modeling_layers import GradientCheckpointingLayer
 
 # Arguments that transformers removes from a recomputed layer, too, under the names of various models.
 _CACHES = ("past_key_values", "layer_past")
@@ -39,11 +41,8 @@ def recomputed_activations(model: nn.Module) -> Iterator[None]:
     Raises:
         RuntimeError: If the model is called with a cache; raised from within the model.
     """
-    layers = [
-        module
-        for module in model.modules()
-        if isinstance(module, GradientCheckpointingLayer) and module.gradient_checkpointing
-    ]
+    layer_class = imported_class("transformers.modeling_layers", "GradientCheckpointingLayer")
+    layers = [m for m in model.modules() if isinstance(m, layer_class) and m.gradient_checkpointing]
     with ExitStack() as stack:
         if layers:
             for owner in outermost_pretrained(model):
@@ -85,13 +84,17 @@ def _checkpoint_of(layer: nn.Module) -> Callable[..., Any]:
 
 def _without_caches(kwargs: dict[str, Any]) -> dict[str, Any]:
     """A layer's arguments without caches, which every recomputation would update again."""
-    kept = {k: None if k in _CACHES or isinstance(value, Cache) else value for k, value in kwargs.items()}
+    kept = {k: None if k in _CACHES or _is_cache(value) else value for k, value in kwargs.items()}
     return kept | ({"use_cache": False} if kwargs.get("use_cache") else {})
 
 
 def _refuse_caches(_module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-    if any(isinstance(value, Cache) for value in (*args, *kwargs.values())):
+    if any(map(_is_cache, (*args, *kwargs.values()))):
         raise RuntimeError(
             "class_logits calls the model with a cache of keys and values, which gradient checkpointing does not "
             "support; call gradient_checkpointing_disable() on the model, or pass use_cache=False in class_logits"
         )
+
+
+def _is_cache(value: Any) -> bool:
+    return isinstance(value, imported_class("transformers.cache_utils", "Cache"))

@@ -206,4 +206,6 @@ def tensor_digest(name: str, tensor: Tensor) -> str:
 def tensor_bytes(tensor: Tensor) -> Any:
     """The values of a dense tensor as a uint8 array in row-major order, without a copy of a contiguous CPU tensor."""
     flat = tensor.detach().cpu().resolve_conj().resolve_neg().contiguous().reshape(-1)
+    if flat.stride(0) != 1:  # a single value that was expanded
+        flat = flat.clone(memory_format=torch.contiguous_format)
     return flat.view(torch.uint8).numpy()

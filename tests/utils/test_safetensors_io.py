@@ -27,10 +27,11 @@ def write(path, tensors, description=None, fit=""):
 
 def test_views_and_graphs_are_written(tmp_path):
     base = torch.arange(6.0, requires_grad=True)
-    write(tmp_path / "x", {"a": base.view(2, 3).T, "b": base[:2]}, {"k": ("v", 1)}, "f")
+    write(tmp_path / "x", {"a": base.view(2, 3).T, "b": base[:2], "c": base[5].expand(1)}, {"k": ("v", 1)}, "f")
     found = read_tensor_file(tmp_path / "x", **KIND)
     assert torch.equal(found.tensors["a"], base.detach().view(2, 3).T)
     assert torch.equal(found.tensors["b"], base.detach()[:2])
+    assert found.tensors["c"].tolist() == [5.0]
     assert found.description == {"k": ["v", 1]}
     assert found.fit == "f"
 

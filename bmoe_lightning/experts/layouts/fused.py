@@ -12,7 +12,6 @@ from contextlib import AbstractContextManager, contextmanager
 from typing import Any
 
 from torch import Tensor, nn
-from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 
 from bmoe_lightning.experts.grouped_matmul import ExpertGroups
 from bmoe_lightning.experts.layouts.intercept import attached_state, combine, down_proj_product
@@ -111,6 +110,8 @@ def fused_implementation(model: nn.Module) -> Iterator[None]:
     if not fused:
         yield
         return
+    from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS  # late: slow, and imported by such a model already
+
     taken = ALL_EXPERTS_FUNCTIONS.get(IMPLEMENTATION)
     if taken is None:
         ALL_EXPERTS_FUNCTIONS.register(IMPLEMENTATION, tapped_experts_forward)

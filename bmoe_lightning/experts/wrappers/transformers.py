@@ -1,19 +1,35 @@
-"""Private attributes of transformers: parallel plans, the experts interface, gradient checkpointing."""
+"""Private attributes of transformers: parallel plans, the experts interface, gradient checkpointing.
+
+Transformers takes longer to import than torch, and nothing here needs it for a model that is none of its own.
+"""
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from torch import nn
 from torch.utils.checkpoint import checkpoint
-from transformers import PreTrainedModel
-from transformers.modeling_layers import GradientCheckpointingLayer
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+    from transformers.modeling_layers import GradientCheckpointingLayer
+
+
+def imported_class(module: str, name: str) -> Any:
+    """A class of transformers for `isinstance`; an empty tuple, which has no instances, until its module is imported.
+
+    Args:
+        module: The module that defines the class, such as `transformers.modeling_utils`.
+        name: Name of the class.
+    """
+    return getattr(sys.modules.get(module), name, ())
 
 
 def outermost_pretrained(model: nn.Module) -> list[PreTrainedModel]:
     """The outermost `PreTrainedModel`s in a module."""
-    if isinstance(model, PreTrainedModel):
+    if isinstance(model, imported_class("transformers.modeling_utils", "PreTrainedModel")):
         return [model]
     return [owner for child in model.children() for owner in outermost_pretrained(child)]
 
