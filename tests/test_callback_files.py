@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+import pickle
 
 import lightning as L
 import pytest
@@ -66,6 +67,13 @@ class TestWeightsAndProcesses:
         with pytest.raises(WeightMismatchError, match="other weights"):
             run.test(module, test_loader(), verbose=False)
         assert run.test_loop.inference_mode  # restored after the exception
+
+    def test_a_fitted_callback_can_be_pickled(self, trained):
+        """Strategies that spawn processes pickle it, and they predict with it."""
+        copied = pickle.loads(pickle.dumps(trained.callback))
+        expected = trained.run.test(trained.module, test_loader(), verbose=False)
+        assert trainer(trained.folder, [copied]).test(trained.module, test_loader(), verbose=False) == expected
+        assert {"laplace_evidence", "laplace_lpo"} <= set(copied.fitted.methods)
 
     def test_best_weights(self, tmp_path):
         checkpoint = ModelCheckpoint(

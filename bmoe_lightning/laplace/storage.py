@@ -16,7 +16,7 @@ from torch import Tensor
 from bmoe_lightning.curvature.factors import BASIS_DTYPES, KroneckerFactors, LayerFactors
 from bmoe_lightning.experts.layouts.registry import LAYOUTS
 from bmoe_lightning.experts.types import ExpertLayer
-from bmoe_lightning.utils.safetensors_io import TensorFile, read_tensor_file, write_tensor_file
+from bmoe_lightning.utils.safetensors_io import SealedTensors, TensorFile, read_tensor_file, seal_tensors, write_sealed
 
 FORMAT = "posterior"
 VERSION = 1
@@ -54,6 +54,31 @@ class StoredPosterior:
     digest: str
 
 
+def sealed_posterior(
+    factors: KroneckerFactors,
+    prior_precision: Tensor,
+    prior_mean: str,
+    *,
+    description: Mapping[str, Any] | None = None,
+    fit: str = "",
+) -> SealedTensors:
+    """The content of a posterior's file; arguments are those of `save_posterior`."""
+    tensors = {
+        f"{position}.{name}": value
+        for position, layer in enumerate(factors.layers)
+        for name, value in layer.tensors().items()
+    }
+    content = {
+        **{name: getattr(factors, name) for name in _FACTORS},
+        "expert_layers": [asdict(layer) for layer in factors.expert_layers],
+        "prior_mean": prior_mean,
+        "layers": [{"name": layer.name, "index": layer.index} for layer in factors.layers],
+        "description": dict(description or {}),
+    }
+    tensors["prior_precision"] = prior_precision
+    return seal_tensors(tensors, format=FORMAT, version=VERSION, description=content, fit=fit)
+
+
 def save_posterior(
     path: str | Path,
     factors: KroneckerFactors,
@@ -79,20 +104,9 @@ def save_posterior(
     Raises:
         OSError: If the file cannot be written; an existing file is unchanged.
     """
-    tensors = {
-        f"{position}.{name}": value
-        for position, layer in enumerate(factors.layers)
-        for name, value in layer.tensors().items()
-    }
-    content = {
-        **{name: getattr(factors, name) for name in _FACTORS},
-        "expert_layers": [asdict(layer) for layer in factors.expert_layers],
-        "prior_mean": prior_mean,
-        "layers": [{"name": layer.name, "index": layer.index} for layer in factors.layers],
-        "description": dict(description or {}),
-    }
-    tensors["prior_precision"] = prior_precision
-    return write_tensor_file(path, tensors, format=FORMAT, version=VERSION, description=content, fit=fit)
+    sealed = sealed_posterior(factors, prior_precision, prior_mean, description=description, fit=fit)
+    write_sealed(path, sealed)
+    return sealed.digest
 
 
 def load_posterior(path: str | Path) -> StoredPosterior:

@@ -1,18 +1,24 @@
 """A fit on disk: an index and the files that it names, each with the fit's id and a SHA-256 digest of its content.
 
     index.json                        description of the fit, and the name and digest of every other file
-    methods-<random>.safetensors      the states of all methods, as `{name}/{key}`
+    methods-<random>.safetensors      the small states of all methods, as `{name}/{key}`
+    state-<method>-<random>.safetensors   a large state of one method, by key
     posterior.safetensors             the first curvature, at the prior precision of the first method that has one
-    posterior-<curvature>.safetensors any further curvature
+    posterior-<curvature>-<random>.safetensors   any further curvature
     snapshots/...                     trained weights after the last epochs
 
-The index is replaced last, so that a reader finds either the previous or the new fit, and never parts of both.
+Every write creates files under new names, replaces the index, and only then removes the files that the previous index
+named: whenever a writer is killed, the folder has either the previous or the new fit, complete. The first curvature too
+is written under a new name and renamed to `posterior.safetensors` after the index was replaced; a reader accepts both
+names, and completes the rename.
 """
 
 from __future__ import annotations
 
+import re
 import uuid
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import asdict
 from pathlib import Path, PurePosixPath
 from typing import Any
@@ -20,26 +26,48 @@ from typing import Any
 from torch import Tensor
 
 from bmoe_lightning.experts import ExpertLayer
+from bmoe_lightning.laplace import storage as posterior_storage
 from bmoe_lightning.laplace.posterior import LaplacePosterior
-from bmoe_lightning.laplace.storage import load_posterior, save_posterior
+from bmoe_lightning.methods import snapshots as snapshot_storage
+from bmoe_lightning.methods.base import State
 from bmoe_lightning.methods.fit_result import FitResult, FittedMethod
 from bmoe_lightning.methods.snapshots import snapshot_info
+from bmoe_lightning.utils.atomic_io import remove_leftovers
 from bmoe_lightning.utils.file_header import FileHeader, damaged
 from bmoe_lightning.utils.json_io import read_json_file, write_json_file
-from bmoe_lightning.utils.safetensors_io import read_tensor_file, remove_tensor_file, write_tensor_file
+from bmoe_lightning.utils.safetensors_io import (
+    SealedTensors,
+    file_origin,
+    has_content,
+    read_tensor_file,
+    remove_tensor_file,
+    seal_tensors,
+    write_sealed,
+)
 
 INDEX_FILE = "index.json"
 POSTERIOR_FILE = "posterior.safetensors"
 SNAPSHOT_FOLDER = "snapshots"
 _INDEX_FORMAT = "fit index"
 _METHODS_FORMAT = "methods"
+_STATE_FORMAT = "method state"
 _VERSION = 1
 _REMEDY = "fit again"
 _CALIBRATION = ".calibration"  # no method name starts with a dot
+_LARGE = 1 << 20  # bytes: a state above this has a file of its own, which adding a method does not rewrite
+_KINDS = {"methods": _METHODS_FORMAT, "state": _STATE_FORMAT, "posterior": posterior_storage.FORMAT}
+_NEW_NAME = re.compile(r"(methods|state|posterior)(-\w+)?-[0-9a-f]{12}\.safetensors")  # see `_Writer`
+_VERSIONS = {
+    _METHODS_FORMAT: _VERSION,
+    _STATE_FORMAT: _VERSION,
+    posterior_storage.FORMAT: posterior_storage.VERSION,
+    snapshot_storage.FORMAT: snapshot_storage.VERSION,
+}  # fmt: skip
+_Entry = dict[str, Any]  # file and digest of its content
 
 
 def save_fit(folder: Path, fit: FitResult, snapshots: Sequence[Path] = ()) -> None:
-    """Write a fit; a curvature that was already written at the same prior precision is not written again.
+    """Write a fit; files of an earlier write of the same fit whose content is the same are not written again.
 
     Args:
         folder: Folder of the fit; created if missing.
@@ -47,31 +75,22 @@ def save_fit(folder: Path, fit: FitResult, snapshots: Sequence[Path] = ()) -> No
         snapshots: Snapshots of the trained weights after the last epochs, files within `folder`.
 
     Raises:
-        OSError: If a file cannot be written; the files that an existing index names are unchanged, unless a curvature
-            was being replaced, in which case `load_fit` raises `ValueError`.
+        OSError: If a file cannot be written; `load_fit` then reads the previous fit of the folder.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    before = _index_of_same_fit(folder, fit.fit_id)
-    # A run that was resumed after its fit has the same id but other weights.
-    same_weights = before.get("fingerprint") == fit.fingerprint
-    methods_file = f"methods-{uuid.uuid4().hex[:12]}.safetensors"
-    tensors = {f"{name}/{key}": value for name, fitted in fit.methods.items() for key, value in fitted.state.items()}
+    before = _previous_index(folder)
+    write = _Writer(folder, before, fit.fit_id)
+    large = {name: fitted.state for name, fitted in fit.methods.items() if _num_bytes(fitted.state) > _LARGE}
+    entries = {
+        name: write(f"state-{name}", seal_tensors(state, format=_STATE_FORMAT, **_common(fit)))
+        for name, state in large.items()
+    }
+    small = {name: fitted.state for name, fitted in fit.methods.items() if name not in large}
     if fit.calibration is not None:
         logits, labels = fit.calibration
-        tensors |= {f"{_CALIBRATION}/logits": logits} | ({} if labels is None else {f"{_CALIBRATION}/labels": labels})
-    sha256 = write_tensor_file(
-        folder / methods_file,
-        tensors,
-        format=_METHODS_FORMAT,
-        version=_VERSION,
-        description={"methods": list(fit.methods)},
-        fit=fit.fit_id,
-    )
-    # Last of the large files: posterior.safetensors is overwritten in place, which invalidates the previous index.
-    posteriors = dict(before["posteriors"]) if same_weights else {}
-    for digest in fit.posteriors:
-        posteriors[digest] = _save_curvature(folder, fit, digest, written=posteriors)
-    content = {
+        small[_CALIBRATION] = {"logits": logits} | ({} if labels is None else {"labels": labels})
+    tensors = {f"{name}/{key}": value for name, state in small.items() for key, value in state.items()}
+    content: dict[str, Any] = {
         "fingerprint": fit.fingerprint,
         "layers": [asdict(layer) for layer in fit.layers],
         "seed": fit.seed,
@@ -81,17 +100,20 @@ def save_fit(folder: Path, fit: FitResult, snapshots: Sequence[Path] = ()) -> No
                 "curvatures": list(fitted.curvatures),
                 "warnings": list(fitted.warnings),
             }
+            | ({"state": entries[name]} if name in entries else {})
             for name, fitted in fit.methods.items()
         },
-        "states": {"file": methods_file, "sha256": sha256},
-        "posteriors": posteriors,
+        "states": write("methods", seal_tensors(tensors, format=_METHODS_FORMAT, **_common(fit))),
+        "posteriors": {digest: _write_curvature(write, fit, digest) for digest in fit.posteriors},
         "snapshots": [
             {"file": path.relative_to(folder).as_posix(), "sha256": snapshot_info(path).digest} for path in snapshots
         ],
     }
+    content["superseded"] = _superseded(folder, before, content, fit.fit_id)
     write_json_file(folder / INDEX_FILE, format=_INDEX_FORMAT, version=_VERSION, description=content, fit=fit.fit_id)
-    if before:
-        remove_tensor_file(_inside(folder, before["states"]["file"]), format=_METHODS_FORMAT)
+    for entry in content["posteriors"].values():
+        _path_of(folder, entry)  # renames the first one
+    _remove(folder, content, fit.fit_id)
 
 
 def has_fit(folder: Path) -> bool:
@@ -133,7 +155,7 @@ def load_fit(folder: Path, *, offload: Collection[str] = ()) -> tuple[FitResult,
             for name, entry in content["methods"].items()
         }
         posteriors = {
-            digest: _load_curvature(folder, entry, header.fit, offload=digest in offload)
+            digest: _load_curvature(folder, digest, entry, header.fit, offload=digest in offload)
             for digest, entry in content["posteriors"].items()
         }
         layers = tuple(ExpertLayer(**layer) for layer in content["layers"])
@@ -150,46 +172,124 @@ def _read_index(path: Path) -> FileHeader:
     return read_json_file(path, format=_INDEX_FORMAT, version=_VERSION, remedy=_REMEDY)
 
 
-def _index_of_same_fit(folder: Path, fit_id: str) -> Mapping[str, Any]:
-    """The index of an earlier write of this fit, or an empty mapping."""
-    try:
-        header = _read_index(folder / INDEX_FILE)
-    except (OSError, ValueError):
-        return {}  # missing, or not an index: it is replaced at the end
-    content = header.description
-    names = [entry["file"] for entry in content.get("posteriors", {}).values()]
-    return content if header.fit == fit_id and all((folder / name).is_file() for name in names) else {}
+def _common(fit: FitResult) -> dict[str, Any]:
+    return {"version": _VERSION, "description": {}, "fit": fit.fit_id}
 
 
-def _save_curvature(folder: Path, fit: FitResult, digest: str, *, written: Mapping[str, Any]) -> dict[str, Any]:
-    """Write a curvature unless it was written at the same prior precision; returns its entry in the index."""
-    served = fit.served_posterior(digest)
-    precision = served.prior_precision.tolist()
-    before = written.get(digest)
-    if before is not None and before["prior_precision"] == precision:
-        return dict(before)
-    first = all(entry["file"] != POSTERIOR_FILE for entry in written.values())
-    name = before["file"] if before else POSTERIOR_FILE if first else f"posterior-{digest}.safetensors"
-    sha256 = save_posterior(
-        folder / name,
-        served.factors,
-        served.prior_precision,
-        served.prior_mean,
+def _num_bytes(state: State) -> int:
+    return sum(value.numel() * value.element_size() for value in state.values())
+
+
+class _Writer:
+    """Writes files under new names, unless an earlier write of the same fit has left one of the same content."""
+
+    def __init__(self, folder: Path, before: FileHeader | None, fit_id: str) -> None:
+        self._folder = folder
+        entries = _entries(before.description) if before is not None and before.fit == fit_id else ()
+        self._before = {entry["sha256"]: entry for entry in entries}
+
+    def __call__(self, stem: str, sealed: SealedTensors, *, served: bool = False) -> _Entry:
+        earlier = self._before.get(sealed.digest)
+        if earlier is not None and bool(earlier.get("served")) == served:
+            kind = file_origin(path := _path_of(self._folder, earlier))
+            if kind and has_content(path, sealed.digest, format=kind.format, version=_VERSIONS.get(kind.format, 0)):
+                return earlier
+        name = f"{stem}-{uuid.uuid4().hex[:12]}.safetensors"
+        write_sealed(self._folder / name, sealed)
+        return {"file": name, "sha256": sealed.digest} | ({"served": True} if served else {})
+
+
+def _write_curvature(write: _Writer, fit: FitResult, digest: str) -> _Entry:
+    posterior = fit.served_posterior(digest)
+    sealed = posterior_storage.sealed_posterior(
+        posterior.factors,
+        posterior.prior_precision,
+        posterior.prior_mean,
         description={"curvature": digest},
         fit=fit.fit_id,
     )
-    return {"file": name, "sha256": sha256, "prior_precision": precision}
+    return write(f"posterior-{digest}", sealed, served=digest == next(iter(fit.posteriors)))
+
+
+def _entries(content: Mapping[str, Any]) -> Iterator[_Entry]:
+    """The files that an index names."""
+    yield content["states"]
+    yield from (method["state"] for method in content["methods"].values() if "state" in method)
+    yield from content["posteriors"].values()
+    yield from content["snapshots"]
+
+
+def _path_of(folder: Path, entry: Mapping[str, Any]) -> Path:
+    """The path of a file that an index names; `posterior.safetensors` is renamed if its writer was killed before."""
+    path = _inside(folder, entry["file"])
+    if not entry.get("served"):
+        return path
+    served = folder / POSTERIOR_FILE
+    origin = file_origin(served)
+    if path.is_file() and (origin is None or origin.digest != entry["sha256"]):
+        # Another rank may do the same; a folder that cannot be written to is read as it is.
+        with suppress(OSError):
+            path.replace(served)
+    return path if path.is_file() else served
+
+
+def _previous_index(folder: Path) -> FileHeader | None:
+    """The index that a write will replace; None if there is none, or it is damaged."""
+    try:
+        header = _read_index(folder / INDEX_FILE)
+        for entry in _entries(header.description):
+            _inside(folder, entry["file"]), str(entry["sha256"])
+        for entry in header.description.get("superseded", []):
+            _inside(folder, entry["file"]), str(entry["fit"])
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        return None
+    return header
+
+
+def _superseded(folder: Path, before: FileHeader | None, content: Mapping[str, Any], fit_id: str) -> list[_Entry]:
+    """The files to remove once the index is replaced: those it named, without the snapshots of other fits.
+
+    The new index lists them, so that the next write removes what this one did not come to.
+    """
+    if before is None:
+        return []
+    named = {entry["file"] for entry in _entries(content)}
+    found = [{"file": entry["file"], "fit": before.fit} for entry in _entries(before.description)]
+    if not content["posteriors"] and any(entry.get("served") for entry in before.description["posteriors"].values()):
+        found.append({"file": POSTERIOR_FILE, "fit": before.fit})
+    snapshots = {entry["file"] for entry in before.description["snapshots"]} if before.fit != fit_id else set()
+    found = [entry for entry in found if entry["file"] not in named | snapshots]
+    left = before.description.get("superseded", [])
+    return found + [entry for entry in left if entry["file"] not in named and _inside(folder, entry["file"]).is_file()]
+
+
+def _remove(folder: Path, content: Mapping[str, Any], fit_id: str) -> None:
+    """Remove the superseded files, and what killed writes of this fit left."""
+    for entry in content["superseded"]:
+        origin = file_origin(path := _inside(folder, entry["file"]))
+        if origin is not None and origin.format in _VERSIONS:
+            remove_tensor_file(path, format=origin.format, fit=entry["fit"])
+    named = {entry["file"] for entry in _entries(content)}
+    for path in folder.iterdir():
+        target = path.name[1:].rsplit(".", 2)[0] if path.name.endswith(".tmp") else path.name
+        kind = _NEW_NAME.fullmatch(target)
+        if kind is None or target in named:
+            continue
+        if target != path.name:
+            remove_leftovers(path.with_name(target))
+        else:
+            remove_tensor_file(path, format=_KINDS[kind[1]], fit=fit_id)
 
 
 def _load_states(folder: Path, header: FileHeader) -> dict[str, dict[str, Tensor]]:
-    entry = header.description["states"]
-    path = _inside(folder, entry["file"])
-    file = read_tensor_file(path, format=_METHODS_FORMAT, version=_VERSION, remedy=_REMEDY)
-    _check_belongs(path, (file.fit, file.digest), header.fit, entry["sha256"])
+    """The states of all methods by name, and the calibration data as one more."""
     states: dict[str, dict[str, Tensor]] = {}
-    for name, value in file.tensors.items():
+    for name, value in _load_tensors(folder, header.description["states"], _METHODS_FORMAT, header.fit).items():
         method, _, key = name.partition("/")
         states.setdefault(method, {})[key] = value
+    for method, entry in header.description["methods"].items():
+        if "state" in entry:
+            states[method] = _load_tensors(folder, entry["state"], _STATE_FORMAT, header.fit)
     return states
 
 
@@ -200,10 +300,24 @@ def _warnings(entry: Mapping[str, Any]) -> tuple[str, ...]:
     return tuple(sentences)
 
 
-def _load_curvature(folder: Path, entry: Mapping[str, Any], fit_id: str, *, offload: bool) -> LaplacePosterior:
-    path = _inside(folder, entry["file"])
-    stored = load_posterior(path)
+def _load_tensors(folder: Path, entry: Mapping[str, Any], format: str, fit_id: str) -> dict[str, Tensor]:
+    path = _path_of(folder, entry)
+    file = read_tensor_file(path, format=format, version=_VERSION, remedy=_REMEDY)
+    _check_belongs(path, (file.fit, file.digest), fit_id, entry["sha256"])
+    return file.tensors
+
+
+def _load_curvature(
+    folder: Path, digest: str, entry: Mapping[str, Any], fit_id: str, *, offload: bool
+) -> LaplacePosterior:
+    path = _path_of(folder, entry)
+    stored = posterior_storage.load_posterior(path)
     _check_belongs(path, (stored.fit, stored.digest), fit_id, entry["sha256"])
+    if stored.description.get("curvature") != digest:
+        raise ValueError(
+            f"{path} has the curvature {stored.description.get('curvature')!r}, and the {INDEX_FILE} of its folder "
+            f"names it for {digest!r}; fit again"
+        )
     return LaplacePosterior(stored.factors, stored.prior_precision, prior_mean=stored.prior_mean, offload=offload)
 
 

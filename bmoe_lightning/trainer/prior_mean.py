@@ -33,6 +33,10 @@ class PriorMean:
         self._module: weakref.ref[nn.Module] | None = None
         self._hook: RemovableHandle | None = None
 
+    def __getstate__(self) -> dict[str, Any]:
+        """All attributes except those that refer to the module, which another process does not share."""
+        return vars(self) | {"_module": None, "_hook": None}
+
     def is_of(self, module: nn.Module) -> bool:
         """Whether the copies were captured from this module object."""
         return self._module is not None and self._module() is module

@@ -42,6 +42,62 @@ class TensorFile:
     digest: str
 
 
+@dataclass(frozen=True)
+class SealedTensors:
+    """The content of a file before it is written.
+
+    Attributes:
+        tensors: Contiguous tensors by name, on the CPU.
+        header: Header as JSON text.
+        digest: SHA-256 digest of the content: of the header, which holds the digest of each tensor.
+    """
+
+    tensors: dict[str, Tensor]
+    header: str
+    digest: str
+
+
+def seal_tensors(
+    tensors: Mapping[str, Tensor], *, format: str, version: int, description: Mapping[str, Any], fit: str = ""
+) -> SealedTensors:
+    """Create the content of a file.
+
+    Args:
+        tensors: Tensors by name, on any device.
+        format: Name of the format in words, such as `posterior`.
+        version: Version of the format.
+        description: Further content, as JSON values.
+        fit: Id of the fit that the file belongs to.
+    """
+    on_cpu = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+    digests = {name: tensor_digest(name, tensor) for name, tensor in on_cpu.items()}
+    header, digest = seal(
+        {"format": format, "version": version, "fit": fit, "description": dict(description), "tensors": digests}
+    )
+    return SealedTensors(on_cpu, header, digest)
+
+
+def write_sealed(path: str | Path, sealed: SealedTensors) -> None:
+    """Write the content of a file atomically.
+
+    Args:
+        path: Target path; its folder is created if missing.
+        sealed: Content from `seal_tensors`.
+
+    Raises:
+        OSError: If the file cannot be written; an existing file is unchanged.
+    """
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        with replaced_file(path) as temporary:
+            permissions = temporary.stat().st_mode
+            save_file(sealed.tensors, temporary, {METADATA_KEY: sealed.header})
+            temporary.chmod(permissions)  # safetensors writes files that only their owner can read
+    except SafetensorError as error:
+        raise OSError(f"could not write {path}: {error}; an existing file is unchanged") from error
+
+
 def write_tensor_file(
     path: str | Path,
     tensors: Mapping[str, Tensor],
@@ -51,37 +107,17 @@ def write_tensor_file(
     description: Mapping[str, Any],
     fit: str = "",
 ) -> str:
-    """Write tensors and a description atomically.
-
-    Args:
-        path: Target path; its folder is created if missing.
-        tensors: Tensors by name, on any device.
-        format: Name of the format in words, such as `posterior`.
-        version: Version of the format.
-        description: Further content, as JSON values.
-        fit: Id of the fit that the file belongs to.
+    """Write tensors and a description atomically; arguments are those of `seal_tensors` and `write_sealed`.
 
     Returns:
-        The SHA-256 digest of the content: of the header, which holds the digest of each tensor.
+        The SHA-256 digest of the content.
 
     Raises:
         OSError: If the file cannot be written; an existing file is unchanged.
     """
-    path = Path(path)
-    on_cpu = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
-    digests = {name: tensor_digest(name, tensor) for name, tensor in on_cpu.items()}
-    header, digest = seal(
-        {"format": format, "version": version, "fit": fit, "description": dict(description), "tensors": digests}
-    )
-    path.parent.mkdir(parents=True, exist_ok=True)
-    try:
-        with replaced_file(path) as temporary:
-            permissions = temporary.stat().st_mode
-            save_file(on_cpu, temporary, {METADATA_KEY: header})
-            temporary.chmod(permissions)  # safetensors writes files that only their owner can read
-    except SafetensorError as error:
-        raise OSError(f"could not write {path}: {error}; an existing file is unchanged") from error
-    return digest
+    sealed = seal_tensors(tensors, format=format, version=version, description=description, fit=fit)
+    write_sealed(path, sealed)
+    return sealed.digest
 
 
 def read_tensor_file(path: str | Path, *, format: str, version: int, remedy: str = REMEDY) -> TensorFile:
@@ -168,29 +204,59 @@ def opened_tensor_file(
         yield OpenedTensorFile(path, file, format=format, version=version, remedy=remedy)
 
 
-def written_format(path: str | Path) -> str | None:
-    """The format that the header of a safetensors file names, even if its tensors are truncated or damaged.
+@dataclass(frozen=True)
+class FileOrigin:
+    """What the header of a file says about it, even if its tensors are truncated or damaged.
+
+    Attributes:
+        format: Name of the format.
+        fit: Id of the fit that the file belongs to.
+        digest: SHA-256 digest of the content.
+    """
+
+    format: str
+    fit: str
+    digest: str
+
+
+def file_origin(path: str | Path) -> FileOrigin | None:
+    """Read the header of a safetensors file without verifying it.
 
     Returns:
-        The name; None if there is no readable file, or this package has not written it.
+        The origin; None if there is no readable file, or this package has not written it.
     """
     try:
         with Path(path).open("rb") as file:
             length = int.from_bytes(file.read(8), "little")
             text = file.read(length) if length <= _MAX_HEADER else b""
-        found = json.loads(json.loads(text)["__metadata__"][METADATA_KEY])["format"]
-    except (OSError, ValueError, LookupError, TypeError, RecursionError):
+        header = json.loads(json.loads(text)["__metadata__"][METADATA_KEY])
+        found = [header["format"], header.get("fit", ""), header.get("sha256", "")]
+    except (OSError, ValueError, LookupError, TypeError, AttributeError, RecursionError):
         return None
-    return found if isinstance(found, str) else None
+    return FileOrigin(*found) if all(isinstance(value, str) for value in found) else None
 
 
-def remove_tensor_file(path: str | Path, *, format: str) -> bool:
-    """Remove a file if its header names this format; any other file is left unchanged.
+def has_content(path: str | Path, digest: str, *, format: str, version: int) -> bool:
+    """Whether a file is complete and has the content with this digest; all tensors are read and verified."""
+    try:
+        with opened_tensor_file(path, format=format, version=version) as file:
+            if file.digest != digest:
+                return False
+            for name in file.shapes:
+                file.read(name)
+    except (OSError, ValueError):
+        return False
+    return True
+
+
+def remove_tensor_file(path: str | Path, *, format: str, fit: str | None = None) -> bool:
+    """Remove a file if its header names this format, and this fit if one is given; any other file is left unchanged.
 
     Returns:
         Whether it was removed.
     """
-    if written_format(path) != format:
+    origin = file_origin(path)
+    if origin is None or origin.format != format or fit not in (None, origin.fit):
         return False
     Path(path).unlink(missing_ok=True)
     return True

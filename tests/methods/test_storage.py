@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import itertools
 import json
+import operator
+import os
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -15,6 +19,7 @@ from bmoe_lightning.laplace import LaplacePosterior
 from bmoe_lightning.methods import MAP, FitResult, LaplaceLPO, TemperatureScaling, evaluate, fit_methods, save_snapshot
 from bmoe_lightning.methods.fit_result import FittedMethod
 from bmoe_lightning.methods.storage import INDEX_FILE, POSTERIOR_FILE, has_fit, load_fit, save_fit
+from bmoe_lightning.utils import safetensors_io
 
 DOWN = "layers.0.mixture.crew.down_proj"
 METHODS = (MAP(), TemperatureScaling(), LaplaceLPO(curvature=RANK3, num_samples=100))
@@ -82,7 +87,7 @@ def test_each_curvature_has_a_file(fit, tmp_path):
     save_fit(tmp_path, both)
     names = files_of(tmp_path)
     assert POSTERIOR_FILE in names
-    assert f"posterior-{other.curvature.digest}.safetensors" in names
+    assert sum(name.startswith(f"posterior-{other.curvature.digest}-") for name in names) == 1
     found, _ = load_fit(tmp_path)
     expected = log_probs(both, *METHODS, other)
     assert all(torch.equal(value, expected[name]) for name, value in log_probs(found, *METHODS, other).items())
@@ -175,13 +180,155 @@ class TestTwoFits:
         assert found.fit_id == fit.fit_id
         assert torch.equal(log_probs(found)["laplace_lpo"], log_probs(fit)["laplace_lpo"])
 
-    def test_only_files_of_the_same_fit_are_removed(self, fit, folders):
+    def test_what_the_replaced_index_named_is_removed_but_for_snapshots(self, fit, folders):
         one, _ = folders
-        second = FitResult(fingerprint=fit.fingerprint, layers=fit.layers, methods=fit.methods)
+        (one / "posterior-of-mine.safetensors").write_bytes(b"mine")
         before = set(files_of(one))
+        second = FitResult(fingerprint=fit.fingerprint, layers=fit.layers, methods=fit.methods)
         save_fit(one, second)
-        assert before <= set(files_of(one))
+        after = set(files_of(one))
+        gone = {name for name in before if name.startswith("methods-")} | {POSTERIOR_FILE}
+        assert before - after == gone  # the second fit has no curvature, and a checkpoint may name the snapshots
         assert load_fit(one)[0].fit_id == second.fit_id
+
+    def test_superseded_snapshots_of_the_same_fit_are_removed(self, fit, folders):
+        one, _ = folders
+        (first,) = (one / "snapshots").iterdir()
+        save_fit(one, fit, [snapshot(one, fit, epoch=1)])
+        assert load_fit(one)[1] == list((one / "snapshots").iterdir())
+        assert not first.exists()
+
+
+class Killed(BaseException):
+    """Ends a writer; nothing that it does afterwards has an effect."""
+
+
+class TestKilledWriters:
+    """A writer is killed before each of its operations on files."""
+
+    OPERATIONS = ("os.replace", "os.rename", "os.unlink", "os.fsync", "os.link")
+
+    @pytest.fixture
+    def killed_at(self, monkeypatch):
+        def kill(action, number):
+            done = 0
+
+            def counted(function):
+                def call(*args, **options):
+                    nonlocal done
+                    done += 1
+                    if done > number:
+                        raise Killed
+                    return function(*args, **options)
+
+                return call
+
+            with monkeypatch.context() as patch:
+                for name in self.OPERATIONS:
+                    patch.setattr(name, counted(operator.attrgetter(name.partition(".")[2])(os)))
+                patch.setattr(safetensors_io, "save_file", counted(safetensors_io.save_file))
+                try:
+                    action()
+                except Killed:
+                    return True
+            return False
+
+        return kill
+
+    def same_fit(self, found, expected):
+        return (
+            found.fit_id == expected.fit_id
+            and found.methods.keys() == expected.methods.keys()
+            and torch.equal(*(f.methods["laplace_lpo"].state["prior_precision"] for f in (found, expected)))
+            and all(torch.equal(found.posteriors[d].prior_precision, expected.served_posterior(d).prior_precision)
+                    for d in expected.posteriors)
+        )  # fmt: skip
+
+    @pytest.mark.parametrize("same_id", [True, False])
+    def test_either_fit_is_there_and_can_be_completed(self, fit, tmp_path, killed_at, same_id):
+        shifted = {
+            name: FittedMethod({k: v * 2 for k, v in entry.state.items()}, entry.options, entry.curvatures)
+            for name, entry in fit.methods.items()
+        }
+        second = replace(fit, methods=shifted, **({} if same_id else {"fit_id": "b" * 32}))
+        seen = []
+        for number in itertools.count():
+            folder = tmp_path / str(number)
+            first = f"snapshots/{snapshot(folder, fit).name}"
+            save_fit(folder, fit, [folder / first])
+            later = snapshot(folder, second, epoch=1)
+            was_killed = killed_at(lambda: save_fit(folder, second, [later]), number)  # noqa: B023
+            found, snapshots = load_fit(folder)
+            seen.append(self.same_fit(found, second))
+            assert seen[-1] or self.same_fit(found, fit)
+            assert [path.is_file() for path in snapshots] == [True]
+            served = LaplacePosterior.load(folder / POSTERIOR_FILE)  # by its name, whatever happened
+            assert torch.equal(served.prior_precision, found.methods["laplace_lpo"].state["prior_precision"])
+            save_fit(folder, second, [later])
+            assert self.same_fit(load_fit(folder)[0], second)
+            left = {name for name in files_of(folder) if not name.startswith("methods-")}
+            assert left - {first} == {"index.json", POSTERIOR_FILE, f"snapshots/{later.name}"}
+            assert (first in left) == (not same_id)  # a checkpoint may name the snapshots of another fit
+            assert len(list(folder.glob("methods-*"))) == 1
+            if not was_killed:
+                break
+        assert len(seen) > 8
+        assert seen == sorted(seen)  # the switch is one operation
+        assert not seen[0]
+        assert seen[-1]
+
+    def test_a_folder_that_cannot_be_written_to_is_read_before_its_rename(self, fit, tmp_path, killed_at, monkeypatch):
+        second = replace(fit, fit_id="b" * 32)
+        for number in itertools.count():
+            folder = tmp_path / str(number)
+            save_fit(folder, fit)
+            killed_at(lambda: save_fit(folder, second), number)  # noqa: B023
+            if json.loads((folder / INDEX_FILE).read_text())["fit"] == second.fit_id:
+                break
+        assert len(list(folder.glob("posterior-*"))) == 1
+
+        def refuse(*_):
+            raise PermissionError(13, "read-only")
+
+        with monkeypatch.context() as patch:
+            patch.setattr("os.replace", refuse)
+            assert load_fit(folder)[0].fit_id == second.fit_id
+            assert LaplacePosterior.load(folder / POSTERIOR_FILE) is not None
+        load_fit(folder)
+        assert not list(folder.glob("posterior-*"))
+
+
+BIG = {"moments": torch.arange(3.0 * 2**17).reshape(3, -1), "seed": torch.tensor(3)}
+
+
+class TestLargeStates:
+    def test_have_a_file_that_other_methods_do_not_rewrite(self, fit, tmp_path):
+        big = fit.with_methods({"big": FittedMethod(BIG, {"class": "Big"})}, {})
+        save_fit(tmp_path, big)
+        (path,) = tmp_path.glob("state-big-*.safetensors")
+        stat = path.stat()
+        (methods,) = tmp_path.glob("methods-*")
+        assert methods.stat().st_size < 2**18
+        found = load_fit(tmp_path)[0]
+        assert found.methods["big"].state.keys() == BIG.keys()
+        assert all(torch.equal(value, BIG[key]) for key, value in found.methods["big"].state.items())
+        save_fit(tmp_path, found.with_methods({"small": FittedMethod({"x": torch.ones(1)}, {})}, {}))
+        assert list(tmp_path.glob("state-*")) == [path]
+        assert (path.stat().st_ino, path.stat().st_mtime_ns) == (stat.st_ino, stat.st_mtime_ns)
+        assert load_fit(tmp_path)[0].methods.keys() == {*fit.methods, "big", "small"}
+
+    def test_a_damaged_file_is_written_again(self, fit, tmp_path):
+        big = fit.with_methods({"big": FittedMethod(BIG, {"class": "Big"})}, {})
+        save_fit(tmp_path, big)
+        (path,) = tmp_path.glob("state-big-*.safetensors")
+        content = bytearray(path.read_bytes())
+        content[-5] ^= 4
+        path.write_bytes(content)
+        with pytest.raises(ValueError, match=path.name):
+            load_fit(tmp_path)
+        save_fit(tmp_path, big)
+        assert torch.equal(load_fit(tmp_path)[0].methods["big"].state["moments"], BIG["moments"])
+        assert not path.exists()
 
 
 @pytest.mark.parametrize("name", ["../outside.safetensors", "/etc/hostname", "a/../../b", ""])

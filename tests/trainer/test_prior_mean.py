@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import pickle
+
 import pytest
 import torch
 from fake_trainer import FakeTrainer
@@ -66,3 +68,18 @@ def test_hook_is_removed():
     prior_mean.remove_hook()
     module.load_state_dict(ToyModule(seed=1).state_dict())
     assert prior_mean.weights is None
+
+
+def test_can_be_pickled_without_its_module():
+    """For strategies that spawn processes."""
+    module = ToyModule()
+    prior_mean = PriorMean(find_expert_layers)
+    prior_mean.capture(module)
+    prior_mean.capture_on_load(FakeTrainer(restoring=True), module)
+    written = pickle.dumps(prior_mean)
+    found = pickle.loads(written)
+    assert found.weights.keys() == prior_mean.weights.keys()
+    assert torch.equal(found.weights[DOWN], prior_mean.weights[DOWN])
+    assert not found.is_of(module)
+    assert prior_mean.is_of(module)
+    assert len(written) < 2 * sum(value.nbytes for value in prior_mean.weights.values()) + 10_000

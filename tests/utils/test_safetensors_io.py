@@ -10,12 +10,14 @@ from safetensors.torch import load_file, save_file
 from bmoe_lightning.utils import safetensors_io
 from bmoe_lightning.utils.file_contract import with_header
 from bmoe_lightning.utils.safetensors_io import (
+    file_origin,
+    has_content,
     opened_tensor_file,
     read_tensor_file,
     remove_tensor_file,
+    seal_tensors,
     tensor_digest,
     write_tensor_file,
-    written_format,
 )
 
 KIND = {"format": "sample", "version": 1}
@@ -148,11 +150,18 @@ def test_a_full_disk_leaves_the_old_file(tmp_path, monkeypatch, error):
 class TestRemove:
     def test_only_the_named_format(self, tmp_path):
         write(tmp_path / "x", {"a": torch.ones(1)})
-        assert written_format(tmp_path / "x") == "sample"
+        assert file_origin(tmp_path / "x").format == "sample"
         assert not remove_tensor_file(tmp_path / "x", format="other")
         assert (tmp_path / "x").exists()
         assert remove_tensor_file(tmp_path / "x", format="sample")
         assert not (tmp_path / "x").exists()
+
+    def test_only_the_named_fit(self, tmp_path):
+        digest = write_tensor_file(tmp_path / "x", {"a": torch.ones(1)}, description={}, fit="one", **KIND)
+        origin = file_origin(tmp_path / "x")
+        assert (origin.format, origin.fit, origin.digest) == ("sample", "one", digest)
+        assert not remove_tensor_file(tmp_path / "x", format="sample", fit="two")
+        assert remove_tensor_file(tmp_path / "x", format="sample", fit="one")
 
     def test_ours_in_another_version_or_with_a_damaged_payload(self, tmp_path):
         path = tmp_path / "x"
@@ -184,3 +193,16 @@ class TestRemove:
         assert not remove_tensor_file(tmp_path / "missing", format="sample")
         assert not remove_tensor_file(tmp_path, format="sample")
         assert tmp_path.is_dir()
+
+
+def test_content_is_known_before_and_after_it_is_written(tmp_path):
+    tensors, path = {"a": torch.arange(40.0).reshape(4, 10).T}, tmp_path / "x"
+    sealed = seal_tensors(tensors, description={"b": [1]}, fit="one", **KIND)
+    assert not has_content(path, sealed.digest, **KIND)
+    assert write_tensor_file(path, tensors, description={"b": [1]}, fit="one", **KIND) == sealed.digest
+    assert has_content(path, sealed.digest, **KIND)
+    assert not has_content(path, seal_tensors(tensors, description={}, fit="two", **KIND).digest, **KIND)
+    whole = bytearray(path.read_bytes())
+    whole[-1] ^= 1
+    path.write_bytes(whole)
+    assert not has_content(path, sealed.digest, **KIND)
