@@ -41,13 +41,12 @@ from bmoe_lightning.laplace.predictive import (
 )
 from bmoe_lightning.laplace.prior import (
     Scope,
-    ValidationCache,
-    cache_terms,
     fit_evidence,
     fit_lpo,
     log_evidence_penalty,
 )
 from bmoe_lightning.laplace.storage import load_posterior, save_posterior
+from bmoe_lightning.laplace.validation_cache import ValidationCache, cache_terms
 
 
 class WeightMismatchError(RuntimeError):

@@ -7,12 +7,14 @@ absent classes), and returns log-probabilities `[B, K]`.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Literal
 
 import torch
 from torch import Tensor
+
+from bmoe_lightning.utils.fit_warnings import warn_of_fit
 
 LinkName = Literal["mc", "isotropic", "probit", "laplace_bridge"]
 
@@ -22,6 +24,10 @@ NUM_SAMPLES = 10_000
 
 MIN_UNLABELLED = 100
 """Minimum number of inputs for the evidence temperature."""
+
+_UNIFORM_TEMPERATURE = 100.0
+# Monte Carlo samples held at a time: bounds memory for any number of examples and classes.
+_CHUNK_FLOATS = 1 << 24
 
 
 @dataclass(frozen=True)
@@ -60,10 +66,11 @@ def class_probabilities(
         Log-probabilities `[B, K]`.
 
     Raises:
-        ValueError: If the link is unknown, there is less than one sample, or the covariance is not positive
-            semi-definite.
+        ValueError: If the link is unknown, there is less than one sample, or the covariance is not finite or not
+            positive semi-definite, or a logit is NaN or +inf.
     """
     check_link(link, num_samples)
+    _check_finite(logits, covariance)
     return LINKS[link](logits, covariance, num_samples, seed)
 
 
@@ -79,10 +86,19 @@ def check_link(link: str, num_samples: int) -> None:
         raise ValueError(f"num_samples must be at least 1, got {num_samples}")
 
 
+def _check_finite(logits: Tensor, covariance: Tensor) -> None:
+    broken = torch.isnan(logits) | (logits == torch.inf)
+    if bool(broken.any() | ~torch.isfinite(covariance).all()):
+        raise ValueError(
+            "the logits or their covariance are not finite (NaN or infinity): a gradient or a weight overflowed; check "
+            "the weights and the scale of the logits, and use bfloat16 or float32 rather than float16"
+        )
+
+
 def monte_carlo(logits: Tensor, covariance: Tensor, num_samples: int = NUM_SAMPLES, seed: int = 0) -> Tensor:
     """Average of the softmax over samples of the logits, `[B, K]`: MC-Laplace of https://arxiv.org/abs/2511.08968."""
-    samples = _log_softmax_samples(logits, covariance, num_samples, seed)
-    return torch.logsumexp(samples, dim=1) - math.log(num_samples)
+    parts = _sample_chunks(logits, covariance, num_samples, seed)
+    return torch.cat([torch.logsumexp(samples, dim=1) - math.log(num_samples) for samples in parts])
 
 
 def isotropic(logits: Tensor, covariance: Tensor, num_samples: int = NUM_SAMPLES, seed: int = 0) -> Tensor:
@@ -111,11 +127,12 @@ def laplace_bridge(logits: Tensor, covariance: Tensor, num_samples: int = 0, see
     present = logits != -torch.inf
     count = present.sum(1, keepdim=True).double()
     variances = centred(covariance, present).diagonal(dim1=1, dim2=2).clamp(min=torch.finfo(torch.float32).tiny)
-    shifted = torch.where(present, logits, 0)
-    shifted = torch.where(present, shifted - shifted.sum(1, keepdim=True) / count, 0)
-    spread = torch.where(present, torch.exp(-shifted), 0).sum(1, keepdim=True)
-    alpha = (1 - 2 / count + shifted.exp() / count.square() * spread) / variances
-    return torch.where(present, alpha, 0).log().log_softmax(-1)
+    # alpha_k v_k = 1 - 2 / K + exp(f_k) sum_l exp(-f_l) / K^2, in logarithms, since the exponentials overflow. A shift
+    # of all logits cancels.
+    inverse = torch.where(present, -logits, -torch.inf).logsumexp(1, keepdim=True)
+    growth = torch.where(present, logits + inverse, -torch.inf) - 2 * count.log()
+    log_alpha = torch.logaddexp((1 - 2 / count).clamp(min=0).log(), growth) - variances.log()
+    return torch.where(present, log_alpha, -torch.inf).log_softmax(-1)
 
 
 LINKS: dict[str, Callable[[Tensor, Tensor, int, int], Tensor]] = {
@@ -130,7 +147,7 @@ def mean_variance(logits: Tensor, covariance: Tensor) -> Tensor:
     """`v = tr(C Lambda C) / (K - 1)` with the centring matrix C over the present classes: `[B]`."""
     present = logits != -torch.inf
     trace = centred(covariance, present).diagonal(dim1=1, dim2=2).sum(1)
-    return trace / (present.sum(1) - 1)
+    return trace / (present.sum(1) - 1).clamp(min=1)
 
 
 def temperature_from_variances(variances: Tensor) -> float:
@@ -139,13 +156,28 @@ def temperature_from_variances(variances: Tensor) -> float:
     The median is robust to a few inputs with very large logit variances.
 
     Raises:
-        ValueError: If there are fewer than 100 inputs.
+        ValueError: If there are fewer than 100 inputs, or a variance is negative or not finite.
+
+    Warns:
+        FitWarning: If the temperature is above 100, so that all predictions are nearly uniform.
     """
     if len(variances) < MIN_UNLABELLED:
         raise ValueError(
             f"the evidence temperature needs at least {MIN_UNLABELLED} unlabelled inputs, got {len(variances)}"
         )
-    return math.sqrt(1 + math.pi / 4 * float(variances.double().quantile(0.5)))
+    if not bool((variances.isfinite() & (variances >= 0)).all()):
+        raise ValueError(
+            "the logit variances contain negative values, NaN or infinity, so they have no evidence temperature; check "
+            "the model's weights and the prior precision"
+        )
+    temperature = math.sqrt(1 + math.pi / 4 * float(variances.double().quantile(0.5)))
+    if temperature > _UNIFORM_TEMPERATURE:
+        warn_of_fit(
+            f"the evidence temperature {temperature:.3g} makes every prediction nearly uniform: the logit variances "
+            "are too large to mean anything; check the prior mean and the scale of the logits, or fit on labels",
+            stacklevel=2,
+        )
+    return temperature
 
 
 def centred(covariance: Tensor, present: Tensor) -> Tensor:
@@ -166,10 +198,13 @@ def predict_with_uncertainty(
         num_samples: Number of Monte Carlo samples.
         seed: Seed for the noise.
     """
-    samples = _log_softmax_samples(logits, covariance, num_samples, seed)
-    log_probs = torch.logsumexp(samples, dim=1) - math.log(num_samples)
+    _check_finite(logits, covariance)
+    parts = [
+        (torch.logsumexp(samples, dim=1) - math.log(num_samples), entropy(samples).mean(dim=1))
+        for samples in _sample_chunks(logits, covariance, num_samples, seed)
+    ]
+    log_probs, expected = (torch.cat(part) for part in zip(*parts, strict=True))
     total = entropy(log_probs)
-    expected = entropy(samples).mean(dim=1)
     return Prediction(log_probs, logits, covariance, total, (total - expected).clamp(min=0))
 
 
@@ -185,12 +220,14 @@ def square_root(covariance: Tensor) -> Tensor:
     return vectors * values.clamp(min=0).sqrt().unsqueeze(1)
 
 
-def _log_softmax_samples(logits: Tensor, covariance: Tensor, num_samples: int, seed: int) -> Tensor:
-    """`[B, S, K]` log-softmax of sampled logits."""
+def _sample_chunks(logits: Tensor, covariance: Tensor, num_samples: int, seed: int) -> Iterator[Tensor]:
+    """`[b, S, K]` log-softmax of sampled logits, some examples at a time; at least once."""
     if num_samples < 1:
         raise ValueError(f"num_samples must be at least 1, got {num_samples}")
     noise = standard_normal(num_samples, logits.shape[1], seed).to(covariance)
-    return (logits.unsqueeze(1) + noise @ square_root(covariance).mT).log_softmax(-1)
+    size = max(1, _CHUNK_FLOATS // noise.numel())
+    for of_logits, root in zip(logits.split(size), square_root(covariance).split(size), strict=True):
+        yield (of_logits.unsqueeze(1) + noise @ root.mT).log_softmax(-1)
 
 
 def standard_normal(num_samples: int, num_classes: int, seed: int) -> Tensor:

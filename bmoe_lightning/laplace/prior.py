@@ -3,24 +3,26 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
 from typing import Literal
 
 import torch
 from torch import Tensor
 
-from bmoe_lightning.experts.logits_contract import NO_LABEL, checked_labels, joined_logits
-from bmoe_lightning.laplace.covariance import BatchTerms
 from bmoe_lightning.laplace.predictive import standard_normal
-from bmoe_lightning.utils.distributed import gather_examples, gather_number
+from bmoe_lightning.laplace.validation_cache import ValidationCache
 from bmoe_lightning.utils.fit_warnings import warn_of_fit
 
 Scope = Literal["global", "layer"]
 SCOPES: tuple[Scope, ...] = ("global", "layer")
 
 LOG_PRECISION_RANGE = (math.log(1e-8), math.log(1e12))
-_NUM_BINS = 128
+# A factor of 1.1 from an end of a search range is at the end.
+_AT_END = 0.1
+# log lambda has a standard deviation of sqrt(2 / gamma) under the evidence (MacKay 1992): a factor of 7 at this gamma.
+_MIN_GAMMA = 0.5
+# A change of the summed NLL, in nats, that no test would notice.
+_FLAT = 0.1
 _LPO_RANGE = (math.log(1e-4), math.log(1e8))
 _GOLDEN_STEPS = 15  # to .002 in log precision
 
@@ -61,16 +63,62 @@ def fit_evidence(curvature: Sequence[Tensor], squared_distances: Sequence[Tensor
 
     Raises:
         ValueError: If the scope is unknown, the weights equal the prior mean (the evidence then increases in lambda
-            without bound), or the curvature is zero.
+            without bound), or the curvature is zero or not finite.
+
+    Warns:
+        FitWarning: If a precision is at an end of the search range, or the evidence hardly depends on it.
     """
     check_distances(squared_distances)
     spectra = [s.double().flatten().cpu() for s in curvature]
+    if not all(bool((s.isfinite() & (s >= 0)).all()) for s in spectra):
+        raise ValueError(
+            "the curvature has negative values, NaN or infinity, so the evidence has no maximum; collect it again from "
+            "a model whose loss is finite"
+        )
     distances = torch.stack([d.double().sum().cpu() for d in squared_distances])
     if scope == "layer":
-        return torch.stack([_stationary(s, distance) for s, distance in zip(spectra, distances, strict=True)])
+        found = torch.stack([_stationary(s, distance) for s, distance in zip(spectra, distances, strict=True)])
+        _warn_of_evidence(spectra, found)
+        return found
     if scope == "global":
-        return _stationary(torch.cat(spectra), distances.sum()).expand(len(spectra)).clone()
+        single = _stationary(torch.cat(spectra), distances.sum())
+        _warn_of_evidence([torch.cat(spectra)], single.view(1))
+        return single.expand(len(spectra)).clone()
     raise ValueError(f"unknown scope {scope!r}; valid are global, layer")
+
+
+def _warn_of_evidence(spectra: Sequence[Tensor], precision: Tensor) -> None:
+    """Warn of precisions at an end of the range, and of those that the data do not determine."""
+    if ended := _at_end(precision, LOG_PRECISION_RANGE):
+        warn_of_fit(
+            f"the prior precision from the evidence is at an end of its search range ({ended}): the curvature is "
+            "nearly zero, or the weights nearly equal the prior mean; check training, the prior mean and the data",
+            stacklevel=3,
+        )
+        return
+    gammas = torch.stack([(s / (value + s)).sum() for s, value in zip(spectra, precision, strict=True)])
+    if unidentified := _listed(gammas, gammas < _MIN_GAMMA):
+        warn_of_fit(
+            "the evidence hardly depends on the prior precision, since the data determine fewer than "
+            f"{_MIN_GAMMA} directions of the weights (gamma {unidentified}); use more training data, or scope='global'",
+            stacklevel=3,
+        )
+
+
+def _at_end(precision: Tensor, log_range: tuple[float, float]) -> str:
+    """The precisions at an end of a range of their logarithm; empty for none."""
+    logs = precision.log()
+    return _listed(precision, torch.stack([(logs - end).abs() < _AT_END for end in log_range]).any(0))
+
+
+def _listed(values: Tensor, chosen: Tensor) -> str:
+    """The chosen ones of the values of all layers, with their positions if there are several layers."""
+    entries = [
+        f"{value:.3g} in layer {position}" if len(values) > 1 else f"{value:.3g}"
+        for position, value in enumerate(values.tolist())
+        if chosen[position]
+    ]
+    return ", ".join(entries[:3]) + (f" and {len(entries) - 3} more" if len(entries) > 3 else "")
 
 
 def check_distances(squared_distances: Sequence[Tensor]) -> None:
@@ -111,132 +159,6 @@ def _stationary(spectrum: Tensor, distance: Tensor) -> Tensor:
     return torch.tensor(math.exp((low + high) / 2), dtype=torch.float64)
 
 
-@dataclass(frozen=True)
-class ValidationCache:
-    """Logits and covariance terms of a validation set, from which predictions follow for any prior precision.
-
-    The projections enter a covariance only through `s / (lambda + s)`, a smooth function of log s. So their products
-    are summed in bins of log s, interpolated linearly between the two nearest bin centres.
-
-    Attributes:
-        logits: Logits `[N, K]`, `-inf` for absent classes.
-        labels: Labels `[N]` int64, or None without labels.
-        embedding: Matrix `[N, K, P]` from contrasts to logits.
-        prior: Inner products `<G_i, G_j>`, `[N, L, P, P]`.
-        binned: Sums of `R_i R_j` per bin, `[N, L, bins, P, P]`.
-        centres: Eigenvalue s at the centre of each bin, `[L, bins]`.
-    """
-
-    logits: Tensor
-    labels: Tensor | None
-    embedding: Tensor
-    prior: Tensor
-    binned: Tensor
-    centres: Tensor
-
-    def contrast_covariance(self, precision: Tensor) -> Tensor:
-        """The covariance of the contrasts at precisions `[L]`: `[N, P, P]`."""
-        shrinkage = self.centres / (precision.unsqueeze(1) + self.centres)
-        explained = torch.einsum("nlbij,lb->nlij", self.binned, shrinkage)
-        return ((self.prior - explained) / precision.view(1, -1, 1, 1)).sum(1)
-
-    def covariance(self, precision: Tensor) -> Tensor:
-        """The covariance of the centred logits at precisions `[L]`: `[N, K, K]`."""
-        return self.embedding @ self.contrast_covariance(precision) @ self.embedding.mT
-
-
-class CacheBuilder:
-    """Collects a `ValidationCache` batch by batch, on the CPU in float64.
-
-    Args:
-        curvature: Eigenvalues `s_qp` of each layer, `[E, r_g, r_a]`.
-    """
-
-    def __init__(self, curvature: Sequence[Tensor]) -> None:
-        self._curvature = list(curvature)
-        self._centres = _bin_centres_of(self._curvature)
-        self._parts: dict[str, list[Tensor]] = {"logits": [], "labels": [], "embedding": [], "prior": [], "binned": []}
-
-    def add(self, terms: BatchTerms) -> None:
-        """Add the centred terms of one batch."""
-        parts, size = self._parts, len(terms.logits)
-        parts["logits"].append(terms.logits.cpu())
-        # A placeholder for missing labels, so that all ranks all-gather the same tensors.
-        missing = torch.full((size,), NO_LABEL)
-        labels = missing if terms.labels is None else checked_labels(terms.labels, terms.logits, values=False)
-        parts["labels"].append(labels.cpu())
-        parts["embedding"].append(terms.embedding.cpu())
-        parts["prior"].append(torch.stack([layer.prior.to(terms.embedding) for layer in terms.layers], dim=1).cpu())
-        binned = [
-            _bin_products(
-                layer.projections, layer.examples, s.to(layer.experts.device)[layer.experts], grid, size
-            ).cpu()
-            for layer, s, grid in zip(terms.layers, self._curvature, self._centres, strict=True)
-        ]
-        parts["binned"].append(torch.stack(binned, dim=1))
-
-    def finish(self, *, distributed: bool = False) -> ValidationCache:
-        """The cache of all batches.
-
-        Args:
-            distributed: Whether all ranks call this, each with its shard of the set (see `gather_examples`); every rank
-                then gets the full cache.
-
-        Raises:
-            ValueError: If there are no examples.
-        """
-        # A rank without a batch does not know the shapes, but all-gathers the same dtypes.
-        empty = {name: torch.empty(0, dtype=torch.int64 if name == "labels" else torch.float64) for name in self._parts}
-        num_classes = max((logits.shape[1] for logits in self._parts["logits"]), default=0)
-        if distributed:
-            num_classes = max(gather_number(num_classes))
-        full = {
-            name: _joined(name, values, num_classes) if values else empty[name] for name, values in self._parts.items()
-        }
-        if distributed:
-            full = {name: gather_examples(values) for name, values in full.items()}
-        if not len(full["logits"]):
-            raise ValueError(
-                "no validation examples: nothing can be fitted on an empty calibration split; add examples"
-            )
-        labels = full.pop("labels")
-        return ValidationCache(
-            **full, labels=None if bool((labels == NO_LABEL).all()) else labels, centres=self._centres
-        )
-
-
-def _joined(name: str, parts: Sequence[Tensor], num_classes: int) -> Tensor:
-    """Concatenate one of the tensors of all batches; a class that a batch does not have is absent there."""
-    if name == "labels":
-        return torch.cat(list(parts))
-    if name == "logits":
-        return joined_logits(parts, num_classes)
-    # The last dimensions are the K - 1 contrasts, or the K classes and the contrasts; those of absent classes are zero.
-    rows = num_classes if name == "embedding" else num_classes - 1
-    sizes = [(part.shape[-1], part.shape[-2]) for part in parts]
-    padding = [(0, num_classes - 1 - columns, 0, rows - found) for columns, found in sizes]
-    return torch.cat([torch.nn.functional.pad(part, by) for part, by in zip(parts, padding, strict=True)])
-
-
-def cache_terms(
-    batches: Iterable[BatchTerms], curvature: Sequence[Tensor], *, distributed: bool = False
-) -> ValidationCache:
-    """Cache the terms of a validation set in one pass; see `CacheBuilder`.
-
-    Args:
-        batches: Centred terms of each batch.
-        curvature: Eigenvalues `s_qp` of each layer, `[E, r_g, r_a]`.
-        distributed: Whether all ranks call this; see `CacheBuilder.finish`.
-
-    Raises:
-        ValueError: If there are no examples.
-    """
-    builder = CacheBuilder(curvature)
-    for terms in batches:
-        builder.add(terms)
-    return builder.finish(distributed=distributed)
-
-
 def fit_lpo(
     cache: ValidationCache, scope: Scope = "layer", *, num_samples: int = 1000, seed: int = 0, max_iterations: int = 60
 ) -> Tensor:
@@ -257,10 +179,11 @@ def fit_lpo(
         Prior precision `[L]` float64.
 
     Raises:
-        ValueError: If the scope is unknown, there are no labels, or the objective is not finite.
+        ValueError: If the scope is unknown, there are no labels, a label is no class of its example, or logits,
+            covariance terms or the objective are not finite.
 
     Warns:
-        FitWarning: If the prior precisions are at an end of the search range.
+        FitWarning: If a prior precision is at an end of the search range, or the objective hardly depends on them.
     """
     if scope not in ("global", "layer"):
         raise ValueError(f"unknown scope {scope!r}; valid are global, layer")
@@ -270,26 +193,45 @@ def fit_lpo(
     log_precision = torch.full((num_layers,), start, dtype=torch.float64)
     if scope == "layer" and num_layers > 1:
         log_precision = _quasi_newton(objective, log_precision, max_iterations)
-    if not math.isfinite(float(objective(log_precision))):
+    reached = float(objective(log_precision))
+    if not math.isfinite(reached):
         raise ValueError("the validation NLL is not finite; check labels and logits of the calibration split")
-    if all(min(abs(x - end) for end in _LPO_RANGE) < 0.1 for x in log_precision.tolist()):
-        reached = ", ".join(f"{x:.3g}" for x in log_precision.exp().tolist())
-        warn_of_fit(
-            f"LPO ended at the limit of its search range (prior precisions {reached}): no finite prior precision is "
-            "optimal on this validation set, so predictions are those of the MAP or nearly uniform; add labels",
-            stacklevel=2,
-        )
+    _warn_of_lpo(objective, log_precision, reached)
     return log_precision.exp()
+
+
+def _warn_of_lpo(objective: _Objective, log_precision: Tensor, reached: float) -> None:
+    """Warn of precisions at an end of the range, and of an objective that is flat around them."""
+    if ended := _at_end(log_precision.exp(), _LPO_RANGE):
+        warn_of_fit(
+            f"LPO ended at the limit of its search range (prior precision {ended}): no finite prior precision is "
+            "optimal on this validation set, so these layers predict as the MAP does or nearly uniformly; add labels",
+            stacklevel=3,
+        )
+        return
+    with torch.no_grad():
+        moved = [float(objective(log_precision + step)) for step in (-math.log(10), math.log(10))]
+    rise = objective.num_examples * min(value - reached for value in moved)
+    if abs(rise) < _FLAT:
+        warn_of_fit(
+            f"LPO's prior precision is not determined by the {objective.num_examples} labels: one ten times as large "
+            f"or as small changes their summed NLL by {abs(rise):.2g} nats; add labels",
+            stacklevel=3,
+        )
 
 
 class _Objective:
     """Mean validation NLL of the MC predictive as a function of the log precisions `[L]`."""
 
     def __init__(self, cache: ValidationCache, num_samples: int, seed: int) -> None:
-        if cache.labels is None:
-            raise ValueError("LPO needs labels, but class_logits returned None for them; return (logits, labels)")
+        if not all(bool(terms.isfinite().all()) for terms in (cache.embedding, cache.prior, cache.binned)):
+            raise ValueError(
+                "the covariance terms of the validation set are not finite: a gradient overflowed; check the weights "
+                "and the scale of the logits"
+            )
         self._cache = cache
-        self._labels = checked_labels(cache.labels, cache.logits)
+        _, self._labels = cache.labelled()
+        self.num_examples = len(self._labels)
         self._noise = standard_normal(num_samples, cache.embedding.shape[2], seed)
 
     def __call__(self, log_precision: Tensor) -> Tensor:
@@ -298,12 +240,23 @@ class _Objective:
         # Cholesky instead of an eigendecomposition: it is differentiable at repeated eigenvalues.
         trace = contrast.diagonal(dim1=1, dim2=2).sum(1).clamp(min=1e-12).view(-1, 1, 1)
         jitter = 1e-6 * trace * torch.eye(contrast.shape[1], dtype=contrast.dtype)
-        root = cache.embedding @ torch.linalg.cholesky(contrast + jitter)
+        root = cache.embedding @ _cholesky(contrast + jitter)
         # Samples in the last dimension: reductions over the few classes there would dominate the runtime.
         samples = cache.logits.unsqueeze(2) + root @ self._noise.mT  # [N, K, S]
         chosen = samples.gather(1, self._labels.view(-1, 1, 1).expand(-1, 1, len(self._noise))).squeeze(1)
         log_probs = chosen - samples.logsumexp(1)
         return -(torch.logsumexp(log_probs, dim=1) - math.log(len(self._noise))).mean()
+
+
+def _cholesky(covariance: Tensor) -> Tensor:
+    """A Cholesky factor `[N, P, P]`; of the covariance plus a multiple of I where rounding made it indefinite."""
+    root, failed = torch.linalg.cholesky_ex(covariance)
+    if not bool(failed.any()):
+        return root
+    lowest = torch.linalg.eigvalsh(covariance.detach())[:, 0]
+    largest = covariance.detach().abs().amax((1, 2))
+    lift = torch.where(failed > 0, 2 * lowest.clamp(max=0).abs() + 1e-6 * largest, 0).clamp(min=0)
+    return torch.linalg.cholesky(covariance + torch.diag_embed(lift.unsqueeze(1).expand(-1, covariance.shape[1])))
 
 
 def _line_search(objective: Callable[[float], float]) -> float:
@@ -351,44 +304,3 @@ def _quasi_newton(objective: Callable[[Tensor], Tensor], start: Tensor, max_iter
     with torch.enable_grad():
         optimiser.step(closure)
     return best[1]
-
-
-def _bin_centres_of(curvature: Sequence[Tensor]) -> Tensor:
-    """The bin centres of every layer, `[L, bins]`; no bins if no layer has any curvature (rank 0)."""
-    if not any(s.numel() for s in curvature):
-        return torch.empty(len(curvature), 0, dtype=torch.float64)
-    return torch.stack([_bin_centres(s) for s in curvature])
-
-
-def _bin_centres(curvature: Tensor) -> Tensor:
-    """Bin centres `[bins]`, evenly spaced in log s over the twelve decades below the largest s."""
-    largest = max(float(curvature.max()), torch.finfo(torch.float32).tiny)
-    return torch.logspace(math.log10(largest) - 12, math.log10(largest), _NUM_BINS, dtype=torch.float64)
-
-
-def _bin_products(projections: Tensor, examples: Tensor, s: Tensor, centres: Tensor, num_examples: int) -> Tensor:
-    """Sum `R_i,qp R_j,qp` of each example in bins of s: `[B, bins, P, P]` float64.
-
-    Args:
-        projections: Projections `[N, P, r_g, r_a]` of each group.
-        examples: Example `[N]` of each group.
-        s: Eigenvalues `[N, r_g, r_a]`.
-        centres: Bin centres `[bins]`.
-        num_examples: Number of examples B.
-    """
-    num_contrasts = projections.shape[1]
-    if not len(centres):
-        return projections.new_zeros(num_examples, 0, num_contrasts, num_contrasts, dtype=torch.float64)
-    rows = projections.double().flatten(2)  # [N, P, Q]
-    products = rows.unsqueeze(1) * rows.unsqueeze(2)  # [N, P, P, Q]
-    low, high = math.log(centres[0]), math.log(centres[-1])
-    # s = 0 contributes nothing; in the lowest bin its contribution is below rounding.
-    position = (s.double().flatten(1).clamp(min=float(centres[0])).log() - low) / (high - low) * (len(centres) - 1)
-    lower = position.floor().clamp(0, len(centres) - 2)
-    upper_share = position - lower
-    sums = products.new_zeros(num_examples * len(centres), num_contrasts, num_contrasts)
-    for index, share in ((lower.long(), 1 - upper_share), (lower.long() + 1, upper_share)):
-        target = (examples.unsqueeze(1) * len(centres) + index).flatten()
-        values = (products * share[:, None, None]).permute(0, 3, 1, 2).flatten(0, 1)
-        sums.index_add_(0, target, values)
-    return sums.view(num_examples, len(centres), num_contrasts, num_contrasts)

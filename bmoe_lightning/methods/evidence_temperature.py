@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor
 
 from bmoe_lightning.curvature.spec import Curvature
@@ -15,7 +16,12 @@ from bmoe_lightning.laplace.prior import SCOPES, Scope
 from bmoe_lightning.methods.base import CurvatureMethod, State, check_choice, option, scalar
 from bmoe_lightning.methods.batch_view import BatchView
 from bmoe_lightning.methods.needs import Needs
+from bmoe_lightning.methods.temperature_search import fit_temperature, negative_log_likelihood
 from bmoe_lightning.methods.workbench import PRIOR_MEANS, PriorMeanName, Workbench
+from bmoe_lightning.utils.fit_warnings import collected_fit_warnings, warn_of_fit
+
+_FAR = 2.0
+_SIGNIFICANT = 6.63  # the 99 % quantile of chi-squared with one degree of freedom
 
 
 @dataclass(frozen=True)
@@ -70,6 +76,43 @@ def evidence_temperature(work: Workbench, curvature: Curvature, scope: Scope, pr
     Raises:
         ValueError: If there are fewer than 100 inputs.
     """
-    logits, _ = work.calibration_logits()
-    covariance = work.covariances(curvature).covariance(work.evidence_precision(curvature, scope, prior_mean))
-    return scalar(temperature_from_variances(mean_variance(logits, covariance)))
+    cache = work.covariances(curvature)
+    covariance = cache.covariance(work.evidence_precision(curvature, scope, prior_mean))
+    temperature = temperature_from_variances(mean_variance(cache.logits, covariance))
+    try:
+        labelled = cache.labelled()
+    except ValueError:  # labels are not needed here, so there may be none, or any
+        return scalar(temperature)
+    warn_if_far_from_labels(temperature, *labelled)
+    return scalar(temperature)
+
+
+def warn_if_far_from_labels(temperature: float, logits: Tensor, labels: Tensor) -> None:
+    """Warn if the temperature that held-out labels ask for is another one; it is not used otherwise.
+
+    Args:
+        temperature: Evidence temperature.
+        logits: Logits `[N, K]`, `-inf` for absent classes.
+        labels: Labels `[N]`.
+
+    Warns:
+        FitWarning: If the two differ by a factor of 2 or more and a likelihood ratio test on the labels tells them
+            apart (at 1 %).
+    """
+    with collected_fit_warnings():  # that one is at a bound is the business of the method that uses it
+        fitted = fit_temperature(logits, labels)
+    if max(fitted / temperature, temperature / fitted) < _FAR:
+        return
+    both = torch.tensor([temperature, fitted], dtype=torch.float64).log()
+    at_evidence, at_fitted = negative_log_likelihood(logits, labels, both).tolist()
+    if 2 * (at_evidence - at_fitted) > _SIGNIFICANT:
+        reason = (
+            "the evidence does not see label noise or a failure to learn"
+            if fitted > temperature
+            else "the evidence counts how far the weights moved, though the data are clear"
+        )
+        warn_of_fit(
+            f"the evidence temperature is {temperature:.3g}, but the {len(labels)} held-out labels ask for "
+            f"{fitted:.3g}: {reason}; use a temperature fitted on labels",
+            stacklevel=2,
+        )

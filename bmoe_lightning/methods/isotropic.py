@@ -10,11 +10,13 @@ from torch import Tensor
 
 from bmoe_lightning.curvature.spec import Curvature
 from bmoe_lightning.laplace.predictive import NUM_SAMPLES, LinkName, check_link, class_probabilities
-from bmoe_lightning.laplace.prior import ValidationCache, fit_lpo
+from bmoe_lightning.laplace.prior import fit_lpo
+from bmoe_lightning.laplace.validation_cache import ValidationCache
 from bmoe_lightning.methods.base import PRIOR_PRECISION, CurvatureMethod, State, option
 from bmoe_lightning.methods.batch_view import BatchView
 from bmoe_lightning.methods.needs import Needs
 from bmoe_lightning.methods.workbench import Workbench
+from bmoe_lightning.utils.fit_warnings import warn_of_fit
 
 _LOG_VARIANCE_RANGE = (math.log(1e-8), math.log(1e4))
 _BISECTIONS = 40
@@ -91,6 +93,9 @@ def largest_variance(cache: ValidationCache, tolerance: float, *, seed: int = 0)
 
     Raises:
         ValueError: If even the smallest variance changes the NLL by more.
+
+    Warns:
+        FitWarning: If even the largest variance changes it by less.
     """
     predicted = cache.logits.argmax(1, keepdim=True)
     num_layers = cache.prior.shape[1]
@@ -111,6 +116,14 @@ def largest_variance(cache: ValidationCache, tolerance: float, *, seed: int = 0)
             f"more than {tolerance:.1%}: the model is too confident for this rule on the held-out inputs. Use a larger "
             "tolerance, or fit on labels (use_labels=True)."
         )
+    if is_accepted(high):
+        warn_of_fit(
+            f"sigma^2 is at the end of its search range ({math.exp(high):.3g}): no variance changes the NLL of the "
+            f"model's predicted labels by more than {tolerance:.1%}, so the experts hardly affect the "
+            "logits; check the layers",
+            stacklevel=2,
+        )
+        return math.exp(high)
     for _ in range(_BISECTIONS):
         middle = (low + high) / 2
         low, high = (middle, high) if is_accepted(middle) else (low, middle)

@@ -34,8 +34,9 @@ class LaplaceTemperature(LaplaceEvidence):
 
     def fit(self, work: Workbench) -> State:
         state = super().fit(work)
-        logits, labels = work.labelled_logits()
-        covariance = work.covariances(self.spec).covariance(state[PRIOR_PRECISION])
+        cache = work.covariances(self.spec)
+        logits, labels = cache.labelled()
+        covariance = cache.covariance(state[PRIOR_PRECISION])
         log_probs = class_probabilities(logits, covariance, self.link, num_samples=self.num_samples, seed=work.seed)
         return {**state, "temperature": scalar(fit_temperature(log_probs, labels))}
 

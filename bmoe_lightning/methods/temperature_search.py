@@ -29,15 +29,15 @@ def fit_temperature(logits: Tensor, labels: Tensor) -> float:
         labels: Labels `[N]` int64.
 
     Returns:
-        T in `TEMPERATURE_RANGE`.
+        T in `TEMPERATURE_RANGE`; 1 if the likelihood does not depend on it.
 
     Raises:
         ValueError: If there are no examples, shapes do not match, a value is NaN or +inf, or a label is that of an
             absent class.
 
     Warns:
-        FitWarning: If T is at an end of the range: the predictions are all correct, or no better than chance, so that
-            the labels do not bound T.
+        FitWarning: If T is at an end of the range, since the predictions are all correct or no better than chance, or
+            if the likelihood does not depend on T.
     """
     logits, labels = check_labelled(logits, labels)
     if len(labels) == 0:
@@ -45,8 +45,17 @@ def fit_temperature(logits: Tensor, labels: Tensor) -> float:
             "a temperature cannot be fitted without examples: the calibration split is empty; add labelled examples"
         )
     low, high = math.log(TEMPERATURE_RANGE[0]), math.log(TEMPERATURE_RANGE[1])
+    probed = torch.tensor([low, 0.0, high], dtype=torch.float64)
+    values = torch.cat([negative_log_likelihood(logits, labels, point.view(1)) for point in probed])
+    if float(values.max() - values.min()) <= 1e-9 * float(values.abs().max().clamp(min=1)):
+        warn_of_fit(
+            f"the likelihood of the {len(labels)} labels does not depend on the temperature (every example's logits "
+            "are constant), so it is left at 1; check the model",
+            stacklevel=2,
+        )
+        return 1.0
     log_temperature = minimise(lambda u: negative_log_likelihood(logits, labels, u), low, high)
-    if min(log_temperature - low, high - log_temperature) < 1e-6:
+    if min(log_temperature - low, high - log_temperature) < (high - low) / (_GRID - 1):
         warn_of_fit(
             f"the fitted temperature {math.exp(log_temperature):.3g} is at the end of the search range: {len(labels)} "
             "labels do not determine it (all predictions are correct, or no better than chance); add labels",

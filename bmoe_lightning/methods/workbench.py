@@ -23,14 +23,14 @@ from bmoe_lightning.experts.fsdp import check_collective
 from bmoe_lightning.experts.logits_contract import NO_LABEL, checked_labels, joined_logits
 from bmoe_lightning.laplace.posterior import LaplacePosterior, posterior_terms
 from bmoe_lightning.laplace.prior import (
-    CacheBuilder,
     Scope,
-    ValidationCache,
     check_distances,
     fit_evidence,
 )
+from bmoe_lightning.laplace.validation_cache import CacheBuilder, ValidationCache
 from bmoe_lightning.methods.base import Method, check_method_names
 from bmoe_lightning.methods.batch_view import BatchView
+from bmoe_lightning.methods.curvature_warnings import warn_of_discarded_energy
 from bmoe_lightning.methods.fit_result import FitResult, FittedMethod
 from bmoe_lightning.methods.temperature_search import check_labelled
 from bmoe_lightning.utils.distributed import (
@@ -415,6 +415,8 @@ def fit_methods(
     for method in missing:
         with collected_fit_warnings() as doubts:
             found = method.fit(work)
+            for curvature in method.curvatures:
+                warn_of_discarded_energy(work.posterior(curvature))
         # A copy: a state may be an expanded tensor, or share memory with a weight or another entry.
         state = {key: value.detach().cpu().contiguous().clone() for key, value in found.items()}
         if distributed:

@@ -9,7 +9,8 @@ import torch
 
 from bmoe_lightning import LaplacePosterior
 from bmoe_lightning.laplace.predictive import NUM_SAMPLES, class_probabilities
-from bmoe_lightning.laplace.prior import ValidationCache, fit_lpo
+from bmoe_lightning.laplace.prior import fit_lpo
+from bmoe_lightning.laplace.validation_cache import ValidationCache
 from recipes.benchmark.measure import Amount, Ratio, Section, in_turn, seconds
 from recipes.benchmark.workload import Workload
 

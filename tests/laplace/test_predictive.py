@@ -1,8 +1,10 @@
 import math
+from decimal import Decimal, getcontext
 
 import pytest
 import torch
 
+from bmoe_lightning.laplace import predictive
 from bmoe_lightning.laplace.predictive import (
     LINKS,
     NUM_SAMPLES,
@@ -17,6 +19,7 @@ from bmoe_lightning.laplace.predictive import (
     square_root,
     temperature_from_variances,
 )
+from bmoe_lightning.utils.fit_warnings import FitWarning
 
 
 def gaussian(num_examples=6, num_classes=4, scale=1.0):
@@ -257,3 +260,69 @@ def test_temperature_is_from_the_median():
     assert temperature_from_variances(even) == pytest.approx(math.sqrt(1 + math.pi))
     with pytest.raises(ValueError, match="at least 100 unlabelled inputs, got 99"):
         temperature_from_variances(torch.ones(99))
+
+
+def exact_bridge(logits, variances):
+    """The bridge in exact rational exponents: log alpha by Python's decimals, for logits of any size."""
+    getcontext().prec = 60
+    f = [Decimal(x) for x in logits]
+    count = Decimal(len(f))
+    total = sum((-x).exp() for x in f)
+    alpha = [(1 - 2 / count + x.exp() * total / count**2) / Decimal(v) for x, v in zip(f, variances, strict=True)]
+    return [float((a / sum(alpha)).ln()) for a in alpha]
+
+
+@pytest.mark.parametrize("size", [1.0, 300.0, 800.0, 10_000.0])
+@pytest.mark.parametrize("shape", [(1.0, 0.0, -1.0), (1.0, -1.0), (1.0, 1.0, -1.0, 0.5)])
+def test_bridge_is_exact_at_any_size_of_logits(size, shape):
+    logits = size * torch.tensor([shape], dtype=torch.float64)
+    covariance = torch.diag_embed(torch.arange(1.0, len(shape) + 1, dtype=torch.float64).unsqueeze(0))
+    present = torch.ones(1, len(shape), dtype=torch.bool)
+    variances = centred(covariance, present).diagonal(dim1=1, dim2=2)[0].tolist()
+    expected = torch.tensor([exact_bridge(logits[0].tolist(), variances)], dtype=torch.float64)
+    torch.testing.assert_close(laplace_bridge(logits, covariance), expected, rtol=1e-10, atol=1e-10)
+    torch.testing.assert_close(laplace_bridge(logits + 1e5, covariance), expected, rtol=1e-8, atol=1e-8)
+
+
+@pytest.mark.parametrize("link", LINKS)
+@pytest.mark.parametrize("scale", [1.0, 1e3, 1e4, 1e30])
+def test_extreme_logits_give_normalised_probabilities(link, scale):
+    logits, covariance, present = ragged()
+    for variance in (1e-30, 1.0, scale**2):
+        found = class_probabilities(scale * logits, variance * covariance, link, num_samples=200)
+        assert bool(found[present].isfinite().all())
+        assert bool((found[~present] == -torch.inf).all())
+        torch.testing.assert_close(found.logsumexp(1), torch.zeros(3, dtype=torch.float64), rtol=0, atol=1e-9)
+
+
+@pytest.mark.parametrize("link", LINKS)
+def test_what_is_not_finite_is_refused(link):
+    logits, covariance = gaussian(2)
+    broken = covariance.clone()
+    broken[0, 0, 0] = torch.inf
+    with pytest.raises(ValueError, match="are not finite"):
+        class_probabilities(logits, broken, link, num_samples=10)
+    with pytest.raises(ValueError, match="are not finite"):
+        class_probabilities(logits.masked_fill(logits == logits.max(), torch.nan), covariance, link, num_samples=10)
+
+
+def test_memory_of_samples_is_bounded_and_their_number_is_not(monkeypatch):
+    logits, covariance = gaussian(7)
+    expected = monte_carlo(logits, covariance, 50)
+    whole = predict_with_uncertainty(logits, covariance, num_samples=50)
+    monkeypatch.setattr(predictive, "_CHUNK_FLOATS", 50 * 4 * 2)
+    assert torch.equal(monte_carlo(logits, covariance, 50), expected)
+    parts = predict_with_uncertainty(logits, covariance, num_samples=50)
+    assert torch.equal(parts.mutual_information, whole.mutual_information)
+    assert torch.equal(parts.log_probs, whole.log_probs)
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf, -1.0])
+def test_an_evidence_temperature_of_no_meaning_is_refused(value):
+    with pytest.raises(ValueError, match="negative values, NaN or infinity"):
+        temperature_from_variances(torch.full((100,), value))
+
+
+def test_an_evidence_temperature_that_makes_all_uniform_is_said():
+    with pytest.warns(FitWarning, match=r"evidence temperature 1.77e\+08 makes every prediction nearly uniform"):
+        assert temperature_from_variances(torch.full((100,), 4e16)) == pytest.approx(1.77e8, rel=0.01)

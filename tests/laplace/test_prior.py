@@ -1,4 +1,6 @@
 import math
+import warnings
+from dataclasses import replace
 
 import pytest
 import torch
@@ -6,16 +8,17 @@ from oracles.models import answer_logits, as_modules, split, toy_batch, toy_mode
 
 from bmoe_lightning.curvature import collect_factors
 from bmoe_lightning.laplace import LaplacePosterior
-from bmoe_lightning.laplace.covariance import BatchTerms, LayerTerms
 from bmoe_lightning.laplace.predictive import mean_variance, temperature_from_variances
 from bmoe_lightning.laplace.prior import (
+    _cholesky,
     _Objective,
     _quasi_newton,
-    cache_terms,
+    _warn_of_lpo,
     fit_evidence,
     fit_lpo,
     log_evidence_penalty,
 )
+from bmoe_lightning.utils.fit_warnings import FitWarning
 
 
 def spectra():
@@ -259,7 +262,7 @@ def test_lpo_refusals(fitted, cache):
     model, posterior, batches = fitted
     with pytest.raises(ValueError, match="empty calibration split"):
         posterior.fit_prior_lpo(model, answer_logits, [])
-    with pytest.raises(ValueError, match="LPO needs labels"):
+    with pytest.raises(ValueError, match="held-out labels are needed"):
         posterior.fit_prior_lpo(model, lambda m, b: (answer_logits(m, b)[0], None), batches)
     with pytest.raises(ValueError, match="unknown scope 'expert'"):
         fit_lpo(cache, "expert")
@@ -292,18 +295,88 @@ def test_labels_that_no_class_has_are_refused(fitted, spoil, message):
         posterior.fit_prior_lpo(model, answer_logits, [batch], num_samples=10)
 
 
-def test_bins_keep_the_sum_of_products():
-    """Whatever the bins do to shrinkage, their total is `sum R_i R_j` exactly."""
-    projections = torch.randn(7, 3, 2, 4, dtype=torch.float64)
-    examples, experts = torch.tensor([0, 0, 1, 1, 1, 2, 3]), torch.randint(3, (7,))
-    curvature = torch.rand(3, 2, 4, dtype=torch.float64) ** 8
-    curvature[1, 0, 0] = 0
-    layer = LayerTerms(torch.zeros(4, 3, 3, dtype=torch.float64), projections, examples, experts)
-    logits = torch.zeros(4, 4, dtype=torch.float64)
-    embedding = torch.zeros(4, 4, 3, dtype=torch.float64)
-    cache = cache_terms([BatchTerms(logits, torch.zeros(4, dtype=torch.int64), embedding, (layer,))], [curvature])
-    flat = projections.flatten(2)
-    expected = torch.zeros(4, 3, 3, dtype=torch.float64).index_add_(0, examples, flat @ flat.mT)
-    torch.testing.assert_close(cache.binned[:, 0].sum(1), expected)
-    assert bool((cache.centres[0].diff() > 0).all())
-    assert float(cache.centres[0, -1]) == pytest.approx(float(curvature.max()))
+def test_evidence_at_an_end_of_its_range_is_said():
+    curvature, distances = spectra()
+    with pytest.warns(FitWarning, match=r"end of its search range \(1e\+12 in layer 1\).*nearly equal the prior mean"):
+        fit_evidence(curvature, [distances[0], torch.full((3,), 1e-30)])
+    with pytest.warns(FitWarning, match=r"end of its search range \(1e\+12\)"):
+        fit_evidence(curvature, [torch.full((3,), 1e-30)] * 2, "global")
+    with pytest.warns(FitWarning, match="end of its search range"):
+        fit_evidence([1e-30 * s for s in curvature], [1e9 * d for d in distances])
+
+
+def test_an_evidence_that_does_not_depend_on_the_precision_is_said():
+    curvature, distances = spectra()
+    with pytest.warns(FitWarning, match=r"fewer than 0.5 directions.* \(gamma \d.*e-\d\d in layer 0\); use more"):
+        fit_evidence([1e-12 * curvature[0], curvature[1]], distances)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        fit_evidence(curvature, distances)
+        fit_evidence(curvature, distances, "global")
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf, -1.0])
+def test_a_curvature_that_is_not_finite_is_refused(value):
+    curvature, distances = spectra()
+    curvature[1][0, 0, 0] = value
+    with pytest.raises(ValueError, match="negative values, NaN or infinity"):
+        fit_evidence(curvature, distances)
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+def test_distances_that_are_not_finite_are_refused_by_name(value):
+    curvature, distances = spectra()
+    with pytest.raises(ValueError, match="distance of the expert weights from the prior mean is not finite"):
+        fit_evidence(curvature, [distances[0], torch.full((3,), value)])
+
+
+def test_lpo_at_an_end_or_on_a_flat_objective_is_said(cache):
+    right = replace(cache, logits=20 * cache.logits, labels=cache.logits.argmax(1))
+    with pytest.warns(FitWarning, match="LPO.*(limit of its search range|not determined by the 90 labels)"):
+        found = fit_lpo(right, "global", num_samples=50)
+    flat = replace(cache, prior=0 * cache.prior, binned=0 * cache.binned)
+    with pytest.warns(FitWarning, match="LPO.*(limit of its search range|not determined by the 90 labels)"):
+        fit_lpo(flat, "layer", num_samples=50)
+    assert bool((found.isfinite() & (found > 0)).all())
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        fit_lpo(cache, "global", num_samples=50)
+
+
+def test_one_layer_at_an_end_is_named():
+    class Valley:
+        num_examples = 90
+
+        def __call__(self, log_precision):
+            return log_precision.square().sum()
+
+    with pytest.warns(FitWarning, match=r"limit of its search range \(prior precision 1e\+08 in layer 1\)"):
+        _warn_of_lpo(Valley(), torch.tensor([0.0, math.log(1e8)]), 0.0)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        _warn_of_lpo(Valley(), torch.tensor([0.0, 0.0]), 0.0)
+
+
+def test_lpo_refuses_what_is_not_finite(cache):
+    broken = cache.prior.clone()
+    broken[0, 0, 0, 0] = torch.inf
+    with pytest.raises(ValueError, match="covariance terms of the validation set are not finite"):
+        fit_lpo(replace(cache, prior=broken), num_samples=10)
+
+
+@pytest.mark.parametrize("scale", [1e4, 1e30])
+def test_lpo_at_extreme_logits(cache, scale):
+    """Of a model whose head is scaled: covariances grow by its square. Larger gaps are those of absent classes."""
+    huge = replace(cache, logits=200 * cache.logits, prior=scale**2 * cache.prior, binned=scale**2 * cache.binned)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        found = fit_lpo(huge, "layer", num_samples=20, max_iterations=5)
+    assert bool((found.isfinite() & (found > 0)).all())
+
+
+def test_a_covariance_that_rounding_made_indefinite_still_has_a_root():
+    good = torch.eye(3, dtype=torch.float64)
+    bad = torch.tensor([[1.0, 1, 0], [1, 1 - 1e-7, 0], [0, 0, 1e-9]], dtype=torch.float64)
+    root = _cholesky(torch.stack([good, bad]))
+    assert torch.equal(root[0], good)
+    torch.testing.assert_close(root[1] @ root[1].mT, bad, rtol=0, atol=1e-5)

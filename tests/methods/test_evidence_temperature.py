@@ -1,4 +1,5 @@
 import math
+import warnings
 
 import pytest
 import torch
@@ -9,6 +10,8 @@ from bmoe_lightning.curvature import Curvature
 from bmoe_lightning.laplace.predictive import mean_variance
 from bmoe_lightning.methods import BatchView, EvidenceTemperature, LaplaceEvidence, fit_methods
 from bmoe_lightning.methods.base import scalar
+from bmoe_lightning.methods.evidence_temperature import warn_if_far_from_labels
+from bmoe_lightning.utils.fit_warnings import FitWarning
 
 
 def test_divides_the_logits(model, batches):
@@ -39,3 +42,26 @@ def test_needs_the_exact_fisher():
 def test_labels_do_not_matter():
     state = {"temperature": scalar(1.7)}
     assert EvidenceTemperature().refit(state, torch.zeros(3, 2), torch.zeros(3, dtype=torch.int64)) is state
+
+
+def drawn(temperature, count=400):
+    """Logits, and labels that ask for a temperature."""
+    generator = torch.Generator().manual_seed(0)
+    logits = 6 * torch.randn(count, 4, generator=generator, dtype=torch.float64)
+    return logits, torch.multinomial((logits / temperature).softmax(-1), 1, generator=generator).squeeze(1)
+
+
+@pytest.mark.parametrize(
+    ("evidence", "wanted", "reason"), [(1.5, 5.0, "label noise or a failure to learn"), (6.0, 1.0, "weights moved")]
+)
+def test_labels_that_ask_for_another_temperature_are_heard(evidence, wanted, reason):
+    with pytest.warns(FitWarning, match=rf"is {evidence:.3g}, but the 400 held-out labels ask for .*{reason}"):
+        warn_if_far_from_labels(evidence, *drawn(wanted))
+
+
+def test_a_few_labels_and_small_differences_say_nothing():
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        warn_if_far_from_labels(2.0, *drawn(2.5))
+        logits, _ = drawn(1.0, 3)
+        warn_if_far_from_labels(1.2, logits, logits.argmax(1))  # the fitted one is at a bound

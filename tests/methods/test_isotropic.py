@@ -1,16 +1,20 @@
 """The control for curvature."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from methods_cases import RANK3
 from oracles.models import answer_logits, split, toy_batch, toy_model
 
 from bmoe_lightning.curvature import Curvature, collect_factors
+from bmoe_lightning.curvature.kfac import prior_factors
 from bmoe_lightning.experts import find_expert_layers
 from bmoe_lightning.laplace import LaplacePosterior
 from bmoe_lightning.laplace.predictive import class_probabilities
 from bmoe_lightning.methods import Isotropic, LaplaceLPO, evaluate, fit_methods
 from bmoe_lightning.methods.isotropic import largest_variance
+from bmoe_lightning.utils.fit_warnings import FitWarning
 
 BATCHES = split(toy_batch(num_rows=60, seed=3), 20, 20, 20)
 
@@ -121,3 +125,11 @@ def test_needs_and_options():
     with pytest.raises(ValueError, match="unknown link"):
         Isotropic(link="logit")
     assert callable(largest_variance)
+
+
+def test_a_variance_at_the_end_of_its_search_is_said():
+    posterior = LaplacePosterior(prior_factors(toy_model(), find_expert_layers(toy_model())))
+    cache = posterior.validation_cache(toy_model(), answer_logits, BATCHES)
+    still = replace(cache, prior=1e-12 * cache.prior)
+    with pytest.warns(FitWarning, match=r"sigma\^2 is at the end of its search range \(1e\+04\)"):
+        assert largest_variance(still, 0.003) == pytest.approx(1e4)

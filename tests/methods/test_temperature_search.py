@@ -6,6 +6,7 @@ import torch
 from methods_cases import drawn
 
 from bmoe_lightning.methods.temperature_search import TEMPERATURE_RANGE, check_temperature, fit_temperature
+from bmoe_lightning.utils.fit_warnings import FitWarning
 
 
 def loss(logits, labels, temperature):
@@ -84,3 +85,23 @@ def test_refuses_bad_calibration_data():
 def test_refuses_what_is_no_temperature(temperature):
     with pytest.raises(ValueError, match="positive and finite"):
         check_temperature(temperature)
+
+
+def test_a_temperature_next_to_an_end_is_said():
+    """The last grid step of a likelihood that goes on rising, if ever less."""
+    logits = torch.tensor([[600.0, 0.0]]).repeat(20, 1)
+    with pytest.warns(FitWarning, match="end of the search range"):
+        fit_temperature(logits, torch.zeros(20, dtype=torch.int64))
+
+
+def test_logits_that_do_not_depend_on_it_leave_it_at_one():
+    logits = torch.full((50, 4), 3.0)
+    logits[::2, 3] = -torch.inf
+    with pytest.warns(FitWarning, match="likelihood of the 50 labels does not depend on the temperature"):
+        assert fit_temperature(logits, torch.zeros(50, dtype=torch.int64)) == 1.0
+
+
+@pytest.mark.parametrize("labels", [torch.tensor([0.4, 1.4]), torch.tensor([True, False])])
+def test_labels_that_are_no_integers_are_refused(labels):
+    with pytest.raises(ValueError, match="class indices as integers"):
+        fit_temperature(torch.zeros(2, 3), labels)
