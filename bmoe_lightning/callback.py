@@ -36,6 +36,7 @@ from bmoe_lightning.trainer.data_passes import TrainerTrainingData, as_list, sha
 from bmoe_lightning.trainer.evaluation import EvaluationRun, replace_predict_step
 from bmoe_lightning.trainer.fit_only import fit_only
 from bmoe_lightning.trainer.lightning_internals import is_restoring_checkpoint, logged_step
+from bmoe_lightning.trainer.moved_weights import watch_moved_weights
 from bmoe_lightning.trainer.prior_mean import PriorMean
 from bmoe_lightning.trainer.run_folder import RunFolder
 from bmoe_lightning.trainer.signals import report_stop
@@ -174,6 +175,7 @@ class BayesianMoECallback(L.Callback):
         self.fitted = None
         self.predictions = {}
         self._folder.begin_training(trainer)
+        self._undo.append(watch_moved_weights(trainer))
         check_data(trainer, self.methods)
         epochs = trainer.max_epochs
         if epochs is not None and epochs >= 0 and not is_trial(trainer):

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, get_args
 
 import torch
 from lightning import LightningModule, Trainer
@@ -18,10 +18,13 @@ from bmoe_lightning.experts.discovery import find_expert_layers
 from bmoe_lightning.experts.dropout import expert_dropout as dropout_in_experts
 from bmoe_lightning.experts.fsdp import is_sharded, shard_blocks
 from bmoe_lightning.experts.weights import down_proj_parameters, expert_parameters
-from bmoe_lightning.models.last_logits import last_logits
+from bmoe_lightning.methods.base import check_choice
+from bmoe_lightning.models.answer_logits import answer_logits, checked_answer_ids
 from bmoe_lightning.models.loading import DtypeName, load_causal_model
+from bmoe_lightning.optim import HalfPrecisionUpdates, check_half_precision_updates, make_adamw
 from bmoe_lightning.trainer.checks import check_tensor_parallel
-from bmoe_lightning.trainer.learning_rate import Schedule, learning_rate_factor
+from bmoe_lightning.trainer.learning_rate import Schedule, make_scheduler
+from bmoe_lightning.trainer.moved_weights import watch_moved_weights
 from bmoe_lightning.utils.distributed import sequential_per_node
 from bmoe_lightning.utils.messages import first_names
 
@@ -37,8 +40,9 @@ class ExpertFinetuner(LightningModule):
     """Fine-tunes the experts of a mixture-of-experts causal language model; everything else stays frozen.
 
     The defaults are those of the paper (https://arxiv.org/abs/2511.08968, Table 8). Its gradient clipping is the
-    trainer's: `Trainer(gradient_clip_val=1.0)`. Weights in bfloat16 lose updates below 1/256 of their size; load them
-    with `dtype="float32"` and train with `Trainer(precision="bf16-mixed")` where memory allows.
+    trainer's: `Trainer(gradient_clip_val=1.0)`. Weights in bfloat16 or float16, whether saved so or because of the
+    trainer's `precision`, have values further apart than most updates; `half_precision_updates` says what becomes of
+    these.
 
     A batch is a mapping with `input_ids` and `attention_mask` `[B, T]`, padded on either side, and optionally
     `choice_mask [B, K]`, `label [B]` and `index [B]`; see `MultipleChoiceDataModule`.
@@ -62,10 +66,15 @@ class ExpertFinetuner(LightningModule):
         expert_dropout: Probability that an activation is dropped before the `down_proj` of its expert, in training
             only. 0 leaves the model's experts implementation unchanged.
         dtype: Dtype of the weights if `model` is a string; `auto` is the dtype in which they were saved.
+        half_precision_updates: How trained weights in half precision are updated (`bmoe_lightning.optim.make_adamw`).
+            `master_weights` accumulates updates in a float32 copy, `stochastic_rounding` rounds them to bfloat16 up or
+            down at random (needs the extra `torchao`), `nearest` rounds them to the nearest value, which loses most of
+            them. Weights in float32 are updated as they are.
 
     Raises:
         TypeError: If `model` is of another type.
         ValueError: If an argument is unknown or out of range, two choices share a token, or the model has no experts.
+        ImportError: If `half_precision_updates` needs torchao and it is not installed.
     """
 
     def __init__(
@@ -80,16 +89,18 @@ class ExpertFinetuner(LightningModule):
         warmup_fraction: float = 0.0,
         expert_dropout: float = 0.1,
         dtype: DtypeName = "auto",
+        half_precision_updates: HalfPrecisionUpdates = "master_weights",
     ) -> None:
         super().__init__()
         if not isinstance(model, (PreTrainedModel, str)):
             raise TypeError(f"model is a {type(model).__name__}; pass a transformers model, or its folder or hub id")
-        _check_choice("train", train, TrainedPart)
-        _check_choice("schedule", schedule, Schedule)
-        _check_choice("dtype", dtype, DtypeName)
+        check_choice("train", train, get_args(TrainedPart))
+        check_choice("schedule", schedule, get_args(Schedule))
+        check_choice("dtype", dtype, get_args(DtypeName))
+        check_half_precision_updates(half_precision_updates)
         _check_numbers(learning_rate, weight_decay, betas, warmup_fraction, expert_dropout)
         # Plain values: hyperparameters go into checkpoints and to loggers.
-        answer_token_ids = None if answer_token_ids is None else _checked_answer_ids(answer_token_ids)
+        answer_token_ids = None if answer_token_ids is None else checked_answer_ids(answer_token_ids)
         betas = (float(betas[0]), float(betas[1]))
         self.save_hyperparameters(ignore=[] if isinstance(model, str) else ["model"])
         # A checkpoint lacks frozen weights; `on_load_checkpoint` checks that it has the trained ones.
@@ -102,8 +113,9 @@ class ExpertFinetuner(LightningModule):
         self.warmup_fraction = warmup_fraction
         self.expert_dropout = expert_dropout
         self.dtype_name: DtypeName = dtype
+        self.half_precision_updates: HalfPrecisionUpdates = half_precision_updates
         self._source = model if isinstance(model, str) else None
-        self._dropout = ExitStack()
+        self._undo = ExitStack()
         self._answer_ids: Tensor | None
         self.register_buffer("_answer_ids", None, persistent=False)
         if answer_token_ids is not None:
@@ -124,7 +136,7 @@ class ExpertFinetuner(LightningModule):
         datamodule = getattr(self.trainer, "datamodule", None)
         found = getattr(datamodule, _ANSWERS_KEY, None)
         if found is not None:
-            self._answer_ids = torch.tensor(_checked_answer_ids(found))
+            self._answer_ids = torch.tensor(checked_answer_ids(found))
         elif self._answer_ids is None:
             raise ValueError(
                 "the answer tokens are unknown; pass ExpertFinetuner(answer_token_ids=[...]), or a datamodule with the "
@@ -214,18 +226,7 @@ class ExpertFinetuner(LightningModule):
                 "the answer tokens are not known yet; pass ExpertFinetuner(answer_token_ids=[...]), or let a trainer "
                 "set up the module with a datamodule that has answer_token_ids"
             )
-        logits = last_logits(model, batch["input_ids"], batch["attention_mask"])[:, self._answer_ids]
-        logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
-        present = batch.get("choice_mask")
-        if present is not None:
-            if present.shape != logits.shape:
-                raise ValueError(
-                    f"choice_mask has shape {tuple(present.shape)}, but there are {logits.shape[1]} answer tokens for "
-                    f"{logits.shape[0]} questions; pass answer_token_ids with one token for each choice of the widest "
-                    "question"
-                )
-            logits = logits.masked_fill(~present, -torch.inf)
-        return logits, batch.get("label")
+        return answer_logits(model, batch, self._answer_ids), batch.get("label")
 
     def training_step(self, batch: Mapping[str, Tensor], batch_idx: int) -> Tensor:
         """Cross entropy over the choices of each question, averaged; logs `train/loss`.
@@ -258,25 +259,18 @@ class ExpertFinetuner(LightningModule):
         """AdamW over the trained parameters, with a learning-rate scheduler that steps after every optimizer step.
 
         Raises:
-            ValueError: If the schedule needs the number of training steps and the trainer does not know it.
+            ValueError: If the schedule needs the number of training steps and the trainer does not know it, or weights
+                in float16 shall be rounded stochastically.
         """
-        optimizer = torch.optim.AdamW(
+        optimizer = make_adamw(
             self.trained_parameters().values(),
+            self.half_precision_updates,
             lr=self.learning_rate,
             betas=self.betas,
             weight_decay=self.weight_decay,
         )
         total = self.trainer.estimated_stepping_batches
-        if math.isinf(total) and (self.schedule != "constant" or self.warmup_fraction):
-            raise ValueError(
-                f"the schedule {self.schedule!r} with warmup_fraction={self.warmup_fraction} needs the "
-                "number of training steps, which is unknown; set max_steps or max_epochs of the trainer, or use "
-                "schedule='constant' without warm-up"
-            )
-        warmup = 0 if math.isinf(total) else round(self.warmup_fraction * total)
-        scheduler = torch.optim.lr_scheduler.LambdaLR(
-            optimizer, lambda step: learning_rate_factor(step, total, warmup, self.schedule)
-        )
+        scheduler = make_scheduler(optimizer, self.schedule, total, self.warmup_fraction)
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
 
     def on_fit_start(self) -> None:
@@ -284,10 +278,11 @@ class ExpertFinetuner(LightningModule):
         self.train()
 
     def on_train_start(self) -> None:
-        """Add expert dropout, which is active in training mode."""
+        """Add expert dropout, which is active in training mode, and watch whether the weights move."""
+        self._undo.callback(watch_moved_weights(self.trainer))
         if self.expert_dropout > 0:
             model = self._ready()
-            self._dropout.enter_context(dropout_in_experts(model, find_expert_layers(model), self.expert_dropout))
+            self._undo.enter_context(dropout_in_experts(model, find_expert_layers(model), self.expert_dropout))
 
     def on_train_end(self) -> None:
         """Remove expert dropout."""
@@ -299,7 +294,7 @@ class ExpertFinetuner(LightningModule):
 
     def release(self) -> None:
         """Remove expert dropout and restore the model's experts implementation. Idempotent."""
-        self._dropout.close()
+        self._undo.close()
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Store only the trained tensors, and the answer tokens.
@@ -332,7 +327,7 @@ class ExpertFinetuner(LightningModule):
                 f"{first_names(found - expected)}. Pass the model and the value of train with which it was saved."
             )
         if self._answer_ids is None and _ANSWERS_KEY in checkpoint:
-            self._answer_ids = torch.tensor(_checked_answer_ids(checkpoint[_ANSWERS_KEY]))
+            self._answer_ids = torch.tensor(checked_answer_ids(checkpoint[_ANSWERS_KEY]))
 
     def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False) -> Any:
         """Load a state dict; frozen tensors may be missing and are not reported.
@@ -379,12 +374,6 @@ class _ReleaseOnException(Callback):
             pl_module.release()
 
 
-def _check_choice(name: str, value: str, literal: Any) -> None:
-    valid = literal.__args__
-    if value not in valid:
-        raise ValueError(f"unknown {name} {value!r}; valid are {', '.join(valid)}")
-
-
 def _check_numbers(
     learning_rate: float, weight_decay: float, betas: Sequence[float], warmup_fraction: float, expert_dropout: float
 ) -> None:
@@ -398,17 +387,3 @@ def _check_numbers(
     for name, value, holds, valid in checks:
         if not holds:
             raise ValueError(f"{name} must be {valid}, got {value}")
-
-
-def _checked_answer_ids(ids: Sequence[int] | Tensor) -> list[int]:
-    """Answer tokens as a list of ints.
-
-    Raises:
-        ValueError: If there are fewer than two tokens, a token is negative, or two choices share one.
-    """
-    answers = [int(token) for token in ids]
-    if len(answers) < 2 or min(answers) < 0 or len(set(answers)) < len(answers):
-        raise ValueError(
-            f"answer_token_ids must be two or more different token ids, one for each choice; got {answers}"
-        )
-    return answers

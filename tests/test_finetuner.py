@@ -216,6 +216,7 @@ def test_dropout_of_separate_modules_leaves_no_hook(tmp_path):
     model = as_modules(toy_model())
     module = ExpertFinetuner(model, [3, 4, 5])
     hooks = lambda: sum(len(m._forward_pre_hooks) for m in model.modules())  # noqa: E731
+    module.trainer = trainer(tmp_path)
     module.on_train_start()
     assert hooks() == 8
     module.on_train_end()
