@@ -7,6 +7,7 @@ from bmoe_lightning.experts.fingerprint import weight_fingerprint
 from bmoe_lightning.experts.layouts.registered import register_experts
 from bmoe_lightning.experts.logits_contract import ClassLogits
 from bmoe_lightning.experts.taps import tapped_batch
+from bmoe_lightning.experts.threads import model_lock
 from bmoe_lightning.experts.types import ExpertLayer
 from bmoe_lightning.experts.weights import (
     down_proj_parameters,
@@ -25,6 +26,7 @@ __all__ = [
     "expert_parameters",
     "find_expert_layers",
     "find_linear_layers",
+    "model_lock",
     "register_experts",
     "squared_distances",
     "tapped_batch",

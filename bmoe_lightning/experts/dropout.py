@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from bmoe_lightning.experts.interception import intercepted_layers
 from bmoe_lightning.experts.layouts.registry import LAYOUTS
 from bmoe_lightning.experts.types import ExpertLayer
-from bmoe_lightning.experts.wrappers.compiled import is_compiled
+from bmoe_lightning.experts.wrappers.compiled import eager_code, is_compiled
 
 
 class _Dropout:
@@ -48,8 +48,9 @@ def expert_dropout(
         layers: Its expert layers.
         p: Probability that an activation is dropped, in [0, 1).
         seed: Seed of a separate generator, with which activations are dropped in training and evaluation mode: MC
-            dropout, for predictions (activations that are recomputed for gradients would get other masks). None drops
-            in training mode only, with torch's global generator, as `nn.Dropout` does.
+            dropout, for predictions (activations that are recomputed for gradients would get other masks). It applies
+            in this thread alone, which holds the model's lock meanwhile. None drops in training mode only, in all
+            threads, with torch's global generator, as `nn.Dropout` does.
 
     Raises:
         ValueError: If `p` is outside [0, 1), or compiled code would skip the dropout in training.
@@ -64,6 +65,7 @@ def expert_dropout(
     with ExitStack() as stack:
         if seed is not None:
             # Only a few passes, for which a recompilation does not pay off.
-            stack.enter_context(torch.compiler.set_stance("force_eager"))
-        stack.enter_context(intercepted_layers(model, layers, dropout=_Dropout(p, seed)))
+            stack.enter_context(eager_code())
+        # Backward passes that recompute activations of a training step may run in another thread.
+        stack.enter_context(intercepted_layers(model, layers, dropout=_Dropout(p, seed), everywhere=seed is None))
         yield

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 from torch import nn
 from torch.utils.checkpoint import checkpoint, set_checkpoint_early_stop
 
+from bmoe_lightning.experts.threads import applies, in_this_thread, scope
 from bmoe_lightning.experts.wrappers.transformers import (
     can_checkpoint_with_cache,
     checkpoint_function,
@@ -46,7 +47,8 @@ def recomputed_activations(model: nn.Module) -> Iterator[None]:
     with ExitStack() as stack:
         if layers:
             for owner in outermost_pretrained(model):
-                stack.callback(owner.register_forward_pre_hook(_refuse_caches, with_kwargs=True).remove)
+                hook = in_this_thread(_refuse_caches)
+                stack.callback(owner.register_forward_pre_hook(hook, with_kwargs=True).remove)
             for layer in layers:
                 stack.enter_context(_recomputed(layer))
         yield
@@ -55,9 +57,11 @@ def recomputed_activations(model: nn.Module) -> Iterator[None]:
 @contextmanager
 def _recomputed(layer: GradientCheckpointingLayer) -> Iterator[None]:
     own, on_instance = layer.forward, "forward" in vars(layer)
-    recompute = _checkpoint_of(layer)
+    recompute, thread = _checkpoint_of(layer), scope()
 
     def forward(*args: Any, **kwargs: Any) -> Any:
+        if not applies(thread):
+            return own(*args, **kwargs)
         if not can_checkpoint_with_cache(layer):
             kwargs = _without_caches(kwargs)
         # Otherwise post-forward hooks, such as accelerate's, would not run after the last module.

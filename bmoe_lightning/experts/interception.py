@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, nullcontext
 
 from torch import nn
 
 from bmoe_lightning.experts.layouts.registry import LAYOUTS
+from bmoe_lightning.experts.threads import in_all_threads, model_lock
 from bmoe_lightning.experts.tied_weights import parameter_owners, tied_modules
 from bmoe_lightning.experts.types import Dropout, ExpertLayer, Tap
 
@@ -20,6 +21,7 @@ def intercepted_layers(
     *,
     taps: Sequence[Tap] | None = None,
     dropout: Dropout | None = None,
+    everywhere: bool = False,
 ) -> Iterator[None]:
     """Drop activations before the `down_proj` of some expert layers, or pass their slots to taps.
 
@@ -30,12 +32,22 @@ def intercepted_layers(
         layers: Some of its expert layers.
         taps: Tap of each layer; None for no taps.
         dropout: Dropout of the input of every `down_proj`; None for no dropout.
+        everywhere: Whether that applies in all threads. Otherwise it applies in this one alone, which holds the model's
+            lock meanwhile.
     """
-    with ExitStack() as stack:
-        for name in dict.fromkeys(layer.layout for layer in layers):
-            stack.enter_context(LAYOUTS[name].prepared(model))
-        owners = parameter_owners(model)
-        for layer, tap in zip(layers, itertools.repeat(None) if taps is None else taps, strict=taps is not None):
-            for module in tied_modules(model, layer, owners):
-                stack.enter_context(LAYOUTS[layer.layout].intercepted(module, layer, tap, dropout))
-        yield
+    with ExitStack() as held, ExitStack() as stack:
+        held.enter_context(model_lock(model))
+        with in_all_threads() if everywhere else nullcontext():
+            for name in dict.fromkeys(layer.layout for layer in layers):
+                stack.enter_context(LAYOUTS[name].prepared(model))
+            owners = parameter_owners(model)
+            for layer, tap in zip(layers, itertools.repeat(None) if taps is None else taps, strict=taps is not None):
+                for module in tied_modules(model, layer, owners):
+                    stack.enter_context(LAYOUTS[layer.layout].intercepted(module, layer, tap, dropout))
+        if everywhere:
+            held.close()
+        try:
+            yield
+        finally:
+            if everywhere:
+                held.enter_context(model_lock(model))

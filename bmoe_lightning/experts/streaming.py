@@ -104,7 +104,9 @@ class Collector:
 def differentiated(logits: Tensor, weights: Tensor, outputs: Sequence[Output]) -> tuple[Tensor | None, ...]:
     """Gradients of weighted logits `[B, K]` with respect to some outputs, None for zero; the graph is retained."""
     targets: Any = [output.target for output in outputs]
-    return torch.autograd.grad(logits, targets, weights, retain_graph=True, allow_unused=True)
+    # In this thread, whatever the device: activations that are recomputed must be tapped, and other threads' are not.
+    with torch.autograd.set_multithreading_enabled(False):
+        return torch.autograd.grad(logits, targets, weights, retain_graph=True, allow_unused=True)
 
 
 def joined(parts: list[Tensor]) -> Tensor:

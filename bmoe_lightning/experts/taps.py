@@ -17,13 +17,16 @@ import torch
 from torch import Tensor, nn
 
 from bmoe_lightning.experts.counted_batch import count_of, plain_batch
-from bmoe_lightning.experts.fsdp import reshard, runs_in_lockstep, unsharded_roots
+from bmoe_lightning.experts.fsdp import runs_in_lockstep, unsharded_roots
 from bmoe_lightning.experts.gradient_checkpointing import recomputed_activations
 from bmoe_lightning.experts.interception import intercepted_layers
 from bmoe_lightning.experts.logits_contract import ClassLogits, present_classes, run_class_logits
+from bmoe_lightning.experts.model_state import evaluation_mode, frozen_parameters
 from bmoe_lightning.experts.streaming import Collector, Output, differentiated, joined
+from bmoe_lightning.experts.threads import in_this_thread, model_lock
 from bmoe_lightning.experts.types import ExpertLayer
 from bmoe_lightning.experts.wrappers.accelerate import execution_device
+from bmoe_lightning.experts.wrappers.compiled import eager_code
 from bmoe_lightning.experts.wrappers.quantised import gradients_checked
 from bmoe_lightning.experts.wrappers.transformers import outermost_pretrained
 from bmoe_lightning.experts.write_counts import write_count
@@ -233,7 +236,8 @@ class Taps:
         self._modules = [model.get_submodule(layer.name) for layer in self.layers]
         try:
             for owner in outermost_pretrained(model):
-                stack.callback(owner.register_forward_pre_hook(self._see_call, with_kwargs=True).remove)
+                hook = in_this_thread(self._see_call)
+                stack.callback(owner.register_forward_pre_hook(hook, with_kwargs=True).remove)
             stack.enter_context(intercepted_layers(model, self.layers, taps=self._layer_taps))
         except BaseException:
             stack.close()
@@ -302,7 +306,7 @@ def tapped_batch(
     """Run a batch with tapped expert layers, in evaluation mode, with frozen parameters.
 
     Modes, `requires_grad` flags, the experts implementation and `.grad` are restored afterwards, also after an
-    exception.
+    exception. The model's lock is held meanwhile, and only this thread's calls of the model are tapped.
 
     Args:
         model: The model.
@@ -316,17 +320,18 @@ def tapped_batch(
     """
     taps = Taps(layers)
     with ExitStack() as stack:
+        stack.enter_context(model_lock(model))
         # Inference tensors cannot be part of a graph, so inference mode is left and the batch copied.
         stack.enter_context(torch.inference_mode(False))
         stack.enter_context(torch.enable_grad())
         stack.enter_context(evaluation_mode(model))
-        stack.enter_context(_frozen(model))
+        stack.enter_context(frozen_parameters(model))
         stack.enter_context(unsharded_roots(model))
         stack.enter_context(taps.attach(model))
         stack.enter_context(gradients_checked(model))
         stack.enter_context(recomputed_activations(model))
-        # Compiled code skips taps; compiled graphs stay valid for later.
-        stack.enter_context(torch.compiler.set_stance("force_eager"))
+        # Compiled code skips taps.
+        stack.enter_context(eager_code())
         logits, labels = run_class_logits(class_logits, model, plain_batch(batch))
         taps.finish_recording()
         present = present_classes(logits)
@@ -334,38 +339,3 @@ def tapped_batch(
         stack.enter_context(torch.autocast(logits.device.type, enabled=False))
         num_counted = count_of(batch, len(logits))
         yield TappedBatch(torch.where(present, logits, 0), present, labels, taps, num_counted, runs_in_lockstep(model))
-
-
-@contextmanager
-def evaluation_mode(model: nn.Module) -> Iterator[None]:
-    """Set a model to evaluation mode; the mode of every module is restored afterwards."""
-    modes = [(module, module.training) for module in model.modules()]
-    model.eval()
-    try:
-        yield
-    finally:
-        for module, training in modes:
-            module.training = training
-
-
-@contextmanager
-def _frozen(model: nn.Module) -> Iterator[None]:
-    reshard(model)
-    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    for parameter in trained:
-        parameter.requires_grad_(False)
-    try:
-        with ExitStack() as stack:
-            for module in model.modules():
-                # Hooks of gradient checkpointing and PEFT make embeddings require gradients: a graph would start there.
-                if isinstance(module, nn.Embedding):
-                    stack.callback(module.register_forward_hook(_detached).remove)
-            yield
-    finally:
-        reshard(model)  # unsharded weights hold a copy of the flag
-        for parameter in trained:
-            parameter.requires_grad_(True)
-
-
-def _detached(_module: nn.Module, _inputs: Any, output: Any) -> Any:
-    return output.detach() if isinstance(output, Tensor) and output.is_leaf else output

@@ -28,6 +28,7 @@ from bmoe_lightning.experts.discovery import locate_expert_layers
 from bmoe_lightning.experts.fingerprint import fingerprinted_module, weight_fingerprint
 from bmoe_lightning.experts.fsdp import reshard
 from bmoe_lightning.experts.logits_contract import ClassLogits
+from bmoe_lightning.experts.threads import model_lock
 from bmoe_lightning.experts.types import ExpertLayer
 from bmoe_lightning.experts.wrappers.accelerate import execution_device
 from bmoe_lightning.experts.write_counts import weights_state
@@ -354,16 +355,17 @@ def posterior_terms(
     Raises:
         WeightMismatchError: If the model's weights are not those that a curvature was collected on.
     """
-    bound = [posterior._bind(model) for posterior in posteriors]
-    terms = batch_terms(
-        model,
-        [list(zip(binding.layers, binding.factors, strict=True)) for binding in bound],
-        class_logits,
-        batch,
-        centred=centred,
-        # Once per model: whether it mixes examples depends on its code, not on the batch.
-        thorough=not all(binding.owners_checked for binding in bound),
-    )
+    with model_lock(model):
+        bound = [posterior._bind(model) for posterior in posteriors]
+        terms = batch_terms(
+            model,
+            [list(zip(binding.layers, binding.factors, strict=True)) for binding in bound],
+            class_logits,
+            batch,
+            centred=centred,
+            # Once per model: whether it mixes examples depends on its code, not on the batch.
+            thorough=not all(binding.owners_checked for binding in bound),
+        )
     for binding in bound:
         binding.owners_checked = binding.owners_checked or len(terms[0].logits) > 1
     return terms

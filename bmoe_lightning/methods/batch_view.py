@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from functools import cached_property
 from typing import Any
 
 import torch
@@ -11,7 +10,7 @@ from torch import Tensor, nn
 
 from bmoe_lightning.curvature.spec import Curvature
 from bmoe_lightning.experts.logits_contract import ClassLogits, masked_logits, run_class_logits
-from bmoe_lightning.experts.taps import evaluation_mode
+from bmoe_lightning.experts.model_state import evaluation_mode
 from bmoe_lightning.laplace.covariance import BatchTerms
 from bmoe_lightning.laplace.posterior import LaplacePosterior, posterior_terms
 
@@ -43,6 +42,8 @@ class BatchView:
         self._class_logits = class_logits
         self._batch = batch
         self._posteriors = dict(posteriors or {})
+        self._cached_terms: dict[str, BatchTerms] | None = None
+        self._cached_output: tuple[Tensor, Tensor | None] | None = None
 
     @classmethod
     def of_logits(cls, logits: Tensor, labels: Tensor | None = None) -> BatchView:
@@ -97,15 +98,21 @@ class BatchView:
             logits, labels = run_class_logits(self._class_logits, self.model, self._batch)
         return masked_logits(logits), labels
 
-    @cached_property
-    def _terms(self) -> dict[str, BatchTerms]:
-        posteriors = list(self._posteriors.values())
-        terms = posterior_terms(posteriors, self.model, self._class_logits, self._batch)
-        return dict(zip(self._posteriors, terms, strict=True))
+    # Not cached_property, which before Python 3.12 holds a lock of all instances while it computes.
 
-    @cached_property
+    @property
+    def _terms(self) -> dict[str, BatchTerms]:
+        if self._cached_terms is None:
+            posteriors = list(self._posteriors.values())
+            terms = posterior_terms(posteriors, self.model, self._class_logits, self._batch)
+            self._cached_terms = dict(zip(self._posteriors, terms, strict=True))
+        return self._cached_terms
+
+    @property
     def _output(self) -> tuple[Tensor, Tensor | None]:
         if self._posteriors:
             terms = next(iter(self._terms.values()))
             return terms.logits, terms.labels  # one forward pass gives both
-        return self.forward()
+        if self._cached_output is None:
+            self._cached_output = self.forward()
+        return self._cached_output

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from bmoe_lightning.experts.logits_contract import ClassLogits, checked_labels, joined_logits
+from bmoe_lightning.experts.threads import model_lock
 from bmoe_lightning.laplace.posterior import LaplacePosterior
 from bmoe_lightning.methods.base import PRIOR_PRECISION, Method, State, check_method_names
 from bmoe_lightning.methods.batch_view import BatchView
@@ -178,7 +179,7 @@ class Predictor:
             return method.log_probs(view, self._state), view
         members = []
         for context in method.members(model, self._state, self._snapshots):
-            with context:
+            with model_lock(model), context:
                 members.append(method.log_probs(BatchView(model, class_logits, batch, seed=seed), self._state))
         return average_log_probs(torch.stack(members)), view
 
@@ -206,7 +207,7 @@ def _member(
 ) -> tuple[Tensor, Tensor]:
     """Log-probabilities `[N, K]` of one member on the data set, and the labels `[N]`."""
     log_probs, labels = [], []
-    with context:
+    with model_lock(model), context:
         for batch in batches:
             view = BatchView(model, class_logits, batch, seed=seed)
             log_probs.append(method.log_probs(view, state).cpu())

@@ -10,6 +10,8 @@ from pathlib import Path
 from torch import Tensor, nn
 
 from bmoe_lightning.experts.fsdp import local_part, reshard
+from bmoe_lightning.experts.replaced_parameters import is_replaceable, replaced_parameters, replacement
+from bmoe_lightning.experts.threads import model_lock
 from bmoe_lightning.utils.safetensors_io import (
     OpenedTensorFile,
     opened_tensor_file,
@@ -102,7 +104,7 @@ def apply_snapshot(model: nn.Module, path: str | Path) -> None:
     Raises:
         FileNotFoundError: If the file does not exist.
         ValueError: If it is not a snapshot, is damaged, contains non-finite values, or names parameters that the model
-            lacks or has in another shape; the model is then unchanged.
+            lacks, has in another shape, or has on the meta device; the model is then unchanged.
         OSError: If it cannot be read; the model is unchanged unless that happens after the file was verified.
     """
     for parameter, value in _with_parameters(model, path):
@@ -111,11 +113,13 @@ def apply_snapshot(model: nn.Module, path: str | Path) -> None:
 
 @contextmanager
 def swapped_weights(model: nn.Module, source: str | Path | Mapping[str, Tensor]) -> Iterator[None]:
-    """Swap other tensors into a model's parameters within a context.
+    """Swap other tensors into a model's parameters within a context, for this thread alone.
 
-    The copy is in place. The original values are stored on the CPU and restored bit for bit, also after an exception.
-    Tensors are read and copied one at a time. With FSDP2 each rank copies its shard. A file is verified before the
-    first parameter changes.
+    The model's lock is held meanwhile. Its own parameters are not written to, so plain forward passes of other threads
+    are not affected, and their memory is needed twice; what is changed about the swapped ones is lost, except for moves
+    and casts. Sharded parameters (FSDP2; each rank copies its shard), and those of recurrent layers and of TorchScript,
+    are instead written to in place, their values stored on the CPU and restored bit for bit, also after an exception.
+    Tensors are read and copied one at a time. A file is verified before the first parameter changes.
 
     Args:
         model: Model whose parameters the source names.
@@ -124,20 +128,28 @@ def swapped_weights(model: nn.Module, source: str | Path | Mapping[str, Tensor])
     Raises:
         FileNotFoundError: If the file does not exist.
         ValueError: If the file is not a snapshot or is damaged, a tensor has non-finite values, or the source names
-            parameters that the model lacks or has in another shape; the model is then unchanged.
+            parameters that the model lacks, has in another shape, or has on the meta device; the model is then
+            unchanged.
         OSError: If the file cannot be read; the model is then unchanged.
     """
     originals: list[tuple[nn.Parameter, Tensor]] = []
-    try:
-        for parameter, value in _with_parameters(model, source):
-            part = local_part(parameter)
-            originals.append((parameter, part.values.to("cpu", copy=True)))
-            part.take(value)
-        yield
-    finally:
-        reshard(model)
-        for parameter, original in originals:
-            local_part(parameter).take(original)  # looked up again: the model may be on another device now
+    replacements: dict[nn.Parameter, nn.Parameter] = {}
+    with model_lock(model):
+        try:
+            for parameter, value in _with_parameters(model, source):
+                if is_replaceable(model, parameter):
+                    replacements[parameter] = replacement(parameter)
+                    local_part(replacements[parameter]).take(value)
+                    continue
+                part = local_part(parameter)
+                originals.append((parameter, part.values.to("cpu", copy=True)))
+                part.take(value)
+            with replaced_parameters(model, replacements):
+                yield
+        finally:
+            reshard(model)
+            for parameter, original in originals:
+                local_part(parameter).take(original)  # looked up again: the model may be on another device now
 
 
 def _opened(path: str | Path) -> AbstractContextManager[OpenedTensorFile]:
@@ -175,6 +187,12 @@ def _checked(
                 f"{source} contains {name!r} with shape {shape}, the model has {expected}. Load it into a model of the "
                 "same size."
             )
+    offloaded = [name for name in shapes if parameters[name].device.type == "meta"]
+    if offloaded:
+        raise ValueError(
+            f"{source} contains {offloaded[0]!r}, which this model holds on the meta device, without values "
+            "(accelerate offloads it). Load the model without offloading these weights."
+        )
     for name in shapes:
         # The first read from a file also verifies its digest.
         if not bool(read(name).isfinite().all()):

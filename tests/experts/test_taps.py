@@ -15,12 +15,11 @@ from oracles.models import (
     toy_batch,
     toy_model,
 )
-from torch import nn
 from transformers import BatchEncoding
 
 from bmoe_lightning.curvature import collect_factors
 from bmoe_lightning.experts import ExpertLayer, find_expert_layers, tapped_batch
-from bmoe_lightning.experts.taps import Taps, evaluation_mode
+from bmoe_lightning.experts.taps import Taps
 from bmoe_lightning.laplace import LaplacePosterior
 
 
@@ -331,14 +330,6 @@ def test_absent_classes():
     torch.testing.assert_close(log_probs, answer_logits(model, batch)[0].detach().log_softmax(-1))
     assert log_probs.dtype == torch.float64
     assert not log_probs.requires_grad
-
-
-def test_evaluation_mode_restores_each_module():
-    model = nn.Sequential(nn.Dropout(), nn.Sequential(nn.Dropout()))
-    model[1].eval()
-    with evaluation_mode(model):
-        assert not any(m.training for m in model.modules())
-    assert [m.training for m in model.modules()] == [True, True, False, False]
 
 
 def test_python_randomness_is_not_touched():

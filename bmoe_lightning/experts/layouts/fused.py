@@ -7,20 +7,23 @@ slot to a tap.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
+from dataclasses import dataclass
 from typing import Any
 
 from torch import Tensor, nn
 
 from bmoe_lightning.experts.grouped_matmul import ExpertGroups
 from bmoe_lightning.experts.layouts.intercept import attached_state, combine, down_proj_product
+from bmoe_lightning.experts.threads import applies, scope
 from bmoe_lightning.experts.types import Dropout, ExpertLayer, Layout, Tap
 from bmoe_lightning.experts.wrappers.linear import effective_parameter
 from bmoe_lightning.experts.wrappers.quantised import check_down_proj
 from bmoe_lightning.experts.wrappers.transformers import experts_implementation_attribute, has_parallel_plan
 
 IMPLEMENTATION = "bmoe"
+_SWITCH = "_bmoe_switch"
 
 
 class FusedExperts(Layout):
@@ -100,6 +103,9 @@ def is_fused_experts(module: nn.Module) -> bool:
 def fused_implementation(model: nn.Module) -> Iterator[None]:
     """Run the fused experts of a model through `tapped_experts_forward`; restore the implementation afterwards.
 
+    This thread alone does, unless within `bmoe_lightning.experts.threads.in_all_threads`; others run the implementation
+    of before.
+
     Args:
         model: Any module; nothing changes if it has no fused experts.
 
@@ -125,13 +131,60 @@ def fused_implementation(model: nn.Module) -> Iterator[None]:
     configs = {id(module.config): module.config for module in fused}
     attributes = [(config, experts_implementation_attribute(config)) for config in configs.values()]
     before = [(config, attribute, getattr(config, attribute)) for config, attribute in attributes]
+    implementations = {id(config): implementation for config, _, implementation in before}
+    outer = [(module, module.__dict__.get(_SWITCH)) for module in fused]
     try:
+        for module, switch in outer:
+            module.__dict__[_SWITCH] = _Switch(scope(), implementations[id(module.config)], switch)
         for config, attribute, _ in before:
             setattr(config, attribute, IMPLEMENTATION)
         yield
     finally:
         for config, attribute, implementation in before:
             setattr(config, attribute, implementation)
+        for module, switch in outer:
+            if switch is None:
+                module.__dict__.pop(_SWITCH, None)
+            else:
+                module.__dict__[_SWITCH] = switch
+
+
+@dataclass(frozen=True)
+class _Switch:
+    """A switch of a module to `tapped_experts_forward`.
+
+    Attributes:
+        thread: The thread in which it applies (see `bmoe_lightning.experts.threads.scope`).
+        implementation: The implementation of before, which other threads run.
+        outer: The switch of before, if that was `tapped_experts_forward` too.
+    """
+
+    thread: int | None
+    implementation: str | None
+    outer: _Switch | None
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        # A copy of the module, made meanwhile by another thread, runs the implementation that this thread runs.
+        return _Switch, (None, self.implementation, None)
+
+
+def _implementation_here(module: nn.Module) -> str | None:
+    """The implementation that a module runs in this thread."""
+    switch: _Switch | None = module.__dict__.get(_SWITCH)
+    implementation: str | None = IMPLEMENTATION
+    while switch is not None and not applies(switch.thread):
+        implementation = switch.implementation
+        switch = switch.outer
+    return implementation
+
+
+def _implemented_forward(module: nn.Module, implementation: str | None) -> Callable[..., Tensor]:
+    """The experts forward that transformers dispatches a module's to."""
+    from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
+
+    own = getattr(type(module).forward, "__wrapped__", None)  # set by use_experts_implementation
+    found: Callable[..., Tensor] = ALL_EXPERTS_FUNCTIONS.get_interface(implementation, own)
+    return found
 
 
 def tapped_experts_forward(self: Any, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
@@ -146,6 +199,9 @@ def tapped_experts_forward(self: Any, hidden_states: Tensor, top_k_index: Tensor
     Returns:
         `[T, hidden]`.
     """
+    implementation = _implementation_here(self)
+    if implementation != IMPLEMENTATION:
+        return _implemented_forward(self, implementation)(self, hidden_states, top_k_index, top_k_weights)
     num_experts = len(self.down_proj)
     # A slot without an expert runs through the last one with a weight of zero: its gradient is zero.
     top_k_weights = top_k_weights.masked_fill(top_k_index >= num_experts, 0)

@@ -60,20 +60,23 @@ def intercept_linear(
         stack.callback(linear.register_forward_hook(hook, prepend=True, with_kwargs=True).remove)
 
 
-def _drop(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, Any] | None:
+# Torch registers a hook before its flag, so another thread may call these without keyword arguments.
+
+
+def _drop(module: nn.Module, args: tuple[Any, ...], *rest: Any) -> tuple[Any, Any] | None:
     state = expert_state(module)
     if state is None or state.dropout is None:
         return None
+    (kwargs,) = rest
     dropped = state.dropout(_input(args, kwargs), module.training)
     return ((dropped, *args[1:]), kwargs) if args else ((), {**kwargs, "input": dropped})
 
 
-def _record(
-    expert: int, knows_tokens: bool, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Tensor
-) -> Tensor | None:
+def _record(expert: int, knows_tokens: bool, module: nn.Module, args: tuple[Any, ...], *rest: Any) -> Tensor | None:
     state = expert_state(module)
     if state is None or state.tap is None:
         return None
+    kwargs, output = rest
     x = _input(args, kwargs)
     flat = x.reshape(-1, x.shape[-1])
     experts = torch.full((len(flat),), expert, dtype=torch.int64, device=flat.device)

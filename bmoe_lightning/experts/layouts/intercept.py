@@ -5,10 +5,12 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import Any
 
 from torch import Tensor, nn
 
 from bmoe_lightning.experts.grouped_matmul import ExpertGroups
+from bmoe_lightning.experts.threads import applies, scope
 from bmoe_lightning.experts.types import Dropout, Tap
 
 _STATE = "_bmoe_state"
@@ -21,24 +23,42 @@ class ExpertState:
     Attributes:
         tap: Tap of all slots, or None.
         dropout: Dropout of the inputs of `down_proj` (see `bmoe_lightning.experts.dropout`), or None.
+        thread: The thread in which it applies (see `bmoe_lightning.experts.threads.scope`).
+        outer: The state of the module before, which applies in other threads.
     """
 
     tap: Tap | None = None
     dropout: Dropout | None = None
+    thread: int | None = None
+    outer: ExpertState | None = None
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        # A copy of the module, made meanwhile by another thread, has no state.
+        return _no_state, ()
+
+
+def _no_state() -> None:
+    return None
 
 
 def expert_state(module: nn.Module) -> ExpertState | None:
-    """The state attached to an experts module, if any."""
-    return module.__dict__.get(_STATE)
+    """The state attached to an experts module that applies in this thread, if any."""
+    state: ExpertState | None = module.__dict__.get(_STATE)
+    while state is not None and not applies(state.thread):
+        state = state.outer
+    return state
 
 
 @contextmanager
 def attached_state(module: nn.Module, tap: Tap | None = None, dropout: Dropout | None = None) -> Iterator[None]:
-    """Attach a tap or dropout to a module, in addition to its state so far, which is restored afterwards."""
-    before = expert_state(module)
-    outer = before or ExpertState()
+    """Attach a tap or dropout to a module, in addition to its state so far, which is restored afterwards.
+
+    They apply in this thread alone, unless within `bmoe_lightning.experts.threads.in_all_threads`.
+    """
+    before: ExpertState | None = module.__dict__.get(_STATE)
+    seen = expert_state(module) or ExpertState()
     # Directly in __dict__, so that nn.Module does not register the state.
-    module.__dict__[_STATE] = ExpertState(tap or outer.tap, dropout or outer.dropout)
+    module.__dict__[_STATE] = ExpertState(tap or seen.tap, dropout or seen.dropout, scope(), before)
     try:
         yield
     finally:

@@ -238,9 +238,11 @@ def _put_back(module: nn.Module, name: str, own: Any) -> None:
 
 
 def _run(module: nn.Module, adapter: ExpertAdapter, *args: Any, **kwargs: Any) -> Any:
-    output = adapter.forward(module, functools.partial(_down_proj, module, adapter), *args, **kwargs)
     state = expert_state(module)
-    if module not in _AGREED and state is not None and state.dropout is None:
+    if state is None:  # another thread
+        return type(module).forward(module, *args, **kwargs)
+    output = adapter.forward(module, functools.partial(_down_proj, module, adapter), *args, **kwargs)
+    if module not in _AGREED and state.dropout is None:
         with torch.no_grad():
             _compare(module, type(module).forward(module, *args, **kwargs), output)
         _AGREED.add(module)

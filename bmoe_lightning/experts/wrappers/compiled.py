@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import threading
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+
 import torch
 from torch import nn
 
@@ -21,3 +25,34 @@ def is_compiled(model: nn.Module) -> bool:
         isinstance(module, torch._dynamo.OptimizedModule) or module._compiled_call_impl is not None
         for module in model.modules()
     )
+
+
+class _EagerCode:
+    """The number of contexts that run code eagerly, in all threads, and the stance of the first."""
+
+    def __init__(self) -> None:
+        self.lock = threading.Lock()
+        self.count = 0
+        self.stance = ExitStack()
+
+
+_eager = _EagerCode()
+
+
+@contextmanager
+def eager_code() -> Iterator[None]:
+    """Run code eagerly that torch.compile compiled; the compiled graphs stay valid for later.
+
+    The stance of the compiler is one of the process, so other threads run eagerly meanwhile too.
+    """
+    with _eager.lock:
+        if _eager.count == 0:
+            _eager.stance.enter_context(torch.compiler.set_stance("force_eager"))
+        _eager.count += 1
+    try:
+        yield
+    finally:
+        with _eager.lock:
+            _eager.count -= 1
+            if _eager.count == 0:
+                _eager.stance.close()

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from bmoe_lightning.experts.fsdp import is_sharded, sharding_refusal
+from bmoe_lightning.experts.threads import in_this_thread
 from bmoe_lightning.experts.wrappers.names import unwrapped
 
 _FLOATS = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
@@ -71,7 +72,7 @@ def gradients_checked(model: nn.Module) -> Iterator[None]:
     with ExitStack() as stack:
         for name, module in model.named_modules():
             if is_linear(module) and unusable(getattr(unwrapped(module), "weight", None)) is not None:
-                stack.callback(module.register_forward_hook(_gradient_check(name)).remove)
+                stack.callback(module.register_forward_hook(in_this_thread(_gradient_check(name))).remove)
         yield
 
 
