@@ -182,8 +182,8 @@ def _implemented_forward(module: nn.Module, implementation: str | None) -> Calla
     """The experts forward that transformers dispatches a module's to."""
     from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 
-    own = getattr(type(module).forward, "__wrapped__", None)  # set by use_experts_implementation
-    found: Callable[..., Tensor] = ALL_EXPERTS_FUNCTIONS.get_interface(implementation, own)
+    own: Any = getattr(type(module).forward, "__wrapped__", None)  # set by use_experts_implementation
+    found: Callable[..., Tensor] = ALL_EXPERTS_FUNCTIONS.get_interface(implementation, own)  # type: ignore[arg-type]
     return found
 
 
