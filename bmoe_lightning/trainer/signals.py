@@ -33,7 +33,7 @@ def check_sigterm(trainer: L.Trainer) -> None:
 
 
 def set_exit_status(exception: BaseException) -> None:
-    """Set the exit status of a `SIGTERMException` of Lightning's loops, which have none: the process would exit with 0."""
+    """Set the exit status of a `SIGTERMException` of Lightning's loops, which have none, so that it is not 0."""
     if isinstance(exception, SIGTERMException) and exception.code is None:
         exception.code = SIGTERM_STATUS
 

@@ -274,7 +274,7 @@ class SeedRun:
 
 
 class _StopAtSignal(L.Callback):
-    """Gives a run that SIGTERM stops an exit status, and stops after a signal that came too late for the run's loops."""
+    """Gives a run that SIGTERM stops an exit status, and stops after a signal that came too late for its loops."""
 
     def on_exception(self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException) -> None:  # noqa: ARG002
         set_exit_status(exception)
