@@ -15,7 +15,7 @@ from bmoe_lightning.utils.random_state import forked_random_state
 _DRAWS = "rounding_draws"
 
 
-class StochasticAdamW(_AdamW):  # type: ignore[misc]
+class StochasticAdamW(_AdamW):
     """torchao's AdamW, whose rounding draws from a seed and the number of the step.
 
     torchao draws from torch's global state: replicas of DDP would drift apart where it differs between ranks, and a
