@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Literal
 
 import torch
@@ -159,8 +160,42 @@ def _stationary(spectrum: Tensor, distance: Tensor) -> Tensor:
     return torch.tensor(math.exp((low + high) / 2), dtype=torch.float64)
 
 
+@dataclass(frozen=True)
+class LogNormalPrior:
+    """An independent Gaussian over the log prior precision of every layer, for LPO on few labels.
+
+    Attributes:
+        centre: Precisions `[L]` at the mean of the logarithm, such as those of `fit_evidence`.
+        width: Standard deviation of the log precision.
+
+    Raises:
+        ValueError: If a number is not positive and finite.
+    """
+
+    centre: Tensor
+    width: float
+
+    def __post_init__(self) -> None:
+        if not 0 < self.width < math.inf:
+            raise ValueError(f"the width of a prior on log precision must be positive and finite, got {self.width}")
+        if not bool(((self.centre > 0) & (self.centre < math.inf)).all()):
+            raise ValueError(
+                f"the centre of a prior on log precision must be positive and finite, got {self.centre.tolist()}"
+            )
+
+    def penalty(self, log_precision: Tensor) -> Tensor:
+        """Negative log density of the log precisions `[L]`, without its constant, in nats: a scalar."""
+        return (log_precision - self.centre.to(log_precision).log()).square().sum() / (2 * self.width**2)
+
+
 def fit_lpo(
-    cache: ValidationCache, scope: Scope = "layer", *, num_samples: int = 1000, seed: int = 0, max_iterations: int = 60
+    cache: ValidationCache,
+    scope: Scope = "layer",
+    *,
+    prior: LogNormalPrior | None = None,
+    num_samples: int = 1000,
+    seed: int = 0,
+    max_iterations: int = 60,
 ) -> Tensor:
     """Minimise the validation NLL of the MC predictive over the log prior precision.
 
@@ -171,6 +206,8 @@ def fit_lpo(
     Args:
         cache: Cache of the validation set.
         scope: Scope of the prior precision: one per layer (`layer`), or a single one (`global`).
+        prior: Prior on the log precisions, whose penalty is added to the *sum* of the NLL over the validation set: the
+            more labels, the less it matters. None for none.
         num_samples: Number of Monte Carlo samples of the objective.
         seed: Seed for the Monte Carlo noise.
         max_iterations: Maximum number of L-BFGS iterations.
@@ -187,16 +224,23 @@ def fit_lpo(
     """
     if scope not in ("global", "layer"):
         raise ValueError(f"unknown scope {scope!r}; valid are global, layer")
-    objective = _Objective(cache, num_samples, seed)
+    loss = _Objective(cache, num_samples, seed)
+
+    def objective(log_precision: Tensor) -> Tensor:
+        if prior is None:
+            return loss(log_precision)
+        return loss(log_precision) + prior.penalty(log_precision) / loss.num_examples
+
     num_layers = len(cache.centres)
     start = _line_search(lambda x: float(objective(torch.full((num_layers,), x, dtype=torch.float64))))
     log_precision = torch.full((num_layers,), start, dtype=torch.float64)
     if scope == "layer" and num_layers > 1:
         log_precision = _quasi_newton(objective, log_precision, max_iterations)
-    reached = float(objective(log_precision))
+    reached = float(loss(log_precision))
     if not math.isfinite(reached):
         raise ValueError("the validation NLL is not finite; check labels and logits of the calibration split")
-    _warn_of_lpo(objective, log_precision, reached)
+    if prior is None:  # with one, the precisions are determined
+        _warn_of_lpo(loss, log_precision, reached)
     return log_precision.exp()
 
 

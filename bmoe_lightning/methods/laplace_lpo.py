@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 from torch import Tensor
 
 from bmoe_lightning.laplace.predictive import NUM_SAMPLES, LinkName, check_link, class_probabilities
-from bmoe_lightning.laplace.prior import SCOPES, Scope, fit_lpo
+from bmoe_lightning.laplace.prior import SCOPES, LogNormalPrior, Scope, fit_lpo
 from bmoe_lightning.methods.base import PRIOR_PRECISION, CurvatureMethod, State, check_choice, option
 from bmoe_lightning.methods.batch_view import BatchView
 from bmoe_lightning.methods.needs import Needs
-from bmoe_lightning.methods.workbench import Workbench
+from bmoe_lightning.methods.workbench import PRIOR_MEANS, PriorMeanName, Workbench
 
 
 @dataclass(frozen=True)
@@ -29,6 +30,14 @@ class LaplaceLPO(CurvatureMethod):
     name: str = "laplace_lpo"
     label: str = "Bayesian-MoE (LPO)"
     scope: Scope = option("layer", "Scope of the prior precision: one per layer (`layer`), or a single one (`global`).")
+    evidence_width: float | None = option(
+        None,
+        "Standard deviation of a Gaussian prior on the log prior precisions around those that maximise the evidence, "
+        "which matters with few labels; None is no prior.",
+    )
+    prior_mean: PriorMeanName = option(
+        "pretrained", "Prior mean of the evidence: the weights before fine-tuning (`pretrained`), or `zero`."
+    )
     link: LinkName = option(
         "mc",
         "Link from logits to probabilities: `mc`, `isotropic`, `probit` or `laplace_bridge`.",
@@ -41,15 +50,23 @@ class LaplaceLPO(CurvatureMethod):
 
     def __post_init__(self) -> None:
         check_choice("scope", self.scope, SCOPES)
+        check_choice("prior_mean", self.prior_mean, PRIOR_MEANS)
+        if self.evidence_width is not None and not 0 < self.evidence_width < math.inf:
+            raise ValueError(f"evidence_width must be a positive number or None, got {self.evidence_width}")
         check_link(self.link, self.num_samples)
 
     @property
     def needs(self) -> Needs:
-        return Needs(calibration_labels=True)
+        uses_evidence = self.evidence_width is not None
+        return Needs(calibration_labels=True, prior_mean=uses_evidence and self.prior_mean == "pretrained")
 
     def fit(self, work: Workbench) -> State:
         work.labelled_logits()  # checks the labels before the optimisation
-        return {PRIOR_PRECISION: fit_lpo(work.covariances(self.spec), self.scope, seed=work.seed)}
+        prior = None
+        if self.evidence_width is not None:
+            centre = work.evidence_precision(self.spec, self.scope, self.prior_mean)
+            prior = LogNormalPrior(centre, self.evidence_width)
+        return {PRIOR_PRECISION: fit_lpo(work.covariances(self.spec), self.scope, prior=prior, seed=work.seed)}
 
     def log_probs(self, batch: BatchView, state: State) -> Tensor:
         logits, covariance = batch.covariance(self.spec, state[PRIOR_PRECISION])

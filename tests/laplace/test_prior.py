@@ -10,6 +10,7 @@ from bmoe_lightning.curvature import collect_factors
 from bmoe_lightning.laplace import LaplacePosterior
 from bmoe_lightning.laplace.predictive import mean_variance, temperature_from_variances
 from bmoe_lightning.laplace.prior import (
+    LogNormalPrior,
     _cholesky,
     _Objective,
     _quasi_newton,
@@ -123,6 +124,12 @@ def direct_nll(fitted, precision, num_samples=20_000, seed=3):
     return float(total) / 90
 
 
+def part_of(cache, count):
+    """The first examples of a cache."""
+    parts = {name: getattr(cache, name)[:count] for name in ("logits", "labels", "embedding", "prior", "binned")}
+    return replace(cache, **parts)
+
+
 @pytest.mark.parametrize("precision", [1e-2, 0.3, 5.0, 100.0])
 def test_cached_covariance_is_the_direct_one(fitted, cache, precision):
     """Up to the bins of s: a tenth of a decade each, shared between neighbours."""
@@ -182,6 +189,66 @@ def test_lpo_by_layer_is_never_worse(cache):
         assert float(found.log().std()) > 0.1
     grid = torch.cartesian_prod(*[torch.linspace(-6, 12, 7, dtype=torch.float64)] * 3)
     assert float(objective(found.log())) <= min(float(objective(x)) for x in grid) + 2e-3
+
+
+class TestPriorOnPrecisions:
+    """LPO with a penalty on the log precisions, against a dense grid through `predict` and its closed form."""
+
+    CENTRE = torch.tensor([0.5, 2.0, 8.0], dtype=torch.float64)
+
+    def test_penalty_by_hand(self):
+        prior = LogNormalPrior(self.CENTRE, 2.0)
+        assert float(prior.penalty(self.CENTRE.log())) == 0
+        moved = self.CENTRE.log() + torch.tensor([1.0, 0.0, -2.0], dtype=torch.float64)
+        assert float(prior.penalty(moved)) == pytest.approx(5 / 8)
+
+    @pytest.mark.parametrize("width", [0.3, 2.0])
+    def test_a_global_precision_is_the_minimum_of_a_grid(self, fitted, cache, width):
+        prior = LogNormalPrior(self.CENTRE, width)
+        found = float(fit_lpo(cache, "global", prior=prior, num_samples=500).log()[0])
+
+        def objective(x):
+            spread = (x - self.CENTRE.log()).square().sum() / (2 * width**2)
+            return 90 * direct_nll(fitted, torch.full((3,), math.exp(x)), num_samples=500, seed=0) + float(spread)
+
+        # Other samples than the objective's: the minimum is where it is to the noise of those.
+        best = min((found + 0.25 * step for step in range(-12, 13)), key=objective)
+        assert abs(found - best) <= 0.5
+
+    def test_layers_are_a_minimum_of_the_penalised_sum(self, cache):
+        prior = LogNormalPrior(self.CENTRE, 1.0)
+        found = fit_lpo(cache, "layer", prior=prior, num_samples=200).log()
+        loss = _Objective(cache, 200, 0)
+
+        def objective(x):
+            return 90 * float(loss(x)) + float((x - self.CENTRE.log()).square().sum() / 2)
+
+        at_best = objective(found)
+        for layer in range(3):
+            for step in (-0.1, 0.1):
+                assert objective(found + step * torch.eye(3, dtype=torch.float64)[layer]) > at_best
+
+    def test_limits(self, cache):
+        tight = fit_lpo(cache, "layer", prior=LogNormalPrior(self.CENTRE, 1e-3), num_samples=100)
+        assert tight.tolist() == pytest.approx(self.CENTRE.tolist(), rel=1e-3)
+        loose = fit_lpo(cache, "global", prior=LogNormalPrior(self.CENTRE, 1e4), num_samples=100)
+        assert loose.tolist() == pytest.approx(fit_lpo(cache, "global", num_samples=100).tolist(), rel=5e-3)
+
+    def test_more_labels_move_further_from_the_centre(self, cache):
+        prior = LogNormalPrior(torch.full((3,), 1e3, dtype=torch.float64), 1.0)
+        few, many = (part_of(cache, count) for count in (5, 90))
+        distances = [float(prior.penalty(fit_lpo(part, prior=prior, num_samples=100).log())) for part in (few, many)]
+        assert distances[0] < distances[1]
+
+    @pytest.mark.parametrize("width", [0.0, -1.0, math.nan, math.inf])
+    def test_refuses_a_bad_width(self, width):
+        with pytest.raises(ValueError, match="width of a prior on log precision"):
+            LogNormalPrior(self.CENTRE, width)
+
+    @pytest.mark.parametrize("value", [0.0, math.nan, math.inf])
+    def test_refuses_a_bad_centre(self, value):
+        with pytest.raises(ValueError, match="centre of a prior on log precision"):
+            LogNormalPrior(torch.tensor([1.0, value]), 1.0)
 
 
 def test_best_iterate_is_kept():

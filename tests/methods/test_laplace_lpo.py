@@ -1,9 +1,11 @@
+import math
+
 import pytest
 import torch
 from methods_cases import RANK3
 from oracles.models import answer_logits, split, toy_batch, toy_model
 
-from bmoe_lightning.methods import LaplaceLPO, fit_methods
+from bmoe_lightning.methods import LaplaceEvidence, LaplaceLPO, fit_methods
 
 
 @pytest.mark.parametrize("scope", ["layer", "global"])
@@ -22,3 +24,23 @@ def test_labels_of_absent_classes_are_refused(model, batches):
     wrong = [{**batch, "labels": torch.where(batch["absent"][:, 3], 3, batch["labels"])} for batch in batches]
     with pytest.raises(ValueError, match="name a class that their example does not have"):
         fit_methods([LaplaceLPO(curvature=RANK3)], model, answer_logits, batches, wrong)
+
+
+def test_the_pull_needs_the_evidence_and_leads_to_it(model, batches):
+    pretrained = {name: weight.detach() + 0.05 for name, weight in model.named_parameters() if "down_proj" in name}
+    pulled = LaplaceLPO(curvature=RANK3, evidence_width=1e-3)
+    evidence = LaplaceEvidence(curvature=RANK3)
+    assert pulled.needs.prior_mean
+    fit = fit_methods([pulled, evidence], model, answer_logits, batches, batches, prior_mean=pretrained)
+    found, centre = (fit.state_of(method)["prior_precision"].tolist() for method in (pulled, evidence))
+    assert found == pytest.approx(centre, rel=1e-3)
+    with pytest.raises(ValueError, match="weights from before"):
+        fit_methods([pulled], model, answer_logits, batches, batches)
+
+
+def test_without_the_pull_nothing_of_the_evidence_is_needed():
+    assert not LaplaceLPO().needs.prior_mean
+    assert not LaplaceLPO(evidence_width=1.0, prior_mean="zero").needs.prior_mean
+    for width in (0.0, math.nan):
+        with pytest.raises(ValueError, match="evidence_width must be a positive number or None"):
+            LaplaceLPO(evidence_width=width)

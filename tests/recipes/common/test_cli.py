@@ -19,6 +19,7 @@ RECIPES = {
     "recipes.qwen_obqa": ("recipes.qwen_obqa.settings", "Settings"),
     "recipes.benchmark": ("recipes.benchmark.settings", "BenchmarkSettings"),
     "recipes.plan": ("recipes.plan.settings", "PlanSettings"),
+    "recipes.calibration_study": ("recipes.calibration_study.settings", "StudySettings"),
     "recipes.supported_models": ("recipes.supported_models.settings", "SurveySettings"),
     "recipes.common.readme": ("recipes.common.readme", "ReadmeSettings"),
 }
