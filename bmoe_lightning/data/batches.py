@@ -4,20 +4,22 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import TypedDict
+from typing import Literal, TypedDict
 
 import torch
 from torch import Tensor
 from torch.utils.data import Dataset, Sampler
 
+PaddingSide = Literal["left", "right"]
+
 
 class Batch(TypedDict):
     """One batch: B questions, T tokens in the longest one, K_max choices in the widest question of all splits.
 
-    `input_ids` `[B, T]` int64 and `attention_mask` `[B, T]` int64 are padded on the left, so the last column is always
-    the end of the prompt. `choice_mask` `[B, K_max]` bool is False for choices that a question lacks, whose probability
-    must be zero. `label` `[B]` int64. `index` `[B]` int64 is the position in the split, by which questions that a
-    distributed sampler repeats are identified.
+    `input_ids` `[B, T]` int64 and `attention_mask` `[B, T]` int64 are padded on one side: the end of a prompt is the
+    row's last position whose mask is 1. `choice_mask` `[B, K_max]` bool is False for choices that a question lacks,
+    whose probability must be zero. `label` `[B]` int64. `index` `[B]` int64 is the position in the split, by which
+    questions that a distributed sampler repeats are identified.
     """
 
     input_ids: Tensor
@@ -56,6 +58,10 @@ class EncodedQuestions(Dataset[EncodedQuestion]):
     def __getitem__(self, position: int) -> EncodedQuestion:
         return self._items[position]
 
+    def longest(self) -> EncodedQuestion:
+        """The question with the most tokens."""
+        return max(self._items, key=lambda item: len(item.token_ids))
+
 
 class SeededShuffle(Sampler[int]):
     """A sampler whose order in each epoch depends on the seed and the epoch's number alone.
@@ -92,15 +98,17 @@ class SeededShuffle(Sampler[int]):
 
 @dataclass(frozen=True)
 class Collate:
-    """Pads encoded questions on the left and stacks them, without the tokenizer.
+    """Pads encoded questions and stacks them, without the tokenizer.
 
     Args:
         pad_id: Token id of padded positions. They are masked out, so any id of the vocabulary will do.
         num_choices: Width of `choice_mask`, K_max.
+        side: Side of the padding.
     """
 
     pad_id: int
     num_choices: int
+    side: PaddingSide = "left"
 
     def __call__(self, items: Sequence[EncodedQuestion]) -> Batch:
         """Collate items into a batch.
@@ -112,9 +120,10 @@ class Collate:
         input_ids = torch.full((len(items), width), self.pad_id, dtype=torch.int64)
         attention_mask = torch.zeros((len(items), width), dtype=torch.int64)
         for row, item in enumerate(items):
-            start = width - len(item.token_ids)
-            input_ids[row, start:] = torch.tensor(item.token_ids, dtype=torch.int64)
-            attention_mask[row, start:] = 1
+            length = len(item.token_ids)
+            place = slice(width - length, width) if self.side == "left" else slice(length)
+            input_ids[row, place] = torch.tensor(item.token_ids, dtype=torch.int64)
+            attention_mask[row, place] = 1
         counts = torch.tensor([item.num_choices for item in items])
         return Batch(
             input_ids=input_ids,

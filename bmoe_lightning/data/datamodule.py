@@ -1,19 +1,23 @@
 """The Lightning DataModule for multiple-choice questions, with batches that end right before the answer."""
 
+import logging
 import warnings
+import weakref
 from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Literal
+from dataclasses import dataclass, replace
+from typing import Any, Literal
 
 import torch
-from lightning import LightningDataModule
+from lightning import LightningDataModule, LightningModule
+from lightning.pytorch.strategies import DeepSpeedStrategy, FSDPStrategy
 from torch import Tensor
 from torch.utils.data import DataLoader, Sampler
 from transformers import PreTrainedTokenizerBase
 
-from bmoe_lightning.data.batches import Collate, EncodedQuestion, EncodedQuestions, SeededShuffle
+from bmoe_lightning.data.batches import Collate, EncodedQuestion, EncodedQuestions, PaddingSide, SeededShuffle
 from bmoe_lightning.data.files import DataUnavailableError
 from bmoe_lightning.data.hub import is_hub_id, load_questions
+from bmoe_lightning.data.padding import measured_padding_side
 from bmoe_lightning.data.prompts import answer_token_ids, fit_prompts, get_prompt_format
 from bmoe_lightning.data.questions import Question, Splits, draw, drop_overlap, split_train
 from bmoe_lightning.data.tasks.base import Task
@@ -21,6 +25,8 @@ from bmoe_lightning.data.tasks.registry import get_task
 from bmoe_lightning.models.loading import load_tokenizer
 
 Part = Literal["train", "calibration", "test"]
+
+_logger = logging.getLogger(__name__)
 
 # Enough prompts to detect answer tokens that depend on the prompt.
 _PROMPTS_FOR_ANSWER_TOKENS = 8
@@ -52,6 +58,9 @@ class MultipleChoiceDataModule(LightningDataModule):
         limit: Maximum number of questions of each part, a seeded sample for a quick trial; None for all.
         seed: Seed of the calibration split, of `limit` and of the training order.
         num_workers: Number of worker processes of every loader.
+        padding_side: Side on which shorter prompts of a batch are padded. `auto` is the left, unless padding there
+            changes the logits of the trainer's module, which is measured when the first loader is made: a few forward
+            passes of the longest prompt. Without a trainer, or a module without `class_logits`, it is the left.
 
     Raises:
         TypeError: If `data`, `tokenizer` or `task` has the wrong type.
@@ -73,6 +82,7 @@ class MultipleChoiceDataModule(LightningDataModule):
         limit: int | None = None,
         seed: int = 0,
         num_workers: int = 0,
+        padding_side: Literal["auto", "left", "right"] = "auto",
     ) -> None:
         super().__init__()
         for name, value in {
@@ -87,6 +97,8 @@ class MultipleChoiceDataModule(LightningDataModule):
             raise ValueError(f"num_workers is {num_workers}; it must be 0 or more")
         if not 0.0 < calibration_fraction < 1.0:
             raise ValueError(f"calibration_fraction is {calibration_fraction}; it must lie strictly between 0 and 1")
+        if padding_side not in ("auto", "left", "right"):
+            raise ValueError(f"padding_side is {padding_side!r}; it must be auto, left or right")
         _check_type("data", data, (str, Splits), "a folder, a hub id or Splits")
         _check_type("tokenizer", tokenizer, (str, PreTrainedTokenizerBase), "a tokenizer, or the folder or id of one")
         if isinstance(data, Splits):
@@ -105,7 +117,9 @@ class MultipleChoiceDataModule(LightningDataModule):
         self.limit = limit
         self.seed = seed
         self.num_workers = num_workers
+        self.padding_side: Literal["auto", "left", "right"] = padding_side
         self._prepared: _Prepared | None = None
+        self._measured: _Measured | None = None
 
     def prepare_data(self) -> None:
         """Download a hub data set into the local cache, on one process only.
@@ -249,10 +263,30 @@ class MultipleChoiceDataModule(LightningDataModule):
             sampler=sampler,
             # Even without shuffling a loader draws a base seed, by default from the global generator.
             generator=torch.Generator().manual_seed(self.seed),
-            collate_fn=prepared.collate,
+            collate_fn=replace(prepared.collate, side=self._side()),
             num_workers=self.num_workers,
             drop_last=False,
         )
+
+    def _side(self) -> PaddingSide:
+        if self.padding_side != "auto":
+            return self.padding_side
+        rows = max(self.batch_size, self.eval_batch_size)
+        trainer: Any = self.trainer
+        module = getattr(trainer, "lightning_module", None)
+        class_logits: Any = getattr(module, "class_logits", None)
+        # These strategies run a module as a whole only, in their own forward.
+        if module is None or class_logits is None or isinstance(trainer.strategy, (FSDPStrategy, DeepSpeedStrategy)):
+            return "left" if self._measured is None else self._measured.side
+        if rows > 1 and (self._measured is None or self._measured.module() is not module):
+            prepared = self._ready()
+            parts = prepared.encoded.values()
+            longest = max((part.longest() for part in parts), key=lambda question: len(question.token_ids))
+            side = measured_padding_side(module, class_logits, longest, prepared.collate, rows)
+            self._measured = _Measured(weakref.ref(module), side)
+            if side == "right":
+                _logger.info("prompts are padded on the right: on the left, padding changes the model's logits")
+        return "left" if self._measured is None else self._measured.side
 
     def _ready(self) -> "_Prepared":
         if self._prepared is None:
@@ -266,6 +300,14 @@ class _Prepared:
     encoded: dict[Part, EncodedQuestions]
     answer_token_ids: Tensor
     collate: Collate
+
+
+@dataclass(frozen=True)
+class _Measured:
+    """The padding side of a module."""
+
+    module: weakref.ref[LightningModule]
+    side: PaddingSide
 
 
 def _check_type(name: str, value: object, types: tuple[type, ...], expected: str) -> None:

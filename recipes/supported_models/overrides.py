@@ -58,7 +58,8 @@ SMALL: Mapping[str, Any] = {
     "qk_rope_head_dim": 4,
     "v_head_dim": 8,
     "index_head_dim": 8,
-    "index_n_heads": 2,
+    # So many that no score of a key is zero: equal scores would be ordered by chance.
+    "index_n_heads": 16,
     "index_topk": 4,
     "sliding_window": 4,
     "sliding_window_size": 4,
@@ -123,6 +124,7 @@ class FamilySettings:
         call: Keyword arguments of every forward.
         dtype: Dtype of weights and activations.
         takes_padding: Whether a batch may be padded on the left.
+        padding_dtype: Dtype of the weights in the comparison of padded rows; None for `dtype`.
         is_encoder_decoder: Whether the forward takes decoder tokens.
         image_marker: Name of the input `[B, T]` that is 1 at image tokens; the first batch then has some.
         wrapper: Keyword arguments of the configuration of its multimodal wrapper, `text_config` aside, where the model
@@ -136,6 +138,7 @@ class FamilySettings:
     call: Mapping[str, Any] = field(default_factory=lambda: {"use_cache": False})
     dtype: torch.dtype = torch.float64
     takes_padding: bool = True
+    padding_dtype: torch.dtype | None = None
     is_encoder_decoder: bool = False
     image_marker: str | None = None
     wrapper: Mapping[str, Any] = field(default_factory=dict)
@@ -260,6 +263,7 @@ OVERRIDES: Mapping[str, FamilySettings] = {
         config={"layer_types": _SLIDING},
         # Its attention casts the mask to float32, where the smallest float64 is -inf: a padded row becomes NaN.
         takes_padding=False,
+        padding_dtype=torch.float32,
     ),
     "granitemoehybrid": _config(layer_types=_LINEAR, mamba_n_heads=4, mamba_chunk_size=4),
     "inkling": FamilySettings(
@@ -313,6 +317,7 @@ OVERRIDES: Mapping[str, FamilySettings] = {
     "minimax_m3_vl": _config(
         layer_types=["full_attention", "minimax_m3_sparse", "full_attention"],
         rotary_dim=4,
+        index_n_heads=2,
         index_block_size=2,
         index_topk_blocks=2,
     ),

@@ -15,7 +15,7 @@ from recipes.supported_models.catalogue import uses_interface
 from recipes.supported_models.survey import Row, survey
 
 PLACE = "supported models"
-_HEAD = ("family", "expert layers", "layout", "oracle error", "float32 error", "notes")
+_HEAD = ("family", "expert layers", "layout", "oracle error", "float32 error", "padding", "notes")
 
 
 def surveyed(names: Sequence[str]) -> Iterator[Row]:
@@ -78,18 +78,40 @@ def section(rows: Sequence[Row]) -> str:
     """Counts, versions, the largest error and the table, as markdown."""
     errors = [row.error for row in rows if row.error is not None]
     largest = f" Largest relative error against the dense references: {max(errors):.0e}." if errors else ""
-    return f"{summary(rows)} {versions()}{largest}\n\n{table(rows)}"
+    return f"{summary(rows)} {versions()}{largest}{_padding_summary(rows)}\n\n{table(rows)}"
+
+
+def _padding_summary(rows: Sequence[Row]) -> str:
+    """The largest error on a right side, the smallest on a wrong one, and the families that have one."""
+    right = [row.padding[side] for row in rows for side in row.padding_sides]
+    wrong = {
+        row.family: [error for side, error in row.padding.items() if side not in row.padding_sides] for row in rows
+    }
+    wrong = {family: errors for family, errors in wrong.items() if errors}
+    text = f" Padding on a side that the table names changes a row by at most {max(right):.0e}" if right else ""
+    if right and wrong:
+        names = ", ".join(f"{family} ({max(errors):.1g})" for family, errors in wrong.items())
+        text += f"; on another side it changes those of {names}"
+    return f"{text}." if text else ""
 
 
 def _cells(row: Row) -> tuple[str, ...]:
     notes = [*row.notes, *([row.wrapper] if row.wrapper else [])]
     notes += [] if row.interface else ["without the experts interface"]
     if row.refused is not None:
-        return row.family, "", "", "", "", f"refused: {_one_line(row.refused)}"
+        return row.family, "", "", "", "", "", f"refused: {_one_line(row.refused)}"
     if row.complaint is not None:
         notes.insert(0, f"**FAILED**: {_one_line(row.complaint)}")
     layers = "; ".join(f"{count} x {experts} experts" for experts, count in Counter(row.experts).items())
-    return row.family, layers, row.layout, _number(row.error), _number(row.float32_error), ", ".join(notes)
+    return row.family, layers, row.layout, _number(row.error), _number(row.float32_error), _sides(row), ", ".join(notes)
+
+
+def _sides(row: Row) -> str:
+    """The sides on which padding does not change a row, in words."""
+    if not row.padding:
+        return ""
+    sides = row.padding_sides
+    return "both" if len(sides) == len(row.padding) else " ".join(sides) or "neither"
 
 
 def _verdict(row: Row) -> str:

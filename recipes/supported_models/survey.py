@@ -6,9 +6,9 @@ import copy
 import dataclasses
 import math
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -17,6 +17,7 @@ from transformers import PreTrainedModel
 
 from bmoe_lightning.curvature import collect_factors
 from bmoe_lightning.curvature.factors import KroneckerFactors
+from bmoe_lightning.data.batches import PaddingSide
 from bmoe_lightning.experts import ExpertLayer, find_expert_layers
 from bmoe_lightning.experts.taps import tapped_batch
 from bmoe_lightning.laplace import LaplacePosterior
@@ -29,6 +30,8 @@ from recipes.supported_models.oracle import (
     weighted_jacobians,
 )
 from recipes.supported_models.overrides import settings_of
+from recipes.supported_models.padding import larger_errors, padding_errors
+from recipes.supported_models.state import differences, state_of
 from recipes.supported_models.tiny import NUM_CLASSES, CannotBuildError, TinyFamily, build, wrapper_name
 from recipes.supported_models.watch import SecondWeights, down_proj_weights
 
@@ -55,6 +58,7 @@ class Row:
             weights in float64.
         float32_errors: Errors of the tapped forward against the model's `grouped_mm`, with weights in float32.
         disturbed: Names of states that the library did not restore; should be empty.
+        padding: Error of a padded row against the same row alone, by the side of the padding; see `padding_errors`.
         wrapper: Phrase for the notes, if what was compared is a multimodal wrapper, or one of two models is.
     """
 
@@ -68,6 +72,7 @@ class Row:
     errors: tuple[tuple[str, float], ...] = ()
     float32_errors: tuple[tuple[str, float], ...] = ()
     disturbed: tuple[str, ...] = ()
+    padding: Mapping[PaddingSide, float] = field(default_factory=dict)
     wrapper: str = ""
 
     @property
@@ -93,6 +98,11 @@ class Row:
         wrong += [f"float32 {name} {value:.1e}" for name, value in self.float32_errors if not value < BOUND]
         wrong += [f"{name} not restored" for name in self.disturbed]
         return "; ".join(wrong) or None
+
+    @property
+    def padding_sides(self) -> tuple[PaddingSide, ...]:
+        """The sides on which padding does not change a row."""
+        return tuple(side for side, error in self.padding.items() if error < BOUND)
 
     @property
     def supported(self) -> bool:
@@ -142,6 +152,7 @@ def _both(text: Row, wrapper: Row) -> Row:
         errors=_larger(text.errors, wrapper.errors),
         float32_errors=_larger(text.float32_errors, wrapper.float32_errors),
         disturbed=tuple(dict.fromkeys((*text.disturbed, *wrapper.disturbed))),
+        padding=larger_errors(text.padding, wrapper.padding),
         wrapper="text model and wrapper, text only",
     )
 
@@ -155,6 +166,7 @@ def _larger(first: Sequence[tuple[str, float]], second: Sequence[tuple[str, floa
 
 def _compare(tiny: TinyFamily, layers: Sequence[ExpertLayer], interface: bool) -> Row:
     model = tiny.model
+    padding = padding_errors(tiny)
     weights = [down_proj_weights(model, layer) for layer in layers]
     _check_all_found(model, weights)
     observations = [observe(model, tiny.class_logits, batch, weights) for batch in tiny.batches]
@@ -171,13 +183,13 @@ def _compare(tiny: TinyFamily, layers: Sequence[ExpertLayer], interface: bool) -
     with _unusual_state(model), warnings.catch_warnings():
         # Layers that text does not reach are in the notes.
         warnings.filterwarnings("ignore", "no token that affects a logit", UserWarning)
-        before = _state(model)
+        before = state_of(model)
         factors = collect_factors(
             model, tiny.class_logits, tiny.batches, rank=_full_rank(layers), sketch="exact", layers=layers
         )
         posterior = LaplacePosterior(factors, prior_precision=PRIOR_PRECISION)
         covariances = [posterior.logit_covariance(model, tiny.class_logits, batch)[1] for batch in tiny.batches]
-        disturbed = _differences(before, _state(model))
+        disturbed = differences(before, state_of(model))
     _compare_factors(factors, dense, errors)
     for covariance, observation in zip(covariances, observations, strict=True):
         expected = dense_logit_covariance(observation.jacobians, dense, PRIOR_PRECISION)
@@ -191,6 +203,7 @@ def _compare(tiny: TinyFamily, layers: Sequence[ExpertLayer], interface: bool) -
         errors=tuple(errors.largest.items()),
         float32_errors=tuple(float32_errors.largest.items()),
         disturbed=disturbed,
+        padding=padding,
         wrapper="wrapper, text only" if tiny.wrapper else "",
     )
 
@@ -309,29 +322,6 @@ def _unusual_state(model: PreTrainedModel) -> Iterator[None]:
     if _interface_modules(model):
         model.set_experts_implementation("grouped_mm")
     yield
-
-
-def _state(model: nn.Module) -> dict[str, Any]:
-    """The state that a curvature pass must restore."""
-    modules = dict(model.named_modules())
-    parameters = dict(model.named_parameters())
-    configs = [getattr(module, "config", None) for module in modules.values()]
-    return {
-        "experts implementation": [getattr(config, "_experts_implementation", None) for config in configs],
-        "training modes": {name: module.training for name, module in modules.items()},
-        "requires_grad": {name: parameter.requires_grad for name, parameter in parameters.items()},
-        "gradients": {name for name, parameter in parameters.items() if parameter.grad is not None},
-        "weights": {name: (parameter.data_ptr(), parameter._version) for name, parameter in parameters.items()},
-        "attributes": {name: set(vars(module)) for name, module in modules.items()},
-        "hooks": {
-            name: len(module._forward_hooks) + len(module._forward_pre_hooks) for name, module in modules.items()
-        },
-        "random state": torch.get_rng_state().tolist(),
-    }
-
-
-def _differences(before: dict[str, Any], after: dict[str, Any]) -> tuple[str, ...]:
-    return tuple(name for name, value in before.items() if value != after[name])
 
 
 def _layout(model: nn.Module, layers: Sequence[ExpertLayer]) -> str:

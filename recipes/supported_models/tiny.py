@@ -214,14 +214,16 @@ def _batches(settings: FamilySettings, generator: torch.Generator) -> tuple[Batc
 
 
 def _random_batch(size: int, length: int, settings: FamilySettings, generator: torch.Generator) -> Batch:
-    def tokens(*shape: int) -> Tensor:
-        return torch.randint(_FIRST_ANSWER, VOCABULARY - _SPECIAL_TOKENS, shape, generator=generator)
-
-    batch = {"input_ids": tokens(size, length)}
+    batch = {"input_ids": random_tokens((size, length), generator)}
     batch["labels"] = torch.randint(NUM_CLASSES, (size,), generator=generator)
     if settings.is_encoder_decoder:
-        batch["decoder_input_ids"] = tokens(size, 3)
+        batch["decoder_input_ids"] = random_tokens((size, 3), generator)
     return batch
+
+
+def random_tokens(shape: tuple[int, ...], generator: torch.Generator) -> Tensor:
+    """Token ids of text, without special tokens."""
+    return torch.randint(_FIRST_ANSWER, VOCABULARY - _SPECIAL_TOKENS, shape, generator=generator)
 
 
 @dataclass(frozen=True)

@@ -40,3 +40,9 @@ def test_absent_choices_are_masked():
 def test_the_data_set_is_the_items_in_order():
     data = EncodedQuestions(ITEMS)
     assert [data[i] for i in range(len(data))] == ITEMS
+
+
+def test_padding_on_the_right():
+    batch = Collate(pad_id=9, num_choices=4, side="right")(ITEMS)
+    assert batch["input_ids"].tolist() == [[5, 6, 7], [8, 9, 9]]
+    assert batch["attention_mask"].tolist() == [[1, 1, 1], [1, 0, 0]]
