@@ -121,6 +121,10 @@ class MultipleChoiceDataModule(LightningDataModule):
         self._prepared: _Prepared | None = None
         self._measured: _Measured | None = None
 
+    def __getstate__(self) -> dict[str, Any]:
+        """All attributes except the measured module, which another process (a spawned one, say) does not share."""
+        return vars(self) | {"_measured": None}
+
     def prepare_data(self) -> None:
         """Download a hub data set into the local cache, on one process only.
 

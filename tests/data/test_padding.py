@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pickle
 from dataclasses import replace
 from unittest import mock
 
@@ -161,6 +162,9 @@ def test_the_datamodule_pads_where_it_is_right_for_the_model(family, side, tmp_p
     assert all(bool(mask[:, -1].all()) is (side == "left") for mask in padded)
     trainer.test(module, datamodule=data, verbose=False)
     assert data.test_dataloader().collate_fn.side == side
+    data.trainer = None
+    assert data.test_dataloader().collate_fn.side == side
+    assert pickle.loads(pickle.dumps(data)).test_dataloader().collate_fn.side == "left"  # measured again by its trainer
 
 
 def test_a_side_that_is_given_is_used():

@@ -54,6 +54,7 @@ class TestFamilies:
         if row.refused is None:
             assert row.error < BOUND
             assert {"logits (eager)", "gradients (eager)", "slots", "A", "G", "covariance"} <= dict(row.errors).keys()
+            assert row.padding_sides, row.padding
         line = recorded().get(family)
         assert line is not None, f"{family} is not in {TABLE.name}: {UPDATE}"
         now = table([row]).splitlines()[2]
@@ -175,12 +176,21 @@ FAILED = Row("bad", True, failed="KeyError: 'x'")
 class TestTable:
     def test_rows(self):
         lines = table([*ROWS, FAILED]).splitlines()
-        assert lines[2] == "| good | 2 x 4 experts | fused | 1.0e-07 | 2.0e-07 |  |"
+        assert lines[2] == "| good | 2 x 4 experts | fused | 1.0e-07 | 2.0e-07 |  |  |"
         assert lines[3].startswith("| own | 1 x 4 experts; 1 x 8 experts | adapted | 2.0e-06 |")
         assert lines[3].endswith("| shared, wrapper, without the experts interface |")
         assert lines[4].startswith("| bmoe_lightning.mine |")
-        assert lines[5] == "| odd |  |  |  |  | refused: It has no experts. It is no model / at all. |"
+        assert lines[5] == "| odd |  |  |  |  |  | refused: It has no experts. It is no model / at all. |"
         assert lines[6].endswith("| **FAILED**: KeyError: 'x' |")
+
+    @pytest.mark.parametrize(
+        ("errors", "words"),
+        [((1e-7, 2e-7), "both"), ((0.4, 1e-7), "right"), ((1e-7, float("inf")), "left"), ((0.2, 0.1), "neither")],
+    )
+    def test_sides_of_padding(self, errors, words):
+        row = dataclasses.replace(ROWS[0], padding=dict(zip(("left", "right"), errors, strict=True)))
+        assert table([row]).splitlines()[2].endswith(f"| 2.0e-07 | {words} |  |")
+        assert ("good (" in section([row])) is (words in ("left", "right"))
 
     def test_an_error_above_the_bound_fails(self):
         row = dataclasses.replace(ROWS[0], errors=(("A", 2 * BOUND), ("G", float("nan"))))
