@@ -112,6 +112,7 @@ class BayesianMoECallback(L.Callback):
         self.fitted: FitResult | None = None
         self.predictions: dict[str, dict[str, Predictions]] = {}
         self._class_logits = class_logits
+        self._num_snapshots = max(method.needs.max_snapshots for method in self.methods)
         self._folder = RunFolder(dirpath, curvature_checkpoint_every, name)
         needs_prior_mean = any(method.needs.prior_mean for method in self.methods)
         self._prior_mean = PriorMean(partial(prior_mean_layers, self.methods) if needs_prior_mean else None)
@@ -174,7 +175,7 @@ class BayesianMoECallback(L.Callback):
         """Discard a fit to earlier weights, and check that data and folder allow a new one."""
         self.fitted = None
         self.predictions = {}
-        self._folder.begin_training(trainer)
+        self._folder.begin_training(trainer, self._num_snapshots)
         self._undo.append(watch_moved_weights(trainer))
         check_data(trainer, self.methods)
         epochs = trainer.max_epochs
@@ -191,9 +192,8 @@ class BayesianMoECallback(L.Callback):
 
     def on_train_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Write a snapshot of the trained weights, if a method needs snapshots."""
-        num_snapshots = max(method.needs.max_snapshots for method in self.methods)
-        if num_snapshots:
-            self._folder.save_snapshot(trainer, pl_module, num_snapshots)
+        if self._num_snapshots:
+            self._folder.save_snapshot(trainer, pl_module, self._num_snapshots)
 
     def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Fit all methods, while the model is still on its device and the loaders still exist."""
@@ -202,7 +202,7 @@ class BayesianMoECallback(L.Callback):
 
     def on_fit_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Warn if nothing was fitted because no training step ran (a finished run was resumed)."""
-        if self._found() is None:
+        if self._found(trainer) is None:
             warnings.warn(
                 "training ended without a fit (was a finished run resumed?); call fit_posterior before testing",
                 stacklevel=2,
@@ -292,7 +292,7 @@ class BayesianMoECallback(L.Callback):
             return
         check_prediction(trainer, as_list(trainer.predict_dataloaders))
         method = next(method for method in self.methods if method.name == self.predict_method)
-        predictor = Predictor(method, self._ready(pl_module), self._folder.snapshots)
+        predictor = Predictor(method, self._ready(trainer, pl_module), self._folder.snapshots)
         self._undo.append(replace_predict_step(pl_module, predictor, self._logits))
 
     def teardown(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
@@ -336,9 +336,7 @@ class BayesianMoECallback(L.Callback):
             pass_files=self._folder.pass_files(),
             fit_id=self._folder.fit_id,
         )
-        if trainer.is_global_zero:
-            self._folder.save(self.fitted)
-        trainer.strategy.barrier()  # no rank reads the files before rank 0 has written them
+        self._folder.save(trainer, self.fitted)
         self._folder.remove_pass_files()
         prefix = f"{self.name}/" if self.name else ""
         scalars = {f"{prefix}{name}": value for name, value in self.fitted.scalars(self.methods).items()}
@@ -348,12 +346,12 @@ class BayesianMoECallback(L.Callback):
     def _complete(self, trainer: L.Trainer, module: L.LightningModule) -> None:
         """Fit the missing methods; runs instead of the fit loop."""
         with weights_to_fit(trainer, module, self.fit_at):
-            earlier = self._found()
+            earlier = self._found(trainer)
             if earlier is not None and not earlier.has_weights_of(module):
                 self._folder.set_aside()
                 earlier = None
             if earlier is None:
-                self._folder.continue_training_of(trainer)
+                self._folder.continue_training_of(trainer, self._num_snapshots)
             missing = [method for method in self.methods if earlier is None or not earlier.is_fitted(method)]
             check_needs(missing, Available(snapshots=len(self._folder.snapshots)))
             check_data(trainer, missing)
@@ -368,15 +366,15 @@ class BayesianMoECallback(L.Callback):
             raise TypeError(f"class_logits must return (logits, labels or None), got {type(found).__name__}")
         return found
 
-    def _found(self) -> FitResult | None:
+    def _found(self, trainer: L.Trainer) -> FitResult | None:
         """The fit of this process, or the one that an earlier process wrote."""
         if self.fitted is None:
-            self.fitted = self._folder.load([digest for digest, c in self.curvatures.items() if c.offload])
+            self.fitted = self._folder.load(trainer, [digest for digest, c in self.curvatures.items() if c.offload])
         return self.fitted
 
-    def _ready(self, module: nn.Module) -> FitResult:
+    def _ready(self, trainer: L.Trainer, module: nn.Module) -> FitResult:
         """The fit, checked to be one to exactly these weights."""
-        fitted = self._found()
+        fitted = self._found(trainer)
         if fitted is None:
             raise RuntimeError(
                 "no fit was found; run trainer.fit with this callback, call fit_posterior, or pass dirpath= with the "
@@ -387,7 +385,7 @@ class BayesianMoECallback(L.Callback):
 
     def _begin(self, trainer: L.Trainer, module: L.LightningModule, stage: str, loaders: Any) -> None:
         check_loaders(trainer, as_list(loaders))
-        fitted = self._ready(module)
+        fitted = self._ready(trainer, module)
         methods = [method for method in self.methods if not is_trial(trainer) or fitted.is_fitted(method)]
         self._run = EvaluationRun(stage, methods, fitted, self._folder.snapshots)
 

@@ -11,8 +11,10 @@ from typing import Any
 DEFAULTS: dict[str, Any] = {
     "callbacks": [],
     "checkpoint_callback": None,
+    "ckpt_path": None,
     "current_epoch": 0,
     "datamodule": None,
+    "default_root_dir": "",
     "enable_validation": False,
     "fast_dev_run": False,
     "global_rank": 0,

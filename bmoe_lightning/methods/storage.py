@@ -131,6 +131,12 @@ def stored_fit_id(folder: Path) -> str | None:
         return ""
 
 
+def stored_snapshots(folder: Path) -> list[Path]:
+    """The snapshots that the index in a folder names; empty if there is none, or it is damaged."""
+    header = _previous_index(folder)
+    return [] if header is None else [_inside(folder, entry["file"]) for entry in header.description["snapshots"]]
+
+
 def load_fit(folder: Path, *, offload: Collection[str] = ()) -> tuple[FitResult, list[Path]]:
     """Read a fit and the paths of its snapshots.
 

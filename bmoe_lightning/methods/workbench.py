@@ -90,14 +90,21 @@ class PassFiles:
     Attributes:
         folder: Folder of the checkpoints.
         every: Number of batches between two checkpoints.
+        fit_id: Id of the fit that the passes belong to, so that two fits can share a folder.
     """
 
     folder: Path
     every: int
+    fit_id: str = ""
 
     def path(self, curvature: Curvature) -> Path:
         """Path of the checkpoint of one curvature."""
-        return self.folder / f"curvature_state-{curvature.digest}.safetensors"
+        return self.folder / f"{self.stem}{curvature.digest}.safetensors"
+
+    @property
+    def stem(self) -> str:
+        """What the file names of all curvatures begin with."""
+        return f"curvature_state-{self.fit_id[:8]}-" if self.fit_id else "curvature_state-"
 
 
 class Workbench:

@@ -2,37 +2,59 @@
 
 from __future__ import annotations
 
-import itertools
-import os
 import re
-import shutil
 import uuid
 import warnings
 import zlib
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar, cast
 
 import lightning as L
-from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
 
 from bmoe_lightning.curvature.checkpoint import remove_checkpoint
 from bmoe_lightning.experts.fsdp import gathered, reshard
 from bmoe_lightning.laplace.posterior import WeightMismatchError
 from bmoe_lightning.methods.fit_result import FitResult
 from bmoe_lightning.methods.snapshots import remove_snapshot, save_snapshot, snapshot_info
-from bmoe_lightning.methods.storage import INDEX_FILE, SNAPSHOT_FOLDER, has_fit, load_fit, save_fit, stored_fit_id
+from bmoe_lightning.methods.storage import INDEX_FILE, has_fit, load_fit, save_fit, stored_fit_id, stored_snapshots
 from bmoe_lightning.methods.workbench import PassFiles
 from bmoe_lightning.trainer.checks import is_trial
-from bmoe_lightning.utils.distributed import gather_number
+from bmoe_lightning.trainer.folders import (
+    belongs_to,
+    beside_checkpoint,
+    claimed_version,
+    default_folder,
+    mark_training,
+    training_id,
+    unmark_training,
+)
+from bmoe_lightning.trainer.snapshot_files import copied, epoch_of, latest_snapshots, new_snapshot, taken_over
+from bmoe_lightning.utils.distributed import gather_number, together
 
-_SNAPSHOT_NAME = re.compile(r"[0-9a-f]{8}-epoch-\d{4,}\.safetensors")
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class EarlierRun:
+    """What a checkpoint says of the run that wrote it.
+
+    Attributes:
+        folder: Output folder of that run.
+        fit_id: Id of its fit; empty if unknown.
+        snapshots: File names of its snapshots, latest last.
+    """
+
+    folder: Path
+    fit_id: str
+    snapshots: tuple[str, ...]
 
 
 class RunFolder:
     """The output folder of a run, and its snapshots.
 
-    Only files with the id of this run's fit are removed.
+    Only files with the id of this run's fit are removed. What rank 0 cannot read or write is raised on all ranks.
 
     Args:
         given: Folder that the user named, if any.
@@ -58,88 +80,144 @@ class RunFolder:
         self.snapshots: list[Path] = []
         self._name = name
         self._pass_every = pass_every
-        self._earlier: tuple[Path, str, list[str]] | None = None  # folder, fit id and snapshot names of a checkpoint
+        self._earlier: EarlierRun | None = None
+        self._checkpoint: Path | None = None
         self._several = False
+        self._is_zero = True
         self.resumes = False
 
     def settle(self, trainer: L.Trainer) -> None:
         """Have all processes write into one folder: the given one, or one in the logger's. A collective."""
-        default = _latest_version(_log_folder(trainer) / "bayesian_moe" / self._name)
+        default = default_folder(trainer, self._name)
         # A path with the time in it is another one on each process, and so is a random id.
         self.given, default, self.fit_id = trainer.strategy.broadcast((self.given, default, self.fit_id))
         self.folder = None if is_trial(trainer) else self.given or default
-        self._several = trainer.world_size > 1
+        self._several, self._is_zero = trainer.world_size > 1, trainer.is_global_zero
 
-    def begin_training(self, trainer: L.Trainer) -> None:
+    def begin_training(self, trainer: L.Trainer, num_snapshots: int = 0) -> None:
         """Adopt the snapshots of a resumed run, or start a new fit. A collective.
 
-        A default folder that contains the fit of another run is replaced by its next version.
+        A default folder that another run uses is replaced by its next version.
+
+        Args:
+            trainer: Trainer within a fit.
+            num_snapshots: Number of snapshots that methods use.
+
+        Raises:
+            ValueError: If snapshots of the resumed run are missing that methods will use.
+            OSError: If the folder cannot be written to.
         """
+        self._checkpoint = _checkpoint_of(trainer)
         earlier = self._earlier if self.resumes else None
-        self.fit_id, self.snapshots = (uuid.uuid4().hex if earlier is None else earlier[1]), []
-        if trainer.is_global_zero:
-            if self.folder is not None and self.given is None:
-                self.folder = _free_version(self.folder, self.fit_id)
-            _check_writable(self.folder)
+        self.fit_id = (earlier.fit_id if earlier is not None else "") or uuid.uuid4().hex
+        epochs = trainer.max_epochs
+        left = None if epochs is None or epochs < 0 else epochs - trainer.current_epoch
+
+        def begin() -> tuple[Path | None, str, list[Path]]:
+            if self.folder is None:
+                return None, self.fit_id, []
+            folder = self.folder
+            if self.given is None:
+                folder = claimed_version(folder, self.fit_id)
+            else:
+                mark_training(folder, self.fit_id)
+            self.folder = folder
             self.remove_pass_files()
-            if earlier is not None:
-                folder, fit_id, names = earlier
-                self.snapshots = _taken_over(folder, names, fit_id, self.folder)
-        settled = trainer.strategy.broadcast((self.folder, self.fit_id, self.snapshots))
-        self.folder, self.fit_id, self.snapshots = settled
+            return folder, self.fit_id, self._taken_over(folder, earlier, num_snapshots, left)
+
+        self.folder, self.fit_id, self.snapshots = self._from_rank_zero(trainer, begin)
         self.resumes = False
 
-    def continue_training_of(self, trainer: L.Trainer) -> None:
-        """Find the snapshots of a training run that ended, or was killed while fitting. A collective."""
-        if trainer.is_global_zero:
-            _check_writable(self.folder)
+    def continue_training_of(self, trainer: L.Trainer, num_snapshots: int = 0) -> None:
+        """Find the snapshots of a training run that ended, or was killed while fitting. A collective.
+
+        Args:
+            trainer: Trainer within a fit.
+            num_snapshots: Number of snapshots that methods use.
+
+        Raises:
+            ValueError: If the checkpoint names snapshots that methods use, and some are missing.
+        """
+        self._checkpoint = _checkpoint_of(trainer)
+
+        def find() -> tuple[str, list[Path]]:
             self._warn_of_pass_elsewhere()
-        if trainer.is_global_zero and not self.snapshots:
-            if self._earlier is not None and self.resumes:
-                folder, self.fit_id, names = self._earlier
-                self.snapshots = _taken_over(folder, names, self.fit_id, self.folder)
-            elif self.folder is not None:
-                self.snapshots = _latest_snapshots(self.folder / SNAPSHOT_FOLDER)
-                if self.snapshots:
-                    self.fit_id = snapshot_info(self.snapshots[-1]).fit
-        self.fit_id, self.snapshots = trainer.strategy.broadcast((self.fit_id, self.snapshots))
+            if self.snapshots or self.folder is None:
+                return self.fit_id, self.snapshots
+            if self._earlier is not None and self.resumes and self._earlier.fit_id:
+                return self._earlier.fit_id, self._taken_over(self.folder, self._earlier, num_snapshots, 0)
+            killed = training_id(self.folder) or None
+            snapshots = latest_snapshots(self.folder, killed)
+            return snapshot_info(snapshots[-1]).fit if snapshots else killed or self.fit_id, snapshots
+
+        self.fit_id, self.snapshots = self._from_rank_zero(trainer, find)
         self.resumes = False
 
     def save_snapshot(self, trainer: L.Trainer, module: L.LightningModule, num_snapshots: int) -> None:
-        """Write a snapshot of the trained weights, and remove the oldest surplus ones. A collective."""
+        """Write a snapshot of the trained weights, and remove the oldest surplus ones. A collective.
+
+        Raises:
+            OSError: If it cannot be written.
+        """
         if self.folder is None:
             return
-        name = f"{self.fit_id[:8]}-epoch-{trainer.current_epoch:04d}.safetensors"
-        path = self.folder / SNAPSHOT_FOLDER / name
-        self.snapshots = [*(earlier for earlier in self.snapshots if earlier != path), path]
-        surplus = self.snapshots[:-num_snapshots]
-        del self.snapshots[:-num_snapshots]
+        path = trainer.strategy.broadcast(new_snapshot(self.folder, self.fit_id, trainer.current_epoch))
         reshard(module)
         trained = {name: p for name, p in module.named_parameters() if p.requires_grad}
         gathered_weights = gathered(trained, keep=trainer.is_global_zero)
-        if trainer.is_global_zero:
+        before = [earlier for earlier in self.snapshots if epoch_of(earlier) < trainer.current_epoch]
+        surplus = before[: max(0, len(before) + 1 - num_snapshots)]
+
+        def write() -> None:
             save_snapshot(path, gathered_weights, fit=self.fit_id)
-            for earlier in surplus:
+            # Those of an earlier fit in this folder are removed when it is replaced.
+            for earlier in set(surplus) - set(stored_snapshots(path.parent.parent)):
                 remove_snapshot(earlier)
 
-    def save(self, fit: FitResult) -> None:
-        """Write a fit with the run's snapshots, copied if they are in another folder. Call it on rank 0 only."""
-        if self.folder is not None:
-            target = self.folder / SNAPSHOT_FOLDER
-            self.snapshots = [_copied(path, target / path.name) for path in self.snapshots]
-            save_fit(self.folder, fit, self.snapshots)
+        self._from_rank_zero(trainer, write)
+        self.snapshots = [*before[len(surplus) :], path]
 
-    def load(self, offload: Collection[str] = ()) -> FitResult | None:
+    def save(self, trainer: L.Trainer, fit: FitResult) -> None:
+        """Write a fit with the run's snapshots, copied if they are in another folder. A collective.
+
+        Raises:
+            OSError: If it cannot be written.
+        """
+        folder = self.folder
+        if folder is None:
+            return
+
+        def write() -> list[Path]:
+            snapshots = [copied(path, folder) for path in self.snapshots]
+            save_fit(folder, fit, snapshots)
+            unmark_training(folder, fit.fit_id)
+            return snapshots
+
+        self.snapshots = self._from_rank_zero(trainer, write)
+
+    def load(self, trainer: L.Trainer, offload: Collection[str] = ()) -> FitResult | None:
         """Load the fit of an earlier process with its snapshots; None if there is none. A collective.
+
+        It is searched in the given folder, in the one that the loaded checkpoint names, in those beside the
+        checkpoint (a run's folder may have been moved), and in the default folder.
+
+        Args:
+            trainer: The trainer.
+            offload: Digests of the curvatures whose factors are offloaded to the CPU.
 
         Raises:
             ValueError: If it is damaged, mixes files of two fits, or ranks do not find the same fit.
             FileNotFoundError: If one of its files is missing.
+            OSError: If one of its files cannot be read.
         """
-        earlier = None if self._earlier is None else self._earlier[0]
-        folders = [folder for folder in (self.given, earlier, self.folder) if folder is not None]
-        folder = next((folder for folder in folders if has_fit(folder)), None)
-        fit, snapshots = (None, []) if folder is None else load_fit(folder, offload=offload)
+        self._checkpoint = _checkpoint_of(trainer)
+        folders = [folder for folder in (self.given, *self._homes(), self.folder) if folder is not None]
+
+        def read() -> tuple[FitResult | None, list[Path]]:
+            folder = next((folder for folder in folders if has_fit(folder)), None)
+            return (None, []) if folder is None else load_fit(folder, offload=offload)
+
+        fit, snapshots = together(read, distributed=self._several)
         if self._several:
             _check_same(fit, folders)
         if fit is not None:
@@ -147,42 +225,36 @@ class RunFolder:
         return fit
 
     def set_aside(self) -> None:
-        """Ignore a fit to other weights, and its snapshots.
+        """Ignore a fit to other weights, and its snapshots. A collective.
+
+        A fit that the run of the checkpoint, or of a killed curvature pass, was about to replace is replaced.
 
         Raises:
-            WeightMismatchError: If the new fit would overwrite it.
+            WeightMismatchError: If the new fit would overwrite any other fit.
         """
-        if self.folder is not None and has_fit(self.folder):
-            raise WeightMismatchError(
-                f"{self.folder} has a fit to other weights than the model's, which is not overwritten. Load the "
-                f"checkpoint that it was fitted to, pass another dirpath=, or remove its {INDEX_FILE}."
-            )
+        folder = self.folder
+
+        def check() -> None:
+            if self._is_zero and folder is not None and has_fit(folder) and not self._was_replacing(folder):
+                raise WeightMismatchError(
+                    f"{folder} has a fit to other weights than the model's, which is not overwritten. Load the "
+                    f"checkpoint that it was fitted to, pass another dirpath=, or remove its {INDEX_FILE}."
+                )
+
+        together(check, distributed=self._several)
         self.fit_id, self.snapshots = uuid.uuid4().hex, []  # continue_training_of broadcasts rank 0's id
 
     def pass_files(self) -> PassFiles | None:
         """Location of the checkpoints of curvature passes."""
         if self.folder is None or self._pass_every is None:
             return None
-        return PassFiles(self.folder, self._pass_every)
-
-    def _warn_of_pass_elsewhere(self) -> None:
-        if self._earlier is None or self.pass_files() is None:
-            return
-        folder = self._earlier[0]
-        if folder != self.folder and any(folder.glob("curvature_state-*.safetensors")):
-            warnings.warn(
-                f"the run of the checkpoint has a killed curvature pass in {folder}, and this one starts from the "
-                f"beginning in {self.folder}; pass dirpath={str(folder)!r} to resume it",
-                stacklevel=2,
-            )
+        return PassFiles(self.folder, self._pass_every, self.fit_id)
 
     def remove_pass_files(self) -> None:
-        """Remove the checkpoints of curvature passes that are complete or belong to earlier weights."""
+        """Remove the checkpoints of this fit's curvature passes, which are complete or belong to earlier weights."""
         if self.folder is not None:
-            for path in self.folder.glob("curvature_state-????????.safetensors"):
+            for path in _pass_files(self.folder, self.fit_id):
                 remove_checkpoint(path)
-            for path in self.folder.glob("curvature_state-????????-rank*.safetensors"):
-                remove_checkpoint(path.with_name(f"{path.name.partition('-rank')[0]}.safetensors"))
 
     def state_dict(self) -> dict[str, Any]:
         """Folder, fit id and snapshot names, for a checkpoint."""
@@ -193,10 +265,81 @@ class RunFolder:
         }
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Restore the folder and fit of a checkpoint's run."""
+        """Restore the folder and fit of a checkpoint's run; what is no id is ignored, since file names contain it."""
         if state_dict.get("folder"):
-            names = [str(name) for name in state_dict.get("snapshots", [])]
-            self._earlier = (Path(state_dict["folder"]), str(state_dict.get("fit", "")), names)
+            names = tuple(str(name) for name in state_dict.get("snapshots", []))
+            fit_id = str(state_dict.get("fit", ""))
+            known = fit_id if re.fullmatch(r"[0-9a-f]{32}", fit_id) else ""
+            self._earlier = EarlierRun(Path(state_dict["folder"]), known, names)
+
+    def _from_rank_zero(self, trainer: L.Trainer, action: Callable[[], T]) -> T:
+        """Call a function on rank 0 and broadcast its result; all ranks raise if it fails. A collective."""
+        found = together(lambda: action() if trainer.is_global_zero else None, distributed=trainer.world_size > 1)
+        return cast("T", trainer.strategy.broadcast(found))
+
+    def _homes(self) -> list[Path]:
+        """Folders that may be the output folder of the loaded checkpoint's run, the likeliest first."""
+        earlier = self._earlier
+        folder = None if earlier is None else earlier.folder
+        found = [] if folder is None else [folder]
+        if self._checkpoint is not None:
+            found += beside_checkpoint(self._checkpoint, folder, self._name)
+        return sorted(found, key=lambda path: earlier is None or not belongs_to(path, earlier.fit_id))
+
+    def _taken_over(self, target: Path, earlier: EarlierRun | None, num_snapshots: int, left: int | None) -> list[Path]:
+        """The snapshots of the resumed run; raises `ValueError` if some are missing that methods will use."""
+        if earlier is None:
+            return []
+        home = self._homes()[0]
+        found, missing = taken_over(home, earlier.snapshots, earlier.fit_id, target)
+        used = earlier.snapshots[-max(0, num_snapshots - (left or 0)) :] if num_snapshots > (left or 0) else ()
+        lost = [name for name in used if name in missing]
+        if lost and left is not None:
+            raise ValueError(
+                f"the checkpoint names {len(lost)} snapshots that {home} does not have, {lost[0]!r} for one, and "
+                f"methods use the last {num_snapshots}. Leave the folder of the run beside its checkpoints, lower "
+                "num_snapshots, or remove these methods."
+            )
+        if missing and num_snapshots:
+            warnings.warn(
+                f"the checkpoint names {len(missing)} snapshots that {home} does not have, {missing[0]!r} for one; "
+                "methods that need snapshots use only the later ones",
+                stacklevel=2,
+            )
+        return found
+
+    def _was_replacing(self, folder: Path) -> bool:
+        """Whether a run was killed that would have replaced the fit in a folder, and the model's weights are its."""
+        killed = training_id(folder)
+        if not killed or killed == stored_fit_id(folder):
+            return False
+        # The pass itself checks that its checkpoint is of these weights.
+        resumes_pass = self._pass_every is not None and bool(_pass_files(folder, killed))
+        return resumes_pass or (self.resumes and self._earlier is not None and self._earlier.fit_id == killed)
+
+    def _warn_of_pass_elsewhere(self) -> None:
+        earlier = self._earlier
+        if earlier is None or self.pass_files() is None:
+            return
+        if earlier.folder != self.folder and _pass_files(earlier.folder, earlier.fit_id):
+            warnings.warn(
+                f"the run of the checkpoint has a killed curvature pass in {earlier.folder}, and this one starts from "
+                f"the beginning in {self.folder}; pass dirpath={str(earlier.folder)!r} to resume it",
+                stacklevel=2,
+            )
+
+
+def _checkpoint_of(trainer: L.Trainer) -> Path | None:
+    """The checkpoint that a trainer has loaded; it does not know the path before that, in `setup`."""
+    return Path(trainer.ckpt_path) if trainer.ckpt_path else None
+
+
+def _pass_files(folder: Path, fit_id: str) -> set[Path]:
+    """The `checkpoint` paths of a fit's curvature passes that have left files in a folder."""
+    stem = re.escape(PassFiles(folder, 1, fit_id).stem)
+    name = re.compile(rf"({stem}[0-9a-f]+)(-rank\d+of\d+)?\.safetensors(\..*)?")
+    found = [name.fullmatch(path.name.removeprefix(".")) for path in folder.glob("*curvature_state-*")]
+    return {folder / f"{match[1]}.safetensors" for match in found if match is not None} if fit_id else set()
 
 
 def _check_same(fit: FitResult | None, folders: Sequence[Path]) -> None:
@@ -206,83 +349,3 @@ def _check_same(fit: FitResult | None, folders: Sequence[Path]) -> None:
             f"ranks find different fits in {', '.join(map(str, folders))}, or some find none. Pass dirpath= with a "
             "folder that all machines share."
         )
-
-
-def _check_writable(folder: Path | None) -> None:
-    """Check that a folder is writable, before there is anything to write."""
-    if folder is not None:
-        there = next(path for path in (folder, *folder.absolute().parents) if path.exists())
-        if not there.is_dir() or not os.access(there, os.W_OK | os.X_OK):
-            raise OSError(
-                f"the fit cannot be written to {folder}: {there} is not a writable folder; pass another dirpath="
-            )
-
-
-def _log_folder(trainer: L.Trainer) -> Path:
-    """The folder of a run's logger, by the rule of Lightning's `ModelCheckpoint`; without a logger the root folder.
-
-    Loggers such as those of Weights & Biases and MLflow have one `save_dir` for all runs.
-    """
-    log_dir = trainer.log_dir  # read on every rank: it may be a collective
-    logger = trainer.loggers[0] if trainer.loggers else None
-    if logger is None or isinstance(logger, (TensorBoardLogger, CSVLogger)):
-        return Path(log_dir or trainer.default_root_dir)
-    version = logger.version if isinstance(logger.version, str) else f"version_{logger.version}"
-    return Path(log_dir or trainer.default_root_dir) / str(logger.name) / version
-
-
-def _versions(folder: Path) -> Iterator[Path]:
-    """A folder, then its versions `-v1`, `-v2`, ..., as in the file names of `ModelCheckpoint`."""
-    yield folder
-    for number in itertools.count(1):
-        yield folder.with_name(f"{folder.name}-v{number}")
-
-
-def _latest_version(folder: Path) -> Path:
-    """The last version of a folder with a fit; the folder itself if there is none."""
-    with_fit = list(itertools.takewhile(has_fit, _versions(folder)))
-    return with_fit[-1] if with_fit else folder
-
-
-def _free_version(folder: Path, fit_id: str) -> Path:
-    """The first version of a folder that contains no fit of another run."""
-    first = folder.with_name(re.sub(r"-v\d+$", "", folder.name))
-    candidates = itertools.chain([folder], _versions(first))
-    return next(path for path in candidates if stored_fit_id(path) in (None, fit_id))
-
-
-def _latest_snapshots(folder: Path) -> list[Path]:
-    """The snapshots of the training run that wrote the latest one, in the order of epochs."""
-    found = [path for path in folder.glob("*.safetensors") if _SNAPSHOT_NAME.fullmatch(path.name)]
-    if not found:
-        return []
-    latest = max(found, key=lambda path: path.stat().st_mtime_ns)
-    return sorted(path for path in found if path.name[:8] == latest.name[:8])
-
-
-def _taken_over(folder: Path, names: list[str], fit_id: str, target: Path | None) -> list[Path]:
-    """The snapshots of a resumed run, copied to the output folder."""
-    if target is None:
-        return []
-    found = []
-    for name in names:
-        path, copy = folder / SNAPSHOT_FOLDER / name, target / SNAPSHOT_FOLDER / name
-        if not _SNAPSHOT_NAME.fullmatch(name) or not path.is_file() or snapshot_info(path).fit != fit_id:
-            warnings.warn(
-                f"the checkpoint names a snapshot {name!r}, which {folder / SNAPSHOT_FOLDER} does not have for this "
-                "run; methods that need snapshots use only the later ones",
-                stacklevel=2,
-            )
-            continue
-        found.append(_copied(path, copy))
-    return found
-
-
-def _copied(path: Path, copy: Path) -> Path:
-    """Copy a snapshot atomically, unless the target exists; returns the target."""
-    if not copy.exists():
-        copy.parent.mkdir(parents=True, exist_ok=True)
-        partial = copy.with_name(f".{copy.name}.copy.tmp")
-        shutil.copyfile(path, partial)
-        partial.replace(copy)
-    return copy

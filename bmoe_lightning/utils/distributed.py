@@ -93,12 +93,44 @@ def sequential_per_node(action: Callable[[], T]) -> T:
                 results.append(action())
             except Exception as raised:  # noqa: BLE001  (raised again, once the other ranks know)
                 error = raised
-        failed = gather_number(int(error is not None))
-        if error is not None:
-            raise error
-        if any(failed):
-            raise RuntimeError(f"process {failed.index(1)} has failed; see its error above")
+        _raise_together(error)
     return results[0]
+
+
+def together(action: Callable[[], T], *, distributed: bool = True) -> T:
+    """Call a function on every rank; if it fails on any rank, all ranks raise. A collective.
+
+    Otherwise the ranks on which it succeeded would wait for the others in their next collective.
+
+    Args:
+        action: The function; it runs no collective.
+        distributed: Whether all ranks of torch.distributed's default group call this; False calls the function only.
+
+    Returns:
+        What the function returned on this rank.
+
+    Raises:
+        RuntimeError: If the function fails on another rank; on that rank its exception is raised again.
+    """
+    if not distributed:
+        return action()
+    results: list[T] = []
+    error = None
+    try:
+        results.append(action())
+    except Exception as raised:  # noqa: BLE001  (raised again, once the other ranks know)
+        error = raised
+    _raise_together(error)
+    return results[0]
+
+
+def _raise_together(error: Exception | None) -> None:
+    """Raise this rank's error, or say that another rank has one. A collective."""
+    failed = gather_number(int(error is not None))
+    if error is not None:
+        raise error
+    if any(failed):
+        raise RuntimeError(f"process {failed.index(1)} has failed; see its error above")
 
 
 def gather_number(number: int) -> list[int]:

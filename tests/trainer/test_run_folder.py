@@ -2,19 +2,30 @@
 
 from __future__ import annotations
 
+import shutil
+import types
+from contextlib import suppress
 from pathlib import Path
+from unittest import mock
 
 import lightning as L
 import pytest
 import torch
+import torch.distributed as dist
+from fake_trainer import FakeTrainer
+from forked_processes import run as run_in_processes
 from lightning.pytorch.callbacks import ModelCheckpoint
-from lightning.pytorch.loggers import CSVLogger
+from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
 from lightning.pytorch.loggers.logger import DummyLogger
-from toy import ToyModule, calibration_loader, test_loader, train_loader, trainer
+from toy import ToyModule, calibration_loader, loader, test_loader, train_loader, trainer
 
 from bmoe_lightning import BayesianMoECallback
 from bmoe_lightning.laplace.posterior import WeightMismatchError
+from bmoe_lightning.methods import CheckpointEnsemble, FitResult, save_snapshot
 from bmoe_lightning.methods.storage import load_fit
+from bmoe_lightning.trainer import run_folder
+from bmoe_lightning.trainer.run_folder import RunFolder
+from bmoe_lightning.trainer.snapshot_files import epoch_of
 
 METHODS = ("map", "checkpoint_ensemble", "laplace_evidence")
 
@@ -162,7 +173,7 @@ class OneFolder(DummyLogger):
 
     def __init__(self, save_dir, version):
         super().__init__()
-        self._save_dir, self._version = str(save_dir), version
+        self._save_dir, self._version = save_dir and str(save_dir), version
 
     save_dir = property(lambda self: self._save_dir)
     name = property(lambda self: "project")
@@ -172,10 +183,10 @@ class OneFolder(DummyLogger):
 class TestFoldersOfRuns:
     METHODS = ("map", "temperature")
 
-    def fit(self, folder, seed, **options):
+    def fit(self, folder, seed, *callbacks, **options):
         callback = BayesianMoECallback(self.METHODS)
-        run = trainer(folder, [callback], max_epochs=1, **options)
-        run.fit(ToyModule(seed=seed), train_loader(), calibration_loader())
+        run = trainer(folder, [callback, *callbacks], max_epochs=1, **options)
+        run.fit(ToyModule(seed=seed), loader(32, 1), loader(32, 2))
         return run
 
     def folders(self, root):
@@ -186,6 +197,26 @@ class TestFoldersOfRuns:
             self.fit(tmp_path, number, logger=OneFolder(tmp_path / "logs", f"run-{number}"))
         found = self.folders(tmp_path / "logs")
         assert found == [f"project/run-{number}/bayesian_moe" for number in (0, 1)]
+
+    @pytest.mark.parametrize(
+        "logger",
+        [
+            lambda root: CSVLogger(root / "logs", name="mine"),
+            lambda root: CSVLogger(root / "logs", name="", version="a"),
+            lambda root: TensorBoardLogger(root / "logs", name="mine", sub_dir="sub"),
+            lambda root: OneFolder(root / "logs", "run-1"),
+            lambda root: OneFolder(root / "logs", 3),
+            lambda root: OneFolder(None, "run-1"),  # MLflow with a server
+            lambda root: [OneFolder(root / "logs", "run-1"), CSVLogger(root / "more")],
+            lambda root: False,
+        ],
+    )
+    def test_is_beside_the_checkpoints_of_lightning(self, tmp_path, logger):
+        saves = ModelCheckpoint()
+        self.fit(tmp_path, 0, saves, logger=logger(tmp_path), enable_checkpointing=True)
+        assert self.folders(tmp_path) == [
+            (Path(saves.dirpath).parent / "bayesian_moe").relative_to(tmp_path).as_posix()
+        ]
 
     def test_without_a_logger_no_run_replaces_another_one(self, tmp_path):
         runs = [self.fit(tmp_path, seed) for seed in (0, 1, 2)]
@@ -200,11 +231,313 @@ class TestFoldersOfRuns:
         )
         assert "temperature/test/nll" in found[0]
 
+    @pytest.mark.parametrize("logger", [lambda _: False, lambda root: OneFolder(root, None)])
+    def test_runs_at_the_same_time_have_folders_of_their_own(self, tmp_path, logger):
+        outer = self
+
+        class Meanwhile(L.Callback):
+            def on_train_epoch_end(self, trainer, pl_module):
+                outer.fit(tmp_path, 1, logger=logger(tmp_path))
+
+        self.fit(tmp_path, 0, Meanwhile(), logger=logger(tmp_path))
+        assert [Path(name).name for name in self.folders(tmp_path)] == ["bayesian_moe", "bayesian_moe-v1"]
+        assert not list(tmp_path.rglob(".training"))
+
+    def test_a_killed_run_keeps_its_folder_until_it_is_resumed(self, tmp_path):
+        saves = ModelCheckpoint(tmp_path / "saved", save_last=True, save_on_train_epoch_end=False)
+        with pytest.raises(Killed):
+            self.fit(tmp_path, 0, saves, Dies(at="on_train_epoch_end"), enable_checkpointing=True)
+        self.fit(tmp_path, 1)
+        assert self.folders(tmp_path) == ["bayesian_moe-v1"]
+        resumed = BayesianMoECallback(self.METHODS)
+        trainer(tmp_path, [resumed], max_epochs=2).fit(
+            ToyModule(), loader(32, 1), loader(32, 2), ckpt_path=str(tmp_path / "saved" / "last.ckpt")
+        )
+        assert self.folders(tmp_path) == ["bayesian_moe", "bayesian_moe-v1"]
+        assert folder_of(resumed).name == "bayesian_moe"
+
     def test_a_folder_that_the_user_named_is_that_folder(self, tmp_path):
         for seed in (0, 1):
             callback = BayesianMoECallback(self.METHODS, dirpath=str(tmp_path / "mine"))
-            trainer(tmp_path, [callback], max_epochs=1).fit(ToyModule(seed=seed), train_loader(), calibration_loader())
+            trainer(tmp_path, [callback], max_epochs=1).fit(ToyModule(seed=seed), loader(32, 1), loader(32, 2))
         assert self.folders(tmp_path) == ["mine"]
+
+    def test_two_callbacks_have_a_subfolder_each(self, tmp_path):
+        callbacks = [BayesianMoECallback(self.METHODS, name=name) for name in ("b", "", "a")]
+        run = trainer(tmp_path, callbacks, max_epochs=1)
+        run.fit(ToyModule(), loader(32, 1), loader(32, 2))
+        assert self.folders(tmp_path) == ["bayesian_moe", "bayesian_moe/a", "bayesian_moe/b"]
+
+
+class Dies(L.Callback):
+    """Stands for `kill -9` in a hook."""
+
+    def __init__(self, at):
+        setattr(self, at, self.die)
+
+    def die(self, *_):
+        raise Killed
+
+
+class TestResumedRuns:
+    """Of a run of six epochs with a checkpoint after each."""
+
+    METHODS = ("map", "temperature", CheckpointEnsemble(num_snapshots=4))
+
+    def callback(self, **options):
+        return BayesianMoECallback(**{"methods": self.METHODS, **options})
+
+    def fit(self, root, epochs, *callbacks, checkpoint=None, **options):
+        callback = self.callback(**options)
+        saves = ModelCheckpoint(filename="{epoch}", save_top_k=-1)
+        run = trainer(
+            root, [callback, *callbacks, saves], max_epochs=epochs, logger=CSVLogger(root), enable_checkpointing=True
+        )
+        module = ToyModule()
+        L.seed_everything(0, verbose=False)
+        steps = []
+        module.register_forward_pre_hook(lambda *_: steps.append(1))
+        try:
+            run.fit(module, loader(32, 1), loader(32, 2), ckpt_path=checkpoint, weights_only=True)
+        except Exception:
+            assert not run.callback_metrics  # nothing was trained
+            raise
+        return callback
+
+    def checkpoint(self, root, epoch, version=0):
+        return str(root / "lightning_logs" / f"version_{version}" / "checkpoints" / f"epoch={epoch}.ckpt")
+
+    def members(self, callback):
+        return callback.fitted.methods["checkpoint_ensemble"].state["members"].item()
+
+    def test_in_a_new_folder_uses_the_snapshots_of_the_first(self, tmp_path):
+        first = self.fit(tmp_path, 3)
+        files = {path: path.read_bytes() for path in folder_of(first).rglob("*") if path.is_file()}
+        second = self.fit(tmp_path, 5, checkpoint=self.checkpoint(tmp_path, 2))
+        assert folder_of(second) != folder_of(first)
+        assert self.members(second) == len(load_fit(folder_of(second))[1]) == 4
+        assert {path: path.read_bytes() for path in files} == files
+        load_fit(folder_of(first))
+
+    def test_in_a_run_folder_that_was_moved(self, tmp_path):
+        self.fit(tmp_path / "old", 3)
+        (tmp_path / "old").rename(tmp_path / "new")
+        second = self.fit(tmp_path / "new", 5, checkpoint=self.checkpoint(tmp_path / "new", 2))
+        assert self.members(second) == 4
+        assert not (tmp_path / "old").exists()
+
+    @pytest.mark.parametrize("epochs", [4, 5, 6])
+    def test_without_the_snapshots_it_is_refused_before_training(self, tmp_path, epochs):
+        first = self.fit(tmp_path / "old", 3)
+        (folder_of(first) / "snapshots" / load_fit(folder_of(first))[1][1].name).unlink()
+        if epochs == 6:  # epochs 2 to 5 are used, and that of epoch 1 is gone
+            assert self.members(self.fit(tmp_path, 6, checkpoint=self.checkpoint(tmp_path / "old", 2))) == 4
+            return
+        with pytest.raises(ValueError, match=r"snapshots that .* does not have, .*Leave the folder of the run beside"):
+            self.fit(tmp_path, epochs, checkpoint=self.checkpoint(tmp_path / "old", 2))
+        # Other methods do not use them.
+        self.fit(tmp_path, epochs, checkpoint=self.checkpoint(tmp_path / "old", 2), methods=("map", "temperature"))
+
+    def test_in_the_same_folder_leaves_the_fit_until_there_is_another(self, tmp_path):
+        """Epochs that are trained again, and a kill before the second fit."""
+        folder = str(tmp_path / "given")
+        self.fit(tmp_path, 4, dirpath=folder)
+        found, snapshots = load_fit(Path(folder))
+        content = [path.read_bytes() for path in snapshots]
+        with pytest.raises(Killed):
+            self.fit_killed(tmp_path, folder)
+        again, same = load_fit(Path(folder))
+        assert (again.fit_id, again.fingerprint) == (found.fit_id, found.fingerprint)
+        assert [path.read_bytes() for path in same] == content
+        last = self.fit(tmp_path, 6, checkpoint=self.checkpoint(tmp_path, 1), dirpath=folder)
+        assert [epoch_of(path) for path in load_fit(Path(folder))[1]] == [2, 3, 4, 5]
+        assert self.members(last) == 4
+
+    def fit_killed(self, root, folder):
+        callback = self.callback(dirpath=folder)
+        run = trainer(root, [callback, Dies("on_train_end")], max_epochs=6, logger=CSVLogger(root))
+        run.callbacks.reverse()  # dies before the fit
+        run.fit(ToyModule(), loader(32, 1), loader(32, 2), ckpt_path=self.checkpoint(root, 1), weights_only=True)
+
+    def test_a_crafted_checkpoint_deletes_and_leaves_nothing_elsewhere(self, tmp_path):
+        self.fit(tmp_path, 3)
+        (tmp_path / "precious").mkdir()
+        precious = tmp_path / "precious" / "thesis.txt"
+        precious.write_text("mine")
+        other = tmp_path / "precious" / "0badc0de-epoch-0001.safetensors"
+        save_snapshot(other, {"x": torch.ones(1)}, fit="0badc0de" * 4)
+        before = {path: path.read_bytes() for path in (precious, other)}
+        path = self.checkpoint(tmp_path, 2)
+        for folder, fit, names in (
+            (tmp_path, "0" * 32, [str(precious), "../../precious/thesis.txt", str(other)]),
+            (tmp_path / "precious", "0badc0de" * 4, [other.name] * 9),
+            (tmp_path / "precious", "../../pre", [str(other), other.name]),
+        ):
+            checkpoint = torch.load(path, weights_only=True)
+            for key, state in checkpoint["callbacks"].items():
+                if "BayesianMoE" in key:
+                    state |= {"folder": str(folder), "fit": fit, "snapshots": names}
+            torch.save(checkpoint, tmp_path / "crafted.ckpt")
+            with suppress(ValueError):
+                self.fit(tmp_path, 7, checkpoint=str(tmp_path / "crafted.ckpt"), dirpath=str(tmp_path / "run"))
+            assert {path: path.read_bytes() for path in before} == before
+            assert sorted(path.name for path in (tmp_path / "precious").iterdir()) == sorted(p.name for p in before)
+
+
+class TestMovedRuns:
+    METHODS = ("map", "temperature", "laplace_evidence")
+
+    @pytest.fixture
+    def moved(self, tmp_path):
+        for seed in (0, 1):
+            root = tmp_path / f"old-{seed}"
+            saves = ModelCheckpoint(filename="last")
+            run = trainer(
+                root, [BayesianMoECallback(self.METHODS), saves], max_epochs=1, logger=CSVLogger(root),
+                enable_checkpointing=True,
+            )  # fmt: skip
+            run.fit(ToyModule(seed=seed), loader(32, 1), loader(32, 2))
+            root.rename(tmp_path / f"new-{seed}")
+        return [tmp_path / f"new-{seed}" / "lightning_logs" / "version_0" for seed in (0, 1)]
+
+    def metrics_of(self, root, checkpoint, **options):
+        callback = BayesianMoECallback(self.METHODS, **options)
+        run = trainer(root, [callback])
+        return run.test(ToyModule(), test_loader(), ckpt_path=str(checkpoint), weights_only=True, verbose=False)[0]
+
+    def test_a_checkpoint_finds_the_folder_beside_it(self, moved, tmp_path):
+        found = [self.metrics_of(tmp_path / "here", folder / "checkpoints" / "last.ckpt") for folder in moved]
+        assert found[0]["laplace_evidence/test/nll"] != found[1]["laplace_evidence/test/nll"]
+
+    def test_another_run_that_now_has_its_old_place_is_not_taken(self, moved, tmp_path):
+        """A fit with the right weights, and not the first that is found."""
+        expected = self.metrics_of(tmp_path / "here", moved[0] / "checkpoints" / "last.ckpt")
+        shutil.copytree(tmp_path / "new-1", tmp_path / "old-0")
+        assert self.metrics_of(tmp_path / "here", moved[0] / "checkpoints" / "last.ckpt") == expected
+
+    def test_weights_without_the_state_of_callbacks(self, moved, tmp_path):
+        path = moved[0] / "checkpoints" / "last.ckpt"
+        expected = self.metrics_of(tmp_path / "here", path)
+        checkpoint = torch.load(path, weights_only=True)
+        del checkpoint["callbacks"]
+        torch.save(checkpoint, path)
+        assert self.metrics_of(tmp_path / "here", path) == expected
+
+    def test_a_fit_to_other_weights_beside_it_is_refused(self, moved, tmp_path):
+        path = moved[0] / "checkpoints" / "last.ckpt"
+        shutil.rmtree(moved[0] / "bayesian_moe")
+        shutil.copytree(moved[1] / "bayesian_moe", moved[0] / "bayesian_moe")
+        with pytest.raises(WeightMismatchError):
+            self.metrics_of(tmp_path / "here", path)
+
+
+PASS = {"methods": ("map", "laplace_lpo"), "curvature_checkpoint_every": 1}
+
+
+class TestKilledFits:
+    """A second run in a folder with a fit, killed in its curvature pass."""
+
+    def train(self, root, seed, kill=False, **options):
+        passes = []
+
+        def class_logits(module, batch):
+            passes.append(1)
+            if kill and len(passes) == 5:
+                raise Killed
+            return module.class_logits(batch)
+
+        callback = BayesianMoECallback(**PASS, dirpath=str(root / "given"), class_logits=class_logits)
+        saves = ModelCheckpoint(root / f"saved-{seed}", filename="last", save_on_train_epoch_end=True)
+        run = trainer(root, [callback, saves], max_epochs=1, enable_checkpointing=True, **options)
+        module = ToyModule(seed=seed)
+        L.seed_everything(0, verbose=False)
+        run.fit(module, loader(64, 1), loader(32, 2))
+        return callback
+
+    def complete(self, root, module, checkpoint=None, **options):
+        callback = BayesianMoECallback(**{**PASS, **options}, dirpath=str(root / "given"))
+        callback.fit_posterior(
+            module, trainer=trainer(root, [callback]), train_dataloaders=loader(64, 1),
+            val_dataloaders=loader(32, 2), ckpt_path=checkpoint,
+        )  # fmt: skip
+        return callback
+
+    def passes(self, root):
+        return sorted(path.name for path in (root / "given").glob("curvature_state-*"))
+
+    @pytest.mark.parametrize("by", ["checkpoint", "pass"])
+    def test_is_completed_and_replaces_the_first(self, tmp_path, by):
+        first = self.train(tmp_path, 0)
+        with pytest.raises(Killed):
+            self.train(tmp_path, 1, kill=True)
+        assert load_fit(tmp_path / "given")[0].fit_id == first.fitted.fit_id
+        (left,) = self.passes(tmp_path)
+        checkpoint = str(tmp_path / "saved-1" / "last.ckpt")
+        module = ToyModule(seed=1)
+        if by == "pass":
+            module.load_state_dict(torch.load(checkpoint, weights_only=True)["state_dict"])
+        callback = self.complete(tmp_path, module, checkpoint if by == "checkpoint" else None)
+        found = load_fit(tmp_path / "given")[0]
+        assert found.fit_id == callback.fitted.fit_id != first.fitted.fit_id
+        assert found.fit_id[:8] in left
+        assert self.passes(tmp_path) == []
+
+    def test_other_weights_do_not_replace_the_first(self, tmp_path):
+        first = self.train(tmp_path, 0)
+        with pytest.raises(Killed):
+            self.train(tmp_path, 1, kill=True)
+        with pytest.raises(ValueError, match="other weights"):
+            self.complete(tmp_path, ToyModule(seed=2))
+        with pytest.raises(WeightMismatchError):  # no pass could tell
+            self.complete(tmp_path, ToyModule(seed=2), curvature_checkpoint_every=None)
+        self.complete(tmp_path, ToyModule(), str(tmp_path / "saved-0" / "last.ckpt"))  # the first's own
+        assert load_fit(tmp_path / "given")[0].fit_id == first.fitted.fit_id
+
+    def test_training_anew_leaves_the_pass_of_a_killed_run(self, tmp_path):
+        with pytest.raises(Killed):
+            self.train(tmp_path, 0, kill=True)
+        (left,) = self.passes(tmp_path)
+        content = (tmp_path / "given" / left).read_bytes()
+        self.train(tmp_path, 1)
+        assert self.passes(tmp_path) == [left]
+        assert (tmp_path / "given" / left).read_bytes() == content
+
+
+def failing_on_rank_zero(rank, world_size):
+    """Whatever rank 0 cannot do, all ranks raise, instead of waiting for it."""
+    strategy = types.SimpleNamespace(broadcast=broadcast_object)
+    run = FakeTrainer(world_size=world_size, is_global_zero=rank == 0, strategy=strategy)
+    expected, said = (OSError, "disk full") if rank == 0 else (RuntimeError, "process 0 has failed")
+
+    def full(*_, **__):
+        raise OSError("disk full")
+
+    folder = RunFolder("fit", None)
+    folder.settle(run)
+    module = torch.nn.Linear(2, 2)
+    for name, action in {
+        "mark_training": lambda: folder.begin_training(run),
+        "latest_snapshots": lambda: folder.continue_training_of(run),
+        "save_snapshot": lambda: folder.save_snapshot(run, module, 2),
+        "save_fit": lambda: folder.save(run, FitResult()),
+        "has_fit": lambda: folder.load(run),
+    }.items():
+        with mock.patch.object(run_folder, name, full if rank == 0 else lambda *_, **__: []):
+            with pytest.raises(expected, match=said):
+                action()
+            dist.barrier()
+    dist.barrier()
+
+
+def broadcast_object(value):
+    values = [value]
+    dist.broadcast_object_list(values, src=0)
+    return values[0]
+
+
+def test_an_error_of_rank_zero_is_raised_on_all_ranks(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    run_in_processes(failing_on_rank_zero, 2, tmp_path)
 
 
 def test_a_folder_that_cannot_be_written_to_is_refused_before_training(tmp_path):

@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-import multiprocessing
 import os
 import time
-import traceback
 from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
 import torch
 import torch.distributed as dist
+from forked_processes import run
 from oracles.models import answer_logits, toy_model
 
 from bmoe_lightning.methods import Method, fit_methods
@@ -28,37 +27,9 @@ from bmoe_lightning.utils.distributed import (
     sequential_per_node,
     shard_size,
     sum_over_processes,
+    together,
 )
 from bmoe_lightning.utils.random_state import forked_random_state
-
-
-def run(function, world_size, folder):
-    """Call `function(rank, world_size)` in as many processes; whatever goes wrong there fails the test."""
-    context = multiprocessing.get_context("fork")  # they run no backward pass, which would forbid it
-    children = [context.Process(target=enter, args=(function, rank, world_size, folder)) for rank in range(world_size)]
-    for child in children:
-        child.start()
-    for child in children:
-        child.join(timeout=60)
-    hanging = [child for child in children if child.is_alive()]
-    for child in hanging:
-        child.kill()
-    said = "\n".join(path.read_text() for path in sorted(folder.glob("error-*")))
-    assert not said, said
-    assert not hanging
-    assert [child.exitcode for child in children] == [0] * world_size
-
-
-def enter(function, rank, world_size, folder):
-    try:
-        torch.set_num_threads(1)
-        store = dist.FileStore(str(folder / "store"), world_size)
-        dist.init_process_group("gloo", store=store, rank=rank, world_size=world_size)
-        dist.barrier()  # nobody leaves while others still connect
-        function(rank, world_size)
-        dist.destroy_process_group()
-    except BaseException:  # noqa: BLE001  (told to the parent)
-        (folder / f"error-{rank}").write_text(traceback.format_exc())
 
 
 def adding(rank, world_size):
@@ -168,6 +139,24 @@ def failing_in_turn(rank, world_size):
         assert tried == [rank] * (rank <= failing)  # nobody begins after that
 
 
+def failing_together(rank, world_size):
+    for failing in range(world_size):
+
+        def action(failing=failing):
+            if rank == failing:
+                raise OSError("disk full")
+            return rank
+
+        with pytest.raises(OSError if rank == failing else RuntimeError) as said:
+            together(action)
+        assert str(said.value).startswith("disk full" if rank == failing else f"process {failing} has failed")
+        if rank == failing:
+            with pytest.raises(OSError, match="disk full"):
+                together(action, distributed=False)  # no collective
+        barrier()
+    assert together(lambda: rank) == rank
+
+
 def taking_turns_on_two_machines(rank, world_size):
     processes.socket.gethostname = lambda: f"machine-{rank % 2}"
     pairs = [dist.new_group([0, 1]), dist.new_group([2, 3])]
@@ -189,7 +178,9 @@ def forking(rank, world_size):
 
 
 @pytest.mark.parametrize("world_size", [2, 3])
-@pytest.mark.parametrize("function", [agreeing, fitting, failing_in_turn, forking, adding, telling, copying, gathering])
+@pytest.mark.parametrize(
+    "function", [agreeing, fitting, failing_in_turn, failing_together, forking, adding, telling, copying, gathering]
+)
 def test_between_processes(function, world_size, tmp_path):
     run(function, world_size, tmp_path)
 
@@ -222,7 +213,7 @@ def test_one_process_has_everything():
     sum_over_processes([values])
     broadcast_([values])
     barrier()
-    assert sequential_per_node(lambda: 5) == 5
+    assert sequential_per_node(lambda: 5) == together(lambda: 5) == 5
     with pytest.raises(KeyError):
         sequential_per_node(lambda: {}[0])
     assert gather_number(7) == [7]
