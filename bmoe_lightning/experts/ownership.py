@@ -42,10 +42,10 @@ def slot_owners(batch: TappedBatch, slots: Sequence[Slots], *, thorough: bool = 
     if num_examples == 1:
         return [torch.zeros_like(layer_slots.experts) for layer_slots in slots]
     # Each condition decides about backward passes, which ranks with sharded weights must run in lockstep.
-    if batch.agreed(all(layer_slots.rows is not None for layer_slots in slots)):
+    if batch.taps.agreed(all(layer_slots.rows is not None for layer_slots in slots)):
         examples = _examples_of_rows(batch, slots)
-        if batch.agreed(examples is not None) and examples is not None:
-            believed = not thorough or batch.agreed(not _contradicted(batch, slots, examples))
+        if batch.taps.agreed(examples is not None) and examples is not None:
+            believed = not thorough or batch.taps.agreed(not _contradicted(batch, slots, examples))
             if believed:
                 return [_at_rows(examples, layer_slots) for layer_slots in slots]
     owners = _owners_by_gradient(batch, range(len(slots)))
@@ -87,7 +87,7 @@ def _at_rows(examples: Tensor, slots: Slots) -> Tensor:
 
 
 def _owners_by_gradient(batch: TappedBatch, positions: Sequence[int]) -> list[Tensor]:
-    """Owners of the slots of some layers: an example, `_UNKNOWN` (affects no logit) or `_MIXED`."""
+    """Owners of the slots of some layers: an example, `_UNKNOWN` (affects no logit, or too little) or `_MIXED`."""
     logits = batch.logits
     num_examples, num_classes = logits.shape
     # Random class weights: a slot that affects any logit almost surely affects their weighted sum.
@@ -95,28 +95,34 @@ def _owners_by_gradient(batch: TappedBatch, positions: Sequence[int]) -> list[Te
     class_weights = 1 + torch.rand(num_classes, generator=generator, dtype=torch.float64)
     plain_weights = batch.present * class_weights.to(logits.device)
     # Fewer examples in one pass in float16, which has fewer exponents.
-    base = 8 if logits.dtype == torch.float16 else 32
+    scale = batch.taps.scale
+    base = 32 if scale is None else 8
     digits = _digits(num_examples, base).to(logits.device)
 
     plain = batch.taps.gradients(logits, plain_weights, positions)
     strongest = [gradient.abs().max(dim=1) for gradient in plain]
+    # Numbers that float16 represents with fewer digits have no exact ratio.
+    faint = [peak.values < (0 if scale is None else scale.smallest) for peak in strongest]
     owners = [torch.zeros_like(peak.indices) for peak in strongest]
     mixed = [torch.zeros_like(peak.indices, dtype=torch.bool) for peak in strongest]
     for place, digit in enumerate(digits):
         scaled = batch.taps.gradients(logits, plain_weights * 2.0 ** digit.unsqueeze(1), positions)
         for layer, (gradient, peak) in enumerate(zip(scaled, strongest, strict=True)):
-            ratio = gradient.gather(1, peak.indices.unsqueeze(1)).squeeze(1).double() / _signed_peak(plain[layer], peak)
+            value = _signed_peak(gradient, peak)
+            if scale is not None:
+                faint[layer] |= value.abs() < scale.smallest
+            ratio = value / _signed_peak(plain[layer], peak)
             exponent = ratio.abs().log2()
-            value = exponent.round()
-            mixed[layer] |= ~(((exponent - value).abs() < 1e-2) & (ratio > 0) & (value >= 0) & (value < base))
-            owners[layer] += value.nan_to_num(0, 0, 0).long().clamp(0, base - 1) * base**place
+            found = exponent.round()
+            mixed[layer] |= ~(((exponent - found).abs() < 1e-2) & (ratio > 0) & (found >= 0) & (found < base))
+            owners[layer] += found.nan_to_num(0, 0, 0).long().clamp(0, base - 1) * base**place
     return [
         torch.where(
-            peak.values == 0,
+            layer_faint | (peak.values == 0),
             _UNKNOWN,
             torch.where(layer_mixed | (layer_owners >= num_examples), _MIXED, layer_owners),
         )
-        for layer_owners, layer_mixed, peak in zip(owners, mixed, strongest, strict=True)
+        for layer_owners, layer_mixed, layer_faint, peak in zip(owners, mixed, faint, strongest, strict=True)
     ]
 
 

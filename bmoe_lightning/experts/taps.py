@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from bmoe_lightning.experts.counted_batch import count_of, plain_batch
 from bmoe_lightning.experts.fsdp import runs_in_lockstep, unsharded_roots
 from bmoe_lightning.experts.gradient_checkpointing import recomputed_activations
+from bmoe_lightning.experts.gradient_scale import GradientScale, runs_float16
 from bmoe_lightning.experts.interception import intercepted_layers
 from bmoe_lightning.experts.logits_contract import ClassLogits, present_classes, run_class_logits
 from bmoe_lightning.experts.model_state import evaluation_mode, frozen_parameters
@@ -96,6 +97,7 @@ class _LayerTap:
             outputs = outputs.detach().requires_grad_()
         if not self.source.recording:
             return outputs
+        self.source.notice(inputs, outputs)
         self.inputs.append(inputs.detach())
         self.write_counts.append(write_count(inputs))
         self.experts.append(experts)
@@ -112,12 +114,15 @@ class Taps:
         num_rows: Number of input rows of the model, over all calls.
         recording: Whether slots are recorded. False after the forward pass, when only checkpointed activations are
             recomputed, whose slots were recorded already.
+        scale: Scale of the backward passes; None unless float16 is part of them.
     """
 
     def __init__(self, layers: Sequence[ExpertLayer]) -> None:
         self.layers = tuple(layers)
         self.num_rows = 0
         self.recording = True
+        self.scale: GradientScale | None = None
+        self._lockstep = False
         self._call = (0, frozenset[int]())
         self._modules: list[nn.Module] = []
         # Weak references: otherwise a batch and its graph would live until the garbage collector runs.
@@ -135,13 +140,21 @@ class Taps:
             return None
         return self.num_rows - num_rows + tokens // (num_tokens // num_rows)
 
-    def finish_recording(self) -> None:
+    def notice(self, *tensors: Tensor) -> None:
+        """Scale the backward passes if tensors of the forward pass show that they run in float16."""
+        if self.scale is None and runs_float16(*tensors):
+            self.scale = GradientScale()
+
+    def finish_recording(self, *, lockstep: bool = False) -> None:
         """End the forward pass: anything that runs later is recomputation.
+
+        Args:
+            lockstep: Whether ranks run the backward passes in lockstep.
 
         Raises:
             RuntimeError: If the model has modified the input of a `down_proj` in place after it ran.
         """
-        self.recording = False
+        self.recording, self._lockstep = False, lockstep
         for tap in self._layer_taps:
             tap.check_inputs()
 
@@ -181,25 +194,39 @@ class Taps:
             positions: Positions of the layers in `layers`; None for all.
 
         Returns:
-            One `[S, d_out]` tensor for each layer, in the order of `slots`, in the model's dtype.
+            One `[S, d_out]` tensor for each layer, in the order of `slots`, in the model's dtype; in float32 where the
+            backward pass runs in float16.
 
         Raises:
-            RuntimeError: If the logits carry no graph.
+            RuntimeError: If the logits carry no graph, or gradients overflow in float16.
         """
+        return list(self._each_gradient(outputs, weights, positions))
+
+    def _each_gradient(
+        self, outputs: Tensor, weights: Tensor, positions: Sequence[int] | None = None
+    ) -> Iterator[Tensor]:
+        """The gradients of `gradients`; each is joined and unscaled when it is asked for, and not stored."""
         _check_graph(outputs)
         positions = range(len(self.layers)) if positions is None else positions
         chunks = [self._layer_taps[position].outputs for position in positions]
         flat = [output for outputs_of_layer in chunks for output in outputs_of_layer]
-        found = differentiated(outputs, weights.to(outputs.dtype), flat)
-        gradients = iter(
-            output.zeros() if gradient is None else gradient for gradient, output in zip(found, flat, strict=True)
-        )
-        return [
-            joined([next(gradients) for _ in of_layer])
-            if of_layer
-            else self._empty(position, self.layers[position].d_out)
-            for position, of_layer in zip(positions, chunks, strict=True)
-        ]
+        scale = self.scale
+        if scale is None:
+            found = list(differentiated(outputs, weights.to(outputs.dtype), flat))
+        else:
+            found = list(scale.differentiated(outputs, weights.double(), flat, self.agreed))
+        at = 0
+        for position, of_layer in zip(positions, chunks, strict=True):
+            pairs = zip(found[at : at + len(of_layer)], of_layer, strict=True)
+            parts = [output.zeros() if gradient is None else gradient for gradient, output in pairs]
+            found[at : at + len(of_layer)] = [None] * len(of_layer)
+            at += len(of_layer)
+            gradient = joined(parts) if parts else self._empty(position, self.layers[position].d_out)
+            yield gradient if scale is None else scale.unscaled(gradient)
+
+    def agreed(self, found: bool) -> bool:
+        """Whether a condition holds on all ranks that run in lockstep, so that all make the same backward passes."""
+        return min(gather_number(int(found))) == 1 if self._lockstep else found
 
     def stream_gradients(self, outputs: Tensor, weights: Tensor, consume: Callable[[int, Tensor], None]) -> None:
         """As `gradients`, but each layer's gradient is consumed as soon as it is computed, and not stored.
@@ -211,9 +238,16 @@ class Taps:
                 once for each layer, the last layer first.
 
         Raises:
-            RuntimeError: If the logits carry no graph.
+            RuntimeError: If the logits carry no graph, or gradients overflow in float16.
         """
         _check_graph(outputs)
+        if self.scale is not None:
+            # Nothing may be consumed before it is known that the pass did not overflow.
+            backwards = range(len(self.layers))[::-1]
+            for position, gradient in zip(backwards, self._each_gradient(outputs, weights, backwards), strict=True):
+                with torch.no_grad():
+                    consume(position, gradient)
+            return
         collectors = [Collector(position, tap.outputs, consume) for position, tap in enumerate(self._layer_taps)]
         flat = [output for tap in self._layer_taps for output in tap.outputs]
         weights = weights.to(outputs.dtype)
@@ -275,7 +309,6 @@ class TappedBatch:
         labels: Labels as `class_logits` returned them, or None.
         taps: The slots and their gradients.
         num_counted: Number of examples, from the first, that are counted (see `CountedBatch`).
-        lockstep: Whether ranks run in lockstep, since weights are sharded.
     """
 
     logits: Tensor
@@ -283,11 +316,6 @@ class TappedBatch:
     labels: Tensor | None
     taps: Taps
     num_counted: int
-    lockstep: bool = False
-
-    def agreed(self, found: bool) -> bool:
-        """Whether a condition holds on all ranks that run in lockstep, so that all make the same backward passes."""
-        return min(gather_number(int(found))) == 1 if self.lockstep else found
 
     def counts(self, device: torch.device) -> Tensor:
         """Mask `[B]` of the examples that are counted."""
@@ -333,9 +361,11 @@ def tapped_batch(
         # Compiled code skips taps.
         stack.enter_context(eager_code())
         logits, labels = run_class_logits(class_logits, model, plain_batch(batch))
-        taps.finish_recording()
+        lockstep = runs_in_lockstep(model)
+        taps.notice(logits, *model.parameters())
+        taps.finish_recording(lockstep=lockstep)
         present = present_classes(logits)
         # A caller's autocast applies to the model alone, not to computations on its slots.
         stack.enter_context(torch.autocast(logits.device.type, enabled=False))
         num_counted = count_of(batch, len(logits))
-        yield TappedBatch(torch.where(present, logits, 0), present, labels, taps, num_counted, runs_in_lockstep(model))
+        yield TappedBatch(torch.where(present, logits, 0), present, labels, taps, num_counted)
