@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from bmoe_lightning.experts.types import ExpertLayer
+from bmoe_lightning.experts.weight_record import WeightRecord
 
 BASIS_DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
@@ -110,6 +111,7 @@ class KroneckerFactors:
         expert_layers: Descriptions of all tapped layers, with which a model's layers are located; more than `layers`
             where some were skipped.
         fingerprint: Fingerprint of the model's MoE blocks during the pass (see `weight_fingerprint`).
+        weights: Record of the model's effective weights, with which renamed, merged or cast ones are recognised.
     """
 
     layers: tuple[LayerFactors, ...]
@@ -121,6 +123,7 @@ class KroneckerFactors:
     num_examples_used: int
     expert_layers: tuple[ExpertLayer, ...]
     fingerprint: str = field(default="")
+    weights: WeightRecord | None = field(default=None, repr=False)
 
     def to(self, device: torch.device | str | None = None, dtype: torch.dtype | None = None) -> KroneckerFactors:
         """The same factors on another device, or with bases of another dtype.

@@ -37,6 +37,7 @@ from bmoe_lightning.experts.ownership import slot_owners
 from bmoe_lightning.experts.taps import Slots, TappedBatch, tapped_batch
 from bmoe_lightning.experts.tied_weights import check_distinct
 from bmoe_lightning.experts.types import ExpertLayer
+from bmoe_lightning.experts.weight_record import weight_record
 from bmoe_lightning.experts.weights import down_proj_weights
 from bmoe_lightning.utils.distributed import broadcast_, num_processes, process_rank, sum_over_processes
 from bmoe_lightning.utils.fit_warnings import warn_of_fit
@@ -180,6 +181,7 @@ def collect_factors(
         num_examples_used=used,
         expert_layers=tuple(layers),
         fingerprint=fingerprint,
+        weights=weight_record(model, layers),
     )
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import fnmatch
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
 from torch import nn
@@ -16,6 +16,7 @@ from bmoe_lightning.experts.types import ExpertLayer
 from bmoe_lightning.experts.wrappers.names import is_wrapped_name, plain_name
 from bmoe_lightning.experts.wrappers.peft import check_lora_matrix
 from bmoe_lightning.experts.wrappers.quantised import is_linear
+from bmoe_lightning.utils.messages import first_names
 
 
 def find_expert_layers(
@@ -121,7 +122,8 @@ def find_linear_layers(
 def locate_expert_layers(model: nn.Module, layers: Sequence[ExpertLayer]) -> list[ExpertLayer]:
     """Locate layers in another model: a copy, a module that contains it, or a part of it.
 
-    The names may differ by a prefix (`model.layers.0.mlp.experts` inside a LightningModule), and by wrappers.
+    The names may differ in what stands before their common end (`model.layers.0.mlp.experts` inside a LightningModule,
+    or under another attribute), in the same way for all layers, and by wrappers.
 
     Args:
         model: Any module.
@@ -131,36 +133,59 @@ def locate_expert_layers(model: nn.Module, layers: Sequence[ExpertLayer]) -> lis
         The layers of this model in the given order, with its names and sizes and the given indices.
 
     Raises:
-        ValueError: If a layer is missing, or matches several modules.
+        ValueError: If a layer is missing, or the layers are found in several places.
     """
-    modules = dict(model.named_modules())
-    return [_located(model, modules, layer) for layer in layers]
+    modules: dict[str, list[str]] = {}
+    for name in dict(model.named_modules()):
+        modules.setdefault(plain_name(name), []).append(name)
+    wanted = [plain_name(layer.name) for layer in layers]
+    names = _corresponding(model, modules, wanted)
+    return [_located(model, modules[name], layer) for name, layer in zip(names, layers, strict=True)]
 
 
-def _located(model: nn.Module, modules: dict[str, nn.Module], layer: ExpertLayer) -> ExpertLayer:
-    plain = plain_name(layer.name)
-    names = [name for name in modules if plain_name(name) == plain] or [n for n in modules if _is_suffix(n, plain)]
-    if len({plain_name(name) for name in names}) != 1:
-        raise ValueError(
-            f"{type(model).__name__} has {'several' if names else 'no'} expert layers called {layer.name!r}, with or "
-            f"without a prefix{': ' + ', '.join(names) if names else ''}"
-        )
+def _corresponding(model: nn.Module, modules: Mapping[str, list[str]], wanted: Sequence[str]) -> list[str]:
+    """The plain names of the model that correspond to other ones, which differ by one prefix."""
+    if not wanted or all(name in modules for name in wanted):
+        return list(wanted)
+    parts = wanted[0].split(".")
+    # The longest common end first. An index in a list of layers is never a part of what may differ.
+    for length in range(len(parts), 0, -1):
+        prefix, end = parts[:-length], ".".join(parts[-length:])
+        if any(part.isdigit() for part in prefix):
+            break
+        before = "".join(f"{part}." for part in prefix)
+        if not all(name.startswith(before) for name in wanted):
+            break
+        starts = [name.removesuffix(end) for name in modules if name == end or name.endswith(f".{end}")]
+        found = [[start + name.removeprefix(before) for name in wanted] for start in starts]
+        found = [names for names in found if all(name in modules for name in names)]
+        if len(found) == 1:
+            return found[0]
+        if found:
+            raise ValueError(
+                f"{type(model).__name__} has several expert layers called {wanted[0]!r}, with or without a prefix: "
+                f"{first_names(names[0] for names in found)}. Pass the module that holds one of them."
+            )
+    missing = next(name for name in wanted if name not in modules)
+    last = missing.rpartition(".")[2]
+    candidates = [name for name in modules if name.rpartition(".")[2] == last]
+    raise ValueError(
+        f"{type(model).__name__} has no expert layers called {missing!r}, with or without a prefix; modules that "
+        f"end in {last!r} are: {first_names(candidates)}. Pass the model that was fitted."
+    )
+
+
+def _located(model: nn.Module, names: Sequence[str], layer: ExpertLayer) -> ExpertLayer:
     reasons = []
     for name in names:  # a module and its wrappers, outermost first
         try:
-            return LAYOUTS[layer.layout].layer(name, layer.index, modules[name], layer.down_proj)
+            return LAYOUTS[layer.layout].layer(name, layer.index, model.get_submodule(name), layer.down_proj)
         except ValueError as error:
             reasons.append(str(error))
     raise ValueError(
         f"{names[-1]!r} of {type(model).__name__} does not hold experts as {layer.name!r} did ({layer.layout}, "
         f"down_proj {layer.down_proj!r}): {reasons[-1]}"
     )
-
-
-def _is_suffix(name: str, other: str) -> bool:
-    """Whether one of two names is a suffix of the other, ignoring wrappers."""
-    name = plain_name(name)
-    return bool(name) and (name.endswith(f".{other}") or other.endswith(f".{name}"))
 
 
 def _shared_experts(layer: ExpertLayer, modules: dict[str, nn.Module]) -> list[str]:

@@ -47,15 +47,26 @@ def weight_fingerprint(model: nn.Module, layers: Sequence[ExpertLayer]) -> str:
     samples = sorted(_samples(fingerprinted_module(model, layers), sharded=sharded), key=lambda sample: sample[0])
     digest.update("\n".join(f"{name}:{len(values)}" for name, values in samples).encode())
     # In the order of their names, on whatever devices they are.
-    joined = torch.cat(to_cpu([values.float() for _, values in samples]))
-    if sharded:
-        joined = _reduced(*joined.unbind(1))
-    digest.update(joined.numpy().tobytes())
+    digest.update(joined_samples([values for _, values in samples], sharded=sharded).numpy().tobytes())
     return digest.hexdigest()
 
 
+def joined_samples(samples: Sequence[Tensor], *, sharded: bool) -> Tensor:
+    """Samples of parameters as one float32 tensor `[n]` on the CPU. A collective, if the model is sharded.
+
+    Args:
+        samples: What `sample` returned for each parameter.
+        sharded: Whether the model is sharded by FSDP2.
+
+    Raises:
+        ValueError: If ranks differ in weights that several of them hold.
+    """
+    joined = torch.cat(to_cpu([values.float() for values in samples]))
+    return _reduced(*joined.unbind(1)) if sharded else joined
+
+
 def _reduced(values: Tensor, here: Tensor, counts: Tensor) -> Tensor:
-    """The samples of all ranks, checked for equality where several hold the same. A collective; see `_sample`."""
+    """The samples of all ranks, checked for equality where several hold the same. A collective; see `sample`."""
     total = torch.where(counts > 0, values, 0)
     sum_over_processes([total])
     same = (values == total) | (values.isnan() & total.isnan()) | (here == 0)
@@ -70,12 +81,12 @@ def _reduced(values: Tensor, here: Tensor, counts: Tensor) -> Tensor:
 
 
 def _samples(model: nn.Module, *, sharded: bool) -> Iterator[tuple[str, Tensor]]:
-    """The plain name of every parameter, and its sample; see `_sample`."""
+    """The plain name of every parameter, and its sample; see `sample`."""
     for prefix, module in model.named_modules():
         for name, parameter in module.named_parameters(recurse=False):
             # Packed weights are left out: some libraries rewrite them during the forward pass.
             none = torch.empty(0, 3) if sharded else torch.empty(0)
-            values = none if unusable(parameter) else _sample(materialized(module, name).detach(), sharded=sharded)
+            values = none if unusable(parameter) else sample(materialized(module, name).detach(), sharded=sharded)
             yield plain_name(f"{prefix}.{name}" if prefix else name), values
 
 
@@ -98,7 +109,7 @@ def fingerprinted_module(model: nn.Module, layers: Sequence[ExpertLayer]) -> nn.
         module = children[0]
 
 
-def _sample(parameter: Tensor, *, sharded: bool) -> Tensor:
+def sample(parameter: Tensor, *, sharded: bool) -> Tensor:
     """A sample of the values of a parameter; of every leading entry for a stack of matrices.
 
     Returns:

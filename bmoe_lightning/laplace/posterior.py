@@ -13,6 +13,7 @@ The posterior of an expert without routed tokens is its prior: variance 1/lambda
 from __future__ import annotations
 
 import copy
+import logging
 import weakref
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -25,11 +26,12 @@ from torch import Tensor, nn
 from bmoe_lightning.curvature.factors import KroneckerFactors, LayerFactors
 from bmoe_lightning.experts.counted_batch import lockstep
 from bmoe_lightning.experts.discovery import locate_expert_layers
-from bmoe_lightning.experts.fingerprint import fingerprinted_module, weight_fingerprint
+from bmoe_lightning.experts.fingerprint import fingerprinted_module
 from bmoe_lightning.experts.fsdp import reshard
 from bmoe_lightning.experts.logits_contract import ClassLogits
 from bmoe_lightning.experts.threads import model_lock
 from bmoe_lightning.experts.types import ExpertLayer
+from bmoe_lightning.experts.weight_record import same_weights
 from bmoe_lightning.experts.wrappers.accelerate import execution_device
 from bmoe_lightning.experts.write_counts import weights_state
 from bmoe_lightning.laplace.covariance import BatchTerms, batch_terms, covariance
@@ -48,6 +50,9 @@ from bmoe_lightning.laplace.prior import (
 )
 from bmoe_lightning.laplace.storage import load_posterior, save_posterior
 from bmoe_lightning.laplace.validation_cache import ValidationCache, cache_terms
+from bmoe_lightning.utils.distributed import is_rank_zero
+
+_logger = logging.getLogger(__name__)
 
 
 class WeightMismatchError(RuntimeError):
@@ -276,13 +281,16 @@ class LaplacePosterior:
             WeightMismatchError: If they differ.
             ValueError: If the model lacks a layer.
         """
-        fingerprint = self.factors.fingerprint
         layers = locate_expert_layers(model, self.factors.expert_layers)
-        if fingerprint and weight_fingerprint(model, layers) != fingerprint:
+        found = same_weights(model, layers, self.factors.fingerprint, self.factors.weights)
+        if not found.same:
             raise WeightMismatchError(
-                "this posterior was fitted to other weights than the model has. Load the checkpoint it was fitted to, "
-                "or refit it (trainer.test() without a model loads the best checkpoint, not the last)."
+                f"this posterior was fitted to other weights than the model has{found.reason()}. Load the checkpoint "
+                "it was fitted to, or refit it (trainer.test() without a model loads the best checkpoint, not the "
+                "last)."
             )
+        for sentence in found.remarks() if is_rank_zero() else []:
+            _logger.warning("%s", sentence)
 
     def save(self, path: str | Path) -> None:
         """Write factors, prior precision and fingerprint to one safetensors file, atomically.

@@ -16,6 +16,7 @@ from torch import Tensor
 from bmoe_lightning.curvature.factors import BASIS_DTYPES, KroneckerFactors, LayerFactors
 from bmoe_lightning.experts.layouts.registry import LAYOUTS
 from bmoe_lightning.experts.types import ExpertLayer
+from bmoe_lightning.experts.weight_record import WeightRecord
 from bmoe_lightning.utils.safetensors_io import SealedTensors, TensorFile, read_tensor_file, seal_tensors, write_sealed
 
 FORMAT = "posterior"
@@ -76,6 +77,8 @@ def sealed_posterior(
         "description": dict(description or {}),
     }
     tensors["prior_precision"] = prior_precision
+    if factors.weights is not None:
+        tensors |= {f"weights.{name}": value for name, value in factors.weights.tensors().items()}
     return seal_tensors(tensors, format=FORMAT, version=VERSION, description=content, fit=fit)
 
 
@@ -123,7 +126,15 @@ def load_posterior(path: str | Path) -> StoredPosterior:
     try:
         layers = tuple(_layer(position, layer, file) for position, layer in enumerate(content["layers"]))
         expert_layers = tuple(_expert_layer(layer) for layer in content["expert_layers"])
-        factors = KroneckerFactors(layers, expert_layers=expert_layers, **{name: content[name] for name in _FACTORS})
+        weights = WeightRecord.from_tensors(
+            {
+                name.removeprefix("weights."): value
+                for name, value in file.tensors.items()
+                if name.startswith("weights.")
+            }
+        )
+        known = {name: content[name] for name in _FACTORS}
+        factors = KroneckerFactors(layers, expert_layers=expert_layers, weights=weights, **known)
         prior_mean, description = content["prior_mean"], dict(content.get("description", {}))
         precision = _prior_precision(file, len(layers))
     except (AttributeError, KeyError, TypeError) as error:

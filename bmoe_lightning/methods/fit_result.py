@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import uuid
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
@@ -12,10 +13,14 @@ from torch import Tensor, nn
 
 from bmoe_lightning.curvature.kfac import prior_factors
 from bmoe_lightning.curvature.spec import Curvature
-from bmoe_lightning.experts import ExpertLayer, weight_fingerprint
+from bmoe_lightning.experts import ExpertLayer
 from bmoe_lightning.experts.discovery import locate_expert_layers
+from bmoe_lightning.experts.weight_record import WeightComparison, WeightRecord, same_weights
 from bmoe_lightning.laplace.posterior import LaplacePosterior, WeightMismatchError
 from bmoe_lightning.methods.base import PRIOR_PRECISION, Method, State
+from bmoe_lightning.utils.distributed import is_rank_zero
+
+_logger = logging.getLogger(__name__)
 
 
 class NotFittedError(RuntimeError):
@@ -51,6 +56,7 @@ class FitResult:
         posteriors: Curvatures at prior precision 1, by the digest of their `Curvature`.
         seed: Seed for the noise of predictions.
         calibration: Logits `[N, K]` float64 and labels `[N]` (or None) of the held-out data, if a method used them.
+        weights: Record of the weights, with which renamed, merged or cast ones are recognised.
     """
 
     fit_id: str = field(default_factory=lambda: uuid.uuid4().hex)
@@ -60,6 +66,7 @@ class FitResult:
     posteriors: Mapping[str, LaplacePosterior] = field(default_factory=dict)
     seed: int = 0
     calibration: tuple[Tensor, Tensor | None] | None = None
+    weights: WeightRecord | None = field(default=None, repr=False)
 
     def differences(self, method: Method) -> list[str]:
         """Fit options of a method that differ from those of the stored fit of that name.
@@ -130,9 +137,12 @@ class FitResult:
         Raises:
             ValueError: If the model lacks a layer.
         """
+        return self._compared(model).same
+
+    def _compared(self, model: nn.Module) -> WeightComparison:
         if not self.fingerprint:
-            return True
-        return weight_fingerprint(model, locate_expert_layers(model, self.layers)) == self.fingerprint
+            return WeightComparison(same=True)
+        return same_weights(model, locate_expert_layers(model, self.layers), self.fingerprint, self.weights)
 
     def check_weights(self, model: nn.Module) -> None:
         """Compare a model's weights with those that this was fitted to.
@@ -141,11 +151,15 @@ class FitResult:
             WeightMismatchError: If they differ.
             ValueError: If the model lacks a layer.
         """
-        if not self.has_weights_of(model):
+        found = self._compared(model)
+        if not found.same:
             raise WeightMismatchError(
-                "the methods were fitted to other weights than the model has. Load the checkpoint they were fitted to, "
-                "or refit them (trainer.test() without a model loads the best checkpoint, not the last)."
+                f"the methods were fitted to other weights than the model has{found.reason()}. Load the checkpoint "
+                "they were fitted to, or refit them (trainer.test() without a model loads the best checkpoint, not the "
+                "last)."
             )
+        for sentence in found.remarks() if is_rank_zero() else []:
+            _logger.warning("%s", sentence)
 
     def scalars(self, methods: Iterable[Method]) -> dict[str, float]:
         """Scalars to log: the fitted hyperparameters, and the energy that each curvature's low rank discards.

@@ -26,6 +26,7 @@ from typing import Any
 from torch import Tensor
 
 from bmoe_lightning.experts import ExpertLayer
+from bmoe_lightning.experts.weight_record import WeightRecord
 from bmoe_lightning.laplace import storage as posterior_storage
 from bmoe_lightning.laplace.posterior import LaplacePosterior
 from bmoe_lightning.methods import snapshots as snapshot_storage
@@ -54,6 +55,7 @@ _STATE_FORMAT = "method state"
 _VERSION = 1
 _REMEDY = "fit again"
 _CALIBRATION = ".calibration"  # no method name starts with a dot
+_WEIGHTS = ".weights"
 _LARGE = 1 << 20  # bytes: a state above this has a file of its own, which adding a method does not rewrite
 _KINDS = {"methods": _METHODS_FORMAT, "state": _STATE_FORMAT, "posterior": posterior_storage.FORMAT}
 _NEW_NAME = re.compile(r"(methods|state|posterior)(-\w+)?-[0-9a-f]{12}\.safetensors")  # see `_Writer`
@@ -89,6 +91,8 @@ def save_fit(folder: Path, fit: FitResult, snapshots: Sequence[Path] = ()) -> No
     if fit.calibration is not None:
         logits, labels = fit.calibration
         small[_CALIBRATION] = {"logits": logits} | ({} if labels is None else {"labels": labels})
+    if fit.weights is not None:
+        small[_WEIGHTS] = fit.weights.tensors()
     tensors = {f"{name}/{key}": value for name, state in small.items() for key, value in state.items()}
     content: dict[str, Any] = {
         "fingerprint": fit.fingerprint,
@@ -168,7 +172,10 @@ def load_fit(folder: Path, *, offload: Collection[str] = ()) -> tuple[FitResult,
         snapshots = [_checked_snapshot(folder, entry, header.fit) for entry in content["snapshots"]]
         held_out = states.get(_CALIBRATION)
         calibration = None if held_out is None else (held_out["logits"], held_out.get("labels"))
-        fit = FitResult(header.fit, content["fingerprint"], layers, methods, posteriors, content["seed"], calibration)
+        weights = WeightRecord.from_tensors(states.get(_WEIGHTS, {}))
+        fit = FitResult(
+            header.fit, content["fingerprint"], layers, methods, posteriors, content["seed"], calibration, weights
+        )
     except (KeyError, TypeError, AttributeError) as error:
         raise damaged(path, _INDEX_FORMAT, f"it is incomplete ({error!r})", _REMEDY) from error
     return fit, snapshots

@@ -21,6 +21,7 @@ from bmoe_lightning.experts import ClassLogits, ExpertLayer, squared_distances, 
 from bmoe_lightning.experts.counted_batch import count_of, lockstep, plain_batch
 from bmoe_lightning.experts.fsdp import check_collective
 from bmoe_lightning.experts.logits_contract import NO_LABEL, checked_labels, joined_logits
+from bmoe_lightning.experts.weight_record import weight_record
 from bmoe_lightning.laplace.posterior import LaplacePosterior, posterior_terms
 from bmoe_lightning.laplace.prior import (
     Scope,
@@ -446,7 +447,12 @@ def _log_warnings(fitted: Mapping[str, FittedMethod]) -> None:
 
 def _new_fit(methods: Sequence[Method], model: nn.Module, seed: int, fit_id: str | None) -> FitResult:
     layers = fingerprinted_layers(methods, model)
-    fit = FitResult(fingerprint=weight_fingerprint(model, layers), layers=tuple(layers), seed=seed)
+    fit = FitResult(
+        fingerprint=weight_fingerprint(model, layers),
+        layers=tuple(layers),
+        seed=seed,
+        weights=weight_record(model, layers),
+    )
     return fit if fit_id is None else replace(fit, fit_id=fit_id)
 
 

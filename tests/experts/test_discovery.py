@@ -101,3 +101,29 @@ def test_layers_that_cannot_be_located():
 def test_located_layers_have_the_sizes_of_their_model():
     (first, _) = locate_expert_layers(toy_model(width=8, num_experts=3), find_expert_layers(toy_model()))
     assert (first.num_experts, first.d_in, first.d_out) == (3, 5, 8)
+
+
+class TestLocatingRenamedLayers:
+    def test_under_another_attribute(self):
+        fitted, served = (
+            nn.ModuleDict({"model": toy_model()}),
+            nn.ModuleDict({"net": nn.ModuleDict({"x": toy_model()})}),
+        )
+        layers = find_expert_layers(fitted)
+        assert [layer.name for layer in locate_expert_layers(served, layers)] == [
+            f"net.x.layers.{i}.mixture.crew" for i in range(len(layers))
+        ]
+        assert [layer.name for layer in locate_expert_layers(served["net"]["x"], layers)] == [
+            f"layers.{i}.mixture.crew" for i in range(len(layers))
+        ]
+
+    def test_another_index_is_another_layer(self):
+        second = find_expert_layers(toy_model())[1:]
+        with pytest.raises(ValueError, match=r"no expert layers called 'layers.1.mixture.crew'.* are: layers.0"):
+            locate_expert_layers(toy_model(num_layers=1), second)
+
+    def test_several_places_are_named(self):
+        two = nn.ModuleDict({"a": toy_model(), "b": toy_model()})
+        layers = find_expert_layers(nn.ModuleDict({"model": toy_model()}))
+        with pytest.raises(ValueError, match=r"several expert layers .*: a.layers.0.mixture.crew, b.layers.0"):
+            locate_expert_layers(two, layers)

@@ -56,6 +56,7 @@ def test_every_bit_comes_back(posterior, path):
 
 def test_half_precision_comes_back_and_takes_half(tmp_path):
     factors = collect_factors(toy_model(width=64, inner=64).float(), answer_logits, [toy_batch()], rank=20)
+    factors = replace(factors, weights=None)  # in a small model as large as the factors
     sizes = []
     for kept in (factors, factors.to(dtype=torch.bfloat16)):
         LaplacePosterior(kept).save(tmp_path / "p.safetensors")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import json
+import logging
 import operator
 import os
 from dataclasses import replace
@@ -15,7 +16,7 @@ from methods_cases import RANK3
 from oracles.models import answer_logits, split, toy_batch, toy_model
 
 from bmoe_lightning.curvature import Curvature
-from bmoe_lightning.laplace import LaplacePosterior
+from bmoe_lightning.laplace import LaplacePosterior, WeightMismatchError
 from bmoe_lightning.methods import MAP, FitResult, LaplaceLPO, TemperatureScaling, evaluate, fit_methods, save_snapshot
 from bmoe_lightning.methods.fit_result import FittedMethod
 from bmoe_lightning.methods.storage import INDEX_FILE, POSTERIOR_FILE, has_fit, load_fit, save_fit
@@ -61,7 +62,27 @@ def test_comes_back_as_it_was(fit, tmp_path):
     expected = log_probs(fit)
     assert all(torch.equal(value, expected[name]) for name, value in log_probs(found).items())
     found.check_weights(toy_model())
+    assert found.weights == fit.weights
     assert all(torch.equal(*pair) for pair in zip(found.calibration, fit.calibration, strict=True))
+
+
+def test_weights_cast_for_serving_are_accepted_with_a_line_and_others_are_not(tmp_path, caplog):
+    model = toy_model().float()
+    save_fit(tmp_path, fit_methods(METHODS, model, answer_logits, BATCHES, BATCHES))
+    found, _ = load_fit(tmp_path)
+    served = toy_model().float().bfloat16()
+    with caplog.at_level(logging.WARNING):
+        found.check_weights(served)
+    lines = [record.getMessage() for record in caplog.records]
+    assert [line for line in lines if "cast" in line] == [
+        "the model has the weights of the fit cast from float32 to bfloat16. Predictions differ by the rounding of the "
+        "cast; load the model in float32 to avoid that."
+    ]
+    with torch.no_grad():
+        model.get_parameter(DOWN).add_(5e-5)
+    for other in (model, model.bfloat16()):
+        with pytest.raises(WeightMismatchError, match=r"\(1 parameters differ, \d+ were compared: layers\.\d\."):
+            found.check_weights(other)
 
 
 def test_the_posterior_is_served_by_itself_at_the_fitted_prior_precision(fit, tmp_path):

@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import copy
 from typing import Any
 
+import torch
 from torch import Tensor, nn
+
+from bmoe_lightning.experts.wrappers.accelerate import materialized
 
 BASE_LAYER = "base_layer"
 """The child of an adapter layer that holds the adapted layer (seen in PEFT 0.18.0 to 0.21.2)."""
@@ -86,3 +90,54 @@ def check_lora_matrix(name: str, modules: dict[str, nn.Module]) -> None:
             f"{name!r} belongs to a variant of LoRA (DoRA, say) that runs its matrices on other inputs too; use plain "
             "LoRA, or put the posterior on other layers"
         )
+
+
+def is_adapter(module: nn.Module) -> bool:
+    """Whether a module is an adapter around another one, whatever its kind.
+
+    Reads `merge` and `merged_adapters` of a `BaseTunerLayer` (seen in PEFT 0.18.0 to 0.21.2).
+    """
+    return (
+        BASE_LAYER in dict(module.named_children()) and hasattr(module, "merge") and hasattr(module, "merged_adapters")
+    )
+
+
+@torch.no_grad()
+def merged_copy(adapter: Any) -> nn.Module:
+    """A copy of an adapted module with its active adapters merged into its weights, in at least float32.
+
+    The arithmetic is PEFT's own, without the rounding to the module's dtype; the adapter itself is unchanged. Disabled
+    adapters are left out.
+
+    Calls `unload_and_optionally_merge_module`, where there is one, or `merge` (seen in PEFT 0.18.0 to 0.21.2).
+    """
+    copied: Any = _copied(adapter, base=False)
+    if adapter.disable_adapters:
+        return copied.get_base_layer()
+    if hasattr(copied, "unload_and_optionally_merge_module"):
+        return copied.unload_and_optionally_merge_module(merge=True, safe_merge=False, adapter_names=None)
+    copied.merge()
+    return copied.get_base_layer()
+
+
+def _copied(module: nn.Module, *, base: bool) -> nn.Module:
+    """A copy with tensors of its own, those of the adapted module in at least float32; all else is shared."""
+    copied: nn.Module = module.__class__.__new__(module.__class__)
+    vars(copied).update(
+        {
+            name: copy.copy(value) if isinstance(value, (dict, list, set)) else value
+            for name, value in vars(module).items()
+        }
+    )
+    base = base and BASE_LAYER not in module._modules
+    for name, parameter in module._parameters.items():
+        if parameter is not None:
+            value = materialized(module, name).detach().clone()
+            if base and value.is_floating_point():
+                value = value.to(torch.promote_types(value.dtype, torch.float32))
+            copied._parameters[name] = nn.Parameter(value, requires_grad=False)
+    for name, buffer in module._buffers.items():
+        copied._buffers[name] = None if buffer is None else buffer.clone()
+    for name, child in module._modules.items():
+        copied._modules[name] = None if child is None else _copied(child, base=base or name == BASE_LAYER)
+    return copied
