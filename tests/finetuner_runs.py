@@ -1,6 +1,6 @@
 """`ExpertFinetuner` with weights that FSDP2 shards; each process writes down what it has to say.
 
-Lightning runs this script once more for every other process: `python finetuner_runs.py FOLDER finetuner|loading
+Lightning runs this script once more for every other process: `python finetuner_runs.py FOLDER finetuner|loading|half
 WORLD_SIZE`.
 """
 
@@ -124,6 +124,44 @@ def loading(world_size: int, folder: Path) -> None:
     (folder / f"loading-{rank()}.json").write_text(json.dumps(times))
 
 
+def half(world_size: int, folder: Path) -> None:
+    """Weights in bfloat16 with a float32 copy: trained without a break, and resumed from checkpoints of both kinds."""
+    training, said = DataLoader(Questions(48, 1), batch_size=8), {}
+    for kind in ("distributed", "single"):
+        own = folder / kind
+
+        def fit(epochs, *callbacks, own=own, kind=kind, **loading):
+            module = ExpertFinetuner(
+                toy_model().bfloat16(), answer_token_ids=[1, 2, 3], expert_dropout=0.0, schedule="constant"
+            )
+            chosen = {"max_epochs": epochs, "precision": "bf16-true", "enable_checkpointing": bool(callbacks)}
+            given = strategy(world_size, save_distributed_checkpoint=kind == "distributed")
+            run = trainer(own, list(callbacks), **options(world_size, strategy=given, **chosen))
+            run.fit(module, training, **loading)
+            [optimizer] = run.optimizers
+            trained = module.trained_parameters()
+            assert {parameter.dtype for parameter in trained.values()} == {torch.bfloat16}
+            states = {
+                f"{name}.{key}": full_tensor(value)
+                for name, parameter in trained.items()
+                for key, value in optimizer.state[parameter].items()
+            }
+            assert all(value.dtype == torch.float32 for value in states.values())
+            return states | {name: full_tensor(parameter) for name, parameter in trained.items()}
+
+        whole = fit(2, ModelCheckpoint(own, save_top_k=-1, filename="{epoch}"))
+        resumed = fit(2, ckpt_path=str(own / "epoch=0.ckpt"), weights_only=False)
+        start = {f"model.{name}": value for name, value in toy_model().bfloat16().state_dict().items()}
+        masters = [name for name in whole if name.endswith(".master")]
+        said[kind] = {
+            "differing": [name for name in whole if not torch.equal(whole[name], resumed[name])],
+            "copies": all(torch.equal(whole[name].bfloat16(), whole[name.removesuffix(".master")]) for name in masters),
+            "number": len(masters),
+            "moved": [float((whole[name] - start[name.removesuffix(".master")]).abs().mean()) for name in masters],
+        }
+    (folder / f"half-{rank()}.json").write_text(json.dumps(said))
+
+
 def fingerprint_of(module) -> str:
     return weight_fingerprint(module, find_expert_layers(module))
 
@@ -132,5 +170,5 @@ if __name__ == "__main__":
     warnings.simplefilter("ignore")
     torch.set_num_threads(1)
     where, kind, size = Path(sys.argv[1]), sys.argv[2], int(sys.argv[3])
-    {"finetuner": finetuner, "loading": loading}[kind](size, where)
+    {"finetuner": finetuner, "loading": loading, "half": half}[kind](size, where)
     leave()

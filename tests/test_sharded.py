@@ -109,6 +109,18 @@ def test_a_finetuner_shards_itself_and_its_checkpoints_are_read_back(tmp_path):
 
 
 @pytest.mark.slow
+def test_a_float32_copy_of_shards_resumes_bit_for_bit(tmp_path):
+    run_script(tmp_path, "half", 2, script="finetuner_runs.py")
+    first, second = (json.loads((tmp_path / f"half-{rank}.json").read_text()) for rank in range(2))
+    assert first == second
+    for said in first.values():
+        assert said["differing"] == []
+        assert said["copies"]
+        assert said["number"] == 4
+        assert min(said["moved"]) > 5e-5  # of six steps of 5e-5
+
+
+@pytest.mark.slow
 def test_a_model_is_whole_in_one_process_at_a_time(tmp_path):
     run_script(tmp_path, "loading", 2, script="finetuner_runs.py")
     (begin, end), (later, _) = sorted(json.loads((tmp_path / f"loading-{rank}.json").read_text()) for rank in range(2))
