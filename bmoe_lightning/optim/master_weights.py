@@ -13,7 +13,7 @@ from torch.optim.adamw import adamw
 HALF_PRECISION = (torch.bfloat16, torch.float16)
 
 # Weights that are updated together, unless one tensor alone has more: their gradients are alive in float32 meanwhile.
-_CHUNK = 1 << 26
+CHUNK = 1 << 26
 _MASTER = "master"
 _STEP = "step"
 
@@ -118,10 +118,10 @@ def _wide(tensor: Tensor) -> torch.dtype:
 
 
 def _chunks(parameters: Sequence[nn.Parameter]) -> Iterator[list[nn.Parameter]]:
-    """Consecutive parameters with at most `_CHUNK` weights together, at least one at a time."""
+    """Consecutive parameters with at most `CHUNK` weights together, at least one at a time."""
     chunk: list[nn.Parameter] = []
     for parameter in parameters:
-        if chunk and sum(other.numel() for other in chunk) + parameter.numel() > _CHUNK:
+        if chunk and sum(other.numel() for other in chunk) + parameter.numel() > CHUNK:
             yield chunk
             chunk = []
         chunk.append(parameter)

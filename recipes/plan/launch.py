@@ -54,7 +54,8 @@ def launches(model: Architecture, name: str, down_proj: Training, experts: Train
     name = _HUB_IDS.get(name) or (str(Path(name).parent) if name.endswith(".json") else name)
     node = f"torchrun --nproc-per-node {GPUS}"
     nodes = f"torchrun --nnodes {NODES} --nproc-per-node {GPUS} --rdzv-backend c10d --rdzv-endpoint HOST:29500"
-    small, large = f"{_RECIPE} --model {name} --train down_proj", f"{_RECIPE} --model {name}"
+    small = f"{_RECIPE} --model {name} --train down_proj{_updates(down_proj)}"
+    large = f"{_RECIPE} --model {name}{_updates(experts)}"
     return (
         Launch("one device", f"python {small}", 1, False, down_proj),
         Launch(f"{GPUS} devices, DDP", f"{node} {small}", GPUS, False, with_buckets(down_proj)),
@@ -69,6 +70,12 @@ def launches(model: Architecture, name: str, down_proj: Training, experts: Train
             sharded(model, experts, NODES * GPUS),
         ),
     )
+
+
+def _updates(training: Training) -> str:
+    """The option of the recipe for other updates than its default."""
+    chosen = training.updates
+    return f" --half-precision-updates {chosen}" if chosen == "stochastic_rounding" else ""
 
 
 def with_buckets(training: Training) -> Training:

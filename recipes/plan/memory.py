@@ -27,6 +27,8 @@ from torch import Tensor
 
 from bmoe_lightning.curvature import LayerFactors
 from bmoe_lightning.curvature.sketch import EXACT_WIDTH, make_sketch
+from bmoe_lightning.optim import HalfPrecisionUpdates
+from bmoe_lightning.optim.master_weights import CHUNK
 from recipes.plan.architecture import Architecture, Experts
 from recipes.plan.compute import Workload
 
@@ -54,17 +56,19 @@ class Training:
     Attributes:
         trained: Trained weights, `down_proj` or `experts`.
         trained_dtype: Dtype of the trained weights; everything else is in the model's dtype.
+        updates: How trained weights in half precision are updated; see `bmoe_lightning.optim.make_adamw`.
         checkpointing: Whether activations are recomputed in the backward pass (gradient checkpointing).
         weights: Bytes of all parameters.
         gradients: Bytes of the gradients of the trained weights.
-        optimizer: AdamW's two moments and step counts.
+        optimizer: AdamW's two moments and step counts, and the float32 copy of the trained weights, if there is one.
         activations: Tensors saved for the backward pass, estimated, with the gradients of one block.
-        step: AdamW's copy of the trained weights during a step, when no activations are alive.
+        step: Transients of AdamW during a step, when no activations are alive.
         curvature: Transients of the curvature pass after training, while gradients and moments are still alive.
     """
 
     trained: str
     trained_dtype: str
+    updates: HalfPrecisionUpdates
     checkpointing: bool
     weights: int
     gradients: int
@@ -99,9 +103,35 @@ def trained_size(model: Architecture, trained: str) -> tuple[int, int]:
     return model.second, sum(experts.second_tensors for experts in model.experts)
 
 
-def optimizer_bytes(weights: int, tensors: int, size: int) -> int:
-    """AdamW's states after a step: two moments in the dtype of the weights, and a float32 step count a tensor."""
-    return 2 * weights * size + 4 * tensors
+def optimizer_bytes(weights: int, tensors: int, size: int, updates: HalfPrecisionUpdates = "nearest") -> int:
+    """AdamW's states after a step: two moments in the dtype of the weights, and a float32 step count a tensor.
+
+    With master weights the moments are in float32, beside a float32 copy of the weights.
+    """
+    return (3 * weights * 4 if updates == "master_weights" else 2 * weights * size) + 4 * tensors
+
+
+def step_bytes(model: Architecture, trained: str, size: int, updates: HalfPrecisionUpdates = "nearest") -> int:
+    """Transients of a step of AdamW on a GPU: torch's copies all trained weights, the others go through them in parts.
+
+    With master weights a part has its gradients and a root of the second moments in float32.
+    torchao's compiled update draws a 32-bit number for each weight of one tensor.
+    """
+    weights, _ = trained_size(model, trained)
+    largest = max(_largest_tensor(experts, trained) for experts in model.experts)
+    if updates == "nearest":
+        return weights * size
+    if updates == "stochastic_rounding":
+        return 4 * largest
+    return 8 * max(largest, min(weights, CHUNK))
+
+
+def _largest_tensor(experts: Experts, trained: str) -> int:
+    """Number of weights of the largest trained tensor of a layer; without biases all are equally large."""
+    second = experts.layer.num_experts * experts.second
+    largest = -(-second // experts.second_tensors)
+    others = experts.all_tensors - experts.second_tensors
+    return max(largest, -(-(experts.parameters - second) // others)) if trained == "experts" and others else largest
 
 
 def layer_factors(experts: Experts, rank: int) -> LayerFactors:
@@ -257,6 +287,7 @@ def training_memory(
     trained_dtype: torch.dtype,
     *,
     checkpointing: bool,
+    updates: HalfPrecisionUpdates = "nearest",
     dropout: bool = True,
 ) -> Training:
     """Memory of a training run and of the curvature pass at its end, while gradients and moments are still alive.
@@ -267,6 +298,7 @@ def training_memory(
         trained: Trained weights, `down_proj` or `experts`.
         trained_dtype: Dtype of the trained weights.
         checkpointing: Whether training uses gradient checkpointing.
+        updates: How trained weights in half precision are updated.
         dropout: Whether there is dropout in the experts.
     """
     size, own = model.dtype.itemsize, trained_dtype.itemsize
@@ -278,12 +310,13 @@ def training_memory(
     return Training(
         trained=trained,
         trained_dtype=str(trained_dtype).removeprefix("torch."),
+        updates=updates,
         checkpointing=checkpointing,
         weights=model.weight_bytes + weights * (own - size),
         gradients=weights * own,
-        optimizer=optimizer_bytes(weights, tensors, own),
+        optimizer=optimizer_bytes(weights, tensors, own, updates),
         activations=block + (max(saved) + _entrances(model, work) if checkpointing else sum(saved)),
-        step=weights * own,
+        step=step_bytes(model, trained, own, updates),
         curvature=curvature_transients(model, work, precision, checkpointing=checkpointing),
     )
 

@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 
+from bmoe_lightning.optim import HalfPrecisionUpdates
 from recipes.plan import compute, memory
 from recipes.plan.architecture import Architecture, build, describe, load_configuration
 from recipes.plan.compute import Workload
@@ -21,6 +22,9 @@ PLACE = "launch lines"
 _GIB = 2**30
 _MIB = 2**20
 _TRAINED_NAMES = {"down_proj": "down_proj only", "experts": "all experts"}
+# How weights in half precision are trained without losing updates; those of another dtype need none of it.
+_HALF_PRECISION: tuple[HalfPrecisionUpdates, ...] = ("master_weights", "stochastic_rounding")
+_UPDATE_NAMES = {"master_weights": " + float32 copy", "stochastic_rounding": ", stochastic rounding", "nearest": ""}
 
 
 @dataclass(frozen=True)
@@ -75,13 +79,14 @@ def make_plan(settings: PlanSettings) -> Plan:
         **{f"curvature_{kind}": compute.curvature_batch(model, work, kind) for kind in ("mc", "empirical", "exact")},
         "prediction": compute.prediction(model, work),
     }
-    dtypes = dict.fromkeys((dtype, torch.float32))
+    updates = _HALF_PRECISION if dtype.itemsize == 2 else ("nearest",)
     trainings = tuple(
-        memory.training_memory(model, work, part, own, checkpointing=checkpointing)
-        for part, own, checkpointing in itertools.product(_TRAINED_NAMES, dtypes, (False, True))
+        memory.training_memory(model, work, part, dtype, checkpointing=checkpointing, updates=way)
+        for part, way, checkpointing in itertools.product(_TRAINED_NAMES, updates, (False, True))
     )
-    plain = {t.trained: t for t in trainings if not t.checkpointing and t.trained_dtype == settings.dtype}
-    ways = launches(model, settings.model, plain["down_proj"], plain["experts"])
+    plain = {(t.trained, t.updates): t for t in trainings if not t.checkpointing}
+    # Without shards the smaller of the two ways is what fits.
+    ways = launches(model, settings.model, plain["down_proj", updates[-1]], plain["experts", updates[0]])
     return Plan(settings, model, sizes, operations, trainings, ways)
 
 
@@ -235,7 +240,7 @@ def _training_part(plan: Plan) -> str:
         rows.append(
             [
                 _TRAINED_NAMES[training.trained],
-                training.trained_dtype,
+                training.trained_dtype + _UPDATE_NAMES[training.updates],
                 "yes" if training.checkpointing else "no",
                 *(_gib(part) for part in (*parts, training.curvature, training.peak)),
                 *("yes" if training.fits(size) else "no" for size in plan.settings.memory),
@@ -254,8 +259,8 @@ def _training_part(plan: Plan) -> str:
         *sizes,
     ]
     saved = [
-        [_TRAINED_NAMES[t.trained], t.trained_dtype, _gib(t.gradients), _gib(t.gradients + t.optimizer),
-         _gib(t.gradients * memory.SNAPSHOTS)]
+        [_TRAINED_NAMES[t.trained], t.trained_dtype + _UPDATE_NAMES[t.updates], _gib(t.gradients),
+         _gib(t.gradients + t.optimizer), _gib(t.gradients * memory.SNAPSHOTS)]
         for t in plan.trainings if not t.checkpointing
     ]  # fmt: skip
     return "\n".join(
@@ -263,7 +268,8 @@ def _training_part(plan: Plan) -> str:
             "Accelerator memory in GiB; the other weights are in " + plan.settings.dtype + ".",
             *_table(header, rows),
             "~ estimated. peak = weights + grad+AdamW + the largest of the three after them: activations of a batch",
-            "(recompute: with gradient checkpointing), AdamW's copy during a step, the curvature pass after training.",
+            "(recompute: with gradient checkpointing), a step of AdamW, the curvature pass after training.",
+            *_half_precision_note(plan),
             f"yes: with {memory.HEADROOM:.0%} of the memory to spare for the driver and for gaps between allocations.",
             *_float32_note(plan),
             "",
@@ -294,6 +300,7 @@ def launch_text(plan: Plan) -> str:
             f"Launch lines, and GiB of each device in {plan.settings.dtype} without gradient checkpointing.",
             *_table(header, rows),
             "~ estimated. DDP: with the buckets of gradients. Sharded: with blocks that are all-gathered for a while.",
+            *_torchao_note(plan),
             "",
             *(f"{launch.name}:\n  {_folded(launch.command)}" for launch in plan.launches),
             f"Main memory while the model is loaded: {_gib(plan.model.weight_bytes)} GiB in every process at once,",
@@ -319,8 +326,25 @@ def launch_section(plan: Plan) -> str:
     )
 
 
+def _torchao_note(plan: Plan) -> list[str]:
+    if all(launch.training.updates != "stochastic_rounding" for launch in plan.launches):
+        return []
+    return [
+        "Stochastic rounding needs torchao (pip install 'bmoe-lightning[torchao]'). Without that option a line trains",
+        "with a float32 copy, which takes 8 bytes more for each trained weight.",
+    ]
+
+
+def _half_precision_note(plan: Plan) -> list[str]:
+    if plan.trainings[0].updates == "nearest":
+        return []
+    return [
+        "Of --half-precision-updates, float32 copy is master_weights (the default); stochastic rounding needs torchao.",
+    ]
+
+
 def _float32_note(plan: Plan) -> list[str]:
-    if not any(experts.products.first for experts in plan.model.experts):
+    if plan.settings.dtype != "float32" or not any(experts.products.first for experts in plan.model.experts):
         return []
     return [
         "Float32 experts have no grouped kernel on a GPU. A product copies their matrices for every 32 slots, 256 MiB",

@@ -239,6 +239,7 @@ class SeedRun:
             weight_decay=settings.weight_decay,
             schedule=settings.schedule,
             expert_dropout=settings.expert_dropout,
+            half_precision_updates=settings.half_precision_updates,
         )
         return module, data
 

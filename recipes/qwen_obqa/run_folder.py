@@ -19,6 +19,7 @@ from lightning.fabric.utilities.exceptions import MisconfigurationException
 
 from bmoe_lightning.curvature.sketch import check_linear
 from bmoe_lightning.methods import Method
+from bmoe_lightning.optim import check_half_precision_updates
 from bmoe_lightning.utils.atomic_io import remove_leftovers, write_text
 from bmoe_lightning.utils.distributed import is_rank_zero, num_processes
 from recipes.qwen_obqa.distributed import trainer_options
@@ -65,7 +66,8 @@ def check_start(settings: ResolvedSettings, methods: Sequence[Method], output: P
         if num_processes() > 1:
             for curvature in (curvature for method in methods for curvature in method.curvatures):
                 check_linear(curvature.sketch)
-    except ValueError as error:
+        check_half_precision_updates(settings.half_precision_updates)
+    except (ValueError, ImportError) as error:
         raise RecipeError(str(error)) from None
     try:
         L.Trainer(

@@ -87,6 +87,11 @@ class _Common:
     train: Literal["experts", "down_proj"] = option(
         "experts", "weights that are fine-tuned: all of the experts, or their second linear layers alone"
     )
+    half_precision_updates: Literal["master_weights", "stochastic_rounding", "nearest"] = option(
+        "master_weights",
+        "how trained weights in bfloat16 or float16 are updated: in a float32 copy, rounded at random (bfloat16, needs "
+        "torchao), or rounded to nearest, which loses most updates",
+    )
     max_length: int = option(256, "longest prompt in tokens", least=1)
     curvature_checkpoint_every: int = option(
         100, "batches between checkpoints of the curvature pass, from which an interrupted pass resumes", least=1
@@ -162,6 +167,11 @@ class ResolvedSettings(_Common):
         if self.kind == "builtin" and (self.task or self.revision):
             raise UsageError(
                 "--task and --revision apply to --data alone, which is not given; add --data, or leave them out"
+            )
+        if self.half_precision_updates == "stochastic_rounding" and self.precision == "16-true":
+            raise UsageError(
+                "--half-precision-updates stochastic_rounding is for bfloat16, and --precision is 16-true; give "
+                "bf16-true, or master_weights"
             )
         if not 0 < self.learning_rate < math.inf:
             raise UsageError(f"--learning-rate must be a number above 0, got {self.learning_rate}")

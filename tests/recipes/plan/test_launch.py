@@ -60,6 +60,7 @@ def test_every_command_is_one_that_the_recipe_takes():
         assert settings.model == "Qwen/Qwen1.5-MoE-A2.7B"
         assert (settings.strategy == "sharded") is launch.sharded
         assert settings.train == launch.training.trained
+        assert settings.half_precision_updates == launch.training.updates
         assert launch.training.fits(80)
 
 

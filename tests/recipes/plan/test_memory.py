@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from functools import partial
 
 import pytest
 import torch
@@ -14,6 +15,7 @@ from bmoe_lightning.experts import down_proj_parameters, expert_dropout, find_ex
 from bmoe_lightning.experts import grouped_matmul as grouped
 from bmoe_lightning.laplace import LaplacePosterior
 from bmoe_lightning.methods import save_snapshot
+from bmoe_lightning.optim import make_adamw, master_weights
 from recipes.common.live_bytes import LiveBytes
 from recipes.plan import memory
 from recipes.plan.architecture import describe
@@ -93,6 +95,27 @@ def test_optimizer(model, part):
     with LiveBytes() as live:
         optimizer.step()
     assert plan.step == pytest.approx(live.peak, rel=0.01)
+
+
+@pytest.mark.parametrize("part", ["down_proj", "experts"])
+@pytest.mark.parametrize("split", [False, True])
+def test_optimizer_with_a_float32_copy(monkeypatch, model, part, split):
+    monkeypatch.setattr(master_weights, "adamw", partial(master_weights.adamw, foreach=True))  # as on a GPU
+    trained = train(model, part)
+    planned = describe(model)
+    chunk = max(p.numel() for p in trained) if split else sum(p.numel() for p in trained)
+    for module in (master_weights, memory):
+        monkeypatch.setattr(module, "CHUNK", chunk)
+    optimizer = make_adamw(trained, lr=1e-3)
+    cross_entropy(*class_logits(model, small_batch())).backward()
+    optimizer.step()
+    plan = memory.training_memory(planned, WORK, part, torch.bfloat16, checkpointing=False, updates="master_weights")
+    assert plan.optimizer == sum(value.nbytes for state in optimizer.state.values() for value in state.values())
+    with LiveBytes() as live:
+        live.known([*model.parameters(), *(value for state in optimizer.state.values() for value in state.values())])
+        optimizer.step()
+    assert plan.step == pytest.approx(live.peak, rel=0.01)
+    assert plan.weights == sum(parameter.nbytes for parameter in model.parameters())
 
 
 def test_snapshot(model, tmp_path):

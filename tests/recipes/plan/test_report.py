@@ -66,19 +66,37 @@ def test_yes_and_no(settings):
 
 
 def test_qwen_as_the_paper_runs_it(qwen):
-    # 0.2 GB of factors at rank 10; trained in bfloat16, the second layers fit into 80 GiB and all experts do not.
+    # 0.2 GB of factors at rank 10; rounded at random, the second layers fit into 80 GiB and all experts do not.
     assert qwen.sizes["factors"] == pytest.approx(0.2e9, rel=0.02)
     fits = {
-        (t.trained, t.trained_dtype, t.checkpointing): [size for size in (24, 40, 80, 141) if t.fits(size)]
+        (t.trained, t.updates, t.checkpointing): [size for size in (24, 40, 80, 141) if t.fits(size)]
         for t in qwen.trainings
     }
-    assert fits["down_proj", "bfloat16", False] == [80, 141]
-    assert fits["experts", "bfloat16", False] == [141]
+    assert fits["down_proj", "stochastic_rounding", False] == [80, 141]
+    assert fits["down_proj", "master_weights", False] == [141]
+    assert fits["experts", "stochastic_rounding", False] == [141]
+    assert fits["experts", "master_weights", False] == []
     one = qwen.operations["forward"]
     assert qwen.operations["curvature_mc"] < qwen.operations["training_down_proj"] < qwen.operations["training_experts"]
     assert 2 < qwen.operations["training_down_proj"] / one < 2.2
     # About two operations a parameter and token; the embedding multiplies nothing and the head runs once a question.
     assert one / (2 * (qwen.model.active - 2 * 151936 * 2048) * 8 * 256) == pytest.approx(1, abs=0.05)
+
+
+def test_each_way_to_train_bfloat16_has_its_memory(settings):
+    plan = make_plan(settings)
+    copied, rounded = (
+        next(t for t in plan.trainings if t.updates == way and t.trained == "experts" and not t.checkpointing)
+        for way in ("master_weights", "stochastic_rounding")
+    )
+    weights = copied.gradients // 2
+    assert copied.optimizer - rounded.optimizer == 8 * weights
+    assert (copied.weights, copied.gradients) == (rounded.weights, rounded.gradients)
+    text = plan_text(plan)
+    assert "bfloat16 + float32 copy" in text
+    assert "bfloat16, stochastic rounding" in text
+    assert "pip install 'bmoe-lightning[torchao]'" in text
+    assert "torchao" not in plan_text(make_plan(replace(settings, dtype="float32")))
 
 
 def test_float32_needs_no_second_half(settings):
