@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-all lint docs clean
+.PHONY: help demo peers test test-all lint docs clean
 
 help:  ## Show the commands
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
@@ -22,8 +22,17 @@ $(VENV)/installed-docs: $(VENV)/installed
 	$(BIN)/pip install --quiet --constraint constraints.txt --editable '.[docs]'
 	@touch $@
 
+# Without their dependencies: the comment of the extra `bench` in pyproject.toml says why.
+$(VENV)/installed-peers: $(VENV)/installed
+	$(BIN)/pip install --quiet --constraint constraints.txt --editable '.[bench]'
+	$(BIN)/pip install --quiet --constraint constraints.txt --no-deps curvlinops-for-pytorch laplace-torch backpack-for-pytorch
+	@touch $@
+
 demo: $(VENV)/installed  ## Fine-tune the built-in model and compare all methods (under 3 minutes on 2 cores)
 	$(BIN)/python -m recipes.qwen_obqa $(ARGS)
+
+peers: $(VENV)/installed-peers  ## Install the libraries that `python -m recipes.benchmark` compares with
+	@$(BIN)/python -c 'import curvlinops, laplace'
 
 lint: $(VENV)/installed-dev  ## Ruff and mypy
 	$(BIN)/ruff check .
@@ -33,7 +42,7 @@ lint: $(VENV)/installed-dev  ## Ruff and mypy
 test: lint  ## Ruff, mypy and the quick tests
 	$(BIN)/python -m pytest -m "not slow" $(ARGS)
 
-test-all: lint  ## The same with the slow tests
+test-all: lint peers  ## The same with the slow tests
 	$(BIN)/python -m pytest $(ARGS)
 
 docs: $(VENV)/installed-docs  ## Build the documentation into build/site; warnings are errors

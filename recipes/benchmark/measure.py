@@ -179,8 +179,19 @@ def seconds(action: Action, device: torch.device) -> float:
     return time.perf_counter() - start
 
 
-def in_turn(actions: Mapping[str, Action], repeats: int, device: torch.device) -> dict[str, tuple[float, ...]]:
+def in_turn(
+    actions: Mapping[str, Action],
+    repeats: int,
+    device: torch.device,
+    clock: Callable[[Any, torch.device], float] = seconds,
+) -> dict[str, tuple[float, ...]]:
     """Time interleaved actions, after one warm-up run of each.
+
+    Args:
+        actions: Functions without arguments, by name.
+        repeats: Number of rounds.
+        device: Device that they run on.
+        clock: Function that runs an action and returns the seconds that count.
 
     Returns:
         `repeats` values for each name.
@@ -190,7 +201,7 @@ def in_turn(actions: Mapping[str, Action], repeats: int, device: torch.device) -
     times: dict[str, list[float]] = {name: [] for name in actions}
     for _ in range(repeats):
         for name, action in actions.items():
-            times[name].append(seconds(action, device))
+            times[name].append(clock(action, device))
     return {name: tuple(values) for name, values in times.items()}
 
 
@@ -242,6 +253,27 @@ def batch_in_turn(
     except _EnoughError:
         return tuple(own), {name: tuple(values) for name, values in times.items()}
     raise RuntimeError("the timed pass did not ask for all of its batches; time a function that iterates over them")
+
+
+@dataclass(frozen=True)
+class Pass:
+    """A pass over data of which one batch is timed; called, it runs two batches and ends before its last step.
+
+    Attributes:
+        consume: Function that iterates over the batches.
+        batch: Batch that is yielded.
+    """
+
+    consume: Callable[[Iterable[Any]], object]
+    batch: Any
+
+    def __call__(self) -> None:
+        """Run two batches."""
+        self.further_batch(torch.device("cpu"))
+
+    def further_batch(self, device: torch.device) -> float:
+        """Seconds of the second batch; see `batch_in_turn`."""
+        return batch_in_turn(self.consume, self.batch, {}, 1, device)[0][0]
 
 
 @contextmanager

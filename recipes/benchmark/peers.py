@@ -2,81 +2,109 @@
 
 from __future__ import annotations
 
-import importlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import replace
 from functools import partial
-from types import ModuleType
 from typing import Any
 
 import torch
-from torch import Tensor, nn
-from torch.nn.functional import silu
-from torch.utils.data import DataLoader, TensorDataset
+from torch import Tensor
 
 from bmoe_lightning import LaplacePosterior
 from bmoe_lightning.curvature import KroneckerFactors
-from bmoe_lightning.experts import down_proj_parameters, find_expert_layers
-from recipes.benchmark.measure import Peer, Section, in_turn, peak_megabytes
-from recipes.benchmark.workload import Shape, Workload
+from bmoe_lightning.curvature.sketch import EXACT_WIDTH, SketchName
+from recipes.benchmark.measure import Pass, Peer, Section, in_turn, peak_megabytes, seconds
+from recipes.benchmark.peer_tasks import (
+    FullFactors,
+    covariance_by_jacobian,
+    curvlinops_factors,
+    decomposed,
+    laplace_torch_prediction,
+)
+from recipes.benchmark.separate_experts import separate_workload
+from recipes.benchmark.workload import Preset, Workload
 
 Task = Callable[[], Any]
 
 SAME = 1e-4
 """Relative difference up to which two float32 results count as equal."""
 
+_BATCHES = 4
 
-def measure_peers(shape: Shape, repeats: int, device: torch.device, say: Callable[[str], None]) -> Section:
+
+def measure_peers(preset: Preset, repeats: int, device: torch.device, say: Callable[[str], None]) -> Section:
     """Time every peer interleaved with this library; the error of a peer that fails is in its row."""
-    rows: list[Peer] = []
+    shape = preset.peers
+    compare = partial(compared, repeats=repeats, device=device)
     say("peers: torch.func.jacrev")
     fused = Workload(shape, device)
     posterior = LaplacePosterior(without_curvature(fused.collect([fused.batch])))
     class_logits = fused.class_logits()
-    compare = partial(compared, repeats=repeats, device=device)
-    rows.append(
-        compare(
-            "torch.func.jacrev",
-            "logit covariance of a batch under the prior",
-            lambda: partial(covariance_by_jacobian, fused),
-            lambda: posterior.logit_covariance(fused.model, class_logits, fused.batch)[1],
-            known=fused.tensors(),
-            same_answer=True,
-        )
-    )
-    separate = Workload(shape, device)
-    separate_experts(separate.model)
-    separate.layers = find_expert_layers(separate.model)
-    known = separate.tensors()
-    say("peers: curvlinops")
-    rows.append(
-        compare(
-            "curvlinops",
-            "K-FAC of a batch (mc); theirs full factors, not decomposed",
-            lambda: curvlinops_factors(separate),
-            lambda: separate.collect([separate.batch]),
-            known=known,
-        )
+    jacobian = compare(
+        "torch.func.jacrev",
+        "logit covariance of a batch under the prior",
+        lambda: partial(covariance_by_jacobian, fused),
+        lambda: posterior.logit_covariance(fused.model, class_logits, fused.batch)[1],
+        known=fused.tensors(),
+        same_answer=True,
     )
     say("peers: laplace-torch")
-    rows.append(
-        compare(
-            "laplace-torch",
-            "K-FAC posterior of a batch (exact Fisher) and prediction of it",
-            lambda: laplace_torch_prediction(separate),
-            lambda: _fitted(separate).predict(separate.model, separate.class_logits(), separate.batch),
-            known=known,
-        )
+    separate = separate_workload(shape, device)
+    laplace = compare(
+        "laplace-torch",
+        "K-FAC posterior of a batch (exact Fisher) and prediction of it",
+        lambda: laplace_torch_prediction(separate),
+        lambda: _fitted(separate).predict(separate.model, separate.class_logits(), separate.batch),
+        known=separate.tensors(),
     )
+    factors = []
+    for of_factors in preset.factor_peers:
+        say(f"peers: curvlinops, hidden {of_factors.hidden}, {of_factors.experts} experts")
+        factors += _factor_rows(separate_workload(of_factors, device), compare)
     return Section(
         "peers",
         "Beside peers",
         (
-            f"{shape}. torch.func.jacrev on the fused model; the other two on the same weights as nn.Linear experts in "
-            "an nn.ModuleList. Memory is the peak beyond model and batch.",
+            f"torch.func.jacrev and laplace-torch: {shape}. torch.func.jacrev runs on the fused model, the others on "
+            "the same weights as nn.Linear experts in an nn.ModuleList. Memory is the peak beyond model and batch. "
+            "curvlinops: the seconds of one further batch of a pass, without set-up and decomposition on either side; "
+            "or of a whole pass with both. Its factors are full matrices and include slots that affect no logit.",
         ),
-        peers=tuple(rows),
+        peers=(jacobian, laplace, *factors),
     )
+
+
+def _factor_rows(work: Workload, compare: Callable[..., Peer]) -> list[Peer]:
+    """K-FAC beside curvlinops: the same full sums, the low-rank sketch instead, and with the decomposition."""
+    shape = work.shape
+    size = f"d {shape.hidden} and {shape.intermediate}, {shape.experts} experts"
+    compare = partial(compare, "curvlinops", known=work.tensors())
+
+    def further_batch(sketch: SketchName, note: str) -> Peer:
+        return compare(
+            f"K-FAC of a further batch, {size}; {note}",
+            lambda: Pass(curvlinops_factors(work), work.batch),
+            Pass(partial(work.collect, sketch=sketch), work.batch),
+            clock=Pass.further_batch,
+        )
+
+    rows = [further_batch("exact", "full sums on both sides")]
+    if shape.hidden > EXACT_WIDTH:
+        rows.append(further_batch("nystrom", f"full sums there, rank {shape.rank} here"))
+    else:
+        batches = [work.batch] * _BATCHES
+        rows.append(
+            compare(
+                f"K-FAC of {_BATCHES} batches, {size}; rank {shape.rank} on both sides",
+                lambda: partial(_decomposed_by_peer, curvlinops_factors(work), batches, shape.rank),
+                partial(work.collect, batches, sketch="exact"),
+            )
+        )
+    return rows
+
+
+def _decomposed_by_peer(factors: Callable[[Iterable[Any]], FullFactors], batches: Iterable[Any], rank: int) -> None:
+    decomposed(factors(batches), rank)
 
 
 def compared(
@@ -89,6 +117,7 @@ def compared(
     device: torch.device,
     known: list[Tensor] | None = None,
     same_answer: bool = False,
+    clock: Callable[[Any, torch.device], float] = seconds,
 ) -> Peer:
     """Time a peer interleaved with this library; an exception of the peer becomes the row's error.
 
@@ -101,6 +130,7 @@ def compared(
         device: Device that both run on.
         known: Tensors that were allocated before, left out of the memory.
         same_answer: Whether both have to return the same tensor.
+        clock: Function that runs a computation and returns the seconds that count.
     """
     known = [] if known is None else known
     answer = ours()
@@ -109,9 +139,9 @@ def compared(
         theirs = make_peer()
         difference = relative_difference(theirs(), answer) if same_answer else None
         memory = peak_megabytes(theirs, device, known)
-        times = in_turn({"theirs": theirs, "ours": ours}, repeats, device)
+        times = in_turn({"theirs": theirs, "ours": ours}, repeats, device, clock)
     except Exception as error:  # noqa: BLE001  (any exception of a peer is its result)
-        alone = in_turn({"ours": ours}, repeats, device)["ours"]
+        alone = in_turn({"ours": ours}, repeats, device, clock)["ours"]
         return Peer(name, work, (), alone, None, our_memory, None, f"{type(error).__name__}: {error}")
     return Peer(name, work, times["theirs"], times["ours"], memory, our_memory, difference, None)
 
@@ -127,118 +157,5 @@ def without_curvature(factors: KroneckerFactors) -> KroneckerFactors:
     return replace(factors, layers=layers)
 
 
-class _Logits(nn.Module):
-    """A module from token ids to class logits, as peers expect."""
-
-    def __init__(self, work: Workload) -> None:
-        super().__init__()
-        self.model = work.model
-        self._class_logits = work.class_logits()
-
-    def forward(self, ids: Tensor) -> Tensor:
-        return self._class_logits(self.model, {"ids": ids, "labels": None})[0]
-
-
-def covariance_by_jacobian(work: Workload) -> Tensor:
-    """`J J^T` over all second weights from the materialised Jacobian: `[B, K, K]` at a prior precision of 1."""
-    weights = {
-        f"model.{name}": parameter.detach()
-        for layer in work.layers
-        for name, parameter in down_proj_parameters(work.model, layer).items()
-    }
-    logits = _Logits(work)
-    jacobian = torch.func.jacrev(lambda w: torch.func.functional_call(logits, w, (work.batch["ids"],)))(weights)
-    # Expert by expert: a single product over all weights loses four digits in float32.
-    by_expert = [part.flatten(2) for layer in jacobian.values() for part in layer.unbind(2)]
-    return sum((part @ part.mT for part in by_expert), torch.zeros(()))
-
-
-def _import_peer(name: str) -> ModuleType:
-    try:
-        return importlib.import_module(name)
-    except ImportError as error:
-        raise ImportError(f"{error}; install it with: pip install 'bmoe-lightning[bench]'") from error
-
-
-def _second_weights(work: Workload) -> list[nn.Parameter]:
-    chosen = [p for layer in work.layers for p in down_proj_parameters(work.model, layer).values()]
-    for parameter in chosen:
-        parameter.requires_grad_(True)
-    return chosen
-
-
-def curvlinops_factors(work: Workload) -> Task:
-    """The Kronecker factors of all second weights with curvlinops (https://github.com/f-dangel/curvlinops)."""
-    curvlinops = _import_peer("curvlinops")
-    weights, ids, labels = _second_weights(work), work.batch["ids"], work.batch["labels"]
-
-    def factors() -> None:
-        operator = curvlinops.KFACLinearOperator(
-            _Logits(work),
-            nn.CrossEntropyLoss(),
-            weights,
-            [(ids, labels)],
-            fisher_type="mc",
-            check_deterministic=False,
-            num_per_example_loss_terms=1,
-            num_data=len(ids),
-        )
-        operator.compute_kronecker_factors()
-
-    return factors
-
-
-def laplace_torch_prediction(work: Workload) -> Task:
-    """The fit of laplace-torch's Kronecker posterior (https://github.com/aleximmer/Laplace) and its prediction."""
-    laplace = _import_peer("laplace")
-    _second_weights(work)
-    ids = work.batch["ids"]
-    loader = DataLoader(TensorDataset(ids, work.batch["labels"]), batch_size=len(ids))
-
-    def fit_and_predict() -> None:
-        posterior = laplace.KronLaplace(_Logits(work), "classification")
-        posterior.fit(loader)
-        posterior(ids, pred_type="glm", link_approx="mc", n_samples=1000)
-
-    return fit_and_predict
-
-
 def _fitted(work: Workload) -> LaplacePosterior:
     return LaplacePosterior(work.collect([work.batch], fisher="exact"))
-
-
-class _Expert(nn.Module):
-    """One expert of linear layers, with the weights of a fused one."""
-
-    def __init__(self, gate_up: Tensor, down: Tensor) -> None:
-        super().__init__()
-        gate, up = gate_up.chunk(2)
-        self.gate, self.up, self.down = _linear(gate), _linear(up), _linear(down)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.down(silu(self.gate(x)) * self.up(x))
-
-
-def _linear(weight: Tensor) -> nn.Linear:
-    d_out, d_in = weight.shape
-    linear = nn.Linear(d_in, d_out, bias=False, device="meta")
-    linear.weight = nn.Parameter(weight, requires_grad=False)
-    return linear
-
-
-class _Experts(nn.ModuleList):
-    """All experts, called one by one on the tokens routed to them."""
-
-    def forward(self, tokens: Tensor, index: Tensor, weights: Tensor) -> Tensor:
-        total = torch.zeros_like(tokens)
-        for number, expert in enumerate(self):
-            rows, choice = torch.where(index == number)
-            total = total.index_add(0, rows, expert(tokens[rows]) * weights[rows, choice].unsqueeze(1))
-        return total
-
-
-def separate_experts(model: Any) -> None:
-    """Replace the fused experts of a Qwen2-MoE model by the same ones as `nn.Linear`s in an `nn.ModuleList`."""
-    for block in model.model.layers:
-        fused = block.mlp.experts
-        block.mlp.experts = _Experts(map(_Expert, fused.gate_up_proj.detach(), fused.down_proj.detach()))

@@ -63,7 +63,7 @@ def run_benchmark(settings: BenchmarkSettings, say: Callable[[str], None]) -> Be
             *_on_main_shape(settings, device, say),
             *([measure_head(preset.head, settings.repeats, device, say)] if "head" in settings.only else []),
             *([measure_growth(preset, settings.repeats, device, say)] if "growth" in settings.only else []),
-            *([measure_peers(preset.peers, settings.repeats, device, say)] if "peers" in settings.only else []),
+            *([measure_peers(preset, settings.repeats, device, say)] if "peers" in settings.only else []),
         )
         return Benchmark(settings, _machine(device), str(preset.main), sections)
     finally:

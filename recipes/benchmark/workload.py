@@ -75,6 +75,7 @@ class Preset:
         main: Shape for all ratios.
         growth: Shape from which growth is measured.
         peers: Shape that is small enough for a materialised Jacobian.
+        factor_peers: Shapes at which curvature factors are compared.
         tokens: Numbers of tokens along which growth is measured.
         examples: Numbers of examples, likewise.
         experts: Numbers of experts, likewise, at the same number of slots.
@@ -88,6 +89,7 @@ class Preset:
     main: Shape
     growth: Shape
     peers: Shape
+    factor_peers: tuple[Shape, ...]
     tokens: tuple[int, ...]
     examples: tuple[int, ...]
     experts: tuple[int, ...] = (8, 16, 32, 64, 128)
@@ -99,11 +101,18 @@ class Preset:
 
 
 _PEERS = Shape(256, 128, layers=2, experts=16, top_k=4, examples=8, tokens=32)
+_FACTOR_PEERS = (
+    _PEERS,
+    Shape(512, 352, layers=2, experts=32, top_k=4, examples=8, tokens=64),
+    Shape(1024, 704, layers=2, experts=32, top_k=4, examples=8, tokens=64),
+    Shape(2048, 1408, layers=2, experts=60, top_k=4, examples=8, tokens=64),
+)
 PRESETS = {
     "default": Preset(
         Shape(512, 352, layers=3, experts=32, top_k=4, examples=8, tokens=128, shared=512),
         Shape(256, 128, layers=2, experts=16, top_k=4, examples=8, tokens=64),
         _PEERS,
+        _FACTOR_PEERS,
         tokens=(64, 128, 256),
         examples=(8, 16, 32),
     ),
@@ -114,6 +123,7 @@ PRESETS = {
         ),
         Shape(1024, 704, layers=4, experts=32, top_k=4, examples=16, tokens=256, dtype="bfloat16"),
         _PEERS,
+        _FACTOR_PEERS,
         tokens=(256, 512, 1024),
         examples=(16, 32, 64),
         predictive_bar=1.15,
@@ -123,6 +133,7 @@ PRESETS = {
         Shape(16, 12, layers=2, experts=4, top_k=2, examples=3, tokens=8, rank=2, shared=8, head=8, vocabulary=20),
         Shape(16, 12, layers=1, experts=4, top_k=2, examples=2, tokens=8, rank=2, shared=8, head=8, vocabulary=20),
         Shape(16, 12, layers=2, experts=4, top_k=2, examples=3, tokens=8, rank=2, shared=8, head=8, vocabulary=20),
+        (Shape(16, 12, layers=2, experts=4, top_k=2, examples=3, tokens=8, rank=2, shared=8, head=8, vocabulary=20),),
         tokens=(8, 16),
         examples=(2, 4),
         experts=(4, 8),

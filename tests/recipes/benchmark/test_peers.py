@@ -9,15 +9,10 @@ import torch
 
 from bmoe_lightning import LaplacePosterior
 from bmoe_lightning.experts import find_expert_layers
-from recipes.benchmark.peers import (
-    SAME,
-    compared,
-    covariance_by_jacobian,
-    curvlinops_factors,
-    relative_difference,
-    separate_experts,
-    without_curvature,
-)
+from recipes.benchmark.measure import Pass
+from recipes.benchmark.peer_tasks import covariance_by_jacobian, curvlinops_factors, decomposed
+from recipes.benchmark.peers import SAME, compared, measure_peers, relative_difference, without_curvature
+from recipes.benchmark.separate_experts import separate_experts, separate_workload
 from recipes.benchmark.workload import PRESETS, Workload
 
 CPU = torch.device("cpu")
@@ -73,7 +68,57 @@ def test_a_peer_that_runs_has_times_memory_and_difference():
     assert len(row.peer_seconds) == len(row.our_seconds) == 3
 
 
-def test_a_missing_peer_names_the_extra(work, monkeypatch):
+def test_a_further_batch_is_timed_without_the_end_of_its_pass():
+    ended = []
+
+    def consume(batches):
+        seen = [batch for batch in batches]
+        ended.append(seen)
+
+    timed = Pass(consume, "batch")
+    timed()
+    assert timed.further_batch(CPU) >= 0
+    assert ended == []
+
+
+def test_a_missing_peer_names_the_command_that_installs_it(work, monkeypatch):
     monkeypatch.setitem(sys.modules, "curvlinops", None)
-    with pytest.raises(ImportError, match=r"pip install 'bmoe-lightning\[bench\]'"):
+    with pytest.raises(ImportError, match="`make peers` installs it"):
         curvlinops_factors(work)
+
+
+@pytest.mark.slow
+class TestInstalledPeers:
+    """Against the libraries themselves, where they are installed."""
+
+    @pytest.fixture(autouse=True)
+    def _installed(self):
+        pytest.importorskip("curvlinops")
+        pytest.importorskip("laplace")
+
+    @pytest.mark.filterwarnings("ignore")
+    def test_every_peer_runs(self):
+        section = measure_peers(PRESETS["tiny"], 1, CPU, lambda _: None)
+        assert [row.name for row in section.peers] == ["torch.func.jacrev", "laplace-torch", "curvlinops", "curvlinops"]
+        assert [row.error for row in section.peers] == [None] * 4
+
+    def test_the_compared_factors_are_equal(self):
+        # In the first layer every slot affects the logits, so both sum over the same ones.
+        shape = PRESETS["tiny"].peers
+        work = separate_workload(shape, CPU)
+        full = shape.hidden
+        ours = work.collect([work.batch], fisher="empirical", sketch="exact", rank=full).layers[0]
+        theirs = curvlinops_factors(work)([work.batch], fisher="empirical")
+        for expert in range(shape.experts):
+            name = next(n for n in theirs if f"layers.0.mlp.experts.{expert}." in n)
+            for found, basis, values in zip(
+                theirs[name], (ours.a_basis, ours.g_basis), (ours.a_eigenvalues, ours.g_eigenvalues), strict=True
+            ):
+                expected = basis[expert] * values[expert] @ basis[expert].mT
+                torch.testing.assert_close(found / found.trace(), expected / expected.trace(), rtol=1e-4, atol=1e-5)
+
+    def test_eigenpairs_of_full_factors(self):
+        factor = torch.diag(torch.tensor([1.0, 3.0, 2.0]))
+        ((values, basis), _) = decomposed({"expert": (factor, factor)}, 2)
+        assert values.tolist() == [2, 3]
+        assert basis.abs().argmax(0).tolist() == [2, 1]
