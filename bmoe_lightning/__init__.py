@@ -1,7 +1,8 @@
 """Calibrated Mixture-of-Experts language models: a Laplace posterior on every expert, as a Lightning callback."""
 
-from importlib import import_module
 from typing import TYPE_CHECKING, Any
+
+from bmoe_lightning.utils.late_import import late_import
 
 if TYPE_CHECKING:
     from bmoe_lightning.callback import BayesianMoECallback
@@ -27,7 +28,7 @@ if not TYPE_CHECKING:  # a type checker that saw it would accept any name
         # Imported when first asked for: serving a posterior needs no Lightning, and a command's --help no torch.
         if name not in _HOMES:
             raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-        return getattr(import_module(_HOMES[name]), name)
+        return getattr(late_import(_HOMES[name]), name)
 
 
 def __dir__() -> list[str]:

@@ -1,7 +1,8 @@
 """Multiple-choice data: tasks, prompts and the DataModule."""
 
-from importlib import import_module
 from typing import TYPE_CHECKING, Any
+
+from bmoe_lightning.utils.late_import import late_import
 
 if TYPE_CHECKING:
     from bmoe_lightning.data.datamodule import MultipleChoiceDataModule
@@ -48,7 +49,7 @@ if not TYPE_CHECKING:  # a type checker that saw it would accept any name
         # Lazy imports, so that the names of tasks are listed without importing torch.
         if name not in _HOMES:
             raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-        return getattr(import_module(f"{__name__}.{_HOMES[name]}"), name)
+        return getattr(late_import(f"{__name__}.{_HOMES[name]}"), name)
 
 
 def __dir__() -> list[str]:

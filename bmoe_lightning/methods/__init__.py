@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 from bmoe_lightning.methods.registry import get_method, method_names, register_method
+from bmoe_lightning.utils.late_import import late_import
 
 if TYPE_CHECKING:
     from bmoe_lightning.methods.base import CurvatureMethod, Method, State, option
@@ -57,7 +57,7 @@ def __getattr__(name: str) -> Any:
     # Imported lazily, so that the names of all methods are known without torch.
     for module, names in _MODULES.items():
         if name in names:
-            return getattr(import_module(f"{__name__}.{module}"), name)
+            return getattr(late_import(f"{__name__}.{module}"), name)
     from bmoe_lightning.methods.registry import built_in_class
 
     return built_in_class(name)

@@ -18,6 +18,8 @@ from typing import Any, Literal, TypeVar
 
 from jsonargparse import ArgumentParser
 
+from bmoe_lightning.utils.late_import import raise_for_torchvision
+
 T = TypeVar("T")
 
 _UNKNOWN = re.compile(r"unrecognized arguments: (\S+)|Option '([^']+)' is not accepted", re.IGNORECASE)
@@ -49,7 +51,8 @@ def option(default: Any = MISSING, help: str = "", *, least: int | None = None, 
 def command(main: Callable[[Sequence[str]], int]) -> Callable[..., int]:
     """Make `main(arguments)` the entry point of a recipe.
 
-    The arguments default to `sys.argv`; a usage error is printed as one line on stderr, with exit status 2.
+    The arguments default to `sys.argv`; a usage error is printed as one line on stderr, with exit status 2, and a
+    torchvision that cannot be loaded likewise, with exit status 1.
     """
 
     @functools.wraps(main)
@@ -59,6 +62,13 @@ def command(main: Callable[[Sequence[str]], int]) -> Callable[..., int]:
         except UsageError as error:
             print(f"error: {error}", file=sys.stderr)
             return 2
+        except (ImportError, RuntimeError) as error:
+            try:
+                raise_for_torchvision(error)
+            except ImportError as explained:
+                print(f"error: {explained}", file=sys.stderr)
+                return 1
+            raise
 
     return entry_point
 

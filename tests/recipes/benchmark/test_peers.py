@@ -72,8 +72,7 @@ def test_a_further_batch_is_timed_without_the_end_of_its_pass():
     ended = []
 
     def consume(batches):
-        seen = [batch for batch in batches]
-        ended.append(seen)
+        ended.append(list(batches))
 
     timed = Pass(consume, "batch")
     timed()
