@@ -70,6 +70,19 @@ def snapshot_info(path: str | Path) -> SnapshotInfo:
         return SnapshotInfo(file.shapes, file.fit, file.digest)
 
 
+def verify_snapshot(path: str | Path) -> None:
+    """Verify every tensor of a snapshot, one at a time.
+
+    Raises:
+        FileNotFoundError: If the file does not exist.
+        OSError: If it cannot be read, such as a `PermissionError`.
+        ValueError: If it is not a snapshot, is truncated or damaged, or has another format version.
+    """
+    with _opened(path) as file:
+        for name in file.shapes:
+            file.read(name)
+
+
 def read_snapshot(path: str | Path) -> dict[str, Tensor]:
     """Read all tensors of a snapshot by qualified parameter name, on the CPU.
 

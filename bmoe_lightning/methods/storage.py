@@ -33,7 +33,7 @@ from bmoe_lightning.methods import snapshots as snapshot_storage
 from bmoe_lightning.methods.base import State
 from bmoe_lightning.methods.fit_result import FitResult, FittedMethod
 from bmoe_lightning.methods.snapshots import snapshot_info
-from bmoe_lightning.utils.atomic_io import remove_leftovers
+from bmoe_lightning.utils.atomic_io import remove_all_leftovers, remove_leftovers
 from bmoe_lightning.utils.file_header import FileHeader, damaged
 from bmoe_lightning.utils.json_io import read_json_file, write_json_file
 from bmoe_lightning.utils.safetensors_io import (
@@ -139,6 +139,24 @@ def stored_snapshots(folder: Path) -> list[Path]:
     """The snapshots that the index in a folder names; empty if there is none, or it is damaged."""
     header = _previous_index(folder)
     return [] if header is None else [_inside(folder, entry["file"]) for entry in header.description["snapshots"]]
+
+
+def remove_leftover_files(folder: Path) -> None:
+    """Remove what processes left that were killed while they wrote a fit: temporary files, and files of no index.
+
+    Args:
+        folder: Folder of a fit that no other process writes; it need not exist.
+    """
+    remove_all_leftovers(folder)
+    remove_all_leftovers(folder / SNAPSHOT_FOLDER)
+    header = _previous_index(folder)
+    if not folder.is_dir() or (header is None and has_fit(folder)):
+        return  # the files of a damaged index may help to repair it
+    named = set() if header is None else {entry["file"] for entry in _entries(header.description)}
+    for path in folder.iterdir():
+        kind = _NEW_NAME.fullmatch(path.name)
+        if kind is not None and path.name not in named:
+            remove_tensor_file(path, format=_KINDS[kind[1]])
 
 
 def load_fit(folder: Path, *, offload: Collection[str] = ()) -> tuple[FitResult, list[Path]]:

@@ -17,8 +17,6 @@ import json
 import logging
 import os
 import random
-import shutil
-import tempfile
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -34,6 +32,7 @@ from transformers import PreTrainedTokenizerBase, Qwen2MoeConfig, Qwen2MoeForCau
 from bmoe_lightning.data.prompts import answer_token_ids, encode_prompts, get_prompt_format
 from bmoe_lightning.data.questions import Question
 from recipes.qwen_obqa.builtin_task import TEXT_FORMS, Piece, TextForm, World, join_pieces
+from recipes.qwen_obqa.saved_model import is_intact, save_model
 
 logger = logging.getLogger(__name__)
 
@@ -193,7 +192,7 @@ def pretrain(
             "create the configuration with small_moe_config(len(world.tokenizer()))"
         )
     folder = Path(cache_dir) / f"small-moe-{_cache_key(world, config, settings, seed)}"
-    if folder.is_dir():
+    if is_intact(folder):
         logger.info("Using the small model in %s.", folder)
         return folder
     with _one_thread():
@@ -229,33 +228,6 @@ def _cache_key(world: World, config: Qwen2MoeConfig, settings: PretrainingSettin
         "seed": seed,
     }
     return hashlib.sha256(json.dumps(key, sort_keys=True, default=str).encode()).hexdigest()[:16]
-
-
-def save_model(
-    folder: Path, model: Qwen2MoeForCausalLM, tokenizer: PreTrainedTokenizerBase, record: dict[str, float]
-) -> None:
-    """Write a checkpoint folder under a temporary name and rename it, so that an interrupted run leaves none.
-
-    Args:
-        folder: Target folder; if another process has written it in the meantime, that one stays.
-        model: Model to save.
-        tokenizer: Tokenizer of the model.
-        record: Statistics of the training, for `pretraining.json`.
-    """
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    unfinished = Path(tempfile.mkdtemp(prefix=".unfinished-", dir=folder.parent))
-    try:
-        model.save_pretrained(unfinished)
-        tokenizer.save_pretrained(unfinished)
-        (unfinished / "pretraining.json").write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
-        try:
-            unfinished.replace(folder)
-        except OSError:
-            # Another process has written the same model first.
-            if not folder.is_dir():
-                raise
-    finally:
-        shutil.rmtree(unfinished, ignore_errors=True)
 
 
 class _Pretraining:

@@ -6,13 +6,14 @@ run, only that method is fitted and evaluated.
 
 from __future__ import annotations
 
-import json
+import contextlib
+import hashlib
 import logging
 import shutil
 import time
 import warnings
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import huggingface_hub
@@ -21,34 +22,35 @@ import transformers
 from lightning.pytorch.loggers import TensorBoardLogger
 
 from bmoe_lightning import BayesianMoECallback, ExpertFinetuner, MultipleChoiceDataModule
-from bmoe_lightning.experts.fsdp import gathered
-from bmoe_lightning.methods import FitResult, Method, NeedsError, apply_snapshot, save_snapshot
+from bmoe_lightning.curvature.checkpoint import FORMAT as PASS_FORMAT
+from bmoe_lightning.laplace.posterior import WeightMismatchError
+from bmoe_lightning.methods import FitResult, Method, NeedsError
 from bmoe_lightning.methods.storage import INDEX_FILE, has_fit, load_fit
-from bmoe_lightning.report import (
-    MethodResult,
-    label_budget_figure,
-    library_versions,
-    matplotlib_available,
-    results_table,
-    save_figure,
-    summarise,
-    write_figures,
-    write_results,
-    write_tensorboard,
-)
-from bmoe_lightning.trainer.signals import check_sigterm, set_exit_status
-from bmoe_lightning.utils.atomic_io import write_text
+from bmoe_lightning.report import MethodResult
 from bmoe_lightning.utils.distributed import barrier, is_rank_zero
 from bmoe_lightning.utils.file_header import DamagedFileError
+from bmoe_lightning.utils.safetensors_io import remove_tensor_file
+from recipes.common.folder_lock import FolderInUseError, locked_folder
 from recipes.qwen_obqa.distributed import agreed, first_then_others, joined, trainer_options
-from recipes.qwen_obqa.label_budget import label_budget
 from recipes.qwen_obqa.methods import build_methods, run_curvature
-from recipes.qwen_obqa.run_folder import begin, check_start, plain_notes
+from recipes.qwen_obqa.reporting import report
+from recipes.qwen_obqa.run_folder import (
+    FIT_FOLDER,
+    begin,
+    check_start,
+    make_folder,
+    plain_notes,
+    remove_leftovers_of_killed_runs,
+    run_identity,
+)
 from recipes.qwen_obqa.settings import ResolvedSettings
 from recipes.qwen_obqa.sources import RecipeError, Source, prepare_source
 from recipes.qwen_obqa.stored_predictions import StoredPredictions
+from recipes.qwen_obqa.stored_weights import LoadTrained, SaveTrained, StopAtSignal, has_weights
 
 __all__ = ["RecipeError", "run"]
+
+_CURVES = "training_curves"
 
 
 def run(settings: ResolvedSettings) -> None:
@@ -70,15 +72,22 @@ def run(settings: ResolvedSettings) -> None:
 
 
 def _run(settings: ResolvedSettings, methods: tuple[Method, ...]) -> None:
-    started = time.monotonic()
     output = Path(settings.output_dir)
-    resumes, source = first_then_others(lambda: _begun(settings, methods, output))
+    with contextlib.ExitStack() as stack:
+        resumes, source = first_then_others(lambda: _begun(settings, methods, output, stack))
+        _stages(settings, methods, output, source, resumes=resumes)
+
+
+def _stages(
+    settings: ResolvedSettings, methods: tuple[Method, ...], output: Path, source: Source, *, resumes: bool
+) -> None:
+    started = time.monotonic()
     if is_rank_zero():
         if resumes:
             print(f"Resuming the run in {output}: finished stages are not repeated; --overwrite replaces the run.")
         print(source.banner, flush=True)
     runs = [
-        SeedRun(settings, source, methods, output, seed)
+        SeedRun(settings, source, methods, output, seed, run_identity(settings, source))
         for seed in range(settings.first_seed, settings.first_seed + settings.seeds)
     ]
     try:
@@ -88,13 +97,25 @@ def _run(settings: ResolvedSettings, methods: tuple[Method, ...]) -> None:
         raise RecipeError(str(error)) from error
     if not is_rank_zero():
         return
-    _report(settings, source, output, runs)
+    report(settings, source, output, runs)
     print(f"\nDone in {time.monotonic() - started:.0f} s. Everything is in {output}; compare the methods with")
     print(f"  tensorboard --logdir {output / 'tensorboard'}", flush=True)
 
 
-def _begun(settings: ResolvedSettings, methods: tuple[Method, ...], output: Path) -> tuple[bool, Source]:
-    """Whether an earlier run is resumed, and model and questions; rank zero writes the description of the run."""
+def _begun(
+    settings: ResolvedSettings, methods: tuple[Method, ...], output: Path, stack: contextlib.ExitStack
+) -> tuple[bool, Source]:
+    """Whether an earlier run is resumed, and model and questions.
+
+    Rank zero locks the folder until the stack is closed, and writes the description of the run.
+    """
+    if is_rank_zero():
+        make_folder(output)
+        try:
+            stack.enter_context(locked_folder(output))
+        except FolderInUseError as error:
+            raise RecipeError(f"{error}, or give another --output-dir") from None
+        remove_leftovers_of_killed_runs(output)
     resumes = check_start(settings, methods, output)
     source = prepare_source(settings, methods)
     if is_rank_zero():
@@ -112,6 +133,7 @@ class SeedRun:
         methods: Methods of the run, in the order of the table.
         output: Folder of the run.
         seed: Fine-tuning seed.
+        identity: Digest of the settings and questions of the run.
     """
 
     settings: ResolvedSettings
@@ -119,6 +141,7 @@ class SeedRun:
     methods: tuple[Method, ...]
     output: Path
     seed: int
+    identity: str
 
     @property
     def folder(self) -> Path:
@@ -128,12 +151,12 @@ class SeedRun:
     @property
     def fit_folder(self) -> Path:
         """Folder of this seed's fit."""
-        return self.folder / "bayesian_moe"
+        return self.folder / FIT_FOLDER
 
     @property
     def predictions(self) -> StoredPredictions:
         """This seed's predictions of the test split."""
-        return StoredPredictions(self.folder / "predictions")
+        return StoredPredictions(self.folder / "predictions", self.identity)
 
     def results(self) -> list[MethodResult]:
         """Predictions of every method on the test split, in the order of the table."""
@@ -155,7 +178,7 @@ class SeedRun:
         self._say("evaluating" if len(missing) == len(self.methods) else f"evaluating {names}")
         # A new callback, so that the evaluation uses the files of the fit.
         callback = self._callback([ready[method.name] for method in missing])
-        load = _LoadTrained(self._trained)
+        load = LoadTrained(self._trained)
         self._trainer([load, callback]).test(module, datamodule=data, verbose=False)
         if is_rank_zero():
             assert callback.fitted is not None
@@ -171,6 +194,10 @@ class SeedRun:
     def _trained(self) -> Path:
         return self.folder / "trained.safetensors"
 
+    def _stage(self, member: int) -> str:
+        """Digest of everything that determines the weights of a fine-tuning run."""
+        return hashlib.sha256(f"{self.identity} {self.seed} {member}".encode()).hexdigest()
+
     def _with_runs(self, method: Method) -> Method:
         """The method with the files of the further fine-tuning runs that it needs; missing runs are trained now."""
         count = method.needs.runs
@@ -182,10 +209,11 @@ class SeedRun:
     def _member(self, index: int, size: int) -> Path:
         """The file with the weights of one further fine-tuning run, trained now if it is missing."""
         path = self.folder / f"member-{index}.safetensors"
-        if not agreed(path.is_file()):
+        if not agreed(has_weights(path, self._stage(index))):
             self._say(f"fine-tuning member {index + 1} of {size} of an ensemble")
             module, data = self._fresh(index)
-            self._trainer([_SaveTrained(path)], f"member-{index}").fit(module, datamodule=data)
+            save = SaveTrained(path, self._stage(index))
+            self._trainer([save], f"member-{index}").fit(module, datamodule=data)
         return path
 
     def _callback(self, methods: Sequence[Method]) -> BayesianMoECallback:
@@ -202,17 +230,30 @@ class SeedRun:
     ) -> None:
         """Fine-tune the module and fit the methods, unless an earlier run has."""
         callback = self._callback(methods)
-        if not agreed(self._trained.is_file()):
+        if not agreed(has_weights(self._trained, self._stage(0))):
+            if is_rank_zero() and self.fit_folder.is_dir():
+                shutil.rmtree(self.fit_folder)  # of a training that was killed, or of weights that are trained again
             self._say("fine-tuning the experts, then curvature and calibration")
-            self._trainer([_SaveTrained(self._trained), callback], "training").fit(module, datamodule=data)
+            save = SaveTrained(self._trained, self._stage(0))
+            self._trainer([save, callback], "training").fit(module, datamodule=data)
             return
         fit = self._fitted() if is_rank_zero() else None
         missing = [m.name for m in methods if not agreed(fit is not None and fit.is_fitted(m))]
         if missing:
             self._say(f"fitting {', '.join(missing)} to the fine-tuned weights")
             # The callback first captures the weights from before fine-tuning; then the fine-tuned ones are loaded.
-            trainer = self._trainer([callback, _LoadTrained(self._trained)])
-            callback.fit_posterior(module, trainer=trainer, datamodule=data)
+            trainer = self._trainer([callback, LoadTrained(self._trained)])
+            try:
+                callback.fit_posterior(module, trainer=trainer, datamodule=data)
+            except WeightMismatchError as error:
+                warnings.warn(f"{error} The methods are fitted again", stacklevel=2)
+                if is_rank_zero():
+                    (self.fit_folder / INDEX_FILE).unlink()
+                barrier()
+                self._train_and_fit(*self._fresh(0), methods)
+        elif is_rank_zero():
+            for path in self.fit_folder.glob("curvature_state-*"):  # of a process that was killed after the fit
+                remove_tensor_file(path, format=PASS_FORMAT)
 
     def _fitted(self) -> FitResult | None:
         """The fit of an earlier run; the index of a damaged one is removed, so that everything is fitted again."""
@@ -245,18 +286,19 @@ class SeedRun:
 
     def _trainer(self, callbacks: list[L.Callback], curves: str | None = None) -> L.Trainer:
         """A trainer; `curves` names its training curves, without which nothing is logged."""
+        version = f"seed-{self.seed}-{curves}"
+        if curves is not None and is_rank_zero():
+            # TensorBoard would draw the events of a training that was killed beside those of this one.
+            shutil.rmtree(self.output / _CURVES / version, ignore_errors=True)
         logger = curves is not None and TensorBoardLogger(
-            self.output,
-            name="training_curves",
-            version=f"seed-{self.seed}-{curves}",
-            default_hp_metric=False,
+            self.output, name=_CURVES, version=version, default_hp_metric=False
         )
         return L.Trainer(
             max_epochs=self.settings.epochs,
             accelerator=self.settings.accelerator,
             precision=self.settings.precision,
             gradient_clip_val=1.0,
-            callbacks=[_StopAtSignal(), *callbacks],
+            callbacks=[StopAtSignal(), *callbacks],
             logger=logger,
             log_every_n_steps=10,
             enable_checkpointing=False,
@@ -272,65 +314,6 @@ class SeedRun:
     def _say(self, what: str) -> None:
         if is_rank_zero():
             print(f"[seed {self.seed}] {what}", flush=True)
-
-
-class _StopAtSignal(L.Callback):
-    """Gives a run that SIGTERM stops an exit status, and stops after a signal that came too late for its loops."""
-
-    def on_exception(self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException) -> None:  # noqa: ARG002
-        set_exit_status(exception)
-
-    def teardown(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:  # noqa: ARG002
-        check_sigterm(trainer)
-
-
-class _SaveTrained(L.Callback):
-    """Writes the trained weights when training ends; first in the list, so that they are saved if the fit fails."""
-
-    def __init__(self, path: Path) -> None:
-        self._path = path
-
-    def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        assert isinstance(pl_module, ExpertFinetuner)
-        weights = gathered(pl_module.trained_parameters(), keep=trainer.is_global_zero)
-        if trainer.is_global_zero:
-            save_snapshot(self._path, weights)
-        trainer.strategy.barrier()
-
-
-class _LoadTrained(L.Callback):
-    """Loads the trained weights before a fit without training steps, and before a test."""
-
-    def __init__(self, path: Path) -> None:
-        self._path = path
-
-    def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:  # noqa: ARG002
-        apply_snapshot(pl_module, self._path)
-
-    on_test_start = on_fit_start
-
-
-def _report(settings: ResolvedSettings, source: Source, output: Path, runs: Sequence[SeedRun]) -> None:
-    results = [result for run_of_seed in runs for result in run_of_seed.results()]
-    rows = summarise(results)
-    hashes = {str(run_of_seed.seed): source.model_hash(run_of_seed.seed) for run_of_seed in runs}
-    config = {**asdict(settings), "pretrained_weights": hashes}
-    write_results(output, results, rows, config=config, versions=library_versions())
-    comparison = output / "tensorboard"
-    if comparison.is_dir():  # of the resumed run; event files cannot be replaced, so the folder is rewritten
-        shutil.rmtree(comparison)
-    write_tensorboard(comparison, results, rows)
-    fits = {run_of_seed.seed: load_fit(run_of_seed.fit_folder)[0] for run_of_seed in runs}
-    logits = {run_of_seed.seed: run_of_seed.predictions.logits(run_of_seed.methods[0]) for run_of_seed in runs}
-    points = label_budget(runs[0].methods, fits, logits, results)
-    if points:
-        write_text(output / "label_budget.json", json.dumps([asdict(point) for point in points], indent=2) + "\n")
-    if matplotlib_available():  # otherwise write_tensorboard has warned
-        write_figures(output / "figures", results, rows)
-        if points:
-            names = [row.method for row in rows]
-            save_figure(label_budget_figure(points, names), output / "figures" / "label_budget.png")
-    print("\n" + results_table(rows), flush=True)
 
 
 def _quieten() -> None:

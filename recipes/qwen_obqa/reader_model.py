@@ -15,7 +15,8 @@ from tqdm.auto import tqdm
 from transformers import Qwen2MoeForCausalLM
 
 from bmoe_lightning.data import Question, get_prompt_format, train_word_tokenizer
-from recipes.qwen_obqa.builtin_model import save_model, small_moe_config
+from recipes.qwen_obqa.builtin_model import small_moe_config
+from recipes.qwen_obqa.saved_model import is_intact, save_model
 
 MAX_VOCABULARY = 8000
 
@@ -47,7 +48,7 @@ def read_questions(
         The folder, as `save_pretrained` writes it.
     """
     folder = Path(folder)
-    if folder.is_dir():
+    if is_intact(folder):
         return folder
     form = get_prompt_format(prompt)
     tokenizer = train_word_tokenizer([form.render(question) for question in questions], max_vocab=MAX_VOCABULARY)

@@ -9,7 +9,7 @@ import shutil
 import sys
 import tempfile
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -19,19 +19,26 @@ from lightning.fabric.utilities.exceptions import MisconfigurationException
 
 from bmoe_lightning.curvature.sketch import check_linear
 from bmoe_lightning.methods import Method
+from bmoe_lightning.methods.storage import remove_leftover_files
 from bmoe_lightning.optim import check_half_precision_updates
-from bmoe_lightning.utils.atomic_io import remove_leftovers, write_text
+from bmoe_lightning.utils.atomic_io import remove_all_leftovers, remove_leftovers
 from bmoe_lightning.utils.distributed import is_rank_zero, num_processes
+from bmoe_lightning.utils.json_io import read_json_file, write_json_file
 from recipes.qwen_obqa.distributed import trainer_options
+from recipes.qwen_obqa.saved_model import UNFINISHED
 from recipes.qwen_obqa.settings import ResolvedSettings
 from recipes.qwen_obqa.sources import RecipeError, Source
 
 RUN_FILE = "run.json"
+FIT_FOLDER = "bayesian_moe"
 # What a run writes, besides a folder for each seed. The cached small model stays: it does not depend on these settings.
 _OWN_FOLDERS = ("tensorboard", "training_curves", "figures")
-_OWN_FILES = ("results.json", "results.csv", "results.md", "predictions.jsonl", "label_budget.json", RUN_FILE)
+_OWN_FILES = ("results.json", "results.csv", "results.md", "predictions.jsonl", "label_budget.json")
 _KEPT_FOLDER = "model"
 _QUESTIONS = "questions"
+_REPLACED = "replaced"  # set while the files of an earlier run are removed
+_FORMAT = "description of a run"
+_VERSION = 1
 # Settings that may change when a run is resumed, since they do not change its results. Seeds may be added: each has a
 # folder. Methods may be added: their options are compared with those that they were fitted and evaluated with.
 _FREE = (
@@ -55,12 +62,7 @@ def check_start(settings: ResolvedSettings, methods: Sequence[Method], output: P
         RecipeError: If the folder holds something else or cannot be written, or accelerator, precision or a method's
             options cannot be used here.
     """
-    try:
-        output.mkdir(parents=True, exist_ok=True)
-        tempfile.TemporaryFile(dir=output).close()
-    except OSError as error:
-        reason = "it is a file" if output.is_file() else error.strerror
-        raise RecipeError(f"--output-dir {output} cannot be written ({reason}); give another one") from None
+    make_folder(output)
     resumes = _earlier_run(settings, output)
     try:
         if num_processes() > 1:
@@ -87,6 +89,20 @@ def check_start(settings: ResolvedSettings, methods: Sequence[Method], output: P
     return resumes
 
 
+def make_folder(output: Path) -> None:
+    """Create the folder of a run, and check that it can be written.
+
+    Raises:
+        RecipeError: If it cannot.
+    """
+    try:
+        output.mkdir(parents=True, exist_ok=True)
+        tempfile.TemporaryFile(dir=output).close()
+    except OSError as error:
+        reason = "it is a file" if output.is_file() else error.strerror
+        raise RecipeError(f"--output-dir {output} cannot be written ({reason}); give another one") from None
+
+
 def begin(settings: ResolvedSettings, output: Path, source: Source, *, resumes: bool) -> None:
     """Write the description of the run, once model and questions are loaded; without `resumes` remove an earlier run.
 
@@ -100,20 +116,23 @@ def begin(settings: ResolvedSettings, output: Path, source: Source, *, resumes: 
         RecipeError: If an earlier run is resumed, and its questions were different.
     """
     path = output / RUN_FILE
-    fingerprint = _fingerprint(source)
+    fingerprint = questions_fingerprint(source)
     if resumes and _read_run(path).get(_QUESTIONS) != fingerprint:
         raise RecipeError(
             f"the questions are not those of the earlier run in {output}; give --overwrite to replace that run, or "
             "another --output-dir"
         )
     if not resumes:
-        # Only files of the earlier run, its description last. Event files must go: those of two runs form one curve.
+        if path.exists():
+            # If this process is killed below, the next one neither resumes the earlier run nor refuses the folder.
+            _write_run(path, {_REPLACED: True})
+        # Only files of the earlier run. Event files must go: those of two runs form one curve.
         for folder in (*output.glob("seed-*"), *(output / name for name in _OWN_FOLDERS)):
             if folder.is_dir():
                 shutil.rmtree(folder)
         for name in _OWN_FILES:
             (output / name).unlink(missing_ok=True)
-    write_text(path, json.dumps({**_lasting(settings), _QUESTIONS: fingerprint}, indent=2) + "\n")
+    _write_run(path, {**_lasting(settings), _QUESTIONS: fingerprint})
 
 
 @contextlib.contextmanager
@@ -140,6 +159,8 @@ def _earlier_run(settings: ResolvedSettings, output: Path) -> bool:
     if settings.overwrite:
         return False
     found, wanted = _read_run(path), _lasting(settings)
+    if found.get(_REPLACED):
+        return False
     differing = sorted(name for name in wanted if found.get(name) != wanted[name])
     if differing:
         had = ", ".join(f"{name}={found.get(name)!r}" for name in differing)
@@ -152,15 +173,16 @@ def _earlier_run(settings: ResolvedSettings, output: Path) -> bool:
 
 def _read_run(path: Path) -> dict[str, Any]:
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
+        return read_json_file(path, format=_FORMAT, version=_VERSION).description
     except (ValueError, OSError):
-        content = None
-    if not isinstance(content, dict):
         raise RecipeError(
             f"{path}, which describes the earlier run, is damaged; --overwrite replaces that run, or give another "
             "--output-dir"
-        )
-    return content
+        ) from None
+
+
+def _write_run(path: Path, description: Mapping[str, Any]) -> None:
+    write_json_file(path, format=_FORMAT, version=_VERSION, description=json.loads(json.dumps(description)))
 
 
 def _lasting(settings: ResolvedSettings) -> dict[str, Any]:
@@ -169,7 +191,25 @@ def _lasting(settings: ResolvedSettings) -> dict[str, Any]:
     return lasting | {"processes": num_processes()}
 
 
-def _fingerprint(source: Source) -> str:
+def run_identity(settings: ResolvedSettings, source: Source) -> str:
+    """Digest of the settings and questions that all stages of a run share; every stage file has it."""
+    content = {**_lasting(settings), _QUESTIONS: questions_fingerprint(source)}
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
+
+
+def remove_leftovers_of_killed_runs(output: Path) -> None:
+    """Remove what killed processes left in the folder of a run, which this process has locked."""
+    fits = [folder / FIT_FOLDER for folder in output.glob("seed-*")]
+    for folder in (output, *output.glob("seed-*"), *output.glob("seed-*/predictions"), output / "figures"):
+        remove_all_leftovers(folder)
+    for folder in fits:
+        remove_leftover_files(folder)
+    for unfinished in (output / _KEPT_FOLDER).glob(f"{UNFINISHED}*"):
+        shutil.rmtree(unfinished)
+
+
+def questions_fingerprint(source: Source) -> str:
+    """Digest of the questions of all splits."""
     parts = [[asdict(question) for question in part] for part in (source.train, source.calibration, source.test)]
     return hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:16]
 

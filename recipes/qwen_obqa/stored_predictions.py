@@ -26,15 +26,18 @@ class StoredPredictions:
 
     Attributes:
         folder: Folder of the files.
+        identity: Digest of the settings and questions of the run.
     """
 
     folder: Path
+    identity: str
 
     def has(self, method: Method) -> bool:
         """Whether predictions of a method with exactly these options are stored.
 
         Warns:
-            UserWarning: If the file is damaged; it is then treated as missing.
+            UserWarning: If the file is damaged or belongs to a run with other settings or questions; it is then treated
+                as missing.
         """
         path = self._path(method)
         if not path.is_file():
@@ -43,6 +46,9 @@ class StoredPredictions:
             file = read_tensor_file(path, format=_FORMAT, version=_VERSION, remedy=_REMEDY)
         except ValueError as error:
             warnings.warn(f"{error} The test split is evaluated again", stacklevel=2)
+            return False
+        if file.description.get("run") != self.identity:
+            warnings.warn(f"{path} is from a run with other settings. The test split is evaluated again", stacklevel=2)
             return False
         return bool(file.description.get("options") == _options(method))
 
@@ -55,6 +61,7 @@ class StoredPredictions:
             predictions: Predictions on the test split.
         """
         description = {
+            "run": self.identity,
             "options": _options(method),
             "numbers": method.hyperparameters(fit.state_of(method)),
             "warnings": list(fit.warnings_of(method)),

@@ -2,12 +2,22 @@
 
 from __future__ import annotations
 
+import os
 import stat
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 
-from bmoe_lightning.utils.atomic_io import remove_leftovers, replaced_file, write_bytes, write_text
+from bmoe_lightning.utils import atomic_io
+from bmoe_lightning.utils.atomic_io import (
+    remove_all_leftovers,
+    remove_leftovers,
+    replaced_file,
+    write_bytes,
+    write_text,
+)
 
 
 def test_a_failed_write_keeps_the_old_file(tmp_path, monkeypatch):
@@ -63,3 +73,48 @@ def test_the_next_write_removes_leftovers(tmp_path):
     write_text(tmp_path / "a[1].bin", "new")
     assert {p.name for p in tmp_path.iterdir()} == set(NAMES)
     assert (tmp_path / "a[1].bin").read_text() == "new"
+
+
+def temporary_of(path, host, pid):
+    file = path.with_name(f".{path.name}.{host}-{pid}-{'0' * 32}.tmp")
+    file.touch()
+    return file
+
+
+@pytest.fixture
+def ended():
+    """The id of a process that has ended."""
+    done = subprocess.run([sys.executable, "-c", "import os; print(os.getpid())"], capture_output=True, check=True)
+    return int(done.stdout)
+
+
+def test_the_file_of_a_running_process_stays(tmp_path, ended):
+    path = tmp_path / "a.bin"
+    with replaced_file(path) as temporary:
+        host, pid, _ = temporary.name.removeprefix(".a.bin.").split("-")
+        assert (host, pid) == (atomic_io._HOST, str(os.getpid()))
+    running = temporary_of(path, atomic_io._HOST, os.getppid())
+    left = [temporary_of(path, atomic_io._HOST, pid) for pid in (ended, os.getpid(), 10**30)]
+    remove_leftovers(path)
+    assert running.exists()
+    assert not any(file.exists() for file in left)
+
+
+def test_the_file_of_another_machine_stays_for_an_hour(tmp_path, ended):
+    path = tmp_path / "a.bin"
+    fresh, old = temporary_of(path, "elsewhere", ended), temporary_of(path, "elsewhere", ended + 1)
+    os.utime(old, (0, 0))
+    remove_leftovers(path)
+    assert fresh.exists()
+    assert not old.exists()
+
+
+def test_all_leftovers_of_a_folder(tmp_path, ended):
+    (tmp_path / "notes.tmp").touch()
+    (tmp_path / ".a.bin.mine.tmp").touch()
+    for name in ("a.bin", "b.json"):
+        temporary_of(tmp_path / name, "elsewhere", ended)
+    (tmp_path / f".c.{'0' * 32}.tmp").touch()
+    remove_all_leftovers(tmp_path)
+    assert sorted(p.name for p in tmp_path.iterdir()) == [".a.bin.mine.tmp", "notes.tmp"]
+    remove_all_leftovers(tmp_path / "missing")

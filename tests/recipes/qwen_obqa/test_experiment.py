@@ -6,6 +6,7 @@ import contextlib
 import io
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -229,10 +230,38 @@ class TestResume:
 
         (seed / "trained.safetensors").write_bytes(b"cut off")
         (seed / "predictions" / "map.safetensors").unlink()
-        assert run(folder, *flags) == 1
-        message = capsys.readouterr().err
-        assert "trained.safetensors" in message
-        assert len(message.splitlines()) == 1
+        model = next((folder / "model").glob("*/model.safetensors"))
+        content = bytearray(model.read_bytes())
+        content[-1] ^= 1
+        model.write_bytes(content)
+        assert run(folder, *flags) == 0
+        captured = capsys.readouterr()
+        assert "trained.safetensors" in captured.err
+        assert f"{model} is damaged; the small model is created again" in captured.err
+        assert "fine-tuning the experts" in captured.out
+        assert (folder / "results.md").read_text() == table
+
+    def test_files_of_a_run_with_other_settings_are_named_and_made_again(self, tmp_path, capsys):
+        folder, other = tmp_path / "run", tmp_path / "other"
+        flags = ("--methods", "map,temperature")
+        assert run(folder, *flags) == 0
+        table = (folder / "results.md").read_text()
+        assert run(other, *flags, "--epochs", "1") == 0
+        names = ("trained.safetensors", "predictions/map.safetensors")
+        for name in names:
+            shutil.copy(other / "seed-0" / name, folder / "seed-0" / name)
+        shutil.copytree(other / "seed-0" / "bayesian_moe", folder / "seed-0" / "bayesian_moe", dirs_exist_ok=True)
+        capsys.readouterr()
+        assert run(folder, *flags) == 0
+        captured = capsys.readouterr().err
+        assert all(f"{folder / 'seed-0' / name} is from a run with other settings" in captured for name in names)
+        assert (folder / "results.md").read_text() == table
+
+        shutil.copytree(other / "seed-0" / "bayesian_moe", folder / "seed-0" / "bayesian_moe", dirs_exist_ok=True)
+        (folder / "seed-0" / "predictions" / "map.safetensors").unlink()
+        assert run(folder, *flags) == 0
+        assert "The methods are fitted again" in capsys.readouterr().err
+        assert (folder / "results.md").read_text() == table
 
     def test_a_method_that_needs_more_than_the_run_has_is_refused_in_a_sentence(self, tmp_path, capsys):
         folder = tmp_path / "run"

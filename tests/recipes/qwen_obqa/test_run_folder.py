@@ -3,15 +3,20 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 import warnings
 from pathlib import Path
 
 import pytest
+import torch
 
 from bmoe_lightning.data import Question
+from bmoe_lightning.utils.safetensors_io import write_tensor_file
+from recipes.common.folder_lock import locked_folder
 from recipes.qwen_obqa import experiment
 from recipes.qwen_obqa.methods import build_methods
-from recipes.qwen_obqa.run_folder import begin, check_start, plain_notes
+from recipes.qwen_obqa.run_folder import begin, check_start, plain_notes, remove_leftovers_of_killed_runs
 from recipes.qwen_obqa.settings import CurvatureSettings, Settings
 from recipes.qwen_obqa.sources import RecipeError, Source
 
@@ -88,7 +93,7 @@ class TestEarlierRun:
         assert start(earlier, epochs=3, overwrite=True) is False
         assert sorted(path.name for path in earlier.iterdir()) == ["model", "notes.txt", "run.json"]
         assert (earlier / "model" / "file").is_file()
-        assert json.loads((earlier / "run.json").read_text())["epochs"] == 3
+        assert json.loads((earlier / "run.json").read_text())["description"]["epochs"] == 3
         assert start(earlier, epochs=3) is True
 
     @pytest.mark.parametrize("text", ["{", "[]", ""])
@@ -117,6 +122,36 @@ class TestEarlierRun:
         assert start(tmp_path) is False
         assert [path.name for path in tmp_path.iterdir()] == ["run.json"]
 
+    def test_killed_while_an_earlier_run_was_replaced(self, earlier, monkeypatch):
+        def killed(path):
+            raise KeyboardInterrupt
+
+        with monkeypatch.context() as patch:
+            patch.setattr("shutil.rmtree", killed)
+            with pytest.raises(KeyboardInterrupt):
+                start(earlier, epochs=3, overwrite=True)
+        assert start(earlier, epochs=3) is False
+        assert not (earlier / "seed-0").exists()
+        assert start(earlier, epochs=3) is True
+
+    def test_what_killed_runs_left_is_removed(self, tmp_path):
+        (tmp_path / f".run.json.{'0' * 32}.tmp").touch()
+        (tmp_path / "model" / ".unfinished-abc").mkdir(parents=True)
+        fit = tmp_path / "seed-0" / "bayesian_moe"
+        left = [tmp_path / "seed-0" / f".trained.safetensors.elsewhere-1-{'0' * 32}.tmp"]
+        left += [fit / f".methods-0123456789ab.safetensors.elsewhere-1-{'0' * 32}.tmp"]
+        left += [fit / "snapshots" / f".0-epoch-0000.safetensors.{'0' * 32}.tmp"]
+        orphan = fit / "methods-0123456789ab.safetensors"
+        write_tensor_file(orphan, {"a": torch.ones(1)}, format="methods", version=1, description={})
+        for path in left:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.touch()
+        (fit / "methods-fedcba987654.safetensors").write_text("mine")
+        remove_leftovers_of_killed_runs(tmp_path)
+        assert not any(path.exists() for path in (*left, orphan))
+        assert (fit / "methods-fedcba987654.safetensors").exists()
+        assert list((tmp_path / "model").iterdir()) == []
+
     @pytest.mark.parametrize("overwrite", [False, True])
     def test_a_folder_with_other_things(self, tmp_path, overwrite):
         (tmp_path / "seed-0").mkdir()
@@ -141,6 +176,21 @@ class TestChecks:
         monkeypatch.setattr("tempfile.TemporaryFile", denied)
         with pytest.raises(RecipeError, match=r"cannot be written .Permission denied."):
             start(tmp_path)
+
+    def test_two_processes_do_not_run_in_one_folder(self, tmp_path):
+        script = (
+            "import sys, time; from pathlib import Path; from recipes.common.folder_lock import locked_folder\n"
+            "with locked_folder(Path(sys.argv[1])) as locked: print(locked, flush=True); time.sleep(60)"
+        )
+        command = [sys.executable, "-c", script, str(tmp_path)]
+        with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, cwd=Path(__file__).parents[3]) as other:
+            assert other.stdout.readline() == "True\n"
+            with pytest.raises(RecipeError, match=r"another process is running in .*--output-dir"):
+                experiment.run(settings(tmp_path, quiet=True))
+            other.kill()
+        assert list(tmp_path.iterdir()) == []
+        with locked_folder(tmp_path) as locked:
+            assert locked
 
     @pytest.mark.parametrize(
         ("wrong", "message"),

@@ -30,7 +30,7 @@ STAGES = {  # stage: a function that it calls several times, and the call at whi
     "curvature": ("bmoe_lightning.curvature.kfac._add_batch", 3),
     "calibration": ("bmoe_lightning.methods.workbench._LogitsBuilder.add", 2),
     "evaluation": ("bmoe_lightning.methods.evaluation.Evaluation.add", 2),
-    "report": ("recipes.qwen_obqa.experiment.write_results", 1),
+    "report": ("recipes.qwen_obqa.reporting.write_results", 1),
 }
 
 
