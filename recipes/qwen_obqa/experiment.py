@@ -171,6 +171,18 @@ class SeedRun:
             return
         if weights := self._model()[1]:
             self._say(f"pre-trained weights {weights}")
+        try:
+            self._fit_and_evaluate(missing)
+        except WeightMismatchError as error:
+            # All ranks compare the same weights, so the error is raised on all of them.
+            warnings.warn(f"{error} The methods are fitted again", stacklevel=2)
+            if is_rank_zero():
+                (self.fit_folder / INDEX_FILE).unlink()
+            barrier()
+            self._fit_and_evaluate(missing)
+
+    def _fit_and_evaluate(self, missing: Sequence[Method]) -> None:
+        """Train and fit what an earlier run has not, and evaluate the methods without predictions."""
         ready = {method.name: self._with_runs(method) for method in self.methods}
         module, data = self._fresh(0)
         self._train_and_fit(module, data, list(ready.values()))
@@ -243,14 +255,7 @@ class SeedRun:
             self._say(f"fitting {', '.join(missing)} to the fine-tuned weights")
             # The callback first captures the weights from before fine-tuning; then the fine-tuned ones are loaded.
             trainer = self._trainer([callback, LoadTrained(self._trained)])
-            try:
-                callback.fit_posterior(module, trainer=trainer, datamodule=data)
-            except WeightMismatchError as error:
-                warnings.warn(f"{error} The methods are fitted again", stacklevel=2)
-                if is_rank_zero():
-                    (self.fit_folder / INDEX_FILE).unlink()
-                barrier()
-                self._train_and_fit(*self._fresh(0), methods)
+            callback.fit_posterior(module, trainer=trainer, datamodule=data)
         elif is_rank_zero():
             for path in self.fit_folder.glob("curvature_state-*"):  # of a process that was killed after the fit
                 remove_tensor_file(path, format=PASS_FORMAT)

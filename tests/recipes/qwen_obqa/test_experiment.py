@@ -241,6 +241,7 @@ class TestResume:
         assert "fine-tuning the experts" in captured.out
         assert (folder / "results.md").read_text() == table
 
+    @pytest.mark.slow
     def test_files_of_a_run_with_other_settings_are_named_and_made_again(self, tmp_path, capsys):
         folder, other = tmp_path / "run", tmp_path / "other"
         flags = ("--methods", "map,temperature")
