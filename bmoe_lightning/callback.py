@@ -21,6 +21,7 @@ from bmoe_lightning.methods.registry import get_method
 from bmoe_lightning.methods.workbench import fingerprinted_layers, fit_methods, prior_mean_layers
 from bmoe_lightning.trainer.checkpoints import weights_to_fit
 from bmoe_lightning.trainer.checks import (
+    check_callable,
     check_data,
     check_fit_at,
     check_later_callbacks,
@@ -29,13 +30,16 @@ from bmoe_lightning.trainer.checks import (
     check_shards,
     check_sketch,
     check_strategy,
+    check_training,
     is_trial,
     with_enough_snapshots,
 )
 from bmoe_lightning.trainer.data_passes import TrainerTrainingData, as_list, shards_weights, validation_pass
-from bmoe_lightning.trainer.evaluation import EvaluationRun, replace_predict_step
+from bmoe_lightning.trainer.evaluation import NO_FIT, EvaluationRun, log_scalars, replace_predict_step, without_fit
+from bmoe_lightning.trainer.first_batches import FirstBatches, no_logging
 from bmoe_lightning.trainer.fit_only import fit_only
-from bmoe_lightning.trainer.lightning_internals import is_restoring_checkpoint, logged_step
+from bmoe_lightning.trainer.lightning_internals import is_restoring_checkpoint
+from bmoe_lightning.trainer.loaders import evaluation_loaders
 from bmoe_lightning.trainer.moved_weights import watch_moved_weights
 from bmoe_lightning.trainer.prior_mean import PriorMean
 from bmoe_lightning.trainer.run_folder import RunFolder
@@ -120,6 +124,7 @@ class BayesianMoECallback(L.Callback):
         self._precision: Callable[[], AbstractContextManager[Any]] = nullcontext
         self._undo: list[Callable[[], None]] = []
         self._run: EvaluationRun | None = None
+        self._first: FirstBatches | None = None
 
     @property
     def state_key(self) -> str:
@@ -138,11 +143,7 @@ class BayesianMoECallback(L.Callback):
         check_fit_at(trainer, self.fit_at)
         callbacks = trainer.callbacks  # type: ignore[attr-defined]
         check_later_callbacks(callbacks[callbacks.index(self) + 1 :])
-        if self._class_logits is None and not callable(getattr(pl_module, "class_logits", None)):
-            raise TypeError(
-                f"{type(pl_module).__name__} has no method class_logits(batch) -> (logits [B, K], labels [B]), and "
-                "BayesianMoECallback got no class_logits argument; define the method, or pass the argument"
-            )
+        check_callable(pl_module, self._class_logits)
         self._restore()
         # Inference tensors cannot enter a graph, and the linearised predictive needs one.
         for loop in (trainer.validate_loop, trainer.test_loop, trainer.predict_loop):
@@ -177,18 +178,14 @@ class BayesianMoECallback(L.Callback):
         self.predictions = {}
         self._folder.begin_training(trainer, self._num_snapshots)
         self._undo.append(watch_moved_weights(trainer))
-        check_data(trainer, self.methods)
-        epochs = trainer.max_epochs
-        if epochs is not None and epochs >= 0 and not is_trial(trainer):
-            snapshots = len(self._folder.snapshots) + epochs - trainer.current_epoch
-            check_needs(self.methods, Available(snapshots=snapshots))
-        for method in self.methods:
-            method.check_run(pl_module, self._folder.folder)
-        if self.fit_at == "best" and getattr(trainer.checkpoint_callback, "monitor", None) is None:
-            raise ValueError(
-                "fit_at='best' needs a ModelCheckpoint with monitor=..., and the trainer has none; add one, or use "
-                "fit_at='last'"
-            )
+        check_training(trainer, pl_module, self.methods, self.fit_at, self._folder.folder, len(self._folder.snapshots))
+        self._first = FirstBatches(self.methods, self._logits)
+        self._first.check_fit(trainer, pl_module)
+
+    def on_train_batch_start(self, trainer: L.Trainer, pl_module: L.LightningModule, batch: Any, *_: Any) -> None:
+        """Check `class_logits` on the first training batch, before the first step."""
+        if self._first is not None:
+            self._first.check(trainer, pl_module, batch, "training")
 
     def on_train_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Write a snapshot of the trained weights, if a method needs snapshots."""
@@ -241,27 +238,30 @@ class BayesianMoECallback(L.Callback):
         """
         self._given_prior_mean = prior_mean
         try:
-            fit_only(
-                trainer,
-                self,
-                module,
-                self._complete,
-                datamodule=datamodule,
-                train_dataloaders=train_dataloaders,
-                val_dataloaders=val_dataloaders,
-                ckpt_path=ckpt_path,
-            )
+            data = {"train_dataloaders": train_dataloaders, "val_dataloaders": val_dataloaders}
+            fit_only(trainer, self, module, self._complete, datamodule=datamodule, ckpt_path=ckpt_path, **data)
         finally:
             self._given_prior_mean = None
 
     def on_validation_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Load and check the fit, except for a validation within training, when nothing is fitted yet."""
         if trainer.state.fn == "validate":
-            self._begin(trainer, pl_module, "val", trainer.val_dataloaders)
+            self._begin(trainer, pl_module, "val", trainer.validate_loop)
 
     def on_test_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Load and check the fit; raises `WeightMismatchError` if it was fitted to different weights."""
-        self._begin(trainer, pl_module, "test", trainer.test_dataloaders)
+        self._begin(trainer, pl_module, "test", trainer.test_loop)
+
+    def on_validation_batch_start(
+        self, trainer: L.Trainer, pl_module: L.LightningModule, batch: Any, batch_idx: int, dataloader_idx: int = 0
+    ) -> None:
+        """Copy the batch's containers before the module's step consumes them."""
+        if self._run is not None:
+            self._run.receive(batch)
+        elif self._first is not None and trainer.state.fn == "fit" and not trainer.sanity_checking:
+            self._first.check(trainer, pl_module, batch, "validation", dataloader_idx)
+
+    on_test_batch_start = on_validation_batch_start
 
     def on_validation_batch_end(
         self,
@@ -280,11 +280,11 @@ class BayesianMoECallback(L.Callback):
 
     def on_validation_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Predict with the ensembles, then log the metrics of every method."""
-        self._finish(trainer, pl_module, trainer.val_dataloaders, trainer.num_val_batches)
+        self._finish(trainer, pl_module, trainer.validate_loop)
 
     def on_test_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Predict with the ensembles, then log the metrics of every method and write the TensorBoard comparison."""
-        self._finish(trainer, pl_module, trainer.test_dataloaders, trainer.num_test_batches)
+        self._finish(trainer, pl_module, trainer.test_loop)
 
     def on_predict_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Patch the module's `predict_step` to return the probabilities of `predict_method` as well."""
@@ -338,10 +338,7 @@ class BayesianMoECallback(L.Callback):
         )
         self._folder.save(trainer, self.fitted)
         self._folder.remove_pass_files()
-        prefix = f"{self.name}/" if self.name else ""
-        scalars = {f"{prefix}{name}": value for name, value in self.fitted.scalars(self.methods).items()}
-        for logger in trainer.loggers:  # self.log is not allowed in this hook
-            logger.log_metrics(scalars, step=logged_step(trainer))
+        log_scalars(trainer, self.fitted.scalars(self.methods), self.name)
 
     def _complete(self, trainer: L.Trainer, module: L.LightningModule) -> None:
         """Fit the missing methods; runs instead of the fit loop."""
@@ -354,17 +351,15 @@ class BayesianMoECallback(L.Callback):
                 self._folder.continue_training_of(trainer, self._num_snapshots)
             missing = [method for method in self.methods if earlier is None or not earlier.is_fitted(method)]
             check_needs(missing, Available(snapshots=len(self._folder.snapshots)))
-            check_data(trainer, missing)
+            check_data(trainer, missing, trains=False)
             for method in missing:
                 method.check_run(module, self._folder.folder)
+            FirstBatches(missing, self._logits).check_fit(trainer, module, trains=False)
             self._fit(trainer, module, missing, earlier)
 
     def _logits(self, model: Any, batch: Any) -> tuple[Tensor, Tensor | None]:
-        with self._precision():
-            found = model.class_logits(batch) if self._class_logits is None else self._class_logits(model, batch)
-        if not isinstance(found, tuple) or len(found) != 2:
-            raise TypeError(f"class_logits must return (logits, labels or None), got {type(found).__name__}")
-        return found
+        with self._precision(), no_logging(model):
+            return model.class_logits(batch) if self._class_logits is None else self._class_logits(model, batch)
 
     def _found(self, trainer: L.Trainer) -> FitResult | None:
         """The fit of this process, or the one that an earlier process wrote."""
@@ -376,26 +371,28 @@ class BayesianMoECallback(L.Callback):
         """The fit, checked to be one to exactly these weights."""
         fitted = self._found(trainer)
         if fitted is None:
-            raise RuntimeError(
-                "no fit was found; run trainer.fit with this callback, call fit_posterior, or pass dirpath= with the "
-                "folder of an earlier run"
-            )
+            raise RuntimeError(NO_FIT)
         fitted.check_weights(module)
         return fitted
 
-    def _begin(self, trainer: L.Trainer, module: L.LightningModule, stage: str, loaders: Any) -> None:
-        check_loaders(trainer, as_list(loaders))
-        fitted = self._ready(trainer, module)
-        methods = [method for method in self.methods if not is_trial(trainer) or fitted.is_fitted(method)]
+    def _begin(self, trainer: L.Trainer, module: L.LightningModule, stage: str, loop: Any) -> None:
+        loaders, _ = evaluation_loaders(loop)
+        if stage == "val" and self._found(trainer) is None:
+            methods, fitted = without_fit(self.methods, self.seed)
+        else:
+            fitted = self._ready(trainer, module)
+            methods = [method for method in self.methods if not is_trial(trainer) or fitted.is_fitted(method)]
+        check_loaders(trainer, loaders, methods)
+        FirstBatches(methods, self._logits).check_evaluation(trainer, module, stage, loaders)
         self._run = EvaluationRun(stage, methods, fitted, self._folder.snapshots)
 
-    def _finish(self, trainer: L.Trainer, module: L.LightningModule, loaders: Any, counts: Sequence[float]) -> None:
+    def _finish(self, trainer: L.Trainer, module: L.LightningModule, loop: Any) -> None:
         run, self._run = self._run, None
         if run is not None:
-            self.predictions |= run.finish_loaders(trainer, module, self._logits, as_list(loaders), counts)
+            self.predictions |= run.finish_loaders(trainer, module, self._logits, *evaluation_loaders(loop))
             run.log(trainer, module, self.name)
 
     def _restore(self) -> None:
         while self._undo:
             self._undo.pop()()
-        self._run = None
+        self._run = self._first = None

@@ -13,7 +13,7 @@ padding, positions that do not affect a logit, and the zero inputs that some mod
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -56,7 +56,7 @@ def collect_factors(
     approximation: ApproximationName = "expand",
     sketch: SketchName = "auto",
     layers: Sequence[ExpertLayer] | None = None,
-    num_examples: int | None = None,
+    num_examples: int | Callable[[int], int] | None = None,
     seed: int = 0,
     distributed: bool = False,
     checkpoint: str | Path | None = None,
@@ -79,7 +79,8 @@ def collect_factors(
         sketch: Low-rank algorithm: `auto`, `nystrom`, `rsvd` or `exact`; see `make_sketch`.
         layers: Expert layers; by default all that `find_expert_layers` finds.
         num_examples: Number of examples that the factors are scaled to when `batches` is a subset of the data: the
-            curvature is multiplied by its ratio to the number of examples seen. By default the number seen.
+            curvature is multiplied by its ratio to the number of examples seen (by all ranks). Or a function of the
+            number seen. By default the number seen.
         seed: Seed for sampled labels and random test matrices.
         distributed: Whether all ranks of torch.distributed's default group call this, each with its shard of the data,
             which may be empty; where weights are sharded, in equally many batches of equal sizes. Sums and counts are
@@ -113,7 +114,7 @@ def collect_factors(
     Curvature(rank=rank, fisher=fisher, approximation=approximation, sketch=sketch)  # validates the names
     if distributed:
         check_linear(sketch)
-    if num_examples is not None and num_examples < 1:
+    if isinstance(num_examples, int) and num_examples < 1:
         raise ValueError(f"num_examples must be at least 1, got {num_examples}")
     layers = find_expert_layers(model) if layers is None else list(layers)
     check_distinct(model, layers)
@@ -164,7 +165,7 @@ def collect_factors(
         used = _sum_up(sums, used)
     if used == 0:
         raise ValueError("no batch to collect curvature from: `batches` is empty; pass at least one")
-    num_examples = used if num_examples is None else num_examples
+    num_examples = _represented(num_examples, used)
     _warn_of_underflow(sums)
     finished = tuple(layer_sums.finish(num_examples / used).to(device) for layer_sums in sums)
     if distributed:
@@ -220,6 +221,13 @@ def _sum_up(sums: Sequence[_LayerSums], used: int) -> int:
     count = torch.tensor([used], dtype=torch.int64)
     sum_over_processes([count, *(tensor for layer_sums in sums for tensor in layer_sums.tensors())])
     return int(count)
+
+
+def _represented(num_examples: int | Callable[[int], int] | None, used: int) -> int:
+    """The number of examples that the factors are scaled to."""
+    if num_examples is None:
+        return used
+    return num_examples if isinstance(num_examples, int) else num_examples(used)
 
 
 def _parameter_of(model: nn.Module, layer: ExpertLayer) -> Tensor:

@@ -206,7 +206,7 @@ class Taps:
         self, outputs: Tensor, weights: Tensor, positions: Sequence[int] | None = None
     ) -> Iterator[Tensor]:
         """The gradients of `gradients`; each is joined and unscaled when it is asked for, and not stored."""
-        _check_graph(outputs)
+        check_graph(outputs)
         positions = range(len(self.layers)) if positions is None else positions
         chunks = [self._layer_taps[position].outputs for position in positions]
         flat = [output for outputs_of_layer in chunks for output in outputs_of_layer]
@@ -240,7 +240,7 @@ class Taps:
         Raises:
             RuntimeError: If the logits carry no graph, or gradients overflow in float16.
         """
-        _check_graph(outputs)
+        check_graph(outputs)
         if self.scale is not None:
             # Nothing may be consumed before it is known that the pass did not overflow.
             backwards = range(len(self.layers))[::-1]
@@ -291,7 +291,12 @@ class Taps:
             self.begin_call(0, ())
 
 
-def _check_graph(outputs: Tensor) -> None:
+def check_graph(outputs: Tensor) -> None:
+    """Check that logits carry a graph.
+
+    Raises:
+        RuntimeError: If they do not.
+    """
     if not outputs.requires_grad:
         raise RuntimeError(
             "class_logits returned logits without a graph; do not detach them, and do not run the model under "

@@ -212,6 +212,11 @@ def _member(
             view = BatchView(model, class_logits, batch, seed=seed)
             log_probs.append(method.log_probs(view, state).cpu())
             labels.append(_labels(view))
+    if not labels:
+        raise ValueError(
+            f"{method.name} runs one pass over the data per member, and a second pass had no batch; use data that "
+            "can be iterated over again"
+        )
     return joined_logits(log_probs), torch.cat(labels)
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from itertools import islice
 from pathlib import Path
 from typing import Any, Literal, Protocol, runtime_checkable
@@ -58,8 +59,8 @@ class TrainingData(Protocol):
         """Batches of one pass; on each rank at most `max_batches` of its shard."""
         ...
 
-    def num_examples(self, max_batches: int | None) -> int | None:
-        """Number of examples that the curvature is scaled to; None is that of the pass itself."""
+    def num_examples(self, max_batches: int | None, seen: int) -> int:
+        """Number of examples that the curvature is scaled to, given the number seen in the pass of all ranks."""
         ...
 
 
@@ -79,9 +80,9 @@ class Batches:
         """The batches, at most `max_batches` of them."""
         return self.iterable if max_batches is None else islice(self.iterable, max_batches)
 
-    def num_examples(self, max_batches: int | None) -> int | None:
-        """The given size."""
-        return self.size
+    def num_examples(self, max_batches: int | None, seen: int) -> int:
+        """The given size, or the number seen."""
+        return seen if self.size is None else self.size
 
 
 @dataclass(frozen=True)
@@ -277,7 +278,7 @@ class Workbench:
                 approximation=curvature.approximation,
                 sketch=curvature.sketch,
                 layers=curvature.find_layers(self.model),
-                num_examples=self._training.num_examples(curvature.max_batches),
+                num_examples=partial(self._training.num_examples, curvature.max_batches),
                 seed=self.seed,
                 distributed=self._distributed,
                 checkpoint=None if files is None else files.path(curvature),

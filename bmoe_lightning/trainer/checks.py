@@ -5,16 +5,20 @@ from __future__ import annotations
 import math
 import warnings
 from collections.abc import Iterable, Sequence, Sized
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import lightning as L
-from lightning.pytorch.callbacks import ModelPruning, StochasticWeightAveraging
+from lightning.pytorch.callbacks import BaseFinetuning, ModelPruning, StochasticWeightAveraging
 
 from bmoe_lightning.curvature.sketch import SketchName, check_linear
+from bmoe_lightning.experts import ClassLogits
 from bmoe_lightning.experts.fsdp import is_sharded, reshard
 from bmoe_lightning.methods.base import Method
 from bmoe_lightning.methods.needs import Available, check_needs
-from bmoe_lightning.trainer.data_passes import shards_weights, training_pass, validation_pass
+from bmoe_lightning.methods.workbench import prior_mean_layers
+from bmoe_lightning.trainer.data_passes import as_list, shards_weights, training_pass, validation_pass
+from bmoe_lightning.trainer.loaders import iterates_once
 from bmoe_lightning.trainer.sampler_shards import check_order, find_sampler_shard
 from bmoe_lightning.utils.distributed import gather_number
 
@@ -141,36 +145,140 @@ def check_sketch(trainer: L.Trainer, sketches: Iterable[SketchName]) -> None:
             check_linear(sketch)
 
 
-def check_data(trainer: L.Trainer, methods: Sequence[Method]) -> None:
+def check_callable(module: L.LightningModule, class_logits: ClassLogits | None) -> None:
+    """Check that there is a function or method `class_logits`.
+
+    Args:
+        module: The module.
+        class_logits: The callback's argument.
+
+    Raises:
+        TypeError: If it is not callable, or there is none.
+    """
+    if class_logits is not None and not callable(class_logits):
+        raise TypeError(
+            f"class_logits must be a function (module, batch) -> (logits [B, K], labels [B]), got {class_logits!r}; "
+            "pass a function, or None for the module's method class_logits(batch)"
+        )
+    if class_logits is None and not callable(getattr(module, "class_logits", None)):
+        raise TypeError(
+            f"{type(module).__name__} has no method class_logits(batch) -> (logits [B, K], labels [B]), and "
+            "BayesianMoECallback got no class_logits argument; define the method, or pass the argument"
+        )
+
+
+def check_data(trainer: L.Trainer, methods: Sequence[Method], *, trains: bool = True) -> None:
     """Check that methods can be fitted on the training and validation data.
 
     Args:
         trainer: Trainer within a fit, with its training loader set up.
         methods: Methods to fit.
+        trains: Whether training comes first, which iterates over both data sets.
 
     Raises:
         RuntimeError: If a loader does not support a pass outside of the loops; see `training_pass`.
-        NeedsError: If there are no or too few held-out inputs.
-        ValueError: If there are several ranks, and it is unknown which examples their samplers repeat.
+        NeedsError: If there are no held-out inputs.
+        ValueError: If there are several ranks, and it is unknown which examples their samplers repeat; or a second pass
+            over data is needed that can be iterated over only once.
     """
-    for curvature in (curvature for method in methods for curvature in method.curvatures if curvature.collects):
+    collected = {c.digest: c for method in methods for c in method.curvatures if c.collects}
+    for curvature in collected.values():
         training_pass(trainer, "Curvature", curvature.max_batches)
+    if len(collected) + trains > 1 and iterates_once(trainer.train_dataloader):
+        raise ValueError(
+            "the training data can be iterated over only once, and the curvature needs "
+            f"{'another pass after training' if trains else 'several passes'}; use a data set whose __iter__ starts "
+            "again, or call fit_posterior with other data"
+        )
     if any(method.needs.calibration for method in methods):
         calibration = validation_pass(trainer, "Calibration")
-        count = 0 if calibration is None else calibration.num_examples
-        check_needs(methods, Available(calibration_inputs=count, runs=True))
+        if calibration is None:
+            check_needs(methods, Available(calibration_inputs=0, runs=True))
+        elif trains and iterates_once(as_list(trainer.val_dataloaders)[0]):
+            raise ValueError(
+                "the validation data can be iterated over only once, and calibration needs another pass after "
+                "training; use a data set whose __iter__ starts again"
+            )
 
 
-def check_loaders(trainer: L.Trainer, loaders: Sequence[Any]) -> None:
-    """Check that several ranks would not count examples of evaluation loaders twice.
+def check_optimised(trainer: L.Trainer, module: L.LightningModule, methods: Sequence[Method]) -> None:
+    """Check that training moves the layers whose distance from the prior mean methods use.
+
+    Args:
+        trainer: Trainer within a fit, with its optimizers set up.
+        module: The module.
+        methods: Methods to fit.
 
     Raises:
-        ValueError: If they would; the message names the loader's sampler.
+        ValueError: If no optimizer has a parameter of a layer; the message names the layer.
     """
+    unfreezes = any(isinstance(callback, BaseFinetuning) for callback in trainer.callbacks)  # type: ignore[attr-defined]
+    groups = [group for optimizer in trainer.optimizers for group in optimizer.param_groups]
+    optimised = {id(p) for group in groups for p in group["params"] if p.requires_grad}
+    if not groups or unfreezes:
+        return
+    for layer in prior_mean_layers(methods, module):
+        if not any(id(p) in optimised for p in module.get_submodule(layer.name).parameters()):
+            needing = ", ".join(method.name for method in methods if method.needs.prior_mean)
+            raise ValueError(
+                f"{needing} measure how far training moved the weights of {layer.name!r}, and no optimizer has a "
+                "parameter of it; train it, use prior_mean='zero', or skip the layer"
+            )
+
+
+def check_training(
+    trainer: L.Trainer,
+    module: L.LightningModule,
+    methods: Sequence[Method],
+    fit_at: str,
+    folder: Path | None,
+    num_snapshots: int,
+) -> None:
+    """Check before training that the methods can be fitted after it.
+
+    Args:
+        trainer: Trainer within a fit, with its training loader set up.
+        module: The module.
+        methods: Methods to fit.
+        fit_at: Weights that they are fitted to, `last` or `best`.
+        folder: Output folder, or None.
+        num_snapshots: Number of snapshots of the run that is resumed.
+
+    Raises:
+        ValueError: If data, epochs, a method's own requirements or the checkpoint callback do not allow it.
+        RuntimeError: If a loader does not support a pass outside of the loops.
+    """
+    check_data(trainer, methods)
+    check_optimised(trainer, module, methods)
+    epochs = trainer.max_epochs
+    if epochs is not None and epochs >= 0 and not is_trial(trainer):
+        check_needs(methods, Available(snapshots=num_snapshots + epochs - trainer.current_epoch))
+    for method in methods:
+        method.check_run(module, folder)
+    if fit_at == "best" and getattr(trainer.checkpoint_callback, "monitor", None) is None:
+        raise ValueError(
+            "fit_at='best' needs a ModelCheckpoint with monitor=..., and the trainer has none; add one, or use "
+            "fit_at='last'"
+        )
+
+
+def check_loaders(trainer: L.Trainer, loaders: Sequence[Any], methods: Sequence[Method] = ()) -> None:
+    """Check that methods can be evaluated on some loaders.
+
+    Raises:
+        ValueError: If several ranks would count examples twice (the message names the loader's sampler), or an ensemble
+            needs another pass over data that can be iterated over only once.
+    """
+    several = [method.name for method in methods if method.is_ensemble]
     for loader in loaders:
         shard = find_sampler_shard(trainer, loader, math.inf)
         if shard is not None:
             check_order(shard)
+        if several and iterates_once(loader):
+            raise ValueError(
+                f"{', '.join(several)} run one pass over the data per member, and these data can be iterated over only "
+                "once; use a data set whose __iter__ starts again, or remove these methods"
+            )
 
 
 def check_later_callbacks(later: Sequence[L.Callback]) -> None:

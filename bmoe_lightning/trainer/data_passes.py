@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator, Sized
+from collections.abc import Iterable, Iterator
 from contextlib import AbstractContextManager, nullcontext
 from itertools import islice
 from typing import Any
 
 import lightning as L
 from lightning.pytorch.strategies import ModelParallelStrategy
-from torch.utils.data import BatchSampler, DataLoader
+from lightning.pytorch.utilities.combined_loader import CombinedLoader
 
 from bmoe_lightning.trainer.lightning_internals import before_batch_transfer, setup_validation_data, wrapped_samplers
+from bmoe_lightning.trainer.loaders import count_batches, count_entries
 from bmoe_lightning.trainer.progress import progress
 from bmoe_lightning.trainer.sampler_shards import find_sampler_shard
 from bmoe_lightning.trainer.signals import check_sigterm, deferred_sigint
@@ -25,7 +26,7 @@ class DataPass:
     Args:
         trainer: Trainer whose strategy is set up.
         loader: Loader of the trainer, or any iterable of batches.
-        num_batches: Number of batches in a pass.
+        num_batches: Maximum number of batches in a pass; infinite for all of a loader without a length.
         description: Text beside the progress bar.
         dataloader_idx: Index of the loader, passed to the module's transfer hooks.
         transient: Whether the progress bar is removed when a pass is over.
@@ -41,7 +42,7 @@ class DataPass:
         self,
         trainer: L.Trainer,
         loader: Iterable[Any],
-        num_batches: int,
+        num_batches: float,
         description: str,
         dataloader_idx: int = 0,
         *,
@@ -59,12 +60,12 @@ class DataPass:
         self._lockstep = self._shard is not None and shards_weights(trainer)
 
     def __len__(self) -> int:
-        return self._num_batches
+        return int(self._num_batches)
 
     @property
-    def num_examples(self) -> int | None:
-        """Number of examples of one pass, summed over all ranks; None where it is unknown."""
-        return _count_examples(self._loader, self._num_batches) if self._shard is None else self._shard.total
+    def num_entries(self) -> int | None:
+        """Number of entries of the data set in one pass, summed over all ranks; None where it is unknown."""
+        return count_entries(self._loader, self._num_batches) if self._shard is None else self._shard.total
 
     def __iter__(self) -> Iterator[Any]:
         """Batches on the trainer's device, moved by the module's transfer hooks.
@@ -81,10 +82,9 @@ class DataPass:
         bar = progress(trainer, self._num_batches, self._description, transient=self._transient)
         with order, self._without_repeats(), bar as advance, deferred_sigint() as check_sigint:
             check_sigterm(trainer)
-            for position, batch in enumerate(islice(self._loader, self._num_batches)):
-                batch = trainer.precision_plugin.convert_input(batch)
-                batch = before_batch_transfer(trainer.lightning_module, batch, self._index)
-                batch = trainer.strategy.batch_to_device(batch, dataloader_idx=self._index)
+            limit = None if math.isinf(self._num_batches) else int(self._num_batches)
+            for position, batch in enumerate(islice(self._loader, limit)):
+                batch = on_device(trainer, batch, self._index)
                 yield batch if shard is None else shard.counted(position, batch)
                 advance()
                 check_sigterm(trainer)
@@ -92,6 +92,13 @@ class DataPass:
 
     def _without_repeats(self) -> AbstractContextManager[None]:
         return nullcontext() if self._shard is None or self._lockstep else self._shard.without_repeats()
+
+
+def on_device(trainer: L.Trainer, batch: Any, dataloader_idx: int) -> Any:
+    """A batch on the trainer's device, converted and moved by the precision plugin and the module's transfer hooks."""
+    batch = trainer.precision_plugin.convert_input(batch)
+    batch = before_batch_transfer(trainer.lightning_module, batch, dataloader_idx)
+    return trainer.strategy.batch_to_device(batch, dataloader_idx=dataloader_idx)
 
 
 def shards_weights(trainer: L.Trainer) -> bool:
@@ -156,18 +163,8 @@ def validation_pass(trainer: L.Trainer, description: str) -> DataPass | None:
 
 
 def as_list(loaders: Any) -> list[Any]:
-    """A trainer's loaders of one stage (none, one, or a list) as a list."""
-    if loaders is None:
-        return []
-    return list(loaders) if isinstance(loaders, (list, tuple)) else [loaders]
-
-
-def training_examples(trainer: L.Trainer) -> int | None:
-    """Number of examples of a training epoch, summed over all ranks; None where it is unknown."""
-    shard = find_sampler_shard(trainer, trainer.train_dataloader, trainer.num_training_batches)
-    if shard is not None:
-        return shard.total
-    return _count_examples(trainer.train_dataloader, trainer.num_training_batches)
+    """A trainer's loaders of one stage (none, one, or a collection) as a list, in the order of their indices."""
+    return [] if loaders is None else list(CombinedLoader(loaders).flattened)
 
 
 class TrainerTrainingData:
@@ -184,19 +181,26 @@ class TrainerTrainingData:
         """One pass of at most `max_batches` batches on each rank; see `training_pass`."""
         return training_pass(self._trainer, "Curvature", max_batches)
 
-    def num_examples(self, max_batches: int | None) -> int | None:
-        """Number of examples of a training epoch if the pass is capped; else None, for that of the pass itself."""
-        return None if max_batches is None else training_examples(self._trainer)
+    def num_examples(self, max_batches: int | None, seen: int) -> int:
+        """Number of examples of a training epoch, from those seen in a pass of at most `max_batches` batches.
+
+        An epoch has as many times more examples as it has entries of the data set; where those are unknown (a stream),
+        as it has batches.
+        """
+        trainer = self._trainer
+        loader: Any = trainer.train_dataloader
+        whole: float = trainer.num_training_batches
+        if max_batches is None or whole <= max_batches or math.isinf(whole):
+            return seen
+        counts = [_entries(trainer, loader, limit) for limit in (whole, max_batches)]
+        if None in counts:
+            counts = [count_batches(loader, limit) for limit in (whole, max_batches)]
+        total, part = counts
+        assert total is not None
+        assert part
+        return round(seen * total / part)
 
 
-def _count_examples(loader: Any, num_batches: float) -> int | None:
-    """Number of examples in the first batches of a loader, or None where it is unknown."""
-    if not isinstance(loader, DataLoader) or math.isinf(num_batches):
-        return None
-    batch_sampler = loader.batch_sampler
-    if not isinstance(batch_sampler, BatchSampler):  # the data set, or a custom sampler, forms the batches
-        return None
-    size = int(num_batches) * batch_sampler.batch_size
-    # A sampler may sample a subset of the data, or with replacement.
-    sized = next((x for x in (batch_sampler.sampler, loader.dataset) if isinstance(x, Sized)), None)
-    return size if sized is None else min(size, len(sized))
+def _entries(trainer: L.Trainer, loader: Any, num_batches: float) -> int | None:
+    shard = find_sampler_shard(trainer, loader, num_batches)
+    return count_entries(loader, num_batches) if shard is None else shard.total

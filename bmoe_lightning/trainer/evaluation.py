@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -11,6 +12,7 @@ from lightning.pytorch.loggers import TensorBoardLogger
 from torch import nn
 
 from bmoe_lightning.experts import ClassLogits
+from bmoe_lightning.experts.batch_copies import WriteCheck, copied_containers
 from bmoe_lightning.experts.logits_contract import joined_logits
 from bmoe_lightning.laplace.predictive import entropy, predict_with_uncertainty
 from bmoe_lightning.methods.base import Method, option_columns
@@ -24,7 +26,38 @@ from bmoe_lightning.trainer.lightning_internals import logged_step
 from bmoe_lightning.trainer.sampler_shards import SamplerShard, find_sampler_shard
 from bmoe_lightning.utils.distributed import gather_number
 
+NO_FIT = (
+    "no fit was found; run trainer.fit with this callback, call fit_posterior, or pass dirpath= with the folder of an "
+    "earlier run"
+)
+
 _REPLACES = "_replaces_predict_step"
+
+
+def without_fit(methods: Sequence[Method], seed: int) -> tuple[list[Method], FitResult]:
+    """The methods that can be evaluated before anything was fitted, and a fit of nothing.
+
+    Args:
+        methods: Methods of a run.
+        seed: Seed for the noise of predictions.
+
+    Raises:
+        RuntimeError: If all methods need a fit.
+
+    Warns:
+        UserWarning: If some do; the message names them.
+    """
+    fitted = FitResult(seed=seed)
+    ready = [method for method in methods if fitted.is_fitted(method) and not method.needs.snapshots]
+    missing = [method.name for method in methods if method not in ready]
+    if not ready:
+        raise RuntimeError(NO_FIT)
+    if missing:
+        warnings.warn(
+            f"nothing has been fitted yet, so {', '.join(missing)} are not evaluated in this validation",
+            stacklevel=2,
+        )
+    return ready, fitted
 
 
 class EvaluationRun:
@@ -50,9 +83,28 @@ class EvaluationRun:
         self._evaluations: dict[int, Evaluation] = {}
         self._predictions: dict[str, dict[str, Predictions]] = {}
         self._names: dict[int, str] = {}  # of the loaders that had a batch
+        self._received: tuple[Any, Any, WriteCheck] | None = None
+
+    def receive(self, batch: Any) -> None:
+        """Copy the containers of a batch before the module's step, which may consume them."""
+        self._received = batch, copied_containers(batch), WriteCheck(batch)
 
     def add(self, module: nn.Module, class_logits: ClassLogits, batch: Any, loader: int) -> None:
-        """Predict one batch of a loader with every single-member method."""
+        """Predict one batch of a loader with every single-member method.
+
+        Args:
+            module: The model.
+            class_logits: Function `(module, batch) -> (logits [B, K], labels [B])`.
+            batch: The batch, which `receive` may have got before the module's step.
+            loader: Index of the loader.
+
+        Raises:
+            RuntimeError: If the step has written to a tensor of the batch.
+        """
+        received, self._received = self._received, None
+        if received is not None and received[0] is batch:  # with a step that draws its batches itself it is another one
+            _, batch, writes = received
+            writes.check(f"the module's {'validation' if self.stage == 'val' else self.stage}_step")
         if loader not in self._evaluations:
             self._evaluations[loader] = Evaluation(self._methods, self._fitted, self._snapshots)
         self._evaluations[loader].add(module, class_logits, batch)
@@ -101,7 +153,7 @@ class EvaluationRun:
             counts: Number of batches of each loader.
         """
         passes = [
-            DataPass(trainer, loader, int(n), "Ensembles", index, transient=True, repeats=True)
+            DataPass(trainer, loader, n, "Ensembles", index, transient=True, repeats=True)
             for index, (loader, n) in enumerate(zip(loaders, counts, strict=True))
         ]
         shards = [find_sampler_shard(trainer, loader, n) for loader, n in zip(loaders, counts, strict=True)]
@@ -166,6 +218,19 @@ class EvaluationRun:
             write_tensorboard(
                 folder / ("methods" if name == self.stage else name), results, summarise(results), step=step
             )
+
+
+def log_scalars(trainer: L.Trainer, scalars: Mapping[str, float], name: str) -> None:
+    """Log the numbers of a fit, in a hook where `self.log` is not allowed.
+
+    Args:
+        trainer: Trainer at the end of training.
+        scalars: Values by name.
+        name: Prefix of logged names, or empty.
+    """
+    prefixed = {f"{name}/{key}" if name else key: value for key, value in scalars.items()}
+    for logger in trainer.loggers:
+        logger.log_metrics(prefixed, step=logged_step(trainer))
 
 
 def _gathered(predictions: Predictions, shard: SamplerShard) -> Predictions:

@@ -15,6 +15,7 @@ from typing import Any
 import lightning as L
 from lightning.fabric.utilities.distributed import DistributedSamplerWrapper
 from lightning.pytorch.overrides.distributed import UnrepeatedDistributedSamplerWrapper
+from lightning.pytorch.utilities.combined_loader import CombinedLoader
 from torch.utils.data import DataLoader
 
 
@@ -50,6 +51,20 @@ def setup_validation_data(trainer: L.Trainer) -> None:
     the loaders when it first validates, which may be never.
     """
     trainer.fit_loop.epoch_loop.val_loop.setup_data()
+
+
+def combined_loader(loop: Any) -> CombinedLoader | None:
+    """The loaders of one of a trainer's evaluation loops with their mode, or None before they are created.
+
+    Reads `_combined_loader` (tested with 2.5.0 to 2.6.6); `trainer.val_dataloaders` has lost the mode.
+    """
+    found: CombinedLoader | None = loop._combined_loader
+    return found
+
+
+def combining_mode(combined: CombinedLoader) -> str:
+    """The mode of combined loaders. Reads `CombinedLoader._mode` (tested with 2.5.0 to 2.6.6)."""
+    return str(combined._mode)
 
 
 def wrapped_sampler(sampler: Any) -> Any:

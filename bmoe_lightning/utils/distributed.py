@@ -21,6 +21,7 @@ T = TypeVar("T")
 # Small tensors are reduced together, large ones without a copy: at most 64 MiB of float32 is copied at a time.
 _BUCKET = 1 << 24
 _MAX_DIMENSIONS = 8
+_MAX_MESSAGE = 2000
 
 
 def num_processes() -> int:
@@ -139,6 +140,29 @@ def gather_number(number: int) -> list[int]:
     numbers[process_rank()] = number
     sum_over_processes([numbers])
     return numbers.tolist()
+
+
+def raise_on_all_ranks(error: Exception | None) -> None:
+    """Raise an error of one rank on every rank, so that none waits for it in vain. A collective.
+
+    Args:
+        error: The error of this rank, or None.
+
+    Raises:
+        Exception: `error`, or a RuntimeError with the message of the first rank that has one.
+    """
+    failed = gather_number(int(error is not None))
+    if not any(failed):
+        return
+    first = failed.index(1)
+    text = torch.zeros(_MAX_MESSAGE, dtype=torch.int64)
+    if process_rank() == first:
+        message = f"{type(error).__name__}: {error}".encode()[:_MAX_MESSAGE]
+        text[: len(message)] = torch.tensor(list(message))
+    sum_over_processes([text])
+    if error is not None:
+        raise error
+    raise RuntimeError(f"on rank {first}: {bytes(text[text > 0].tolist()).decode(errors='replace')}")
 
 
 def gather_examples(tensor: Tensor) -> Tensor:

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import random
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from typing import Any
 
+import numpy as np
 import torch
 from torch.utils.data import DataLoader
 
@@ -92,3 +94,15 @@ def _generators(loader: Iterable[Any], samplers: Sequence[Any]) -> list[torch.Ge
     """The generators of a loader and of its samplers, each once."""
     found = (getattr(owner, "generator", None) for owner in (loader, *_samplers(loader, samplers)))
     return list({id(generator): generator for generator in found if generator is not None}.values())
+
+
+@contextmanager
+def unchanged_global_random_states() -> Iterator[None]:
+    """Restore the global random states of Python, NumPy and torch afterwards."""
+    python, numpy = random.getstate(), np.random.get_state()
+    with forked_random_state():
+        try:
+            yield
+        finally:
+            random.setstate(python)
+            np.random.set_state(numpy)

@@ -22,7 +22,6 @@ from toy import trainer
 from bmoe_lightning.trainer.data_passes import (
     DataPass,
     TrainerTrainingData,
-    training_examples,
     training_pass,
     validation_pass,
 )
@@ -244,63 +243,56 @@ class TestOrder:
         assert at_the_end(tmp_path, look) == (True, True)
 
 
-class TestTrainingExamples:
-    @pytest.mark.parametrize(
-        ("data", "options", "expected"),
-        [
-            (loader(20), {}, 20),
-            (loader(20, drop_last=True), {}, 16),
-            (loader(20), {"limit_train_batches": 2}, 16),
-            (loader(20), {"limit_train_batches": 0.5}, 8),
-            (loader(20, sampler=SubsetRandomSampler(range(11))), {}, 11),
-            (loader(20, sampler=RandomSampler(numbers(20), replacement=True, num_samples=50)), {}, 50),
-            (DataLoader(Sized(), batch_size=8), {}, 20),
-            (DataLoader(Stream(), batch_size=8), {"limit_train_batches": 3}, 24),
-            (DataLoader(numbers(20), batch_sampler=BatchSampler(range(20), 6, False)), {}, 20),
-            (
-                DataLoader(numbers(20), batch_sampler=BatchSampler(range(20), 6, False)),
-                {"limit_train_batches": 2},
-                12,
-            ),
-            (DataLoader(numbers(20), batch_sampler=BatchSampler(range(20), 6, True)), {}, 18),
-            (DataLoader(numbers(5), batch_sampler=[[0, 1], [4, 2, 3]]), {}, None),
-            (DataLoader(ReadyBatches(), batch_size=None), {}, None),
-        ],
-        ids=lambda value: "",
-    )
-    def test_of_one_epoch(self, tmp_path, data, options, expected):
-        assert at_the_end(tmp_path, training_examples, data, **options) == expected
-
+class TestEntries:
     def test_of_a_pass_are_those_of_its_batches(self):
         alone = FakeTrainer(world_size=1)
-        assert [DataPass(alone, loader(20), n, "x").num_examples for n in (1, 2, 3)] == [8, 16, 20]
-        assert DataPass(alone, [1, 2], 2, "x").num_examples is None
-
-    def test_are_not_known_without_an_end_or_a_loader(self):
-        for data, count in ((DataLoader(Stream(), batch_size=8), torch.inf), ([1, 2], 2)):
-            fake = FakeTrainer(world_size=1, train_dataloader=data, num_training_batches=count)
-            assert training_examples(fake) is None
+        assert [DataPass(alone, loader(20), n, "x").num_entries for n in (1, 2, 3)] == [8, 16, 20]
+        assert DataPass(alone, [1, 2], 2, "x").num_entries is None
 
     def test_are_those_of_all_processes_without_repeats(self):
         data = numbers(21)
-        train = DataLoader(data, 4, sampler=DistributedSampler(data, 2, 1), drop_last=True)
-        several = {"world_size": 2, "global_rank": 1, "train_dataloader": train, "strategy": None}
-        assert training_examples(FakeTrainer(**several, num_training_batches=2)) == 16
         train = DataLoader(data, 4, sampler=DistributedSampler(data, 2, 1))
-        assert training_examples(FakeTrainer(**several | {"train_dataloader": train}, num_training_batches=3)) == 21
-        assert DataPass(FakeTrainer(**several), train, 1, "x").num_examples == 8
+        several = {"world_size": 2, "global_rank": 1, "train_dataloader": train, "strategy": None}
+        assert DataPass(FakeTrainer(**several), train, 1, "x").num_entries == 8
 
 
 class TestTrainerTrainingData:
-    @pytest.mark.parametrize(("cap", "batches", "examples"), [(None, 3, None), (2, 2, 20), (9, 3, 20)])
-    def test_passes_and_their_examples(self, tmp_path, cap, batches, examples):
-        """A capped pass stands for the whole epoch."""
+    @pytest.mark.parametrize(
+        ("data", "options", "cap", "seen", "expected"),
+        [
+            (loader(20), {}, None, 20, 20),
+            (loader(20), {}, 9, 20, 20),
+            (loader(20), {}, 2, 16, 20),
+            (loader(20), {}, 2, 48, 60),  # three examples an entry
+            (loader(20, drop_last=True), {}, 1, 8, 16),
+            (loader(20), {"limit_train_batches": 2}, 1, 8, 16),
+            (loader(20), {"limit_train_batches": 0.7}, 1, 8, 16),
+            (loader(20, sampler=SubsetRandomSampler(range(11))), {}, 1, 8, 11),
+            (loader(20, sampler=RandomSampler(numbers(20), replacement=True, num_samples=50)), {}, 3, 24, 50),
+            (DataLoader(numbers(20), batch_sampler=BatchSampler(range(20), 6, True)), {}, 1, 6, 18),
+            (DataLoader(numbers(9), batch_sampler=[[0], [1, 2, 3], [4, 5], [6, 7, 8]]), {}, 2, 4, 9),
+            (DataLoader(ReadyBatches(), batch_size=None), {}, 1, 5, 5 * len(ReadyBatches())),
+            (DataLoader(Sized(), batch_size=8), {}, 1, 8, 24),  # a stream: by batches
+            (DataLoader(Stream(), batch_size=8), {"limit_train_batches": 3}, 2, 16, 24),
+            (DataLoader(Stream(), batch_size=8), {"max_steps": 2}, 2, 16, 16),  # no end: what was seen
+        ],
+        ids=lambda value: "",
+    )
+    def test_a_capped_pass_stands_for_the_epoch(self, tmp_path, data, options, cap, seen, expected):
+        found = at_the_end(tmp_path, lambda t: TrainerTrainingData(t).num_examples(cap, seen), data, **options)
+        assert found == expected
 
-        def ask(t):
-            data = TrainerTrainingData(t)
-            return len(data.batches(cap)), data.num_examples(cap)
+    @pytest.mark.parametrize(("cap", "batches"), [(None, 3), (2, 2), (9, 3)])
+    def test_passes(self, tmp_path, cap, batches):
+        assert at_the_end(tmp_path, lambda t: len(TrainerTrainingData(t).batches(cap))) == batches
 
-        assert at_the_end(tmp_path, ask) == (batches, examples)
+    @pytest.mark.parametrize(("drop_last", "batches", "expected"), [(True, 2, 16), (False, 3, 21)])
+    def test_several_processes_without_repeats(self, drop_last, batches, expected):
+        data = numbers(21)
+        train = DataLoader(data, 4, sampler=DistributedSampler(data, 2, 1), drop_last=drop_last)
+        several = {"world_size": 2, "global_rank": 1, "train_dataloader": train, "strategy": None}
+        fake = FakeTrainer(**several, num_training_batches=batches)
+        assert TrainerTrainingData(fake).num_examples(1, 8) == expected
 
 
 class TestLoaders:

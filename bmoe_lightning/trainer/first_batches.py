@@ -1,0 +1,170 @@
+"""The check of `class_logits` on the first batch of every loader, before the first training or test step.
+
+A mistake in `class_logits` or in the labels would otherwise show when training is over. Training batches are checked as
+they come, just before the first step: nothing is drawn from the training loader. Those of other loaders are drawn
+without changing what the loader gives next (see `first_batch`); where that is impossible, the first one that the
+trainer draws is checked.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any, NoReturn
+
+import lightning as L
+
+from bmoe_lightning.experts import ClassLogits, ExpertLayer
+from bmoe_lightning.experts.contract_check import check_class_logits
+from bmoe_lightning.methods.base import Method
+from bmoe_lightning.methods.needs import Available, check_needs
+from bmoe_lightning.trainer.data_passes import as_list, on_device, validation_pass
+from bmoe_lightning.trainer.loaders import first_batch
+from bmoe_lightning.utils.distributed import gather_number, raise_on_all_ranks
+
+
+class FirstBatches:
+    """Checks one batch of each loader of a run; every rank raises what one rank finds.
+
+    Args:
+        methods: Methods to fit, or to evaluate.
+        class_logits: Function `(module, batch) -> (logits [B, K], labels [B] or None)`.
+    """
+
+    def __init__(self, methods: Sequence[Method], class_logits: ClassLogits) -> None:
+        self._methods = tuple(methods)
+        self._class_logits = class_logits
+        self._checked: set[tuple[str, int]] = set()
+
+    def check_fit(self, trainer: L.Trainer, module: L.LightningModule, *, trains: bool = True) -> None:
+        """Check one batch of each validation loader. A collective.
+
+        Args:
+            trainer: Trainer within a fit, with its data set up.
+            module: The module.
+            trains: Whether training steps follow, with batches that `check` gets; otherwise one is drawn.
+
+        Raises:
+            TypeError: If `class_logits` breaks its contract; see `check_class_logits`.
+            ValueError: Likewise, or if there are too few held-out inputs.
+            RuntimeError: Likewise.
+        """
+        if not trains:
+            self._draw(trainer, module, "training", 0, trainer.train_dataloader)
+        if not trainer.enable_validation:
+            return
+        needing = [method for method in self._methods if method.needs.calibration_inputs]
+        validation = validation_pass(trainer, "Calibration") if needing else None
+        for index, loader in enumerate(as_list(trainer.val_dataloaders)):
+            drawn = self._draw(trainer, module, "validation", index, loader)
+            entries = None if validation is None else validation.num_entries
+            if drawn is not None and entries is not None:
+                inputs, of_entries = drawn
+                # An entry of the data set may have several examples.
+                check_needs(needing, Available(calibration_inputs=math.ceil(entries * inputs / of_entries), runs=True))
+
+    def check_evaluation(
+        self, trainer: L.Trainer, module: L.LightningModule, stage: str, loaders: Sequence[Any]
+    ) -> None:
+        """Check one batch of each loader of a test or validation run. A collective."""
+        for index, loader in enumerate(loaders):
+            self._draw(trainer, module, stage, index, loader)
+
+    def check(self, trainer: L.Trainer, module: L.LightningModule, batch: Any, stage: str, index: int = 0) -> int:
+        """Check a batch that is on the device, unless one of this loader was checked. A collective.
+
+        Returns:
+            Number of examples; 0 if nothing was checked.
+        """
+        if (stage, index) in self._checked:
+            return 0
+        self._checked.add((stage, index))
+        examples = 0
+        with _on_all_ranks(trainer):
+            try:
+                examples = self._examples(module, batch, stage)
+            except Exception as raised:
+                raised.add_note(f"This was found on the first batch of the {stage} data (loader {index}).")
+                raise
+        return examples
+
+    def _draw(
+        self, trainer: L.Trainer, module: L.LightningModule, stage: str, index: int, loader: Any
+    ) -> tuple[int, int] | None:
+        """Check the first batch of a loader; the numbers of its examples and entries, if both are known."""
+        if (stage, index) in self._checked:
+            return None
+        found, batch = None, None
+        with _on_all_ranks(trainer):
+            found = first_batch(loader)
+            batch = None if found is None else on_device(trainer, found.batch, index)
+        if found is None or (trainer.world_size > 1 and not all(gather_number(int(found is not None)))):
+            return None
+        examples = self.check(trainer, module, batch, stage, index)
+        return None if found.entries is None else (examples, found.entries)
+
+    def _examples(self, module: L.LightningModule, batch: Any, stage: str) -> int:
+        taps = stage == "training" or not any(c.collects for method in self._methods for c in method.curvatures)
+        return check_class_logits(
+            module,
+            self._class_logits,
+            batch,
+            layers=self._layers(module) if taps and stage in ("training", "validation") else (),
+            labelled=stage != "validation",
+            needing_labels=self._needing_labels(stage),
+        )
+
+    def _layers(self, module: L.LightningModule) -> list[ExpertLayer]:
+        found = [layer for m in self._methods for curvature in m.curvatures for layer in curvature.find_layers(module)]
+        return list({layer.name: layer for layer in found}.values())
+
+    def _needing_labels(self, stage: str) -> list[str]:
+        if stage == "training":
+            empirical = [
+                m.name for m in self._methods if any(c.collects and c.fisher == "empirical" for c in m.curvatures)
+            ]
+            return [f"the empirical Fisher of {', '.join(empirical)}"] if empirical else []
+        if stage == "validation":
+            return [method.name for method in self._methods if method.needs.calibration_labels]
+        return ["metrics"]
+
+
+@contextmanager
+def _on_all_ranks(trainer: L.Trainer) -> Iterator[None]:
+    """Raise the exception of one rank on all of them. A collective, if there are several."""
+    if trainer.world_size == 1:
+        yield
+        return
+    error: Exception | None = None
+    try:
+        yield
+    except Exception as raised:  # noqa: BLE001  (raised again, on every rank)
+        error = raised
+    raise_on_all_ranks(error)
+
+
+@contextmanager
+def no_logging(module: Any) -> Iterator[None]:
+    """Refuse `self.log` within `class_logits`, which also runs where Lightning allows no logging.
+
+    Args:
+        module: The module.
+    """
+
+    def refuse(*_: Any, **__: Any) -> NoReturn:
+        raise RuntimeError(
+            "class_logits calls self.log, but it also runs outside of the steps, where nothing may be logged; log in "
+            "training_step, validation_step and test_step"
+        )
+
+    names = [name for name in ("log", "log_dict") if isinstance(module, L.LightningModule)]
+    own = {name: vars(module)[name] for name in names if name in vars(module)}
+    for name in names:
+        vars(module)[name] = refuse
+    try:
+        yield
+    finally:
+        for name in names:
+            del vars(module)[name]
+        vars(module).update(own)

@@ -1,0 +1,245 @@
+"""What is wrong with `class_logits` is told before the first training step, and checking it changes nothing."""
+
+from __future__ import annotations
+
+import copy
+import random
+
+import lightning as L
+import numpy as np
+import pytest
+import torch
+from torch.utils.checkpoint import checkpoint
+from torch.utils.data import DataLoader, IterableDataset
+from toy import ToyModule, calibration_loader, loader, test_loader, trainer
+
+from bmoe_lightning.callback import BayesianMoECallback
+from bmoe_lightning.curvature import Curvature
+from bmoe_lightning.methods import LaplaceEvidence
+from bmoe_lightning.trainer.first_batches import no_logging
+
+
+class Wrong(ToyModule):
+    """Spoils what `class_logits` returns; its own steps do not notice."""
+
+    def __init__(self, spoil=lambda module, logits, labels, batch: (logits, labels)):
+        super().__init__()
+        self.spoil = spoil
+        self.hidden = [copy.deepcopy(self.network)]  # no submodule
+        self.steps = 0
+
+    def class_logits(self, batch):
+        logits, labels = ToyModule.class_logits(self, batch)
+        return self.spoil(self, logits, labels, batch)
+
+    def training_step(self, batch, batch_idx):
+        self.steps += 1
+        return torch.nn.functional.cross_entropy(*ToyModule.class_logits(self, batch))
+
+    def validation_step(self, batch, batch_idx, dataloader_idx=0):
+        return None
+
+    test_step = validation_step
+
+
+def reentrant(module, logits, labels, batch):
+    embedded = module.network.get_input_embeddings()(batch["input_ids"])
+    run = lambda x: module.network(inputs_embeds=x, use_cache=False).logits[:, -1, [1, 2, 3]]  # noqa: E731
+    return checkpoint(run, embedded, use_reentrant=True), labels
+
+
+def without_gradients(module, logits, labels, batch):
+    with torch.no_grad():
+        return ToyModule.class_logits(module, batch)
+
+
+def a_copy(module, logits, labels, batch):
+    return module.hidden[0](input_ids=batch["input_ids"], use_cache=False).logits[:, -1, [1, 2, 3]], labels
+
+
+def writes(module, logits, labels, batch):
+    batch["input_ids"].clamp_(max=20)
+    return logits, labels
+
+
+CASES = {
+    "float labels": (lambda m, f, y, b: (f, y.float()), "labels as torch.float32"),
+    "bool labels": (lambda m, f, y, b: (f, y > 0), "labels as torch.bool"),
+    "a list of labels": (lambda m, f, y, b: (f, y.tolist()), "labels as a list"),
+    "one-hot labels": (lambda m, f, y, b: (f, torch.nn.functional.one_hot(y, 3)), "look one-hot"),
+    "ignored labels": (lambda m, f, y, b: (f, y.clone().fill_(-100)), "labels -100 for K = 3"),
+    "labels from 1": (lambda m, f, y, b: (f, y + 1), "counted from 1"),
+    "no labels": (lambda m, f, y, b: (f, None), "laplace_lpo need labels"),
+    "labels of a part": (lambda m, f, y, b: (f, y[1:]), r"logits \(16, 3\) and labels \(15,\)"),
+    "two rows an example": (lambda m, f, y, b: (f.repeat(2, 1), y), r"logits \(32, 3\) and labels \(16,\)"),
+    "detached": (lambda m, f, y, b: (f.detach(), y), "logits without a graph"),
+    "no gradients": (without_gradients, "ran without gradients"),
+    "inference mode": (lambda m, f, y, b: (torch.inference_mode()(lambda: f * 1)(), y), "logits without a graph"),
+    "reentrant checkpointing": (reentrant, "reentrant gradient checkpointing"),
+    "probabilities": (lambda m, f, y, b: (f.softmax(-1), y), "returned probabilities"),
+    "one logit": (lambda m, f, y, b: (f[:, :1], y), r"shape \[B, K\] with K >= 2"),
+    "a vector": (lambda m, f, y, b: (f[:, 0], y), r"shape \[B, K\] with K >= 2"),
+    "integers": (lambda m, f, y, b: (f.long(), y), r"shape \[B, K\] with K >= 2"),
+    "NaN": (lambda m, f, y, b: (f * torch.nan, y), "NaN or"),
+    "a tensor": (lambda m, f, y, b: f, r"must return \(logits, labels or None\)"),
+    "logs": (lambda m, f, y, b: (m.log("acc", 1.0), (f, y))[1], r"class_logits calls self\.log"),
+    "logs a dict": (lambda m, f, y, b: (m.log_dict({"acc": 1.0}), (f, y))[1], r"class_logits calls self\.log"),
+    "writes to the batch": (writes, r"class_logits writes in place to batch\['input_ids'\]"),
+    "a copy of the model": (a_copy, "no token was routed"),
+}
+DEEP = ("detached", "no gradients", "inference mode", "reentrant checkpointing", "a copy of the model")
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_before_the_first_step(tmp_path, name):
+    spoil, message = CASES[name]
+    module = Wrong(spoil)
+    if name == "a copy of the model":
+        module.class_logits = lambda batch: a_copy(module, None, batch["labels"], batch)
+    run = trainer(tmp_path, [BayesianMoECallback()], max_epochs=1, num_sanity_val_steps=0)
+    with pytest.raises((ValueError, RuntimeError, TypeError), match=message) as error:
+        run.fit(module, loader(32, 1), calibration_loader())
+    assert module.steps == 0
+    stage = "training" if name in DEEP else "validation"
+    assert f"first batch of the {stage} data" in error.value.__notes__[0]
+    assert "log" not in vars(module)
+
+
+def test_only_what_a_method_uses_has_to_be_there(tmp_path):
+    """Without labels nothing but the calibration and the metrics needs, and without a validation split."""
+    module = Wrong(lambda m, f, y, b: (f, None))
+    callback = BayesianMoECallback(["map", LaplaceEvidence(prior_mean="zero")])
+    run = trainer(tmp_path, [callback], max_epochs=1)
+    run.fit(module, loader(32, 1))
+    assert module.steps == 2
+    with pytest.raises(ValueError, match="metrics need labels"):
+        run.test(module, test_loader(), verbose=False)
+
+
+def test_labels_of_the_empirical_fisher(tmp_path):
+    module = Wrong(lambda m, f, y, b: (f, None))
+    callback = BayesianMoECallback(
+        [LaplaceEvidence(prior_mean="zero")], curvature=Curvature(fisher="empirical"), dirpath=str(tmp_path)
+    )
+    with pytest.raises(ValueError, match="the empirical Fisher of laplace_evidence need labels"):
+        trainer(tmp_path, [callback], max_epochs=1).fit(module, loader(32, 1))
+    assert module.steps == 0
+
+
+def test_a_fit_without_training_tells_it_before_the_curvature_pass(tmp_path):
+    seen = []
+
+    def spoil(module, logits, labels, batch):
+        seen.append(len(logits))
+        return logits, labels.float()
+
+    with pytest.raises(ValueError, match=r"labels as torch\.float32"):
+        BayesianMoECallback().fit_posterior(
+            Wrong(spoil), trainer=trainer(tmp_path, []), train_dataloaders=loader(64, 1), val_dataloaders=loader(16, 2)
+        )
+    assert len(seen) == 1
+
+
+def test_class_logits_that_is_no_function(tmp_path):
+    with pytest.raises(TypeError, match="class_logits must be a function"):
+        trainer(tmp_path, [BayesianMoECallback(class_logits=3)]).fit(ToyModule(), loader(16, 1), calibration_loader())
+
+
+def test_a_mask_of_minus_one_hundred_is_said(tmp_path):
+    spoil = lambda m, f, y, b: (torch.cat([f, torch.full_like(f[:, :1], -100)], 1), y)  # noqa: E731
+    with pytest.warns(UserWarning, match="the same value -100 in several rows.*use -inf"):
+        trainer(tmp_path, [BayesianMoECallback(["map"])], max_epochs=1).fit(Wrong(spoil), loader(16, 1))
+
+
+def test_experts_that_no_optimizer_trains(tmp_path):
+    class Head(Wrong):
+        def configure_optimizers(self):
+            return torch.optim.SGD(self.network.lm_head.parameters(), lr=0.1)
+
+    module = Head()
+    with pytest.raises(ValueError, match="no optimizer has a parameter of it"):
+        trainer(tmp_path, [BayesianMoECallback(["laplace_evidence"])], max_epochs=1).fit(module, loader(32, 1))
+    assert module.steps == 0
+
+
+class Once(IterableDataset):
+    def __init__(self, size):
+        data = loader(size, 1).dataset
+        self.rows = (data[i] for i in range(size))
+
+    def __iter__(self):
+        yield from self.rows
+
+
+class TestDataThatCanBeIteratedOnce:
+    def test_training_data(self, tmp_path):
+        module = Wrong()
+        stream = DataLoader(Once(48), 16)
+        options = {"limit_train_batches": 3, "max_epochs": 1}
+        with pytest.raises(ValueError, match=r"training data can be iterated over only once.*after training"):
+            trainer(tmp_path, [BayesianMoECallback()], **options).fit(module, stream, calibration_loader())
+        assert len(list(stream)) == 3
+        trainer(tmp_path, [BayesianMoECallback(["map", "temperature"])], **options).fit(
+            module, DataLoader(Once(48), 16), calibration_loader()
+        )
+        assert module.steps == 3
+
+    def test_validation_data(self, tmp_path):
+        options = {"limit_val_batches": 2, "num_sanity_val_steps": 0}
+        with pytest.raises(ValueError, match="validation data can be iterated over only once"):
+            trainer(tmp_path, [BayesianMoECallback()], **options).fit(Wrong(), loader(16, 1), DataLoader(Once(48), 16))
+
+    def test_ensembles_need_another_pass_over_test_data(self, tmp_path):
+        module = Wrong()
+        callback = BayesianMoECallback(["map", "checkpoint_ensemble"])
+        run = trainer(tmp_path, [callback], max_epochs=2)
+        run.fit(module, loader(16, 1))
+        with pytest.raises(ValueError, match="checkpoint_ensemble run one pass over the data per member"):
+            run.test(module, DataLoader(Once(16), 16), verbose=False)
+        callback.methods = callback.methods[:1]
+        assert "map/test/nll" in run.test(module, DataLoader(Once(16), 16), verbose=False)[0]
+
+
+class Noise(ToyModule):
+    """Draws from all random states, in every mode, and keeps statistics."""
+
+    def __init__(self):
+        super().__init__()
+        self.norm = torch.nn.BatchNorm1d(3)
+        self.drawn = []
+
+    def class_logits(self, batch):
+        logits, labels = super().class_logits(batch)
+        draws = random.random() + np.random.rand() + float(torch.rand(()))
+        return self.norm(logits) + 0.01 * draws, labels
+
+    def training_step(self, batch, batch_idx):
+        self.drawn.append(batch["input_ids"].clone())
+        loss = super().training_step(batch, batch_idx)
+        self.log("loss", loss)
+        return loss
+
+
+@pytest.mark.parametrize("sanity", [0, 2])
+def test_training_is_what_it_is_without_the_check(tmp_path, sanity):
+    found = []
+    for callbacks in ([], [BayesianMoECallback()]):
+        L.seed_everything(3, verbose=False)
+        module = Noise()
+        run = trainer(tmp_path, callbacks, max_epochs=1, num_sanity_val_steps=sanity)
+        run.fit(module, loader(48, 1, shuffle=True), loader(32, 2, shuffle=True))
+        logged = {name: float(value) for name, value in run.logged_metrics.items()}
+        found.append(([*module.state_dict().values(), *module.drawn], logged, module.norm.num_batches_tracked))
+    (one, logged, _), (other, logged_too, _) = found
+    assert all(torch.equal(a, b) for a, b in zip(one, other, strict=True))
+    assert logged == logged_too
+
+
+def test_logging_is_refused_within_and_restored(trained):
+    module = trained.module
+    module.log_dict = marker = object()
+    with no_logging(module), pytest.raises(RuntimeError, match=r"class_logits calls self\.log"):
+        module.log("x", 1)
+    assert module.log_dict is marker
+    del module.log_dict
+    assert "log" not in vars(module)
