@@ -105,7 +105,7 @@ def _parquet_rows(file: Path) -> Iterator[NumberedRow]:
 
     try:
         rows = pyarrow.parquet.read_table(file).to_pylist()
-    except pyarrow.ArrowException as error:
+    except (pyarrow.ArrowException, UnicodeDecodeError) as error:
         raise ValueError(f"{file} is no valid parquet file ({_reason(error)}); download it again") from None
     for number, row in enumerate(rows, start=1):
         yield f"{file}, row {number}", row

@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import os
 import re
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Literal, overload
 
 from bmoe_lightning.data.files import DataUnavailableError, FolderData, NumberedRow
-from bmoe_lightning.data.questions import Question
+from bmoe_lightning.data.questions import Question, has_ambiguous_answer
 from bmoe_lightning.data.tasks.base import SPLIT_NAMES, SplitName, Task
 from bmoe_lightning.data.tasks.registry import get_task, recognise_task, task_names, task_of_hub_id
+from bmoe_lightning.utils.messages import first_names
 
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 
@@ -52,6 +54,9 @@ def load_questions(
 
     Returns:
         The questions in file order; None if there is no validation split.
+
+    Warns:
+        UserWarning: If questions have another choice with the text of the right one.
 
     Raises:
         DataUnavailableError: If the hub cannot be reached, is disabled (`HF_HUB_OFFLINE`) or does not have the id, or a
@@ -168,6 +173,14 @@ def _questions(task: Task, split: SplitName, rows: Iterator[NumberedRow]) -> tup
             raise ValueError(f"{where}: the id {question.id!r} is that of {seen[question.id]} too; make ids unique")
         seen[question.id] = where
         questions.append(question)
+    ambiguous = [question.id for question in questions if has_ambiguous_answer(question)]
+    if ambiguous:
+        warnings.warn(
+            f"{len(ambiguous)} of {len(questions)} {split} questions have another choice with the text of the right "
+            f"one, so that their label is arbitrary: {first_names(ambiguous)}; repair or drop them",
+            UserWarning,
+            stacklevel=3,
+        )
     return tuple(questions)
 
 

@@ -84,6 +84,16 @@ def is_encodable(text: str) -> bool:
     return True
 
 
+def has_ambiguous_answer(question: Question) -> bool:
+    """Whether another choice has the text of the right one, up to case and spaces, so that the label is arbitrary.
+
+    Args:
+        question: Any question.
+    """
+    texts = [" ".join(choice.casefold().split()) for choice in question.choices]
+    return texts.count(texts[question.answer]) > 1
+
+
 @dataclass(frozen=True)
 class Splits:
     """The three disjoint parts of a task.
