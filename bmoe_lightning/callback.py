@@ -65,7 +65,8 @@ class BayesianMoECallback(L.Callback):
 
     Args:
         methods: Methods to fit and to log: registered names, `package.module:Class`, or configured instances. A class
-            may occur twice under two names.
+            may occur twice under two names. By default the model itself, the temperature that lost least on small
+            calibration splits (docs/reading_the_results.md), and the posterior, which has a covariance for each input.
         curvature: Curvature of methods that specify none.
         class_logits: Function `(module, batch) -> (logits [B, K], labels [B])`, if the module has no such method.
         fit_at: Weights that methods are fitted to: the `last`, or the `best` of the trainer's checkpoint callback (then
@@ -89,7 +90,7 @@ class BayesianMoECallback(L.Callback):
 
     def __init__(
         self,
-        methods: Sequence[str | Method] = ("map", "laplace_lpo"),
+        methods: Sequence[str | Method] = ("map", "shrunk_temperature", "laplace_lpo"),
         curvature: Curvature | None = None,
         class_logits: ClassLogits | None = None,
         fit_at: Literal["last", "best"] = "last",

@@ -153,7 +153,10 @@ class TestRefusals:
             ({"methods": ()}, "no method"),
             ({"methods": ("map", "map")}, "distinct"),
             ({"fit_at": "middle"}, "fit_at"),
-            ({"predict_method": "temperature"}, r"one of the methods \(map, laplace_lpo\), got 'temperature'"),
+            (
+                {"predict_method": "temperature"},
+                r"one of the methods \(map, shrunk_temperature, laplace_lpo\), got 'temperature'",
+            ),
             ({"curvature_checkpoint_every": 0}, "curvature_checkpoint_every must be at least 1, got 0"),
             ({"methods": ("deep_ensemble",)}, "pass runs="),
             ({"methods": ("evidence_temperature",), "curvature": Curvature(fisher="mc")}, "exact"),

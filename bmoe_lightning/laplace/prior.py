@@ -26,6 +26,7 @@ _MIN_GAMMA = 0.5
 _FLAT = 0.1
 _LPO_RANGE = (math.log(1e-4), math.log(1e8))
 _GOLDEN_STEPS = 15  # to .002 in log precision
+_PLATEAU = 1e-3  # nats of mean NLL
 
 
 def log_evidence_penalty(curvature: Sequence[Tensor], squared_distances: Sequence[Tensor], precision: Tensor) -> Tensor:
@@ -201,7 +202,7 @@ def fit_lpo(
 
     Laplace prior optimisation follows Yang et al. 2023 (https://arxiv.org/abs/2308.13111). Common random numbers make
     the objective smooth and deterministic, so a line search and L-BFGS replace 1000 Adam steps. The line search fits a
-    single precision; `layer` starts L-BFGS from there and returns the best iterate.
+    single precision; `layer` starts L-BFGS from each of its minima and returns the best iterate.
 
     Args:
         cache: Cache of the validation set.
@@ -232,10 +233,12 @@ def fit_lpo(
         return loss(log_precision) + prior.penalty(log_precision) / loss.num_examples
 
     num_layers = len(cache.centres)
-    start = _line_search(lambda x: float(objective(torch.full((num_layers,), x, dtype=torch.float64))))
-    log_precision = torch.full((num_layers,), start, dtype=torch.float64)
+    singles = _starts(lambda x: float(objective(torch.full((num_layers,), x, dtype=torch.float64))))
+    starts = [torch.full((num_layers,), x, dtype=torch.float64) for x in singles]
+    log_precision = starts[0]
     if scope == "layer" and num_layers > 1:
-        log_precision = _quasi_newton(objective, log_precision, max_iterations)
+        found = [_quasi_newton(objective, start, max_iterations) for start in starts]
+        log_precision = min(found, key=lambda x: float(objective(x)))
     reached = float(loss(log_precision))
     if not math.isfinite(reached):
         raise ValueError("the validation NLL is not finite; check labels and logits of the calibration split")
@@ -303,29 +306,48 @@ def _cholesky(covariance: Tensor) -> Tensor:
     return torch.linalg.cholesky(covariance + torch.diag_embed(lift.unsqueeze(1).expand(-1, covariance.shape[1])))
 
 
-def _line_search(objective: Callable[[float], float]) -> float:
-    """Minimise over one log precision: a coarse grid, then golden-section search around its best point."""
+def _starts(objective: Callable[[float], float]) -> list[float]:
+    """Single log precisions from which to search over several, the minimum first.
+
+    These are the minima of a coarse grid, refined by golden-section search. No gradient leads away from a flat end of
+    the range, so if the minimum is there, the point where the flat part begins is a start, too.
+    """
     low, high = _LPO_RANGE
     grid = torch.linspace(low, high, 25).tolist()
+    last = len(grid) - 1
     with torch.no_grad():
-        values = [objective(x) for x in grid]
-        best = min(range(len(grid)), key=lambda i: values[i] if math.isfinite(values[i]) else math.inf)
-        left, right = grid[max(best - 1, 0)], grid[min(best + 1, len(grid) - 1)]
-        ratio = (math.sqrt(5) - 1) / 2
-        first, second = right - ratio * (right - left), left + ratio * (right - left)
-        at_first, at_second = objective(first), objective(second)
-        for _ in range(_GOLDEN_STEPS):
-            # One of the two interior points is reused in the next interval.
-            if at_first < at_second:
-                right, second, at_second = second, first, at_first
-                first = right - ratio * (right - left)
-                at_first = objective(first)
-            else:
-                left, first, at_first = first, second, at_second
-                second = left + ratio * (right - left)
-                at_second = objective(second)
-        candidates = [(values[best], grid[best]), (objective((left + right) / 2), (left + right) / 2)]
-    return min(candidates)[1]
+        values = [value if math.isfinite(value) else math.inf for value in map(objective, grid)]
+        best = min(range(len(grid)), key=values.__getitem__)
+        inner = [i for i in range(1, last) if values[i] < min(values[i - 1], values[i + 1])]
+        found = [_golden_section(objective, grid, values, i) for i in dict.fromkeys([best, *inner])]
+    starts = [x for _, x in sorted(found)]
+    level = values[best] + _PLATEAU
+    steeper = [i for i, value in enumerate(values) if value > level]
+    if steeper and min(max(values[: best + 1]), max(values[best:])) <= level:
+        starts.append(grid[min(steeper, key=lambda i: abs(i - best))])
+    return starts
+
+
+def _golden_section(
+    objective: Callable[[float], float], grid: Sequence[float], values: Sequence[float], centre: int
+) -> tuple[float, float]:
+    """The value and the place of the minimum between the neighbours of a point of the grid."""
+    left, right = grid[max(centre - 1, 0)], grid[min(centre + 1, len(grid) - 1)]
+    ratio = (math.sqrt(5) - 1) / 2
+    first, second = right - ratio * (right - left), left + ratio * (right - left)
+    at_first, at_second = objective(first), objective(second)
+    for _ in range(_GOLDEN_STEPS):
+        # One of the two interior points is reused in the next interval.
+        if at_first < at_second:
+            right, second, at_second = second, first, at_first
+            first = right - ratio * (right - left)
+            at_first = objective(first)
+        else:
+            left, first, at_first = first, second, at_second
+            second = left + ratio * (right - left)
+            at_second = objective(second)
+    middle = (left + right) / 2
+    return min((values[centre], grid[centre]), (objective(middle), middle))
 
 
 def _quasi_newton(objective: Callable[[Tensor], Tensor], start: Tensor, max_iterations: int) -> Tensor:

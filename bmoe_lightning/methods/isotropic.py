@@ -60,7 +60,8 @@ class Isotropic(CurvatureMethod):
 
     @property
     def needs(self) -> Needs:
-        return Needs(calibration_inputs=1, calibration_labels=self.use_labels)
+        advised = 25 if self.use_labels else 0
+        return Needs(calibration_inputs=1, calibration_labels=self.use_labels, advised_labels=advised)
 
     def fit(self, work: Workbench) -> State:
         (curvature,) = self.curvatures

@@ -14,6 +14,8 @@ from bmoe_lightning.methods.batch_view import BatchView
 from bmoe_lightning.methods.needs import Needs
 from bmoe_lightning.methods.workbench import PRIOR_MEANS, PriorMeanName, Workbench
 
+_ADVISED_LABELS = 64
+
 
 @dataclass(frozen=True)
 class LaplaceLPO(CurvatureMethod):
@@ -57,8 +59,8 @@ class LaplaceLPO(CurvatureMethod):
 
     @property
     def needs(self) -> Needs:
-        uses_evidence = self.evidence_width is not None
-        return Needs(calibration_labels=True, prior_mean=uses_evidence and self.prior_mean == "pretrained")
+        pretrained = self.evidence_width is not None and self.prior_mean == "pretrained"
+        return Needs(calibration_labels=True, advised_labels=_ADVISED_LABELS, prior_mean=pretrained)
 
     def fit(self, work: Workbench) -> State:
         work.labelled_logits()  # checks the labels before the optimisation

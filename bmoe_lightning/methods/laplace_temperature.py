@@ -30,7 +30,7 @@ class LaplaceTemperature(LaplaceEvidence):
 
     @property
     def needs(self) -> Needs:
-        return Needs(calibration_labels=True, prior_mean=self.prior_mean == "pretrained")
+        return Needs(calibration_labels=True, advised_labels=25, prior_mean=self.prior_mean == "pretrained")
 
     def fit(self, work: Workbench) -> State:
         state = super().fit(work)

@@ -19,6 +19,8 @@ class Needs:
     Attributes:
         calibration_inputs: Minimum number of held-out inputs; their labels are not used.
         calibration_labels: Whether the labels of the held-out inputs are used.
+        advised_labels: Number of held-out labels below which the fit carries a warning: with fewer, the method was
+            measured to be worse than simpler ones (see docs/reading_the_results.md).
         prior_mean: Whether the weights from before fine-tuning are used.
         snapshots: Minimum number of snapshots of the trained weights, one per epoch; 0 for none.
         max_snapshots: Maximum number of snapshots, the latest ones.
@@ -28,6 +30,7 @@ class Needs:
 
     calibration_inputs: int = 0
     calibration_labels: bool = False
+    advised_labels: int = 0
     prior_mean: bool = False
     snapshots: int = 0
     max_snapshots: int = 0
@@ -43,7 +46,8 @@ class Needs:
         """A phrase for a table, such as `held-out labels, the weights from before fine-tuning`."""
         parts = []
         if self.calibration_labels:
-            parts.append("held-out labels")
+            advised = f" ({self.advised_labels} or more are advised)" if self.advised_labels else ""
+            parts.append(f"held-out labels{advised}")
         if self.calibration_inputs > 1:
             parts.append(f"{self.calibration_inputs} held-out inputs")
         if self.prior_mean:

@@ -47,7 +47,7 @@ class ShrunkTemperature(Method):
 
     @property
     def needs(self) -> Needs:
-        return Needs(calibration_labels=True)
+        return Needs(calibration_labels=True, advised_labels=10)
 
     def fit(self, work: Workbench) -> State:
         return self._fitted(*work.labelled_logits())

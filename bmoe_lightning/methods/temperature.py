@@ -27,7 +27,7 @@ class TemperatureScaling(Method):
 
     @property
     def needs(self) -> Needs:
-        return Needs(calibration_labels=True)
+        return Needs(calibration_labels=True, advised_labels=25)
 
     def fit(self, work: Workbench) -> State:
         return {"temperature": scalar(fit_temperature(*work.labelled_logits()))}

@@ -34,6 +34,7 @@ from bmoe_lightning.methods.base import Method, check_method_names
 from bmoe_lightning.methods.batch_view import BatchView
 from bmoe_lightning.methods.curvature_warnings import warn_of_discarded_energy
 from bmoe_lightning.methods.fit_result import FitResult, FittedMethod
+from bmoe_lightning.methods.label_warnings import warn_of_few_labels
 from bmoe_lightning.methods.temperature_search import check_labelled
 from bmoe_lightning.utils.distributed import (
     broadcast_,
@@ -424,8 +425,7 @@ def fit_methods(
     for method in missing:
         with collected_fit_warnings() as doubts:
             found = method.fit(work)
-            for curvature in method.curvatures:
-                warn_of_discarded_energy(work.posterior(curvature))
+            _warn_of_inputs(method, work)
         # A copy: a state may be an expanded tensor, or share memory with a weight or another entry.
         state = {key: value.detach().cpu().contiguous().clone() for key, value in found.items()}
         if distributed:
@@ -436,6 +436,14 @@ def fit_methods(
         _log_warnings(fitted)
     collected = {digest: p for digest, p in work.posteriors.items() if p.factors.rank > 0}
     return replace(earlier.with_methods(fitted, collected), calibration=work.known_logits or earlier.calibration)
+
+
+def _warn_of_inputs(method: Method, work: Workbench) -> None:
+    """Warn of what makes the fit of any method doubtful: the curvatures and the number of labels."""
+    for curvature in method.curvatures:
+        warn_of_discarded_energy(work.posterior(curvature))
+    if method.needs.advised_labels:
+        warn_of_few_labels(method.needs, len(work.labelled_logits()[1]))
 
 
 def _log_warnings(fitted: Mapping[str, FittedMethod]) -> None:

@@ -14,11 +14,13 @@ from bmoe_lightning.laplace.prior import (
     _cholesky,
     _Objective,
     _quasi_newton,
+    _starts,
     _warn_of_lpo,
     fit_evidence,
     fit_lpo,
     log_evidence_penalty,
 )
+from bmoe_lightning.laplace.validation_cache import ValidationCache
 from bmoe_lightning.utils.fit_warnings import FitWarning
 
 
@@ -189,6 +191,38 @@ def test_lpo_by_layer_is_never_worse(cache):
         assert float(found.log().std()) > 0.1
     grid = torch.cartesian_prod(*[torch.linspace(-6, 12, 7, dtype=torch.float64)] * 3)
     assert float(objective(found.log())) <= min(float(objective(x)) for x in grid) + 2e-3
+
+
+class TestSeveralMinima:
+    """LPO where one precision for all layers is best without any posterior, but a precision for each is not."""
+
+    def test_inner_minima_are_starts_too(self):
+        found = _starts(lambda x: -math.exp(-(x**2)) - 2 / (1 + math.exp(-4 * (x - 12))))
+        assert found[0] > 13
+        assert any(abs(x) < 0.01 for x in found)
+
+    def test_a_flat_end_is_left_at_the_point_where_it_begins(self):
+        assert _starts(lambda x: max(0.0, 5 - x) - 1e-6 * x) == pytest.approx([18.42, 4.6], abs=0.02)
+
+    def test_a_layer_that_helps_is_found_beside_one_that_harms(self):
+        # Layer 0 spreads the logits of examples that are right, layer 1 those of examples that are wrong.
+        right, wrong = 60, 2
+        count = right + wrong
+        logits = torch.tensor([[3.0, 0.0]], dtype=torch.float64).expand(count, 2).contiguous()
+        labels = torch.cat([torch.zeros(right), torch.ones(wrong)]).long()
+        variances = torch.zeros(count, 2, 1, 1, dtype=torch.float64)
+        variances[:right, 0], variances[right:, 1] = 30, 30
+        embedding = torch.tensor([[-0.5], [0.5]], dtype=torch.float64).expand(count, 2, 1).contiguous()
+        cache = ValidationCache(
+            logits, labels, embedding, variances, variances.new_zeros(count, 2, 0, 1, 1), variances.new_zeros(2, 0)
+        )
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", FitWarning)
+            single, layers = (fit_lpo(cache, scope, num_samples=200) for scope in ("global", "layer"))
+        loss = _Objective(cache, 200, 0)
+        assert float(single.min()) > 1e4
+        assert layers[0] > 1e3 > 100 > layers[1]
+        assert float(loss(layers.log())) < float(loss(single.log())) - 0.02
 
 
 class TestPriorOnPrecisions:

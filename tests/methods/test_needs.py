@@ -46,7 +46,7 @@ def test_what_is_missing_is_named(available, message):
 
 def test_descriptions():
     assert MAP().needs.describe() == ""
-    assert LaplaceLPO().needs.describe() == "held-out labels"
+    assert LaplaceLPO().needs.describe() == "held-out labels (64 or more are advised)"
     assert EvidenceTemperature().needs.describe() == "100 held-out inputs, the weights from before fine-tuning"
     assert EvidenceTemperature(prior_mean="zero").needs.describe() == "100 held-out inputs"
     assert CheckpointEnsemble().needs.describe() == "snapshots after at least 2 epochs"
