@@ -26,6 +26,7 @@ from bmoe_lightning.utils.devices import to_cpu
 
 # Temporary floats per chunk of groups: bounds memory for any batch size.
 _CHUNK_FLOATS = 1 << 24
+_SMALL_FLOATS = 1 << 18
 
 
 @dataclass(frozen=True)
@@ -114,6 +115,8 @@ def padded_groups(
     # Heights 1, 2, 3, 4, 6, 8, 12, 16, ...: two heights per octave, so that padding adds at most a third.
     power = 2 ** np.ceil(np.log2(sizes)).astype(np.int64)
     height = np.where((4 * sizes <= 3 * power) & (power > 2), 3 * power // 4, power)
+    if len(sizes) and height.max() * len(sizes) * (d_in + 2 * num_contrasts * d_out) <= _SMALL_FLOATS:
+        height[:] = height.max()  # padding costs less than another iteration
     for h in np.unique(height).tolist():
         members = np.flatnonzero(height == h)
         at_a_time = max(1, _CHUNK_FLOATS // (h * (d_in + 2 * num_contrasts * d_out + h)))

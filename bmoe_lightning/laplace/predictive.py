@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -28,6 +28,9 @@ MIN_UNLABELLED = 100
 _UNIFORM_TEMPERATURE = 100.0
 # Monte Carlo samples held at a time: bounds memory for any number of examples and classes.
 _CHUNK_FLOATS = 1 << 24
+_CACHED_FLOATS = 1 << 18  # the same on a CPU, whose caches hold as many
+_SMALLEST_MEAN = 1e-30  # of float32 and float64
+_NUM_NOISES, _NOISE_FLOATS = 4, 1 << 20
 
 
 @dataclass(frozen=True)
@@ -97,8 +100,7 @@ def _check_finite(logits: Tensor, covariance: Tensor) -> None:
 
 def monte_carlo(logits: Tensor, covariance: Tensor, num_samples: int = NUM_SAMPLES, seed: int = 0) -> Tensor:
     """Average of the softmax over samples of the logits, `[B, K]`: MC-Laplace of https://arxiv.org/abs/2511.08968."""
-    parts = _sample_chunks(logits, covariance, num_samples, seed)
-    return torch.cat([torch.logsumexp(samples, dim=1) - math.log(num_samples) for samples in parts])
+    return torch.cat([_log_mean_softmax(samples) for samples in _sample_chunks(logits, covariance, num_samples, seed)])
 
 
 def isotropic(logits: Tensor, covariance: Tensor, num_samples: int = NUM_SAMPLES, seed: int = 0) -> Tensor:
@@ -200,7 +202,7 @@ def predict_with_uncertainty(
     """
     _check_finite(logits, covariance)
     parts = [
-        (torch.logsumexp(samples, dim=1) - math.log(num_samples), entropy(samples).mean(dim=1))
+        (_log_mean_softmax(samples), entropy(samples.log_softmax(1).mT).mean(dim=1))
         for samples in _sample_chunks(logits, covariance, num_samples, seed)
     ]
     log_probs, expected = (torch.cat(part) for part in zip(*parts, strict=True))
@@ -221,13 +223,46 @@ def square_root(covariance: Tensor) -> Tensor:
 
 
 def _sample_chunks(logits: Tensor, covariance: Tensor, num_samples: int, seed: int) -> Iterator[Tensor]:
-    """`[b, S, K]` log-softmax of sampled logits, some examples at a time; at least once."""
+    """`[b, K, S]` sampled logits, some examples at a time; at least once.
+
+    Samples are the last axis: along a short one torch's softmax is several times slower.
+    """
     if num_samples < 1:
         raise ValueError(f"num_samples must be at least 1, got {num_samples}")
-    noise = standard_normal(num_samples, logits.shape[1], seed).to(covariance)
-    size = max(1, _CHUNK_FLOATS // noise.numel())
-    for of_logits, root in zip(logits.split(size), square_root(covariance).split(size), strict=True):
-        yield (of_logits.unsqueeze(1) + noise @ root.mT).log_softmax(-1)
+    dtype = torch.promote_types(logits.dtype, covariance.dtype)
+    noise = _noise(num_samples, logits.shape[1], seed, dtype, covariance.device)
+    at_a_time = _CACHED_FLOATS if covariance.device.type == "cpu" else _CHUNK_FLOATS
+    size = max(1, at_a_time // noise.numel())
+    means, roots = logits.to(dtype).unsqueeze(2), square_root(covariance).to(dtype)
+    for mean, root in zip(means.split(size), roots.split(size), strict=True):
+        yield torch.baddbmm(mean, root, noise.expand(len(root), -1, -1))
+
+
+def _log_mean_softmax(samples: Tensor) -> Tensor:
+    """The logarithm of the mean softmax of sampled logits `[b, K, S]`: `[b, K]`."""
+    exponentials = (samples - samples.amax(1, keepdim=True)).exp_()
+    # The product sums over the samples without storing the quotients.
+    mean = (exponentials @ exponentials.sum(1).reciprocal().unsqueeze(2)).squeeze(2) / samples.shape[2]
+    if bool(((mean < _SMALLEST_MEAN) & (samples[:, :, 0] != -torch.inf)).any()):  # may have underflowed
+        return torch.logsumexp(samples.log_softmax(1), dim=2) - math.log(samples.shape[2])
+    return mean.log()
+
+
+_noise_cache: dict[tuple[Any, ...], Tensor] = {}
+
+
+def _noise(num_samples: int, num_classes: int, seed: int, dtype: torch.dtype, device: torch.device) -> Tensor:
+    """The noise of `standard_normal`, transposed to `[K, S]`, on a device; that of the last few calls is stored."""
+    key = (num_samples, num_classes, seed, dtype, device)
+    noise = _noise_cache.get(key)
+    if noise is None:
+        with torch.inference_mode(False):
+            noise = standard_normal(num_samples, num_classes, seed).T.contiguous().to(device, dtype)
+        if noise.numel() <= _NOISE_FLOATS:
+            if len(_noise_cache) >= _NUM_NOISES:
+                _noise_cache.clear()
+            _noise_cache[key] = noise
+    return noise
 
 
 def standard_normal(num_samples: int, num_classes: int, seed: int) -> Tensor:

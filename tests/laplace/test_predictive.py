@@ -17,6 +17,7 @@ from bmoe_lightning.laplace.predictive import (
     predict_with_uncertainty,
     probit,
     square_root,
+    standard_normal,
     temperature_from_variances,
 )
 from bmoe_lightning.utils.fit_warnings import FitWarning
@@ -326,3 +327,31 @@ def test_an_evidence_temperature_of_no_meaning_is_refused(value):
 def test_an_evidence_temperature_that_makes_all_uniform_is_said():
     with pytest.warns(FitWarning, match=r"evidence temperature 1.77e\+08 makes every prediction nearly uniform"):
         assert temperature_from_variances(torch.full((100,), 4e16)) == pytest.approx(1.77e8, rel=0.01)
+
+
+def test_monte_carlo_equals_the_mean_in_the_log_domain():
+    """Rows whose probabilities underflow included, whatever the batch and however often the noise was drawn."""
+    generator = torch.Generator().manual_seed(0)
+    logits = 3 * torch.randn(5, 6, generator=generator, dtype=torch.float64)
+    logits[1, 2] = -torch.inf
+    logits[2] *= 500
+    root = torch.randn(5, 6, 6, generator=generator, dtype=torch.float64)
+    covariance = root @ root.mT
+    covariance[1, 2], covariance[1, :, 2] = 0, 0
+    noise = standard_normal(1000, 6, 3)
+    samples = (logits.unsqueeze(1) + noise @ square_root(covariance).mT).log_softmax(-1)
+    expected = torch.logsumexp(samples, dim=1) - math.log(1000)
+    for _ in range(2):
+        torch.testing.assert_close(monte_carlo(logits, covariance, 1000, 3), expected, rtol=1e-12, atol=1e-12)
+    assert float(expected[2].min()) < -745  # no number in float64
+    torch.testing.assert_close(monte_carlo(logits[:2], covariance[:2], 1000, 3), expected[:2], rtol=1e-12, atol=1e-12)
+    single = monte_carlo(logits.float(), covariance.float(), 1000, 3)
+    torch.testing.assert_close(single.exp().sum(1), torch.ones(5))
+
+
+def test_stored_noise_is_bounded():
+    for seed in range(20):
+        class_probabilities(torch.zeros(1, 2).double(), torch.eye(2).double()[None], num_samples=10, seed=seed)
+    assert len(predictive._noise_cache) <= 4
+    class_probabilities(torch.zeros(1, 3).double(), torch.eye(3).double()[None], num_samples=1 << 20)
+    assert all(noise.numel() <= 1 << 20 for noise in predictive._noise_cache.values())
