@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import os
 import re
+import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -108,8 +109,17 @@ def _create_mark(folder: Path, fit_id: str) -> bool:
 def _check_parents(folder: Path) -> None:
     """Check that a folder is writable, before there is anything to write."""
     there = next(path for path in (folder, *folder.absolute().parents) if path.exists())
-    if not there.is_dir() or not os.access(there, os.W_OK | os.X_OK):
-        raise OSError(f"the fit cannot be written to {folder}: {there} is not a writable folder; pass another dirpath=")
+    try:
+        # Permissions do not tell of a full disk, a quota or a file system that is read-only.
+        with tempfile.NamedTemporaryFile(dir=there, prefix=".bayesian-moe-") as file:
+            file.write(bytes(4096))
+            file.flush()
+            os.fsync(file.fileno())
+    except OSError as error:
+        raise OSError(
+            f"the fit cannot be written to {folder}: {there} is not a writable folder ({error.strerror}); pass another "
+            "dirpath="
+        ) from error
 
 
 def _log_folder(trainer: L.Trainer) -> Path:

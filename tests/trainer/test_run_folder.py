@@ -545,9 +545,27 @@ def test_a_folder_that_cannot_be_written_to_is_refused_before_training(tmp_path)
     module = ToyModule()
     before = {name: value.clone() for name, value in module.state_dict().items()}
     callback = BayesianMoECallback(dirpath=str(tmp_path / "file" / "fit"))
-    with pytest.raises(OSError, match=r"file is not a writable folder; pass another dirpath="):
+    with pytest.raises(OSError, match=r"file is not a writable folder \(Not a directory\); pass another dirpath="):
         trainer(tmp_path, [callback], max_epochs=1).fit(module, train_loader(), calibration_loader())
     assert all(torch.equal(value, before[name]) for name, value in module.state_dict().items())
+
+
+def test_a_full_disk_is_told_before_training(tmp_path, monkeypatch):
+    """Permissions allow it; only a write tells."""
+
+    def full(_):
+        raise OSError(28, "No space left on device")
+
+    module = ToyModule()
+    callback = BayesianMoECallback(dirpath=str(tmp_path / "fit"))
+    monkeypatch.setattr("bmoe_lightning.trainer.folders.os.fsync", full)
+    run = trainer(tmp_path, [callback], max_epochs=1)
+    with pytest.raises(
+        OSError, match=r"cannot be written to .*fit: .*\(No space left on device\); pass another dirpath="
+    ):
+        run.fit(module, train_loader(), calibration_loader())
+    assert run.global_step == 0
+    assert list(tmp_path.iterdir()) == []
 
 
 @pytest.mark.parametrize("name", ["a/b", "../x", ".."])
