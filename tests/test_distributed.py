@@ -342,3 +342,16 @@ def test_a_trainer_of_one_process_knows_nothing_of_others(tmp_path):
     trainer(tmp_path, [callback], max_epochs=1).fit(ToyModule(), DataLoader(ToyData(31, 1), 8, sampler=sampler))
     (posterior,) = callback.fitted.posteriors.values()
     assert posterior.factors.num_examples_used == 16
+
+
+@pytest.mark.slow
+def test_processes_pad_on_the_side_that_they_measure_together(tmp_path):
+    run_script(tmp_path, "padding", 2, script="padded_runs.py")
+    first, second = (json.loads((tmp_path / f"padding-{rank}.json").read_text()) for rank in range(2))
+    assert first == second
+    assert first == {
+        "replicated deepseek_v4": ["right", False],
+        "replicated mixtral": ["left", False],
+        "sharded deepseek_v4": ["right", True],
+        "sharded mixtral": ["left", True],
+    }

@@ -7,14 +7,17 @@ for padding on the left.
 
 from __future__ import annotations
 
+import copy
 import math
-from collections.abc import Callable, Iterator
+import warnings
+from collections.abc import Callable, Iterator, MutableMapping
 from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule
 
 from bmoe_lightning.data.batches import Batch, Collate, EncodedQuestion, PaddingSide
 from bmoe_lightning.utils.distributed import gather_number
@@ -74,6 +77,52 @@ def measured_padding_side(
     )
 
 
+def warn_of_padding(module: nn.Module, class_logits: Callable[[Any, Any], Any], batch: Any) -> None:
+    """Warn if the most padded row of a batch has other logits than the same row alone.
+
+    Batches that are no mutable mapping with an `attention_mask` `[B, T]`, that have no padding, or that have several
+    rows for each example are not compared.
+
+    Args:
+        module: The module. It runs in evaluation mode without gradients; its modes and the random state are restored.
+        class_logits: Function `(module, batch) -> (logits [B, K], labels)`.
+        batch: Batch on the module's device.
+
+    Warns:
+        UserWarning: If the row's logits differ by more than rounding.
+    """
+    mask = batch.get("attention_mask") if isinstance(batch, MutableMapping) else None
+    if not isinstance(mask, Tensor) or mask.dim() != 2 or bool(mask.ne(0).all()):
+        return
+    row = int(mask.ne(0).sum(1).argmin())
+    kept = mask[row].ne(0)
+
+    def alone(value: Any) -> Any:
+        if not isinstance(value, Tensor) or value.shape[:1] != mask.shape[:1]:
+            return value
+        value = value[row : row + 1]
+        return value[:, kept] if value.shape[1:2] == kept.shape else value
+
+    with _evaluated(module):
+        # Shallow copies of the batch's own class, from which `class_logits` may take entries.
+        padded = class_logits(module, copy.copy(batch))[0].detach().double()
+        if len(padded) != len(mask):
+            return
+        single: Any = copy.copy(batch)
+        single.update({name: alone(value) for name, value in batch.items()})
+        expected = class_logits(module, single)[0].detach().double()
+    error = padding_error(padded[row : row + 1], expected)
+    if error > (_FULL_PRECISION if _is_full_precision(module) else _HALF_PRECISION)[1]:
+        side = "left" if bool(kept[-1]) else "right"
+        warnings.warn(
+            f"padding changes the logits of row {row} of a batch, by {error:.2g} of their spread: the model does not "
+            f"ignore padding on the {side}. Pad on the other side, as MultipleChoiceDataModule does where that is "
+            "right, or make batches of rows of equal length.",
+            UserWarning,
+            stacklevel=2,
+        )
+
+
 def shortened(question: EncodedQuestion, rows: int) -> list[EncodedQuestion]:
     """A question and copies without some of its first tokens, which a batch of all of them pads."""
     ids = question.token_ids
@@ -124,3 +173,5 @@ def _evaluated(module: nn.Module) -> Iterator[None]:
     finally:
         for part, training in modes:
             part.training = training
+            if isinstance(part, FSDPModule):
+                part.reshard()  # an optimizer that is made after this must find the shards

@@ -15,8 +15,10 @@ from typing import Any, NoReturn
 
 import lightning as L
 
+from bmoe_lightning.data.padding import warn_of_padding
 from bmoe_lightning.experts import ClassLogits, ExpertLayer
 from bmoe_lightning.experts.contract_check import check_class_logits
+from bmoe_lightning.experts.fsdp import has_shards
 from bmoe_lightning.methods.base import Method
 from bmoe_lightning.methods.needs import Available, check_needs
 from bmoe_lightning.trainer.data_passes import as_list, on_device, validation_pass
@@ -74,6 +76,8 @@ class FirstBatches:
     def check(self, trainer: L.Trainer, module: L.LightningModule, batch: Any, stage: str, index: int = 0) -> int:
         """Check a batch that is on the device, unless one of this loader was checked. A collective.
 
+        Warns of a padded row that has other logits than the row alone; see `warn_of_padding`.
+
         Returns:
             Number of examples; 0 if nothing was checked.
         """
@@ -84,6 +88,9 @@ class FirstBatches:
         with _on_all_ranks(trainer):
             try:
                 examples = self._examples(module, batch, stage)
+                # Ranks may differ in whether their batch is padded, and a sharded forward pass is a collective.
+                if not has_shards(module):
+                    warn_of_padding(module, self._class_logits, batch)
             except Exception as raised:
                 raised.add_note(f"This was found on the first batch of the {stage} data (loader {index}).")
                 raise

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import random
+import warnings
 
 import lightning as L
 import numpy as np
@@ -11,7 +12,7 @@ import pytest
 import torch
 from torch.utils.checkpoint import checkpoint
 from torch.utils.data import DataLoader, IterableDataset
-from toy import ToyModule, calibration_loader, loader, test_loader, trainer
+from toy import ToyData, ToyModule, calibration_loader, loader, test_loader, trainer
 
 from bmoe_lightning.callback import BayesianMoECallback
 from bmoe_lightning.curvature import Curvature
@@ -243,3 +244,32 @@ def test_logging_is_refused_within_and_restored(trained):
     assert module.log_dict is marker
     del module.log_dict
     assert "log" not in vars(module)
+
+
+class LeftPadded(ToyData):
+    """The toy's data with a mask that leaves out the first tokens of some rows."""
+
+    def __getitem__(self, index):
+        item = ToyData.__getitem__(self, index)
+        mask = torch.ones_like(item["input_ids"])
+        mask[: index % 3] = 0
+        return {**item, "attention_mask": mask}
+
+
+@pytest.mark.parametrize("mixes", [True, False])
+def test_padding_that_changes_a_row_is_said_before_the_first_step(tmp_path, mixes):
+    def spoil(module, logits, labels, batch):
+        mask = batch["attention_mask"]
+        if not mixes:
+            # The logits of the last token alone, whatever stands before it.
+            logits = module.network(input_ids=batch["input_ids"][:, -1:], use_cache=False).logits[:, -1, [1, 2, 3]]
+        return logits * (1 + mixes * mask.eq(0).sum(1, keepdim=True)), labels
+
+    module = Wrong(spoil)
+    batches = DataLoader(LeftPadded(8, 1), batch_size=4)
+    with warnings.catch_warnings(record=True) as seen:
+        warnings.simplefilter("always")
+        trainer(tmp_path, [BayesianMoECallback(("map",))], max_epochs=1).fit(module, batches)
+    said = [str(warning.message) for warning in seen if "padding changes" in str(warning.message)]
+    assert len(said) == mixes
+    assert all("does not ignore padding on the left" in line for line in said)
