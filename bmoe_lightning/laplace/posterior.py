@@ -49,7 +49,7 @@ from bmoe_lightning.laplace.prior import (
     log_evidence_penalty,
 )
 from bmoe_lightning.laplace.storage import load_posterior, save_posterior
-from bmoe_lightning.laplace.validation_cache import ValidationCache, cache_terms
+from bmoe_lightning.laplace.validation_cache import CACHE_BYTES, AnyCache, cache_terms
 from bmoe_lightning.utils.distributed import is_rank_zero
 
 _logger = logging.getLogger(__name__)
@@ -187,8 +187,14 @@ class LaplacePosterior:
         return self.with_prior_precision(fit_lpo(cache, scope, num_samples=num_samples, seed=seed))
 
     def validation_cache(
-        self, model: nn.Module, class_logits: ClassLogits, batches: Iterable[Any], *, distributed: bool = False
-    ) -> ValidationCache:
+        self,
+        model: nn.Module,
+        class_logits: ClassLogits,
+        batches: Iterable[Any],
+        *,
+        distributed: bool = False,
+        max_bytes: int = CACHE_BYTES,
+    ) -> AnyCache:
         """Cache the terms of a labelled set in one pass, from which predictions follow for any prior precision.
 
         Args:
@@ -197,12 +203,13 @@ class LaplacePosterior:
             batches: Batches of the set.
             distributed: Whether all ranks call this, each with its shard of the set (see `gather_examples`); every rank
                 then gets the full cache.
+            max_bytes: Memory of the terms; with more classes or examples they are compact, see `CacheBuilder`.
 
         Raises:
             ValueError: If there are no examples or no labels.
         """
         terms = (self.batch_terms(model, class_logits, batch) for batch in lockstep(model, batches))
-        return cache_terms(terms, self.curvature, distributed=distributed)
+        return cache_terms(terms, self.curvature, distributed=distributed, max_bytes=max_bytes)
 
     def batch_terms(
         self, model: nn.Module, class_logits: ClassLogits, batch: Any, *, centred: bool = True

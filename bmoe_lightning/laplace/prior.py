@@ -10,8 +10,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from bmoe_lightning.laplace.predictive import standard_normal
-from bmoe_lightning.laplace.validation_cache import ValidationCache
+from bmoe_lightning.laplace.validation_cache import AnyCache
 from bmoe_lightning.utils.fit_warnings import warn_of_fit
 
 Scope = Literal["global", "layer"]
@@ -190,7 +189,7 @@ class LogNormalPrior:
 
 
 def fit_lpo(
-    cache: ValidationCache,
+    cache: AnyCache,
     scope: Scope = "layer",
     *,
     prior: LogNormalPrior | None = None,
@@ -232,7 +231,7 @@ def fit_lpo(
             return loss(log_precision)
         return loss(log_precision) + prior.penalty(log_precision) / loss.num_examples
 
-    num_layers = len(cache.centres)
+    num_layers = cache.num_layers
     singles = _starts(lambda x: float(objective(torch.full((num_layers,), x, dtype=torch.float64))))
     starts = [torch.full((num_layers,), x, dtype=torch.float64) for x in singles]
     log_precision = starts[0]
@@ -270,8 +269,8 @@ def _warn_of_lpo(objective: _Objective, log_precision: Tensor, reached: float) -
 class _Objective:
     """Mean validation NLL of the MC predictive as a function of the log precisions `[L]`."""
 
-    def __init__(self, cache: ValidationCache, num_samples: int, seed: int) -> None:
-        if not all(bool(terms.isfinite().all()) for terms in (cache.embedding, cache.prior, cache.binned)):
+    def __init__(self, cache: AnyCache, num_samples: int, seed: int) -> None:
+        if not cache.is_finite:
             raise ValueError(
                 "the covariance terms of the validation set are not finite: a gradient overflowed; check the weights "
                 "and the scale of the logits"
@@ -279,31 +278,10 @@ class _Objective:
         self._cache = cache
         _, self._labels = cache.labelled()
         self.num_examples = len(self._labels)
-        self._noise = standard_normal(num_samples, cache.embedding.shape[2], seed)
+        self._noise = cache.noise(num_samples, seed)
 
     def __call__(self, log_precision: Tensor) -> Tensor:
-        cache = self._cache
-        contrast = cache.contrast_covariance(log_precision.exp())
-        # Cholesky instead of an eigendecomposition: it is differentiable at repeated eigenvalues.
-        trace = contrast.diagonal(dim1=1, dim2=2).sum(1).clamp(min=1e-12).view(-1, 1, 1)
-        jitter = 1e-6 * trace * torch.eye(contrast.shape[1], dtype=contrast.dtype)
-        root = cache.embedding @ _cholesky(contrast + jitter)
-        # Samples in the last dimension: reductions over the few classes there would dominate the runtime.
-        samples = cache.logits.unsqueeze(2) + root @ self._noise.mT  # [N, K, S]
-        chosen = samples.gather(1, self._labels.view(-1, 1, 1).expand(-1, 1, len(self._noise))).squeeze(1)
-        log_probs = chosen - samples.logsumexp(1)
-        return -(torch.logsumexp(log_probs, dim=1) - math.log(len(self._noise))).mean()
-
-
-def _cholesky(covariance: Tensor) -> Tensor:
-    """A Cholesky factor `[N, P, P]`; of the covariance plus a multiple of I where rounding made it indefinite."""
-    root, failed = torch.linalg.cholesky_ex(covariance)
-    if not bool(failed.any()):
-        return root
-    lowest = torch.linalg.eigvalsh(covariance.detach())[:, 0]
-    largest = covariance.detach().abs().amax((1, 2))
-    lift = torch.where(failed > 0, 2 * lowest.clamp(max=0).abs() + 1e-6 * largest, 0).clamp(min=0)
-    return torch.linalg.cholesky(covariance + torch.diag_embed(lift.unsqueeze(1).expand(-1, covariance.shape[1])))
+        return self._cache.nll(log_precision.exp(), self._noise, self._labels)
 
 
 def _starts(objective: Callable[[float], float]) -> list[float]:

@@ -10,10 +10,27 @@ import torch
 from torch import Tensor
 
 from bmoe_lightning.experts.logits_contract import NO_LABEL, checked_labels, joined_logits
+from bmoe_lightning.laplace.compact_cache import (
+    CompactCache,
+    Nodes,
+    cholesky,
+    compact_products,
+    compact_terms,
+    labelled,
+)
 from bmoe_lightning.laplace.covariance import BatchTerms
-from bmoe_lightning.utils.distributed import gather_examples, gather_number
+from bmoe_lightning.laplace.predictive import standard_normal
+from bmoe_lightning.utils.distributed import gather_examples, gather_number, num_processes
+
+CACHE_BYTES = 1 << 29
+"""Memory of the covariance terms of a validation set in bytes: 512 MiB, so that a process grows by less than 1 GiB."""
 
 _NUM_BINS = 128
+_MANY_CLASSES = 6  # contrasts
+_COMPACT = ("logits", "labels", "directions", "diagonal", "pieces")
+_DTYPES = {"labels": torch.int64, "pieces": torch.float32}
+# Temporary floats per chunk of groups.
+_CHUNK_FLOATS = 1 << 23
 
 
 @dataclass(frozen=True)
@@ -39,17 +56,61 @@ class ValidationCache:
     binned: Tensor
     centres: Tensor
 
+    @property
+    def num_layers(self) -> int:
+        """Number of layers L."""
+        return len(self.centres)
+
+    @property
+    def nbytes(self) -> int:
+        """Size of the covariance terms in bytes."""
+        return self.embedding.nbytes + self.prior.nbytes + self.binned.nbytes
+
+    @property
+    def is_finite(self) -> bool:
+        """Whether all terms are finite."""
+        return all(bool(terms.isfinite().all()) for terms in (self.embedding, self.prior, self.binned))
+
+    @property
+    def all_logits(self) -> Tensor:
+        """Logits `[N, K]` of all examples of the set."""
+        return self.logits
+
+    @property
+    def all_labels(self) -> Tensor | None:
+        """Labels `[N]` of all examples of the set, or None."""
+        return self.labels
+
+    def noise(self, num_samples: int, seed: int) -> Tensor:
+        """Standard normal noise `[S, P]` for `nll`."""
+        return standard_normal(num_samples, self.embedding.shape[2], seed)
+
     def labelled(self) -> tuple[Tensor, Tensor]:
         """Logits `[N, K]` and checked labels `[N]`.
 
         Raises:
             ValueError: If there are no labels, or a label is no class of its example; see `checked_labels`.
         """
-        if self.labels is None:
-            raise ValueError(
-                "held-out labels are needed, but class_logits returned None for them; return (logits, labels)"
-            )
-        return self.logits, checked_labels(self.labels, self.logits)
+        return labelled(self.logits, self.labels)
+
+    def nll(self, precision: Tensor, noise: Tensor, labels: Tensor) -> Tensor:
+        """Mean NLL of the MC predictive at precisions `[L]`, differentiable.
+
+        Args:
+            precision: Prior precision `[L]`.
+            noise: Noise from `noise`.
+            labels: Labels `[N]`.
+        """
+        contrast = self.contrast_covariance(precision)
+        # Cholesky instead of an eigendecomposition: it is differentiable at repeated eigenvalues.
+        trace = contrast.diagonal(dim1=1, dim2=2).sum(1).clamp(min=1e-12).view(-1, 1, 1)
+        jitter = 1e-6 * trace * torch.eye(contrast.shape[1], dtype=contrast.dtype)
+        root = self.embedding @ cholesky(contrast + jitter)
+        # Samples in the last dimension: reductions over the few classes there would dominate the runtime.
+        samples = self.logits.unsqueeze(2) + root @ noise.mT  # [N, K, S]
+        chosen = samples.gather(1, labels.view(-1, 1, 1).expand(-1, 1, len(noise))).squeeze(1)
+        log_probs = chosen - samples.logsumexp(1)
+        return -(torch.logsumexp(log_probs, dim=1) - math.log(len(noise))).mean()
 
     def contrast_covariance(self, precision: Tensor) -> Tensor:
         """The covariance of the contrasts at precisions `[L]`: `[N, P, P]`."""
@@ -62,37 +123,53 @@ class ValidationCache:
         return self.embedding @ self.contrast_covariance(precision) @ self.embedding.mT
 
 
+AnyCache = ValidationCache | CompactCache
+"""Covariance terms of a validation set: exact up to the bins of s, or compact."""
+
+
 class CacheBuilder:
-    """Collects a `ValidationCache` batch by batch, on the CPU in float64.
+    """Collects the covariance terms of a validation set batch by batch, on the CPU, within a stated memory.
+
+    With few classes (K <= 6) the exact terms are stored while they fit. With more, LPO's time would grow with them, so
+    they are stored up to 1/32 of the memory. Otherwise the terms are compact, see `CompactCache`; and if even these do
+    not fit, those of a random subset of the examples.
 
     Args:
         curvature: Eigenvalues `s_qp` of each layer, `[E, r_g, r_a]`.
+        max_bytes: Memory of the terms of the full set; with several ranks, of all their shards.
+        num_shards: Number of ranks among which the set is distributed.
     """
 
-    def __init__(self, curvature: Sequence[Tensor]) -> None:
+    def __init__(self, curvature: Sequence[Tensor], *, max_bytes: int = CACHE_BYTES, num_shards: int = 1) -> None:
+        if max_bytes < 1:
+            raise ValueError(f"the memory of the covariance terms must be at least 1 byte, got {max_bytes}")
         self._curvature = list(curvature)
         self._centres = _bin_centres_of(self._curvature)
-        self._parts: dict[str, list[Tensor]] = {"logits": [], "labels": [], "embedding": [], "prior": [], "binned": []}
+        self._max_bytes = max_bytes // num_shards
+        self._logits: list[Tensor] = []
+        self._labels: list[Tensor] = []
+        self._exact: list[dict[str, Tensor]] = []
+        self._compact: list[dict[str, Tensor]] = []
+        self._nodes: Nodes | None = None
+        self._weights: list[Tensor] = []
+        self._share = 1.0
+        self._generator = torch.Generator().manual_seed(0)
 
     def add(self, terms: BatchTerms) -> None:
         """Add the centred terms of one batch."""
-        parts, size = self._parts, len(terms.logits)
-        parts["logits"].append(terms.logits.cpu())
+        size = len(terms.logits)
+        self._logits.append(terms.logits.cpu())
         # A placeholder for missing labels, so that all ranks all-gather the same tensors.
         missing = torch.full((size,), NO_LABEL)
         labels = missing if terms.labels is None else checked_labels(terms.labels, terms.logits, values=False)
-        parts["labels"].append(labels.cpu())
-        parts["embedding"].append(terms.embedding.cpu())
-        parts["prior"].append(torch.stack([layer.prior.to(terms.embedding) for layer in terms.layers], dim=1).cpu())
-        binned = [
-            _bin_products(
-                layer.projections, layer.examples, s.to(layer.experts.device)[layer.experts], grid, size
-            ).cpu()
-            for layer, s, grid in zip(terms.layers, self._curvature, self._centres, strict=True)
-        ]
-        parts["binned"].append(torch.stack(binned, dim=1))
+        self._labels.append(labels.cpu())
+        if self._nodes is None and self._fits(terms):
+            self._exact.append(self._exact_terms(terms))
+            return
+        self._make_compact()
+        self._append(compact_terms(terms, self._weights), self._logits[-1], self._labels[-1])
 
-    def finish(self, *, distributed: bool = False) -> ValidationCache:
+    def finish(self, *, distributed: bool = False) -> AnyCache:
         """The cache of all batches.
 
         Args:
@@ -102,53 +179,152 @@ class CacheBuilder:
         Raises:
             ValueError: If there are no examples.
         """
-        # A rank without a batch does not know the shapes, but all-gathers the same dtypes.
-        empty = {name: torch.empty(0, dtype=torch.int64 if name == "labels" else torch.float64) for name in self._parts}
-        num_classes = max((logits.shape[1] for logits in self._parts["logits"]), default=0)
+        num_classes = max((logits.shape[1] for logits in self._logits), default=0)
+        is_compact = self._nodes is not None
         if distributed:
             num_classes = max(gather_number(num_classes))
-        full = {
-            name: _joined(name, values, num_classes) if values else empty[name] for name, values in self._parts.items()
-        }
-        if distributed:
-            full = {name: gather_examples(values) for name, values in full.items()}
-        if not len(full["logits"]):
+            is_compact = any(gather_number(int(is_compact)))
+        share = self._share
+        if distributed:  # halvings, so that the exponent is a small integer
+            share = 2.0 ** -max(gather_number(round(-math.log2(share))))
+        columns = {"logits": list(self._logits), "labels": list(self._labels)}
+        everything = self._gathered(columns, num_classes, distributed=distributed)
+        if not len(everything["logits"]):
             raise ValueError(
                 "no validation examples: nothing can be fitted on an empty calibration split; add examples"
             )
-        labels = full.pop("labels")
-        return ValidationCache(
-            **full, labels=None if bool((labels == NO_LABEL).all()) else labels, centres=self._centres
+        known = everything["labels"] if bool((everything["labels"] != NO_LABEL).any()) else None
+        if not is_compact:
+            columns = {name: [part.pop(name) for part in self._exact] for name in ("embedding", "prior", "binned")}
+            full = self._gathered(columns, num_classes, distributed=distributed)
+            return ValidationCache(everything["logits"], known, **full, centres=self._centres)
+        nodes = self._make_compact()
+        chosen = [_below(part, share) for part in self._compact]
+        self._compact = []
+        columns = {name: [part.pop(name) for part in chosen] for name in _COMPACT}
+        full = self._gathered(columns, num_classes, distributed=distributed, even=share < 1)
+        labels_of = full.pop("labels")
+        return CompactCache(
+            **full,
+            labels=None if known is None else labels_of,
+            nodes=nodes.values,
+            all_logits=everything["logits"],
+            all_labels=known,
         )
 
+    def _gathered(
+        self, columns: dict[str, list[Tensor]], num_classes: int, *, distributed: bool, even: bool = False
+    ) -> dict[str, Tensor]:
+        """Concatenate the tensors of all batches, and of all ranks; `even` leaves equally many examples to each."""
+        # A rank without a batch does not know the shapes, but all-gathers the same dtypes.
+        full = {
+            name: _joined(name, parts, num_classes) if parts else torch.empty(0, dtype=_DTYPES.get(name, torch.float64))
+            for name, parts in columns.items()
+        }
+        if not distributed:
+            return full
+        if even:
+            count = min(gather_number(len(next(iter(full.values())))))
+            full = {name: values[:count] for name, values in full.items()}
+        return {name: gather_examples(values) for name, values in full.items()}
 
-def _joined(name: str, parts: Sequence[Tensor], num_classes: int) -> Tensor:
-    """Concatenate one of the tensors of all batches; a class that a batch does not have is absent there."""
-    if name == "labels":
-        return torch.cat(list(parts))
+    def _fits(self, terms: BatchTerms) -> bool:
+        """Whether the exact terms fit, with those of one more batch."""
+        contrasts = terms.embedding.shape[2]
+        added = len(terms.logits) * 8 * contrasts**2 * (self._centres.numel() + len(self._centres))
+        held = sum(value.nbytes for part in self._exact for value in part.values())
+        return held + added <= (self._max_bytes if contrasts < _MANY_CLASSES else self._max_bytes // 32)
+
+    def _exact_terms(self, terms: BatchTerms) -> dict[str, Tensor]:
+        size = len(terms.logits)
+        binned = [
+            _bin_products(
+                layer.projections, layer.examples, s.to(layer.experts.device)[layer.experts], grid, size
+            ).cpu()
+            for layer, s, grid in zip(terms.layers, self._curvature, self._centres, strict=True)
+        ]
+        return {
+            "embedding": terms.embedding.cpu(),
+            "prior": torch.stack([layer.prior.to(terms.embedding) for layer in terms.layers], dim=1).cpu(),
+            "binned": torch.stack(binned, dim=1),
+        }
+
+    def _make_compact(self) -> Nodes:
+        """Go over to compact terms, those of earlier batches too."""
+        if self._nodes is None:
+            self._nodes = Nodes(self._curvature)
+            self._weights = [self._nodes.weights(layer) for layer in range(len(self._curvature))]
+            of_bins = [self._nodes.weights(layer, s) for layer, s in enumerate(self._centres)]
+            stacked = torch.stack(of_bins).double()
+            for logits, labels in zip(self._logits[: len(self._exact)], self._labels, strict=False):
+                part = self._exact.pop(0)
+                products = compact_products(logits, part["embedding"], part["prior"], part["binned"], stacked)
+                self._append(products, logits, labels)
+        return self._nodes
+
+    def _append(self, terms: dict[str, Tensor], logits: Tensor, labels: Tensor) -> None:
+        """Store the terms of a random share of the examples: half as many whenever the memory is full."""
+        draw = torch.rand(len(logits), generator=self._generator, dtype=torch.float64)
+        self._compact.append(_below({**terms, "logits": logits, "labels": labels, "draw": draw}, self._share))
+        while sum(part["pieces"].nbytes for part in self._compact) > self._max_bytes:
+            self._share /= 2
+            self._compact = [_below(part, self._share) for part in self._compact]
+
+
+def _below(part: dict[str, Tensor], share: float) -> dict[str, Tensor]:
+    """The examples whose draw is below a share."""
+    kept = part["draw"] < share
+    return part if bool(kept.all()) else {name: values[kept] for name, values in part.items()}
+
+
+def _joined(name: str, parts: list[Tensor], num_classes: int) -> Tensor:
+    """Concatenate one of the tensors of all batches; a class that a batch does not have is absent there.
+
+    The list is emptied on the way, so that both are not in memory at once.
+    """
     if name == "logits":
         return joined_logits(parts, num_classes)
-    # The last dimensions are the K - 1 contrasts, or the K classes and the contrasts; those of absent classes are zero.
-    rows = num_classes if name == "embedding" else num_classes - 1
-    sizes = [(part.shape[-1], part.shape[-2]) for part in parts]
-    padding = [(0, num_classes - 1 - columns, 0, rows - found) for columns, found in sizes]
-    return torch.cat([torch.nn.functional.pad(part, by) for part, by in zip(parts, padding, strict=True)])
+    contrasts = num_classes - 1
+    # Sizes of the last dimensions; the entries of absent classes are zero.
+    wanted: tuple[int, ...] = {
+        "embedding": (num_classes, contrasts),
+        "prior": (contrasts, contrasts),
+        "binned": (contrasts, contrasts),
+        "directions": (num_classes, parts[0].shape[-1]),
+        "diagonal": (num_classes,),
+    }.get(name, parts[0].shape[1:])
+    joined = parts[0].new_zeros(sum(map(len, parts)), *parts[0].shape[1 : parts[0].dim() - len(wanted)], *wanted)
+    first = 0
+    while parts:
+        part = parts.pop(0)
+        sizes = part.shape[part.dim() - len(wanted) :]
+        target = joined[first : first + len(part)]
+        for dimension, size in zip(range(part.dim() - len(wanted), part.dim()), sizes, strict=True):
+            target = target.narrow(dimension, 0, size)
+        target.copy_(part)
+        first += len(part)
+    return joined
 
 
 def cache_terms(
-    batches: Iterable[BatchTerms], curvature: Sequence[Tensor], *, distributed: bool = False
-) -> ValidationCache:
+    batches: Iterable[BatchTerms],
+    curvature: Sequence[Tensor],
+    *,
+    distributed: bool = False,
+    max_bytes: int = CACHE_BYTES,
+) -> AnyCache:
     """Cache the terms of a validation set in one pass; see `CacheBuilder`.
 
     Args:
         batches: Centred terms of each batch.
         curvature: Eigenvalues `s_qp` of each layer, `[E, r_g, r_a]`.
         distributed: Whether all ranks call this; see `CacheBuilder.finish`.
+        max_bytes: Memory of the terms.
 
     Raises:
         ValueError: If there are no examples.
     """
-    builder = CacheBuilder(curvature)
+    builder = CacheBuilder(curvature, max_bytes=max_bytes, num_shards=num_processes() if distributed else 1)
     for terms in batches:
         builder.add(terms)
     return builder.finish(distributed=distributed)
@@ -180,16 +356,18 @@ def _bin_products(projections: Tensor, examples: Tensor, s: Tensor, centres: Ten
     num_contrasts = projections.shape[1]
     if not len(centres):
         return projections.new_zeros(num_examples, 0, num_contrasts, num_contrasts, dtype=torch.float64)
-    rows = projections.double().flatten(2)  # [N, P, Q]
-    products = rows.unsqueeze(1) * rows.unsqueeze(2)  # [N, P, P, Q]
     low, high = math.log(centres[0]), math.log(centres[-1])
     # s = 0 contributes nothing; in the lowest bin its contribution is below rounding.
     position = (s.double().flatten(1).clamp(min=float(centres[0])).log() - low) / (high - low) * (len(centres) - 1)
     lower = position.floor().clamp(0, len(centres) - 2)
     upper_share = position - lower
-    sums = products.new_zeros(num_examples * len(centres), num_contrasts, num_contrasts)
+    sums = projections.new_zeros(num_examples * len(centres), num_contrasts, num_contrasts, dtype=torch.float64)
+    size = max(1, _CHUNK_FLOATS // max(1, position.shape[1] * num_contrasts**2))
     for index, share in ((lower.long(), 1 - upper_share), (lower.long() + 1, upper_share)):
-        target = (examples.unsqueeze(1) * len(centres) + index).flatten()
-        values = (products * share[:, None, None]).permute(0, 3, 1, 2).flatten(0, 1)
-        sums.index_add_(0, target, values)
+        # The order of additions does not depend on the size of the chunks.
+        for chunk in torch.arange(len(projections), device=projections.device).split(size):
+            rows = projections[chunk].double().flatten(2)  # [n, P, Q]
+            products = rows.unsqueeze(1) * rows.unsqueeze(2) * share[chunk][:, None, None]  # [n, P, P, Q]
+            target = (examples[chunk].unsqueeze(1) * len(centres) + index[chunk]).flatten()
+            sums.index_add_(0, target, products.permute(0, 3, 1, 2).flatten(0, 1))
     return sums.view(num_examples, len(centres), num_contrasts, num_contrasts)

@@ -11,7 +11,7 @@ from torch import Tensor
 from bmoe_lightning.curvature.spec import Curvature
 from bmoe_lightning.laplace.predictive import NUM_SAMPLES, LinkName, check_link, class_probabilities
 from bmoe_lightning.laplace.prior import fit_lpo
-from bmoe_lightning.laplace.validation_cache import ValidationCache
+from bmoe_lightning.laplace.validation_cache import AnyCache
 from bmoe_lightning.methods.base import PRIOR_PRECISION, CurvatureMethod, State, option
 from bmoe_lightning.methods.batch_view import BatchView
 from bmoe_lightning.methods.needs import Needs
@@ -70,7 +70,7 @@ class Isotropic(CurvatureMethod):
             return {PRIOR_PRECISION: fit_lpo(work.covariances(curvature), "global", seed=work.seed)}
         cache = work.covariances(curvature)
         variance = largest_variance(cache, self.tolerance, seed=work.seed)
-        return {PRIOR_PRECISION: torch.full((cache.prior.shape[1],), 1 / variance, dtype=torch.float64)}
+        return {PRIOR_PRECISION: torch.full((cache.num_layers,), 1 / variance, dtype=torch.float64)}
 
     def log_probs(self, batch: BatchView, state: State) -> Tensor:
         (curvature,) = self.curvatures
@@ -81,7 +81,7 @@ class Isotropic(CurvatureMethod):
         return {"sigma": float(state[PRIOR_PRECISION][0]) ** -0.5}
 
 
-def largest_variance(cache: ValidationCache, tolerance: float, *, seed: int = 0) -> float:
+def largest_variance(cache: AnyCache, tolerance: float, *, seed: int = 0) -> float:
     """The largest sigma^2 that changes the mean NLL of the model's predicted labels by at most a tolerance.
 
     Args:
@@ -99,7 +99,7 @@ def largest_variance(cache: ValidationCache, tolerance: float, *, seed: int = 0)
         FitWarning: If even the largest variance changes it by less.
     """
     predicted = cache.logits.argmax(1, keepdim=True)
-    num_layers = cache.prior.shape[1]
+    num_layers = cache.num_layers
 
     def nll(log_probs: Tensor) -> float:
         return float(-log_probs.gather(1, predicted).mean())

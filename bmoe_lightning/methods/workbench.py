@@ -29,7 +29,7 @@ from bmoe_lightning.laplace.prior import (
     check_distances,
     fit_evidence,
 )
-from bmoe_lightning.laplace.validation_cache import CacheBuilder, ValidationCache
+from bmoe_lightning.laplace.validation_cache import CACHE_BYTES, AnyCache, CacheBuilder
 from bmoe_lightning.methods.base import Method, check_method_names
 from bmoe_lightning.methods.batch_view import BatchView
 from bmoe_lightning.methods.curvature_warnings import warn_of_discarded_energy
@@ -127,6 +127,7 @@ class Workbench:
         seed: Seed for sampled labels, sketch matrices and Monte Carlo noise.
         distributed: Whether all ranks of torch.distributed's default group take part, each with its shard of the data.
         pass_files: Location of the checkpoints of curvature passes; None writes none.
+        cache_bytes: Memory of the covariance terms of the held-out data under all curvatures; see `CacheBuilder`.
     """
 
     def __init__(
@@ -144,6 +145,7 @@ class Workbench:
         seed: int = 0,
         distributed: bool = False,
         pass_files: PassFiles | None = None,
+        cache_bytes: int = CACHE_BYTES,
     ) -> None:
         self.model = model
         self.snapshots = tuple(snapshots)
@@ -156,7 +158,8 @@ class Workbench:
         self._prior_mean = prior_mean
         self._distributed = distributed
         self._pass_files = pass_files
-        self._caches: dict[str, ValidationCache] = {}
+        self._cache_bytes = cache_bytes
+        self._caches: dict[str, AnyCache] = {}
         needs_covariances = any(method.needs.calibration and method.curvatures for method in self._methods)
         self._logits = None if needs_covariances else calibration_logits
         self._distances: dict[tuple[str, str], list[Tensor]] = {}
@@ -214,7 +217,7 @@ class Workbench:
             )
         return check_labelled(logits, labels)
 
-    def covariances(self, curvature: Curvature) -> ValidationCache:
+    def covariances(self, curvature: Curvature) -> AnyCache:
         """Covariance terms of the held-out data under a curvature, for any prior precision.
 
         Raises:
@@ -299,7 +302,12 @@ class Workbench:
             )
         collected = [c for method in self._methods if method.needs.calibration for c in method.curvatures]
         posteriors = {curvature.digest: self.posterior(curvature) for curvature in collected}
-        builders = {digest: CacheBuilder(posterior.curvature) for digest, posterior in posteriors.items()}
+        shards = num_processes() if self._distributed else 1
+        each = max(1, self._cache_bytes // max(1, len(posteriors)))
+        builders = {
+            digest: CacheBuilder(posterior.curvature, max_bytes=each, num_shards=shards)
+            for digest, posterior in posteriors.items()
+        }
         plain = _LogitsBuilder()
         for batch in lockstep(self.model, self._calibration):
             if not builders:
@@ -313,7 +321,7 @@ class Workbench:
             return
         self._caches = {d: builder.finish(distributed=self._distributed) for d, builder in builders.items()}
         cache = next(iter(self._caches.values()))
-        self._logits = (cache.logits, cache.labels)
+        self._logits = (cache.all_logits, cache.all_labels)
 
 
 class _LogitsBuilder:
@@ -358,6 +366,7 @@ def fit_methods(
     distributed: bool = False,
     pass_files: PassFiles | None = None,
     fit_id: str | None = None,
+    cache_bytes: int = CACHE_BYTES,
 ) -> FitResult:
     """Fit methods in one pass over the training data per curvature and one shared pass over the held-out data.
 
@@ -379,6 +388,8 @@ def fit_methods(
         pass_files: Location of the checkpoints of curvature passes, from which a killed pass resumes; remove them with
             `remove_checkpoint` once the fit is written.
         fit_id: Identifier of a new fit; by default a random one.
+        cache_bytes: Memory of the covariance terms of the held-out data. With many classes or examples they are compact
+            (see `CompactCache`), so that they fit.
 
     Returns:
         The fit; with `earlier`, that one completed by the missing methods.
@@ -416,6 +427,7 @@ def fit_methods(
         seed=earlier.seed,
         distributed=distributed,
         pass_files=pass_files,
+        cache_bytes=cache_bytes,
     )
     work.check_before_passes()
     for method in missing:

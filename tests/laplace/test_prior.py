@@ -8,10 +8,10 @@ from oracles.models import answer_logits, as_modules, split, toy_batch, toy_mode
 
 from bmoe_lightning.curvature import collect_factors
 from bmoe_lightning.laplace import LaplacePosterior
+from bmoe_lightning.laplace.compact_cache import cholesky
 from bmoe_lightning.laplace.predictive import mean_variance, temperature_from_variances
 from bmoe_lightning.laplace.prior import (
     LogNormalPrior,
-    _cholesky,
     _Objective,
     _quasi_newton,
     _starts,
@@ -478,6 +478,6 @@ def test_lpo_at_extreme_logits(cache, scale):
 def test_a_covariance_that_rounding_made_indefinite_still_has_a_root():
     good = torch.eye(3, dtype=torch.float64)
     bad = torch.tensor([[1.0, 1, 0], [1, 1 - 1e-7, 0], [0, 0, 1e-9]], dtype=torch.float64)
-    root = _cholesky(torch.stack([good, bad]))
+    root = cholesky(torch.stack([good, bad]))
     assert torch.equal(root[0], good)
     torch.testing.assert_close(root[1] @ root[1].mT, bad, rtol=0, atol=1e-5)

@@ -457,3 +457,18 @@ class TestWarnings:
         fit = fit_methods([TemperatureScaling()], model, answer_logits, Untouchable(), labels_it_predicts)
         (sentence,) = fit.warnings_of(TemperatureScaling())
         assert "end of the search range" in sentence
+
+
+def test_a_fit_keeps_to_the_memory_of_the_terms(model, train, calibration, prior_mean, everything):
+    """Compact terms; the temperatures see all labels, and no method sees terms and labels of different examples."""
+    methods = methods_of(TemperatureScaling, LaplaceLPO, LaplaceTemperature, EvidenceTemperature, num_samples=500)
+    options = {"prior_mean": prior_mean}
+    small = fit_methods(methods, model, answer_logits, train, calibration, **options, cache_bytes=1_000_000)
+    assert len(small.calibration[0]) == 112
+    assert torch.equal(state(small, "temperature")["temperature"], state(everything, "temperature")["temperature"])
+    for name in ("laplace_temperature", "evidence_temperature"):
+        found, expected = state(small, name)["temperature"], state(everything, name)["temperature"]
+        assert float(found) == pytest.approx(float(expected), rel=0.02)
+    # That of the other layer is so large that its size does not matter.
+    assert precision(small, "laplace_lpo")[0] == pytest.approx(precision(everything, "laplace_lpo")[0], rel=0.2)
+    assert min(precision(small, "laplace_lpo")[1], precision(everything, "laplace_lpo")[1]) > 1e4
