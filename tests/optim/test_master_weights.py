@@ -71,13 +71,22 @@ def test_updates_below_the_spacing_add_up():
     assert moved["plain"] == 0
 
 
-def test_few_weights_at_a_time_give_the_same(monkeypatch):
+@pytest.mark.parametrize("divided", [True, False])
+def test_few_weights_at_a_time_give_the_same(monkeypatch, divided):
     whole, parts = parameters(torch.bfloat16), parameters(torch.bfloat16)
-    take_steps(MasterWeightAdamW(whole, **SETTINGS), whole, range(3))
+    monkeypatch.setattr(file, "_is_divided", lambda part: False)
+    optimizer, other = MasterWeightAdamW(whole, **SETTINGS), MasterWeightAdamW(parts, **SETTINGS)
+    take_steps(optimizer, whole, range(3))
+    monkeypatch.setattr(file, "_is_divided", lambda part: divided)
     monkeypatch.setattr(file, "CHUNK", 30)
-    assert [len(chunk) for chunk in file._chunks(parts)] == [1, 1, 2]
-    take_steps(MasterWeightAdamW(parts, **SETTINGS), parts, range(3))
-    assert all(torch.equal(*pair) for pair in zip(whole, parts, strict=True))
+    monkeypatch.setattr(file, "_PIECE", 32)
+    take_steps(other, parts, range(3))
+    together = [len(chunk) for chunk in file._together([other._part(parameter) for parameter in parts])]
+    assert together == ([1] * 7 if divided else [1, 1, 2])
+    for parameter, twin in zip(whole, parts, strict=True):
+        assert torch.equal(parameter, twin)
+        states = optimizer.state[parameter], other.state[twin]
+        assert all(torch.equal(states[0][name], states[1][name]) for name in states[0])
 
 
 def test_a_resumed_run_continues_bit_for_bit(tmp_path):
