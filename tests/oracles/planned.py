@@ -6,7 +6,7 @@ import torch
 from transformers import Qwen2MoeConfig, Qwen2MoeForCausalLM
 
 from bmoe_lightning.experts import down_proj_parameters, expert_parameters, find_expert_layers
-from recipes.benchmark.peers import separate_experts
+from recipes.benchmark.separate_experts import separate_experts
 from recipes.plan.compute import Workload
 
 WORK = Workload(batch_size=4, tokens=32, classes=4, rank=5)
