@@ -27,6 +27,7 @@ from bmoe_lightning.trainer.checks import (
     check_later_callbacks,
     check_loaders,
     check_prediction,
+    check_runs,
     check_shards,
     check_sketch,
     check_strategy,
@@ -244,12 +245,12 @@ class BayesianMoECallback(L.Callback):
         finally:
             self._given_prior_mean = None
 
-    def on_validation_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Load and check the fit, except for a validation within training, when nothing is fitted yet."""
+    def on_validation_epoch_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Load and check the fit, once other callbacks have swapped weights; not for a validation within training."""
         if trainer.state.fn == "validate":
             self._begin(trainer, pl_module, "val", trainer.validate_loop)
 
-    def on_test_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+    def on_test_epoch_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Load and check the fit; raises `WeightMismatchError` if it was fitted to different weights."""
         self._begin(trainer, pl_module, "test", trainer.test_loop)
 
@@ -353,8 +354,7 @@ class BayesianMoECallback(L.Callback):
             missing = [method for method in self.methods if earlier is None or not earlier.is_fitted(method)]
             check_needs(missing, Available(snapshots=len(self._folder.snapshots)))
             check_data(trainer, missing, trains=False)
-            for method in missing:
-                method.check_run(module, self._folder.folder)
+            check_runs(trainer, missing, module, self._folder.folder)
             FirstBatches(missing, self._logits).check_fit(trainer, module, trains=False)
             self._fit(trainer, module, missing, earlier)
 

@@ -5,11 +5,14 @@ from __future__ import annotations
 import copy
 import json
 import pickle
+from contextlib import nullcontext
 
 import lightning as L
+import lightning.pytorch.callbacks
 import pytest
 import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
+from torch.optim.swa_utils import get_ema_avg_fn
 from torch.utils.data import DataLoader
 from toy import (
     LAPLACE,
@@ -244,6 +247,60 @@ class TestWeightsAndProcesses:
         )
         first = trainer(trained.folder, [callback]).predict(trained.module, test_loader())[0]
         torch.testing.assert_close(first["entropy"], -(first["probs"] * first["log_probs"]).sum(1))
+
+
+@pytest.mark.skipif(not hasattr(lightning.pytorch.callbacks, "WeightAveraging"), reason="since Lightning 2.6")
+class TestWeightAveraging:
+    """It swaps averaged weights in for validation, and saves those."""
+
+    def fit(self, folder, methods=("map", "temperature", "checkpoint_ensemble"), **options):
+        averaging = lightning.pytorch.callbacks.WeightAveraging(avg_fn=get_ema_avg_fn(0.8))
+        callback = BayesianMoECallback(methods, dirpath=str(folder / "fit"), **options)
+        saves = ModelCheckpoint(folder / "saved", monitor="val_loss", mode="max")  # the first epoch's
+        run = trainer(folder, [averaging, callback, saves], max_epochs=3, enable_checkpointing=True)
+        module = ToyModule()
+        run.fit(module, loader(48, 1), loader(48, 2))
+        best = ToyModule()
+        best.load_state_dict(torch.load(saves.best_model_path, weights_only=True)["state_dict"])
+        return run, callback, module, best
+
+    def test_the_best_weights_are_averaged_ones(self, tmp_path):
+        run, callback, module, best = self.fit(tmp_path, fit_at="best")
+        assert callback.fitted.has_weights_of(best)
+        assert not callback.fitted.has_weights_of(module)
+        fresh = BayesianMoECallback(callback.methods, dirpath=str(tmp_path / "fit"))
+        assert "checkpoint_ensemble/test/nll" in trainer(tmp_path, [fresh]).test(best, test_loader(), verbose=False)[0]
+        # The same trainer would validate with its last average in their place.
+        with pytest.raises(WeightMismatchError):
+            run.validate(best, test_loader(), verbose=False)
+
+    def test_the_last_weights_are_averaged_ones(self, tmp_path):
+        run, callback, module, best = self.fit(tmp_path)
+        assert callback.fitted.has_weights_of(module)
+        assert not callback.fitted.has_weights_of(best)
+        found = run.validate(module, test_loader(), verbose=False)[0]
+        tested = run.test(module, test_loader(), verbose=False)[0]
+        for method in ("map", "temperature", "checkpoint_ensemble"):
+            assert found[f"{method}/val/nll"] == pytest.approx(tested[f"{method}/test/nll"])
+
+    def test_weights_that_change_before_the_members_are_evaluated(self, tmp_path):
+        _, _, module, _ = self.fit(tmp_path)
+
+        class Shifts(L.Callback):
+            def on_validation_epoch_end(self, trainer, pl_module):
+                with torch.no_grad():
+                    next(pl_module.parameters()).add_(1)
+
+        for methods, is_refused in (("map", "temperature"), False), (("map", "checkpoint_ensemble"), True):
+            again = BayesianMoECallback(methods, dirpath=str(tmp_path / "fit"))
+            copied = copy.deepcopy(module)
+            run = trainer(tmp_path, [Shifts(), again])
+            with (
+                pytest.raises(WeightMismatchError, match="members of checkpoint_ensemble")
+                if is_refused
+                else nullcontext()
+            ):
+                run.validate(copied, test_loader(), verbose=False)
 
 
 class SaveWeights(L.Callback):

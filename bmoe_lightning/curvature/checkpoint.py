@@ -22,6 +22,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from bmoe_lightning.curvature.sketch import check_state
 from bmoe_lightning.experts.counted_batch import CountedBatch, plain_batch
 from bmoe_lightning.utils.atomic_io import remove_leftovers
 from bmoe_lightning.utils.distributed import gather_number, num_processes, process_rank
@@ -137,7 +138,9 @@ class PassCheckpoint:
         if not self.resumed:
             return
         try:
-            generator.set_state(self._tensors.pop(_GENERATOR))
+            state = self._tensors.pop(_GENERATOR)
+            check_state({_GENERATOR: generator.get_state()}, {_GENERATOR: state})
+            generator.set_state(state)
             for position, layer_sums in enumerate(sums):
                 start = f"{position}."
                 layer_sums.load_state(
@@ -380,9 +383,9 @@ def read_checkpoint(path: Path, fingerprint: str, options: Mapping[str, Any]) ->
     file = read_tensor_file(path, format=FORMAT, version=VERSION, remedy=_RESTART)
     try:
         known = {field.name: file.description["progress"][field.name] for field in dataclasses.fields(Progress)}
-        progress, found = Progress(**known), dict(file.description["options"])
+        progress, found = _checked(Progress(**known)), dict(file.description["options"])
         same_weights = file.description["fingerprint"] == fingerprint
-    except (KeyError, TypeError) as error:
+    except (KeyError, TypeError, ValueError) as error:
         raise _refusal(path, f"has a header that does not describe a pass ({error!r})") from error
     if not same_weights:
         raise _refusal(
@@ -396,6 +399,14 @@ def read_checkpoint(path: Path, fingerprint: str, options: Mapping[str, Any]) ->
             path, f"is from a curvature pass with other settings ({before}, now {now})", "Resume with the same settings"
         )
     return progress, file.tensors
+
+
+def _checked(progress: Progress) -> Progress:
+    counts = (progress.batches, progress.examples, progress.writes)
+    texts = isinstance(progress.digest, str) and isinstance(progress.checked, bool)
+    if not texts or not all(type(count) is int and count >= 0 for count in counts) or progress.writes < 1:
+        raise ValueError(f"{progress}")
+    return progress
 
 
 def _refusal(path: Path | None, reason: str, action: str = "") -> ValueError:

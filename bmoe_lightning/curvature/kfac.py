@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from bmoe_lightning.curvature.checkpoint import PassCheckpoint
 from bmoe_lightning.curvature.factors import KroneckerFactors, LayerFactors
 from bmoe_lightning.curvature.fisher import FisherName, fisher_weights
-from bmoe_lightning.curvature.sketch import SketchName, check_linear, check_state, make_sketch
+from bmoe_lightning.curvature.sketch import SketchName, check_linear, check_state, check_sums, make_sketch
 from bmoe_lightning.curvature.spec import ApproximationName, Curvature
 from bmoe_lightning.experts.counted_batch import lockstep
 from bmoe_lightning.experts.discovery import find_expert_layers
@@ -369,6 +369,7 @@ class _LayerSums:
     def load_state(self, state: Mapping[str, Tensor]) -> None:
         """Restore a `state`; raises `ValueError` if it does not fit."""
         check_state(self.state(), state)
+        check_sums({"slots": state["slots"]})
         self.slots.copy_(state["slots"])
         for part, sketch in (("inputs.", self.inputs), ("gradients.", self.gradients)):
             sketch.load_state({n.removeprefix(part): tensor for n, tensor in state.items() if n.startswith(part)})

@@ -99,10 +99,12 @@ class GramSketch(ABC):
         """Restore the `state` of an accumulator with the same arguments, from any device.
 
         Raises:
-            ValueError: If tensors are missing, unexpected, or of another shape or dtype; the state is then unchanged.
+            ValueError: If tensors are missing, unexpected, of another shape or dtype, or have values that no sums have;
+                the state is then unchanged.
         """
         own = self.state()
         check_state(own, state)
+        check_sums(state)
         self._generator.set_state(state["generator"].cpu())
         for name in own.keys() - {"generator"}:
             own[name].copy_(state[name])
@@ -280,6 +282,28 @@ def check_state(own: Mapping[str, Tensor], state: Mapping[str, Tensor]) -> None:
                 f"{name!r} has shape {tuple(found.shape)} and dtype {found.dtype}, expected {tuple(tensor.shape)} and "
                 f"{tensor.dtype}"
             )
+
+
+def check_sums(state: Mapping[str, Tensor]) -> None:
+    """Check that sums of squares are finite and not negative.
+
+    Args:
+        state: Tensors of an accumulator by name, of which only those that are there are checked.
+
+    Raises:
+        ValueError: If they are not; the message names the tensor.
+    """
+    for name, tensor in state.items():
+        if not bool(tensor.isfinite().all()):
+            raise ValueError(f"{name!r} has non-finite values")
+    squares = {name: state[name] for name in ("trace", "slots") if name in state}
+    if "gram" in state:
+        squares["gram"] = state["gram"].diagonal(dim1=-2, dim2=-1)
+    if "sketch" in state and "omega" in state:
+        squares["sketch"] = (state["sketch"].double() * state["omega"].double()).sum((-2, -1))
+    for name, values in squares.items():
+        if bool((values < 0).any()):
+            raise ValueError(f"{name!r} has negative values, and is a sum of squares")
 
 
 def _leading(gram: Tensor, rank: int) -> LowRank:

@@ -125,7 +125,7 @@ def load_posterior(path: str | Path) -> StoredPosterior:
     content = file.description
     try:
         layers = tuple(_layer(position, layer, file) for position, layer in enumerate(content["layers"]))
-        expert_layers = tuple(_expert_layer(layer) for layer in content["expert_layers"])
+        expert_layers = tuple(described_layer(layer) for layer in content["expert_layers"])
         weights = WeightRecord.from_tensors(
             {
                 name.removeprefix("weights."): value
@@ -137,6 +137,7 @@ def load_posterior(path: str | Path) -> StoredPosterior:
         factors = KroneckerFactors(layers, expert_layers=expert_layers, weights=weights, **known)
         prior_mean, description = content["prior_mean"], dict(content.get("description", {}))
         precision = _prior_precision(file, len(layers))
+        _check_factors(factors, prior_mean)
     except (AttributeError, KeyError, TypeError) as error:
         raise _refusal(path, f"its header does not describe its layers ({error!r})") from error
     except ValueError as error:
@@ -148,19 +149,50 @@ def _refusal(path: Path, reason: str) -> ValueError:
     return ValueError(f"{path} contains no valid posterior: {reason}. Fit it again, and save it with this release.")
 
 
-def _expert_layer(described: Mapping[str, Any]) -> ExpertLayer:
+def described_layer(described: Mapping[str, Any]) -> ExpertLayer:
+    """The expert layer of a description in a file; unknown fields are ignored.
+
+    Raises:
+        ValueError: If a field has an invalid value, or this release does not know the layout.
+        TypeError: If a field is missing.
+    """
     known = {field.name for field in fields(ExpertLayer)}
     layer = ExpertLayer(**{name: value for name, value in described.items() if name in known})
+    texts = (layer.name, layer.layout, layer.down_proj)
+    sizes = (layer.index + 1 if type(layer.index) is int else 0, layer.num_experts, layer.d_in, layer.d_out)
+    valid = all(isinstance(text, str) for text in texts) and isinstance(layer.transposed, bool)
+    if not valid or not all(type(size) is int and size > 0 for size in sizes):
+        raise ValueError(f"an expert layer is described by invalid values: {layer}")
     if layer.layout not in LAYOUTS:
         raise ValueError(f"this release does not know the layout {layer.layout!r} of expert layer {layer.name!r}")
     return layer
+
+
+def _check_factors(factors: KroneckerFactors, prior_mean: Any) -> None:
+    """Check the fields of a header against each other."""
+    texts = (factors.fisher, factors.approximation, factors.sketch, factors.fingerprint, prior_mean)
+    counts = (factors.rank, factors.num_examples, factors.num_examples_used)
+    if not all(isinstance(text, str) for text in texts) or not all(
+        type(count) is int and count >= 0 for count in counts
+    ):
+        raise ValueError(f"its header has invalid values: {texts}, {counts}")
+    described = {layer.name: layer for layer in factors.expert_layers}
+    if len({layer.name for layer in factors.layers}) < len(factors.layers):
+        raise ValueError("it has a layer twice")
+    for layer in factors.layers:
+        known = described.get(layer.name)
+        sizes = (layer.index, layer.num_experts, layer.d_in, layer.d_out)
+        if known is None or sizes != (known.index, known.num_experts, known.d_in, known.d_out):
+            raise ValueError(f"layer {layer.name!r} has index and sizes {sizes}, which are not described")
+        if max(layer.a_basis.shape[2], layer.g_basis.shape[2]) > factors.rank:
+            raise ValueError(f"layer {layer.name!r} has more eigenvalues than its rank {factors.rank}")
 
 
 def _prior_precision(file: TensorFile, num_layers: int) -> Tensor:
     precision = file.tensors.get("prior_precision")
     if precision is None or precision.shape != (num_layers,):
         raise ValueError(f"there is no prior precision for its {num_layers} layers")
-    if not precision.is_floating_point() or not bool((precision.isfinite() & (precision > 0)).all()):
+    if precision.dtype != torch.float64 or not bool((precision.isfinite() & (precision > 0)).all()):
         raise ValueError(f"prior precisions must be positive and finite, got {precision.tolist()}")
     return precision
 
@@ -194,6 +226,8 @@ def _shape_fault(layer: LayerFactors) -> str:
 def _value_fault(layer: LayerFactors) -> str:
     for field, tensor in layer.tensors().items():
         if tensor.dtype not in (BASIS_DTYPES if field.endswith("basis") else _TRACE_TOLERANCE):
+            return f"{field} has the unexpected dtype {tensor.dtype}"
+        if field in ("slots", "a_trace", "g_trace") and tensor.dtype != torch.float64:
             return f"{field} has the unexpected dtype {tensor.dtype}"
         if not bool(torch.isfinite(tensor).all()):
             return f"{field} has non-finite values"

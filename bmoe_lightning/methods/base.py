@@ -66,6 +66,9 @@ class Method(ABC):
     cost: ClassVar[str] = "one forward pass"
     """Cost of a prediction, for the table of methods."""
 
+    positive_state: ClassVar[tuple[str, ...]] = ()
+    """Entries that every state has, positive and finite in float64: a number, or a vector as `PRIOR_PRECISION`."""
+
     @property
     def needs(self) -> Needs:
         """Requirements besides the model."""
@@ -127,16 +130,40 @@ class Method(ABC):
         """
         return [nullcontext()]
 
-    def check_run(self, model: nn.Module, folder: Path | None) -> None:  # noqa: B027  (most methods check nothing else)
+    def check_run(  # noqa: B027  (most methods check nothing else)
+        self, model: nn.Module, folder: Path | None, *, ranks_per_node: int = 1
+    ) -> None:
         """Check before training that the method can be fitted afterwards, in addition to `needs`.
 
         Args:
             model: The model that is about to be trained.
             folder: Folder to which the fit will be written, or None.
+            ranks_per_node: Number of processes that share this machine's memory; each of them fits.
 
         Raises:
             ValueError: If the method could not be fitted.
         """
+
+    def check_state(self, state: State) -> None:
+        """Check the values of a state that was read from a file; by default see `positive_state`.
+
+        Args:
+            state: State as from `fit`.
+
+        Raises:
+            ValueError: If an entry is missing, or no fit has such a value.
+        """
+        for key in self.positive_state:
+            if key not in state:
+                raise ValueError(f"it lacks {key!r}")
+            value, dimensions = state[key], int(key == PRIOR_PRECISION)
+            if value.dtype != torch.float64 or value.dim() != dimensions:
+                raise ValueError(f"{key!r} has dtype {value.dtype} and shape {tuple(value.shape)}")
+            if not bool((value.isfinite() & (value > 0)).all()):
+                raise ValueError(f"{key!r} must be positive and finite, and is {value.tolist()}")
+        for key, value in state.items():
+            if value.is_floating_point() and not bool(value.isfinite().all()):
+                raise ValueError(f"{key!r} has non-finite values")
 
     def refit(self, state: State, logits: Tensor, labels: Tensor) -> State | None:
         """Refit the state to other labelled logits, for methods that need no other data; None for all others.

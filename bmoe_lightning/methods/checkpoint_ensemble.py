@@ -29,6 +29,7 @@ class CheckpointEnsemble(WeightEnsemble):
     label: str = "Checkpoint ensemble"
     num_snapshots: int = option(5, "Number of members: the weights after each of the last epochs.")
 
+    positive_state = ("members",)
     source = "https://arxiv.org/abs/1710.03282"
     cost = "one forward pass per member"
 

@@ -44,6 +44,7 @@ class EvidenceTemperature(CurvatureMethod):
         "pretrained", "Prior mean: the weights before fine-tuning (`pretrained`), or `zero`."
     )
 
+    positive_state = ("temperature",)
     source = "https://doi.org/10.1162/neco.1992.4.5.720"
 
     def __post_init__(self) -> None:

@@ -36,12 +36,14 @@ class FittedMethod:
         options: The method's `fit_options` when it was fitted.
         curvatures: Digests of the curvatures that its fit or its predictions use.
         warnings: What makes the fit doubtful, one sentence each; see `warn_of_fit`.
+        file: Path of the file that the state was read from; empty if it was fitted in this process.
     """
 
     state: State
     options: Mapping[str, Any]
     curvatures: tuple[str, ...] = ()
     warnings: tuple[str, ...] = ()
+    file: str = ""
 
 
 @dataclass(frozen=True)
@@ -94,6 +96,7 @@ class FitResult:
 
         Raises:
             NotFittedError: If it has not been fitted, or was fitted with other options.
+            ValueError: If it was read from a file, and no fit has such values.
         """
         if not method.is_fitted_method:
             return {}
@@ -106,7 +109,23 @@ class FitResult:
             raise NotFittedError(
                 f"{method.name} has not been fitted; call fit_posterior, which fits missing methods only"
             )
-        return self.methods[method.name].state
+        stored = self.methods[method.name]
+        if stored.file:
+            self._check_state(method, stored)
+        return stored.state
+
+    def _check_state(self, method: Method, stored: FittedMethod) -> None:
+        try:
+            method.check_state(stored.state)
+            if PRIOR_PRECISION in stored.state:
+                shape = stored.state[PRIOR_PRECISION].shape
+                layers = {len(self.posteriors[d].prior_precision) for d in stored.curvatures if d in self.posteriors}
+                if layers - {shape[0]}:
+                    raise ValueError(f"{PRIOR_PRECISION!r} has shape {tuple(shape)}, and the curvature {layers} layers")
+        except ValueError as error:
+            raise ValueError(
+                f"{stored.file} contains no valid state of {method.name}: {error}. Fit it again."
+            ) from error
 
     def warnings_of(self, method: Method) -> tuple[str, ...]:
         """What makes the fit of a method doubtful, one sentence each; empty for a method without a fit."""

@@ -46,6 +46,7 @@ class Isotropic(CurvatureMethod):
     )
     num_samples: int = option(NUM_SAMPLES, "Number of Monte Carlo samples per prediction.", prediction_only=True)
 
+    positive_state = (PRIOR_PRECISION,)
     source = "https://arxiv.org/abs/2412.05723"
     cost = "one forward pass and K - 1 backward passes to the experts' outputs"
 

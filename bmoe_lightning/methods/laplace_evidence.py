@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import ClassVar
 
 from torch import Tensor
 
@@ -39,6 +40,7 @@ class LaplaceEvidence(CurvatureMethod):
     )
     num_samples: int = option(NUM_SAMPLES, "Number of Monte Carlo samples per prediction.", prediction_only=True)
 
+    positive_state: ClassVar[tuple[str, ...]] = (PRIOR_PRECISION,)
     source = "https://arxiv.org/abs/2511.08968"
     cost = "one forward pass and K - 1 backward passes to the experts' outputs"
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from typing import ClassVar
 
 from torch import Tensor
 
@@ -47,6 +48,7 @@ class LaplaceLPO(CurvatureMethod):
     )
     num_samples: int = option(NUM_SAMPLES, "Number of Monte Carlo samples per prediction.", prediction_only=True)
 
+    positive_state: ClassVar[tuple[str, ...]] = (PRIOR_PRECISION,)
     source = "https://arxiv.org/abs/2511.08968"
     cost = "one forward pass and K - 1 backward passes to the experts' outputs"
 

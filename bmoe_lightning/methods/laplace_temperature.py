@@ -28,6 +28,8 @@ class LaplaceTemperature(LaplaceEvidence):
     link: LinkName = option("mc", "Link from logits to probabilities: `mc`, `isotropic`, `probit` or `laplace_bridge`.")
     num_samples: int = option(NUM_SAMPLES, "Number of Monte Carlo samples per prediction.")
 
+    positive_state = (PRIOR_PRECISION, "temperature")
+
     @property
     def needs(self) -> Needs:
         return Needs(calibration_labels=True, advised_labels=25, prior_mean=self.prior_mean == "pretrained")

@@ -40,6 +40,7 @@ class ShrunkTemperature(Method):
     centre: float = option(CENTRE, "Mean of the prior on 1/T.")
     width: float = option(WIDTH, "Standard deviation of the prior on 1/T.")
 
+    positive_state = ("temperature",)
     source = "https://arxiv.org/abs/1706.04599"
 
     def __post_init__(self) -> None:

@@ -208,7 +208,10 @@ def _checked(
         )
     for name in shapes:
         # The first read from a file also verifies its digest.
-        if not bool(read(name).isfinite().all()):
+        value = read(name)
+        if not value.is_floating_point():
+            raise ValueError(f"{source} contains {name!r} with the dtype {value.dtype}. Save the weights again.")
+        if not bool(value.isfinite().all()):
             raise ValueError(
                 f"{source} contains non-finite values in {name!r}. Use weights from before training diverged."
             )

@@ -23,9 +23,9 @@ from dataclasses import asdict
 from pathlib import Path, PurePosixPath
 from typing import Any
 
+import torch
 from torch import Tensor
 
-from bmoe_lightning.experts import ExpertLayer
 from bmoe_lightning.experts.weight_record import WeightRecord
 from bmoe_lightning.laplace import storage as posterior_storage
 from bmoe_lightning.laplace.posterior import LaplacePosterior
@@ -34,7 +34,7 @@ from bmoe_lightning.methods.base import State
 from bmoe_lightning.methods.fit_result import FitResult, FittedMethod
 from bmoe_lightning.methods.snapshots import snapshot_info
 from bmoe_lightning.utils.atomic_io import remove_all_leftovers, remove_leftovers
-from bmoe_lightning.utils.file_header import FileHeader, damaged
+from bmoe_lightning.utils.file_header import DamagedFileError, FileHeader, damaged
 from bmoe_lightning.utils.json_io import read_json_file, write_json_file
 from bmoe_lightning.utils.safetensors_io import (
     SealedTensors,
@@ -176,9 +176,17 @@ def load_fit(folder: Path, *, offload: Collection[str] = ()) -> tuple[FitResult,
     content = header.description
     try:
         states = _load_states(folder, header)
+        files = {
+            name: str(_path_of(folder, entry.get("state", content["states"])))
+            for name, entry in content["methods"].items()
+        }
         methods = {
             name: FittedMethod(
-                states.get(name, {}), dict(entry["options"]), tuple(entry["curvatures"]), _warnings(entry)
+                states.get(name, {}),
+                _options(entry),
+                _texts(entry["curvatures"]),
+                _texts(entry.get("warnings", [])),
+                files[name],
             )
             for name, entry in content["methods"].items()
         }
@@ -186,17 +194,20 @@ def load_fit(folder: Path, *, offload: Collection[str] = ()) -> tuple[FitResult,
             digest: _load_curvature(folder, digest, entry, header.fit, offload=digest in offload)
             for digest, entry in content["posteriors"].items()
         }
-        layers = tuple(ExpertLayer(**layer) for layer in content["layers"])
+        layers = tuple(posterior_storage.described_layer(layer) for layer in content["layers"])
         snapshots = [_checked_snapshot(folder, entry, header.fit) for entry in content["snapshots"]]
-        held_out = states.get(_CALIBRATION)
-        calibration = None if held_out is None else (held_out["logits"], held_out.get("labels"))
         weights = WeightRecord.from_tensors(states.get(_WEIGHTS, {}))
-        fit = FitResult(
-            header.fit, content["fingerprint"], layers, methods, posteriors, content["seed"], calibration, weights
-        )
+        fingerprint, seed = content["fingerprint"], content["seed"]
+        if not isinstance(fingerprint, str) or type(seed) is not int or seed < 0:
+            raise TypeError(f"fingerprint {fingerprint!r}, seed {seed!r}")
+    except DamagedFileError:
+        raise
     except (KeyError, TypeError, AttributeError) as error:
         raise damaged(path, _INDEX_FORMAT, f"it is incomplete ({error!r})", _REMEDY) from error
-    return fit, snapshots
+    except ValueError as error:
+        raise error if str(folder) in str(error) else damaged(path, _INDEX_FORMAT, str(error), _REMEDY) from error
+    calibration = _calibration(_path_of(folder, content["states"]), states.get(_CALIBRATION))
+    return FitResult(header.fit, fingerprint, layers, methods, posteriors, seed, calibration, weights), snapshots
 
 
 def _read_index(path: Path) -> FileHeader:
@@ -324,11 +335,32 @@ def _load_states(folder: Path, header: FileHeader) -> dict[str, dict[str, Tensor
     return states
 
 
-def _warnings(entry: Mapping[str, Any]) -> tuple[str, ...]:
-    sentences = entry.get("warnings", [])  # absent in files of earlier releases
-    if not isinstance(sentences, list) or not all(isinstance(sentence, str) for sentence in sentences):
-        raise TypeError(f"warnings must be a list of sentences, got {sentences!r}")
-    return tuple(sentences)
+def _options(entry: Mapping[str, Any]) -> dict[str, Any]:
+    options = entry["options"]
+    if not isinstance(options, dict):
+        raise TypeError(f"options must be a mapping, got {options!r}")
+    return options
+
+
+def _texts(value: Any) -> tuple[str, ...]:
+    if not isinstance(value, list) or not all(isinstance(text, str) for text in value):
+        raise TypeError(f"expected a list of strings, got {value!r}")
+    return tuple(value)
+
+
+def _calibration(path: Path, held_out: Mapping[str, Tensor] | None) -> tuple[Tensor, Tensor | None] | None:
+    """The held-out logits and labels of a fit, checked."""
+    if held_out is None:
+        return None
+    logits, labels = held_out.get("logits", torch.empty(0)), held_out.get("labels")
+    valid = logits.dtype == torch.float64 and logits.dim() == 2
+    valid = valid and not bool((logits.isnan() | (logits == torch.inf)).any())
+    if valid and labels is not None:
+        valid = labels.dtype == torch.int64 and labels.shape == logits.shape[:1]
+        valid = valid and bool((labels < logits.shape[1]).all())
+    if not valid:
+        raise damaged(path, _METHODS_FORMAT, "its held-out logits and labels are not those of a fit", _REMEDY)
+    return logits, labels
 
 
 def _load_tensors(folder: Path, entry: Mapping[str, Any], format: str, fit_id: str) -> dict[str, Tensor]:

@@ -53,7 +53,7 @@ class SWAG(Method):
     def needs(self) -> Needs:
         return Needs(snapshots=2, max_snapshots=self.num_snapshots)
 
-    def check_run(self, model: nn.Module, folder: Path | None) -> None:
+    def check_run(self, model: nn.Module, folder: Path | None, *, ranks_per_node: int = 1) -> None:
         """Check that the state fits into the free memory and onto the folder's disk.
 
         Raises:
@@ -61,12 +61,13 @@ class SWAG(Method):
         """
         count = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
         size = 4 * count * (self.num_snapshots + 2)
-        for what, free in (("memory", free_memory()), ("disk", None if folder is None else free_space(folder))):
+        memory, disk = free_memory(), None if folder is None else free_space(folder)
+        for what, free in (("memory", None if memory is None else memory // ranks_per_node), ("disk", disk)):
             if free is not None and size > free:
                 raise ValueError(
                     f"{self.name} takes {size / 2**30:.1f} GiB for {count:,} trained weights and {self.num_snapshots} "
-                    f"snapshots, and there are {free / 2**30:.1f} GiB of free {what}; train fewer weights, lower "
-                    "num_snapshots, or remove the method"
+                    f"snapshots, and there are {free / 2**30:.1f} GiB of free {what} for each process; train fewer "
+                    "weights, lower num_snapshots, or remove the method"
                 )
 
     def fit(self, work: Workbench) -> State:
@@ -85,6 +86,25 @@ class SWAG(Method):
             parts = (mean, deviations.square().mean(0), deviations)
             state |= {f"{part}/{name}": value for part, value in zip(_PARTS, parts, strict=True)}
         return state
+
+    def check_state(self, state: State) -> None:
+        names = [{key.partition("/")[2] for key in state if key.startswith(f"{part}/")} for part in _PARTS]
+        if _SEED not in state or state[_SEED].dtype != torch.int64 or state[_SEED].dim():
+            raise ValueError("it lacks the seed")
+        if not names[0] or any(other != names[0] for other in names):
+            raise ValueError("it lacks moments of some weights")
+        for name in names[0]:
+            mean, variance, deviations = (state[f"{part}/{name}"] for part in _PARTS)
+            if any(value.dtype != torch.float32 for value in (mean, variance, deviations)):
+                raise ValueError(f"the moments of {name!r} are not float32")
+            counts = 2 <= len(deviations) <= self.num_snapshots if deviations.dim() else False
+            if not counts or not mean.shape == variance.shape == deviations.shape[1:]:
+                raise ValueError(f"the moments of {name!r} have shapes that do not fit together")
+            if bool((variance < 0).any()):
+                raise ValueError(f"{name!r} has negative variances")
+        if len({len(state[f"{_PARTS[2]}/{name}"]) for name in names[0]}) > 1:
+            raise ValueError("its moments are of different numbers of snapshots")
+        super().check_state(state)
 
     def log_probs(self, batch: BatchView, state: State) -> Tensor:
         return batch.logits.log_softmax(-1)

@@ -23,6 +23,7 @@ class TemperatureScaling(Method):
     name: str = "temperature"
     label: str = "Temperature scaling"
 
+    positive_state = ("temperature",)
     source = "https://arxiv.org/abs/1706.04599"
 
     @property

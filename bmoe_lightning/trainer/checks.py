@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import lightning as L
 from lightning.pytorch.callbacks import BaseFinetuning, ModelPruning, StochasticWeightAveraging
+from torch import nn
 
 from bmoe_lightning.curvature.sketch import SketchName, check_linear
 from bmoe_lightning.experts import ClassLogits
@@ -20,7 +21,7 @@ from bmoe_lightning.methods.workbench import prior_mean_layers
 from bmoe_lightning.trainer.data_passes import as_list, shards_weights, training_pass, validation_pass
 from bmoe_lightning.trainer.loaders import iterates_once
 from bmoe_lightning.trainer.sampler_shards import check_order, find_sampler_shard
-from bmoe_lightning.utils.distributed import gather_number
+from bmoe_lightning.utils.distributed import gather_number, together
 
 if TYPE_CHECKING:
     from torch.distributed.device_mesh import DeviceMesh
@@ -201,6 +202,27 @@ def check_data(trainer: L.Trainer, methods: Sequence[Method], *, trains: bool = 
             )
 
 
+def check_runs(trainer: L.Trainer, methods: Sequence[Method], module: nn.Module, folder: Path | None) -> None:
+    """Check that methods can be fitted after the run; see `Method.check_run`. A collective.
+
+    Args:
+        trainer: The trainer.
+        methods: Methods to fit.
+        module: The module.
+        folder: Folder to which the fit will be written, or None.
+
+    Raises:
+        ValueError: If a method cannot be fitted on this rank.
+        RuntimeError: If a method cannot be fitted on another rank.
+    """
+
+    def check() -> None:
+        for method in methods:
+            method.check_run(module, folder, ranks_per_node=trainer.num_devices)
+
+    together(check, distributed=trainer.world_size > 1)
+
+
 def check_optimised(trainer: L.Trainer, module: L.LightningModule, methods: Sequence[Method]) -> None:
     """Check that training moves the layers whose distance from the prior mean methods use.
 
@@ -253,8 +275,7 @@ def check_training(
     epochs = trainer.max_epochs
     if epochs is not None and epochs >= 0 and not is_trial(trainer):
         check_needs(methods, Available(snapshots=num_snapshots + epochs - trainer.current_epoch))
-    for method in methods:
-        method.check_run(module, folder)
+    check_runs(trainer, methods, module, folder)
     if fit_at == "best" and getattr(trainer.checkpoint_callback, "monitor", None) is None:
         raise ValueError(
             "fit_at='best' needs a ModelCheckpoint with monitor=..., and the trainer has none; add one, or use "

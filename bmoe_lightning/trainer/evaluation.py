@@ -14,6 +14,7 @@ from torch import nn
 from bmoe_lightning.experts import ClassLogits
 from bmoe_lightning.experts.batch_copies import WriteCheck, copied_containers
 from bmoe_lightning.experts.logits_contract import joined_logits
+from bmoe_lightning.laplace.posterior import WeightMismatchError
 from bmoe_lightning.laplace.predictive import entropy, predict_with_uncertainty
 from bmoe_lightning.methods.base import Method, option_columns
 from bmoe_lightning.methods.evaluation import Evaluation, Predictions, Predictor
@@ -124,7 +125,16 @@ class EvaluationRun:
             passes: Re-iterable batches of each loader, as in `add`.
             shards: This rank's shard of each loader if there are several ranks. Then this is a collective, and every
                 rank gets all predictions.
+
+        Raises:
+            WeightMismatchError: If another callback has changed the weights since `add`, and there are ensembles.
         """
+        ensembles = [method.name for method in self._methods if method.is_ensemble]
+        if ensembles and self._evaluations and not self._fitted.has_weights_of(module):
+            raise WeightMismatchError(
+                f"another callback has changed the weights before the members of {', '.join(ensembles)} could be "
+                "evaluated; put it after BayesianMoECallback, or use a trainer without it"
+            )
         for loader, evaluation in self._evaluations.items():
             name = self.stage if len(passes) == 1 else f"{self.stage}_{loader}"
             self._names[loader] = name

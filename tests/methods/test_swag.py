@@ -96,6 +96,17 @@ def test_refuses_a_state_that_does_not_fit_and_names_its_size(tmp_path, monkeypa
         SWAG().check_run(model, tmp_path / "not" / "there")
 
 
+def test_processes_of_one_machine_share_its_memory(tmp_path, monkeypatch):
+    model = toy_model().requires_grad_(False)
+    model.get_parameter(DOWN[0]).requires_grad_(True)
+    size = 4 * model.get_parameter(DOWN[0]).numel() * 7
+    monkeypatch.setattr(swag_module, "free_memory", lambda: 4 * size)
+    monkeypatch.setattr(swag_module, "free_space", lambda _: size)  # which one process alone writes to
+    SWAG().check_run(model, tmp_path, ranks_per_node=4)
+    with pytest.raises(ValueError, match="free memory for each process"):
+        SWAG().check_run(model, tmp_path, ranks_per_node=5)
+
+
 def test_free_memory_and_space_are_known(tmp_path):
     assert free_space(tmp_path / "not" / "there") > 0
     memory = free_memory()
