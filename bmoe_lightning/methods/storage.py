@@ -23,7 +23,6 @@ from dataclasses import asdict
 from pathlib import Path, PurePosixPath
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from bmoe_lightning.experts.weight_record import WeightRecord
@@ -33,6 +32,7 @@ from bmoe_lightning.methods import snapshots as snapshot_storage
 from bmoe_lightning.methods.base import State
 from bmoe_lightning.methods.fit_result import FitResult, FittedMethod
 from bmoe_lightning.methods.snapshots import snapshot_info
+from bmoe_lightning.methods.stored_values import stored_calibration, stored_options, stored_texts
 from bmoe_lightning.utils.atomic_io import remove_all_leftovers, remove_leftovers
 from bmoe_lightning.utils.file_header import DamagedFileError, FileHeader, damaged
 from bmoe_lightning.utils.json_io import read_json_file, write_json_file
@@ -183,9 +183,9 @@ def load_fit(folder: Path, *, offload: Collection[str] = ()) -> tuple[FitResult,
         methods = {
             name: FittedMethod(
                 states.get(name, {}),
-                _options(entry),
-                _texts(entry["curvatures"]),
-                _texts(entry.get("warnings", [])),
+                stored_options(entry),
+                stored_texts(entry["curvatures"]),
+                stored_texts(entry.get("warnings", [])),
                 files[name],
             )
             for name, entry in content["methods"].items()
@@ -206,7 +206,10 @@ def load_fit(folder: Path, *, offload: Collection[str] = ()) -> tuple[FitResult,
         raise damaged(path, _INDEX_FORMAT, f"it is incomplete ({error!r})", _REMEDY) from error
     except ValueError as error:
         raise error if str(folder) in str(error) else damaged(path, _INDEX_FORMAT, str(error), _REMEDY) from error
-    calibration = _calibration(_path_of(folder, content["states"]), states.get(_CALIBRATION))
+    try:
+        calibration = stored_calibration(states.get(_CALIBRATION))
+    except ValueError as error:
+        raise damaged(_path_of(folder, content["states"]), _METHODS_FORMAT, str(error), _REMEDY) from error
     return FitResult(header.fit, fingerprint, layers, methods, posteriors, seed, calibration, weights), snapshots
 
 
@@ -333,34 +336,6 @@ def _load_states(folder: Path, header: FileHeader) -> dict[str, dict[str, Tensor
         if "state" in entry:
             states[method] = _load_tensors(folder, entry["state"], _STATE_FORMAT, header.fit)
     return states
-
-
-def _options(entry: Mapping[str, Any]) -> dict[str, Any]:
-    options = entry["options"]
-    if not isinstance(options, dict):
-        raise TypeError(f"options must be a mapping, got {options!r}")
-    return options
-
-
-def _texts(value: Any) -> tuple[str, ...]:
-    if not isinstance(value, list) or not all(isinstance(text, str) for text in value):
-        raise TypeError(f"expected a list of strings, got {value!r}")
-    return tuple(value)
-
-
-def _calibration(path: Path, held_out: Mapping[str, Tensor] | None) -> tuple[Tensor, Tensor | None] | None:
-    """The held-out logits and labels of a fit, checked."""
-    if held_out is None:
-        return None
-    logits, labels = held_out.get("logits", torch.empty(0)), held_out.get("labels")
-    valid = logits.dtype == torch.float64 and logits.dim() == 2
-    valid = valid and not bool((logits.isnan() | (logits == torch.inf)).any())
-    if valid and labels is not None:
-        valid = labels.dtype == torch.int64 and labels.shape == logits.shape[:1]
-        valid = valid and bool((labels < logits.shape[1]).all())
-    if not valid:
-        raise damaged(path, _METHODS_FORMAT, "its held-out logits and labels are not those of a fit", _REMEDY)
-    return logits, labels
 
 
 def _load_tensors(folder: Path, entry: Mapping[str, Any], format: str, fit_id: str) -> dict[str, Tensor]:

@@ -1,0 +1,51 @@
+"""Checks of the values in a fit's index and of its held-out data, beyond the digests of their files."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+
+def stored_options(entry: Mapping[str, Any]) -> dict[str, Any]:
+    """The fit options in a method's entry of the index.
+
+    Raises:
+        TypeError: If they are no mapping.
+    """
+    options = entry["options"]
+    if not isinstance(options, dict):
+        raise TypeError(f"options must be a mapping, got {options!r}")
+    return options
+
+
+def stored_texts(value: Any) -> tuple[str, ...]:
+    """A list of strings of the index.
+
+    Raises:
+        TypeError: If it is anything else.
+    """
+    if not isinstance(value, list) or not all(isinstance(text, str) for text in value):
+        raise TypeError(f"expected a list of strings, got {value!r}")
+    return tuple(value)
+
+
+def stored_calibration(held_out: Mapping[str, Tensor] | None) -> tuple[Tensor, Tensor | None] | None:
+    """The held-out logits `[N, K]` and labels `[N]` (or None) of a fit; None if it has none.
+
+    Raises:
+        ValueError: If they are not those of a fit.
+    """
+    if held_out is None:
+        return None
+    logits, labels = held_out.get("logits", torch.empty(0)), held_out.get("labels")
+    valid = logits.dtype == torch.float64 and logits.dim() == 2
+    valid = valid and not bool((logits.isnan() | (logits == torch.inf)).any())
+    if valid and labels is not None:
+        valid = labels.dtype == torch.int64 and labels.shape == logits.shape[:1]
+        valid = valid and bool((labels < logits.shape[1]).all())
+    if not valid:
+        raise ValueError("its held-out logits and labels are not those of a fit")
+    return logits, labels
