@@ -21,6 +21,7 @@ DEFAULTS: dict[str, Any] = {
     "is_global_zero": True,
     "loggers": [],
     "max_epochs": 3,
+    "num_devices": 1,
     "num_training_batches": 0,
     "num_val_batches": [],
     "progress_bar_callback": None,
