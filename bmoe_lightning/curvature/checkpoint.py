@@ -420,5 +420,5 @@ def _previous(path: Path) -> Path:
 
 def _shown(value: Any) -> str:
     """A value in a message; expert layers by their names only."""
-    names = [layer["name"] for layer in value if isinstance(layer, dict)] if isinstance(value, list) else []
+    names = [layer.get("name") for layer in value if isinstance(layer, dict)] if isinstance(value, list) else []
     return repr(names or value)
