@@ -14,7 +14,7 @@ from bmoe_lightning.metrics.ece import CalibrationNorm, ExpectedCalibrationError
 from bmoe_lightning.metrics.headline import HeadlineMetric, Resamples
 from bmoe_lightning.metrics.inputs import check_predictions, top_label
 from bmoe_lightning.metrics.nll import NegativeLogLikelihood, negative_log_likelihood
-from bmoe_lightning.metrics.plotting import draw_reliability_curve, new_axes
+from bmoe_lightning.metrics.plotting import draw_reliability_curve, new_axes, new_figure
 from bmoe_lightning.metrics.reliability import ReliabilityCurve, ReliabilityDiagram, reliability_curve
 from bmoe_lightning.metrics.selective import selective_risk
 
@@ -43,6 +43,7 @@ __all__ = [
     "expected_calibration_error",
     "negative_log_likelihood",
     "new_axes",
+    "new_figure",
     "percentile_interval",
     "reliability_curve",
     "selective_risk",

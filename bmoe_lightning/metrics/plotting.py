@@ -11,8 +11,8 @@ if TYPE_CHECKING:
     from bmoe_lightning.metrics.reliability import ReliabilityCurve
 
 
-def new_axes(width: float = 4.8, height: float = 4.8) -> tuple[Figure, Axes]:
-    """A new figure on the Agg canvas with one pair of axes; the backend that the user chose is not changed.
+def new_figure(width: float, height: float) -> Figure:
+    """A new figure on the Agg canvas; the backend that the user chose is not changed.
 
     Args:
         width: Width in inches.
@@ -30,6 +30,20 @@ def new_axes(width: float = 4.8, height: float = 4.8) -> tuple[Figure, Axes]:
         ) from error
     figure = Figure(figsize=(width, height), dpi=120, layout="constrained")
     FigureCanvasAgg(figure)
+    return figure
+
+
+def new_axes(width: float = 4.8, height: float = 4.8) -> tuple[Figure, Axes]:
+    """A new figure with one pair of axes; see `new_figure`.
+
+    Args:
+        width: Width in inches.
+        height: Height in inches.
+
+    Raises:
+        ModuleNotFoundError: If matplotlib is not installed.
+    """
+    figure = new_figure(width, height)
     return figure, figure.add_subplot()
 
 

@@ -2,10 +2,11 @@
 
 from bmoe_lightning.report.figures import (
     LabelBudgetPoint,
+    comparison_figure,
     label_budget_figure,
     matplotlib_available,
     reliability_figure,
-    reliability_overlay,
+    reliability_panels,
     save_figure,
     write_figures,
 )
@@ -13,7 +14,7 @@ from bmoe_lightning.report.files import library_versions, write_results
 from bmoe_lightning.report.results import MethodResult, MetricSummary, Row, SummarySettings, summarise
 from bmoe_lightning.report.styles import MethodStyle, method_styles
 from bmoe_lightning.report.table import results_markdown, results_table
-from bmoe_lightning.report.tensorboard import write_tensorboard
+from bmoe_lightning.report.tensorboard import has_comparison, write_tensorboard
 
 __all__ = [
     "LabelBudgetPoint",
@@ -22,12 +23,14 @@ __all__ = [
     "MetricSummary",
     "Row",
     "SummarySettings",
+    "comparison_figure",
+    "has_comparison",
     "label_budget_figure",
     "library_versions",
     "matplotlib_available",
     "method_styles",
     "reliability_figure",
-    "reliability_overlay",
+    "reliability_panels",
     "results_markdown",
     "results_table",
     "save_figure",

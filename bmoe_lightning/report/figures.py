@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import io
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,7 +13,14 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from bmoe_lightning.metrics import ReliabilityCurve, draw_reliability_curve, new_axes, reliability_curve
+from bmoe_lightning.metrics import (
+    HEADLINE_METRICS,
+    ReliabilityCurve,
+    draw_reliability_curve,
+    new_axes,
+    new_figure,
+    reliability_curve,
+)
 from bmoe_lightning.report.files import check_rows_match
 from bmoe_lightning.report.results import MethodResult, Row, by_method
 from bmoe_lightning.report.styles import MethodStyle, method_styles
@@ -23,6 +31,7 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 _WELL_FILLED_SHARE = 0.02
+_PANELS_PER_LINE = 4
 
 
 @dataclass(frozen=True)
@@ -98,8 +107,8 @@ def reliability_figure(group: Sequence[MethodResult], row: Row, style: MethodSty
     return figure
 
 
-def reliability_overlay(results: Sequence[MethodResult], rows: Sequence[Row]) -> Figure:
-    """Reliability curves of all methods on one pair of axes, the ECE of each in the legend.
+def reliability_panels(results: Sequence[MethodResult], rows: Sequence[Row]) -> Figure:
+    """Reliability diagrams of all methods side by side, with the ECE of each; the other methods are in grey behind it.
 
     Only well-filled bins are drawn, see `well_filled`.
 
@@ -113,13 +122,52 @@ def reliability_overlay(results: Sequence[MethodResult], rows: Sequence[Row]) ->
     """
     check_rows_match(results, rows)
     groups, styles = by_method(results), method_styles([row.method for row in rows])
-    figure, ax = new_axes(5.2, 5.2 + 0.2 * len(rows))
-    for row in rows:
-        curve = well_filled(pooled_curve(groups[row.method], row))
-        _draw(ax, curve, styles[row.method], label=f"{row.label} (ECE {row.metrics['ece'].mean:.3f})")
-    ax.set_title(f"n = {_items(rows[0])}; bins with at least {100 * _WELL_FILLED_SHARE:g} % of the items", fontsize=10)
-    # Below, not beside: TensorBoard shrinks an image to the width of its card.
-    figure.legend(loc="outside lower center", frameon=False, fontsize=9)
+    curves = {row.method: well_filled(pooled_curve(groups[row.method], row)) for row in rows}
+    columns = min(len(rows), _PANELS_PER_LINE)
+    lines = math.ceil(len(rows) / columns)
+    figure = new_figure(2.4 * columns, 2.6 * lines + 0.4)
+    panels = figure.subplots(lines, columns, sharex=True, sharey=True, squeeze=False).flatten()
+    for row, ax in zip(rows, panels, strict=False):
+        for other in curves.values():
+            filled = (other.count > 0).cpu()
+            ax.plot(other.confidence.cpu()[filled], other.accuracy.cpu()[filled], color="#CCCCCC", linewidth=0.8)
+        _draw(ax, curves[row.method], styles[row.method])
+        ax.set_title(f"{row.label}\nECE {row.metrics['ece'].mean:.3f}", fontsize=9)
+        ax.label_outer()
+    for ax in panels[len(rows) :]:
+        ax.set_visible(False)
+    figure.suptitle(
+        f"n = {_items(rows[0])}; bins with at least {100 * _WELL_FILLED_SHARE:g} % of the items", fontsize=10
+    )
+    return figure
+
+
+def comparison_figure(rows: Sequence[Row]) -> Figure:
+    """All methods from the lowest NLL to the highest: one panel a headline metric, means with their intervals.
+
+    Args:
+        rows: From `summarise`.
+
+    Raises:
+        ModuleNotFoundError: If matplotlib is not installed.
+    """
+    styles = method_styles([row.method for row in rows])
+    ordered = sorted(rows, key=lambda row: row.metrics["nll"].mean)
+    metrics = sorted(HEADLINE_METRICS, key=lambda metric: metric.name != "nll")  # that of the order comes first
+    figure = new_figure(2.4 * len(metrics) + 2, 0.28 * len(rows) + 1.3)
+    panels = figure.subplots(1, len(metrics), sharey=True, squeeze=False)[0]
+    for metric, ax in zip(metrics, panels, strict=True):
+        for place, row in enumerate(ordered):
+            value, style = row.metrics[metric.name], styles[row.method]
+            ax.plot([value.low, value.high], [place, place], color=style.color, linewidth=1.5)
+            ax.plot([value.mean], [place], color=style.color, marker=style.marker, markersize=6)
+        ax.set_title(metric.header, fontsize=10)
+        ax.grid(axis="x", color="#DDDDDD", linewidth=0.6)
+        ax.set_axisbelow(True)
+    panels[0].set_yticks(range(len(ordered)), [row.label for row in ordered])
+    panels[0].invert_yaxis()
+    best = ordered[0]
+    figure.suptitle(f"Lowest NLL: {best.label} ({best.metrics['nll'].mean:.3f})", fontsize=12)
     return figure
 
 
@@ -184,7 +232,7 @@ def save_figure(figure: Figure, path: str | Path) -> Path:
 
 
 def write_figures(output_dir: str | Path, results: Sequence[MethodResult], rows: Sequence[Row]) -> list[Path]:
-    """Write `reliability_<method>.png` for every method, and `reliability.png` with all of them.
+    """Write `reliability_<method>.png` for every method, `reliability.png` with all of them, and `comparison.png`.
 
     Args:
         output_dir: Folder, created if missing.
@@ -205,11 +253,15 @@ def write_figures(output_dir: str | Path, results: Sequence[MethodResult], rows:
         )
         for row in rows
     ]
-    return [*paths, save_figure(reliability_overlay(results, rows), folder / "reliability.png")]
+    return [
+        *paths,
+        save_figure(reliability_panels(results, rows), folder / "reliability.png"),
+        save_figure(comparison_figure(rows), folder / "comparison.png"),
+    ]
 
 
-def _draw(ax: Axes, curve: ReliabilityCurve, style: MethodStyle, label: str | None = None) -> None:
-    draw_reliability_curve(ax, curve, color=style.color, marker=style.marker, linestyle=style.linestyle, label=label)
+def _draw(ax: Axes, curve: ReliabilityCurve, style: MethodStyle) -> None:
+    draw_reliability_curve(ax, curve, color=style.color, marker=style.marker, linestyle=style.linestyle)
 
 
 def _items(row: Row) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
@@ -20,7 +21,7 @@ from bmoe_lightning.methods.base import Method, option_columns
 from bmoe_lightning.methods.evaluation import Evaluation, Predictions, Predictor
 from bmoe_lightning.methods.fit_result import FitResult
 from bmoe_lightning.metrics import calibration_values
-from bmoe_lightning.report import MethodResult, summarise, write_tensorboard
+from bmoe_lightning.report import MethodResult, has_comparison, results_table, summarise, write_tensorboard
 from bmoe_lightning.trainer.checks import is_trial
 from bmoe_lightning.trainer.data_passes import DataPass
 from bmoe_lightning.trainer.lightning_internals import logged_step
@@ -170,7 +171,9 @@ class EvaluationRun:
         return self.finish(module, class_logits, passes, shards)
 
     def log(self, trainer: L.Trainer, module: L.LightningModule, name: str) -> None:
-        """Log the metrics of every method, and after a test write the TensorBoard comparison.
+        """Log the metrics of every method; after a test, print the table and write the TensorBoard comparison.
+
+        Like Lightning's own table, ours is left out with `trainer.test(verbose=False)`.
 
         Args:
             trainer: Trainer within an evaluation.
@@ -181,9 +184,11 @@ class EvaluationRun:
         # Equal on every rank, but Lightning requires a reduction; unlike a mean, a maximum does not round.
         module.log_dict(metrics, reduce_fx="max", sync_dist=trainer.world_size > 1)
         if self.stage == "test" and not is_trial(trainer) and trainer.is_global_zero:
-            for logger in trainer.loggers:
-                if isinstance(logger, TensorBoardLogger):
-                    self.write_tensorboard(Path(logger.log_dir) / name, logged_step(trainer))
+            self.report(
+                [Path(logger.log_dir) / name for logger in trainer.loggers if isinstance(logger, TensorBoardLogger)],
+                logged_step(trainer),
+                verbose=trainer.test_loop.verbose,
+            )
 
     def metrics(self) -> dict[str, float]:
         """Metrics of every method by `{method}/{loader}/{metric}`."""
@@ -216,18 +221,30 @@ class EvaluationRun:
             for method in self._methods
         ]
 
-    def write_tensorboard(self, folder: Path, step: int) -> None:
-        """Write one TensorBoard sub-run per method, for each loader.
+    def report(self, folders: Sequence[Path], step: int, *, verbose: bool) -> None:
+        """Print the results table of each loader, and write its TensorBoard sub-runs.
 
         Args:
-            folder: Folder of the logger.
+            folders: Folders of TensorBoard loggers. The sub-runs of an earlier test stay as they are.
             step: Number of training steps, as on the axis of the training curves.
+            verbose: Whether to print.
         """
+        if not folders and not verbose:
+            return
         for loader, name in self._names.items():
             results = self.results(loader)
-            write_tensorboard(
-                folder / ("methods" if name == self.stage else name), results, summarise(results), step=step
-            )
+            rows = summarise(results)
+            if verbose:
+                print("", *([] if name == self.stage else [name]), results_table(rows), sep="\n", flush=True)
+            for folder in folders:
+                sub_runs = _unused(folder / ("methods" if name == self.stage else name))
+                write_tensorboard(sub_runs, results, rows, step=step)
+
+
+def _unused(folder: Path) -> Path:
+    """The folder, or with `-2`, `-3`, ... appended the first that has no comparison of an earlier test."""
+    numbered = (folder.with_name(f"{folder.name}-{number}") for number in itertools.count(2))
+    return next(path for path in itertools.chain([folder], numbered) if not has_comparison(path))
 
 
 def log_scalars(trainer: L.Trainer, scalars: Mapping[str, float], name: str) -> None:

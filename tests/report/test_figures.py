@@ -37,27 +37,41 @@ def test_reliability_figure(results):
     assert ax.lines[1].get_xydata().tolist() == torch.stack([curve.confidence, curve.accuracy], 1)[filled].tolist()
 
 
-def test_overlay_has_a_line_and_a_legend_entry_a_method(results):
+def test_every_method_has_a_panel_with_the_others_behind_it(results):
     rows = summarise(results, SETTINGS)
-    figure = F.reliability_overlay(results, rows)
-    named = {line.get_label(): line for line in figure.axes[0].lines if not line.get_label().startswith("_")}
-    assert list(named) == [f"{row.label} (ECE {row.metrics['ece'].mean:.3f})" for row in rows]
-    assert [style_of(line) for line in named.values()] == list(method_styles([row.method for row in rows]).values())
-    legend = figure.legends[0]
-    figure.canvas.draw()
-    box = legend.get_window_extent()
-    assert box.x0 >= 0
-    assert box.x1 <= figure.bbox.x1
-    assert box.y0 >= 0
-    assert box.y1 <= figure.axes[0].get_tightbbox().y0
+    figure = F.reliability_panels(results, rows)
+    styles = method_styles([row.method for row in rows])
+    for row, ax in zip(rows, figure.axes, strict=False):
+        assert ax.get_title() == f"{row.label}\nECE {row.metrics['ece'].mean:.3f}"
+        behind, own = ax.lines[: len(rows)], ax.lines[-1]
+        assert {line.get_color() for line in behind} == {"#CCCCCC"}
+        assert style_of(own) == styles[row.method]
+        assert any(own.get_xydata().tolist() == line.get_xydata().tolist() for line in behind)
+
+
+def test_the_comparison_has_the_lowest_nll_on_top_and_in_the_title(results):
+    rows = summarise(results, SETTINGS)
+    figure = F.comparison_figure(rows)
+    ordered = sorted(rows, key=lambda row: row.metrics["nll"].mean)
+    first = figure.axes[0]
+    assert [text.get_text() for text in first.get_yticklabels()] == [row.label for row in ordered]
+    assert first.yaxis_inverted()
+    assert figure.get_suptitle() == f"Lowest NLL: {ordered[0].label} ({ordered[0].metrics['nll'].mean:.3f})"
+    assert first.get_title().startswith("NLL")
+    assert len(figure.axes) == len(rows[0].metrics)
+    for place, row in enumerate(ordered):
+        interval, mean = first.lines[2 * place : 2 * place + 2]
+        nll = row.metrics["nll"]
+        assert interval.get_xdata().tolist() == pytest.approx([nll.low, nll.high])
+        assert mean.get_xdata().tolist() == pytest.approx([nll.mean])
 
 
 def test_a_method_looks_the_same_in_all_figures_of_a_run(results, monkeypatch, tmp_path):
     drawn, draw = [], F.draw_reliability_curve
 
-    def record(ax, curve, *, label=None, **style):
+    def record(ax, curve, **style):
         drawn.append(MethodStyle(**style))
-        draw(ax, curve, label=label, **style)
+        draw(ax, curve, **style)
 
     monkeypatch.setattr(F, "draw_reliability_curve", record)
     rows = summarise(results, SETTINGS)
@@ -67,11 +81,12 @@ def test_a_method_looks_the_same_in_all_figures_of_a_run(results, monkeypatch, t
 
 def test_any_number_of_methods_can_be_drawn(make_result):
     results = [dataclasses.replace(make_result("map", 0), method=f"m{i}", label=f"M {i}") for i in range(30)]
-    figure = F.reliability_overlay(results, summarise(results, SETTINGS))
-    lines = [line for line in figure.axes[0].lines if line.get_label().startswith("M ")]
-    assert len({style_of(line) for line in lines}) == 30
+    rows = summarise(results, SETTINGS)
+    figure = F.reliability_panels(results, rows)
+    shown = [ax for ax in figure.axes if ax.get_visible()]
+    assert len({style_of(ax.lines[-1]) for ax in shown}) == len(shown) == 30
     figure.canvas.draw()
-    assert figure.legends[0].get_window_extent().y1 <= figure.axes[0].get_tightbbox().y0
+    F.comparison_figure(rows).canvas.draw()
 
 
 def test_well_filled_leaves_out_small_bins_only():
@@ -116,12 +131,13 @@ def test_image_and_files(results, tmp_path):
         "reliability_temperature.png",
         "reliability_laplace_evidence.png",
         "reliability.png",
+        "comparison.png",
     ]
     assert all(path.read_bytes().startswith(b"\x89PNG") for path in paths)
-    assert len(list((tmp_path / "figures").iterdir())) == 4
-    image = F.figure_image(F.reliability_overlay(results, rows))
+    assert len(list((tmp_path / "figures").iterdir())) == 5
+    image = F.figure_image(F.reliability_figure(results[:1], rows[0], MethodStyle("#123456", "^")))
     assert image.dtype == torch.uint8
-    assert image.shape == (3, 696, 624)
+    assert image.shape == (3, 576, 576)
     assert image.float().std() > 1
     assert mpl.get_backend(auto_select=False) == backend
 
@@ -132,4 +148,4 @@ def test_without_matplotlib(monkeypatch, results):
     assert not F.matplotlib_available()
     monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
     with pytest.raises(ModuleNotFoundError, match=r"bmoe-lightning\[plots\]"):
-        F.reliability_overlay(results, summarise(results, SETTINGS))
+        F.reliability_panels(results, summarise(results, SETTINGS))

@@ -14,7 +14,7 @@ from bmoe_lightning.report.results import SummarySettings, by_method, summarise
 
 SETTINGS = SummarySettings(num_samples=50)
 SCORES = {f"test/{name}" for name in METRIC_NAMES}
-CURVES = {"calibration/accuracy_by_confidence", "calibration/gap_by_confidence", "selective/risk"}
+CURVES = {"reliability/accuracy_by_confidence", "reliability/gap_by_confidence", "selective/risk"}
 
 
 @pytest.fixture
@@ -57,13 +57,12 @@ def test_every_method_has_the_same_tags_with_its_scores_at_the_step(written):
     rows, folder = written
     for row in rows:
         events = read(folder / row.method)
-        extra = {"extra/temperature"} if row.method == "temperature" else set()
-        assert set(events.Tags()["scalars"]) == SCORES | CURVES | extra
+        assert set(events.Tags()["scalars"]) == SCORES | CURVES
         for name, metric in row.metrics.items():
             (event,) = events.Scalars(f"test/{name}")
             assert event.step == 40
             assert event.value == pytest.approx(metric.mean, rel=1e-6)
-        assert events.Tags()["images"] == ["reliability/diagram"]
+        assert events.Tags()["images"] == []
 
 
 def test_calibration_curves_have_confidence_in_percent_as_step(written, results):
@@ -71,10 +70,10 @@ def test_calibration_curves_have_confidence_in_percent_as_step(written, results)
     curve = well_filled(pooled_curve(by_method(results)["map"], rows[0]))
     filled = (curve.count > 0).nonzero().flatten().tolist()
     events = read(folder / "map")
-    points = events.Scalars("calibration/accuracy_by_confidence")
+    points = events.Scalars("reliability/accuracy_by_confidence")
     assert [p.step for p in points] == [round((b + 0.5) / 15 * 100) for b in filled]
     assert [p.value for p in points] == pytest.approx(curve.accuracy[filled].tolist(), rel=1e-6)
-    gaps = [p.value for p in events.Scalars("calibration/gap_by_confidence")]
+    gaps = [p.value for p in events.Scalars("reliability/gap_by_confidence")]
     assert gaps == pytest.approx((curve.accuracy - curve.confidence)[filled].tolist(), abs=1e-6)
 
 
@@ -114,12 +113,13 @@ def test_options_of_a_method_win_over_shared_settings(make_result, tmp_path):
     assert ranks == {"map": 10, "temperature": 4}
 
 
-def test_parent_has_table_note_and_overlay_and_no_scores(written):
+def test_parent_has_comparison_first_table_note_and_diagrams_and_no_scores(written):
     rows, folder = written
     events = read(folder)
     tags = events.Tags()
     assert tags["scalars"] == []
-    assert tags["images"] == ["reliability/all_methods"]
+    assert tags["images"] == ["best_method/comparison", "reliability/all_methods"]
+    assert min([*tags["images"], *SCORES, *CURVES, *(f"{row.method}/test/nll" for row in rows)]) == tags["images"][0]
     assert set(tags["tensors"]) == {"results/text_summary", "how_to_read/text_summary"}
     text = events.Tensors("results/text_summary")[0].tensor_proto.string_val[0].decode()
     nll = rows[0].metrics["nll"]
@@ -154,3 +154,10 @@ def test_warnings_are_in_the_text(results, tmp_path):
     text = read(tmp_path).Tensors("results/text_summary")[0].tensor_proto.string_val[0].decode()
     assert "| MAP ¹ |" in text
     assert "¹ at a bound; add labels" in text
+
+
+def test_a_second_comparison_in_a_folder_is_refused(written, results):
+    rows, folder = written
+    with pytest.raises(ValueError, match=r"has a comparison already, .* pass another log_dir"):
+        T.write_tensorboard(folder, results, rows)
+    assert not T.has_comparison(folder / "elsewhere")

@@ -183,7 +183,7 @@ class TestAnEmptyLoader:
         found = run.finish(model, answer_logits, [[], loaders[1]])
         assert list(found) == ["test_1"]
         assert torch.equal(run.results(1)[0].log_probs, found["test_1"][METHODS[0]].log_probs)
-        run.write_tensorboard(tmp_path, 3)
+        run.report([tmp_path], 3, verbose=False)
         assert [path.name for path in tmp_path.iterdir()] == ["test_1"]
 
 
@@ -195,7 +195,7 @@ class TestTensorBoard:
 
     def test_one_loader_is_the_comparison(self, model, prepared, loaders, tmp_path):
         run, _ = finished(model, prepared, loaders[:1])
-        run.write_tensorboard(tmp_path, 42)
+        run.report([tmp_path], 42, verbose=False)
         assert {path.name for path in (tmp_path / "methods").iterdir()} >= set(METHODS)
         (event,) = self.events(tmp_path / "methods" / "map").Scalars("test/nll")
         assert event.step == 42
@@ -203,7 +203,7 @@ class TestTensorBoard:
 
     def test_the_table_of_hyperparameters_has_the_options_of_each_method(self, model, prepared, loaders, tmp_path):
         run, _ = finished(model, prepared, loaders[:1])
-        run.write_tensorboard(tmp_path, 0)
+        run.report([tmp_path], 0, verbose=False)
         shown = {}
         for name in METHODS:
             content = self.events(tmp_path / "methods" / name).SummaryMetadata("_hparams_/session_start_info")
@@ -215,7 +215,7 @@ class TestTensorBoard:
         assert "rank" not in shown["map"]
 
     def test_several_loaders_have_a_folder_each(self, two, tmp_path):
-        two[0].write_tensorboard(tmp_path, 1)
+        two[0].report([tmp_path], 1, verbose=False)
         assert {path.name for path in tmp_path.iterdir()} == {"test_0", "test_1"}
         for name in ("test_0", "test_1"):
             (event,) = self.events(tmp_path / name / "temperature").Scalars("test/acc")
@@ -230,3 +230,19 @@ def test_results_carry_the_warnings_of_the_fit(model, loaders, prepared):
     run.add(model, answer_logits, loaders[0][0], 0)
     run.finish(model, answer_logits, [loaders[0][:1]])
     assert {r.method: r.warnings for r in run.results() if r.warnings} == {"temperature": doubtful.warnings}
+
+    def test_a_second_test_has_sub_runs_of_its_own(self, model, prepared, loaders, tmp_path):
+        for step in (1, 2):
+            run, _ = finished(model, prepared, loaders[:1])
+            run.report([tmp_path], step, verbose=False)
+        for folder, step in (("methods", 1), ("methods-2", 2)):
+            (event,) = self.events(tmp_path / folder / "map").Scalars("test/nll")
+            assert event.step == step
+
+    def test_the_table_is_printed_for_each_loader(self, model, prepared, loaders, tmp_path, capsys):
+        run, _ = finished(model, prepared, loaders)
+        run.report([], 0, verbose=True)
+        printed = capsys.readouterr().out
+        assert printed.index("test_0") < printed.index("MAP") < printed.index("test_1") < printed.rindex("MAP")
+        run.report([], 0, verbose=False)
+        assert capsys.readouterr().out == ""
