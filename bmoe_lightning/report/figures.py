@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib.util
 import io
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -32,6 +32,7 @@ if TYPE_CHECKING:
 
 _WELL_FILLED_SHARE = 0.02
 _PANELS_PER_LINE = 4
+_ROWS_OF_CARD = 13
 
 
 @dataclass(frozen=True)
@@ -136,6 +137,9 @@ def reliability_panels(results: Sequence[MethodResult], rows: Sequence[Row]) -> 
         ax.label_outer()
     for ax in panels[len(rows) :]:
         ax.set_visible(False)
+    for ax in panels[len(rows) - columns : len(rows)]:  # the lowest ones, some above an empty place
+        ax.tick_params(labelbottom=True)
+        ax.set_xlabel("confidence")
     figure.suptitle(
         f"n = {_items(rows[0])}; bins with at least {100 * _WELL_FILLED_SHARE:g} % of the items", fontsize=10
     )
@@ -143,7 +147,7 @@ def reliability_panels(results: Sequence[MethodResult], rows: Sequence[Row]) -> 
 
 
 def comparison_figure(rows: Sequence[Row]) -> Figure:
-    """All methods from the lowest NLL to the highest: one panel a headline metric, means with their intervals.
+    """All methods from the lowest NLL to the highest: a panel a headline metric, means with their intervals.
 
     Args:
         rows: From `summarise`.
@@ -151,24 +155,57 @@ def comparison_figure(rows: Sequence[Row]) -> Figure:
     Raises:
         ModuleNotFoundError: If matplotlib is not installed.
     """
-    styles = method_styles([row.method for row in rows])
-    ordered = sorted(rows, key=lambda row: row.metrics["nll"].mean)
-    metrics = sorted(HEADLINE_METRICS, key=lambda metric: metric.name != "nll")  # that of the order comes first
-    figure = new_figure(2.4 * len(metrics) + 2, 0.28 * len(rows) + 1.3)
+    metrics = sorted(HEADLINE_METRICS, key=lambda metric: metric.name != "nll")  # the one that orders comes first
+    ordered = _by_nll(rows)
+    figure = new_figure(2.4 * len(metrics) + 2.2, 0.28 * len(rows) + 1.3)
     panels = figure.subplots(1, len(metrics), sharey=True, squeeze=False)[0]
     for metric, ax in zip(metrics, panels, strict=True):
-        for place, row in enumerate(ordered):
-            value, style = row.metrics[metric.name], styles[row.method]
-            ax.plot([value.low, value.high], [place, place], color=style.color, linewidth=1.5)
-            ax.plot([value.mean], [place], color=style.color, marker=style.marker, markersize=6)
+        _draw_intervals(ax, ordered, metric.name, method_styles([row.method for row in rows]))
         ax.set_title(metric.header, fontsize=10)
-        ax.grid(axis="x", color="#DDDDDD", linewidth=0.6)
-        ax.set_axisbelow(True)
-    panels[0].set_yticks(range(len(ordered)), [row.label for row in ordered])
     panels[0].invert_yaxis()
-    best = ordered[0]
-    figure.suptitle(f"Lowest NLL: {best.label} ({best.metrics['nll'].mean:.3f})", fontsize=12)
+    figure.suptitle(_best_words(ordered), fontsize=12)
     return figure
+
+
+def comparison_card(rows: Sequence[Row]) -> Figure:
+    """The NLL of the best methods, as large as an image card of TensorBoard, which shrinks larger ones.
+
+    Args:
+        rows: From `summarise`; the 13 with the lowest NLL are drawn.
+
+    Raises:
+        ModuleNotFoundError: If matplotlib is not installed.
+    """
+    figure = new_figure(3.67, 1.82)
+    ax = figure.add_subplot()
+    ordered = _by_nll(rows)[:_ROWS_OF_CARD]
+    _draw_intervals(ax, ordered, "nll", method_styles([row.method for row in rows]), scale=0.6)
+    ax.tick_params(labelsize=5.2, length=2, width=0.5)
+    ax.invert_yaxis()
+    figure.suptitle(_best_words(ordered), fontsize=7)
+    return figure
+
+
+def _by_nll(rows: Sequence[Row]) -> list[Row]:
+    return sorted(rows, key=lambda row: row.metrics["nll"].mean)
+
+
+def _best_words(ordered: Sequence[Row]) -> str:
+    return f"Lowest NLL: {ordered[0].label} ({ordered[0].metrics['nll'].mean:.3f})"
+
+
+def _draw_intervals(
+    ax: Axes, ordered: Sequence[Row], metric: str, styles: Mapping[str, MethodStyle], scale: float = 1.0
+) -> None:
+    for place, row in enumerate(ordered):
+        value, style = row.metrics[metric], styles[row.method]
+        ax.plot([value.low, value.high], [place, place], color=style.color, linewidth=1.5 * scale)
+        ax.plot([value.mean], [place], color=style.color, marker=style.marker, markersize=6 * scale)
+    ax.grid(axis="x", color="#DDDDDD", linewidth=0.6)
+    ax.set_axisbelow(True)
+    ax.set_yticks(range(len(ordered)), [row.label for row in ordered])
+    for best in ax.get_yticklabels()[:1]:  # none on axes that share another's
+        best.set_fontweight("bold")
 
 
 def label_budget_figure(points: Sequence[LabelBudgetPoint], methods: Sequence[str]) -> Figure:

@@ -13,7 +13,7 @@ from torch.utils.tensorboard.summary import hparams
 
 from bmoe_lightning.metrics import selective_risk
 from bmoe_lightning.report.figures import (
-    comparison_figure,
+    comparison_card,
     figure_image,
     matplotlib_available,
     pooled_curve,
@@ -29,7 +29,7 @@ _COVERAGES = range(5, 101, 5)
 _HOW_TO_READ = """\
 Set **Smoothing** to 0: the curves have few points, and a smoothed one shows other values.
 
-- `best_method/comparison`: all methods, from the lowest NLL to the highest, with the interval of each mean.
+- `best_method/nll`: methods from the lowest NLL to the highest, with the interval of each mean.
 - `reliability/all_methods`: accuracy over confidence; a method is calibrated on the diagonal, overconfident below it.
 - `reliability/accuracy_by_confidence`: the step is the middle of a confidence bin in %; calibrated is step / 100.
 - `reliability/gap_by_confidence`: accuracy minus confidence over the same step; calibrated is 0, overconfident below.
@@ -50,8 +50,8 @@ def write_tensorboard(
 ) -> None:
     """Write the comparison, into a new log directory: TensorBoard draws the events of two calls on one curve.
 
-    The run `log_dir` itself gets, as the first card of the page, the comparison of all methods by NLL
-    (`best_method/comparison`), their reliability diagrams, the table with all further numbers, and a note on how to
+    The run `log_dir` itself gets, as the first card of the page, the comparison of the methods by
+    NLL (`best_method/nll`), their reliability diagrams, the table with all further numbers, and a note on how to
     read the page. Each sub-run `log_dir/<method>` gets the headline metrics as `test/<metric>` (means over seeds), one
     HParams row with them and the method's options, and curves whose step is a percentage:
     `reliability/accuracy_by_confidence` and `reliability/gap_by_confidence` (accuracy minus confidence; zero is
@@ -88,7 +88,7 @@ def write_tensorboard(
         writer.add_text("how_to_read", _HOW_TO_READ, step)
         if with_figures:
             # TensorBoard sorts cards by name: this one is to be the first.
-            writer.add_image("best_method/comparison", figure_image(comparison_figure(rows)), step)
+            writer.add_image("best_method/nll", figure_image(comparison_card(rows)), step)
             writer.add_image("reliability/all_methods", figure_image(reliability_panels(results, rows)), step)
 
 

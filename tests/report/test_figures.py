@@ -79,6 +79,15 @@ def test_a_method_looks_the_same_in_all_figures_of_a_run(results, monkeypatch, t
     assert drawn[: len(rows)] == drawn[len(rows) :] == list(method_styles([row.method for row in rows]).values())
 
 
+def test_the_card_is_as_large_as_tensorboard_shows_it_with_the_best_methods(make_result):
+    results = [dataclasses.replace(make_result("map", i), method=f"m{i}", label=f"M {i}", seed=0) for i in range(15)]
+    rows = summarise(results, SETTINGS)
+    figure = F.comparison_card(rows)
+    assert F.figure_image(figure).shape == (3, 218, 440)
+    ordered = sorted(rows, key=lambda row: row.metrics["nll"].mean)
+    assert [text.get_text() for text in figure.axes[0].get_yticklabels()] == [row.label for row in ordered[:13]]
+
+
 def test_any_number_of_methods_can_be_drawn(make_result):
     results = [dataclasses.replace(make_result("map", 0), method=f"m{i}", label=f"M {i}") for i in range(30)]
     rows = summarise(results, SETTINGS)

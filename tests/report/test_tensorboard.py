@@ -118,7 +118,7 @@ def test_parent_has_comparison_first_table_note_and_diagrams_and_no_scores(writt
     events = read(folder)
     tags = events.Tags()
     assert tags["scalars"] == []
-    assert tags["images"] == ["best_method/comparison", "reliability/all_methods"]
+    assert tags["images"] == ["best_method/nll", "reliability/all_methods"]
     assert min([*tags["images"], *SCORES, *CURVES, *(f"{row.method}/test/nll" for row in rows)]) == tags["images"][0]
     assert set(tags["tensors"]) == {"results/text_summary", "how_to_read/text_summary"}
     text = events.Tensors("results/text_summary")[0].tensor_proto.string_val[0].decode()
