@@ -48,7 +48,7 @@ class CompactCache:
         labels: Labels `[N]` int64, or None without labels.
         directions: Directions `E`, `[N, K, q]` float64.
         diagonal: Diagonal `d`, `[N, K]` float64, whose centred trace is 1; zero where nothing is left to it.
-        pieces: `[N, C, L (1 + nodes)]` float32: for each layer what no eigenvalue shrinks, then the terms at each node.
+        binned: `[N, C, L (1 + nodes)]` float32: for each layer what no eigenvalue shrinks, then the terms at each node.
         nodes: Eigenvalues s of the nodes, `[L, nodes]` float64.
         all_logits: Logits `[M, K]` of all examples of the set, M >= N.
         all_labels: Their labels, or None.
@@ -58,7 +58,7 @@ class CompactCache:
     labels: Tensor | None
     directions: Tensor
     diagonal: Tensor
-    pieces: Tensor
+    binned: Tensor
     nodes: Tensor
     all_logits: Tensor
     all_labels: Tensor | None
@@ -71,12 +71,12 @@ class CompactCache:
     @property
     def nbytes(self) -> int:
         """Size of the covariance terms in bytes."""
-        return self.pieces.nbytes + self.directions.nbytes + self.diagonal.nbytes
+        return self.binned.nbytes + self.directions.nbytes + self.diagonal.nbytes
 
     @property
     def is_finite(self) -> bool:
         """Whether all terms are finite."""
-        return bool(self.pieces.isfinite().all())
+        return bool(self.binned.isfinite().all())
 
     def noise(self, num_samples: int, seed: int) -> Tensor:
         """Standard normal noise `[S, q + K]` for `nll`, in antithetic pairs; S is even and at most `num_samples`."""
@@ -127,7 +127,7 @@ class CompactCache:
         """The inner covariances `c` `[N, q, q]` and the variances `rho d` `[N, K]` at precisions `[L]`."""
         values = precision.unsqueeze(1)
         weights = torch.cat([1 / values, 1 / (values + self.nodes)], dim=1)
-        sums = (self.pieces.flatten(0, 1) @ weights.flatten().float()).double().view(self.pieces.shape[:2])
+        sums = (self.binned.flatten(0, 1) @ weights.flatten().float()).double().view(self.binned.shape[:2])
         q = self.directions.shape[2]
         rows, columns = torch.triu_indices(q, q)
         examples = torch.arange(len(sums)).unsqueeze(1)

@@ -203,9 +203,10 @@ class CacheBuilder:
         self._compact = []
         columns = {name: [part.pop(name) for part in chosen] for name in _COMPACT}
         full = self._gathered(columns, num_classes, distributed=distributed, even=share < 1)
-        labels_of = full.pop("labels")
+        labels_of, binned = full.pop("labels"), full.pop("pieces")
         return CompactCache(
             **full,
+            binned=binned,
             labels=None if known is None else labels_of,
             nodes=nodes.values,
             all_logits=everything["logits"],

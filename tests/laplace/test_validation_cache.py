@@ -162,7 +162,7 @@ def test_the_memory_is_kept_for_any_number_of_examples(num_classes):
     batches, curvature, _ = set_of(400, num_classes)
     limit = 300_000
     found = compact(batches, curvature, max_bytes=limit)
-    assert found.pieces.nbytes <= limit
+    assert found.binned.nbytes <= limit
     assert 20 < len(found.logits) < 400
     # What remains is a subset in order, and the labels belong to it.
     assert len(found.all_logits) == len(found.all_labels) == 400
@@ -342,7 +342,7 @@ def test_ranks_have_the_terms_of_one_process(monkeypatch, num_examples, limit):
         return builder.finish(distributed=True)
 
     one, other = ranks.run([lambda: collect(0), lambda: collect(1)])
-    assert torch.equal(one.pieces, other.pieces)
+    assert torch.equal(one.binned, other.binned)
     assert torch.equal(one.all_logits, alone.logits)
     assert torch.equal(one.all_labels, alone.labels)
     if limit == 1 << 30:
@@ -353,4 +353,4 @@ def test_ranks_have_the_terms_of_one_process(monkeypatch, num_examples, limit):
             assert float(error) < 1e-3
     else:
         assert 4 < len(one.logits) < num_examples
-        assert one.pieces.nbytes <= limit
+        assert one.binned.nbytes <= limit
