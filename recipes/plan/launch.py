@@ -11,6 +11,8 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+import torch
+
 from recipes.plan.architecture import Architecture, Experts
 from recipes.plan.memory import Training
 
@@ -18,6 +20,7 @@ GPUS = 8
 NODES = 2
 _RECIPE = "-m recipes.qwen_obqa"
 _HUB_IDS = {"qwen1.5-moe-a2.7b": "Qwen/Qwen1.5-MoE-A2.7B", "deepseek-moe-16b": "deepseek-ai/deepseek-moe-16b-base"}
+_PRECISIONS = {torch.bfloat16: "bf16-true", torch.float32: "32-true"}
 # Number of blocks with unsharded weights, and with unsharded gradients, at the same time.
 _BLOCKS_TOGETHER = 3
 _GRADIENTS_TOGETHER = 2
@@ -54,8 +57,9 @@ def launches(model: Architecture, name: str, down_proj: Training, experts: Train
     name = _HUB_IDS.get(name) or (str(Path(name).parent) if name.endswith(".json") else name)
     node = f"torchrun --nproc-per-node {GPUS}"
     nodes = f"torchrun --nnodes {NODES} --nproc-per-node {GPUS} --rdzv-backend c10d --rdzv-endpoint HOST:29500"
-    small = f"{_RECIPE} --model {name} --train down_proj{_updates(down_proj)}"
-    large = f"{_RECIPE} --model {name}{_updates(experts)}"
+    common = f"{_RECIPE} --model {name} --precision {_PRECISIONS[model.dtype]}"
+    small = f"{common} --train down_proj{_updates(down_proj)}"
+    large = f"{common}{_updates(experts)}"
     return (
         Launch("one device", f"python {small}", 1, False, down_proj),
         Launch(f"{GPUS} devices, DDP", f"{node} {small}", GPUS, False, with_buckets(down_proj)),

@@ -26,6 +26,7 @@ from bmoe_lightning.curvature.checkpoint import FORMAT as PASS_FORMAT
 from bmoe_lightning.laplace.posterior import WeightMismatchError
 from bmoe_lightning.methods import FitResult, Method, NeedsError
 from bmoe_lightning.methods.storage import INDEX_FILE, has_fit, load_fit
+from bmoe_lightning.metrics.chance import chance_warning
 from bmoe_lightning.report import MethodResult
 from bmoe_lightning.utils.distributed import barrier, is_rank_zero
 from bmoe_lightning.utils.file_header import DamagedFileError
@@ -161,7 +162,8 @@ class SeedRun:
     def results(self) -> list[MethodResult]:
         """Predictions of every method on the test split, in the order of the table."""
         ids = tuple(question.id for question in self.source.test)
-        return [self.predictions.read(method, self.seed, ids) for method in self.methods]
+        results = [self.predictions.read(method, self.seed, ids) for method in self.methods]
+        return [_with_chance_warning(result) for result in results]
 
     def complete(self) -> None:
         """Run the stages that an earlier run has not finished."""
@@ -319,6 +321,11 @@ class SeedRun:
     def _say(self, what: str) -> None:
         if is_rank_zero():
             print(f"[seed {self.seed}] {what}", flush=True)
+
+
+def _with_chance_warning(result: MethodResult) -> MethodResult:
+    found = chance_warning(result.log_probs, result.target)
+    return result if found is None else replace(result, warnings=(*result.warnings, found))
 
 
 def _quieten() -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+import warnings
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -41,6 +42,8 @@ def report(settings: ResolvedSettings, source: Source, output: Path, runs: Seque
     """
     results = [result for run_of_seed in runs for result in run_of_seed.results()]
     rows = summarise(results)
+    for sentence in dict.fromkeys(sentence for row in rows[:1] for sentence in row.warnings):
+        warnings.warn(f"{rows[0].label}: {sentence}", stacklevel=2)
     hashes = {str(run_of_seed.seed): source.model_hash(run_of_seed.seed) for run_of_seed in runs}
     config = {**asdict(settings), "pretrained_weights": hashes}
     write_results(output, results, rows, config=config, versions=library_versions())

@@ -72,14 +72,19 @@ class _Common:
     )
     first_seed: int = option(0, "first seed", least=0)
     limit: int | None = option(None, "largest number of questions of each split", least=1)
+    limit_train: int | None = option(None, "largest number of training questions, instead of --limit", least=1)
+    limit_validation: int | None = option(
+        None, "largest number of validation (calibration) questions, instead of --limit", least=1
+    )
+    limit_test: int | None = option(None, "largest number of test questions, instead of --limit", least=1)
     resume: bool = option(
         False, "resume an interrupted run: finished stages are not repeated (the default with the same settings)"
     )
     overwrite: bool = option(False, "replace an earlier run in the output folder")
     dry_run: bool = option(
         False,
-        "few questions, two epochs, and random weights for the small model: checks that everything runs, within a "
-        "minute without --model",
+        "a few training steps and as few questions as the methods allow, with random weights for the small model: "
+        "checks that everything runs, within a minute",
     )
     quiet: bool = option(False, "no progress bars")
     weight_decay: float = option(0.0, "weight decay of AdamW")

@@ -21,7 +21,8 @@ from recipes.qwen_obqa.builtin_task import World
 from recipes.qwen_obqa.reader_model import read_questions
 from recipes.qwen_obqa.settings import ResolvedSettings
 
-_DRY_RUN_QUESTIONS = 128  # in each split: above the minimum of every method
+_DRY_RUN_BATCHES = 2  # of training, and of calibration unless a method needs more inputs
+_DRY_RUN_TEST = 16
 
 
 class RecipeError(RuntimeError):
@@ -171,15 +172,28 @@ def _disjoint(train: Sequence[Question], validation: Sequence[Question] | None, 
 
 
 def _limited(settings: ResolvedSettings, splits: Splits, methods: Sequence[Method]) -> Splits:
-    limit = settings.limit
-    if settings.dry_run:
-        limit = min(limit or _DRY_RUN_QUESTIONS, _DRY_RUN_QUESTIONS)
-    train, calibration, test = (draw(part, limit, seed=0) for part in (splits.train, splits.calibration, splits.test))
+    limits = _limits(settings, methods)
+    parts = (splits.train, splits.calibration, splits.test)
+    train, calibration, test = (draw(part, limit, seed=0) for part, limit in zip(parts, limits, strict=True))
     try:
         check_needs(methods, Available(calibration_inputs=len(calibration), runs=True))
     except ValueError as error:
-        raise ValueError(f"{error} (--limit bounds the questions of each split, --methods names the methods)") from None
+        raise ValueError(
+            f"{error} (--limit and --limit-validation bound the questions, --methods names the methods)"
+        ) from None
     return Splits(train, calibration, test)
+
+
+def _limits(settings: ResolvedSettings, methods: Sequence[Method]) -> tuple[int | None, ...]:
+    """Largest number of training, calibration and test questions."""
+    given = (settings.limit_train, settings.limit_validation, settings.limit_test)
+    common: list[int | None] = [settings.limit] * 3
+    if settings.dry_run:
+        inputs = max(method.needs.calibration_inputs for method in methods)
+        calibration = max(inputs, _DRY_RUN_BATCHES * settings.eval_batch_size)
+        caps = (_DRY_RUN_BATCHES * settings.batch_size, calibration, _DRY_RUN_TEST)
+        common = [min(settings.limit or cap, cap) for cap in caps]
+    return tuple(own or shared for own, shared in zip(given, common, strict=True))
 
 
 def _reader(settings: ResolvedSettings, train: Sequence[Question]) -> str:

@@ -9,7 +9,7 @@ from plain_runs import AtTheEnd, Plain, at_the_end, loader
 from toy import trainer
 
 from bmoe_lightning.trainer.data_passes import training_pass
-from bmoe_lightning.trainer.progress import progress
+from bmoe_lightning.trainer.progress import ProgressLines, progress
 
 
 class TestProgress:
@@ -31,7 +31,8 @@ class TestProgress:
         assert steps == [0, 1, 2]
         assert (task.description, task.total, task.completed) == ("Looking around", 3, 3)
 
-    def test_tqdm_counts_to_the_end(self, capsys):
+    def test_tqdm_counts_to_the_end(self, capsys, monkeypatch):
+        monkeypatch.setattr("sys.stderr.isatty", lambda: True, raising=False)
         with progress(self.fake(TQDMProgressBar()), 3, "Looking around") as advance:
             for _ in range(3):
                 advance()
@@ -57,3 +58,41 @@ class TestProgress:
     def test_pass_is_silent_without_a_bar(self, tmp_path, capsys):
         at_the_end(tmp_path, lambda t: capsys.readouterr() and list(training_pass(t, "Looking around")))
         assert "Looking around" not in "".join(capsys.readouterr())
+
+
+class TestLines:
+    @pytest.fixture
+    def clock(self, monkeypatch):
+        """A clock that the test sets."""
+        now = [0.0]
+        monkeypatch.setattr("bmoe_lightning.trainer.progress.time.monotonic", lambda: now[0])
+        return now
+
+    def test_in_a_log_one_every_half_minute(self, capsys, clock):
+        run = FakeTrainer(progress_bar_callback=TQDMProgressBar())
+        with progress(run, 100, "Curvature") as advance:
+            for _ in range(10):
+                clock[0] += 12
+                advance()
+        assert capsys.readouterr().err.splitlines() == [
+            "Curvature: 3/100, 0:36 elapsed, 19:24 left",
+            "Curvature: 6/100, 1:12 elapsed, 18:48 left",
+            "Curvature: 9/100, 1:48 elapsed, 18:12 left",
+        ]
+
+    def test_of_unknown_length(self, capsys, clock):
+        lines = ProgressLines("Training", float("inf"))
+        clock[0] = 61
+        lines.advance()
+        assert capsys.readouterr().err == "Training: 1, 1:01 elapsed\n"
+
+    @pytest.mark.parametrize("quiet", ["no bar", "disabled", "other rank"])
+    def test_none_without_a_bar(self, capsys, clock, quiet):
+        bar = None if quiet == "no bar" else TQDMProgressBar()
+        run = FakeTrainer(progress_bar_callback=bar, is_global_zero=quiet != "other rank")
+        if quiet == "disabled":
+            bar.disable()
+        with progress(run, 3, "Curvature") as advance:
+            clock[0] = 100
+            advance()
+        assert capsys.readouterr().err == ""

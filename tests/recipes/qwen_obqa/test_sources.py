@@ -9,13 +9,13 @@ from pathlib import Path
 import pytest
 from transformers import AutoTokenizer
 
-from bmoe_lightning.data.questions import question_key
+from bmoe_lightning.data.questions import Splits, question_key
 from recipes.qwen_obqa import sources
 from recipes.qwen_obqa.builtin_task import World
 from recipes.qwen_obqa.methods import build_methods
 from recipes.qwen_obqa.reader_model import read_questions
 from recipes.qwen_obqa.settings import Settings
-from recipes.qwen_obqa.sources import RecipeError
+from recipes.qwen_obqa.sources import RecipeError, _limited
 from recipes.qwen_obqa.sources import prepare_source as prepared
 
 PLAIN = ("map", "temperature", "laplace_lpo")
@@ -44,6 +44,9 @@ def write(folder, **splits):
 def data(tmp_path):
     """A folder in the hub's columns, without a validation split."""
     return write(tmp_path / "data", train=rows("train", 200), test=rows("test", 60))
+
+
+WHOLE = Splits(*(World().questions(name) for name in ("fit", "calibration", "test")))
 
 
 def settings(tmp_path, **options):
@@ -85,10 +88,10 @@ class TestSplits:
         source = prepare_source(settings(tmp_path, data=data, methods=("map",)))
         train, calibration = ids(source.train), ids(source.calibration)
         assert len(calibration) == 40
-        assert len(train) == 128  # the dry run's limit, of the 160 that remain
+        assert len(train) == 64  # the dry run's limit, of the 160 that remain
         assert not train & calibration
         assert train | calibration <= {f"train-{i}" for i in range(200)}
-        assert len(source.test) == 60
+        assert len(source.test) == 16
 
     def test_the_validation_split_is_the_calibration_split(self, tmp_path, data):
         write(tmp_path / "data", validation=rows("validation", 50))
@@ -111,12 +114,13 @@ class TestSplits:
         assert not train & calibration
         assert not train & test
         assert not calibration & test
-        assert len(test) == 60
+        assert len(test) == 16
 
     def test_data_of_a_given_model_are_split_the_same_way(self, tmp_path, data):
         tokenizer = str(read_questions(World().questions("fit"), tmp_path / "tokenizer", steps=0, progress=False))
-        small = prepare_source(settings(tmp_path, data=data))
-        given = prepare_source(settings(tmp_path, data=data, model=tokenizer))
+        sizes = {"batch_size": 8, "eval_batch_size": 8}
+        small = prepare_source(settings(tmp_path, data=data, **sizes))
+        given = prepare_source(settings(tmp_path, data=data, model=tokenizer, **sizes))
         assert given.model == given.tokenizer == tokenizer
         assert (given.train, given.calibration, given.test) == (small.train, small.calibration, small.test)
         assert given.model_hash(0) == ""
@@ -126,7 +130,7 @@ class TestSplits:
 class TestLimit:
     def test_bounds_every_split_with_the_same_draw(self, tmp_path, data):
         one, other = (prepare_source(settings(tmp_path, data=data, limit=30)) for _ in range(2))
-        assert [len(part) for part in (one.train, one.calibration, one.test)] == [30, 30, 30]
+        assert [len(part) for part in (one.train, one.calibration, one.test)] == [30, 30, 16]
         assert (one.train, one.calibration, one.test) == (other.train, other.calibration, other.test)
 
     def test_chooses_within_the_splits_of_the_whole(self, tmp_path, data):
@@ -137,10 +141,23 @@ class TestLimit:
         # Not the first ones: files are often sorted.
         assert [q.id for q in part.test] != [q.id for q in whole.test[:20]]
 
-    @pytest.mark.parametrize(("limit", "expected"), [(None, 128), (500, 128), (50, 50)])
-    def test_dry_run_takes_128_at_most(self, tmp_path, limit, expected):
-        source = prepare_source(settings(tmp_path, limit=limit))
-        assert [len(part) for part in (source.train, source.calibration, source.test)] == [expected] * 3
+    @pytest.mark.parametrize(
+        ("options", "expected"),
+        [
+            ({}, [64, 128, 16]),
+            ({"limit": 500}, [64, 128, 16]),
+            ({"limit": 10}, [10, 10, 10]),
+            ({"batch_size": 4, "eval_batch_size": 4}, [8, 8, 16]),
+            ({"batch_size": 4, "eval_batch_size": 4, "methods": ("map", "evidence_temperature")}, [8, 100, 16]),
+            ({"limit_train": 70, "limit_validation": 40, "limit_test": 30, "limit": 5}, [70, 40, 30]),
+            ({"limit_test": 3}, [64, 128, 3]),
+            ({"limit_test": 3, "limit": 9, "dry_run": False}, [9, 9, 3]),
+        ],
+    )
+    def test_of_each_split(self, tmp_path, options, expected):
+        chosen = settings(tmp_path, **options)
+        splits = _limited(chosen, WHOLE, build_methods(chosen))
+        assert [len(part) for part in (splits.train, splits.calibration, splits.test)] == expected
 
     def test_too_few_calibration_questions_for_a_method(self, tmp_path, data):
         with pytest.raises(
