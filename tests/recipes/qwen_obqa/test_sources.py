@@ -134,7 +134,10 @@ class TestLimit:
         assert (one.train, one.calibration, one.test) == (other.train, other.calibration, other.test)
 
     def test_chooses_within_the_splits_of_the_whole(self, tmp_path, data):
-        whole, part = (prepare_source(settings(tmp_path, data=data, limit=limit)) for limit in (None, 20))
+        whole, part = (
+            prepare_source(settings(tmp_path, data=data, limit_train=n, limit_validation=n, limit_test=n))
+            for n in (200, 20)
+        )
         assert ids(part.calibration) <= ids(whole.calibration)
         assert ids(part.test) <= ids(whole.test)
         assert not ids(part.train) & ids(whole.calibration)
