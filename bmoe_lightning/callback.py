@@ -355,7 +355,8 @@ class BayesianMoECallback(L.Callback):
             check_needs(missing, Available(snapshots=len(self._folder.snapshots)))
             check_data(trainer, missing, trains=False)
             check_runs(trainer, missing, module, self._folder.folder)
-            FirstBatches(missing, self._logits).check_fit(trainer, module, trains=False)
+            if earlier is None:  # otherwise few or no batches are needed
+                FirstBatches(missing, self._logits).check_fit(trainer, module, trains=False)
             self._fit(trainer, module, missing, earlier)
 
     def _logits(self, model: Any, batch: Any) -> tuple[Tensor, Tensor | None]:

@@ -85,9 +85,9 @@ def test_each_data_set_is_passed_over_once_for_all_methods(tmp_path):
     module = Counted()
     run = trainer(tmp_path, [callback], num_sanity_val_steps=0)
     run.fit(module, train_loader(), calibration_loader())
-    assert module.forwards == TRAIN + CALIBRATION
+    assert module.forwards == TRAIN + CALIBRATION + 2  # and the first batch of both, before training
     run.test(module, test_loader(), verbose=False)
-    assert module.forwards == TRAIN + CALIBRATION + TEST
+    assert module.forwards == TRAIN + CALIBRATION + 2 + TEST + 1
 
     # A method that is added costs what it needs: labels and logits of the calibration split are known.
     added = BayesianMoECallback([*methods, TemperatureScaling(name="again"), Mine()], dirpath=str(tmp_path / "b"))
