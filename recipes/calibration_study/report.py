@@ -62,7 +62,8 @@ def _described(cases: set[tuple[str, str, int]]) -> str:
     for task, kind, _ in sorted(cases):
         name = f"{task}, {kind}"
         counts[name] = counts.get(name, 0) + 1
-    return f"{len(cases)} fine-tunings ({'; '.join(f'{name}: {count}' for name, count in counts.items())})."
+    listed = "; ".join(f"{name}: {count}" for name, count in counts.items())
+    return f"{len(cases)} fine-tuning{'s' * (len(cases) > 1)} ({listed})."
 
 
 def _table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
