@@ -16,7 +16,7 @@ from recipes.qwen_obqa.__main__ import main
 FLAGS = (
     "--methods",
     "map,temperature,laplace_evidence",
-    "--limit",
+    "--limit-train",
     "32",
     "--epochs",
     "1",
