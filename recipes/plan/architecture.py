@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,6 +20,8 @@ from transformers import (
 )
 
 from bmoe_lightning.experts import ExpertLayer, down_proj_parameters, expert_parameters, find_expert_layers
+from bmoe_lightning.experts.fingerprint import sample
+from bmoe_lightning.experts.weight_record import WeightRecord
 from bmoe_lightning.models import register_models
 from bmoe_lightning.models.loading import HUB_ID, ModelUnavailableError
 
@@ -132,6 +134,7 @@ class Architecture:
         one_position: Whether the head can be applied to the last position of each row alone.
         blocks: Layers of the decoder.
         outside: Shapes of matrices outside of the blocks, except head and embedding.
+        record_bytes: Bytes of the sampled weights in a posterior's file.
     """
 
     name: str
@@ -145,6 +148,7 @@ class Architecture:
     one_position: bool
     blocks: tuple[Block, ...]
     outside: tuple[tuple[int, int], ...]
+    record_bytes: int
 
     @property
     def experts(self) -> tuple[Experts, ...]:
@@ -270,7 +274,19 @@ def describe(model: PreTrainedModel, experts_per_token: int | None = None) -> Ar
         one_position="logits_to_keep" in inspect.signature(model.forward).parameters,
         blocks=tuple(_block(block, tuple(experts.get(i, ())), in_experts) for i, block in enumerate(stack.children())),
         outside=tuple(_matrices(model.get_decoder(), elsewhere)),
+        record_bytes=_record_bytes(model, layers),
     )
+
+
+def _record_bytes(model: nn.Module, layers: Sequence[ExpertLayer]) -> int:
+    parameters = dict(model.named_parameters())
+    samples = {
+        name: torch.zeros(sample(p.detach().to("meta"), sharded=False).numel()) for name, p in parameters.items()
+    }
+    record = WeightRecord(
+        tuple(layer.name for layer in layers), samples, {name: p.dtype for name, p in parameters.items()}
+    )
+    return sum(tensor.nbytes for tensor in record.tensors().values())
 
 
 def _stack(model: nn.Module, name: str) -> str:

@@ -159,7 +159,7 @@ def _layer_factor_bytes(experts: Experts, rank: int, dtype: torch.dtype = torch.
 
 
 def posterior_file_bytes(model: Architecture, rank: int) -> int:
-    """The posterior's file: factors, a float64 precision for each layer, and a header with every layer and tensor."""
+    """The posterior's file: factors, float64 precisions, sampled weights, a header with every layer and tensor."""
     offset, entries = 8 * len(model.experts), {}
     for position, experts in enumerate(model.experts):
         for name, tensor in layer_factors(experts, rank).tensors().items():
@@ -170,13 +170,14 @@ def posterior_file_bytes(model: Architecture, rank: int) -> int:
     digests = dict.fromkeys(entries, 64 * "0")  # SHA-256 of each tensor
     description = json.dumps([layers, [{"name": layer["name"], "index": layer["index"]} for layer in layers], digests])
     header = json.dumps(entries, separators=(",", ":")) + json.dumps(description)
-    return offset + len(header) + _HEADER
+    return offset + model.record_bytes + len(header) + _HEADER
 
 
 def sketch_bytes(model: Architecture, rank: int) -> int:
     """State of the curvature pass: the sums of all layers, before they become factors."""
     return sum(
         8 * experts.layer.num_experts
+        + 8  # the number of tokens with faint gradients
         + _sketch_state(experts.layer.num_experts, experts.layer.d_in, rank)
         + _sketch_state(experts.layer.num_experts, experts.layer.d_out, rank)
         for experts in model.experts
