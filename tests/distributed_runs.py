@@ -149,7 +149,7 @@ def watch_writing() -> None:
 
     run_files.save_fit = watched(run_files.save_fit)
     run_files.save_snapshot = watched(run_files.save_snapshot)
-    EvaluationRun.write_tensorboard = watched(EvaluationRun.write_tensorboard)
+    EvaluationRun.report = watched(EvaluationRun.report)
 
 
 def train(path: Path) -> None:

@@ -129,7 +129,7 @@ class SameAsOneProcess:
 
     def test_the_first_process_alone_writes(self, folder):
         for stage, expected in (("fit", ["save_snapshot", "save_snapshot", "save_fit"]), ("test", None)):
-            assert read(folder, stage, self.world_size, 0)[0]["wrote"] == (expected or ["write_tensorboard"])
+            assert read(folder, stage, self.world_size, 0)[0]["wrote"] == (expected or ["report"])
             for rank in range(1, self.world_size):
                 assert read(folder, stage, self.world_size, rank)[0]["wrote"] == []
         written = sorted(path.name for path in (folder / f"written-{self.world_size}").rglob("*") if path.is_file())
