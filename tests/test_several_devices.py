@@ -31,7 +31,7 @@ METHODS = (
     LaplaceLPO(num_samples=50),
     LaplaceTemperature(prior_mean="zero", num_samples=50),
     EvidenceTemperature(prior_mean="zero"),
-    ShrunkTemperature(prior_mean="zero"),
+    ShrunkTemperature(),
 )
 FIRST, SECOND = torch.device("cuda:0"), torch.device("cuda:1")
 
