@@ -16,9 +16,9 @@ from bmoe_lightning.experts import ClassLogits
 from bmoe_lightning.methods.base import Method, check_choice, check_method_names
 from bmoe_lightning.methods.evaluation import Predictions, Predictor
 from bmoe_lightning.methods.fit_result import FitResult
+from bmoe_lightning.methods.fitting import fingerprinted_layers, fit_methods, prior_mean_layers
 from bmoe_lightning.methods.needs import Available, check_needs
 from bmoe_lightning.methods.registry import get_method
-from bmoe_lightning.methods.workbench import fingerprinted_layers, fit_methods, prior_mean_layers
 from bmoe_lightning.trainer.checkpoints import weights_to_fit
 from bmoe_lightning.trainer.checks import (
     check_callable,

@@ -22,9 +22,9 @@ from bmoe_lightning.experts import down_proj_weights, find_expert_layers
 from bmoe_lightning.methods.base import Method
 from bmoe_lightning.methods.evaluation import Predictor, evaluate
 from bmoe_lightning.methods.fit_result import FitResult, NotFittedError
+from bmoe_lightning.methods.fitting import fit_methods
 from bmoe_lightning.methods.snapshots import save_snapshot
 from bmoe_lightning.methods.storage import load_fit, save_fit
-from bmoe_lightning.methods.workbench import fit_methods
 
 __all__ = ["check_method", "check_task", "tiny_model"]
 

@@ -12,9 +12,10 @@ if TYPE_CHECKING:
     from bmoe_lightning.methods.batch_view import BatchView
     from bmoe_lightning.methods.evaluation import Predictions, average_log_probs, evaluate
     from bmoe_lightning.methods.fit_result import FitResult, NotFittedError
+    from bmoe_lightning.methods.fitting import fit_methods
     from bmoe_lightning.methods.needs import Available, Needs, NeedsError, check_needs
     from bmoe_lightning.methods.snapshots import apply_snapshot, read_snapshot, save_snapshot, swapped_weights
-    from bmoe_lightning.methods.workbench import Workbench, fit_methods
+    from bmoe_lightning.methods.workbench import Workbench
 
 __all__ = [
     "Available",
@@ -49,7 +50,8 @@ _MODULES = {
     "evaluation": ("Predictions", "average_log_probs", "evaluate"),
     "fit_result": ("FitResult", "NotFittedError"),
     "snapshots": ("apply_snapshot", "read_snapshot", "save_snapshot", "swapped_weights"),
-    "workbench": ("Workbench", "fit_methods"),
+    "fitting": ("fit_methods",),
+    "workbench": ("Workbench",),
 }
 
 

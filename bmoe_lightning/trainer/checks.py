@@ -16,8 +16,8 @@ from bmoe_lightning.curvature.sketch import SketchName, check_linear
 from bmoe_lightning.experts import ClassLogits
 from bmoe_lightning.experts.fsdp import is_sharded, reshard
 from bmoe_lightning.methods.base import Method
+from bmoe_lightning.methods.fitting import prior_mean_layers
 from bmoe_lightning.methods.needs import Available, check_needs
-from bmoe_lightning.methods.workbench import prior_mean_layers
 from bmoe_lightning.trainer.data_passes import as_list, shards_weights, training_pass, validation_pass
 from bmoe_lightning.trainer.loaders import iterates_once
 from bmoe_lightning.trainer.sampler_shards import check_order, find_sampler_shard

@@ -14,7 +14,7 @@ from forked_processes import run
 from oracles.models import answer_logits, toy_model
 
 from bmoe_lightning.methods import Method, fit_methods
-from bmoe_lightning.methods.workbench import _check_same
+from bmoe_lightning.methods.fitting import _check_same
 from bmoe_lightning.utils import distributed as processes
 from bmoe_lightning.utils.distributed import (
     barrier,

@@ -1,0 +1,178 @@
+"""The fit of a table of methods to one model."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from bmoe_lightning.curvature.spec import Curvature
+from bmoe_lightning.experts import ClassLogits, ExpertLayer, weight_fingerprint
+from bmoe_lightning.experts.fsdp import check_collective
+from bmoe_lightning.experts.weight_record import weight_record
+from bmoe_lightning.laplace.validation_cache import CACHE_BYTES
+from bmoe_lightning.methods.base import Method, check_method_names
+from bmoe_lightning.methods.curvature_warnings import warn_of_discarded_energy
+from bmoe_lightning.methods.fit_result import FitResult, FittedMethod
+from bmoe_lightning.methods.label_warnings import warn_of_few_labels
+from bmoe_lightning.methods.workbench import Batches, PassFiles, TrainingData, Workbench
+from bmoe_lightning.utils.distributed import broadcast_, is_rank_zero, num_processes, sum_over_processes
+from bmoe_lightning.utils.fit_warnings import collected_fit_warnings
+
+_logger = logging.getLogger(__name__)
+
+
+def fit_methods(
+    methods: Sequence[Method],
+    model: nn.Module,
+    class_logits: ClassLogits,
+    training: TrainingData | Iterable[Any],
+    calibration: Iterable[Any] | None = None,
+    *,
+    prior_mean: Mapping[str, Tensor] | None = None,
+    snapshots: Sequence[Path] = (),
+    earlier: FitResult | None = None,
+    seed: int = 0,
+    distributed: bool = False,
+    pass_files: PassFiles | None = None,
+    fit_id: str | None = None,
+    cache_bytes: int = CACHE_BYTES,
+) -> FitResult:
+    """Fit methods in one pass over the training data per curvature and one shared pass over the held-out data.
+
+    Args:
+        methods: Methods with distinct names; see `Method.with_defaults`.
+        model: The trained model.
+        class_logits: Function `(model, batch) -> (logits [B, K], labels [B] or None)`.
+        training: Training data; used only if a method has a curvature.
+        calibration: Held-out data; used only if a method needs them.
+        prior_mean: Weights from before fine-tuning by qualified parameter name (see `down_proj_weights`), for methods
+            that use the evidence with `prior_mean="pretrained"`.
+        snapshots: Snapshots of the trained weights after the last epochs, latest last, for methods that need them.
+        earlier: Earlier fit to the same weights; its methods are fitted again only if their options differ.
+        seed: Seed for sampled labels, sketch matrices and Monte Carlo noise.
+        distributed: Whether all ranks of torch.distributed's default group call this, each with its shard of the data:
+            examples r, r + W, r + 2 W, ... for rank r of W, and, where weights are sharded, in equally many batches of
+            equal sizes (see `CountedBatch`). All ranks get the result of one process with all the data, to rounding.
+            False runs no collective, even if a process group exists.
+        pass_files: Location of the checkpoints of curvature passes, from which a killed pass resumes; remove them with
+            `remove_checkpoint` once the fit is written.
+        fit_id: Identifier of a new fit; by default a random one.
+        cache_bytes: Memory of the covariance terms of the held-out data. With many classes or examples they are compact
+            (see `CompactCache`), so that they fit.
+
+    Returns:
+        The fit; with `earlier`, that one completed by the missing methods.
+
+    Raises:
+        ValueError: If data, labels, the prior mean or a curvature's layers are missing, ranks have different weights, a
+            checkpoint belongs to another curvature pass, or `earlier` was fitted with another seed.
+        WeightMismatchError: If `earlier` was fitted to other weights.
+        OSError: If a checkpoint cannot be written.
+    """
+    check_method_names(methods)
+    check_collective(model, distributed=distributed)
+    if earlier is None:
+        earlier = _new_fit(methods, model, seed, fit_id)
+        if distributed:
+            _check_same(earlier.fingerprint)
+    else:
+        earlier.check_weights(model)
+        if earlier.seed != seed:
+            raise ValueError(
+                f"the existing fit has seed {earlier.seed}, which all its methods share, and seed={seed} differs; pass "
+                "the same seed, or fit into another folder"
+            )
+    missing = [method for method in methods if not earlier.is_fitted(method)]
+    work = Workbench(
+        model,
+        class_logits,
+        missing,
+        training if isinstance(training, TrainingData) else Batches(training),
+        calibration,
+        prior_mean=prior_mean,
+        snapshots=snapshots,
+        posteriors=earlier.posteriors,
+        calibration_logits=earlier.calibration,
+        seed=earlier.seed,
+        distributed=distributed,
+        pass_files=pass_files,
+        cache_bytes=cache_bytes,
+    )
+    work.check_before_passes()
+    for method in missing:
+        for curvature in method.curvatures:
+            work.posterior(curvature)
+    fitted = {}
+    for method in missing:
+        with collected_fit_warnings() as doubts:
+            found = method.fit(work)
+            _warn_of_inputs(method, work)
+        # A copy: a state may be an expanded tensor, or share memory with a weight or another entry.
+        state = {key: value.detach().cpu().contiguous().clone() for key, value in found.items()}
+        if distributed:
+            broadcast_(list(state.values()))
+        digests = tuple(curvature.digest for curvature in method.curvatures)
+        fitted[method.name] = FittedMethod(state, method.fit_options(), digests, tuple(doubts))
+    if is_rank_zero():
+        _log_warnings(fitted)
+    collected = {digest: p for digest, p in work.posteriors.items() if p.factors.rank > 0}
+    return replace(earlier.with_methods(fitted, collected), calibration=work.known_logits or earlier.calibration)
+
+
+def _warn_of_inputs(method: Method, work: Workbench) -> None:
+    """Warn of what makes the fit of any method doubtful: the curvatures and the number of labels."""
+    for curvature in method.curvatures:
+        warn_of_discarded_energy(work.posterior(curvature))
+    if method.needs.advised_labels:
+        warn_of_few_labels(method.needs, len(work.labelled_logits()[1]))
+
+
+def _log_warnings(fitted: Mapping[str, FittedMethod]) -> None:
+    """One line for each distinct warning, with the methods that it is about."""
+    sentences = dict.fromkeys(sentence for entry in fitted.values() for sentence in entry.warnings)
+    for sentence in sentences:
+        names = [name for name, entry in fitted.items() if sentence in entry.warnings]
+        _logger.warning("%s: %s", ", ".join(names), sentence)
+
+
+def _new_fit(methods: Sequence[Method], model: nn.Module, seed: int, fit_id: str | None) -> FitResult:
+    layers = fingerprinted_layers(methods, model)
+    fit = FitResult(
+        fingerprint=weight_fingerprint(model, layers),
+        layers=tuple(layers),
+        seed=seed,
+        weights=weight_record(model, layers),
+    )
+    return fit if fit_id is None else replace(fit, fit_id=fit_id)
+
+
+def fingerprinted_layers(methods: Sequence[Method], model: nn.Module) -> list[ExpertLayer]:
+    """The layers whose MoE blocks the fingerprint covers: those of the first curvature, else the model's experts."""
+    curvatures = [curvature for method in methods for curvature in method.curvatures]
+    return (curvatures[0] if curvatures else Curvature()).find_layers(model)
+
+
+def prior_mean_layers(methods: Sequence[Method], model: nn.Module) -> list[ExpertLayer]:
+    """The layers whose weights from before fine-tuning methods use, without duplicates."""
+    curvatures = [curvature for method in methods if method.needs.prior_mean for curvature in method.curvatures]
+    return list({layer.name: layer for curvature in curvatures for layer in curvature.find_layers(model)}.values())
+
+
+def _check_same(fingerprint: str) -> None:
+    """Check that the weights are the same on all ranks. A collective."""
+    here = torch.frombuffer(bytearray.fromhex(fingerprint), dtype=torch.uint8).long()
+    first = here.clone()
+    broadcast_([first])
+    differing = torch.tensor([int(not torch.equal(here, first))])
+    sum_over_processes([differing])
+    if int(differing):
+        raise ValueError(
+            f"the model's weights on {int(differing)} of {num_processes()} ranks differ from those of rank 0; fit "
+            "after training with DDP, or load the same checkpoint on all ranks"
+        )
