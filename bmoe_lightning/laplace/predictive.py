@@ -152,20 +152,24 @@ def mean_variance(logits: Tensor, covariance: Tensor) -> Tensor:
     return trace / (present.sum(1) - 1).clamp(min=1)
 
 
-def temperature_from_variances(variances: Tensor) -> float:
-    """The evidence temperature `sqrt(1 + pi/4 median_n v_n)` from the mean variances `[N]` of at least 100 inputs.
+def temperature_from_variances(variances: Tensor, *, min_inputs: int = MIN_UNLABELLED) -> float:
+    """The evidence temperature `sqrt(1 + pi/4 median_n v_n)` from the mean variances of unlabelled inputs.
 
     The median is robust to a few inputs with very large logit variances.
 
+    Args:
+        variances: `[N]`, one for each input.
+        min_inputs: Smallest N that is accepted.
+
     Raises:
-        ValueError: If there are fewer than 100 inputs, or a variance is negative or not finite.
+        ValueError: If there are fewer inputs, or a variance is negative or not finite.
 
     Warns:
         FitWarning: If the temperature is above 100, so that all predictions are nearly uniform.
     """
-    if len(variances) < MIN_UNLABELLED:
+    if len(variances) < min_inputs:
         raise ValueError(
-            f"the evidence temperature needs at least {MIN_UNLABELLED} unlabelled inputs, got {len(variances)}"
+            f"the evidence temperature needs at least {min_inputs} unlabelled inputs, got {len(variances)}"
         )
     if not bool((variances.isfinite() & (variances >= 0)).all()):
         raise ValueError(

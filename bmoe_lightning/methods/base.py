@@ -33,19 +33,22 @@ PRIOR_PRECISION = "prior_precision"
 """Key in the states of Laplace methods: `[L]`, one value per layer. Serving without Lightning reads it."""
 
 _PREDICTION_ONLY = "prediction_only"
+_TRIAL = "trial"
 _LONGEST_VECTOR = 1000
 _NAME = re.compile(r"[a-z][a-z0-9_]*")
 
 
-def option(default: Any, help: str, *, prediction_only: bool = False) -> Any:
+def option(default: Any, help: str, *, prediction_only: bool = False, trial: Any = None) -> Any:
     """Define an option of a method: a dataclass field with a default and a help text.
 
     Args:
         default: Default value.
         help: Help text, one sentence.
         prediction_only: Whether the option affects predictions only, so that a fit with another value is reused.
+        trial: Cheaper value for a run that only checks that everything works (see `trial_options`); None keeps the
+            default.
     """
-    return field(default=default, metadata={"help": help, _PREDICTION_ONLY: prediction_only})
+    return field(default=default, metadata={"help": help, _PREDICTION_ONLY: prediction_only, _TRIAL: trial})
 
 
 @dataclass(frozen=True)
@@ -275,6 +278,15 @@ def option_table(method: type[Method]) -> list[tuple[str, str, str]]:
         default = "" if entry.default is MISSING else repr(entry.default)
         rows.append((entry.name, default, entry.metadata.get("help", "")))
     return rows
+
+
+def trial_options(method: type[Method]) -> dict[str, Any]:
+    """The options with a cheaper value for a run that only checks that everything works, with these values.
+
+    Args:
+        method: Class of the method.
+    """
+    return {entry.name: entry.metadata[_TRIAL] for entry in fields(method) if entry.metadata.get(_TRIAL) is not None}
 
 
 def option_columns(method: Method) -> dict[str, bool | int | float | str]:

@@ -28,7 +28,9 @@ class DeepEnsemble(WeightEnsemble):
 
     name: str = "deep_ensemble"
     label: str = "Deep ensemble"
-    size: int = option(3, "Number of members, including this run; where `runs` are given, one more than these.")
+    size: int = option(
+        3, "Number of members, including this run; where `runs` are given, one more than these.", trial=2
+    )
     runs: tuple[str, ...] = option(
         (),
         "Snapshot files with the final weights of the other runs; recipes train these runs and set this.",

@@ -34,7 +34,7 @@ class EvidenceTemperature(CurvatureMethod):
     where fine-tuning moved the weights far although the data are unambiguous.
 
     Raises:
-        ValueError: If the scope or prior mean is unknown, or the Fisher is not `exact`.
+        ValueError: If the scope or prior mean is unknown, the Fisher is not `exact`, or `min_inputs` is below 1.
     """
 
     name: str = "evidence_temperature"
@@ -43,6 +43,9 @@ class EvidenceTemperature(CurvatureMethod):
     prior_mean: PriorMeanName = option(
         "pretrained", "Prior mean: the weights before fine-tuning (`pretrained`), or `zero`."
     )
+    min_inputs: int = option(
+        MIN_UNLABELLED, "Number of held-out inputs below which the fit is refused: their median is noisy.", trial=1
+    )
 
     positive_state = ("temperature",)
     source = "https://doi.org/10.1162/neco.1992.4.5.720"
@@ -50,19 +53,21 @@ class EvidenceTemperature(CurvatureMethod):
     def __post_init__(self) -> None:
         check_choice("scope", self.scope, SCOPES)
         check_choice("prior_mean", self.prior_mean, PRIOR_MEANS)
+        if self.min_inputs < 1:
+            raise ValueError(f"{self.name} needs at least one held-out input, got min_inputs={self.min_inputs}")
         if self.curvature is not None and self.curvature.fisher != "exact":
             raise ValueError(f"{self.name} needs a curvature with fisher='exact', got {self.curvature.fisher!r}")
 
     @property
     def needs(self) -> Needs:
-        return Needs(calibration_inputs=MIN_UNLABELLED, prior_mean=self.prior_mean == "pretrained")
+        return Needs(calibration_inputs=self.min_inputs, prior_mean=self.prior_mean == "pretrained")
 
     @property
     def prediction_curvatures(self) -> tuple[Curvature, ...]:
         return ()
 
     def fit(self, work: Workbench) -> State:
-        return {"temperature": evidence_temperature(work, self.spec, self.scope, self.prior_mean)}
+        return {"temperature": evidence_temperature(work, self.spec, self.scope, self.prior_mean, self.min_inputs)}
 
     def log_probs(self, batch: BatchView, state: State) -> Tensor:
         return (batch.logits / state["temperature"].to(batch.logits)).log_softmax(-1)
@@ -71,15 +76,17 @@ class EvidenceTemperature(CurvatureMethod):
         return state  # labels are not used
 
 
-def evidence_temperature(work: Workbench, curvature: Curvature, scope: Scope, prior_mean: PriorMeanName) -> Tensor:
+def evidence_temperature(
+    work: Workbench, curvature: Curvature, scope: Scope, prior_mean: PriorMeanName, min_inputs: int
+) -> Tensor:
     """The evidence temperature over the held-out inputs, a float64 scalar.
 
     Raises:
-        ValueError: If there are fewer than 100 inputs.
+        ValueError: If there are fewer than `min_inputs` inputs.
     """
     cache = work.covariances(curvature)
     covariance = cache.covariance(work.evidence_precision(curvature, scope, prior_mean))
-    temperature = temperature_from_variances(mean_variance(cache.logits, covariance))
+    temperature = temperature_from_variances(mean_variance(cache.logits, covariance), min_inputs=min_inputs)
     try:
         labelled = cache.labelled()
     except ValueError:  # labels are not needed here, so there may be none, or any

@@ -37,6 +37,7 @@ class FittedMethod:
         curvatures: Digests of the curvatures that its fit or its predictions use.
         warnings: What makes the fit doubtful, one sentence each; see `warn_of_fit`.
         file: Path of the file that the state was read from; empty if it was fitted in this process.
+        checked_by: Methods that have checked a state from a file, which may be as large as the model.
     """
 
     state: State
@@ -44,6 +45,7 @@ class FittedMethod:
     curvatures: tuple[str, ...] = ()
     warnings: tuple[str, ...] = ()
     file: str = ""
+    checked_by: list[Method] = field(default_factory=list, repr=False, compare=False)
 
 
 @dataclass(frozen=True)
@@ -110,8 +112,9 @@ class FitResult:
                 f"{method.name} has not been fitted; call fit_posterior, which fits missing methods only"
             )
         stored = self.methods[method.name]
-        if stored.file:
+        if stored.file and method not in stored.checked_by:
             self._check_state(method, stored)
+            stored.checked_by.append(method)
         return stored.state
 
     def _check_state(self, method: Method, stored: FittedMethod) -> None:

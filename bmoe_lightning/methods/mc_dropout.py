@@ -29,7 +29,7 @@ class MCDropout(Method):
     name: str = "mc_dropout"
     label: str = "MC dropout"
     p: float = option(0.1, "Probability that an activation is dropped before the second linear layer of its expert.")
-    num_samples: int = option(10, "Number of forward passes.")
+    num_samples: int = option(10, "Number of forward passes.", trial=2)
     layers: LayerSelection = option(ExpertLayers(), "Expert layers in which activations are dropped.")
 
     source = "https://arxiv.org/abs/1506.02142"

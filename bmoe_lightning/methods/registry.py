@@ -75,6 +75,18 @@ def get_method(method: str | Method) -> Method:
     return _METHODS.get(method)
 
 
+def check_method_name(name: str) -> None:
+    """Check the name of a method without importing it, or torch.
+
+    Args:
+        name: Registered name, or `package.module:Class`, of which only the form is checked.
+
+    Raises:
+        ValueError: If there is no method of that name.
+    """
+    _METHODS.check_name(name)
+
+
 def method_names() -> tuple[str, ...]:
     """The names of all methods: built-in, then from entry points, then registered at run time."""
     return _METHODS.names()

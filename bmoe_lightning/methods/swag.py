@@ -38,7 +38,7 @@ class SWAG(Method):
     name: str = "swag"
     label: str = "SWAG"
     num_snapshots: int = option(5, "Number of snapshots: the weights after each of the last epochs.")
-    num_samples: int = option(10, "Number of weight samples to average over.", prediction_only=True)
+    num_samples: int = option(10, "Number of weight samples to average over.", prediction_only=True, trial=2)
 
     source = "https://arxiv.org/abs/1902.02476"
     cost = "`num_samples` forward passes, each with other weights"

@@ -42,6 +42,8 @@ def write_results(
     *,
     config: Mapping[str, Any],
     versions: Mapping[str, str] | None = None,
+    details: Mapping[str, Any] | None = None,
+    notes: Sequence[str] = (),
 ) -> dict[str, Path]:
     """Write everything that is needed to check or reproduce the comparison.
 
@@ -54,21 +56,25 @@ def write_results(
         rows: From `summarise`.
         config: Settings of the run; plain values, lists, dictionaries and paths.
         versions: Versions of the libraries; `library_versions` if None.
+        details: Further entries of `results.json`, such as properties of the fits, which no single method owns.
+        notes: Sentences below the tables of `results.md`.
 
     Returns:
         The paths by file name.
 
     Raises:
-        TypeError: If a value of `config` is not JSON serialisable.
+        TypeError: If a value of `config` or `details` is not JSON serialisable.
         ValueError: If results and rows do not match, or the results cannot be compared; see `by_method`.
     """
     check_rows_match(results, rows)
     folder = Path(output_dir)
     folder.mkdir(parents=True, exist_ok=True)
     contents = {
-        "results.json": _results_json(results, rows, config, library_versions() if versions is None else versions),
+        "results.json": _results_json(
+            results, rows, config, library_versions() if versions is None else versions, details or {}
+        ),
         "results.csv": _results_csv(rows),
-        "results.md": results_markdown(rows),
+        "results.md": results_markdown(rows, notes),
         "predictions.jsonl": _predictions_jsonl(results),
     }
     for name, text in contents.items():
@@ -93,10 +99,15 @@ def check_rows_match(results: Sequence[MethodResult], rows: Sequence[Row]) -> No
 
 
 def _results_json(
-    results: Sequence[MethodResult], rows: Sequence[Row], config: Mapping[str, Any], versions: Mapping[str, str]
+    results: Sequence[MethodResult],
+    rows: Sequence[Row],
+    config: Mapping[str, Any],
+    versions: Mapping[str, str],
+    details: Mapping[str, Any],
 ) -> str:
     settings = rows[0].settings
     content = {
+        **_jsonable(details),
         "ece_convention": settings.ece_convention(),
         "interval": settings.interval(),
         "num_examples": rows[0].num_examples,

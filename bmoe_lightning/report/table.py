@@ -88,13 +88,14 @@ def results_table(rows: Sequence[Row], *, width: int = 120) -> str:
     return "\n".join([_aligned(_HEADER, widths), rule, *body, rule, *_wrapped(note, width), *notes])
 
 
-def results_markdown(rows: Sequence[Row]) -> str:
+def results_markdown(rows: Sequence[Row], notes: Sequence[str] = ()) -> str:
     """Markdown table of the headline metrics, the best mean of each in bold, with its caption and footnotes.
 
     Further numbers are in a second table below it; the footnotes are the warnings.
 
     Args:
         rows: From `summarise`.
+        notes: Sentences below the footnotes.
 
     Raises:
         ValueError: If there are no rows.
@@ -120,6 +121,7 @@ def results_markdown(rows: Sequence[Row]) -> str:
             )
         blocks.insert(1, _markdown_table(further))
     blocks += [f"{mark} {_escaped(sentence)}" for sentence, mark in marks.items()]
+    blocks += map(_escaped, notes)
     return "\n\n".join(blocks) + "\n"
 
 

@@ -89,9 +89,21 @@ class Registry(Generic[T]):
             return self._instance(self._loaded(self._built_in[requested]), requested)
         if (point := self._entry_points().get(requested)) is not None:
             return self._instance(point.load(), requested)
-        if ":" in requested:
-            return self._instance(self._loaded(requested), requested)
+        self.check_name(requested)
+        return self._instance(self._loaded(requested), requested)
+
+    def check_name(self, requested: str) -> None:
+        """Check a name without importing what it names.
+
+        Args:
+            requested: Registered name, or `package.module:Class`, of which only the form is checked.
+
+        Raises:
+            ValueError: If the name is unknown.
+        """
         names = self.names()
+        if requested in names or ":" in requested:
+            return
         close = difflib.get_close_matches(requested, names, n=1)
         hint = f", did you mean {close[0]!r}?" if close else ""
         raise ValueError(

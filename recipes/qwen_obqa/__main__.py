@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from bmoe_lightning.methods.registry import method_names
 from recipes.common.cli import command, parse
 from recipes.common.signals import sigterm_exits, stopping_signal
+from recipes.qwen_obqa.method_names import check_names
 from recipes.qwen_obqa.settings import ResolvedSettings, Settings
 
 PROGRAM = "python -m recipes.qwen_obqa"
@@ -39,6 +40,7 @@ def main(arguments: Sequence[str]) -> int:
     registered = textwrap.fill(f"Registered methods: {', '.join(method_names())}.", 116)
     description = f"{DESCRIPTION}\n{registered}"
     settings = parse(Settings, arguments, program=PROGRAM, description=description).resolved()
+    check_names(settings)
     try:
         with sigterm_exits():
             return _run(settings)

@@ -3,18 +3,18 @@
 from __future__ import annotations
 
 import typing
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, fields, is_dataclass, replace
 from typing import Any
 
 from bmoe_lightning.curvature.spec import Curvature
-from bmoe_lightning.methods.base import Method, check_method_names
+from bmoe_lightning.methods.base import Method, check_method_names, trial_options
 from bmoe_lightning.methods.needs import Available, check_needs
-from bmoe_lightning.methods.registry import get_method, method_names
+from bmoe_lightning.methods.registry import get_method
 from recipes.common.cli import UsageError, convert, nearest
+from recipes.qwen_obqa.method_names import assignment, check_among, listed_methods
 from recipes.qwen_obqa.settings import ResolvedSettings
 
-_ALL = "all"
 _DROPOUT = "p"
 
 
@@ -40,7 +40,7 @@ def build_methods(settings: ResolvedSettings) -> tuple[Method, ...]:
     """Build the methods of a run.
 
     Two options default to the settings of the run: the curvature, and the expert dropout of methods that predict with
-    it.
+    it. A dry run has the cheaper defaults of `trial_options`.
 
     Args:
         settings: Resolved settings.
@@ -49,7 +49,7 @@ def build_methods(settings: ResolvedSettings) -> tuple[Method, ...]:
         UsageError: If there is no such method or option, a value is invalid, or the run lacks what a method needs.
     """
     curvature = run_curvature(settings)
-    chosen = [_looked_up(entry, curvature) for entry in _entries(settings.methods)]
+    chosen = [_looked_up(entry, curvature) for entry in listed_methods(settings.methods)]
     given = _assignments(settings.set, [method.name for method, _ in chosen])
     methods = [
         _with_options(method, given.get(method.name, {}), f"--set {method.name}", {"curvature": curvature})
@@ -66,14 +66,6 @@ def build_methods(settings: ResolvedSettings) -> tuple[Method, ...]:
         _filled(method, args | set(given.get(looked_up.name, {})), settings)
         for method, (looked_up, args) in zip(methods, chosen, strict=True)
     )
-
-
-def _entries(methods: Sequence[str | dict[str, Any]]) -> Iterator[str | dict[str, Any]]:
-    for entry in methods:
-        if entry == _ALL:
-            yield from method_names()
-        else:
-            yield entry
 
 
 def _looked_up(entry: str | dict[str, Any], curvature: Curvature) -> tuple[Method, frozenset[str]]:
@@ -108,15 +100,8 @@ def _assignments(texts: Sequence[str], methods: Sequence[str]) -> dict[str, _Tre
     """The options of `--set METHOD.OPTION=VALUE` by method; the last value of an option wins."""
     given: dict[str, _Tree] = {}
     for text in texts:
-        path, equals, value = text.partition("=")
-        method, *names = path.split(".")
-        if not equals or not names or not all((method, *names)):
-            raise UsageError(f"--set must be METHOD.OPTION=VALUE, got {text!r}")
-        if method not in methods:
-            raise UsageError(
-                f"--set {path}: {method!r} is not among --methods{nearest(method, methods)}; "
-                f"there are {', '.join(methods)}"
-            )
+        path, method, names, value = assignment(text)
+        check_among(path, method, methods)
         tree = given.setdefault(method, {})
         for name in names[:-1]:
             inner = tree.get(name)
@@ -125,12 +110,15 @@ def _assignments(texts: Sequence[str], methods: Sequence[str]) -> dict[str, _Tre
     return given
 
 
-def _filled(method: Method, given: Iterable[str], settings: ResolvedSettings) -> Method:
-    """The method with its defaults from the run: the dropout of training, and the curvature."""
+def _filled(method: Method, given: Collection[str], settings: ResolvedSettings) -> Method:
+    """The method with its defaults from the run: the dropout of training, the curvature, and what a dry run saves."""
     try:
         if method.needs.expert_dropout and _DROPOUT in _option_names(method) and _DROPOUT not in given:
             dropout: dict[str, Any] = {_DROPOUT: settings.expert_dropout}
             method = replace(method, **dropout)
+        if settings.dry_run:
+            cheaper = trial_options(type(method))
+            method = replace(method, **{name: value for name, value in cheaper.items() if name not in given})
         return method.with_defaults(run_curvature(settings))
     except ValueError as error:
         raise UsageError(f"--methods: {method.name}: {error}") from None

@@ -5,11 +5,13 @@ from __future__ import annotations
 import json
 import shutil
 import warnings
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
+from bmoe_lightning.methods import FitResult
+from bmoe_lightning.methods.curvature_warnings import discarded_energy
 from bmoe_lightning.methods.storage import load_fit
 from bmoe_lightning.report import (
     label_budget_figure,
@@ -46,12 +48,15 @@ def report(settings: ResolvedSettings, source: Source, output: Path, runs: Seque
         warnings.warn(f"{rows[0].label}: {sentence}", stacklevel=2)
     hashes = {str(run_of_seed.seed): source.model_hash(run_of_seed.seed) for run_of_seed in runs}
     config = {**asdict(settings), "pretrained_weights": hashes}
-    write_results(output, results, rows, config=config, versions=library_versions())
+    fits = {run_of_seed.seed: load_fit(run_of_seed.fit_folder)[0] for run_of_seed in runs}
+    curvatures = [entry for seed, fit in fits.items() for entry in curvature_entries(seed, fit)]
+    notes = curvature_notes(curvatures)
+    details = {"curvatures": curvatures}
+    write_results(output, results, rows, config=config, versions=library_versions(), details=details, notes=notes)
     comparison = output / "tensorboard"
     if comparison.is_dir():  # of the resumed run; event files cannot be replaced, so the folder is rewritten
         shutil.rmtree(comparison)
     write_tensorboard(comparison, results, rows)
-    fits = {run_of_seed.seed: load_fit(run_of_seed.fit_folder)[0] for run_of_seed in runs}
     logits = {run_of_seed.seed: run_of_seed.predictions.logits(run_of_seed.methods[0]) for run_of_seed in runs}
     points = label_budget(runs[0].methods, fits, logits, results)
     if points:
@@ -61,4 +66,39 @@ def report(settings: ResolvedSettings, source: Source, output: Path, runs: Seque
         if points:
             names = [row.method for row in rows]
             save_figure(label_budget_figure(points, names), output / "figures" / "label_budget.png")
-    print("\n" + results_table(rows), flush=True)
+    print("\n".join(["", results_table(rows), *notes]), flush=True)
+
+
+def curvature_entries(seed: int, fit: FitResult) -> list[dict[str, Any]]:
+    """The energy that each curvature of a fit discards, as JSON values.
+
+    Args:
+        seed: Seed of the fit.
+        fit: The fit.
+    """
+    return [
+        {
+            "seed": seed,
+            "methods": [name for name, fitted in fit.methods.items() if digest in fitted.curvatures],
+            **asdict(discarded_energy(posterior)),
+        }
+        for digest, posterior in fit.posteriors.items()
+    ]
+
+
+def curvature_notes(entries: Sequence[Mapping[str, Any]]) -> list[str]:
+    """One sentence for each curvature, for the seed that discards most.
+
+    Args:
+        entries: From `curvature_entries`, of all seeds.
+    """
+    most: dict[tuple[str, ...], Mapping[str, Any]] = {}
+    for entry in entries:
+        key = tuple(entry["methods"])
+        if key not in most or entry["total"] > most[key]["total"]:
+            most[key] = entry
+    return [
+        f"Rank {entry['rank']} discards {entry['total']:.1%} of the curvature's energy, at most {entry['worst']:.1%} "
+        f"in a layer ({entry['worst_layer']}; seed {entry['seed']}): {', '.join(methods)}."
+        for methods, entry in most.items()
+    ]

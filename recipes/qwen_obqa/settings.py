@@ -83,8 +83,9 @@ class _Common:
     overwrite: bool = option(False, "replace an earlier run in the output folder")
     dry_run: bool = option(
         False,
-        "a few training steps and as few questions as the methods allow, with random weights for the small model: "
-        "checks that everything runs, within a minute",
+        "checks that everything runs, with meaningless numbers: two epochs of two batches, two calibration batches, at "
+        "most eight test questions, ensembles of two, random weights for the small model; with --model, batches of 2 "
+        "unless sizes are given: under a minute for 135M parameters on 2 cores",
     )
     quiet: bool = option(False, "no progress bars")
     weight_decay: float = option(0.0, "weight decay of AdamW")
@@ -137,9 +138,9 @@ class Settings(_Common):
             UsageError: If a value is out of range.
         """
         check_bounds(self)
-        chosen = _DEFAULTS[self.kind]
+        chosen = dict(_DEFAULTS[self.kind])
         if self.dry_run:
-            chosen = {**chosen, "epochs": 2}
+            chosen |= _DRY_RUN[self.kind]
         values = {entry.name: getattr(self, entry.name) for entry in fields(self)}
         values |= {name: value for name, value in chosen.items() if values.get(name, self) is None}
         rank = chosen["rank"] if self.curvature.rank is None else self.curvature.rank
@@ -218,4 +219,10 @@ _DEFAULTS: Mapping[Kind, dict[str, Any]] = {
         "prompt": "instruction",
         "precision": "bf16-true",
     },
+}
+
+_DRY_RUN: Mapping[Kind, dict[str, Any]] = {
+    "builtin": {"epochs": 2},  # ensembles of checkpoints have at least two members
+    "small": {"epochs": 2},
+    "full": {"epochs": 2, "batch_size": 2, "eval_batch_size": 2},
 }

@@ -18,11 +18,12 @@ from bmoe_lightning.models import register_models
 from bmoe_lightning.models.loading import ModelUnavailableError, model_source
 from recipes.qwen_obqa.builtin_model import pretrain
 from recipes.qwen_obqa.builtin_task import World
+from recipes.qwen_obqa.methods import build_methods
 from recipes.qwen_obqa.reader_model import read_questions
 from recipes.qwen_obqa.settings import ResolvedSettings
 
-_DRY_RUN_BATCHES = 2  # of training, and of calibration unless a method needs more inputs
-_DRY_RUN_TEST = 16
+_DRY_RUN_BATCHES = 2  # of each split; of calibration more if a method needs more inputs even in a dry run
+_DRY_RUN_TEST = 8
 
 
 class RecipeError(RuntimeError):
@@ -172,6 +173,9 @@ def _disjoint(train: Sequence[Question], validation: Sequence[Question] | None, 
 
 
 def _limited(settings: ResolvedSettings, splits: Splits, methods: Sequence[Method]) -> Splits:
+    if settings.dry_run:  # what the full run would refuse, the dry run refuses
+        full = replace(settings, dry_run=False)
+        _limited(full, splits, build_methods(full))
     limits = _limits(settings, methods)
     parts = (splits.train, splits.calibration, splits.test)
     train, calibration, test = (draw(part, limit, seed=0) for part, limit in zip(parts, limits, strict=True))
@@ -191,7 +195,8 @@ def _limits(settings: ResolvedSettings, methods: Sequence[Method]) -> tuple[int 
     if settings.dry_run:
         inputs = max(method.needs.calibration_inputs for method in methods)
         calibration = max(inputs, _DRY_RUN_BATCHES * settings.eval_batch_size)
-        caps = (_DRY_RUN_BATCHES * settings.batch_size, calibration, _DRY_RUN_TEST)
+        test = min(_DRY_RUN_TEST, _DRY_RUN_BATCHES * settings.eval_batch_size)
+        caps = (_DRY_RUN_BATCHES * settings.batch_size, calibration, test)
         common = [min(settings.limit or cap, cap) for cap in caps]
     return tuple(own or shared for own, shared in zip(given, common, strict=True))
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from dataclasses import make_dataclass
+from dataclasses import make_dataclass, replace
 
 import pytest
 import torch
@@ -11,7 +11,7 @@ from methods_cases import RANK3
 
 from bmoe_lightning.curvature import Curvature, LinearLayers
 from bmoe_lightning.methods import MAP, DeepEnsemble, LaplaceLPO, MCDropout, get_method, method_names
-from bmoe_lightning.methods.base import check_method_names, option_table, state_numbers
+from bmoe_lightning.methods.base import check_method_names, option_table, state_numbers, trial_options
 
 
 @pytest.mark.parametrize("name", method_names())
@@ -25,6 +25,14 @@ class TestEveryMethod:
         rows = option_table(type(get_method(name)))
         assert [row[0] for row in rows[:2]] == ["name", "label"]
         assert all(help_text.endswith(".") for _, _, help_text in rows[2:])
+
+    def test_options_of_a_trial_are_valid_and_ask_for_less(self, name):
+        method = get_method(name)
+        chosen = trial_options(type(method))
+        trial = replace(method, **chosen)
+        assert all(getattr(trial, option) < getattr(method, option) for option in chosen)
+        assert trial.needs.calibration_inputs <= 1
+        assert trial.needs.runs <= 1
 
     def test_names_its_source_in_full(self, name):
         method = get_method(name)

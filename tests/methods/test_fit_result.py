@@ -95,6 +95,19 @@ def swag_state(**changes):
     return {**state, "seed": torch.tensor(0), **changes}
 
 
+def test_a_state_from_a_file_is_checked_once_for_each_method(monkeypatch):
+    checked, check = [], SWAG.check_state
+    monkeypatch.setattr(SWAG, "check_state", lambda self, state: (checked.append(self), check(self, state)))
+    fit = read(SWAG(), swag_state())
+    for method in (SWAG(), SWAG(), SWAG(num_samples=3), SWAG()):
+        fit.state_of(method)
+    assert checked == [SWAG(), SWAG(num_samples=3)]
+    broken = read(SWAG(), swag_state(seed=torch.tensor(0.5)))
+    for _ in range(2):
+        with pytest.raises(ValueError, match="lacks the seed"):
+            broken.state_of(SWAG())
+
+
 @pytest.mark.parametrize(
     ("changes", "said"),
     [

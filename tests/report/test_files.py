@@ -113,6 +113,15 @@ def test_a_missing_library_is_named():
     assert set(versions) == {"python", "torch", "no_such_library"}
 
 
+def test_details_of_the_run_and_notes(one_seed, tmp_path):
+    rows = summarise(one_seed, SETTINGS)
+    paths = files.write_results(
+        tmp_path, one_seed, rows, config={}, details={"curvatures": [{"total": math.inf}]}, notes=["Half | is lost."]
+    )
+    assert strict(paths["results.json"].read_text())["curvatures"] == [{"total": "inf"}]
+    assert paths["results.md"].read_text() == results_markdown(rows) + "\nHalf \\| is lost.\n"
+
+
 def test_rows_of_other_results_are_refused(results, tmp_path):
     rows = summarise(results[:3], SETTINGS)
     with pytest.raises(ValueError, match="call summarise on these results"):

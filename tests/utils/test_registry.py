@@ -123,6 +123,14 @@ def test_a_built_in_class_may_register_itself(zoo):
     assert zoo.names() == ("bird",)
 
 
+def test_a_name_is_checked_without_an_import(zoo):
+    for name in ("bird", "nowhere.at.all:Bird"):
+        zoo.check_name(name)
+    with pytest.raises(ValueError, match="unknown animal 'brid', did you mean 'bird'"):
+        zoo.check_name("brid")
+    assert not [name for name in sys.modules if name.startswith("zoo")]
+
+
 @pytest.mark.parametrize(
     ("name", "error", "message"),
     [

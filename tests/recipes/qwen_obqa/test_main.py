@@ -119,6 +119,27 @@ def test_wrong_usage_is_2_and_nothing_runs(ran, capsys, arguments, message):
     assert ran == []
 
 
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--methods", "map,temprature"], "--methods: unknown method 'temprature', did you mean 'temperature'?"),
+        (["--methods", "map", "--set", "mapp.x=1"], "--set mapp.x: 'mapp' is not among --methods, did you mean map?"),
+        (["--set", "map.x"], "--set must be METHOD.OPTION=VALUE, got 'map.x'"),
+    ],
+)
+def test_names_are_refused_without_torch(arguments, message):
+    script = (
+        "import sys\n"
+        "from recipes.qwen_obqa.__main__ import main\n"
+        "assert main(sys.argv[1:]) == 2\n"
+        "assert not {'torch', 'transformers', 'lightning'} & set(sys.modules)\n"
+    )
+    command = [sys.executable, "-c", script, *arguments]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=60, check=False)
+    assert done.returncode == 0, done.stderr
+    assert done.stderr.startswith(f"error: {message}")
+
+
 def test_help_shows_the_three_ways_to_run_it(capsys):
     with pytest.raises(SystemExit) as stop:
         main(["--help"])

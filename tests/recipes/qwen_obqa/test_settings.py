@@ -84,6 +84,13 @@ def test_the_small_model_has_other_ones():
     assert (settings.kind, settings.epochs, settings.prompt) == ("small", 2, "instruction")
 
 
+def test_a_dry_run_of_a_given_model_has_small_batches_unless_sizes_are_given():
+    settings = Settings(model="m", dry_run=True).resolved()
+    assert (settings.epochs, settings.batch_size, settings.eval_batch_size) == (2, 2, 2)
+    settings = Settings(model="m", dry_run=True, batch_size=8).resolved()
+    assert (settings.epochs, settings.batch_size, settings.eval_batch_size) == (2, 8, 2)
+
+
 def test_what_was_given_stays():
     curvature = CurvatureSettings(rank=0, fisher="mc", sketch="nystrom")
     settings = Settings(learning_rate=1.0, dry_run=True, epochs=5, curvature=curvature, data="d", model="m").resolved()
@@ -94,7 +101,7 @@ def test_what_was_given_stays():
 def test_nothing_is_left_open():
     hints = get_type_hints(ResolvedSettings)
     opened = {name for name, hint in hints.items() if type(None) in get_args(hint)}
-    assert opened == {"model", "data", "task", "revision", "limit"}
+    assert opened == {"model", "data", "task", "revision", "limit", "limit_train", "limit_validation", "limit_test"}
     assert {entry.name for entry in fields(ResolvedSettings)} == {entry.name for entry in fields(Settings)}
 
 

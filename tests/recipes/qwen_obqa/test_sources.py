@@ -91,7 +91,7 @@ class TestSplits:
         assert len(train) == 64  # the dry run's limit, of the 160 that remain
         assert not train & calibration
         assert train | calibration <= {f"train-{i}" for i in range(200)}
-        assert len(source.test) == 16
+        assert len(source.test) == 8
 
     def test_the_validation_split_is_the_calibration_split(self, tmp_path, data):
         write(tmp_path / "data", validation=rows("validation", 50))
@@ -114,7 +114,7 @@ class TestSplits:
         assert not train & calibration
         assert not train & test
         assert not calibration & test
-        assert len(test) == 16
+        assert len(test) == 8
 
     def test_data_of_a_given_model_are_split_the_same_way(self, tmp_path, data):
         tokenizer = str(read_questions(World().questions("fit"), tmp_path / "tokenizer", steps=0, progress=False))
@@ -130,7 +130,7 @@ class TestSplits:
 class TestLimit:
     def test_bounds_every_split_with_the_same_draw(self, tmp_path, data):
         one, other = (prepare_source(settings(tmp_path, data=data, limit=30)) for _ in range(2))
-        assert [len(part) for part in (one.train, one.calibration, one.test)] == [30, 30, 16]
+        assert [len(part) for part in (one.train, one.calibration, one.test)] == [30, 30, 8]
         assert (one.train, one.calibration, one.test) == (other.train, other.calibration, other.test)
 
     def test_chooses_within_the_splits_of_the_whole(self, tmp_path, data):
@@ -147,11 +147,13 @@ class TestLimit:
     @pytest.mark.parametrize(
         ("options", "expected"),
         [
-            ({}, [64, 128, 16]),
-            ({"limit": 500}, [64, 128, 16]),
-            ({"limit": 10}, [10, 10, 10]),
-            ({"batch_size": 4, "eval_batch_size": 4}, [8, 8, 16]),
-            ({"batch_size": 4, "eval_batch_size": 4, "methods": ("map", "evidence_temperature")}, [8, 100, 16]),
+            ({}, [64, 128, 8]),
+            ({"limit": 500}, [64, 128, 8]),
+            ({"limit": 10}, [10, 10, 8]),
+            ({"batch_size": 4, "eval_batch_size": 4}, [8, 8, 8]),
+            ({"batch_size": 4, "eval_batch_size": 4, "methods": ("map", "evidence_temperature")}, [8, 8, 8]),
+            ({"model": "a folder"}, [4, 4, 4]),
+            ({"model": "a folder", "batch_size": 8, "eval_batch_size": 16}, [16, 32, 8]),
             ({"limit_train": 70, "limit_validation": 40, "limit_test": 30, "limit": 5}, [70, 40, 30]),
             ({"limit_test": 3}, [64, 128, 3]),
             ({"limit_test": 3, "limit": 9, "dry_run": False}, [9, 9, 3]),
@@ -173,10 +175,10 @@ class TestLimit:
         others = "map,mc_dropout,temperature,shrunk_temperature,laplace_evidence,laplace_lpo,laplace_temperature"
         assert len(prepare_source(settings(tmp_path, data=data, methods=tuple(others.split(",")))).calibration) == 40
 
-    def test_a_hundred_are_enough(self, tmp_path, data):
+    def test_a_hundred_are_enough_for_the_full_run_and_a_dry_run_takes_fewer(self, tmp_path, data):
         write(tmp_path / "data", validation=rows("validation", 100))
         source = prepare_source(settings(tmp_path, data=data, methods=("map", "evidence_temperature")))
-        assert len(source.calibration) == 100
+        assert len(source.calibration) == 64  # two batches
 
 
 class TestSmallModel:
