@@ -8,6 +8,7 @@ buffer) with the unsharded gradients of two, before they are reduce-scattered.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -45,41 +46,56 @@ class Launch:
     training: Training
 
 
-def launches(model: Architecture, name: str, down_proj: Training, experts: Training) -> tuple[Launch, ...]:
+def launches(
+    model: Architecture, name: str, trainings: Sequence[Training], sizes: Sequence[float]
+) -> tuple[Launch, ...]:
     """Four ways to launch: one device, one node with DDP, one node and several nodes with sharded weights.
+
+    Without shards the first training that fits is advised, in the smallest of the memories that any of them fits.
 
     Args:
         model: Sizes of the model.
         name: Name of the model on the command line; a configuration file is replaced by its folder.
-        down_proj: Memory of training `down_proj` on one device.
-        experts: Memory of training all experts on one device.
+        trainings: Memory of each way of training on one device, preferred ones first; sharded runs train as the first.
+        sizes: GiB of the devices.
     """
     name = _HUB_IDS.get(name) or (str(Path(name).parent) if name.endswith(".json") else name)
     node = f"torchrun --nproc-per-node {GPUS}"
     nodes = f"torchrun --nnodes {NODES} --nproc-per-node {GPUS} --rdzv-backend c10d --rdzv-endpoint HOST:29500"
     common = f"{_RECIPE} --model {name} --precision {_PRECISIONS[model.dtype]}"
-    small = f"{common} --train down_proj{_updates(down_proj)}"
-    large = f"{common}{_updates(experts)}"
+    alone, replica = first_that_fits(trainings, sizes), first_that_fits(list(map(with_buckets, trainings)), sizes)
+    first = trainings[0]
+    shards = f"{common}{_options(first)} --strategy sharded"
     return (
-        Launch("one device", f"python {small}", 1, False, down_proj),
-        Launch(f"{GPUS} devices, DDP", f"{node} {small}", GPUS, False, with_buckets(down_proj)),
-        Launch(
-            f"{GPUS} devices, sharded", f"{node} {large} --strategy sharded", GPUS, True, sharded(model, experts, GPUS)
-        ),
+        Launch("one device", f"python {common}{_options(alone)}", 1, False, alone),
+        Launch(f"{GPUS} devices, DDP", f"{node} {common}{_options(replica)}", GPUS, False, replica),
+        Launch(f"{GPUS} devices, sharded", f"{node} {shards}", GPUS, True, sharded(model, first, GPUS)),
         Launch(
             f"{NODES} x {GPUS} devices, sharded",
-            f"{nodes} {large} --strategy sharded",
+            f"{nodes} {shards}",
             NODES * GPUS,
             True,
-            sharded(model, experts, NODES * GPUS),
+            sharded(model, first, NODES * GPUS),
         ),
     )
 
 
-def _updates(training: Training) -> str:
-    """The option of the recipe for other updates than its default."""
+def first_that_fits(trainings: Sequence[Training], sizes: Sequence[float]) -> Training:
+    """The first training that fits the smallest memory that any of them fits; the smallest one if none fits.
+
+    Args:
+        trainings: Ways of training, preferred ones first.
+        sizes: GiB of the devices.
+    """
+    fitting = (training for size in sorted(sizes) for training in trainings if training.fits(size))
+    return next(fitting, min(trainings, key=lambda training: training.peak))
+
+
+def _options(training: Training) -> str:
+    """The options of the recipe for a training that is not its default."""
+    part = "" if training.trained == "experts" else f" --train {training.trained}"
     chosen = training.updates
-    return f" --half-precision-updates {chosen}" if chosen == "stochastic_rounding" else ""
+    return part + (f" --half-precision-updates {chosen}" if chosen == "stochastic_rounding" else "")
 
 
 def with_buckets(training: Training) -> Training:

@@ -82,6 +82,16 @@ class Training:
         """Peak memory."""
         return self.weights + self.gradients + self.optimizer + max(self.activations, self.step, self.curvature)
 
+    @property
+    def traffic(self) -> int:
+        """Bytes that a step of AdamW reads and writes on one device: it is bound by memory, not by operations.
+
+        It reads gradients, reads and writes moments and the float32 copy, and reads and writes the weights, or with a
+        copy only writes them.
+        """
+        weights = self.gradients * (1 if self.updates == "master_weights" else 2)
+        return self.gradients + 2 * self.optimizer + weights
+
     def fits(self, gib: float) -> bool:
         """Whether the peak fits into a memory of that many GiB with 5 % to spare for the driver and fragmentation."""
         return self.peak <= gib * 2**30 * (1 - HEADROOM)

@@ -84,9 +84,8 @@ def make_plan(settings: PlanSettings) -> Plan:
         memory.training_memory(model, work, part, dtype, checkpointing=checkpointing, updates=way)
         for part, way, checkpointing in itertools.product(_TRAINED_NAMES, updates, (False, True))
     )
-    plain = {(t.trained, t.updates): t for t in trainings if not t.checkpointing}
-    # Without shards the smaller of the two ways is what fits.
-    ways = launches(model, settings.model, plain["down_proj", updates[-1]], plain["experts", updates[0]])
+    plain = sorted((t for t in trainings if not t.checkpointing), key=lambda t: t.trained != "experts")
+    ways = launches(model, settings.model, plain, settings.memory)
     return Plan(settings, model, sizes, operations, trainings, ways)
 
 
@@ -130,6 +129,7 @@ def plan_json(plan: Plan) -> str:
                 "peak": training.peak,
                 "snapshot": training.gradients,
                 "checkpoint": training.gradients + training.optimizer,
+                "optimizer_traffic": training.traffic,
                 "fits": {f"{size:g}": training.fits(size) for size in plan.settings.memory},
             }
             for training in plan.trainings
@@ -228,6 +228,8 @@ def _operations_part(plan: Plan) -> str:
             *_table(header, rows),
             "Gradient checkpointing adds up to one forward to a training step. LPO is one prediction pass over its "
             f"{settings.calibration_examples} examples.",
+            "AdamW's step is bound by memory instead; what it reads and writes is in the last table before the launch "
+            "lines.",
         ]
     )
 
@@ -260,7 +262,7 @@ def _training_part(plan: Plan) -> str:
     ]
     saved = [
         [_TRAINED_NAMES[t.trained], t.trained_dtype + _UPDATE_NAMES[t.updates], _gib(t.gradients),
-         _gib(t.gradients + t.optimizer), _gib(t.gradients * memory.SNAPSHOTS)]
+         _gib(t.gradients + t.optimizer), _gib(t.gradients * memory.SNAPSHOTS), _gib(t.traffic)]
         for t in plan.trainings if not t.checkpointing
     ]  # fmt: skip
     return "\n".join(
@@ -273,8 +275,11 @@ def _training_part(plan: Plan) -> str:
             f"yes: with {memory.HEADROOM:.0%} of the memory to spare for the driver and for gaps between allocations.",
             *_float32_note(plan),
             "",
-            "Files in GiB.",
-            *_table(["trained", "as", "snapshot", "checkpoint with AdamW", f"{memory.SNAPSHOTS} snapshots"], saved),
+            "Files in GiB, and the GiB of accelerator memory that a step of AdamW reads and writes.",
+            *_table(
+                ["trained", "as", "snapshot", "checkpoint with AdamW", f"{memory.SNAPSHOTS} snapshots", "AdamW's step"],
+                saved,
+            ),
         ]
     )
 

@@ -64,6 +64,27 @@ def test_every_command_is_one_that_the_recipe_takes():
         assert launch.training.fits(80)
 
 
+@pytest.mark.parametrize(
+    ("sizes", "alone", "replicas"),
+    [
+        ((80.0,), ("down_proj", "stochastic_rounding"), ("down_proj", "stochastic_rounding")),
+        ((24.0, 80.0, 141.0), ("down_proj", "stochastic_rounding"), ("down_proj", "stochastic_rounding")),
+        ((141.0,), ("experts", "stochastic_rounding"), ("experts", "stochastic_rounding")),
+        ((300.0, 400.0), ("experts", "master_weights"), ("experts", "master_weights")),
+        ((210.0,), ("experts", "master_weights"), ("experts", "stochastic_rounding")),  # 196 GiB, 219 with the buckets
+        ((24.0,), ("down_proj", "stochastic_rounding"), ("down_proj", "stochastic_rounding")),  # nothing fits
+    ],
+)
+def test_all_experts_are_advised_where_they_fit(sizes, alone, replicas):
+    one, ddp, *sharded_lines = make_plan(PlanSettings("qwen1.5-moe-a2.7b", memory=sizes)).launches
+    for launch, (part, way) in ((one, alone), (ddp, replicas)):
+        assert (launch.training.trained, launch.training.updates) == (part, way)
+        words = shlex.split(launch.command)
+        settings = parse(Settings, words[words.index("recipes.qwen_obqa") + 1 :], program="x", description="x")
+        assert (settings.train, settings.half_precision_updates) == (part, way)
+    assert all(launch.training.trained == "experts" for launch in sharded_lines)
+
+
 def test_the_pages_have_what_the_plan_says():
     section = launch_section(make_plan(PlanSettings("qwen1.5-moe-a2.7b", memory=(24.0, 40.0, 80.0, 141.0))))
     pages = [page.read_text(encoding="utf-8") for page in (README, *(ROOT / "docs").glob("**/*.md"))]
@@ -73,5 +94,5 @@ def test_the_pages_have_what_the_plan_says():
 
 
 def test_a_configuration_file_stands_for_its_folder(model, training):
-    commands = [launch.command for launch in launches(describe(model), "models/own/config.json", training, training)]
+    commands = [launch.command for launch in launches(describe(model), "models/own/config.json", [training], (80.0,))]
     assert all("--model models/own" in command for command in commands)

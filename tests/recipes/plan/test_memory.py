@@ -90,7 +90,9 @@ def test_optimizer(model, part):
     assert memory.optimizer_bytes(weights, tensors, 2) == held
     plan = memory.training_memory(describe(model), WORK, part, torch.bfloat16, checkpointing=False)
     assert plan.optimizer == held
-    assert plan.gradients == sum(parameter.grad.nbytes for parameter in trained)
+    gradients = sum(parameter.grad.nbytes for parameter in trained)
+    assert plan.gradients == gradients
+    assert plan.traffic == gradients + 2 * held + 2 * sum(parameter.nbytes for parameter in trained)
     assert plan.weights == sum(parameter.nbytes for parameter in model.parameters())
     with LiveBytes() as live:
         optimizer.step()
@@ -112,7 +114,10 @@ def test_optimizer_with_a_float32_copy(monkeypatch, model, part, split):
     cross_entropy(*class_logits(model, small_batch())).backward()
     optimizer.step()
     plan = memory.training_memory(planned, WORK, part, torch.bfloat16, checkpointing=False, updates="master_weights")
-    assert plan.optimizer == sum(value.nbytes for state in optimizer.state.values() for value in state.values())
+    held = sum(value.nbytes for state in optimizer.state.values() for value in state.values())
+    assert plan.optimizer == held
+    written = sum(parameter.nbytes for parameter in trained)
+    assert plan.traffic == sum(parameter.grad.nbytes for parameter in trained) + 2 * held + written
     with LiveBytes() as live:
         live.known([*model.parameters(), *(value for state in optimizer.state.values() for value in state.values())])
         optimizer.step()

@@ -58,6 +58,7 @@ def test_json_holds_the_same_figures(settings):
         assert entry["peak"] == training.peak
         assert entry["fits"] == {"0.0001": False, "80": True}
         assert entry["checkpoint"] == entry["snapshot"] + entry["optimizer"]
+        assert entry["optimizer_traffic"] == training.traffic
 
 
 def test_yes_and_no(settings):
@@ -95,7 +96,7 @@ def test_each_way_to_train_bfloat16_has_its_memory(settings):
     text = plan_text(plan)
     assert "bfloat16 + float32 copy" in text
     assert "bfloat16, stochastic rounding" in text
-    assert "pip install 'bmoe-lightning[torchao]'" in text
+    assert "stochastic rounding needs torchao" in text
     assert "torchao" not in plan_text(make_plan(replace(settings, dtype="float32")))
 
 

@@ -24,6 +24,8 @@ FLAGS = (
     "8",
     "--eval-batch-size",
     "8",
+    "--limit-test",
+    "16",
 )
 STAGES = {  # stage: a function that it calls several times, and the call at which the signal comes
     "training": ("bmoe_lightning.finetuner.ExpertFinetuner.training_step", 1),
