@@ -1,6 +1,8 @@
 """Settings that every test shares."""
 
+import logging
 import os
+import signal
 import types
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
@@ -10,11 +12,22 @@ import pytest
 import torch
 
 torch.set_num_threads(1)
+if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:  # as a shell sets it for what it starts in the background
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 @pytest.fixture(autouse=True)
 def _seeded():
     torch.manual_seed(0)
+
+
+@pytest.fixture(autouse=True)
+def _same_log_levels():
+    """The recipes' commands silence loggers of their process."""
+    logger = logging.getLogger("bmoe_lightning.trainer.signals")
+    level = logger.level
+    yield
+    logger.setLevel(level)
 
 
 @pytest.fixture(scope="session")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 import warnings
 from pathlib import Path
 
@@ -250,7 +251,8 @@ class TestProgress:
         captured = capsys.readouterr()
         assert ("Curvature" in captured.out + captured.err) == enabled
 
-    def test_tqdm_bar(self, tmp_path, capsys):
+    def test_tqdm_bar(self, tmp_path, capsys, monkeypatch):
+        monkeypatch.setattr(sys.stderr, "isatty", lambda: True)
         bar = L.pytorch.callbacks.TQDMProgressBar()
         run = trainer(tmp_path, [BayesianMoECallback(), bar], max_epochs=1, enable_progress_bar=True)
         run.fit(ToyModule(), train_loader(), calibration_loader())

@@ -7,6 +7,8 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from bmoe_lightning.laplace import predictive
+
 _CPU = torch.device("cpu")
 _FACTORIES = ("zeros", "ones", "empty", "full", "arange", "eye", "tensor", "as_tensor", "rand", "randn", "randint")
 _NEW = ("new_zeros", "new_ones", "new_empty", "new_full", "new_tensor")
@@ -57,6 +59,7 @@ class PretendedDevices(TorchDispatchMode):
         return module.register_forward_pre_hook(sent, with_kwargs=True, prepend=True)
 
     def __enter__(self):
+        predictive._noise_cache.clear()  # the place of a tensor from an earlier context is unknown here
         self._patch(torch.Tensor, "device", property(self.place))
         self._patch(torch.Tensor, "to", self._to(torch.Tensor.to))
         self._patch(torch.Tensor, "cpu", lambda tensor: self.moved(tensor, _CPU))
