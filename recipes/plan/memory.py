@@ -258,6 +258,11 @@ def prediction_transients(
     return kept + _tapped_bytes(model, work, precision, checkpointing=checkpointing) + max(finding, kernels)
 
 
+def prior_mean_bytes(model: Architecture) -> int:
+    """The weights from before fine-tuning that the evidence needs: copies of the second layers, in main memory."""
+    return model.second * model.dtype.itemsize
+
+
 def lpo_cache_bytes(model: Architecture, work: Workload, examples: int) -> int:
     """The validation cache of LPO, on the CPU in float64; twice that temporarily while its batches are concatenated."""
     layers, classes, contrasts = len(model.experts), work.classes, work.contrasts

@@ -70,6 +70,7 @@ def make_plan(settings: PlanSettings) -> Plan:
         "curvature_recomputed": memory.curvature_transients(model, work, precision, checkpointing=True),
         "prediction_transients": memory.prediction_transients(model, work, precision),
         "prediction_recomputed": memory.prediction_transients(model, work, precision, checkpointing=True, offload=True),
+        "prior_mean": memory.prior_mean_bytes(model),
         "lpo_cache": memory.lpo_cache_bytes(model, work, settings.calibration_examples),
     }
     operations = {
@@ -189,6 +190,7 @@ def _posterior_part(plan: Plan) -> str:
         ["    with gradient checkpointing ~", _mib(sizes["curvature_recomputed"])],
         ["prediction, with the factors, beyond the weights ~", _mib(sizes["prediction_transients"])],
         ["    with gradient checkpointing and offloaded factors ~", _mib(sizes["prediction_recomputed"])],
+        ["prior mean: the second layers from before fine-tuning, in main memory", _mib(sizes["prior_mean"])],
         [f"LPO's cache of {settings.calibration_examples} examples, in main memory", _mib(sizes["lpo_cache"])],
     ]
     return "\n".join(
@@ -309,7 +311,9 @@ def launch_text(plan: Plan) -> str:
             "",
             *(f"{launch.name}:\n  {_folded(launch.command)}" for launch in plan.launches),
             f"Main memory while the model is loaded: {_gib(plan.model.weight_bytes)} GiB in every process at once,",
-            "or with sharded weights in one process of a node after the other.",
+            "or with sharded weights in one process of a node after the other; on top are mapped pages of its files.",
+            f"Methods that use the evidence then hold the prior mean there, {_gib(plan.sizes['prior_mean'])} GiB or "
+            "its shard in every process.",
             "On several nodes it is run on each, with HOST the name of one of them and an --output-dir that all see.",
         ]
     )

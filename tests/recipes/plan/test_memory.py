@@ -16,6 +16,7 @@ from bmoe_lightning.experts import grouped_matmul as grouped
 from bmoe_lightning.laplace import LaplacePosterior
 from bmoe_lightning.methods import save_snapshot
 from bmoe_lightning.optim import make_adamw, master_weights
+from bmoe_lightning.trainer.prior_mean import PriorMean
 from recipes.common.live_bytes import LiveBytes
 from recipes.plan import memory
 from recipes.plan.architecture import describe
@@ -97,6 +98,12 @@ def test_optimizer(model, part):
     with LiveBytes() as live:
         optimizer.step()
     assert plan.step == pytest.approx(live.peak, rel=0.01)
+
+
+def test_prior_mean(model):
+    captured = PriorMean(find_expert_layers)
+    captured.capture(model)
+    assert memory.prior_mean_bytes(describe(model)) == sum(weight.nbytes for weight in captured.weights.values())
 
 
 @pytest.mark.parametrize("part", ["down_proj", "experts"])
