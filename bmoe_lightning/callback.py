@@ -304,7 +304,7 @@ class BayesianMoECallback(L.Callback):
     def on_exception(self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException) -> None:
         """Restore loops and module: Lightning does not call `teardown` after an exception."""
         self._restore()
-        report_stop(exception, self._folder.folder)
+        report_stop(exception, self._folder.folder, evaluates=trainer.state.fn != "fit")
 
     def state_dict(self) -> dict[str, Any]:
         """Folder, fit id and snapshot names; tensors are in separate files, not in every checkpoint."""

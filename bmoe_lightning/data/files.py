@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import re
+import warnings
 from collections.abc import Collection, Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -66,6 +67,28 @@ class FolderData:
             return None
         _logger.info("reading %s", ", ".join(map(str, forms[0])))
         return (row for file in forms[0] for row in _file_rows(file))
+
+
+def warn_of_unread_files(folder: Path, names: Collection[str]) -> None:
+    """Warn of files that look like a split which the folder does not have under a name that is read.
+
+    Args:
+        folder: Folder, which is searched with its sub-folders.
+        names: Names of the split.
+    """
+    starts = tuple(names)
+    found = [
+        str(path.relative_to(folder))
+        for path in sorted([*folder.glob("*"), *folder.glob("*/*")])
+        if path.is_file() and path.name.lower().startswith(starts)
+    ]
+    if found:
+        warnings.warn(
+            f"{', '.join(found[:3])} in {folder} is not read, since the file of a split has the exact name "
+            f"{starts[0]}.jsonl, {starts[0]}.json or {starts[0]}.parquet; rename it if it is that split",
+            UserWarning,
+            stacklevel=3,
+        )
 
 
 def _has_split(folder: Path, names: Collection[str]) -> bool:

@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Literal, overload
 
-from bmoe_lightning.data.files import DataUnavailableError, FolderData, NumberedRow
+from bmoe_lightning.data.files import DataUnavailableError, FolderData, NumberedRow, warn_of_unread_files
 from bmoe_lightning.data.questions import Question, has_ambiguous_answer
 from bmoe_lightning.data.tasks.base import SPLIT_NAMES, SplitName, Task
 from bmoe_lightning.data.tasks.registry import get_task, recognise_task, task_names, task_of_hub_id
@@ -83,6 +83,8 @@ def load_questions(
     if rows is not None:
         return () if row_task is None else _questions(row_task, split, rows)
     if split == "validation":
+        if folder is not None:
+            warn_of_unread_files(folder, names)
         return None
     name = names[0]
     raise FileNotFoundError(

@@ -55,16 +55,17 @@ def measured_padding_side(
 
     def logits_of(batch: Batch) -> Tensor:
         on_device = {name: value.to(device) for name, value in batch.items() if isinstance(value, Tensor)}
-        return class_logits(on_device)[0].detach().double().cpu()
+        return class_logits(on_device)[0].detach().cpu()
 
-    negligible, wrong = _FULL_PRECISION if _is_full_precision(module) else _HALF_PRECISION
     questions = shortened(question, rows)
     with _evaluated(module):
-        alone = torch.cat([logits_of(collate([item])) for item in questions])
-        left = _largest(padding_error(logits_of(replace(collate, side="left")(questions)), alone))
+        found = [logits_of(collate([item])) for item in questions]
+        negligible, wrong = _FULL_PRECISION if _is_full_precision(module, found[0]) else _HALF_PRECISION
+        alone = torch.cat(found).double()
+        left = _largest(padding_error(logits_of(replace(collate, side="left")(questions)).double(), alone))
         if left <= negligible:
             return "left"
-        right = _largest(padding_error(logits_of(replace(collate, side="right")(questions)), alone))
+        right = _largest(padding_error(logits_of(replace(collate, side="right")(questions)).double(), alone))
     if right <= wrong and (right <= negligible or right < _CLEARLY_LESS * left):
         return "right"
     if left <= wrong:
@@ -105,14 +106,15 @@ def warn_of_padding(module: nn.Module, class_logits: Callable[[Any, Any], Any], 
 
     with _evaluated(module):
         # Shallow copies of the batch's own class, from which `class_logits` may take entries.
-        padded = class_logits(module, copy.copy(batch))[0].detach().double()
+        found = class_logits(module, copy.copy(batch))[0].detach()
+        precise, padded = _is_full_precision(module, found), found.double()
         if len(padded) != len(mask):
             return
         single: Any = copy.copy(batch)
         single.update({name: alone(value) for name, value in batch.items()})
         expected = class_logits(module, single)[0].detach().double()
     error = padding_error(padded[row : row + 1], expected)
-    if error > (_FULL_PRECISION if _is_full_precision(module) else _HALF_PRECISION)[1]:
+    if error > (_FULL_PRECISION if precise else _HALF_PRECISION)[1]:
         side = "left" if bool(kept[-1]) else "right"
         warnings.warn(
             f"padding changes the logits of row {row} of a batch, by {error:.2g} of their spread: the model does not "
@@ -156,9 +158,10 @@ def _largest(error: float) -> float:
     return max(gather_number(round(limited / _RESOLUTION))) * _RESOLUTION
 
 
-def _is_full_precision(module: nn.Module) -> bool:
-    dtypes = {parameter.dtype for parameter in module.parameters() if parameter.is_floating_point()}
-    return not dtypes - {torch.float32, torch.float64}
+def _is_full_precision(module: nn.Module, logits: Tensor) -> bool:
+    dtypes = {parameter.dtype for parameter in module.parameters() if parameter.is_floating_point()} | {logits.dtype}
+    devices = {"cpu", *(parameter.device.type for parameter in module.parameters())} - {"meta"}
+    return not dtypes - {torch.float32, torch.float64} and not any(map(torch.is_autocast_enabled, devices))
 
 
 @contextmanager

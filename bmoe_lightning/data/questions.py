@@ -12,6 +12,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 LETTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
+_INVISIBLE = ("Zs", "Zl", "Zp", "Cc", "Cf")
 
 
 @dataclass(frozen=True)
@@ -65,10 +66,19 @@ def _check_texts(question: Question) -> None:
     for name, text in named:
         if not isinstance(text, str):
             raise TypeError(f"question {question.id!r}: {name} must be a string, found {type(text).__name__}")
-        if not text.strip():
+        if is_blank(text):
             raise ValueError(f"question {question.id!r}: {name} is empty; drop or repair the item")
         if not is_encodable(text):
             raise ValueError(f"question {question.id!r}: {name} is not valid Unicode; drop or repair the item")
+
+
+def is_blank(text: str) -> bool:
+    """Whether a text shows nothing: white space, control and format characters only.
+
+    Args:
+        text: Any text.
+    """
+    return all(unicodedata.category(character) in _INVISIBLE for character in text)
 
 
 def is_encodable(text: str) -> bool:
@@ -85,12 +95,14 @@ def is_encodable(text: str) -> bool:
 
 
 def has_ambiguous_answer(question: Question) -> bool:
-    """Whether another choice has the text of the right one, up to case and spaces, so that the label is arbitrary.
+    """Whether another choice has the text of the right one, so that the label is arbitrary.
+
+    Case, spaces and compatibility characters make no difference.
 
     Args:
         question: Any question.
     """
-    texts = [" ".join(choice.casefold().split()) for choice in question.choices]
+    texts = [" ".join(unicodedata.normalize("NFKC", choice).casefold().split()) for choice in question.choices]
     return texts.count(texts[question.answer]) > 1
 
 

@@ -110,7 +110,9 @@ def fingerprinted_module(model: nn.Module, layers: Sequence[ExpertLayer]) -> nn.
 
 
 def sample(parameter: Tensor, *, sharded: bool) -> Tensor:
-    """A sample of the values of a parameter; of every leading entry for a stack of matrices.
+    """A sample of the values of a parameter: of every leading entry of a stack of matrices, of every row of a matrix.
+
+    A step may change single rows of an embedding or of a head alone.
 
     Returns:
         `[n]`, or for a sharded model `[n, 3]`: the values of this rank, whether it holds them, and whether its copy
@@ -121,7 +123,10 @@ def sample(parameter: Tensor, *, sharded: bool) -> Tensor:
     part = local_part(parameter)
     values = part.values
     positions = torch.arange(min(_SAMPLES, size), device=values.device)
-    if size > _SAMPLES:
+    if parameter.dim() == 2 and len(parameter) > _SAMPLES:
+        rows, width = torch.arange(len(parameter), device=values.device), parameter.shape[1]
+        positions = rows * width + rows * _STRIDE % max(width, 1)
+    elif size > _SAMPLES:
         positions = positions * _STRIDE % size
     if not sharded:
         return values.reshape(stacked, -1)[:, positions].flatten()

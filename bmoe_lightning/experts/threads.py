@@ -1,7 +1,8 @@
 """One model in several threads: a lock for each model, and hooks that act in one thread only.
 
-Whatever changes a model for a while (modes, `requires_grad` flags, hooks, taps, dropout, weights) holds the model's
-lock, and acts in its own thread only, so that plain forward passes of other threads need no lock.
+Whatever changes a model for a while holds the model's lock. Hooks, taps, dropout and replaced weights act in their own
+thread only, so that plain forward passes of other threads without gradients need no lock; modes and `requires_grad`
+flags are the model's, so forward passes with gradients do.
 """
 
 from __future__ import annotations
@@ -37,7 +38,8 @@ def model_lock(model: nn.Module) -> Iterator[None]:
     """Hold the lock of a model: one for each model, re-entrant, held while a prediction or a fit uses the model.
 
     Models that share modules (a model inside a LightningModule and outside) share the lock. Hold it to change a model
-    that other threads predict with: to load weights, to move it, or to copy it. Plain forward passes need no lock.
+    that other threads predict with: to load weights, to move it, or to copy it. Plain forward passes without
+    gradients need no lock.
 
     Args:
         model: Any module.

@@ -1,8 +1,8 @@
 """A sample of a model's effective weights, by which they are recognised after merging, renaming or casting.
 
 `weight_fingerprint` is an exact digest of parameters by name. A record holds values instead: those of every weight with
-its adapters merged, 64 for each parameter and for each expert's part of a fused one. So it can be compared with a model
-whose adapters were merged since, that lies under another attribute, or that was cast.
+its adapters merged, 64 for each parameter, each expert's part of a fused one, or each row of a larger matrix one. So it
+can be compared with a model whose adapters were merged since, that lies under another attribute, or that was cast.
 
 Weights agree if their values are equal, up to the rounding of merged adapters in float32 (`_ROUNDING`), or if those of
 the model are the recorded ones cast to the model's dtype, every one of them. A training step at learning rate 5e-5

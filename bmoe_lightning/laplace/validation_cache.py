@@ -21,6 +21,7 @@ from bmoe_lightning.laplace.compact_cache import (
 from bmoe_lightning.laplace.covariance import BatchTerms
 from bmoe_lightning.laplace.predictive import standard_normal
 from bmoe_lightning.utils.distributed import gather_examples, gather_number, num_processes
+from bmoe_lightning.utils.fit_warnings import warn_of_fit
 
 CACHE_BYTES = 1 << 29
 """Memory of the covariance terms of a validation set in bytes: 512 MiB, so that a process grows by less than 1 GiB."""
@@ -204,6 +205,12 @@ class CacheBuilder:
         columns = {name: [part.pop(name) for part in chosen] for name in _COMPACT}
         full = self._gathered(columns, num_classes, distributed=distributed, even=share < 1)
         labels_of, binned = full.pop("labels"), full.pop("pieces")
+        if len(labels_of) < len(everything["labels"]):
+            warn_of_fit(
+                f"the covariance terms of {len(everything['labels'])} held-out examples take more than "
+                f"{self._max_bytes / 2**20:.4g} MiB, so {len(labels_of)} drawn ones of them were used; give "
+                "fit_methods more cache_bytes to use all"
+            )
         return CompactCache(
             **full,
             binned=binned,

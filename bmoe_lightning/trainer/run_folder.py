@@ -6,7 +6,7 @@ import re
 import uuid
 import warnings
 import zlib
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar, cast
@@ -74,6 +74,8 @@ class RunFolder:
             raise ValueError(
                 f"name becomes a folder and a part of logged keys; use letters, digits, '.', '_' and '-', got {name!r}"
             )
+        if re.search(r"-v\d+$", name):
+            raise ValueError(f"name {name!r} ends like the version of another run's folder; leave out the end '-v...'")
         self.given = Path(given, name) if given is not None else None
         self.folder = self.given
         self.fit_id = uuid.uuid4().hex
@@ -170,7 +172,7 @@ class RunFolder:
 
         def write() -> None:
             save_snapshot(path, gathered_weights, fit=self.fit_id)
-            # Those of an earlier fit in this folder are removed when it is replaced.
+            # Those of an earlier fit in this folder stay: its checkpoints may be resumed.
             for earlier in set(surplus) - set(stored_snapshots(path.parent.parent)):
                 remove_snapshot(earlier)
 
@@ -266,11 +268,16 @@ class RunFolder:
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Restore the folder and fit of a checkpoint's run; what is no id is ignored, since file names contain it."""
+        if not isinstance(state_dict, Mapping):
+            raise _damaged_state(state_dict)
         if state_dict.get("folder"):
-            names = tuple(str(name) for name in state_dict.get("snapshots", []))
+            folder, snapshots = state_dict["folder"], state_dict.get("snapshots", [])
+            if not isinstance(folder, str) or not isinstance(snapshots, list | tuple):
+                raise _damaged_state(state_dict)
+            names = tuple(str(name) for name in snapshots)
             fit_id = str(state_dict.get("fit", ""))
             known = fit_id if re.fullmatch(r"[0-9a-f]{32}", fit_id) else ""
-            self._earlier = EarlierRun(Path(state_dict["folder"]), known, names)
+            self._earlier = EarlierRun(Path(folder), known, names)
 
     def _from_rank_zero(self, trainer: L.Trainer, action: Callable[[], T]) -> T:
         """Call a function on rank 0 and broadcast its result; all ranks raise if it fails. A collective."""
@@ -349,3 +356,9 @@ def _check_same(fit: FitResult | None, folders: Sequence[Path]) -> None:
             f"ranks find different fits in {', '.join(map(str, folders))}, or some find none. Pass dirpath= with a "
             "folder that all machines share."
         )
+
+
+def _damaged_state(state: object) -> ValueError:
+    return ValueError(
+        f"the checkpoint's state of BayesianMoECallback is damaged ({state!r:.80}); load another checkpoint of the run"
+    )

@@ -67,16 +67,20 @@ def deferred_sigint() -> Iterator[Callable[[], None]]:
             signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
-def report_stop(exception: BaseException, folder: Path | None) -> None:
+def report_stop(exception: BaseException, folder: Path | None, *, evaluates: bool = False) -> None:
     """Log one sentence if a signal stopped the trainer, and set the exit status; see `set_exit_status`.
 
     Args:
         exception: What ended the run.
-        folder: Folder of the checkpoints of curvature passes.
+        folder: Folder of the fit and of the checkpoints of curvature passes.
+        evaluates: Whether an evaluation or a prediction ended, which leaves the fit as it was.
     """
     set_exit_status(exception)
     name = {SIGTERMException: "SIGTERM", KeyboardInterrupt: "SIGINT"}.get(type(exception))
     if name is None:
+        return
+    if evaluates:
+        _logger.warning("stopped by %s; the fit is as it was (%s): run the evaluation again", name, folder)
         return
     if folder is not None and any(folder.glob("curvature_state-*.safetensors")):
         remedy = f"the sums of the curvature pass are stored in {folder}, and fit_posterior resumes from them"

@@ -2,11 +2,13 @@
 
 import json
 import logging
+import re
 from pathlib import Path
 
 import datasets
 import pytest
 
+from bmoe_lightning.data import files
 from bmoe_lightning.data.files import DataUnavailableError, FolderData
 
 NAMES = ("train", "validation", "val", "dev", "test")
@@ -160,3 +162,19 @@ def test_a_file_that_cannot_be_read_is_one_sentence(tmp_path, monkeypatch):
     monkeypatch.setattr(Path, "read_bytes", denied)
     with pytest.raises(DataUnavailableError, match=r"train\.jsonl cannot be read \(.*Permission denied\); check"):
         numbers(tmp_path, "train")
+
+
+@pytest.mark.parametrize(
+    "name", ["validation-00000-of-00001.jsonl", "validation.csv", "Validation.jsonl", "dev-old.json"]
+)
+def test_files_that_look_like_a_split_and_are_not_read_are_named(tmp_path, name):
+    (tmp_path / name).write_text("{}\n")
+    with pytest.warns(UserWarning, match=re.escape(name) + " in .* is not read"):
+        files.warn_of_unread_files(tmp_path, ("validation", "valid", "val", "dev"))
+
+
+def test_other_files_are_not_named(tmp_path, recwarn):
+    (tmp_path / "README.md").write_text("")
+    (tmp_path / "train.jsonl").write_text("")
+    files.warn_of_unread_files(tmp_path, ("validation",))
+    assert not recwarn

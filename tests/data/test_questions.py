@@ -4,7 +4,16 @@ from collections import Counter
 
 import pytest
 
-from bmoe_lightning.data.questions import LETTERS, Question, Splits, draw, drop_overlap, question_key, split_train
+from bmoe_lightning.data.questions import (
+    LETTERS,
+    Question,
+    Splits,
+    draw,
+    drop_overlap,
+    has_ambiguous_answer,
+    question_key,
+    split_train,
+)
 
 
 def make(number: int, *, answer: int = 0, text: str | None = None, choices: int = 4) -> Question:
@@ -165,3 +174,14 @@ def test_draw_is_seeded_ordered_and_bounded():
 def test_splits_hold_their_parts():
     splits = Splits(train=(make(1),), calibration=(make(2),), test=(make(3),))
     assert [part[0].id for part in (splits.train, splits.calibration, splits.test)] == ["item-1", "item-2", "item-3"]
+
+
+@pytest.mark.parametrize("blank", ["\u200b", "\0", " \ufeff\t", "\u00ad"])
+def test_a_text_that_shows_nothing_is_empty(blank):
+    with pytest.raises(ValueError, match="choice B is empty"):
+        Question("q", "?", ("a", blank), 0)
+
+
+def test_choices_that_are_equal_when_normalised_are_ambiguous():
+    assert has_ambiguous_answer(Question("q", "?", ("caf\u00e9", "cafe\u0301"), 0))
+    assert not has_ambiguous_answer(Question("q", "?", ("caf\u00e9", "cafe"), 0))

@@ -5,6 +5,7 @@ from oracles.models import tiny_qwen, toy_model
 from torch import nn
 
 from bmoe_lightning.experts import ExpertLayer, find_expert_layers, weight_fingerprint
+from bmoe_lightning.experts.fingerprint import sample
 
 
 def fingerprint(model):
@@ -99,3 +100,13 @@ def test_all_that_an_own_model_computes_with_counts(name):
     with torch.no_grad():
         model.get_parameter(name).mul_(3)
     assert fingerprint(model) != before
+
+
+@pytest.mark.parametrize("row", [0, 65, 129])
+def test_every_row_of_a_large_matrix_counts(row):
+    model = nn.Linear(3, 130, bias=False)
+    before = sample(model.weight, sharded=False)
+    assert len(before) == 130
+    with torch.no_grad():
+        model.weight[row] += 0.5
+    assert (sample(model.weight, sharded=False) != before).nonzero().flatten().tolist() == [row]

@@ -12,6 +12,7 @@ from bmoe_lightning.laplace.covariance import BatchTerms, LayerTerms, _contrasts
 from bmoe_lightning.laplace.predictive import class_probabilities, mean_variance, standard_normal
 from bmoe_lightning.laplace.prior import fit_lpo
 from bmoe_lightning.laplace.validation_cache import CacheBuilder, ValidationCache, cache_terms
+from bmoe_lightning.utils.fit_warnings import collected_fit_warnings
 
 
 def test_bins_keep_the_sum_of_products():
@@ -161,7 +162,10 @@ def test_lpo_of_compact_terms_is_near_that_of_exact_ones():
 def test_the_memory_is_kept_for_any_number_of_examples(num_classes):
     batches, curvature, _ = set_of(400, num_classes)
     limit = 300_000
-    found = compact(batches, curvature, max_bytes=limit)
+    with collected_fit_warnings() as warned:
+        found = compact(batches, curvature, max_bytes=limit)
+    (sentence,) = warned
+    assert f"so {len(found.labels)} drawn ones of them were used" in sentence
     assert found.binned.nbytes <= limit
     assert 20 < len(found.logits) < 400
     # What remains is a subset in order, and the labels belong to it.

@@ -573,3 +573,14 @@ def test_a_full_disk_is_told_before_training(tmp_path, monkeypatch):
 def test_a_name_that_leaves_the_folder_is_refused(name):
     with pytest.raises(ValueError, match="name becomes a folder"):
         BayesianMoECallback(name=name)
+
+
+@pytest.mark.parametrize("state", [{"folder": 5}, {"folder": "x", "snapshots": 3}, [1]])
+def test_a_damaged_state_is_one_sentence(state):
+    with pytest.raises(ValueError, match="state of BayesianMoECallback is damaged"):
+        RunFolder(None, None).load_state_dict(state)
+
+
+def test_a_name_like_a_version_is_refused():
+    with pytest.raises(ValueError, match="'a-v1' ends like the version of another run's folder"):
+        RunFolder(None, None, "a-v1")

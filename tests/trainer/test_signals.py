@@ -159,3 +159,13 @@ class TestSigint:
         finally:
             signal.signal(signal.SIGINT, before)
         assert received == [0]
+
+
+def test_a_stopped_evaluation_says_that_the_fit_is_there(tmp_path, caplog):
+    module = Signalled()
+    run = fit(tmp_path, module)
+    module.calls, module.at = 0, 2
+    with pytest.raises(SystemExit), caplog.at_level(logging.WARNING):
+        trainer(tmp_path, [run]).test(module, test_loader(), verbose=False)
+    (said,) = [r.getMessage() for r in caplog.records if r.name == "bmoe_lightning.trainer.signals"]
+    assert said == f"stopped by SIGTERM; the fit is as it was ({tmp_path}): run the evaluation again"

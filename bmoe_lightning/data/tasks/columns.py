@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from bmoe_lightning.data.questions import is_encodable
+from bmoe_lightning.data.questions import is_blank, is_encodable
 from bmoe_lightning.data.tasks.base import Row
 
 
@@ -153,7 +153,7 @@ def texts_of(value: object, column: str) -> tuple[str, ...]:
 
 
 def _checked(text: str, column: str) -> str:
-    if not text.strip():
+    if is_blank(text):
         raise ValueError(f"{column} is empty")
     if not is_encodable(text):
         raise ValueError(f"{column} is not valid Unicode")
