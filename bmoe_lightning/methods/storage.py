@@ -112,6 +112,7 @@ def save_fit(folder: Path, fit: FitResult, snapshots: Sequence[Path] = ()) -> No
         "snapshots": [
             {"file": path.relative_to(folder).as_posix(), "sha256": snapshot_info(path).digest} for path in snapshots
         ],
+        "num_snapshots": len(snapshots),
     }
     content["superseded"] = _superseded(folder, before, content, fit.fit_id)
     write_json_file(folder / INDEX_FILE, format=_INDEX_FORMAT, version=_VERSION, description=content, fit=fit.fit_id)
@@ -196,6 +197,8 @@ def load_fit(folder: Path, *, offload: Collection[str] = ()) -> tuple[FitResult,
         }
         layers = tuple(posterior_storage.described_layer(layer) for layer in content["layers"])
         snapshots = [_checked_snapshot(folder, entry, header.fit) for entry in content["snapshots"]]
+        if content.get("num_snapshots", len(snapshots)) != len(snapshots):
+            raise TypeError(f"{len(snapshots)} snapshots of {content['num_snapshots']!r}")
         weights = WeightRecord.from_tensors(states.get(_WEIGHTS, {}))
         fingerprint, seed = content["fingerprint"], content["seed"]
         if not isinstance(fingerprint, str) or type(seed) is not int or seed < 0:
