@@ -92,8 +92,9 @@ def between(text: str, name: str, content: str) -> str:
 
 
 def scores(results: str) -> str:
-    """The table of metrics and its caption, without the table of fitted numbers and without bold type."""
-    table, *_, caption = results.strip().split("\n\n")
+    """The table of metrics and its caption, without the table of fitted numbers, notes and bold type."""
+    table, *others = results.strip().split("\n\n")
+    caption = next(other for other in others if not other.startswith("|"))
     return f"{table}\n\n{caption}".replace("**", "").replace(" Bold: best mean.", "")
 
 

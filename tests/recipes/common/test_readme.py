@@ -22,7 +22,7 @@ def test_a_missing_place_is_refused():
 
 
 def test_scores_leave_out_fitted_numbers_and_bold():
-    results = "| a |\n|---|\n| **1** |\n\n| fitted |\n|---|\n| 2 |\n\n12 items. Bold: best mean.\n"
+    results = "| a |\n|---|\n| **1** |\n\n| fitted |\n|---|\n| 2 |\n\n12 items. Bold: best mean.\n\nA note.\n"
     assert scores(results) == "| a |\n|---|\n| 1 |\n\n12 items."
 
 
