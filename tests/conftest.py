@@ -22,12 +22,9 @@ def _seeded():
 
 
 @pytest.fixture(autouse=True)
-def _same_log_levels():
-    """The recipes' commands silence loggers of their process."""
-    logger = logging.getLogger("bmoe_lightning.trainer.signals")
-    level = logger.level
-    yield
-    logger.setLevel(level)
+def _logged():
+    """The recipes' commands silence this logger of their process."""
+    logging.getLogger("bmoe_lightning.trainer.signals").setLevel(logging.NOTSET)
 
 
 @pytest.fixture(scope="session")

@@ -94,13 +94,13 @@ def test_a_file_that_cannot_be_written_is_1(tmp_path, capsys):
 
 def test_launch_lines_go_to_the_marked_place(tmp_path, capsys):
     page = tmp_path / "page.md"
-    page.write_text("a\n<!-- launch lines -->\nold\n<!-- end of launch lines -->\nb\n")
+    page.write_text("a\n<!-- launch lines -->\noutdated\n<!-- end of launch lines -->\nb\n")
     assert main(["--model", "qwen1.5-moe-a2.7b", "--write", str(page)]) == 0
     text = page.read_text()
     assert text.startswith("a\n<!-- launch lines -->\n")
     assert text.endswith("<!-- end of launch lines -->\nb\n")
     assert "--train down_proj" in text
-    assert "old" not in text
+    assert "outdated" not in text
     for missing in (tmp_path / "no.md", tmp_path / "empty.md"):
         (tmp_path / "empty.md").write_text("no place\n")
         assert main(["--model", "qwen1.5-moe-a2.7b", "--write", str(missing)]) == 1
