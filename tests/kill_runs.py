@@ -1,6 +1,6 @@
 """Kills runs of the recipe at file operations or at times, completes them, and compares with an undisturbed run.
 
-    python tests/kill_runs.py FOLDER [--events N] [--random N] [--seed N]
+    python -m tests.kill_runs FOLDER [--events N] [--random N] [--seed N]
 
 forks a child for every run, so that libraries are imported once. `--events 0` kills at every file operation.
 """

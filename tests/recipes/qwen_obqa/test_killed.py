@@ -1,4 +1,4 @@
-"""A sample of kills: the same command completes the run with the same bits. `tests/kill_runs.py` does all of them."""
+"""A sample of kills: the same command completes the run with the same bits; `python -m tests.kill_runs` does all."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ ROOT = Path(__file__).parents[3]
 def test_killed_runs_are_completed(tmp_path):
     pytest.importorskip("matplotlib")
     done = subprocess.run(
-        [sys.executable, "tests/kill_runs.py", str(tmp_path / "kills"), "--events", "6", "--random", "3"],
+        [sys.executable, "-m", "tests.kill_runs", str(tmp_path / "kills"), "--events", "6", "--random", "3"],
         capture_output=True,
         text=True,
         cwd=ROOT,
