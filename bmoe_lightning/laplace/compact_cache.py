@@ -21,8 +21,8 @@ from torch import Tensor
 from torch.nn.functional import pad
 from torch.utils.checkpoint import checkpoint
 
-from bmoe_lightning.experts.logits_contract import checked_labels
 from bmoe_lightning.laplace.covariance import BatchTerms, LayerTerms
+from bmoe_lightning.laplace.covariance_cache import CovarianceCache
 from bmoe_lightning.laplace.predictive import standard_normal
 
 MAX_DIRECTIONS = 8
@@ -40,28 +40,22 @@ _MIN_SAMPLES = 100
 
 
 @dataclass(frozen=True)
-class CompactCache:
+class CompactCache(CovarianceCache):
     """Logits and compact covariance terms of a validation set; see the module.
 
     Attributes:
-        logits: Logits `[N, K]` float64 of the examples that have terms, `-inf` for absent classes.
-        labels: Labels `[N]` int64, or None without labels.
         directions: Directions `E`, `[N, K, q]` float64.
         diagonal: Diagonal `d`, `[N, K]` float64, whose centred trace is 1; zero where nothing is left to it.
         binned: `[N, C, L (1 + nodes)]` float32: for each layer what no eigenvalue shrinks, then the terms at each node.
         nodes: Eigenvalues s of the nodes, `[L, nodes]` float64.
-        all_logits: Logits `[M, K]` of all examples of the set, M >= N.
-        all_labels: Their labels, or None.
+        everything: Logits `[M, K]` and labels of all examples of the set, M >= N.
     """
 
-    logits: Tensor
-    labels: Tensor | None
     directions: Tensor
     diagonal: Tensor
     binned: Tensor
     nodes: Tensor
-    all_logits: Tensor
-    all_labels: Tensor | None
+    everything: tuple[Tensor, Tensor | None]
 
     @property
     def num_layers(self) -> int:
@@ -69,28 +63,19 @@ class CompactCache:
         return len(self.nodes)
 
     @property
-    def nbytes(self) -> int:
-        """Size of the covariance terms in bytes."""
-        return self.binned.nbytes + self.directions.nbytes + self.diagonal.nbytes
+    def terms(self) -> tuple[Tensor, ...]:
+        """The covariance terms of the examples."""
+        return self.binned, self.directions, self.diagonal
 
-    @property
-    def is_finite(self) -> bool:
-        """Whether all terms are finite."""
-        return bool(self.binned.isfinite().all())
+    def all_examples(self) -> tuple[Tensor, Tensor | None]:
+        """Logits `[M, K]` and labels `[M]` (or None) of all examples of the set, also of those without terms."""
+        return self.everything
 
     def noise(self, num_samples: int, seed: int) -> Tensor:
         """Standard normal noise `[S, q + K]` for `nll`, in antithetic pairs; S is even and at most `num_samples`."""
         count = min(num_samples, max(_MIN_SAMPLES, _SAMPLED_FLOATS // self.logits.numel()))
         half = standard_normal(max(1, count // 2), self.directions.shape[2] + self.logits.shape[1], seed)
         return torch.cat([half, -half])
-
-    def labelled(self) -> tuple[Tensor, Tensor]:
-        """Logits `[N, K]` and checked labels `[N]`.
-
-        Raises:
-            ValueError: If there are no labels, or a label is no class of its example; see `checked_labels`.
-        """
-        return labelled(self.logits, self.labels)
 
     def covariance(self, precision: Tensor) -> Tensor:
         """The covariance of the centred logits at precisions `[L]`: `[N, K, K]` float64."""
@@ -102,13 +87,7 @@ class CompactCache:
         return centring @ (self.directions @ inner @ self.directions.mT + torch.diag_embed(variances)) @ centring
 
     def nll(self, precision: Tensor, noise: Tensor, labels: Tensor) -> Tensor:
-        """Mean NLL of the MC predictive at precisions `[L]`, differentiable.
-
-        Args:
-            precision: Prior precision `[L]`.
-            noise: Noise from `noise`.
-            labels: Labels `[N]`.
-        """
+        """Mean NLL of the MC predictive at precisions `[L]`; see `CovarianceCache`."""
         inner, variances = self._at(precision)
         trace = inner.diagonal(dim1=1, dim2=2).sum(1).clamp(min=1e-12).view(-1, 1, 1)
         jitter = 1e-6 * trace * torch.eye(inner.shape[1], dtype=inner.dtype)
@@ -156,17 +135,6 @@ def _summed_nll(logits: Tensor, root: Tensor, spread: Tensor, labels: Tensor, no
     # posterior: left in, that would ask for a larger precision.
     relative = (torch.logsumexp(2 * (pairs - log_probs.unsqueeze(1)), dim=1) - math.log(count)).exp() - 1
     return -(log_probs + (relative / (2 * count)).clamp(max=0.5)).sum()
-
-
-def labelled(logits: Tensor, labels: Tensor | None) -> tuple[Tensor, Tensor]:
-    """Logits and checked labels.
-
-    Raises:
-        ValueError: If there are no labels, or a label is no class of its example; see `checked_labels`.
-    """
-    if labels is None:
-        raise ValueError("held-out labels are needed, but class_logits returned None for them; return (logits, labels)")
-    return logits, checked_labels(labels, logits)
 
 
 def cholesky(covariance: Tensor) -> Tensor:

@@ -35,6 +35,7 @@ from bmoe_lightning.experts.weight_record import same_weights
 from bmoe_lightning.experts.wrappers.accelerate import execution_device
 from bmoe_lightning.experts.write_counts import weights_state
 from bmoe_lightning.laplace.covariance import BatchTerms, batch_terms, covariance
+from bmoe_lightning.laplace.covariance_cache import CovarianceCache
 from bmoe_lightning.laplace.predictive import (
     NUM_SAMPLES,
     LinkName,
@@ -49,7 +50,7 @@ from bmoe_lightning.laplace.prior import (
     log_evidence_penalty,
 )
 from bmoe_lightning.laplace.storage import load_posterior, save_posterior
-from bmoe_lightning.laplace.validation_cache import CACHE_BYTES, AnyCache, cache_terms
+from bmoe_lightning.laplace.validation_cache import CACHE_BYTES, cache_terms
 from bmoe_lightning.utils.distributed import is_rank_zero
 
 _logger = logging.getLogger(__name__)
@@ -194,7 +195,7 @@ class LaplacePosterior:
         *,
         distributed: bool = False,
         max_bytes: int = CACHE_BYTES,
-    ) -> AnyCache:
+    ) -> CovarianceCache:
         """Cache the terms of a labelled set in one pass, from which predictions follow for any prior precision.
 
         Args:

@@ -10,8 +10,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from bmoe_lightning.laplace.compact_cache import CompactCache
-from bmoe_lightning.laplace.validation_cache import ValidationCache
+from bmoe_lightning.laplace.covariance_cache import CovarianceCache
 from bmoe_lightning.utils.fit_warnings import warn_of_fit
 
 Scope = Literal["global", "layer"]
@@ -190,7 +189,7 @@ class LogNormalPrior:
 
 
 def fit_lpo(
-    cache: ValidationCache | CompactCache,
+    cache: CovarianceCache,
     scope: Scope = "layer",
     *,
     prior: LogNormalPrior | None = None,
@@ -270,7 +269,7 @@ def _warn_of_lpo(objective: _Objective, log_precision: Tensor, reached: float) -
 class _Objective:
     """Mean validation NLL of the MC predictive as a function of the log precisions `[L]`."""
 
-    def __init__(self, cache: ValidationCache | CompactCache, num_samples: int, seed: int) -> None:
+    def __init__(self, cache: CovarianceCache, num_samples: int, seed: int) -> None:
         if not cache.is_finite:
             raise ValueError(
                 "the covariance terms of the validation set are not finite: a gradient overflowed; check the weights "

@@ -16,9 +16,9 @@ from bmoe_lightning.laplace.compact_cache import (
     cholesky,
     compact_products,
     compact_terms,
-    labelled,
 )
 from bmoe_lightning.laplace.covariance import BatchTerms
+from bmoe_lightning.laplace.covariance_cache import CovarianceCache
 from bmoe_lightning.laplace.predictive import standard_normal
 from bmoe_lightning.utils.distributed import gather_examples, gather_number, num_processes
 from bmoe_lightning.utils.fit_warnings import warn_of_fit
@@ -35,23 +35,19 @@ _CHUNK_FLOATS = 1 << 23
 
 
 @dataclass(frozen=True)
-class ValidationCache:
+class ValidationCache(CovarianceCache):
     """Logits and covariance terms of a validation set, from which predictions follow for any prior precision.
 
     The projections enter a covariance only through `s / (lambda + s)`, a smooth function of log s. So their products
     are summed in bins of log s, interpolated linearly between the two nearest bin centres.
 
     Attributes:
-        logits: Logits `[N, K]`, `-inf` for absent classes.
-        labels: Labels `[N]` int64, or None without labels.
         embedding: Matrix `[N, K, P]` from contrasts to logits.
         prior: Inner products `<G_i, G_j>`, `[N, L, P, P]`.
         binned: Sums of `R_i R_j` per bin, `[N, L, bins, P, P]`.
         centres: Eigenvalue s at the centre of each bin, `[L, bins]`.
     """
 
-    logits: Tensor
-    labels: Tensor | None
     embedding: Tensor
     prior: Tensor
     binned: Tensor
@@ -63,45 +59,16 @@ class ValidationCache:
         return len(self.centres)
 
     @property
-    def nbytes(self) -> int:
-        """Size of the covariance terms in bytes."""
-        return self.embedding.nbytes + self.prior.nbytes + self.binned.nbytes
-
-    @property
-    def is_finite(self) -> bool:
-        """Whether all terms are finite."""
-        return all(bool(terms.isfinite().all()) for terms in (self.embedding, self.prior, self.binned))
-
-    @property
-    def all_logits(self) -> Tensor:
-        """Logits `[N, K]` of all examples of the set."""
-        return self.logits
-
-    @property
-    def all_labels(self) -> Tensor | None:
-        """Labels `[N]` of all examples of the set, or None."""
-        return self.labels
+    def terms(self) -> tuple[Tensor, ...]:
+        """The covariance terms of the examples."""
+        return self.embedding, self.prior, self.binned
 
     def noise(self, num_samples: int, seed: int) -> Tensor:
         """Standard normal noise `[S, P]` for `nll`."""
         return standard_normal(num_samples, self.embedding.shape[2], seed)
 
-    def labelled(self) -> tuple[Tensor, Tensor]:
-        """Logits `[N, K]` and checked labels `[N]`.
-
-        Raises:
-            ValueError: If there are no labels, or a label is no class of its example; see `checked_labels`.
-        """
-        return labelled(self.logits, self.labels)
-
     def nll(self, precision: Tensor, noise: Tensor, labels: Tensor) -> Tensor:
-        """Mean NLL of the MC predictive at precisions `[L]`, differentiable.
-
-        Args:
-            precision: Prior precision `[L]`.
-            noise: Noise from `noise`.
-            labels: Labels `[N]`.
-        """
+        """Mean NLL of the MC predictive at precisions `[L]`; see `CovarianceCache`."""
         contrast = self.contrast_covariance(precision)
         # Cholesky instead of an eigendecomposition: it is differentiable at repeated eigenvalues.
         trace = contrast.diagonal(dim1=1, dim2=2).sum(1).clamp(min=1e-12).view(-1, 1, 1)
@@ -122,10 +89,6 @@ class ValidationCache:
     def covariance(self, precision: Tensor) -> Tensor:
         """The covariance of the centred logits at precisions `[L]`: `[N, K, K]`."""
         return self.embedding @ self.contrast_covariance(precision) @ self.embedding.mT
-
-
-AnyCache = ValidationCache | CompactCache
-"""Covariance terms of a validation set: exact up to the bins of s, or compact."""
 
 
 class CacheBuilder:
@@ -170,7 +133,7 @@ class CacheBuilder:
         self._make_compact()
         self._append(compact_terms(terms, self._weights), self._logits[-1], self._labels[-1])
 
-    def finish(self, *, distributed: bool = False) -> AnyCache:
+    def finish(self, *, distributed: bool = False) -> CovarianceCache:
         """The cache of all batches.
 
         Args:
@@ -216,8 +179,7 @@ class CacheBuilder:
             binned=binned,
             labels=None if known is None else labels_of,
             nodes=nodes.values,
-            all_logits=everything["logits"],
-            all_labels=known,
+            everything=(everything["logits"], known),
         )
 
     def _gathered(
@@ -320,7 +282,7 @@ def cache_terms(
     *,
     distributed: bool = False,
     max_bytes: int = CACHE_BYTES,
-) -> AnyCache:
+) -> CovarianceCache:
     """Cache the terms of a validation set in one pass; see `CacheBuilder`.
 
     Args:

@@ -9,9 +9,9 @@ import torch
 from torch import Tensor
 
 from bmoe_lightning.curvature.spec import Curvature
+from bmoe_lightning.laplace.covariance_cache import CovarianceCache
 from bmoe_lightning.laplace.predictive import NUM_SAMPLES, LinkName, check_link, class_probabilities
 from bmoe_lightning.laplace.prior import fit_lpo
-from bmoe_lightning.laplace.validation_cache import AnyCache
 from bmoe_lightning.methods.base import PRIOR_PRECISION, CurvatureMethod, State, option
 from bmoe_lightning.methods.batch_view import BatchView
 from bmoe_lightning.methods.needs import Needs
@@ -82,7 +82,7 @@ class Isotropic(CurvatureMethod):
         return {"sigma": float(state[PRIOR_PRECISION][0]) ** -0.5}
 
 
-def largest_variance(cache: AnyCache, tolerance: float, *, seed: int = 0) -> float:
+def largest_variance(cache: CovarianceCache, tolerance: float, *, seed: int = 0) -> float:
     """The largest sigma^2 that changes the mean NLL of the model's predicted labels by at most a tolerance.
 
     Args:

@@ -21,13 +21,14 @@ from bmoe_lightning.curvature.spec import Curvature
 from bmoe_lightning.experts import ClassLogits, squared_distances
 from bmoe_lightning.experts.counted_batch import count_of, lockstep, plain_batch
 from bmoe_lightning.experts.logits_contract import NO_LABEL, checked_labels, joined_logits
+from bmoe_lightning.laplace.covariance_cache import CovarianceCache
 from bmoe_lightning.laplace.posterior import LaplacePosterior, posterior_terms
 from bmoe_lightning.laplace.prior import (
     Scope,
     check_distances,
     fit_evidence,
 )
-from bmoe_lightning.laplace.validation_cache import CACHE_BYTES, AnyCache, CacheBuilder
+from bmoe_lightning.laplace.validation_cache import CACHE_BYTES, CacheBuilder
 from bmoe_lightning.methods.base import Method
 from bmoe_lightning.methods.batch_view import BatchView
 from bmoe_lightning.methods.temperature_search import check_labelled
@@ -152,7 +153,7 @@ class Workbench:
         self._distributed = distributed
         self._pass_files = pass_files
         self._cache_bytes = cache_bytes
-        self._caches: dict[str, AnyCache] = {}
+        self._caches: dict[str, CovarianceCache] = {}
         needs_covariances = any(method.needs.calibration and method.curvatures for method in self._methods)
         self._logits = None if needs_covariances else calibration_logits
         self._distances: dict[tuple[str, str], list[Tensor]] = {}
@@ -210,7 +211,7 @@ class Workbench:
             )
         return check_labelled(logits, labels)
 
-    def covariances(self, curvature: Curvature) -> AnyCache:
+    def covariances(self, curvature: Curvature) -> CovarianceCache:
         """Covariance terms of the held-out data under a curvature, for any prior precision.
 
         Raises:
@@ -313,8 +314,7 @@ class Workbench:
             self._logits = plain.finish(distributed=self._distributed)
             return
         self._caches = {d: builder.finish(distributed=self._distributed) for d, builder in builders.items()}
-        cache = next(iter(self._caches.values()))
-        self._logits = (cache.all_logits, cache.all_labels)
+        self._logits = next(iter(self._caches.values())).all_examples()
 
 
 class _LogitsBuilder:

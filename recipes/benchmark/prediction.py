@@ -8,9 +8,9 @@ from functools import partial
 import torch
 
 from bmoe_lightning import LaplacePosterior
+from bmoe_lightning.laplace.covariance_cache import CovarianceCache
 from bmoe_lightning.laplace.predictive import NUM_SAMPLES, class_probabilities
 from bmoe_lightning.laplace.prior import fit_lpo
-from bmoe_lightning.laplace.validation_cache import AnyCache
 from recipes.benchmark.measure import Amount, Ratio, Section, in_turn, seconds
 from recipes.benchmark.workload import Workload
 
@@ -62,7 +62,7 @@ def measure_lpo(work: Workload, posterior: LaplacePosterior, repeats: int) -> Se
     """Time LPO's pass over a set interleaved with predictions of that set, then its optimisation."""
     class_logits = work.class_logits()
 
-    def cache() -> AnyCache:
+    def cache() -> CovarianceCache:
         return posterior.validation_cache(work.model, class_logits, [work.batch])
 
     predict = partial(posterior.predict, work.model, class_logits, work.batch)
@@ -91,7 +91,7 @@ def measure_lpo(work: Workload, posterior: LaplacePosterior, repeats: int) -> Se
     )
 
 
-def repeated(cache: AnyCache, count: int) -> AnyCache:
+def repeated(cache: CovarianceCache, count: int) -> CovarianceCache:
     """A cache with more examples: those of another one repeated, with logits and labels of an overconfident model."""
     chosen = torch.arange(count) % len(cache.logits)
     generator = torch.Generator().manual_seed(0)

@@ -169,10 +169,11 @@ def test_the_memory_is_kept_for_any_number_of_examples(num_classes):
     assert found.binned.nbytes <= limit
     assert 20 < len(found.logits) < 400
     # What remains is a subset in order, and the labels belong to it.
-    assert len(found.all_logits) == len(found.all_labels) == 400
-    position = [int((found.all_logits == row).all(1).nonzero()) for row in found.logits]
+    all_logits, all_labels = found.all_examples()
+    assert len(all_logits) == len(all_labels) == 400
+    position = [int((all_logits == row).all(1).nonzero()) for row in found.logits]
     assert position == sorted(position)
-    assert torch.equal(found.all_labels[position], found.labels)
+    assert torch.equal(all_labels[position], found.labels)
     assert bool(fit_lpo(found, "global", num_samples=20).isfinite().all())
 
 
@@ -268,7 +269,7 @@ def test_without_labels():
     batches, curvature, _ = set_of(16, 12)
     found = compact([replace(batch, labels=None) for batch in batches], curvature)
     assert found.labels is None
-    assert found.all_labels is None
+    assert found.all_examples()[1] is None
     with pytest.raises(ValueError, match="held-out labels are needed"):
         fit_lpo(found)
 
@@ -347,8 +348,8 @@ def test_ranks_have_the_terms_of_one_process(monkeypatch, num_examples, limit):
 
     one, other = ranks.run([lambda: collect(0), lambda: collect(1)])
     assert torch.equal(one.binned, other.binned)
-    assert torch.equal(one.all_logits, alone.logits)
-    assert torch.equal(one.all_labels, alone.labels)
+    assert torch.equal(one.all_examples()[0], alone.logits)
+    assert torch.equal(one.all_examples()[1], alone.labels)
     if limit == 1 << 30:
         assert torch.equal(one.logits, alone.logits)
         for values in PRECISIONS:
