@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
-from contextlib import ExitStack
-from typing import TYPE_CHECKING, Any, Literal, get_args
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack, nullcontext
+from typing import TYPE_CHECKING, Any, Literal, Self, get_args
 
 import torch
 from lightning import LightningModule, Trainer
@@ -20,6 +20,7 @@ from bmoe_lightning.experts.fsdp import is_sharded, shard_blocks
 from bmoe_lightning.experts.weights import down_proj_parameters, expert_parameters
 from bmoe_lightning.methods.base import check_choice
 from bmoe_lightning.models.answer_logits import answer_logits, checked_answer_ids
+from bmoe_lightning.models.buffers import unrounded_buffers
 from bmoe_lightning.models.loading import DtypeName, load_causal_model
 from bmoe_lightning.optim import HalfPrecisionUpdates, check_half_precision_updates, make_adamw
 from bmoe_lightning.trainer.checks import check_tensor_parallel
@@ -344,6 +345,11 @@ class ExpertFinetuner(LightningModule):
                 "tensors belong to another model, or to another value of train; pass those with which they were saved"
             )
         return type(found)(missing, found.unexpected_keys)
+
+    def _apply(self, fn: Callable[[Any], Any], recurse: bool = True) -> Self:
+        # Precision "bf16-true" casts the module as a whole.
+        with nullcontext() if self.model is None else unrounded_buffers(self.model):
+            return super()._apply(fn, recurse)
 
     def _evaluate(self, batch: Mapping[str, Tensor], stage: Literal["val", "test"]) -> None:
         logits, labels = self._labelled(batch)

@@ -33,8 +33,9 @@ from recipes.qwen_obqa.__main__ import main
 FLAGS = (
     "--dry-run", "--quiet", "--accelerator", "cpu", "--methods", "map,temperature,laplace_evidence,checkpoint_ensemble",
     "--limit", "16", "--epochs", "2", "--batch-size", "8", "--eval-batch-size", "8",
-    "--curvature-checkpoint-every", "1",
+    "--curvature-checkpoint-every", "1", "--zero-shot",
 )  # fmt: skip
+_SAVED = "-saved"  # the fine-tuned model, beside the folder of its run
 _WRITES = {"os.rename", "os.remove", "os.mkdir", "os.rmdir", "os.truncate", "os.link", "os.symlink", "os.utime"}
 
 
@@ -77,7 +78,7 @@ def forked(folder: Path, *, kill_at: int | None = None, after: float | None = No
         torch.manual_seed(0)
         status = 1
         try:
-            status = main([*flags, "--output-dir", str(folder)])
+            status = main([*flags, "--output-dir", str(folder), "--save-model", f"{folder}{_SAVED}"])
         except BaseException:  # noqa: BLE001  (the child ends below)
             traceback.print_exc()
         os.write(writing, str(len(seen)).encode())
@@ -112,6 +113,8 @@ def content(folder: Path) -> dict[str, str]:
             file = read_tensor_file(path, format="snapshot", version=1)
             tensors |= {f"snapshot {number} {name}": value for name, value in file.tensors.items()}
     found |= {name: hashlib.sha256(t.contiguous().numpy().tobytes()).hexdigest() for name, t in tensors.items()}
+    for path in Path(f"{folder}{_SAVED}").iterdir():
+        found[f"saved {path.name}"] = hashlib.sha256(path.read_bytes()).hexdigest()
     return found
 
 
@@ -119,11 +122,12 @@ def leftovers(folder: Path) -> list[str]:
     """Names of files that a completed run should not have."""
     found = [path for path in folder.rglob("*") if path.name.endswith(".tmp") or path.name.startswith(".unfinished-")]
     found += folder.rglob("curvature_state*")
+    found += folder.parent.glob(f".unfinished-{folder.name}{_SAVED}*")
     for place in (*folder.glob("tensorboard"), *folder.glob("tensorboard/*"), *folder.glob("training_curves/*")):
         events = list(place.glob("events.*"))
         found += events[1:]
     found += list(folder.glob("seed-*/bayesian_moe/methods-*"))[1:]
-    return [str(path.relative_to(folder)) for path in found]
+    return [str(path.relative_to(folder.parent)) for path in found]
 
 
 def differences(folder: Path, expected: dict[str, str]) -> list[str]:
@@ -149,6 +153,7 @@ def trial(work: Path, name: str, model: Path, expected: dict[str, str], **kill) 
     if wrong:
         return f"differs in {wrong[:5]}"
     shutil.rmtree(folder)
+    shutil.rmtree(f"{folder}{_SAVED}")
     return None
 
 

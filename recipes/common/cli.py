@@ -176,9 +176,9 @@ def _add(parser: ArgumentParser, name: str, entry: Any, hint: Any) -> None:
     if entry.default is MISSING:
         parser.add_argument(flag, type=hint, required=True, metavar=_metavar(hint), help=text)
         return
-    if hint is bool:
-        action = argparse.BooleanOptionalAction
-        parser.add_argument(flag, action=action, type=_boolean(flag), default=entry.default, help=text)
+    if bool in _alternatives(hint):
+        action, to_boolean = argparse.BooleanOptionalAction, _boolean(flag, hint)
+        parser.add_argument(flag, action=action, type=to_boolean, default=entry.default, help=text)
         return
     default: Any = entry.default
     if typing.get_origin(hint) is tuple:
@@ -198,9 +198,9 @@ def _add(parser: ArgumentParser, name: str, entry: Any, hint: Any) -> None:
     parser.add_argument(flag, type=hint, default=default, metavar=_metavar(hint), help=text)
 
 
-def _boolean(flag: str) -> Callable[[Any], bool]:
-    def convert(value: Any) -> bool:
-        if not isinstance(value, bool):
+def _boolean(flag: str, hint: Any) -> Callable[[Any], bool | None]:
+    def convert(value: Any) -> bool | None:
+        if not isinstance(value, _alternatives(hint)):
             raise UsageError(f"{flag} must be true or false, got {value!r}")
         return value
 

@@ -33,6 +33,7 @@ from bmoe_lightning.utils.file_header import DamagedFileError
 from bmoe_lightning.utils.safetensors_io import remove_tensor_file
 from recipes.common.folder_lock import FolderInUseError, locked_folder
 from recipes.qwen_obqa.distributed import agreed, first_then_others, joined, trainer_options
+from recipes.qwen_obqa.exported_model import export, export_folder, is_exported
 from recipes.qwen_obqa.methods import build_methods, run_curvature
 from recipes.qwen_obqa.reporting import report
 from recipes.qwen_obqa.run_folder import (
@@ -48,6 +49,7 @@ from recipes.qwen_obqa.settings import ResolvedSettings
 from recipes.qwen_obqa.sources import RecipeError, Source, prepare_source
 from recipes.qwen_obqa.stored_predictions import StoredPredictions
 from recipes.qwen_obqa.stored_weights import LoadTrained, SaveTrained, StopAtSignal, has_weights
+from recipes.qwen_obqa.zero_shot import ZERO_SHOT, predict_zero_shot
 
 __all__ = ["RecipeError", "run"]
 
@@ -160,19 +162,62 @@ class SeedRun:
         return StoredPredictions(self.folder / "predictions", self.identity)
 
     def results(self) -> list[MethodResult]:
-        """Predictions of every method on the test split, in the order of the table."""
+        """Predictions on the test split, in the order of the table: of every method, and those before fine-tuning."""
         ids = tuple(question.id for question in self.source.test)
         results = [self.predictions.read(method, self.seed, ids) for method in self.methods]
-        return [_with_chance_warning(result) for result in results]
+        results = [_with_chance_warning(result) for result in results]
+        if self.settings.zero_shot:
+            results.append(self._zero_shot_predictions.read(ZERO_SHOT, self.seed, ids))
+        return results
+
+    @property
+    def _zero_shot_predictions(self) -> StoredPredictions:
+        """The predictions before fine-tuning: the first seed's, if all seeds start from the same model."""
+        if self.source.world is not None:
+            return self.predictions
+        return StoredPredictions(self.output / f"seed-{self.settings.first_seed}" / "predictions", self.identity)
 
     def complete(self) -> None:
         """Run the stages that an earlier run has not finished."""
         # Rank zero decides by the files for all ranks: files may appear while the others check.
         missing = [method for method in self.methods if not agreed(self.predictions.has(method))]
-        if not missing:
-            return
-        if weights := self._model()[1]:
+        zero_shot = self.settings.zero_shot and not agreed(self._zero_shot_predictions.has(ZERO_SHOT))
+        if (missing or zero_shot) and (weights := self._model()[1]):
             self._say(f"pre-trained weights {weights}")
+        if zero_shot:
+            self._evaluate_zero_shot()
+        if missing:
+            self._complete_methods(missing)
+        folder = export_folder(self.settings, self.seed)
+        if folder is not None:
+            self._save_model(folder)
+
+    def _evaluate_zero_shot(self) -> None:
+        self._say("evaluating the model before fine-tuning")
+        module, data = self._fresh(0)
+        callback = BayesianMoECallback(methods=[ZERO_SHOT], seed=self.seed)
+        predictions = predict_zero_shot(callback, self._trainer([callback]), module, data)
+        if is_rank_zero():
+            self._zero_shot_predictions.write(ZERO_SHOT, FitResult(seed=self.seed), predictions)
+        barrier()
+
+    def _save_model(self, folder: Path) -> None:
+        """Write the fine-tuned model for transformers, unless an earlier run has."""
+        if not agreed(has_weights(self._trained, self._stage(0))):
+            self._train_and_fit(*self._fresh(0), [self._with_runs(method) for method in self.methods])
+        if agreed(first_then_others(lambda: is_rank_zero() and is_exported(folder, self._trained))):
+            return
+        self._say(f"saving the fine-tuned model in {folder}")
+        module, trainer = self._fresh(0)[0], self._trainer([])
+
+        def write() -> None:
+            if is_rank_zero():
+                export(folder, self._trained, module, trainer, self.source.tokenizer)
+
+        first_then_others(write)
+
+    def _complete_methods(self, missing: Sequence[Method]) -> None:
+        """Train and fit what an earlier run has not, and evaluate the methods without predictions."""
         try:
             self._fit_and_evaluate(missing)
         except WeightMismatchError as error:
@@ -184,7 +229,6 @@ class SeedRun:
             self._fit_and_evaluate(missing)
 
     def _fit_and_evaluate(self, missing: Sequence[Method]) -> None:
-        """Train and fit what an earlier run has not, and evaluate the methods without predictions."""
         ready = {method.name: self._with_runs(method) for method in self.methods}
         module, data = self._fresh(0)
         self._train_and_fit(module, data, list(ready.values()))

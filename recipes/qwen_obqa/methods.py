@@ -14,6 +14,7 @@ from bmoe_lightning.methods.registry import get_method
 from recipes.common.cli import UsageError, convert, nearest
 from recipes.qwen_obqa.method_names import assignment, check_among, listed_methods
 from recipes.qwen_obqa.settings import ResolvedSettings
+from recipes.qwen_obqa.zero_shot import ZERO_SHOT
 
 _DROPOUT = "p"
 
@@ -56,7 +57,7 @@ def build_methods(settings: ResolvedSettings) -> tuple[Method, ...]:
         for method, _ in chosen
     ]
     try:
-        check_method_names(methods)
+        check_method_names([*methods, *([ZERO_SHOT] if settings.zero_shot else [])])
         # Further fine-tuning runs are made by the recipe.
         available = Available(snapshots=settings.epochs, expert_dropout=settings.expert_dropout, runs=True)
         check_needs(methods, available)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import shutil
 import warnings
 from collections.abc import Mapping, Sequence
@@ -24,10 +25,12 @@ from bmoe_lightning.report import (
     write_results,
     write_tensorboard,
 )
+from bmoe_lightning.report.results import Row
 from bmoe_lightning.utils.atomic_io import write_text
 from recipes.qwen_obqa.label_budget import label_budget
 from recipes.qwen_obqa.settings import ResolvedSettings
 from recipes.qwen_obqa.sources import Source
+from recipes.qwen_obqa.zero_shot import ZERO_SHOT
 
 if TYPE_CHECKING:
     from recipes.qwen_obqa.experiment import SeedRun
@@ -50,7 +53,7 @@ def report(settings: ResolvedSettings, source: Source, output: Path, runs: Seque
     config = {**asdict(settings), "pretrained_weights": hashes}
     fits = {run_of_seed.seed: load_fit(run_of_seed.fit_folder)[0] for run_of_seed in runs}
     curvatures = [entry for seed, fit in fits.items() for entry in curvature_entries(seed, fit)]
-    notes = curvature_notes(curvatures)
+    notes = [*accuracy_notes(rows), *curvature_notes(curvatures)]
     details = {"curvatures": curvatures}
     write_results(output, results, rows, config=config, versions=library_versions(), details=details, notes=notes)
     comparison = output / "tensorboard"
@@ -67,6 +70,22 @@ def report(settings: ResolvedSettings, source: Source, output: Path, runs: Seque
             names = [row.method for row in rows]
             save_figure(label_budget_figure(points, names), output / "figures" / "label_budget.png")
     print("\n".join(["", results_table(rows), *notes]), flush=True)
+
+
+def accuracy_notes(rows: Sequence[Row]) -> list[str]:
+    """A sentence if fine-tuning has lowered the accuracy.
+
+    Args:
+        rows: Rows of the table, the fine-tuned model first.
+    """
+    before = next((row.metrics["acc"].mean for row in rows if row.method == ZERO_SHOT.name), -math.inf)
+    after = rows[0].metrics["acc"].mean
+    if after >= before:
+        return []
+    return [
+        f"Fine-tuning has lowered the accuracy on the test items from {before:.3f} ({ZERO_SHOT.label}) to {after:.3f} "
+        f"({rows[0].label}): try fewer epochs or another learning rate."
+    ]
 
 
 def curvature_entries(seed: int, fit: FitResult) -> list[dict[str, Any]]:

@@ -25,6 +25,7 @@ from bmoe_lightning.utils.atomic_io import remove_all_leftovers, remove_leftover
 from bmoe_lightning.utils.distributed import is_rank_zero, num_processes
 from bmoe_lightning.utils.json_io import read_json_file, write_json_file
 from recipes.qwen_obqa.distributed import trainer_options
+from recipes.qwen_obqa.exported_model import check_export
 from recipes.qwen_obqa.saved_model import UNFINISHED
 from recipes.qwen_obqa.settings import ResolvedSettings
 from recipes.qwen_obqa.sources import RecipeError, Source
@@ -43,7 +44,7 @@ _VERSION = 1
 # folder. Methods may be added: their options are compared with those that they were fitted and evaluated with.
 _FREE = (
     "resume", "overwrite", "quiet", "output_dir", "seeds", "first_seed", "curvature_checkpoint_every", "methods", "set",
-    "curvature",
+    "curvature", "zero_shot", "save_model",
 )  # fmt: skip
 
 
@@ -64,6 +65,7 @@ def check_start(settings: ResolvedSettings, methods: Sequence[Method], output: P
     """
     make_folder(output)
     resumes = _earlier_run(settings, output)
+    check_export(settings, output, resumes=resumes)
     try:
         if num_processes() > 1:
             for curvature in (curvature for method in methods for curvature in method.curvatures):

@@ -1,46 +1,69 @@
-"""Folders of small models, written in one step, whose files are verified before they are used."""
+"""Model folders that are written in one step, and whose files are verified before they are used."""
 
 from __future__ import annotations
 
 import hashlib
 import json
 import shutil
-import tempfile
+import uuid
 import warnings
+from collections.abc import Mapping
 from pathlib import Path
 
-from transformers import PreTrainedTokenizerBase, Qwen2MoeForCausalLM
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 RECORD_FILE = "pretraining.json"
-"""Statistics of the training, and a SHA-256 digest of every other file of the folder."""
+"""Statistics of the training of a small model, and a SHA-256 digest of every other file of the folder."""
 
 UNFINISHED = ".unfinished-"
 """Prefix of folders that are being written."""
+
+
+def unfinished_prefix(folder: Path) -> str:
+    """Prefix of the folders, in the same parent, in which `save_model` writes the content of a folder."""
+    return f"{UNFINISHED}{folder.name}-"
 
 
 def is_intact(folder: Path) -> bool:
     """Whether a folder has the files that `save_model` wrote; a damaged folder is removed, with a warning."""
     if not folder.is_dir():
         return False
-    record = folder / RECORD_FILE
-    try:
-        expected = json.loads(record.read_text(encoding="utf-8"))["sha256"]
-        damaged = [folder / name for name, digest in expected.items() if _digest(folder / name) != digest]
-    except (OSError, ValueError, LookupError, TypeError, AttributeError):
-        damaged = [record]
-    if not damaged:
+    damaged = damaged_file(folder)
+    if damaged is None:
         return True
-    warnings.warn(f"{damaged[0]} is damaged; the small model is created again", stacklevel=3)
+    warnings.warn(f"{damaged} is damaged; the small model is created again", stacklevel=3)
     shutil.rmtree(folder)
     return False
 
 
+def damaged_file(folder: Path, record_file: str = RECORD_FILE) -> Path | None:
+    """The first file of a folder that is not as `save_model` wrote it; None if all are.
+
+    Args:
+        folder: The folder.
+        record_file: Name of the record.
+    """
+    record = folder / record_file
+    try:
+        expected = json.loads(record.read_text(encoding="utf-8"))["sha256"]
+        return next((folder / name for name, digest in expected.items() if _digest(folder / name) != digest), None)
+    except (OSError, ValueError, LookupError, TypeError, AttributeError):
+        return record
+
+
 def _digest(path: Path) -> str:
-    return hashlib.sha256(path.read_bytes()).hexdigest() if path.is_file() else ""
+    if not path.is_file():
+        return ""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def save_model(
-    folder: Path, model: Qwen2MoeForCausalLM, tokenizer: PreTrainedTokenizerBase, record: dict[str, float]
+    folder: Path,
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    record: Mapping[str, float | str],
+    record_file: str = RECORD_FILE,
 ) -> None:
     """Write a checkpoint folder under a temporary name and rename it, so that an interrupted run leaves none.
 
@@ -48,16 +71,21 @@ def save_model(
         folder: Target folder; if another process has written it in the meantime, that one stays.
         model: Model to save.
         tokenizer: Tokenizer of the model.
-        record: Statistics of the training, for `RECORD_FILE`.
+        record: Entries of the record, beside the digests of the files.
+        record_file: Name of the record.
+
+    Raises:
+        OSError: If it cannot be written.
     """
     folder.parent.mkdir(parents=True, exist_ok=True)
-    unfinished = Path(tempfile.mkdtemp(prefix=UNFINISHED, dir=folder.parent))
+    unfinished = folder.with_name(unfinished_prefix(folder) + uuid.uuid4().hex)
+    unfinished.mkdir()
     try:
         model.save_pretrained(unfinished)
         tokenizer.save_pretrained(unfinished)
         digests = {path.name: _digest(path) for path in sorted(unfinished.iterdir())}
         text = json.dumps({**record, "sha256": digests}, indent=2) + "\n"
-        (unfinished / RECORD_FILE).write_text(text, encoding="utf-8")
+        (unfinished / record_file).write_text(text, encoding="utf-8")
         try:
             unfinished.replace(folder)
         except OSError:

@@ -102,6 +102,11 @@ class _Common:
     curvature_checkpoint_every: int = option(
         100, "batches between checkpoints of the curvature pass, from which an interrupted pass resumes", least=1
     )
+    save_model: str | None = option(
+        None,
+        "new folder for the fine-tuned model and its tokenizer, which transformers loads; with several seeds it gets a "
+        "folder seed-N for each",
+    )
     accelerator: Literal["auto", "cpu", "gpu"] = option("auto", "Lightning accelerator")
     strategy: Literal["auto", "sharded"] = option(
         "auto",
@@ -129,6 +134,11 @@ class Settings(_Common):
     )
     prompt: Prompt | None = option(None, "prompt format; default: the one that the model was trained on")
     precision: Precision | None = option(None, "Lightning precision")
+    zero_shot: bool | None = option(
+        None,
+        "whether the table has a row for the model before fine-tuning, which takes one more pass over the test split; "
+        "default: with --model",
+    )
     curvature: CurvatureSettings = option(CurvatureSettings(), "curvature of methods that specify none")
 
     def resolved(self) -> ResolvedSettings:
@@ -144,6 +154,8 @@ class Settings(_Common):
         values = {entry.name: getattr(self, entry.name) for entry in fields(self)}
         values |= {name: value for name, value in chosen.items() if values.get(name, self) is None}
         rank = chosen["rank"] if self.curvature.rank is None else self.curvature.rank
+        if self.zero_shot is None:
+            values["zero_shot"] = self.kind == "full"
         values["curvature"] = ResolvedCurvature(rank=rank, fisher=self.curvature.fisher, sketch=self.curvature.sketch)
         if self.kind == "full" and self.data is None:
             values["data"] = "allenai/openbookqa"
@@ -165,6 +177,7 @@ class ResolvedSettings(_Common):
     expert_dropout: float
     prompt: Prompt
     precision: Precision
+    zero_shot: bool
     curvature: ResolvedCurvature
 
     def __post_init__(self) -> None:

@@ -14,6 +14,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from recipe_runs import run
 
 import bmoe_lightning
 from bmoe_lightning import LaplacePosterior
@@ -22,14 +23,8 @@ from bmoe_lightning.methods.curvature_warnings import discarded_energy
 from bmoe_lightning.methods.storage import load_fit
 from bmoe_lightning.report import matplotlib_available
 from recipes.qwen_obqa import experiment
-from recipes.qwen_obqa.__main__ import main
 
 METHODS = "map,checkpoint_ensemble,temperature,laplace_evidence,laplace_lpo"
-
-
-def run(folder, *arguments):
-    torch.manual_seed(0)
-    return main(["--dry-run", "--quiet", "--accelerator", "cpu", "--output-dir", str(folder), *arguments])
 
 
 @pytest.fixture(scope="module")
@@ -48,7 +43,7 @@ def killed_at(folder, batch, *arguments):
     script = (
         "import os, signal, sys, torch\n"
         "from bmoe_lightning.curvature import kfac\n"
-        "from test_experiment import run\n"
+        "from recipe_runs import run\n"
         "torch.set_num_threads(1)\n"
         "added, add = [], kfac._add_batch\n"
         "def deadly(*args, **options):\n"
@@ -60,7 +55,7 @@ def killed_at(folder, batch, *arguments):
         "kfac._add_batch = deadly\n"
         "assert run(sys.argv[1], *sys.argv[3:]) == 0\n"
     )
-    paths = [str(Path(bmoe_lightning.__file__).parents[1]), str(Path(__file__).parent)]
+    paths = [str(Path(bmoe_lightning.__file__).parents[1]), str(Path(__file__).parents[2])]
     done = subprocess.run(
         [sys.executable, "-c", script, str(folder), str(batch), *arguments],
         env={**os.environ, "PYTHONPATH": os.pathsep.join(paths)},

@@ -101,7 +101,8 @@ def test_what_was_given_stays():
 def test_nothing_is_left_open():
     hints = get_type_hints(ResolvedSettings)
     opened = {name for name, hint in hints.items() if type(None) in get_args(hint)}
-    assert opened == {"model", "data", "task", "revision", "limit", "limit_train", "limit_validation", "limit_test"}
+    limits = {"limit", "limit_train", "limit_validation", "limit_test"}
+    assert opened == {"model", "data", "task", "revision", "save_model", *limits}
     assert {entry.name for entry in fields(ResolvedSettings)} == {entry.name for entry in fields(Settings)}
 
 
