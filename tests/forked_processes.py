@@ -11,7 +11,7 @@ import torch.distributed as dist
 
 def run(function, world_size, folder):
     """Call `function(rank, world_size)` in as many processes; whatever goes wrong there fails the test."""
-    context = multiprocessing.get_context("fork")  # they run no backward pass, which would forbid it
+    context = multiprocessing.get_context("fork")
     children = [context.Process(target=enter, args=(function, rank, world_size, folder)) for rank in range(world_size)]
     for child in children:
         child.start()

@@ -78,8 +78,8 @@ class TestCurvatureThatWasKilled:
     def test_a_damaged_file_stops_all_processes(self, said, world_size):
         for rank in range(world_size):
             own = said[rank]["said"]["damaged"]
-            expected = "is not a complete curvature checkpoint" if rank == 1 else "rank 1 cannot resume from its"
-            assert expected in own["error"]
+            assert "is not a complete curvature checkpoint" in own["error"]
+            assert own["error"].startswith("on rank 1: ValueError: ") == (rank != 1)
             assert own["calls"] == 0
 
     def test_a_process_without_a_batch_keeps_step(self, said, world_size):

@@ -25,7 +25,7 @@ from torch import Tensor
 from bmoe_lightning.curvature.sketch import check_state
 from bmoe_lightning.experts.counted_batch import CountedBatch, plain_batch
 from bmoe_lightning.utils.atomic_io import remove_leftovers
-from bmoe_lightning.utils.distributed import gather_number, num_processes, process_rank
+from bmoe_lightning.utils.distributed import failing_together, gather_number, num_processes, process_rank
 from bmoe_lightning.utils.interruption import InterruptedPassError
 from bmoe_lightning.utils.safetensors_io import (
     read_tensor_file,
@@ -37,7 +37,6 @@ from bmoe_lightning.utils.safetensors_io import (
 FORMAT = "curvature checkpoint"
 VERSION = 1
 _GENERATOR = "generator"
-_UNUSABLE = -1  # all-gathered instead of the number of writes
 _DONE, _RUNNING, _STOPPED = range(3)  # states of a rank, all-gathered before each write
 _PREVIOUS = ".before"  # suffix of the previous file of each of several ranks
 _RESTART = "delete the file to start the curvature pass from the beginning"
@@ -94,9 +93,10 @@ class PassCheckpoint:
         distributed: Whether all ranks of torch.distributed's default group take part.
 
     Raises:
-        ValueError: If `every` is below 1, or the file of any rank is damaged, has another format or version, or is from
-            a pass with other weights or options.
+        ValueError: If `every` is below 1, or this rank's file is damaged, has another format or version, or is from a
+            pass with other weights or options.
         OSError: If an existing file cannot be read.
+        OtherRankError: If another rank cannot resume from its file.
 
     Warns:
         UserWarning: If the ranks' files have no write in common because some were removed; the pass starts from the
@@ -161,6 +161,7 @@ class PassCheckpoint:
 
         Raises:
             OSError: If the file cannot be written; the previous one is unchanged.
+            OtherRankError: If another rank has failed.
             InterruptedPassError: If another rank was stopped by a signal.
         """
         if self._path is None:
@@ -242,27 +243,19 @@ class PassCheckpoint:
 
     def _resume(self, path: Path) -> None:
         remove_leftovers(path)
-        error: OSError | ValueError | None = None
-        try:
+        with failing_together(distributed=self._distributed):
             # A rank that was killed between rename and write has only the previous file.
             newest = _previous(path) if self._distributed and not path.exists() else path
             if newest.exists():
                 self.progress, self._tensors = read_checkpoint(newest, self._fingerprint, self._options)
-        except (OSError, ValueError) as found:
-            error = found
         if self._distributed:
-            self._agree(_previous(path), failed=error is not None)
-        if error is not None:
-            raise error
+            self._agree(_previous(path))
 
-    def _agree(self, previous: Path, *, failed: bool) -> None:
+    def _agree(self, previous: Path) -> None:
         """Agree on the newest write that all ranks have. A collective."""
-        writes = gather_number(_UNUSABLE if failed else self.progress.writes)
-        if failed or len(set(writes)) == 1:
+        writes = gather_number(self.progress.writes)
+        if len(set(writes)) == 1:
             return
-        if _UNUSABLE in writes:
-            rank = writes.index(_UNUSABLE)
-            raise ValueError(f"rank {rank} cannot resume from its curvature checkpoint; see the error on that rank")
         if self.progress.writes > min(writes) and previous.is_file():
             with suppress(OSError, ValueError):  # of another pass, or damaged: no common write
                 self.progress, self._tensors = read_checkpoint(previous, self._fingerprint, self._options)

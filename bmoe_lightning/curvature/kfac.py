@@ -39,7 +39,13 @@ from bmoe_lightning.experts.tied_weights import check_distinct
 from bmoe_lightning.experts.types import ExpertLayer
 from bmoe_lightning.experts.weight_record import weight_record
 from bmoe_lightning.experts.weights import down_proj_weights
-from bmoe_lightning.utils.distributed import broadcast_, num_processes, process_rank, sum_over_processes
+from bmoe_lightning.utils.distributed import (
+    broadcast_,
+    failing_together,
+    num_processes,
+    process_rank,
+    sum_over_processes,
+)
 from bmoe_lightning.utils.fit_warnings import warn_of_fit
 from bmoe_lightning.utils.random_state import forked_random_state
 
@@ -139,7 +145,7 @@ def collect_factors(
     )
     sums: list[_LayerSums] = []
     used, checked = kept.progress.examples, kept.progress.checked
-    with forked_random_state():
+    with forked_random_state(), failing_together(distributed=distributed):
         for batch in kept.remaining(lockstep(model, batches)):
             with tapped_batch(model, layers, class_logits, batch) as tapped, torch.no_grad():
                 slots = [tapped.taps.slots(position) for position in range(len(layers))]
@@ -156,11 +162,11 @@ def collect_factors(
                 used += tapped.num_counted
             del tapped, slots  # frees this batch's graph before the next forward pass
             kept.batch_done(sums, generator, used, checked=checked)
-    if not sums and (distributed or kept.resumed):
-        # A rank without a batch contributes zeros, or the sums of its checkpoint.
-        sums = [_LayerSums(layer, _parameter_of(model, layer), rank, sketch, seed) for layer in layers]
-        kept.restore(sums, generator)
-    kept.pass_done(sums, generator, used, checked=checked)
+        if not sums and (distributed or kept.resumed):
+            # A rank without a batch contributes zeros, or the sums of its checkpoint.
+            sums = [_LayerSums(layer, _parameter_of(model, layer), rank, sketch, seed) for layer in layers]
+            kept.restore(sums, generator)
+        kept.pass_done(sums, generator, used, checked=checked)
     if distributed:
         used = _sum_up(sums, used)
     if used == 0:

@@ -63,7 +63,7 @@ def is_sharded(tensor: Tensor) -> bool:
 
 def has_shards(model: nn.Module) -> bool:
     """Whether modules of a model are sharded with FSDP2."""
-    return bool(_sharded_modules(model))
+    return bool(sharded_modules(model))
 
 
 def runs_in_lockstep(model: nn.Module) -> bool:
@@ -140,7 +140,7 @@ def gathered(tensors: Mapping[str, Tensor], *, keep: bool) -> dict[str, Tensor]:
 
 def reshard(model: nn.Module) -> None:
     """Reshard all modules of a model: some stay unsharded after their forward pass."""
-    for module in _sharded_modules(model):
+    for module in sharded_modules(model):
         module.reshard()
 
 
@@ -158,15 +158,20 @@ def unsharded_roots(model: nn.Module) -> Iterator[None]:
     try:
         yield
     except BaseException:
-        for root in roots:
-            # Or the next forward would continue in the middle of the failed one. Older releases lack the method, and it
-            # fails before the first forward.
-            if hasattr(root, "reset_iter_state") and _has_run(root):
-                root.reset_iter_state()
+        leave_forward(model)
         raise
     finally:
         for root, resharding in before:
             root.set_reshard_after_backward(resharding, recurse=False)
+
+
+def leave_forward(model: nn.Module) -> None:
+    """After a forward pass that failed: the next one would continue in the middle of it."""
+    roots: list[Any] = _roots(model)
+    for root in roots:
+        # Older releases lack the method, and it fails before the first forward.
+        if hasattr(root, "reset_iter_state") and _has_run(root):
+            root.reset_iter_state()
 
 
 def _roots(module: nn.Module) -> list[nn.Module]:
@@ -201,7 +206,7 @@ def shard_blocks(model: nn.Module, layers: Iterable[ExpertLayer], mesh: DeviceMe
     fully_shard(model, mesh=mesh)
 
 
-def _sharded_modules(model: nn.Module) -> list[Any]:
+def sharded_modules(model: nn.Module) -> list[Any]:
     """The modules of a model that `fully_shard` was called for."""
     return [module for module in model.modules() if _is_fully_sharded(module)]
 

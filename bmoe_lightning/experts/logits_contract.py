@@ -13,6 +13,7 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from bmoe_lightning.experts.batch_copies import WriteCheck, copied_containers
+from bmoe_lightning.experts.sharded_calls import called_together
 
 ClassLogits = Callable[[Any, Any], tuple[Tensor, Tensor | None]]
 """`(model, batch) -> (logits [B, K], labels [B] or None)`; an absent class is `-inf`, or see `ABSENT_GAP`."""
@@ -46,10 +47,15 @@ def run_class_logits(class_logits: ClassLogits, model: Any, batch: Any) -> tuple
         TypeError: If it does not return a pair with a tensor.
         ValueError: If it does not return logits; see `check_logits`.
         RuntimeError: If it writes to a tensor of the batch.
+        OtherRankError: If it fails on another rank, and the weights are sharded; see `called_together`.
     """
     given = copied_containers(batch, lambda values: values.clone() if values.is_inference() else values)
     writes = WriteCheck(given)
-    found = class_logits(model, given)
+    with called_together(model):
+        return _checked(class_logits(model, given), writes)
+
+
+def _checked(found: Any, writes: WriteCheck) -> tuple[Tensor, Any]:
     if not isinstance(found, (tuple, list)) or len(found) != 2:
         raise TypeError(f"class_logits must return (logits, labels or None), got {type(found).__name__}")
     logits, labels = found

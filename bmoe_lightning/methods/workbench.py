@@ -34,6 +34,7 @@ from bmoe_lightning.methods.batch_view import BatchView
 from bmoe_lightning.methods.temperature_search import check_labelled
 from bmoe_lightning.utils.distributed import (
     broadcast_,
+    failing_together,
     gather_examples,
     gather_number,
     num_processes,
@@ -303,13 +304,14 @@ class Workbench:
             for digest, posterior in posteriors.items()
         }
         plain = _LogitsBuilder()
-        for batch in lockstep(self.model, self._calibration):
-            if not builders:
-                plain.add(BatchView(self.model, self._class_logits, plain_batch(batch)), batch)
-                continue
-            terms = posterior_terms(list(posteriors.values()), self.model, self._class_logits, batch)
-            for builder, of_posterior in zip(builders.values(), terms, strict=True):
-                builder.add(of_posterior)
+        with failing_together(distributed=self._distributed):
+            for batch in lockstep(self.model, self._calibration):
+                if not builders:
+                    plain.add(BatchView(self.model, self._class_logits, plain_batch(batch)), batch)
+                    continue
+                terms = posterior_terms(list(posteriors.values()), self.model, self._class_logits, batch)
+                for builder, of_posterior in zip(builders.values(), terms, strict=True):
+                    builder.add(of_posterior)
         if not builders:
             self._logits = plain.finish(distributed=self._distributed)
             return

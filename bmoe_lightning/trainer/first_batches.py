@@ -23,7 +23,7 @@ from bmoe_lightning.methods.base import Method
 from bmoe_lightning.methods.needs import Available, check_needs
 from bmoe_lightning.trainer.data_passes import as_list, on_device, validation_pass
 from bmoe_lightning.trainer.loaders import first_batch
-from bmoe_lightning.utils.distributed import gather_number, raise_on_all_ranks
+from bmoe_lightning.utils.distributed import failing_together, gather_number
 
 
 class FirstBatches:
@@ -85,7 +85,7 @@ class FirstBatches:
             return 0
         self._checked.add((stage, index))
         examples = 0
-        with _on_all_ranks(trainer):
+        with failing_together(distributed=trainer.world_size > 1):
             try:
                 examples = self._examples(module, batch, stage)
                 # Ranks may differ in whether their batch is padded, and a sharded forward pass is a collective.
@@ -103,7 +103,7 @@ class FirstBatches:
         if (stage, index) in self._checked:
             return None
         found, batch = None, None
-        with _on_all_ranks(trainer):
+        with failing_together(distributed=trainer.world_size > 1):
             found = first_batch(loader)
             batch = None if found is None else on_device(trainer, found.batch, index)
         if found is None or (trainer.world_size > 1 and not all(gather_number(int(found is not None)))):
@@ -135,20 +135,6 @@ class FirstBatches:
         if stage == "validation":
             return [method.name for method in self._methods if method.needs.calibration_labels]
         return ["metrics"]
-
-
-@contextmanager
-def _on_all_ranks(trainer: L.Trainer) -> Iterator[None]:
-    """Raise the exception of one rank on all of them. A collective, if there are several."""
-    if trainer.world_size == 1:
-        yield
-        return
-    error: Exception | None = None
-    try:
-        yield
-    except Exception as raised:  # noqa: BLE001  (raised again, on every rank)
-        error = raised
-    raise_on_all_ranks(error)
 
 
 @contextmanager

@@ -3,6 +3,9 @@
 All ranks must call a collective, in the same order; with a single process it returns its arguments unchanged. Examples
 are assigned round-robin, as by `torch.utils.data.DistributedSampler`: of W ranks, rank r has the examples r, r + W,
 r + 2 W, ... of the data set.
+
+A rank that fails alone would leave the others waiting in their next collective. Within `failing_together` it joins that
+collective to say so: all ranks raise, at their next `gather_number` or at the end of the block.
 """
 
 from __future__ import annotations
@@ -10,6 +13,7 @@ from __future__ import annotations
 import hashlib
 import socket
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
 from typing import TypeVar
 
 import torch
@@ -22,6 +26,12 @@ T = TypeVar("T")
 _BUCKET = 1 << 24
 _MAX_DIMENSIONS = 8
 _MAX_MESSAGE = 2000
+_FAILED = -(1 << 62)  # all-gathered instead of a number
+_TOLD = "_told_to_all_ranks"  # attribute of an exception
+
+
+class OtherRankError(RuntimeError):
+    """Another rank has failed; the message names the rank and its error."""
 
 
 def num_processes() -> int:
@@ -81,88 +91,101 @@ def sequential_per_node(action: Callable[[], T]) -> T:
         What the function returned on this rank.
 
     Raises:
-        RuntimeError: If the function fails on another rank; on that rank its exception is raised again.
+        OtherRankError: If the function fails on another rank; on that rank its exception is raised.
     """
     host = int.from_bytes(hashlib.sha256(socket.gethostname().encode()).digest()[:7])
     hosts = gather_number(host)
     local_rank = hosts[: process_rank()].count(host)
     results = []
     for turn in range(max(hosts.count(other) for other in hosts)):
-        error = None
-        if turn == local_rank:
-            try:
+        with failing_together():
+            if turn == local_rank:
                 results.append(action())
-            except Exception as raised:  # noqa: BLE001  (raised again, once the other ranks know)
-                error = raised
-        _raise_together(error)
     return results[0]
 
 
 def together(action: Callable[[], T], *, distributed: bool = True) -> T:
-    """Call a function on every rank; if it fails on any rank, all ranks raise. A collective.
-
-    Otherwise the ranks on which it succeeded would wait for the others in their next collective.
+    """Call a function on every rank; if it fails on any rank, all ranks raise. A collective; see `failing_together`.
 
     Args:
-        action: The function; it runs no collective.
+        action: The function.
         distributed: Whether all ranks of torch.distributed's default group call this; False calls the function only.
 
     Returns:
         What the function returned on this rank.
+    """
+    with failing_together(distributed=distributed):
+        return action()
+
+
+@contextmanager
+def failing_together(*, distributed: bool = True) -> Iterator[None]:
+    """Run a block on every rank; if it raises an `Exception` on any rank, all ranks raise. A collective, at its end.
+
+    The other ranks raise at their next `gather_number` within the block, or at its end. The block may contain no other
+    collective. Blocks may be nested: an error is told once.
+
+    Args:
+        distributed: Whether all ranks of torch.distributed's default group run the block; False only runs it.
 
     Raises:
-        RuntimeError: If the function fails on another rank; on that rank its exception is raised again.
+        OtherRankError: If the block raises on another rank; on that rank its exception is raised.
     """
     if not distributed:
-        return action()
-    results: list[T] = []
-    error = None
+        yield
+        return
     try:
-        results.append(action())
-    except Exception as raised:  # noqa: BLE001  (raised again, once the other ranks know)
-        error = raised
-    _raise_together(error)
-    return results[0]
+        yield
+    except Exception as error:
+        tell_all_ranks(error)
+        raise
+    gather_number(0)
 
 
-def _raise_together(error: Exception | None) -> None:
-    """Raise this rank's error, or say that another rank has one. A collective."""
-    failed = gather_number(int(error is not None))
-    if error is not None:
-        raise error
-    if any(failed):
-        raise RuntimeError(f"process {failed.index(1)} has failed; see its error above")
+def tell_all_ranks(error: Exception) -> None:
+    """Tell the other ranks of an error that this rank is about to raise, unless they know. A collective.
+
+    They raise in the `gather_number` that it joins.
+
+    Args:
+        error: The error.
+    """
+    if isinstance(error, OtherRankError) or vars(error).get(_TOLD):
+        return
+    with suppress(RuntimeError):  # of a process group that is broken, which all ranks see; `error` is the cause
+        _first_failure(_gathered(_FAILED), error)
+        setattr(error, _TOLD, True)
 
 
 def gather_number(number: int) -> list[int]:
-    """All-gather one integer of every rank, in the order of ranks. A collective."""
+    """All-gather one integer of every rank, in the order of ranks. A collective.
+
+    Raises:
+        OtherRankError: If another rank fails within `failing_together`.
+    """
+    numbers = _gathered(number)
+    if _FAILED in numbers:
+        rank, message = _first_failure(numbers)
+        raise OtherRankError(f"on rank {rank}: {message}")
+    return numbers
+
+
+def _gathered(number: int) -> list[int]:
     numbers = torch.zeros(num_processes(), dtype=torch.int64)
     numbers[process_rank()] = number
     sum_over_processes([numbers])
     return numbers.tolist()
 
 
-def raise_on_all_ranks(error: Exception | None) -> None:
-    """Raise an error of one rank on every rank, so that none waits for it in vain. A collective.
-
-    Args:
-        error: The error of this rank, or None.
-
-    Raises:
-        Exception: `error`, or a RuntimeError with the message of the first rank that has one.
-    """
-    failed = gather_number(int(error is not None))
-    if not any(failed):
-        return
-    first = failed.index(1)
+def _first_failure(numbers: Sequence[int], error: Exception | None = None) -> tuple[int, str]:
+    """The first rank that failed, and its error as text. A collective."""
+    first = list(numbers).index(_FAILED)
     text = torch.zeros(_MAX_MESSAGE, dtype=torch.int64)
     if process_rank() == first:
         message = f"{type(error).__name__}: {error}".encode()[:_MAX_MESSAGE]
         text[: len(message)] = torch.tensor(list(message))
     sum_over_processes([text])
-    if error is not None:
-        raise error
-    raise RuntimeError(f"on rank {first}: {bytes(text[text > 0].tolist()).decode(errors='replace')}")
+    return first, bytes(text[text > 0].tolist()).decode(errors="replace")
 
 
 def gather_examples(tensor: Tensor) -> Tensor:

@@ -26,6 +26,7 @@ from bmoe_lightning.methods.storage import load_fit
 from bmoe_lightning.trainer import run_folder
 from bmoe_lightning.trainer.run_folder import RunFolder
 from bmoe_lightning.trainer.snapshot_files import epoch_of
+from bmoe_lightning.utils.distributed import OtherRankError
 
 METHODS = ("map", "checkpoint_ensemble", "laplace_evidence")
 
@@ -508,7 +509,7 @@ def failing_on_rank_zero(rank, world_size):
     """Whatever rank 0 cannot do, all ranks raise, instead of waiting for it."""
     strategy = types.SimpleNamespace(broadcast=broadcast_object)
     run = FakeTrainer(world_size=world_size, is_global_zero=rank == 0, strategy=strategy)
-    expected, said = (OSError, "disk full") if rank == 0 else (RuntimeError, "process 0 has failed")
+    expected, said = (OSError, "disk full") if rank == 0 else (OtherRankError, "on rank 0: OSError: disk full")
 
     def full(*_, **__):
         raise OSError("disk full")

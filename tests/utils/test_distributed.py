@@ -17,8 +17,10 @@ from bmoe_lightning.methods import Method, fit_methods
 from bmoe_lightning.methods.fitting import _check_same
 from bmoe_lightning.utils import distributed as processes
 from bmoe_lightning.utils.distributed import (
+    OtherRankError,
     barrier,
     broadcast_,
+    failing_together,
     gather_examples,
     gather_number,
     is_rank_zero,
@@ -133,13 +135,13 @@ def failing_in_turn(rank, world_size):
             if rank == failing:
                 raise KeyError("mine")
 
-        with pytest.raises(KeyError if rank == failing else RuntimeError) as said:
+        with pytest.raises(KeyError if rank == failing else OtherRankError) as said:
             sequential_per_node(action)
-        assert str(said.value).startswith("'mine'" if rank == failing else f"process {failing} has failed")
+        assert str(said.value) == "'mine'" if rank == failing else f"on rank {failing}: KeyError: 'mine'"
         assert tried == [rank] * (rank <= failing)  # nobody begins after that
 
 
-def failing_together(rank, world_size):
+def failing_at_once(rank, world_size):
     for failing in range(world_size):
 
         def action(failing=failing):
@@ -147,14 +149,49 @@ def failing_together(rank, world_size):
                 raise OSError("disk full")
             return rank
 
-        with pytest.raises(OSError if rank == failing else RuntimeError) as said:
+        with pytest.raises(OSError if rank == failing else OtherRankError) as said:
             together(action)
-        assert str(said.value).startswith("disk full" if rank == failing else f"process {failing} has failed")
+        assert str(said.value) == ("disk full" if rank == failing else f"on rank {failing}: OSError: disk full")
         if rank == failing:
             with pytest.raises(OSError, match="disk full"):
                 together(action, distributed=False)  # no collective
         barrier()
     assert together(lambda: rank) == rank
+
+
+def failing_in_a_block(rank, world_size):
+    """The others are told in the middle of the block, where blocks are nested, and where two ranks fail at once."""
+    reached = []
+
+    def nested(failing):
+        with failing_together(), failing_together():
+            for number in range(3):
+                if (rank, number) == (failing, 1):
+                    raise OSError("disk full")
+                reached.append(gather_number(number)[0])
+            barrier()  # nobody comes here
+
+    def raising(error, *ranks, distributed=True):
+        with failing_together(distributed=distributed):
+            if rank in ranks:
+                raise error
+
+    for failing in range(world_size):
+        reached.clear()
+        with pytest.raises(OSError if rank == failing else OtherRankError, match="disk full"):
+            nested(failing)
+        assert reached == [0]
+        barrier()
+    with pytest.raises(KeyError if rank else OtherRankError, match=f"of rank {max(rank, 1)}"):
+        raising(KeyError(f"of rank {rank}"), *range(1, world_size))
+    if rank:
+        with pytest.raises(OSError, match="alone"):
+            raising(OSError("alone"), rank, distributed=False)  # no collective
+    long = "x" * 5000
+    with pytest.raises(ValueError if rank == 0 else OtherRankError, match="xxx") as said:
+        raising(ValueError(long), 0)
+    assert str(said.value) == (long if rank == 0 else f"on rank 0: ValueError: {long[:1988]}")
+    assert gather_number(rank) == list(range(world_size))
 
 
 def taking_turns_on_two_machines(rank, world_size):
@@ -179,7 +216,19 @@ def forking(rank, world_size):
 
 @pytest.mark.parametrize("world_size", [2, 3])
 @pytest.mark.parametrize(
-    "function", [agreeing, fitting, failing_in_turn, failing_together, forking, adding, telling, copying, gathering]
+    "function",
+    [
+        agreeing,
+        fitting,
+        failing_in_turn,
+        failing_at_once,
+        failing_in_a_block,
+        forking,
+        adding,
+        telling,
+        copying,
+        gathering,
+    ],
 )
 def test_between_processes(function, world_size, tmp_path):
     run(function, world_size, tmp_path)
