@@ -62,14 +62,15 @@ def check_method(method: Method, *, atol: float = 1e-8) -> None:
     """Check the contract of a method, on a tiny model with generated data.
 
     Checked are: a frozen dataclass with documented options; log-probabilities of the right shape and dtype that are
-    normalised, with `-inf` for absent classes only, and independent of the batch size; a state of CPU tensors that
-    predicts the same after saving and loading; a `NotFittedError` that names the method where it is not fitted; a model
-    with unchanged weights, modes and gradients, also after an exception; an unchanged global random state.
+    normalised, with `-inf` for absent classes only, and independent of the batch size and of columns of absent
+    classes; a state of CPU tensors that predicts the same after saving and loading; a `NotFittedError` that names the
+    method where it is not fitted; a model with unchanged weights, modes and gradients, also after an exception; an
+    unchanged global random state.
 
     Args:
         method: Method with a name.
-        atol: Tolerance on log-probabilities between batch sizes. Methods that need expert dropout sample for each batch
-            (one seed per batch), and are not compared between batch sizes.
+        atol: Tolerance on log-probabilities between batch sizes, and with more columns. Methods that need expert
+            dropout sample for each batch (one seed per batch), and are not compared.
 
     Raises:
         AssertionError: If the contract is violated; the message says how.
@@ -115,6 +116,7 @@ def _check_behaviour(method: Method, folder: Path, atol: float) -> None:
     result = _predicted(method, fit, model, _batches(seed=2, count=3), snapshots)
     _check_log_probs(method, result)
     _check_cuts(method, fit, model, snapshots, atol)
+    _check_absent_columns(method, fit, model, snapshots, atol)
     _check_files(method, fit, model, folder / "fit", snapshots, result)
     _check_exception(method, fit, model, snapshots)
     assert torch.equal(torch.random.get_rng_state(), state), f"{method.name} sampled from the global random state"
@@ -167,6 +169,24 @@ def _check_cuts(method: Method, fit: FitResult, model: nn.Module, snapshots: Seq
     )
 
 
+def _check_absent_columns(
+    method: Method, fit: FitResult, model: nn.Module, snapshots: Sequence[Path], atol: float
+) -> None:
+    """Columns of classes that no example has, as another batch may have them, change no prediction."""
+    if method.needs.expert_dropout:
+        return
+    batches = _batches(seed=4, count=1)
+    expected = _predicted(method, fit, model, batches, snapshots)
+    for classes in ((0, 1, 2, 3), (1, 2, 4, 6)):
+        wide = [{**batch, "classes": classes} for batch in batches]
+        found = _predicted(method, fit, model, wide, snapshots)[:, list(classes)]
+        difference = torch.where(found == expected, 0, found - expected).abs().max()
+        assert bool(difference <= atol), (
+            f"{method.name}: with columns of absent classes, log_probs differ by {float(difference):.3g}; draw noise "
+            "for an example's own classes"
+        )
+
+
 def _check_files(
     method: Method, fit: FitResult, model: nn.Module, folder: Path, snapshots: Sequence[Path], expected: Tensor
 ) -> None:
@@ -199,13 +219,20 @@ def _predicted(
 
 
 def _class_logits(model: Any, batch: Any) -> tuple[Tensor, Tensor]:
-    """Logits of four answers; the last answer is absent for the first example of each batch of four."""
+    """Logits of four answers; the last answer is absent for the first example of each batch of four.
+
+    A batch with `classes` has eight columns, of which these are the answers.
+    """
     logits = model(input_ids=batch["ids"], use_cache=False).logits[:, -1, list(_ANSWERS)]
     labels = batch["ids"].sum(1) % (len(_ANSWERS) - 1)
     if batch["hide"]:
         logits = torch.cat(
             [logits[:1].masked_fill(torch.arange(len(_ANSWERS)) == len(_ANSWERS) - 1, -torch.inf), logits[1:]]
         )
+    if "classes" in batch:
+        columns = torch.tensor(batch["classes"])
+        wide = logits.new_full((len(logits), 8), -torch.inf)
+        return wide.index_copy(1, columns, logits), columns[labels]
     return logits, labels
 
 

@@ -41,8 +41,7 @@ def fisher_weights(
     if kind == "exact":
         return _exact_weights(log_probs)
     if kind == "mc":
-        drawn = torch.multinomial(log_probs.exp().cpu(), 1, generator=generator).squeeze(1)
-        return label_weights(log_probs, drawn.to(log_probs.device)).unsqueeze(0)
+        return label_weights(log_probs, _drawn_labels(log_probs, generator)).unsqueeze(0)
     if kind == "empirical":
         if labels is None:
             raise ValueError(
@@ -50,6 +49,16 @@ def fisher_weights(
             )
         return label_weights(log_probs, checked_labels(labels, log_probs).to(log_probs.device)).unsqueeze(0)
     raise ValueError(f"unknown Fisher {kind!r}; valid are {', '.join(FISHERS)}")
+
+
+def _drawn_labels(log_probs: Tensor, generator: torch.Generator | None) -> Tensor:
+    """A label `[B]` of each example, by one uniform number each, so that absent classes change none."""
+    cumulative = log_probs.exp().cpu().cumsum(1)
+    total = cumulative[:, -1:]
+    uniform = torch.rand(len(total), 1, generator=generator, dtype=total.dtype)
+    # Rounding must not reach the total, behind which there is no class.
+    threshold = torch.minimum(uniform * total, torch.nextafter(total, torch.zeros_like(total)))
+    return (cumulative <= threshold).sum(1).to(log_probs.device)
 
 
 def label_weights(log_probs: Tensor, labels: Tensor) -> Tensor:

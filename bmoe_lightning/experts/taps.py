@@ -228,6 +228,10 @@ class Taps:
         """Whether a condition holds on all ranks that run in lockstep, so that all make the same backward passes."""
         return min(gather_number(int(found))) == 1 if self._lockstep else found
 
+    def agreed_maximum(self, number: int) -> int:
+        """The largest of the ranks' numbers, if they run in lockstep."""
+        return max(gather_number(number)) if self._lockstep else number
+
     def stream_gradients(self, outputs: Tensor, weights: Tensor, consume: Callable[[int, Tensor], None]) -> None:
         """As `gradients`, but each layer's gradient is consumed as soon as it is computed, and not stored.
 
@@ -325,6 +329,11 @@ class TappedBatch:
     def counts(self, device: torch.device) -> Tensor:
         """Mask `[B]` of the examples that are counted."""
         return torch.arange(len(self.logits), device=device) < self.num_counted
+
+    @property
+    def most_classes(self) -> int:
+        """Number of classes of the example that has the most; on ranks that run in lockstep, of all their examples."""
+        return self.taps.agreed_maximum(int(self.present.sum(1).max()) if len(self.present) else 0)
 
     @property
     def log_probs(self) -> Tensor:

@@ -24,6 +24,7 @@ from torch.utils.checkpoint import checkpoint
 from bmoe_lightning.laplace.covariance import BatchTerms, LayerTerms
 from bmoe_lightning.laplace.covariance_cache import CovarianceCache
 from bmoe_lightning.laplace.predictive import standard_normal
+from bmoe_lightning.laplace.present import of_classes, present_first
 
 MAX_DIRECTIONS = 8
 """Maximum number of directions q of an example's covariance."""
@@ -33,6 +34,7 @@ _ORDER = 6  # nodes that share a term
 _NUM_DECADES = 12
 _TEMPERATURE = 2.0
 _MIN_WEIGHT = 1e-3
+_NEGLIGIBLE = 1e-10  # eigenvalue, beside the largest
 _CHUNK_FLOATS = 1 << 22
 # Sampled logits of one evaluation of the objective; more examples get fewer samples each.
 _SAMPLED_FLOATS = 3 << 20
@@ -72,9 +74,13 @@ class CompactCache(CovarianceCache):
         return self.everything
 
     def noise(self, num_samples: int, seed: int) -> Tensor:
-        """Standard normal noise `[S, q + K]` for `nll`, in antithetic pairs; S is even and at most `num_samples`."""
-        count = min(num_samples, max(_MIN_SAMPLES, _SAMPLED_FLOATS // self.logits.numel()))
-        half = standard_normal(max(1, count // 2), self.directions.shape[2] + self.logits.shape[1], seed)
+        """Standard normal noise `[S, q + C]` for `nll`, in antithetic pairs; S is even and at most `num_samples`.
+
+        C is the largest number of classes that an example has.
+        """
+        num_present = present_first(self.logits).shape[1]
+        count = min(num_samples, max(_MIN_SAMPLES, _SAMPLED_FLOATS // (len(self.logits) * num_present)))
+        half = standard_normal(max(1, count // 2), self.directions.shape[2] + num_present, seed)
         return torch.cat([half, -half])
 
     def covariance(self, precision: Tensor) -> Tensor:
@@ -88,14 +94,16 @@ class CompactCache(CovarianceCache):
 
     def nll(self, precision: Tensor, noise: Tensor, labels: Tensor) -> Tensor:
         """Mean NLL of the MC predictive at precisions `[L]`; see `CovarianceCache`."""
+        classes = present_first(self.logits)
         inner, variances = self._at(precision)
         trace = inner.diagonal(dim1=1, dim2=2).sum(1).clamp(min=1e-12).view(-1, 1, 1)
         jitter = 1e-6 * trace * torch.eye(inner.shape[1], dtype=inner.dtype)
-        root = (self.directions @ cholesky(inner + jitter)).float()
-        spread = (variances + 1e-12).sqrt().float()
+        root = (of_classes(self.directions, classes) @ cholesky(inner + jitter)).float()
+        spread = (of_classes(variances, classes) + 1e-12).sqrt().float()
+        logits, labels = of_classes(self.logits, classes).float(), (classes == labels.unsqueeze(1)).int().argmax(1)
         noise = noise.float()
-        size = max(1, _SAMPLED_FLOATS // (noise.shape[0] * self.logits.shape[1]))
-        parts = [part.split(size) for part in (self.logits.float(), root, spread, labels)]
+        size = max(1, _SAMPLED_FLOATS // (noise.shape[0] * classes.shape[1]))
+        parts = [part.split(size) for part in (logits, root, spread, labels)]
         if len(parts[0]) == 1:
             return _summed_nll(parts[0][0], parts[1][0], parts[2][0], parts[3][0], noise) / len(labels)
         # The samples of one chunk at a time: they are drawn again for its gradient.
@@ -269,6 +277,7 @@ def _directions(logits: Tensor, embedding: Tensor, prior: Tensor) -> tuple[Tenso
     root = weights.sqrt().unsqueeze(2)
     scaled = root * shifted
     values, vectors = torch.linalg.eigh(scaled @ prior @ scaled.mT)
+    vectors = _signed(vectors, present) * (values > _NEGLIGIBLE * values[:, -1:]).unsqueeze(1)
     # Always as many, so that batches of different K have the same sizes.
     missing = max(MAX_DIRECTIONS - values.shape[1], 0)
     leading = pad(vectors[:, :, -MAX_DIRECTIONS:], (missing, 0))
@@ -281,6 +290,14 @@ def _directions(logits: Tensor, embedding: Tensor, prior: Tensor) -> tuple[Tenso
     matters = centred_trace > 1e-9 * total
     diagonal = torch.where(matters.unsqueeze(1), left / centred_trace.clamp(min=1e-300).unsqueeze(1), 0)
     return directions, leading.mT @ scaled, diagonal
+
+
+def _signed(vectors: Tensor, present: Tensor) -> Tensor:
+    """Eigenvectors `[B, K, K]` with signs that do not depend on absent classes, since noise is drawn for each."""
+    position = present.cumsum(1)
+    # Any function of the position with which no eigenvector is likely to be orthogonal.
+    weights = present * (1 + torch.cos(position.square()))
+    return vectors * torch.where(weights.unsqueeze(1) @ vectors < 0, -1.0, 1.0)
 
 
 def _layer_pieces(terms: LayerTerms, functionals: Tensor, embedding: Tensor, weights: Tensor) -> Tensor:

@@ -52,7 +52,7 @@ class BatchTerms:
     Attributes:
         logits: Logits `[B, K]` float64, `-inf` for absent classes.
         labels: Labels as `class_logits` returned them, or None.
-        embedding: Matrix `[B, K, P]` float64 from contrasts to logits.
+        embedding: Matrix `[B, K, P]` float64 from contrasts to logits. The contrasts of absent classes come last.
         layers: Terms of each layer of the factors.
     """
 
@@ -87,7 +87,7 @@ def batch_terms(
         class_logits: Function `(model, batch) -> (logits [B, K], labels [B] or None)`.
         batch: Batch that `class_logits` accepts, or a `CountedBatch`, of which only the counted examples are returned.
         centred: True takes K - 1 backward passes for the logits up to a common shift, to which the softmax is
-            invariant; False takes K for the logits themselves.
+            invariant, and fewer if no example has K classes; False takes K for the logits themselves.
         thorough: Whether to check on the full model that no layer mixes examples; see `slot_owners`.
 
     Returns:
@@ -103,7 +103,7 @@ def batch_terms(
         layers.sort(key=lambda layer: position[layer.name])
     factors = {name: [f for posterior in posteriors for x, f in posterior if x.name == name] for name in union}
     with tapped_batch(model, layers, class_logits, batch) as tapped, torch.no_grad():
-        weights, embedding = _contrasts(tapped.present, centred)
+        weights, embedding = _contrasts(tapped.present, centred, tapped.most_classes)
         weights = weights * tapped.counts(weights.device).unsqueeze(1)  # so that slots of other examples do not count
         num_examples = len(embedding)
         slots = [tapped.taps.slots(position) for position in range(len(layers))]
@@ -138,18 +138,36 @@ def _first(terms: BatchTerms, count: int) -> BatchTerms:
     return BatchTerms(terms.logits[:count], labels, terms.embedding[:count], layers)
 
 
-def _contrasts(present: Tensor, centred: bool) -> tuple[Tensor, Tensor]:
-    """Weights of each backward pass `[P, B, K]`, and the embedding `[B, K, P]` of contrasts into logits, float64."""
+def without_absent_classes(terms: BatchTerms) -> BatchTerms:
+    """Centred terms without the contrasts of classes that no example of the batch has."""
+    count = max(int((terms.logits != -torch.inf).sum(1).max()) - 1, 1) if len(terms.logits) else 0
+    if count >= terms.embedding.shape[2]:
+        return terms
+    layers = tuple(
+        replace(layer, prior=layer.prior[:, :count, :count], projections=layer.projections[:, :count])
+        for layer in terms.layers
+    )
+    return replace(terms, embedding=terms.embedding[:, :, :count], layers=layers)
+
+
+def _contrasts(present: Tensor, centred: bool, most_classes: int = 0) -> tuple[Tensor, Tensor]:
+    """Weights of each backward pass `[P, B, K]`, and the embedding `[B, K, P]` of contrasts into logits, float64.
+
+    Args:
+        present: Mask `[B, K]`, False for absent classes.
+        centred: Whether the contrasts are those of an example's classes with its first, followed by zeros, so that they
+            do not depend on absent classes.
+        most_classes: Number of classes that each example has at most, from which P follows; 0 is K.
+    """
     num_examples, num_classes = present.shape
     unit = torch.eye(num_classes, device=present.device, dtype=torch.float64)
     mask = present.double()
     if not centred:
         return (unit.unsqueeze(1) * mask), unit.expand(num_examples, -1, -1) * mask.unsqueeze(2)
-    reference = present.int().argmax(dim=1)  # the first class an example has
-    steps = torch.arange(1, num_classes, device=present.device)
-    classes = (reference.unsqueeze(1) + steps) % num_classes  # [B, K - 1]
+    classes = mask.argsort(dim=1, descending=True, stable=True)[:, : most_classes or None]  # those it has first
+    reference, classes = classes[:, 0], classes[:, 1:]
     has_class = mask.gather(1, classes)
-    others = unit[classes] * has_class.unsqueeze(2)  # [B, K - 1, K]
+    others = unit[classes] * has_class.unsqueeze(2)  # [B, P, K]
     weights = others - unit[reference].unsqueeze(1) * has_class.unsqueeze(2)
     centring = torch.diag_embed(mask) - mask.unsqueeze(2) * mask.unsqueeze(1) / mask.sum(1).view(-1, 1, 1)
     return weights.transpose(0, 1), centring @ others.mT

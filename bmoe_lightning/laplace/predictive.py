@@ -14,6 +14,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
+from bmoe_lightning.laplace.present import of_classes, present_first
 from bmoe_lightning.utils.fit_warnings import warn_of_fit
 
 LinkName = Literal["mc", "isotropic", "probit", "laplace_bridge"]
@@ -63,7 +64,8 @@ def class_probabilities(
         covariance: Covariance `[B, K, K]`.
         link: Link: `mc` (the paper's), `isotropic`, `probit` or `laplace_bridge`.
         num_samples: Number of Monte Carlo samples of `mc` and `isotropic`.
-        seed: Seed for the noise, which is shared by all examples.
+        seed: Seed for the noise, which is shared by all examples; classes have the same whatever columns an example
+            lacks.
 
     Returns:
         Log-probabilities `[B, K]`.
@@ -100,7 +102,9 @@ def _check_finite(logits: Tensor, covariance: Tensor) -> None:
 
 def monte_carlo(logits: Tensor, covariance: Tensor, num_samples: int = NUM_SAMPLES, seed: int = 0) -> Tensor:
     """Average of the softmax over samples of the logits, `[B, K]`: MC-Laplace of https://arxiv.org/abs/2511.08968."""
-    return torch.cat([_log_mean_softmax(samples) for samples in _sample_chunks(logits, covariance, num_samples, seed)])
+    classes = present_first(logits)
+    chunks = _sample_chunks(logits, covariance, classes, num_samples, seed)
+    return _in_columns(torch.cat([_log_mean_softmax(samples) for samples in chunks]), classes, logits.shape[1])
 
 
 def isotropic(logits: Tensor, covariance: Tensor, num_samples: int = NUM_SAMPLES, seed: int = 0) -> Tensor:
@@ -205,17 +209,21 @@ def predict_with_uncertainty(
         seed: Seed for the noise.
     """
     _check_finite(logits, covariance)
+    classes = present_first(logits)
     parts = [
         (_log_mean_softmax(samples), entropy(samples.log_softmax(1).mT).mean(dim=1))
-        for samples in _sample_chunks(logits, covariance, num_samples, seed)
+        for samples in _sample_chunks(logits, covariance, classes, num_samples, seed)
     ]
     log_probs, expected = (torch.cat(part) for part in zip(*parts, strict=True))
+    log_probs = _in_columns(log_probs, classes, logits.shape[1])
     total = entropy(log_probs)
     return Prediction(log_probs, logits, covariance, total, (total - expected).clamp(min=0))
 
 
 def square_root(covariance: Tensor) -> Tensor:
-    """A square root `L [B, K, K]` of the covariance `L L^T`, from an eigendecomposition clipped at zero.
+    """The symmetric square root `L [B, K, K]` of the covariance `L L`, from an eigendecomposition clipped at zero.
+
+    It is unique: other signs or another order of the eigenvectors, or classes without variance, do not change it.
 
     Raises:
         ValueError: If an eigenvalue is negative beyond rounding.
@@ -223,23 +231,31 @@ def square_root(covariance: Tensor) -> Tensor:
     values, vectors = torch.linalg.eigh(covariance)
     if bool((values[:, 0] < -1e-3 * values[:, -1].abs() - 1e-12).any()):
         raise ValueError(f"the covariance is not positive semi-definite: eigenvalue {values.min().item():.3g}")
-    return vectors * values.clamp(min=0).sqrt().unsqueeze(1)
+    return (vectors * values.clamp(min=0).sqrt().unsqueeze(1)) @ vectors.mT
 
 
-def _sample_chunks(logits: Tensor, covariance: Tensor, num_samples: int, seed: int) -> Iterator[Tensor]:
-    """`[b, K, S]` sampled logits, some examples at a time; at least once.
+def _sample_chunks(
+    logits: Tensor, covariance: Tensor, classes: Tensor, num_samples: int, seed: int
+) -> Iterator[Tensor]:
+    """`[b, C, S]` sampled logits of the classes of `present_first`, some examples at a time; at least once.
 
     Samples are the last axis: along a short one torch's softmax is several times slower.
     """
     if num_samples < 1:
         raise ValueError(f"num_samples must be at least 1, got {num_samples}")
     dtype = torch.promote_types(logits.dtype, covariance.dtype)
-    noise = _noise(num_samples, logits.shape[1], seed, dtype, covariance.device)
+    logits, covariance = of_classes(logits, classes), of_classes(of_classes(covariance, classes).mT, classes)
+    noise = _noise(num_samples, classes.shape[1], seed, dtype, covariance.device)
     at_a_time = _CACHED_FLOATS if covariance.device.type == "cpu" else _CHUNK_FLOATS
     size = max(1, at_a_time // noise.numel())
     means, roots = logits.to(dtype).unsqueeze(2), square_root(covariance).to(dtype)
     for mean, root in zip(means.split(size), roots.split(size), strict=True):
         yield torch.baddbmm(mean, root, noise.expand(len(root), -1, -1))
+
+
+def _in_columns(log_probs: Tensor, classes: Tensor, num_classes: int) -> Tensor:
+    """Log-probabilities `[B, C]` of the classes of `present_first` in their columns: `[B, K]`."""
+    return log_probs.new_full((len(log_probs), num_classes), -torch.inf).scatter(1, classes, log_probs)
 
 
 def _log_mean_softmax(samples: Tensor) -> Tensor:
@@ -255,13 +271,13 @@ def _log_mean_softmax(samples: Tensor) -> Tensor:
 _noise_cache: dict[tuple[Any, ...], Tensor] = {}
 
 
-def _noise(num_samples: int, num_classes: int, seed: int, dtype: torch.dtype, device: torch.device) -> Tensor:
-    """The noise of `standard_normal`, transposed to `[K, S]`, on a device; that of the last few calls is stored."""
-    key = (num_samples, num_classes, seed, dtype, device)
+def _noise(num_samples: int, num_columns: int, seed: int, dtype: torch.dtype, device: torch.device) -> Tensor:
+    """The noise of `standard_normal`, transposed to `[C, S]`, on a device; that of the last few calls is stored."""
+    key = (num_samples, num_columns, seed, dtype, device)
     noise = _noise_cache.get(key)
     if noise is None:
         with torch.inference_mode(False):
-            noise = standard_normal(num_samples, num_classes, seed).T.contiguous().to(device, dtype)
+            noise = standard_normal(num_samples, num_columns, seed).T.contiguous().to(device, dtype)
         if noise.numel() <= _NOISE_FLOATS:
             if len(_noise_cache) >= _NUM_NOISES:
                 _noise_cache.clear()
@@ -269,10 +285,14 @@ def _noise(num_samples: int, num_classes: int, seed: int, dtype: torch.dtype, de
     return noise
 
 
-def standard_normal(num_samples: int, num_classes: int, seed: int) -> Tensor:
-    """Standard normal noise `[S, K]` float64, sampled on the CPU so that it is the same on every device."""
+def standard_normal(num_samples: int, num_columns: int, seed: int) -> Tensor:
+    """Standard normal noise `[S, C]` float64, sampled on the CPU so that it is the same on every device.
+
+    A column does not depend on how many follow it.
+    """
     generator = torch.Generator().manual_seed(seed)
-    return torch.randn(num_samples, num_classes, generator=generator, dtype=torch.float64)
+    drawn = [torch.randn(num_samples, generator=generator, dtype=torch.float64) for _ in range(num_columns)]
+    return torch.stack(drawn, dim=1)
 
 
 def entropy(log_probs: Tensor) -> Tensor:

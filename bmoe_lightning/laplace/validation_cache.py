@@ -17,7 +17,7 @@ from bmoe_lightning.laplace.compact_cache import (
     compact_products,
     compact_terms,
 )
-from bmoe_lightning.laplace.covariance import BatchTerms
+from bmoe_lightning.laplace.covariance import BatchTerms, without_absent_classes
 from bmoe_lightning.laplace.covariance_cache import CovarianceCache
 from bmoe_lightning.laplace.predictive import standard_normal
 from bmoe_lightning.utils.distributed import gather_examples, gather_number, num_processes
@@ -27,7 +27,7 @@ CACHE_BYTES = 1 << 29
 """Memory of the covariance terms of a validation set in bytes: 512 MiB, so that a process grows by less than 1 GiB."""
 
 _NUM_BINS = 128
-_MANY_CLASSES = 6  # contrasts
+_MANY_CLASSES = 6  # contrasts of the classes that an example has
 _COMPACT = ("logits", "labels", "directions", "diagonal", "pieces")
 _DTYPES = {"labels": torch.int64, "pieces": torch.float32}
 # Temporary floats per chunk of groups.
@@ -94,9 +94,9 @@ class ValidationCache(CovarianceCache):
 class CacheBuilder:
     """Collects the covariance terms of a validation set batch by batch, on the CPU, within a stated memory.
 
-    With few classes (K <= 6) the exact terms are stored while they fit. With more, LPO's time would grow with them, so
-    they are stored up to 1/32 of the memory. Otherwise the terms are compact, see `CompactCache`; and if even these do
-    not fit, those of a random subset of the examples.
+    With few classes (at most 6 for each example) the exact terms are stored while they fit. With more, LPO's time would
+    grow with them, so they are stored up to 1/32 of the memory. Otherwise the terms are compact, see `CompactCache`;
+    and if even these do not fit, those of a random subset of the examples.
 
     Args:
         curvature: Eigenvalues `s_qp` of each layer, `[E, r_g, r_a]`.
@@ -121,6 +121,7 @@ class CacheBuilder:
 
     def add(self, terms: BatchTerms) -> None:
         """Add the centred terms of one batch."""
+        terms = without_absent_classes(terms)
         size = len(terms.logits)
         self._logits.append(terms.logits.cpu())
         # A placeholder for missing labels, so that all ranks all-gather the same tensors.
@@ -144,15 +145,18 @@ class CacheBuilder:
             ValueError: If there are no examples.
         """
         num_classes = max((logits.shape[1] for logits in self._logits), default=0)
+        num_contrasts = max((part["embedding"].shape[2] for part in self._exact), default=0)
         is_compact = self._nodes is not None
         if distributed:
             num_classes = max(gather_number(num_classes))
+            num_contrasts = max(gather_number(num_contrasts))
             is_compact = any(gather_number(int(is_compact)))
         share = self._share
         if distributed:  # halvings, so that the exponent is a small integer
             share = 2.0 ** -max(gather_number(round(-math.log2(share))))
         columns = {"logits": list(self._logits), "labels": list(self._labels)}
-        everything = self._gathered(columns, num_classes, distributed=distributed)
+        sizes = (num_classes, num_contrasts)
+        everything = self._gathered(columns, sizes, distributed=distributed)
         if not len(everything["logits"]):
             raise ValueError(
                 "no validation examples: nothing can be fitted on an empty calibration split; add examples"
@@ -160,13 +164,13 @@ class CacheBuilder:
         known = everything["labels"] if bool((everything["labels"] != NO_LABEL).any()) else None
         if not is_compact:
             columns = {name: [part.pop(name) for part in self._exact] for name in ("embedding", "prior", "binned")}
-            full = self._gathered(columns, num_classes, distributed=distributed)
+            full = self._gathered(columns, sizes, distributed=distributed)
             return ValidationCache(everything["logits"], known, **full, centres=self._centres)
         nodes = self._make_compact()
         chosen = [_below(part, share) for part in self._compact]
         self._compact = []
         columns = {name: [part.pop(name) for part in chosen] for name in _COMPACT}
-        full = self._gathered(columns, num_classes, distributed=distributed, even=share < 1)
+        full = self._gathered(columns, sizes, distributed=distributed, even=share < 1)
         labels_of, binned = full.pop("labels"), full.pop("pieces")
         if len(labels_of) < len(everything["labels"]):
             warn_of_fit(
@@ -183,12 +187,12 @@ class CacheBuilder:
         )
 
     def _gathered(
-        self, columns: dict[str, list[Tensor]], num_classes: int, *, distributed: bool, even: bool = False
+        self, columns: dict[str, list[Tensor]], sizes: tuple[int, int], *, distributed: bool, even: bool = False
     ) -> dict[str, Tensor]:
         """Concatenate the tensors of all batches, and of all ranks; `even` leaves equally many examples to each."""
         # A rank without a batch does not know the shapes, but all-gathers the same dtypes.
         full = {
-            name: _joined(name, parts, num_classes) if parts else torch.empty(0, dtype=_DTYPES.get(name, torch.float64))
+            name: _joined(name, parts, *sizes) if parts else torch.empty(0, dtype=_DTYPES.get(name, torch.float64))
             for name, parts in columns.items()
         }
         if not distributed:
@@ -202,7 +206,7 @@ class CacheBuilder:
         """Whether the exact terms fit, with those of one more batch."""
         contrasts = terms.embedding.shape[2]
         added = len(terms.logits) * 8 * contrasts**2 * (self._centres.numel() + len(self._centres))
-        held = sum(value.nbytes for part in self._exact for value in part.values())
+        held = sum(part[name].nbytes for part in self._exact for name in ("prior", "binned"))
         return held + added <= (self._max_bytes if contrasts < _MANY_CLASSES else self._max_bytes // 32)
 
     def _exact_terms(self, terms: BatchTerms) -> dict[str, Tensor]:
@@ -247,19 +251,18 @@ def _below(part: dict[str, Tensor], share: float) -> dict[str, Tensor]:
     return part if bool(kept.all()) else {name: values[kept] for name, values in part.items()}
 
 
-def _joined(name: str, parts: list[Tensor], num_classes: int) -> Tensor:
+def _joined(name: str, parts: list[Tensor], num_classes: int, num_contrasts: int) -> Tensor:
     """Concatenate one of the tensors of all batches; a class that a batch does not have is absent there.
 
     The list is emptied on the way, so that both are not in memory at once.
     """
     if name == "logits":
         return joined_logits(parts, num_classes)
-    contrasts = num_classes - 1
     # Sizes of the last dimensions; the entries of absent classes are zero.
     wanted: tuple[int, ...] = {
-        "embedding": (num_classes, contrasts),
-        "prior": (contrasts, contrasts),
-        "binned": (contrasts, contrasts),
+        "embedding": (num_classes, num_contrasts),
+        "prior": (num_contrasts, num_contrasts),
+        "binned": (num_contrasts, num_contrasts),
         "directions": (num_classes, parts[0].shape[-1]),
         "diagonal": (num_classes,),
     }.get(name, parts[0].shape[1:])

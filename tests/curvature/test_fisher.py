@@ -87,3 +87,23 @@ def test_refusals():
         fisher_weights("empirical", log_probs)
     with pytest.raises(ValueError, match="unknown Fisher 'hutchinson'; valid are exact, mc, empirical"):
         fisher_weights("hutchinson", log_probs)
+
+
+def drawn(log_probs, seed):
+    """The labels of the `mc` Fisher: the one entry of each row of weights that is positive."""
+    return fisher_weights("mc", log_probs, generator=torch.Generator().manual_seed(seed))[0].argmax(1)
+
+
+@pytest.mark.parametrize("classes", [(0, 1, 2), (3, 4, 5), (1, 3, 4)], ids=["behind", "before", "between"])
+def test_absent_columns_change_no_drawn_label(classes):
+    log_probs = draw(200, 3).log_softmax(-1)
+    wide = torch.full((200, 6), -torch.inf, dtype=torch.float64)
+    wide[:, classes] = log_probs
+    assert torch.equal(drawn(wide, 5), torch.tensor(classes)[drawn(log_probs, 5)])
+
+
+def test_labels_are_drawn_from_the_probabilities():
+    log_probs = torch.tensor([0.05, 0.6, 0.0, 0.35], dtype=torch.float64).log().expand(40_000, 4)
+    share = drawn(log_probs, 0).bincount(minlength=4) / 40_000
+    torch.testing.assert_close(share, torch.tensor([0.05, 0.6, 0.0, 0.35]), rtol=0, atol=0.01)
+    assert float(share[2]) == 0

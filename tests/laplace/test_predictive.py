@@ -1,6 +1,7 @@
 import math
 from decimal import Decimal, getcontext
 
+import numpy as np
 import pytest
 import torch
 
@@ -20,6 +21,7 @@ from bmoe_lightning.laplace.predictive import (
     standard_normal,
     temperature_from_variances,
 )
+from bmoe_lightning.laplace.present import present_first
 from bmoe_lightning.utils.fit_warnings import FitWarning
 
 
@@ -141,6 +143,59 @@ def test_ragged_classes(link):
         assert float((found[n, keep].exp() - alone[0].exp()).abs().max()) < tolerance
 
 
+@pytest.mark.parametrize("link", LINKS)
+@pytest.mark.parametrize("classes", [(0, 1, 2, 3), (2, 3, 4, 5), (0, 2, 5, 6)], ids=["behind", "before", "between"])
+def test_absent_columns_change_no_prediction(link, classes):
+    """An example has the same samples alone and beside one with more classes, wherever its absent ones are."""
+    logits, covariance = gaussian(6)
+    covariance[0] = centred(covariance[:1], torch.ones(1, 4, dtype=torch.bool))
+    covariance[1] = torch.ones(4, 4)
+    index = torch.tensor(classes)
+    wide_logits = torch.full((7, 7), -torch.inf, dtype=torch.float64)
+    wide_covariance = torch.zeros(7, 7, 7, dtype=torch.float64)
+    wide_logits[:6, index] = logits
+    wide_covariance[:6, index.unsqueeze(1), index] = covariance
+    wide_logits[6:], wide_covariance[6:] = gaussian(1, 7)
+    expected = class_probabilities(logits, covariance, link, num_samples=1001, seed=2)
+    for rows in (slice(0, 6), slice(0, 7)):
+        found = class_probabilities(wide_logits[rows], wide_covariance[rows], link, num_samples=1001, seed=2)
+        torch.testing.assert_close(found[:6, index], expected, rtol=0, atol=1e-7)
+    alone = predict_with_uncertainty(logits, covariance, num_samples=500)
+    among = predict_with_uncertainty(wide_logits, wide_covariance, num_samples=500)
+    torch.testing.assert_close(among.mutual_information[:6], alone.mutual_information, rtol=0, atol=1e-7)
+
+
+def test_noise_of_a_class_does_not_depend_on_how_many_follow():
+    for num_samples in (1, 7, 15, 16, 1000, 1001):
+        many = standard_normal(num_samples, 9, 4)
+        for num_columns in range(1, 9):
+            assert torch.equal(standard_normal(num_samples, num_columns, 4), many[:, :num_columns])
+
+
+def test_samples_have_the_mean_and_the_covariance_asked_for():
+    logits, covariance, present = ragged()
+    classes = present_first(logits)
+    samples = torch.cat(list(predictive._sample_chunks(logits, covariance, classes, 200_000, 0)))
+    for n in range(3):
+        mean, wanted, keep = sub(logits, covariance, present, n)
+        found = samples[n, : len(keep)]
+        scale = float(wanted.diagonal(dim1=1, dim2=2).max())
+        torch.testing.assert_close(found.mean(1), mean[0], rtol=0, atol=0.02 * math.sqrt(scale))
+        torch.testing.assert_close(found.cov(), wanted[0], rtol=0, atol=0.02 * scale)
+        assert bool((samples[n, len(keep) :] == -torch.inf).all())
+
+
+def test_three_classes_against_quadrature():
+    logits, covariance = gaussian(4, 3)
+    nodes, weights = (torch.from_numpy(x) for x in np.polynomial.hermite_e.hermegauss(60))
+    grid = torch.cartesian_prod(nodes, nodes, nodes)
+    mass = torch.cartesian_prod(weights, weights, weights).prod(1) / (2 * math.pi) ** 1.5
+    found = monte_carlo(logits, covariance, 100_000).exp()
+    for n in range(4):
+        samples = logits[n] + grid @ torch.linalg.cholesky(covariance[n]).T
+        torch.testing.assert_close(found[n], mass @ samples.softmax(1), rtol=0, atol=0.006)
+
+
 def test_mean_variance_by_hand():
     covariance = torch.diag(torch.tensor([4.0, 1.0, 1.0], dtype=torch.float64)).unsqueeze(0)
     # tr(C S C) = tr(S) - 1'S1 / K = 6 - 2 = 4, over K - 1 = 2
@@ -198,6 +253,7 @@ def test_square_root():
     _, covariance = gaussian()
     root = square_root(covariance)
     torch.testing.assert_close(root @ root.mT, covariance)
+    torch.testing.assert_close(root, root.mT)
     deficient = torch.ones(1, 3, 3, dtype=torch.float64)
     root = square_root(deficient)
     torch.testing.assert_close(root @ root.mT, deficient)
@@ -338,7 +394,8 @@ def test_monte_carlo_equals_the_mean_in_the_log_domain():
     root = torch.randn(5, 6, 6, generator=generator, dtype=torch.float64)
     covariance = root @ root.mT
     covariance[1, 2], covariance[1, :, 2] = 0, 0
-    noise = standard_normal(1000, 6, 3)
+    noise = standard_normal(1000, 6, 3).expand(5, -1, -1).clone()
+    noise[1, :, 3:] = noise[1, :, 2:5].clone()  # present classes have the first columns
     samples = (logits.unsqueeze(1) + noise @ square_root(covariance).mT).log_softmax(-1)
     expected = torch.logsumexp(samples, dim=1) - math.log(1000)
     for _ in range(2):

@@ -9,7 +9,7 @@ from oracles.models import answer_logits, as_modules, split, toy_batch, toy_mode
 from bmoe_lightning.curvature import collect_factors
 from bmoe_lightning.laplace import LaplacePosterior
 from bmoe_lightning.laplace.compact_cache import cholesky
-from bmoe_lightning.laplace.predictive import mean_variance, temperature_from_variances
+from bmoe_lightning.laplace.predictive import mean_variance, standard_normal, temperature_from_variances
 from bmoe_lightning.laplace.prior import (
     LogNormalPrior,
     _Objective,
@@ -150,8 +150,7 @@ def test_objective_is_the_nll_through_predict(fitted, cache, precisions):
     objective = _Objective(cache, 2000, 0)
     model, posterior, batches = fitted
     at = posterior.with_prior_precision(precision)
-    generator = torch.Generator().manual_seed(0)
-    noise = torch.randn(2000, 3, generator=generator, dtype=torch.float64)
+    noise = standard_normal(2000, 3, 0)
     nll = []
     for batch in batches:
         terms = at.batch_terms(model, answer_logits, batch)
@@ -314,7 +313,7 @@ def test_lpo_is_repeatable_and_takes_one_pass(fitted):
     again = posterior.fit_prior_lpo(model, counted, batches, num_samples=100)
     assert torch.equal(first.prior_precision, again.prior_precision)
     one = posterior.fit_prior_lpo(model, counted, batches, scope="global", num_samples=100)
-    assert float(one.prior_precision.std()) == 0
+    assert float(one.prior_precision.min()) == float(one.prior_precision.max())
     assert torch.equal(posterior.prior_precision, torch.ones(3, dtype=torch.float64))  # a new posterior each time
 
 
