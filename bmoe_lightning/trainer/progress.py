@@ -7,6 +7,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import lightning as L
 from lightning.pytorch.callbacks import RichProgressBar, TQDMProgressBar
@@ -28,8 +29,12 @@ class ProgressLines:
         self._done = 0
         self._started = self._printed = time.monotonic()
 
-    def advance(self) -> None:
-        """Count one step, and print a line if the last one is half a minute old."""
+    def advance(self, note: str = "") -> None:
+        """Count one step, and print a line if the last one is half a minute old.
+
+        Args:
+            note: Text at the end of the line.
+        """
         self._done += 1
         now = time.monotonic()
         if now - self._printed < _INTERVAL:
@@ -42,7 +47,62 @@ class ProgressLines:
             line += f"/{int(self._total)}, {_minutes(elapsed)} elapsed, {_minutes(left)} left"
         else:
             line += f", {_minutes(elapsed)} elapsed"
-        print(line, file=sys.stderr, flush=True)
+        print(f"{line}, {note}" if note else line, file=sys.stderr, flush=True)
+
+
+class LoopProgressLines(L.Callback):
+    """Prints a line every half minute of the trainer's own loops where stderr is no terminal.
+
+    Lightning's bars show nothing in such a log until a loop ends, or write one long line. Like the bar, the lines are
+    left out with `enable_progress_bar=False`, and on ranks other than 0.
+    """
+
+    def __init__(self) -> None:
+        self._lines: dict[str, ProgressLines] = {}
+
+    def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:  # noqa: ARG002
+        """Begin to count the batches of all epochs."""
+        total = math.inf
+        if trainer.max_epochs is not None and trainer.max_epochs >= 0:
+            total = trainer.num_training_batches * (trainer.max_epochs - trainer.current_epoch)
+        self._begin(trainer, "Training", total)
+
+    def on_train_batch_end(self, trainer: L.Trainer, *_: Any, **__: Any) -> None:
+        """Count a batch."""
+        self._advance(trainer, "Training")
+
+    def on_validation_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:  # noqa: ARG002
+        """Begin to count the batches of all loaders."""
+        if not trainer.sanity_checking:
+            self._begin(trainer, "Validation", sum(trainer.num_val_batches))
+
+    def on_validation_batch_end(self, trainer: L.Trainer, *_: Any, **__: Any) -> None:
+        """Count a batch."""
+        self._advance(trainer, "Validation")
+
+    def on_test_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:  # noqa: ARG002
+        """Begin to count the batches of all loaders."""
+        self._begin(trainer, "Testing", sum(trainer.num_test_batches))
+
+    def on_test_batch_end(self, trainer: L.Trainer, *_: Any, **__: Any) -> None:
+        """Count a batch."""
+        self._advance(trainer, "Testing")
+
+    def _begin(self, trainer: L.Trainer, description: str, total: float) -> None:
+        self._lines.pop(description, None)
+        if _is_shown(trainer) and not sys.stderr.isatty():
+            self._lines[description] = ProgressLines(description, total)
+
+    def _advance(self, trainer: L.Trainer, description: str) -> None:
+        if description in self._lines:
+            metrics = trainer.progress_bar_metrics if description == "Training" else {}
+            self._lines[description].advance(", ".join(f"{name} {value:.4g}" for name, value in metrics.items()))
+
+
+def _is_shown(trainer: L.Trainer) -> bool:
+    """Whether the trainer's progress bar is shown, on rank 0."""
+    bar = trainer.progress_bar_callback
+    return bar is not None and trainer.is_global_zero and bool(getattr(bar, "is_enabled", True))
 
 
 def _minutes(seconds: float) -> str:
@@ -68,7 +128,7 @@ def progress(
     """
     bar = trainer.progress_bar_callback
     steps = None if math.isinf(total) else int(total)
-    if bar is None or not trainer.is_global_zero or not getattr(bar, "is_enabled", True):
+    if not _is_shown(trainer):
         yield lambda: None
     elif isinstance(bar, RichProgressBar) and bar.progress is not None:
         rich = bar.progress

@@ -26,11 +26,11 @@ from pathlib import Path
 import torch
 from torch import Tensor
 from torch.nn import functional
-from tqdm.auto import tqdm
 from transformers import PreTrainedTokenizerBase, Qwen2MoeConfig, Qwen2MoeForCausalLM
 
 from bmoe_lightning.data.prompts import answer_token_ids, encode_prompts, get_prompt_format
 from bmoe_lightning.data.questions import Question
+from recipes.common.progress import step_progress
 from recipes.qwen_obqa.builtin_task import TEXT_FORMS, Piece, TextForm, World, join_pieces
 from recipes.qwen_obqa.saved_model import is_intact, save_model
 
@@ -265,16 +265,14 @@ class _Pretraining:
         settings = self.settings
         begin = time.perf_counter()
         accuracy, step = 0.0, 0
-        with tqdm(total=settings.steps, desc="Pre-training the small model", unit="step", disable=not progress) as bar:
+        with step_progress("Pre-training the small model", settings.steps, shown=progress) as advance:
             while step < settings.max_steps and accuracy < settings.target_accuracy:
                 self._step(step)
                 step += 1
                 if step % settings.check_every == 0 or step == settings.max_steps:
                     accuracy = self._accuracy()
                     logger.debug("Step %d: %.3f of the questions right.", step, accuracy)
-                    bar.set_postfix_str(f"{accuracy:.0%} of the questions right")
-                bar.total = max(step, settings.steps)
-                bar.update()
+                advance(f"{accuracy:.0%} of the questions right" if accuracy else "")
         if accuracy < settings.target_accuracy:
             self._report_shortfall(accuracy)
         self.model.eval()

@@ -28,6 +28,7 @@ from bmoe_lightning.methods import FitResult, Method, NeedsError
 from bmoe_lightning.methods.storage import INDEX_FILE, has_fit, load_fit
 from bmoe_lightning.metrics.chance import chance_warning
 from bmoe_lightning.report import MethodResult
+from bmoe_lightning.trainer.progress import LoopProgressLines
 from bmoe_lightning.utils.distributed import barrier, is_rank_zero
 from bmoe_lightning.utils.file_header import DamagedFileError
 from bmoe_lightning.utils.safetensors_io import remove_tensor_file
@@ -349,7 +350,7 @@ class SeedRun:
             accelerator=self.settings.accelerator,
             precision=self.settings.precision,
             gradient_clip_val=1.0,
-            callbacks=[StopAtSignal(), *callbacks],
+            callbacks=[StopAtSignal(), LoopProgressLines(), *callbacks],
             logger=logger,
             log_every_n_steps=10,
             enable_checkpointing=False,

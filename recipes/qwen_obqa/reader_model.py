@@ -11,10 +11,10 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import torch
-from tqdm.auto import tqdm
 from transformers import Qwen2MoeForCausalLM
 
 from bmoe_lightning.data import Question, get_prompt_format, train_word_tokenizer
+from recipes.common.progress import step_progress
 from recipes.qwen_obqa.builtin_model import small_moe_config
 from recipes.qwen_obqa.saved_model import is_intact, save_model
 
@@ -61,18 +61,19 @@ def read_questions(
         model = Qwen2MoeForCausalLM(config).train()
     optimizer = torch.optim.AdamW(model.parameters(), lr=learning_rate, betas=(0.9, 0.95))
     generator = torch.Generator().manual_seed(seed)
-    hidden = not progress or steps == 0
-    bar = tqdm(range(steps), desc="Pre-training the small model on the questions", unit="step", disable=hidden)
-    for step in bar:
-        chosen = torch.randint(len(rows), (batch_size,), generator=generator).tolist()
-        ids = torch.nn.utils.rnn.pad_sequence([rows[i] for i in chosen], batch_first=True, padding_value=-100)
-        for group in optimizer.param_groups:
-            group["lr"] = learning_rate * (1 - step / steps)
-        # No attention mask: padding is on the right, where causal attention never sees it.
-        loss = model(input_ids=ids.clamp(min=0), labels=ids).loss
-        optimizer.zero_grad()
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        optimizer.step()
+    description, shown = "Pre-training the small model on the questions", progress and steps > 0
+    with step_progress(description, steps, shown=shown) as advance:
+        for step in range(steps):
+            chosen = torch.randint(len(rows), (batch_size,), generator=generator).tolist()
+            ids = torch.nn.utils.rnn.pad_sequence([rows[i] for i in chosen], batch_first=True, padding_value=-100)
+            for group in optimizer.param_groups:
+                group["lr"] = learning_rate * (1 - step / steps)
+            # No attention mask: padding is on the right, where causal attention never sees it.
+            loss = model(input_ids=ids.clamp(min=0), labels=ids).loss
+            optimizer.zero_grad()
+            loss.backward()
+            torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+            optimizer.step()
+            advance(f"loss {loss.item():.3f}")
     save_model(folder, model.eval(), tokenizer, {"steps": steps})
     return folder

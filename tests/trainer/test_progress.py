@@ -9,7 +9,7 @@ from plain_runs import AtTheEnd, Plain, at_the_end, loader
 from toy import trainer
 
 from bmoe_lightning.trainer.data_passes import training_pass
-from bmoe_lightning.trainer.progress import ProgressLines, progress
+from bmoe_lightning.trainer.progress import LoopProgressLines, ProgressLines, progress
 
 
 class TestProgress:
@@ -85,6 +85,40 @@ class TestLines:
         clock[0] = 61
         lines.advance()
         assert capsys.readouterr().err == "Training: 1, 1:01 elapsed\n"
+
+    def test_of_the_trainer_s_own_loops(self, tmp_path, capsys, clock):
+        class Slow(Plain):
+            def on_before_batch_transfer(self, batch, dataloader_idx):
+                clock[0] += 20
+                return batch
+
+            def training_step(self, batch, batch_idx):
+                self.log("loss", 0.25, prog_bar=True)
+                return super().training_step(batch, batch_idx)
+
+            def test_step(self, batch, batch_idx):
+                pass
+
+        loops = trainer(tmp_path, [LoopProgressLines()], max_epochs=2, enable_progress_bar=True)
+        loops.fit(Slow(), loader(), loader())
+        loops.test(Slow(), loader(), verbose=False)
+        assert [line for line in capsys.readouterr().err.splitlines() if " elapsed" in line] == [
+            "Training: 2/6, 0:40 elapsed, 1:20 left, loss 0.25",
+            "Validation: 2/3, 0:40 elapsed, 0:20 left",
+            "Training: 4/6, 2:20 elapsed, 1:10 left, loss 0.25",
+            "Training: 6/6, 3:00 elapsed, 0:00 left, loss 0.25",
+            "Validation: 2/3, 0:40 elapsed, 0:20 left",
+            "Testing: 2/3, 0:40 elapsed, 0:20 left",
+        ]
+
+    def test_none_of_the_trainer_s_own_loops_without_a_bar(self, tmp_path, capsys, clock):
+        class Slow(Plain):
+            def on_before_batch_transfer(self, batch, dataloader_idx):
+                clock[0] += 60
+                return batch
+
+        trainer(tmp_path, [LoopProgressLines()], max_epochs=1).fit(Slow(), loader(), loader())
+        assert " elapsed" not in capsys.readouterr().err
 
     @pytest.mark.parametrize("quiet", ["no bar", "disabled", "other rank"])
     def test_none_without_a_bar(self, capsys, clock, quiet):

@@ -155,7 +155,8 @@ def test_a_configuration_for_another_vocabulary_is_refused(tmp_path):
         pretrain(WORLD, small_moe_config(7), cache_dir=tmp_path, settings=SHORT, progress=False)
 
 
-def test_progress_is_shown_only_when_asked(tmp_path, capsys):
+def test_progress_is_shown_only_when_asked(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr("sys.stderr.isatty", lambda: True, raising=False)
     pretrain(WORLD, cache_dir=tmp_path / "1", settings=SHORT, progress=False)
     assert "Pre-training" not in capsys.readouterr().err
     pretrain(WORLD, cache_dir=tmp_path / "2", settings=SHORT, progress=True)

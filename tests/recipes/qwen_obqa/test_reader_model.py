@@ -151,7 +151,8 @@ def test_no_progress_of_zero_steps(tmp_path, capsys):
     assert "small model" not in capsys.readouterr().err
 
 
-def test_progress_only_when_asked(tmp_path, capsys):
+def test_progress_only_when_asked(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr("sys.stderr.isatty", lambda: True, raising=False)
     read(tmp_path / "quiet")
     assert "small model" not in capsys.readouterr().err
     read_questions(questions(), tmp_path / "loud", steps=1, batch_size=4)
