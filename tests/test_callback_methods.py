@@ -8,6 +8,7 @@ import lightning as L
 import pytest
 import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from torch.utils.data import DataLoader
 from toy import ANSWER_TOKENS, ToyData, ToyModule, calibration_loader, loader, test_loader, train_loader, trainer
 
 from bmoe_lightning.callback import BayesianMoECallback
@@ -215,6 +216,28 @@ class TestPredict:
         first = trainer(folder, [callback]).predict(module, test_loader())[0]
         assert torch.equal(first["index"], torch.arange(16))
         assert first["logits"].shape == (16, len(ANSWER_TOKENS))
+
+    @pytest.mark.parametrize("own", ["no step", "a tensor", "its own index"])
+    def test_the_index_of_a_batch_is_returned(self, run, own):
+        folder, trained, tested = run
+
+        class Steps(ToyModule):
+            def predict_step(self, batch, batch_idx):
+                return {"index": "mine"} if own == "its own index" else torch.zeros(2)
+
+        module = ToyModule() if own == "no step" else Steps()
+        module.load_state_dict(trained.state_dict())
+        batches = [
+            {**batch, "index": 16 * number + torch.arange(len(batch["labels"]))}
+            for number, batch in enumerate(test_loader())
+        ]
+        callback = BayesianMoECallback(tested.methods, predict_method="map", dirpath=str(folder / "b"))
+        outputs = trainer(folder, [callback]).predict(module, DataLoader(batches, batch_size=None))
+        found = [output["index"] for output in outputs]
+        if own == "its own index":
+            assert found == ["mine"] * len(batches)
+        else:
+            assert all(torch.equal(one, batch["index"]) for one, batch in zip(found, batches, strict=True))
 
 
 def test_a_nan_loss_ends_nothing_and_fitting_on_it_is_refused(tmp_path):

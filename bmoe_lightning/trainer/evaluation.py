@@ -304,7 +304,7 @@ def replace_predict_step(
     """Patch a module's `predict_step` to return a prediction beside its original output.
 
     If the original output is a mapping, its entries (an `index`, say) are merged, and those of `predicted` take
-    precedence; any other output becomes the entry `step_output`.
+    precedence; any other output becomes the entry `step_output`. The batch's `index`, if it has one, is added.
 
     Args:
         module: The module.
@@ -328,9 +328,10 @@ def replace_predict_step(
     def predict_step(batch: Any, *args: Any) -> dict[str, Any]:
         output = step(batch, *args) if has_step else None
         found = predicted(predictor, module, class_logits, batch)
+        index = {"index": batch["index"]} if isinstance(batch, Mapping) and "index" in batch else {}
         if isinstance(output, Mapping):
-            return {**output, **found}
-        return found if output is None else {**found, "step_output": output}
+            return {**index, **output, **found}
+        return {**index, **found} if output is None else {**index, **found, "step_output": output}
 
     def restore() -> None:
         if own is None:
