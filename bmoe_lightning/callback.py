@@ -36,7 +36,7 @@ from bmoe_lightning.trainer.checks import (
     with_enough_snapshots,
 )
 from bmoe_lightning.trainer.data_passes import TrainerTrainingData, as_list, shards_weights, validation_pass
-from bmoe_lightning.trainer.evaluation import NO_FIT, EvaluationRun, log_scalars, replace_predict_step, without_fit
+from bmoe_lightning.trainer.evaluation import EvaluationRun, log_scalars, replace_predict_step, without_fit
 from bmoe_lightning.trainer.first_batches import FirstBatches, no_logging
 from bmoe_lightning.trainer.fit_only import fit_only
 from bmoe_lightning.trainer.lightning_internals import is_restoring_checkpoint
@@ -147,6 +147,7 @@ class BayesianMoECallback(L.Callback):
         check_later_callbacks(callbacks[callbacks.index(self) + 1 :])
         check_callable(pl_module, self._class_logits)
         self._restore()
+        self._undo.append(self._folder.release)
         # Inference tensors cannot enter a graph, and the linearised predictive needs one.
         for loop in (trainer.validate_loop, trainer.test_loop, trainer.predict_loop):
             self._undo.append(partial(setattr, loop, "inference_mode", loop.inference_mode))
@@ -201,7 +202,7 @@ class BayesianMoECallback(L.Callback):
 
     def on_fit_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Warn if nothing was fitted because no training step ran (a finished run was resumed)."""
-        if self._found(trainer) is None:
+        if self.fitted is None and not self._folder.has_any_fit(trainer):
             warnings.warn(
                 "training ended without a fit (was a finished run resumed?); call fit_posterior before testing",
                 stacklevel=2,
@@ -345,12 +346,8 @@ class BayesianMoECallback(L.Callback):
     def _complete(self, trainer: L.Trainer, module: L.LightningModule) -> None:
         """Fit the missing methods; runs instead of the fit loop."""
         with weights_to_fit(trainer, module, self.fit_at):
-            earlier = self._found(trainer)
-            if earlier is not None and not earlier.has_weights_of(module):
-                self._folder.set_aside()
-                earlier = None
-            if earlier is None:
-                self._folder.continue_training_of(trainer, self._num_snapshots)
+            earlier = self._found(trainer, module)
+            self._folder.begin_completion(trainer, earlier, self._num_snapshots)
             missing = [method for method in self.methods if earlier is None or not earlier.is_fitted(method)]
             check_needs(missing, Available(snapshots=len(self._folder.snapshots)))
             check_data(trainer, missing, trains=False)
@@ -363,24 +360,27 @@ class BayesianMoECallback(L.Callback):
         with self._precision(), no_logging(model):
             return model.class_logits(batch) if self._class_logits is None else self._class_logits(model, batch)
 
-    def _found(self, trainer: L.Trainer) -> FitResult | None:
-        """The fit of this process, or the one that an earlier process wrote."""
-        if self.fitted is None:
-            self.fitted = self._folder.load(trainer, [digest for digest, c in self.curvatures.items() if c.offload])
-        return self.fitted
+    def _found(self, trainer: L.Trainer, module: nn.Module) -> FitResult | None:
+        """The fit to the module's weights of this process, or the one that an earlier process wrote."""
+        if self.fitted is not None and self.fitted.has_weights_of(module):
+            return self.fitted
+        found = self._folder.load(trainer, module, [digest for digest, c in self.curvatures.items() if c.offload])
+        self.fitted = found or self.fitted
+        return found
 
     def _ready(self, trainer: L.Trainer, module: nn.Module) -> FitResult:
         """The fit, checked to be one to exactly these weights."""
-        fitted = self._found(trainer)
+        fitted = self._found(trainer, module) or self.fitted
         if fitted is None:
-            raise RuntimeError(NO_FIT)
+            raise self._folder.missing_fit()
         fitted.check_weights(module)
         return fitted
 
     def _begin(self, trainer: L.Trainer, module: L.LightningModule, stage: str, loop: Any) -> None:
         loaders, _ = evaluation_loaders(loop)
-        if stage == "val" and self._found(trainer) is None:
-            methods, fitted = without_fit(self.methods, self.seed)
+        baseline = stage == "val" and self.fitted is None and self._found(trainer, module) is None
+        if baseline and not self._folder.refused_by_name():
+            methods, fitted = without_fit(self.methods, self.seed, self._folder.missing_fit())
         else:
             fitted = self._ready(trainer, module)
             methods = [method for method in self.methods if not is_trial(trainer) or fitted.is_fitted(method)]

@@ -143,12 +143,38 @@ def same_weights(
         fingerprint: Fingerprint of the fitted weights; empty accepts all.
         record: Their record; None compares fingerprints alone.
     """
-    if not fingerprint or weight_fingerprint(model, layers) == fingerprint:
-        return WeightComparison(same=True)
-    present = None if record is None else weight_record(model, layers)
-    if record is None or present is None:
-        return WeightComparison(same=False)
-    return compare_weights(record, present)
+    return PresentWeights(model).compared(layers, fingerprint, record)
+
+
+class PresentWeights:
+    """The weights of a model, to compare with those of several fits; they must not change meanwhile.
+
+    Args:
+        model: The model.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        self.model = model
+        self._fingerprints: dict[tuple[ExpertLayer, ...], str] = {}
+        self._records: dict[tuple[ExpertLayer, ...], WeightRecord | None] = {}
+
+    def compared(
+        self, layers: Sequence[ExpertLayer], fingerprint: str, record: WeightRecord | None
+    ) -> WeightComparison:
+        """Compare them with those of a fit; see `same_weights`. A collective, if they are sharded."""
+        key = tuple(layers)
+        if not fingerprint:
+            return WeightComparison(same=True)
+        if key not in self._fingerprints:
+            self._fingerprints[key] = weight_fingerprint(self.model, key)
+        if self._fingerprints[key] == fingerprint:
+            return WeightComparison(same=True)
+        if record is None:
+            return WeightComparison(same=False)
+        if key not in self._records:
+            self._records[key] = weight_record(self.model, key)
+        present = self._records[key]
+        return WeightComparison(same=False) if present is None else compare_weights(record, present)
 
 
 def weight_record(model: nn.Module, layers: Sequence[ExpertLayer]) -> WeightRecord | None:

@@ -15,7 +15,7 @@ from bmoe_lightning.curvature.kfac import prior_factors
 from bmoe_lightning.curvature.spec import Curvature
 from bmoe_lightning.experts import ExpertLayer
 from bmoe_lightning.experts.discovery import locate_expert_layers
-from bmoe_lightning.experts.weight_record import WeightComparison, WeightRecord, same_weights
+from bmoe_lightning.experts.weight_record import PresentWeights, WeightComparison, WeightRecord
 from bmoe_lightning.laplace.posterior import LaplacePosterior, WeightMismatchError
 from bmoe_lightning.methods.base import PRIOR_PRECISION, Method, State
 from bmoe_lightning.utils.distributed import is_rank_zero
@@ -159,12 +159,18 @@ class FitResult:
         Raises:
             ValueError: If the model lacks a layer.
         """
-        return self._compared(model).same
+        return self.compared(PresentWeights(model)).same
 
-    def _compared(self, model: nn.Module) -> WeightComparison:
+    def compared(self, present: PresentWeights) -> WeightComparison:
+        """Compare the weights of a model with those that this was fitted to. A collective, if they are sharded.
+
+        Raises:
+            ValueError: If the model lacks a layer.
+        """
         if not self.fingerprint:
             return WeightComparison(same=True)
-        return same_weights(model, locate_expert_layers(model, self.layers), self.fingerprint, self.weights)
+        layers = locate_expert_layers(present.model, self.layers)
+        return present.compared(layers, self.fingerprint, self.weights)
 
     def check_weights(self, model: nn.Module) -> None:
         """Compare a model's weights with those that this was fitted to.
@@ -173,7 +179,7 @@ class FitResult:
             WeightMismatchError: If they differ.
             ValueError: If the model lacks a layer.
         """
-        found = self._compared(model)
+        found = self.compared(PresentWeights(model))
         if not found.same:
             raise WeightMismatchError(
                 f"the methods were fitted to other weights than the model has{found.reason()}. Load the checkpoint "

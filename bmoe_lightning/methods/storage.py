@@ -18,13 +18,14 @@ from __future__ import annotations
 import re
 import uuid
 from collections.abc import Collection, Iterator, Mapping, Sequence
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from dataclasses import asdict
 from pathlib import Path, PurePosixPath
 from typing import Any
 
 from torch import Tensor
 
+from bmoe_lightning.experts import ExpertLayer
 from bmoe_lightning.experts.weight_record import WeightRecord
 from bmoe_lightning.laplace import storage as posterior_storage
 from bmoe_lightning.laplace.posterior import LaplacePosterior
@@ -34,12 +35,14 @@ from bmoe_lightning.methods.fit_result import FitResult, FittedMethod
 from bmoe_lightning.methods.snapshots import snapshot_info
 from bmoe_lightning.methods.stored_values import stored_calibration, stored_options, stored_texts
 from bmoe_lightning.utils.atomic_io import remove_all_leftovers, remove_leftovers
-from bmoe_lightning.utils.file_header import DamagedFileError, FileHeader, damaged
+from bmoe_lightning.utils.file_header import DamagedFileError, FileHeader, damaged, is_file
 from bmoe_lightning.utils.json_io import read_json_file, write_json_file
+from bmoe_lightning.utils.messages import shown_path
 from bmoe_lightning.utils.safetensors_io import (
     SealedTensors,
     file_origin,
     has_content,
+    opened_tensor_file,
     read_tensor_file,
     remove_tensor_file,
     seal_tensors,
@@ -122,8 +125,23 @@ def save_fit(folder: Path, fit: FitResult, snapshots: Sequence[Path] = ()) -> No
 
 
 def has_fit(folder: Path) -> bool:
-    """Whether `save_fit` wrote into a folder."""
-    return (folder / INDEX_FILE).is_file()
+    """Whether `save_fit` wrote into a folder; False also for one that cannot be entered (see `unreadable`)."""
+    return is_file(folder / INDEX_FILE)
+
+
+def unreadable(folder: Path) -> OSError | None:
+    """The error that says why it is unknown whether a folder has a fit, such as a `PermissionError`; None if it is."""
+    try:
+        (folder / INDEX_FILE).stat()
+    except (FileNotFoundError, NotADirectoryError):
+        return None
+    except (OSError, ValueError) as error:
+        kind, reason = (type(error), error.strerror) if isinstance(error, OSError) else (OSError, error)
+        return kind(
+            f"the folder {shown_path(folder)} of a fit cannot be read ({reason}). Give this user permission to enter "
+            "and read it, or pass dirpath= with another folder."
+        )
+    return None
 
 
 def stored_fit_id(folder: Path) -> str | None:
@@ -172,10 +190,9 @@ def load_fit(folder: Path, *, offload: Collection[str] = ()) -> tuple[FitResult,
         FileNotFoundError: If the index or a file that it names is missing.
         OSError: If a file cannot be read, such as a `PermissionError`.
     """
-    path = folder / INDEX_FILE
-    header = _read_index(path)
+    header = _read_index(folder / INDEX_FILE)
     content = header.description
-    try:
+    with _refusing_damage(folder):
         states = _load_states(folder, header)
         files = {
             name: str(_path_of(folder, entry.get("state", content["states"])))
@@ -195,7 +212,7 @@ def load_fit(folder: Path, *, offload: Collection[str] = ()) -> tuple[FitResult,
             digest: _load_curvature(folder, digest, entry, header.fit, offload=digest in offload)
             for digest, entry in content["posteriors"].items()
         }
-        layers = tuple(posterior_storage.described_layer(layer) for layer in content["layers"])
+        layers = _layers(content)
         snapshots = [_checked_snapshot(folder, entry, header.fit) for entry in content["snapshots"]]
         if content.get("num_snapshots", len(snapshots)) != len(snapshots):
             raise TypeError(f"{len(snapshots)} snapshots of {content['num_snapshots']!r}")
@@ -203,17 +220,50 @@ def load_fit(folder: Path, *, offload: Collection[str] = ()) -> tuple[FitResult,
         fingerprint, seed = content["fingerprint"], content["seed"]
         if not isinstance(fingerprint, str) or type(seed) is not int or seed < 0:
             raise TypeError(f"fingerprint {fingerprint!r}, seed {seed!r}")
+    try:
+        calibration = stored_calibration(states.get(_CALIBRATION))
+    except ValueError as error:
+        raise damaged(_path_of(folder, content["states"]), _METHODS_FORMAT, str(error), _REMEDY) from error
+    return FitResult(header.fit, fingerprint, layers, methods, posteriors, seed, calibration, weights), snapshots
+
+
+def load_identity(folder: Path) -> FitResult:
+    """Read the id of a fit, and what the weights of a model are compared with, without its methods and curvatures.
+
+    Raises:
+        ValueError: If a file is damaged, has another version, or belongs to another fit than the index.
+        OSError: If a file is missing or cannot be read.
+    """
+    header = _read_index(folder / INDEX_FILE)
+    with _refusing_damage(folder):
+        content = header.description
+        path = _path_of(folder, content["states"])
+        with opened_tensor_file(path, format=_METHODS_FORMAT, version=_VERSION, remedy=_REMEDY) as file:
+            _check_belongs(path, (file.fit, file.digest), header.fit, content["states"]["sha256"])
+            prefix = f"{_WEIGHTS}/"
+            names = [name for name in file.shapes if name.startswith(prefix)]
+            weights = WeightRecord.from_tensors({name.removeprefix(prefix): file.read(name) for name in names})
+        if not isinstance(content["fingerprint"], str):
+            raise TypeError(f"fingerprint {content['fingerprint']!r}")
+        return FitResult(header.fit, content["fingerprint"], _layers(content), weights=weights)
+
+
+@contextmanager
+def _refusing_damage(folder: Path) -> Iterator[None]:
+    """Raise a `ValueError` with the path of the index for any content that no fit has."""
+    path = folder / INDEX_FILE
+    try:
+        yield
     except DamagedFileError:
         raise
     except (KeyError, TypeError, AttributeError) as error:
         raise damaged(path, _INDEX_FORMAT, f"it is incomplete ({error!r})", _REMEDY) from error
     except ValueError as error:
         raise error if str(folder) in str(error) else damaged(path, _INDEX_FORMAT, str(error), _REMEDY) from error
-    try:
-        calibration = stored_calibration(states.get(_CALIBRATION))
-    except ValueError as error:
-        raise damaged(_path_of(folder, content["states"]), _METHODS_FORMAT, str(error), _REMEDY) from error
-    return FitResult(header.fit, fingerprint, layers, methods, posteriors, seed, calibration, weights), snapshots
+
+
+def _layers(content: Mapping[str, Any]) -> tuple[ExpertLayer, ...]:
+    return tuple(posterior_storage.described_layer(layer) for layer in content["layers"])
 
 
 def _read_index(path: Path) -> FileHeader:
@@ -274,11 +324,11 @@ def _path_of(folder: Path, entry: Mapping[str, Any]) -> Path:
         return path
     served = folder / POSTERIOR_FILE
     origin = file_origin(served)
-    if path.is_file() and (origin is None or origin.digest != entry["sha256"]):
+    if is_file(path) and (origin is None or origin.digest != entry["sha256"]):
         # Another rank may do the same; a folder that cannot be written to is read as it is.
         with suppress(OSError):
             path.replace(served)
-    return path if path.is_file() else served
+    return path if is_file(path) else served
 
 
 def _previous_index(folder: Path) -> FileHeader | None:
@@ -308,7 +358,7 @@ def _superseded(folder: Path, before: FileHeader | None, content: Mapping[str, A
     snapshots = {entry["file"] for entry in before.description["snapshots"]} if before.fit != fit_id else set()
     found = [entry for entry in found if entry["file"] not in named | snapshots]
     left = before.description.get("superseded", [])
-    return found + [entry for entry in left if entry["file"] not in named and _inside(folder, entry["file"]).is_file()]
+    return found + [entry for entry in left if entry["file"] not in named and is_file(_inside(folder, entry["file"]))]
 
 
 def _remove(folder: Path, content: Mapping[str, Any], fit_id: str) -> None:
@@ -380,6 +430,6 @@ def _check_belongs(path: Path, found: tuple[str, str], fit_id: str, sha256: str)
 def _inside(folder: Path, name: str) -> Path:
     """Path of a file in the folder; raises `ValueError` for a name that points outside of it."""
     relative = PurePosixPath(name)
-    if relative.is_absolute() or ".." in relative.parts or not relative.parts:
+    if relative.is_absolute() or ".." in relative.parts or not relative.parts or "\0" in name:
         raise ValueError(f"{folder / INDEX_FILE} names {name!r}, which is not a file in its folder; fit again")
     return folder / relative

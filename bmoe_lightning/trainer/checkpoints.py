@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import pickle
 import zipfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
+from pathlib import Path
 from typing import Any, Literal
 
 import lightning as L
 import torch
+
+from bmoe_lightning.utils.file_header import check_readable
 
 
 def weights_to_fit(
@@ -39,6 +42,7 @@ def best_weights(trainer: L.Trainer, module: L.LightningModule) -> Iterator[None
     Raises:
         RuntimeError: If the checkpoint callback has saved none, the file is damaged or contains objects that need
             unpickling, or its tensors have other shapes.
+        OSError: If the file is missing or cannot be read.
     """
     path = getattr(trainer.checkpoint_callback, "best_model_path", "")
     if not path:
@@ -57,18 +61,29 @@ def best_weights(trainer: L.Trainer, module: L.LightningModule) -> Iterator[None
 
 
 def _state_dict(path: str) -> dict[str, Any]:
+    if not isinstance(path, str):
+        raise RuntimeError(f"the checkpoint callback names {path!r:.80} as its best checkpoint; use fit_at='last'")
+    check_readable(Path(path), "best checkpoint")
     try:
         checkpoint = torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
         damaged = not zipfile.is_zipfile(path)
         classes = [] if damaged else torch.serialization.get_unsafe_globals_in_checkpoint(path)
         if not classes:
-            raise RuntimeError(f"the best checkpoint {path} is damaged; use fit_at='last'") from error
+            raise _damaged(path) from error
         raise RuntimeError(
             f"the best checkpoint {path} contains objects of {', '.join(sorted(classes)[:3])}, and unpickling objects "
             "other than tensors and plain values can run code. Exclude them from the checkpoint "
             "(save_hyperparameters(ignore=[...]), plain values in state_dict and on_save_checkpoint), allow trusted "
             "classes with torch.serialization.add_safe_globals, or use fit_at='last'."
         ) from error
-    state: dict[str, Any] = checkpoint["state_dict"]
-    return state
+    except (RuntimeError, EOFError, ValueError, LookupError, TypeError, AttributeError) as error:
+        raise _damaged(path) from error
+    state = checkpoint.get("state_dict") if isinstance(checkpoint, Mapping) else None
+    if not isinstance(state, Mapping):
+        raise _damaged(path)
+    return dict(state)
+
+
+def _damaged(path: str) -> RuntimeError:
+    return RuntimeError(f"the best checkpoint {path} is damaged, or no checkpoint of Lightning; use fit_at='last'")

@@ -28,23 +28,19 @@ from bmoe_lightning.trainer.lightning_internals import logged_step
 from bmoe_lightning.trainer.sampler_shards import SamplerShard, find_sampler_shard
 from bmoe_lightning.utils.distributed import gather_number
 
-NO_FIT = (
-    "no fit was found; run trainer.fit with this callback, call fit_posterior, or pass dirpath= with the folder of an "
-    "earlier run"
-)
-
 _REPLACES = "_replaces_predict_step"
 
 
-def without_fit(methods: Sequence[Method], seed: int) -> tuple[list[Method], FitResult]:
+def without_fit(methods: Sequence[Method], seed: int, reason: Exception) -> tuple[list[Method], FitResult]:
     """The methods that can be evaluated before anything was fitted, and a fit of nothing.
 
     Args:
         methods: Methods of a run.
         seed: Seed for the noise of predictions.
+        reason: The error that says which folders have no fit.
 
     Raises:
-        RuntimeError: If all methods need a fit.
+        RuntimeError: The reason, if all methods need a fit.
 
     Warns:
         UserWarning: If some do; the message names them.
@@ -53,10 +49,10 @@ def without_fit(methods: Sequence[Method], seed: int) -> tuple[list[Method], Fit
     ready = [method for method in methods if fitted.is_fitted(method) and not method.needs.snapshots]
     missing = [method.name for method in methods if method not in ready]
     if not ready:
-        raise RuntimeError(NO_FIT)
+        raise reason
     if missing:
         warnings.warn(
-            f"nothing has been fitted yet, so {', '.join(missing)} are not evaluated in this validation",
+            f"nothing has been fitted yet, so {', '.join(missing)} are not evaluated in this validation: {reason}",
             stacklevel=2,
         )
     return ready, fitted

@@ -1,4 +1,4 @@
-"""Output folders: the default one of a run, its versions, and which run is training into it."""
+"""Output folders: the default one of a run, its versions, those of other runs, and which run is training into one."""
 
 from __future__ import annotations
 
@@ -7,26 +7,58 @@ import os
 import re
 import tempfile
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 
 import lightning as L
 
-from bmoe_lightning.methods.storage import has_fit, stored_fit_id
+from bmoe_lightning.methods.storage import INDEX_FILE, has_fit, stored_fit_id, unreadable
 from bmoe_lightning.trainer.snapshot_files import has_snapshots
 from bmoe_lightning.utils.atomic_io import write_text
+from bmoe_lightning.utils.folder_lock import FolderInUseError, FolderLock
+from bmoe_lightning.utils.messages import shown_path
 
 FOLDER = "bayesian_moe"
 _CLAIM = ".training"
+_VERSION = re.compile(r"-v\d+$")
 
 
 def default_folder(trainer: L.Trainer, name: str = "") -> Path:
-    """The last version with a fit of the run's default output folder, or its first version.
+    """The default output folder of a run, of which later runs use versions `-v1`, `-v2`, ...
 
     Args:
         trainer: The trainer.
         name: Name of the callback, a subfolder.
     """
-    return _latest_version(_log_folder(trainer) / FOLDER / name)
+    return _log_folder(trainer) / FOLDER / name
+
+
+def is_version(folder: Path, default: Path) -> bool:
+    """Whether a folder is a default folder, or a version of it."""
+    return folder.parent == default.parent and _first_version(folder) == _first_version(default)
+
+
+def versions_with_fit(folder: Path) -> list[Path]:
+    """The versions of a default folder that have a fit or cannot be read, the latest first."""
+    return [path for path in reversed(_existing_versions(_first_version(folder))) if has_fit(path) or unreadable(path)]
+
+
+def folders_of_other_runs(trainer: L.Trainer, name: str = "") -> list[Path]:
+    """The default folders, with a fit, of the other runs of a trainer's logger, the latest fit first.
+
+    Args:
+        trainer: The trainer.
+        name: Name of the callback, a subfolder.
+    """
+    if not trainer.loggers:
+        return []
+    log_folder = _log_folder(trainer)
+    found = []
+    with suppress(OSError, ValueError):
+        for run in sorted(log_folder.parent.iterdir()):
+            if run.name != log_folder.name and re.match(r"version_\d+$", run.name):
+                found += versions_with_fit(run / FOLDER / name)
+    return sorted(found, key=_time_of_fit, reverse=True)
 
 
 def beside_checkpoint(checkpoint: Path, earlier: Path | None, name: str = "") -> list[Path]:
@@ -37,7 +69,9 @@ def beside_checkpoint(checkpoint: Path, earlier: Path | None, name: str = "") ->
         earlier: Output folder that the checkpoint names, if any.
         name: Name of the callback, a subfolder.
     """
-    tails = [Path(*earlier.parts[-2 if name else -1 :])] if earlier is not None else []
+    tail = [] if earlier is None else list(earlier.parts[-2 if name else -1 :])
+    # A path in a checkpoint may be anything, and it is searched for within these folders only.
+    tails = [Path(*tail)] if tail and not {"..", earlier and earlier.anchor} & set(tail) else []
     tails.append(Path(FOLDER, name))
     bases = (checkpoint.parent, checkpoint.parent.parent)
     found = [version for base in bases for tail in tails for version in _existing_versions(base / tail)]
@@ -46,35 +80,74 @@ def beside_checkpoint(checkpoint: Path, earlier: Path | None, name: str = "") ->
 
 def belongs_to(folder: Path, fit_id: str) -> bool:
     """Whether a folder has files of a fit: its index, its snapshots, or the mark of its training."""
-    return bool(fit_id) and (fit_id in (stored_fit_id(folder), training_id(folder)) or has_snapshots(folder, fit_id))
+    try:
+        known = (stored_fit_id(folder), training_id(folder))
+        return bool(fit_id) and (fit_id in known or has_snapshots(folder, fit_id))
+    except (OSError, ValueError):  # a name that is too long, say
+        return False
 
 
-def claimed_version(folder: Path, fit_id: str) -> Path:
-    """The first version of a default folder that no other run uses, marked as used by this one.
+def claimed_version(folder: Path, fit_id: str, lock: FolderLock) -> Path:
+    """The first version of a default folder that no other run uses, locked and marked as used by this one.
 
     Args:
         folder: Default folder, or a version of it.
         fit_id: Id of this run's fit.
+        lock: Lock for the folder.
 
     Raises:
         OSError: If it cannot be written to.
     """
-    first = folder.with_name(re.sub(r"-v\d+$", "", folder.name))
+    first = _first_version(folder)
     for version in dict.fromkeys([folder, *_existing_versions(first)]):
-        if belongs_to(version, fit_id):
-            mark_training(version, fit_id)
+        # Another process may resume the same checkpoint at this moment.
+        if belongs_to(version, fit_id) and _is_locked(version, lock):
+            _mark(version, fit_id)
             return version
-    for version in itertools.chain([folder], _versions(first)):
-        if stored_fit_id(version) is None and training_id(version) is None and _create_mark(version, fit_id):
-            return version
+    for version in _versions(first):
+        if _is_free(version) and _create_mark(version, fit_id) and _is_locked(version, lock):
+            if stored_fit_id(version) is None:
+                return version
+            # Another process has written its fit, and removed its mark, in between.
+            unmark_training(version, fit_id)
     raise AssertionError("there is always another version")
 
 
-def mark_training(folder: Path, fit_id: str) -> None:
-    """Record that a run is training into a folder, in place of any other run."""
-    _check_parents(folder)
-    folder.mkdir(parents=True, exist_ok=True)
+def killed_version(folder: Path, lock: FolderLock) -> Path | None:
+    """The last version of a default folder whose run was killed before it had a fit, locked; None if there is none."""
+    for version in reversed(_existing_versions(_first_version(folder))):
+        if training_id(version) and not has_fit(version) and _is_locked(version, lock):
+            return version
+    return None
+
+
+def claim(folder: Path, fit_id: str, lock: FolderLock) -> None:
+    """Lock a folder, and record that a run is training into it, in place of any other run that has ended.
+
+    Raises:
+        FolderInUseError: If another process is training into it.
+        OSError: If it cannot be written to.
+    """
+    _make_folder(folder)
+    try:
+        lock.acquire(folder)
+    except FolderInUseError as error:
+        raise FolderInUseError(f"{error}, or pass another dirpath=") from None
+    _mark(folder, fit_id)
+
+
+def _mark(folder: Path, fit_id: str) -> None:
+    _make_folder(folder)
     write_text(folder / _CLAIM, fit_id)
+
+
+def _is_locked(folder: Path, lock: FolderLock) -> bool:
+    """Lock a folder; False if another process has locked it."""
+    try:
+        lock.acquire(folder)
+    except (FolderInUseError, OSError):
+        return False
+    return True
 
 
 def unmark_training(folder: Path, fit_id: str) -> None:
@@ -94,10 +167,14 @@ def training_id(folder: Path) -> str | None:
     return found if re.fullmatch(r"[0-9a-f]{32}", found) else ""
 
 
+def _is_free(folder: Path) -> bool:
+    """Whether a folder has neither a fit nor a mark, as far as this user can see."""
+    return unreadable(folder) is None and training_id(folder) is None and stored_fit_id(folder) is None
+
+
 def _create_mark(folder: Path, fit_id: str) -> bool:
     """Mark a folder; False if another process was faster."""
-    _check_parents(folder)
-    folder.mkdir(parents=True, exist_ok=True)
+    _make_folder(folder)
     try:
         with (folder / _CLAIM).open("x", encoding="utf-8") as file:
             file.write(fit_id)
@@ -106,19 +183,27 @@ def _create_mark(folder: Path, fit_id: str) -> bool:
     return True
 
 
-def _check_parents(folder: Path) -> None:
-    """Check that a folder is writable, before there is anything to write."""
-    there = next(path for path in (folder, *folder.absolute().parents) if path.exists())
+def _make_folder(folder: Path) -> None:
+    """Create a folder, and check that it is writable before there is anything to write.
+
+    Raises:
+        OSError: If it is not, or no folder can have this path; the message says why.
+    """
+    place = folder
     try:
+        place = next(path for path in (folder, *folder.absolute().parents) if os.path.lexists(path))
         # Permissions do not tell of a full disk, a quota or a file system that is read-only.
-        with tempfile.NamedTemporaryFile(dir=there, prefix=".bayesian-moe-") as file:
+        with tempfile.NamedTemporaryFile(dir=place, prefix=".bayesian-moe-") as file:
             file.write(bytes(4096))
             file.flush()
             os.fsync(file.fileno())
-    except OSError as error:
+        folder.mkdir(parents=True, exist_ok=True)
+        os.scandir(folder).close()
+    except (OSError, ValueError) as error:
+        reason = error.strerror if isinstance(error, OSError) else error
         raise OSError(
-            f"the fit cannot be written to {folder}: {there} is not a writable folder ({error.strerror}); pass another "
-            "dirpath="
+            f"the fit cannot be written to {shown_path(folder)}: {shown_path(place)} is not a writable folder "
+            f"({reason}); pass another dirpath="
         ) from error
 
 
@@ -132,18 +217,31 @@ def _log_folder(trainer: L.Trainer) -> Path:
     return Path(folder, str(name), version if isinstance(version, str) else f"version_{version}")
 
 
+def _first_version(folder: Path) -> Path:
+    return folder.parent / _VERSION.sub("", folder.name)
+
+
 def _versions(folder: Path) -> Iterator[Path]:
     """A folder, then its versions `-v1`, `-v2`, ..., as in the file names of `ModelCheckpoint`."""
     yield folder
     for number in itertools.count(1):
-        yield folder.with_name(f"{folder.name}-v{number}")
+        yield folder.parent / f"{folder.name}-v{number}"
 
 
 def _existing_versions(folder: Path) -> list[Path]:
-    return list(itertools.takewhile(Path.is_dir, _versions(folder)))
+    return list(itertools.takewhile(_exists, _versions(folder)))
 
 
-def _latest_version(folder: Path) -> Path:
-    """The last version of a folder with a fit; the folder itself if there is none."""
-    with_fit = [version for version in _existing_versions(folder) if has_fit(version)]
-    return with_fit[-1] if with_fit else folder
+def _exists(folder: Path) -> bool:
+    """Whether something is at a path, as far as this user can see."""
+    try:
+        return os.path.lexists(folder)
+    except ValueError:
+        return False
+
+
+def _time_of_fit(folder: Path) -> float:
+    try:
+        return (folder / INDEX_FILE).stat().st_mtime
+    except OSError:
+        return 0.0

@@ -2,53 +2,51 @@
 
 from __future__ import annotations
 
+import itertools
 import re
 import uuid
 import warnings
-import zlib
-from collections.abc import Callable, Collection, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Collection
 from pathlib import Path
 from typing import Any, TypeVar, cast
 
 import lightning as L
+from torch import nn
 
 from bmoe_lightning.curvature.checkpoint import remove_checkpoint
 from bmoe_lightning.experts.fsdp import gathered, reshard
 from bmoe_lightning.laplace.posterior import WeightMismatchError
 from bmoe_lightning.methods.fit_result import FitResult
 from bmoe_lightning.methods.snapshots import remove_snapshot, save_snapshot, snapshot_info
-from bmoe_lightning.methods.storage import INDEX_FILE, has_fit, load_fit, save_fit, stored_fit_id, stored_snapshots
+from bmoe_lightning.methods.storage import (
+    INDEX_FILE,
+    has_fit,
+    load_fit,
+    save_fit,
+    stored_fit_id,
+    stored_snapshots,
+    unreadable,
+)
 from bmoe_lightning.methods.workbench import PassFiles
 from bmoe_lightning.trainer.checks import is_trial
+from bmoe_lightning.trainer.earlier_run import EarlierRun, pass_files, possible_homes
 from bmoe_lightning.trainer.folders import (
-    belongs_to,
-    beside_checkpoint,
+    claim,
     claimed_version,
     default_folder,
-    mark_training,
+    folders_of_other_runs,
+    is_version,
+    killed_version,
     training_id,
     unmark_training,
+    versions_with_fit,
 )
 from bmoe_lightning.trainer.snapshot_files import copied, epoch_of, latest_snapshots, new_snapshot, taken_over
-from bmoe_lightning.utils.distributed import gather_number, together
+from bmoe_lightning.trainer.stored_fits import Search, find_fit
+from bmoe_lightning.utils.distributed import together
+from bmoe_lightning.utils.folder_lock import FolderLock
 
 T = TypeVar("T")
-
-
-@dataclass(frozen=True)
-class EarlierRun:
-    """What a checkpoint says of the run that wrote it.
-
-    Attributes:
-        folder: Output folder of that run.
-        fit_id: Id of its fit; empty if unknown.
-        snapshots: File names of its snapshots, latest last.
-    """
-
-    folder: Path
-    fit_id: str
-    snapshots: tuple[str, ...]
 
 
 class RunFolder:
@@ -85,16 +83,21 @@ class RunFolder:
         self._earlier: EarlierRun | None = None
         self._checkpoint: Path | None = None
         self._several = False
-        self._is_zero = True
+        self._lock = FolderLock()
+        self._search = Search(None, {}, ())
+        self._named: list[Path] = []
+        self._is_of_fit = False
         self.resumes = False
 
     def settle(self, trainer: L.Trainer) -> None:
         """Have all processes write into one folder: the given one, or one in the logger's. A collective."""
         default = default_folder(trainer, self._name)
+        if self.folder is not None and is_version(self.folder, default):
+            default = self.folder
         # A path with the time in it is another one on each process, and so is a random id.
         self.given, default, self.fit_id = trainer.strategy.broadcast((self.given, default, self.fit_id))
         self.folder = None if is_trial(trainer) else self.given or default
-        self._several, self._is_zero = trainer.world_size > 1, trainer.is_global_zero
+        self._several = trainer.world_size > 1
 
     def begin_training(self, trainer: L.Trainer, num_snapshots: int = 0) -> None:
         """Adopt the snapshots of a resumed run, or start a new fit. A collective.
@@ -108,51 +111,74 @@ class RunFolder:
         Raises:
             ValueError: If snapshots of the resumed run are missing that methods will use.
             OSError: If the folder cannot be written to.
+            FolderInUseError: If another process is training into the folder that the user specified.
         """
         self._checkpoint = _checkpoint_of(trainer)
         earlier = self._earlier if self.resumes else None
         self.fit_id = (earlier.fit_id if earlier is not None else "") or uuid.uuid4().hex
+        self._is_of_fit = False
         epochs = trainer.max_epochs
         left = None if epochs is None or epochs < 0 else epochs - trainer.current_epoch
 
         def begin() -> tuple[Path | None, str, list[Path]]:
             if self.folder is None:
                 return None, self.fit_id, []
-            folder = self.folder
-            if self.given is None:
-                folder = claimed_version(folder, self.fit_id)
-            else:
-                mark_training(folder, self.fit_id)
-            self.folder = folder
+            folder = self._claimed(self.folder)
             self.remove_pass_files()
             return folder, self.fit_id, self._taken_over(folder, earlier, num_snapshots, left)
 
         self.folder, self.fit_id, self.snapshots = self._from_rank_zero(trainer, begin)
         self.resumes = False
 
-    def continue_training_of(self, trainer: L.Trainer, num_snapshots: int = 0) -> None:
-        """Find the snapshots of a training run that ended, or was killed while fitting. A collective.
+    def begin_completion(self, trainer: L.Trainer, fit: FitResult | None, num_snapshots: int = 0) -> None:
+        """Find the folder, and the snapshots, of a fit without training. A collective.
+
+        Without a fit it is that of the training run that ended, or was killed while fitting. A default folder that has
+        another fit is replaced by its next version.
 
         Args:
             trainer: Trainer within a fit.
+            fit: Fit to the model's weights that is completed; None fits anew.
             num_snapshots: Number of snapshots that methods use.
 
         Raises:
             ValueError: If the checkpoint names snapshots that methods use, and some are missing.
+            WeightMismatchError: If the folder that the user specified has a fit to other weights, unless the run of
+                the checkpoint, or of a killed curvature pass, was about to replace it.
+            FolderInUseError: If another process is training into it.
         """
         self._checkpoint = _checkpoint_of(trainer)
 
-        def find() -> tuple[str, list[Path]]:
+        def find() -> tuple[Path | None, str, list[Path]]:
+            folder = self.folder
+            if folder is None:
+                return None, self.fit_id, self.snapshots
+            if fit is not None:
+                self.fit_id = fit.fit_id
+                return self._claimed(folder), self.fit_id, self.snapshots
             self._warn_of_pass_elsewhere()
-            if self.snapshots or self.folder is None:
-                return self.fit_id, self.snapshots
+            if self.given is not None and has_fit(folder) and not self._was_replacing(folder):
+                raise WeightMismatchError(
+                    f"{folder} has a fit to other weights than the model's, which is not overwritten. Load the "
+                    f"checkpoint that it was fitted to, pass another dirpath=, or remove its {INDEX_FILE}."
+                )
+            if self._is_of_fit:  # to other weights
+                self.fit_id, self.snapshots = uuid.uuid4().hex, []
+            if self.snapshots:
+                return self._claimed(folder), self.fit_id, self.snapshots
             if self._earlier is not None and self.resumes and self._earlier.fit_id:
-                return self._earlier.fit_id, self._taken_over(self.folder, self._earlier, num_snapshots, 0)
-            killed = training_id(self.folder) or None
-            snapshots = latest_snapshots(self.folder, killed)
-            return snapshot_info(snapshots[-1]).fit if snapshots else killed or self.fit_id, snapshots
+                self.fit_id = self._earlier.fit_id
+                folder = self._claimed(folder)
+                return folder, self.fit_id, self._taken_over(folder, self._earlier, num_snapshots, 0)
+            killed = folder if self.given is not None else killed_version(folder, self._lock)
+            snapshots: list[Path] = []
+            if killed is not None:
+                folder, known = killed, training_id(killed) or None
+                snapshots = latest_snapshots(folder, known)
+                self.fit_id = snapshot_info(snapshots[-1]).fit if snapshots else known or self.fit_id
+            return self._claimed(folder), self.fit_id, snapshots
 
-        self.fit_id, self.snapshots = self._from_rank_zero(trainer, find)
+        self.folder, self.fit_id, self.snapshots = self._from_rank_zero(trainer, find)
         self.resumes = False
 
     def save_snapshot(self, trainer: L.Trainer, module: L.LightningModule, num_snapshots: int) -> None:
@@ -193,19 +219,26 @@ class RunFolder:
             snapshots = [copied(path, folder) for path in self.snapshots]
             save_fit(folder, fit, snapshots)
             unmark_training(folder, fit.fit_id)
+            self._lock.release()
             return snapshots
 
         self.snapshots = self._from_rank_zero(trainer, write)
+        self._is_of_fit = True
 
-    def load(self, trainer: L.Trainer, offload: Collection[str] = ()) -> FitResult | None:
-        """Load the fit of an earlier process with its snapshots; None if there is none. A collective.
+    def load(self, trainer: L.Trainer, model: nn.Module, offload: Collection[str] = ()) -> FitResult | None:
+        """Load the fit of an earlier process to a model's weights, with its snapshots. A collective.
 
-        It is searched in the given folder, in the one that the loaded checkpoint names, in those beside the
-        checkpoint (a run's folder may have been moved), and in the default folder.
+        It is searched in the given folder, if that has a fit; else in the one that the loaded checkpoint names, in
+        those beside the checkpoint (a run's folder may have been moved), in all versions of the default folder, and in
+        the folders of the other runs of the logger.
 
         Args:
             trainer: The trainer.
+            model: The model.
             offload: Digests of the curvatures whose factors are offloaded to the CPU.
+
+        Returns:
+            The fit; None if there is none, see `missing_fit`.
 
         Raises:
             ValueError: If it is damaged, mixes files of two fits, or ranks do not find the same fit.
@@ -213,38 +246,33 @@ class RunFolder:
             OSError: If one of its files cannot be read.
         """
         self._checkpoint = _checkpoint_of(trainer)
-        folders = [folder for folder in (self.given, *self._homes(), self.folder) if folder is not None]
-
-        def read() -> tuple[FitResult | None, list[Path]]:
-            folder = next((folder for folder in folders if has_fit(folder)), None)
-            return (None, []) if folder is None else load_fit(folder, offload=offload)
-
-        fit, snapshots = together(read, distributed=self._several)
-        if self._several:
-            _check_same(fit, folders)
-        if fit is not None:
-            self.fit_id, self.snapshots = fit.fit_id, snapshots
+        self._named, others = self._from_rank_zero(trainer, lambda: self._places(trainer))
+        self._search = find_fit([*self._named, *others], model, distributed=self._several)
+        folder = self._search.folder
+        if folder is None:
+            return None
+        fit, self.snapshots = together(lambda: load_fit(folder, offload=offload), distributed=self._several)
+        self.fit_id, self._is_of_fit = fit.fit_id, True
+        if self.folder is not None and self.given is None and is_version(folder, self.folder):
+            self.folder = folder
         return fit
 
-    def set_aside(self) -> None:
-        """Ignore a fit to other weights, and its snapshots. A collective.
+    def has_any_fit(self, trainer: L.Trainer) -> bool:
+        """Whether a folder that `load` searches has a fit, to whichever weights. A collective."""
+        self._checkpoint = _checkpoint_of(trainer)
+        return self._from_rank_zero(trainer, lambda: any(map(has_fit, itertools.chain(*self._places(trainer)))))
 
-        A fit that the run of the checkpoint, or of a killed curvature pass, was about to replace is replaced.
+    def missing_fit(self) -> Exception:
+        """The error after `load` has found no fit; it names the folders, and why each was refused."""
+        return self._search.error()
 
-        Raises:
-            WeightMismatchError: If the new fit would overwrite any other fit.
-        """
-        folder = self.folder
+    def refused_by_name(self) -> bool:
+        """Whether `load` refused the fit in a folder that the user or the checkpoint names, or one beside it."""
+        return any(folder in self._search.refused for folder in self._named)
 
-        def check() -> None:
-            if self._is_zero and folder is not None and has_fit(folder) and not self._was_replacing(folder):
-                raise WeightMismatchError(
-                    f"{folder} has a fit to other weights than the model's, which is not overwritten. Load the "
-                    f"checkpoint that it was fitted to, pass another dirpath=, or remove its {INDEX_FILE}."
-                )
-
-        together(check, distributed=self._several)
-        self.fit_id, self.snapshots = uuid.uuid4().hex, []  # continue_training_of broadcasts rank 0's id
+    def release(self) -> None:
+        """Release the folder for other processes."""
+        self._lock.release()
 
     def pass_files(self) -> PassFiles | None:
         """Location of the checkpoints of curvature passes."""
@@ -255,7 +283,7 @@ class RunFolder:
     def remove_pass_files(self) -> None:
         """Remove the checkpoints of this fit's curvature passes, which are complete or belong to earlier weights."""
         if self.folder is not None:
-            for path in _pass_files(self.folder, self.fit_id):
+            for path in pass_files(self.folder, self.fit_id):
                 remove_checkpoint(path)
 
     def state_dict(self) -> dict[str, Any]:
@@ -267,17 +295,30 @@ class RunFolder:
         }
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Restore the folder and fit of a checkpoint's run; what is no id is ignored, since file names contain it."""
-        if not isinstance(state_dict, Mapping):
-            raise _damaged_state(state_dict)
-        if state_dict.get("folder"):
-            folder, snapshots = state_dict["folder"], state_dict.get("snapshots", [])
-            if not isinstance(folder, str) or not isinstance(snapshots, list | tuple):
-                raise _damaged_state(state_dict)
-            names = tuple(str(name) for name in snapshots)
-            fit_id = str(state_dict.get("fit", ""))
-            known = fit_id if re.fullmatch(r"[0-9a-f]{32}", fit_id) else ""
-            self._earlier = EarlierRun(Path(folder), known, names)
+        """Restore the folder and fit of a checkpoint's run."""
+        self._earlier = EarlierRun.of_state(state_dict) or self._earlier
+
+    def _claimed(self, folder: Path) -> Path:
+        """Lock and mark the folder of this fit: the given one, or a version of the default one."""
+        if self.given is None:
+            folder = claimed_version(folder, self.fit_id, self._lock)
+        else:
+            claim(folder, self.fit_id, self._lock)
+        self.folder = folder
+        return folder
+
+    def _places(self, trainer: L.Trainer) -> tuple[list[Path], list[Path]]:
+        """Folders that may have a fit: those that the user or the checkpoint names, and others."""
+        if self.given is not None and (has_fit(self.given) or unreadable(self.given)):
+            return [self.given], []
+        named = [*([] if self.given is None else [self.given]), *self._homes()]
+        if self.given is not None or self.folder is None:
+            return named, []
+        default = self.folder
+        return named, [
+            *(versions_with_fit(default) or [default]),
+            *folders_of_other_runs(trainer, self._name),
+        ]
 
     def _from_rank_zero(self, trainer: L.Trainer, action: Callable[[], T]) -> T:
         """Call a function on rank 0 and broadcast its result; all ranks raise if it fails. A collective."""
@@ -285,13 +326,7 @@ class RunFolder:
         return cast("T", trainer.strategy.broadcast(found))
 
     def _homes(self) -> list[Path]:
-        """Folders that may be the output folder of the loaded checkpoint's run, the likeliest first."""
-        earlier = self._earlier
-        folder = None if earlier is None else earlier.folder
-        found = [] if folder is None else [folder]
-        if self._checkpoint is not None:
-            found += beside_checkpoint(self._checkpoint, folder, self._name)
-        return sorted(found, key=lambda path: earlier is None or not belongs_to(path, earlier.fit_id))
+        return possible_homes(self._earlier, self._checkpoint, self._name)
 
     def _taken_over(self, target: Path, earlier: EarlierRun | None, num_snapshots: int, left: int | None) -> list[Path]:
         """The snapshots of the resumed run; raises `ValueError` if some are missing that methods will use."""
@@ -301,16 +336,17 @@ class RunFolder:
         found, missing = taken_over(home, earlier.snapshots, earlier.fit_id, target)
         used = earlier.snapshots[-max(0, num_snapshots - (left or 0)) :] if num_snapshots > (left or 0) else ()
         lost = [name for name in used if name in missing]
+        why = f" ({error.strerror or error})" if (error := unreadable(home)) is not None else ""
         if lost and left is not None:
             raise ValueError(
-                f"the checkpoint names {len(lost)} snapshots that {home} does not have, {lost[0]!r} for one, and "
+                f"the checkpoint names {len(lost)} snapshots that {home} does not have{why}, {lost[0]!r} for one, and "
                 f"methods use the last {num_snapshots}. Leave the folder of the run beside its checkpoints, lower "
                 "num_snapshots, or remove these methods."
             )
         if missing and num_snapshots:
             warnings.warn(
-                f"the checkpoint names {len(missing)} snapshots that {home} does not have, {missing[0]!r} for one; "
-                "methods that need snapshots use only the later ones",
+                f"the checkpoint names {len(missing)} snapshots that {home} does not have{why}, {missing[0]!r} for "
+                "one; methods that need snapshots use only the later ones",
                 stacklevel=2,
             )
         return found
@@ -320,15 +356,17 @@ class RunFolder:
         killed = training_id(folder)
         if not killed or killed == stored_fit_id(folder):
             return False
+        if killed == self.fit_id:  # by this process
+            return True
         # The pass itself checks that its checkpoint is of these weights.
-        resumes_pass = self._pass_every is not None and bool(_pass_files(folder, killed))
+        resumes_pass = self._pass_every is not None and bool(pass_files(folder, killed))
         return resumes_pass or (self.resumes and self._earlier is not None and self._earlier.fit_id == killed)
 
     def _warn_of_pass_elsewhere(self) -> None:
         earlier = self._earlier
         if earlier is None or self.pass_files() is None:
             return
-        if earlier.folder != self.folder and _pass_files(earlier.folder, earlier.fit_id):
+        if earlier.folder != self.folder and pass_files(earlier.folder, earlier.fit_id):
             warnings.warn(
                 f"the run of the checkpoint has a killed curvature pass in {earlier.folder}, and this one starts from "
                 f"the beginning in {self.folder}; pass dirpath={str(earlier.folder)!r} to resume it",
@@ -339,26 +377,3 @@ class RunFolder:
 def _checkpoint_of(trainer: L.Trainer) -> Path | None:
     """The checkpoint that a trainer has loaded; it does not know the path before that, in `setup`."""
     return Path(trainer.ckpt_path) if trainer.ckpt_path else None
-
-
-def _pass_files(folder: Path, fit_id: str) -> set[Path]:
-    """The `checkpoint` paths of a fit's curvature passes that have left files in a folder."""
-    stem = re.escape(PassFiles(folder, 1, fit_id).stem)
-    name = re.compile(rf"({stem}[0-9a-f]+)(-rank\d+of\d+)?\.safetensors(\..*)?")
-    found = [name.fullmatch(path.name.removeprefix(".")) for path in folder.glob("*curvature_state-*")]
-    return {folder / f"{match[1]}.safetensors" for match in found if match is not None} if fit_id else set()
-
-
-def _check_same(fit: FitResult | None, folders: Sequence[Path]) -> None:
-    """Check that all ranks find the same fit. A collective."""
-    if len(set(gather_number(0 if fit is None else zlib.crc32(fit.fit_id.encode()) + 1))) > 1:
-        raise ValueError(
-            f"ranks find different fits in {', '.join(map(str, folders))}, or some find none. Pass dirpath= with a "
-            "folder that all machines share."
-        )
-
-
-def _damaged_state(state: object) -> ValueError:
-    return ValueError(
-        f"the checkpoint's state of BayesianMoECallback is damaged ({state!r:.80}); load another checkpoint of the run"
-    )

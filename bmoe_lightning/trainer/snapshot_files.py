@@ -11,6 +11,7 @@ from pathlib import Path
 
 from bmoe_lightning.methods.snapshots import snapshot_info
 from bmoe_lightning.methods.storage import SNAPSHOT_FOLDER
+from bmoe_lightning.utils.file_header import is_file
 
 _NAME = re.compile(r"(?P<fit>[0-9a-f]{8})-epoch-(?P<epoch>\d{4,})(-v\d+)?\.safetensors")
 
@@ -76,7 +77,7 @@ def taken_over(folder: Path, names: Sequence[str], fit_id: str, target: Path) ->
     found, missing = [], []
     for name in names:
         path = folder / SNAPSHOT_FOLDER / name
-        if _NAME.fullmatch(name) and path.is_file() and snapshot_info(path).fit == fit_id:
+        if _NAME.fullmatch(name) and is_file(path) and snapshot_info(path).fit == fit_id:
             found.append(copied(path, target))
         else:
             missing.append(name)

@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import hashlib
 import json
+import stat
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+
+from bmoe_lightning.utils.messages import shown_path
 
 REMEDY = "create the file again"
 _DIGEST = "sha256"
@@ -111,15 +114,42 @@ def check_readable(path: Path, format: str) -> None:
     Raises:
         FileNotFoundError: If there is no such file.
         IsADirectoryError: If a folder has this path.
-        OSError: If it cannot be opened, such as a `PermissionError`; the message names the path.
+        OSError: If it cannot be opened, such as a `PermissionError`; the message names the path, and says what to do.
+        ValueError: If no file can have this path.
     """
     try:
-        with path.open("rb"):
-            pass
+        mode = path.stat().st_mode
+        if stat.S_ISREG(mode) or stat.S_ISDIR(mode):  # opening a pipe would wait for a writer
+            with path.open("rb"):
+                return
     except FileNotFoundError as error:
-        raise FileNotFoundError(f"no {format} at {path}. Check the path.") from error
+        what = f"{path} is a link to a file that does not exist" if path.is_symlink() else f"no {format} at {path}"
+        raise FileNotFoundError(f"{what}. Check the path.") from error
     except IsADirectoryError as error:
         raise IsADirectoryError(f"{path} is a folder, not a {format} file. Check the path.") from error
+    except PermissionError as error:
+        raise PermissionError(
+            f"{path} cannot be read ({error.strerror}). Give this user permission to read the file and to enter its "
+            "folders."
+        ) from error
+    except OSError as error:
+        raise type(error)(
+            f"the {format} at {shown_path(path)} cannot be opened ({error.strerror}). Check the path."
+        ) from error
+    except ValueError as error:
+        raise ValueError(f"{shown_path(path)} cannot be the path of a {format} ({error}). Check the path.") from error
+    raise OSError(f"{path} is a pipe or a device, not a {format} file. Check the path.")
+
+
+def is_file(path: Path) -> bool:
+    """Whether there is a file that can be found; False also for a path that no file can have.
+
+    Unlike `Path.is_file`, this raises nothing for a folder that this user cannot enter or a name that is too long.
+    """
+    try:
+        return stat.S_ISREG(path.stat().st_mode)
+    except (OSError, ValueError):
+        return False
 
 
 def _digest(fields: Mapping[str, Any]) -> str:

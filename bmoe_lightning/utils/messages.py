@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from pathlib import Path
 
 
 def first_names(names: Iterable[str], count: int = 3) -> str:
@@ -15,6 +16,17 @@ def first_names(names: Iterable[str], count: int = 3) -> str:
     ordered = sorted(names)
     more = f" and {len(ordered) - count} more" if len(ordered) > count else ""
     return (", ".join(ordered[:count]) or "none") + more
+
+
+def shown_path(path: str | Path, limit: int = 300) -> str:
+    """A path for a message, which may come from a damaged file: printable, and not too long.
+
+    Args:
+        path: Any path.
+        limit: Number of characters.
+    """
+    text = str(path) if str(path).isprintable() else repr(str(path))
+    return text if len(text) <= limit else f"{text[: limit - 3]}..."
 
 
 def first_line(error: BaseException) -> str:

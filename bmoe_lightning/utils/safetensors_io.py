@@ -19,7 +19,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from bmoe_lightning.utils.atomic_io import replaced_file
-from bmoe_lightning.utils.file_header import REMEDY, check_readable, damaged, foreign, parse_header, seal
+from bmoe_lightning.utils.file_header import REMEDY, check_readable, damaged, foreign, is_file, parse_header, seal
 
 METADATA_KEY = "bmoe_lightning"
 _MAX_HEADER = 100_000_000  # bytes, the limit of safetensors itself
@@ -225,6 +225,8 @@ def file_origin(path: str | Path) -> FileOrigin | None:
     Returns:
         The origin; None if there is no readable file, or this package has not written it.
     """
+    if not is_file(Path(path)):
+        return None
     try:
         with Path(path).open("rb") as file:
             length = int.from_bytes(file.read(8), "little")

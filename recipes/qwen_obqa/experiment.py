@@ -31,8 +31,8 @@ from bmoe_lightning.report import MethodResult
 from bmoe_lightning.trainer.progress import LoopProgressLines
 from bmoe_lightning.utils.distributed import barrier, is_rank_zero
 from bmoe_lightning.utils.file_header import DamagedFileError
+from bmoe_lightning.utils.folder_lock import FolderInUseError, locked_folder
 from bmoe_lightning.utils.safetensors_io import remove_tensor_file
-from recipes.common.folder_lock import FolderInUseError, locked_folder
 from recipes.qwen_obqa.distributed import agreed, first_then_others, joined, trainer_options
 from recipes.qwen_obqa.exported_model import export, export_folder, is_exported
 from recipes.qwen_obqa.methods import build_methods, run_curvature

@@ -14,12 +14,21 @@ import pytest
 import torch
 from methods_cases import RANK3
 from oracles.models import answer_logits, split, toy_batch, toy_model
+from unprivileged import unprivileged_folder
 
 from bmoe_lightning.curvature import Curvature
 from bmoe_lightning.laplace import LaplacePosterior, WeightMismatchError
 from bmoe_lightning.methods import MAP, FitResult, LaplaceLPO, TemperatureScaling, evaluate, fit_methods, save_snapshot
 from bmoe_lightning.methods.fit_result import FittedMethod
-from bmoe_lightning.methods.storage import INDEX_FILE, POSTERIOR_FILE, has_fit, load_fit, save_fit
+from bmoe_lightning.methods.storage import (
+    INDEX_FILE,
+    POSTERIOR_FILE,
+    has_fit,
+    load_fit,
+    load_identity,
+    save_fit,
+    unreadable,
+)
 from bmoe_lightning.utils import safetensors_io
 
 DOWN = "layers.0.mixture.crew.down_proj"
@@ -352,17 +361,68 @@ class TestLargeStates:
         assert not path.exists()
 
 
-@pytest.mark.parametrize("name", ["../outside.safetensors", "/etc/hostname", "a/../../b", ""])
-def test_a_name_outside_of_the_folder_is_refused(fit, tmp_path, name):
+def name_states(folder, name):
+    """Change the name of a file in the index, and seal it again."""
     from bmoe_lightning.methods.storage import _INDEX_FORMAT, _VERSION
     from bmoe_lightning.utils.json_io import read_json_file, write_json_file
 
-    save_fit(tmp_path, fit)
-    header = read_json_file(tmp_path / INDEX_FILE, format=_INDEX_FORMAT, version=_VERSION)
+    header = read_json_file(folder / INDEX_FILE, format=_INDEX_FORMAT, version=_VERSION)
     content = {**header.description, "states": {**header.description["states"], "file": name}}
-    write_json_file(tmp_path / INDEX_FILE, format=_INDEX_FORMAT, version=_VERSION, description=content, fit=header.fit)
+    write_json_file(folder / INDEX_FILE, format=_INDEX_FORMAT, version=_VERSION, description=content, fit=header.fit)
+
+
+@pytest.mark.parametrize("load", [load_fit, load_identity])
+@pytest.mark.parametrize("name", ["../outside.safetensors", "/etc/hostname", "a/../../b", "", ".", "..", "a\0b"])
+def test_a_name_outside_of_the_folder_is_refused(fit, tmp_path, name, load):
+    save_fit(tmp_path, fit)
+    name_states(tmp_path, name)
     with pytest.raises(ValueError, match="which is not a file in its folder"):
-        load_fit(tmp_path)
+        load(tmp_path)
+
+
+@pytest.mark.parametrize("load", [load_fit, load_identity])
+@pytest.mark.parametrize(
+    ("name", "error", "said"),
+    [
+        ("x" * 5000, OSError, "File name too long"),
+        ("loop", OSError, "Too many levels"),
+        ("pipe", OSError, "is a pipe or a device"),
+        ("index.json", ValueError, "is not a complete methods file"),
+        ("index.json/below", NotADirectoryError, "Not a directory"),
+        (5, ValueError, "is not a complete fit index file"),
+        (None, ValueError, "is not a complete fit index file"),
+    ],
+)
+def test_a_name_of_what_is_no_file_is_refused_and_replaced(fit, tmp_path, name, error, said, load):
+    save_fit(tmp_path, fit)
+    (tmp_path / "loop").symlink_to("loop")
+    os.mkfifo(tmp_path / "pipe")
+    name_states(tmp_path, name)
+    with pytest.raises(error, match=said) as caught:
+        load(tmp_path)
+    assert str(tmp_path) in str(caught.value)
+    save_fit(tmp_path, fit)
+    assert load(tmp_path)
+
+
+def test_the_identity_is_that_of_the_fit(fit, tmp_path):
+    save_fit(tmp_path, fit)
+    found = load_identity(tmp_path)
+    assert (found.fit_id, found.fingerprint, found.layers) == (fit.fit_id, fit.fingerprint, fit.layers)
+    assert found.weights == fit.weights
+    assert found.has_weights_of(toy_model())
+    assert found.methods == found.posteriors == {}
+
+
+def test_a_folder_that_cannot_be_entered_is_told_from_one_without_a_fit(fit):
+    with unprivileged_folder() as root:
+        assert unreadable(root) is unreadable(root / "missing") is None
+        save_fit(root / "fit", fit)
+        (root / "fit").chmod(0)
+        assert not has_fit(root / "fit")
+        assert isinstance(unreadable(root / "fit"), PermissionError)
+        for name in ("x" * 5000, "a\0b"):
+            assert isinstance(unreadable(root / name), OSError)
 
 
 def test_a_damaged_index_is_refused(fit, tmp_path):

@@ -13,6 +13,7 @@ from fake_trainer import FakeTrainer
 from lightning.pytorch.callbacks import ModelCheckpoint
 from plain_runs import Plain, loader
 from toy import trainer
+from unprivileged import unprivileged_folder
 
 from bmoe_lightning.trainer.checkpoints import best_weights
 
@@ -100,6 +101,43 @@ class TestBestWeights:
         run = self.fake(tmp_path / "best.ckpt")
         with pytest.raises(RuntimeError, match="is damaged"), best_weights(run, Plain()):
             pass
+
+    @pytest.mark.parametrize("content", [b"", b"PK\x03\x04 and then nothing", {"weights": 1}, [1], {"state_dict": [1]}])
+    def test_what_is_no_checkpoint(self, tmp_path, content):
+        path = tmp_path / "best.ckpt"
+        path.write_bytes(content) if isinstance(content, bytes) else torch.save(content, path)
+        with pytest.raises(RuntimeError, match=r"best.ckpt is damaged, or no"), best_weights(self.fake(path), Plain()):
+            pass
+
+    @pytest.mark.parametrize(
+        ("path", "error", "said"),
+        [
+            ("missing.ckpt", FileNotFoundError, "no best checkpoint at"),
+            (".", IsADirectoryError, "is a folder, not a best checkpoint"),
+            ("file/best.ckpt", NotADirectoryError, "cannot be opened .Not a directory"),
+            ("dangling", FileNotFoundError, "is a link to a file that does not exist"),
+            ("x" * 5000, OSError, "File name too long"),
+            ("a\0b", ValueError, r"a.x00b' cannot be the path"),
+        ],
+    )
+    def test_a_path_that_no_checkpoint_has(self, tmp_path, path, error, said):
+        (tmp_path / "file").write_text("")
+        (tmp_path / "dangling").symlink_to(tmp_path / "gone")
+        with pytest.raises(error, match=said), best_weights(self.fake(f"{tmp_path}/{path}"), Plain()):
+            pass
+
+    def test_a_file_that_cannot_be_read(self):
+        with unprivileged_folder() as folder:
+            run = self.checkpoint(folder / "best.ckpt")
+            (folder / "best.ckpt").chmod(0)
+            with pytest.raises(PermissionError, match=r"best.ckpt cannot be read .*Give this user permission"):
+                best_weights(run, Plain()).__enter__()
+
+    @pytest.mark.parametrize("path", [5, ["best.ckpt"], {"path": "x"}])
+    def test_what_is_no_path(self, path):
+        run = FakeTrainer(checkpoint_callback=types.SimpleNamespace(best_model_path=path))
+        with pytest.raises(RuntimeError, match="as its best checkpoint; use fit_at='last'"):
+            best_weights(run, Plain()).__enter__()
 
     def test_a_checkpoint_of_lightning_with_hyperparameters(self, tmp_path):
         class WithHyperparameters(Plain):

@@ -18,6 +18,7 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
 from lightning.pytorch.loggers.logger import DummyLogger
 from toy import ToyModule, calibration_loader, loader, test_loader, train_loader, trainer
+from unprivileged import unprivileged_folder
 
 from bmoe_lightning import BayesianMoECallback
 from bmoe_lightning.laplace.posterior import WeightMismatchError
@@ -233,6 +234,74 @@ class TestFoldersOfRuns:
         )
         assert "temperature/test/nll" in found[0]
 
+    @pytest.mark.parametrize("has_logger", [False, True])
+    def test_a_new_process_finds_the_fit_to_its_weights_among_all_runs(self, tmp_path, has_logger):
+        """Without a checkpoint that would name the folder."""
+
+        def logger():
+            return CSVLogger(tmp_path, name="runs") if has_logger else False
+
+        runs = [self.fit(tmp_path, seed, logger=logger()) for seed in (0, 1, 2)]
+        folders = [path.parent for path in sorted(tmp_path.rglob("index.json"))]
+        fits = [load_fit(folder)[0] for folder in folders]
+        content = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
+        for run, fit in zip(runs, fits, strict=True):
+            later = BayesianMoECallback(self.METHODS)
+            metrics = trainer(tmp_path, [later], logger=logger()).test(
+                run.lightning_module, test_loader(), verbose=False
+            )
+            assert later.fitted.fit_id == fit.fit_id
+            assert "temperature/test/nll" in metrics[0]
+            if not has_logger:
+                assert folder_of(later) == folders[fits.index(fit)]
+        # None is to other weights: all are named, and a validation before training has its baseline.
+        with pytest.raises(WeightMismatchError) as refused:
+            trainer(tmp_path, [BayesianMoECallback(self.METHODS)], logger=logger()).test(
+                ToyModule(seed=5), test_loader(), verbose=False
+            )
+        with pytest.warns(UserWarning, match=r"temperature are not evaluated in this validation: none of 3") as said:
+            metrics = trainer(tmp_path, [BayesianMoECallback(self.METHODS)], logger=logger()).validate(
+                ToyModule(seed=5), test_loader(), verbose=False
+            )
+        assert "map/val/nll" in metrics[0]
+        for folder in folders:
+            assert f"{folder} has a fit to other weights than the model has (35 parameters" in str(refused.value)
+            assert any(str(folder) in str(warning.message) for warning in said)
+        assert all(path.read_bytes() == before for path, before in content.items())
+
+    @pytest.mark.parametrize("by", ["checkpoint", "weights"])
+    def test_completing_the_first_run_leaves_the_second(self, tmp_path, by):
+        runs = [self.fit(tmp_path, seed) for seed in (0, 1)]
+        runs[0].save_checkpoint(tmp_path / "first.ckpt")
+        second = {path: path.read_bytes() for path in (tmp_path / "bayesian_moe-v1").iterdir()}
+        more = BayesianMoECallback((*self.METHODS, "shrunk_temperature"))
+        more.fit_posterior(
+            runs[0].lightning_module if by == "weights" else ToyModule(), trainer=trainer(tmp_path, [more]),
+            train_dataloaders=loader(32, 1), val_dataloaders=loader(32, 2),
+            ckpt_path=str(tmp_path / "first.ckpt") if by == "checkpoint" else None,
+        )  # fmt: skip
+        assert folder_of(more) == tmp_path / "bayesian_moe"
+        assert set(load_fit(folder_of(more))[0].methods) == {"temperature", "shrunk_temperature"}
+        assert {path: path.read_bytes() for path in (tmp_path / "bayesian_moe-v1").iterdir()} == second
+        # Other weights get the next version.
+        third = BayesianMoECallback(self.METHODS)
+        third.fit_posterior(
+            ToyModule(seed=2), trainer=trainer(tmp_path, [third]), train_dataloaders=loader(32, 1),
+            val_dataloaders=loader(32, 2),
+        )  # fmt: skip
+        assert folder_of(third) == tmp_path / "bayesian_moe-v2"
+        assert {path: path.read_bytes() for path in (tmp_path / "bayesian_moe-v1").iterdir()} == second
+
+    def test_one_callback_finds_the_fits_of_two_checkpoints(self, tmp_path):
+        for seed in (0, 1):
+            self.fit(tmp_path, seed).save_checkpoint(tmp_path / f"{seed}.ckpt")
+        later = BayesianMoECallback(self.METHODS)
+        run = trainer(tmp_path, [later])
+        for name in ("bayesian_moe", "bayesian_moe-v1"):
+            path = str(tmp_path / f"{int('v1' in name)}.ckpt")
+            run.test(ToyModule(), test_loader(), ckpt_path=path, weights_only=True, verbose=False)
+            assert later.fitted.fit_id == load_fit(tmp_path / name)[0].fit_id
+
     @pytest.mark.parametrize("logger", [lambda _: False, lambda root: OneFolder(root, None)])
     def test_runs_at_the_same_time_have_folders_of_their_own(self, tmp_path, logger):
         outer = self
@@ -386,6 +455,82 @@ class TestResumedRuns:
             assert sorted(path.name for path in (tmp_path / "precious").iterdir()) == sorted(p.name for p in before)
 
 
+class TestPathsOfACheckpoint:
+    """Whatever its state says, what is found beside it is used; else one sentence names the folder."""
+
+    METHODS = ("map", "temperature")
+
+    @pytest.fixture(scope="class")
+    def run(self, tmp_path_factory):
+        root = tmp_path_factory.mktemp("paths")
+        saves = ModelCheckpoint(root / "run" / "saved", filename="last")
+        callback = BayesianMoECallback(self.METHODS, dirpath=str(root / "run" / "mine"))
+        trainer(root, [callback, saves], max_epochs=1, enable_checkpointing=True).fit(
+            ToyModule(), loader(32, 1), loader(32, 2)
+        )
+        return root / "run"
+
+    def crafted(self, checkpoint, root, folder):
+        for key, state in checkpoint["callbacks"].items():
+            if "BayesianMoE" in key:
+                state["folder"] = folder
+        (root / "saved").mkdir(exist_ok=True)
+        torch.save(checkpoint, root / "saved" / "crafted.ckpt")
+        return str(root / "saved" / "crafted.ckpt")
+
+    def metrics_of(self, root, checkpoint):
+        run = trainer(root / "here", [BayesianMoECallback(self.METHODS)])
+        return run.test(ToyModule(), test_loader(), ckpt_path=checkpoint, weights_only=True, verbose=False)[0]
+
+    @pytest.mark.parametrize(
+        ("folder", "error", "said"),
+        [
+            ("{root}/missing", RuntimeError, "no fit was found in {root}/missing, "),
+            ("{root}/file", RuntimeError, "no fit was found in {root}/file, "),
+            ("{root}/dangling", RuntimeError, "no fit was found in {root}/dangling, "),
+            ("{root}/loop", OSError, "the folder {root}/loop of a fit cannot be read .Too many levels"),
+            ("{root}/" + "x" * 300, OSError, "the folder .*xxx.* of a fit cannot be read .File name too long"),
+            ("{root}/a\0b", ValueError, "state of BayesianMoECallback is damaged"),
+            ("..", RuntimeError, "no fit was found in "),
+            ("/", RuntimeError, "no fit was found in /, "),
+            ("{root}/saved/../..", RuntimeError, "no fit was found in "),
+        ],
+    )
+    def test_is_one_sentence(self, run, tmp_path, folder, error, said):
+        (tmp_path / "file").write_text("")
+        (tmp_path / "dangling").symlink_to(tmp_path / "gone")
+        (tmp_path / "loop").symlink_to("loop")
+        found = torch.load(run / "saved" / "last.ckpt", weights_only=True)
+        checkpoint = self.crafted(found, tmp_path, folder.format(root=tmp_path))
+        with pytest.raises(error, match=said.format(root=tmp_path)):
+            self.metrics_of(tmp_path, checkpoint)
+        if error is ValueError:
+            return
+        # With the fit beside it, and for a run that resumes it.
+        shutil.copytree(run / "mine", tmp_path / "bayesian_moe")
+        assert "temperature/test/nll" in self.metrics_of(tmp_path, checkpoint)
+        again = BayesianMoECallback(("map", "temperature", CheckpointEnsemble(num_snapshots=2)))
+        trainer(tmp_path / "there", [again], max_epochs=3).fit(
+            ToyModule(), loader(32, 1), loader(32, 2), ckpt_path=checkpoint, weights_only=True
+        )
+        assert folder_of(again) == tmp_path / "there" / "bayesian_moe"
+        assert again.fitted.methods["checkpoint_ensemble"].state["members"].item() == 2
+
+    def test_a_folder_that_cannot_be_entered(self, run):
+        found = torch.load(run / "saved" / "last.ckpt", weights_only=True)
+        with unprivileged_folder() as root:
+            (root / "closed").mkdir()
+            checkpoint = self.crafted(found, root, str(root / "closed" / "fit"))
+            (root / "closed").chmod(0)
+            with pytest.raises(PermissionError, match=f"the folder {root}/closed/fit of a fit cannot be read"):
+                self.metrics_of(root, checkpoint)
+            again = BayesianMoECallback(self.METHODS)
+            trainer(root / "there", [again], max_epochs=2).fit(
+                ToyModule(), loader(32, 1), loader(32, 2), ckpt_path=checkpoint, weights_only=True
+            )
+            assert "temperature" in again.fitted.methods
+
+
 class TestMovedRuns:
     METHODS = ("map", "temperature", "laplace_evidence")
 
@@ -518,11 +663,11 @@ def failing_on_rank_zero(rank, world_size):
     folder.settle(run)
     module = torch.nn.Linear(2, 2)
     for name, action in {
-        "mark_training": lambda: folder.begin_training(run),
-        "latest_snapshots": lambda: folder.continue_training_of(run),
+        "claim": lambda: folder.begin_training(run),
+        "latest_snapshots": lambda: folder.begin_completion(run, None),
         "save_snapshot": lambda: folder.save_snapshot(run, module, 2),
         "save_fit": lambda: folder.save(run, FitResult()),
-        "has_fit": lambda: folder.load(run),
+        "has_fit": lambda: folder.load(run, module),
     }.items():
         with mock.patch.object(run_folder, name, full if rank == 0 else lambda *_, **__: []):
             with pytest.raises(expected, match=said):
@@ -574,12 +719,6 @@ def test_a_full_disk_is_told_before_training(tmp_path, monkeypatch):
 def test_a_name_that_leaves_the_folder_is_refused(name):
     with pytest.raises(ValueError, match="name becomes a folder"):
         BayesianMoECallback(name=name)
-
-
-@pytest.mark.parametrize("state", [{"folder": 5}, {"folder": "x", "snapshots": 3}, [1]])
-def test_a_damaged_state_is_one_sentence(state):
-    with pytest.raises(ValueError, match="state of BayesianMoECallback is damaged"):
-        RunFolder(None, None).load_state_dict(state)
 
 
 def test_a_name_like_a_version_is_refused():

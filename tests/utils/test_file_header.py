@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 
 import pytest
+from unprivileged import unprivileged_folder
 
-from bmoe_lightning.utils.file_header import DamagedFileError, check_readable, parse_header, seal
+from bmoe_lightning.utils.file_header import DamagedFileError, check_readable, is_file, parse_header, seal
 
 PATH = Path("folder/file")
 FIELDS = {"format": "sample", "version": 2, "fit": "f", "description": {"é": [1, None]}, "tensors": {"a": "00"}}
@@ -60,8 +62,42 @@ def test_a_damaged_file_is_told_from_one_of_another_version():
     assert not isinstance(error.value, DamagedFileError)
 
 
-def test_places_that_cannot_be_opened(tmp_path):
-    with pytest.raises(FileNotFoundError, match="no sample at"):
-        check_readable(tmp_path / "missing", "sample")
-    with pytest.raises(IsADirectoryError, match="is a folder"):
-        check_readable(tmp_path, "sample")
+@pytest.mark.parametrize(
+    ("name", "error", "said"),
+    [
+        ("missing", FileNotFoundError, "no sample at .*/missing. Check the path"),
+        (".", IsADirectoryError, "is a folder, not a sample file"),
+        ("file/sample", NotADirectoryError, "sample at .* cannot be opened .Not a directory.. Check the path"),
+        ("dangling", FileNotFoundError, "dangling is a link to a file that does not exist"),
+        ("loop", OSError, "cannot be opened .Too many levels"),
+        ("x" * 5000, OSError, r"xxx\.\.\. cannot be opened .File name too long"),
+        ("a\0b", ValueError, r"a.x00b' cannot be the path of a sample"),
+        ("pipe", OSError, "is a pipe or a device, not a sample file"),
+    ],
+)
+def test_places_that_cannot_be_opened(tmp_path, name, error, said):
+    (tmp_path / "file").write_text("")
+    (tmp_path / "dangling").symlink_to(tmp_path / "gone")
+    (tmp_path / "loop").symlink_to("loop")
+    os.mkfifo(tmp_path / "pipe")
+    with pytest.raises(error, match=said) as caught:
+        check_readable(tmp_path / name, "sample")
+    assert len(str(caught.value)) < 600
+    assert not is_file(tmp_path / name)
+
+
+def test_a_file_that_cannot_be_read():
+    with unprivileged_folder() as folder:
+        path = folder / "a" / "sample"
+        path.parent.mkdir()
+        path.write_text("x")
+        assert is_file(path)
+        path.chmod(0)
+        with pytest.raises(PermissionError, match=rf"{path} cannot be read .Permission denied.. Give this user"):
+            check_readable(path, "sample")
+        path.chmod(0o600)
+        check_readable(path, "sample")
+        path.parent.chmod(0)
+        assert not is_file(path)
+        with pytest.raises(PermissionError, match=rf"{path} cannot be read .Permission denied.. Give this user"):
+            check_readable(path, "sample")

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from bmoe_lightning.utils.messages import first_line, first_names
+from bmoe_lightning.utils.messages import first_line, first_names, shown_path
 
 
 def test_first_names():
@@ -10,6 +10,12 @@ def test_first_names():
     assert first_names({"b", "a"}) == "a, b"
     assert first_names("dcba") == "a, b, c and 1 more"
     assert first_names("dcba", count=1) == "a and 3 more"
+
+
+def test_a_path_is_printable_and_short():
+    assert shown_path("a/ü b") == "a/ü b"
+    assert shown_path("a\0b\n") == r"'a\x00b\n'"
+    assert shown_path("x" * 1000, limit=10) == "xxxxxxx..."
 
 
 def test_first_line():

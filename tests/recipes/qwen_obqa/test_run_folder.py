@@ -12,8 +12,8 @@ import pytest
 import torch
 
 from bmoe_lightning.data import Question
+from bmoe_lightning.utils.folder_lock import locked_folder
 from bmoe_lightning.utils.safetensors_io import write_tensor_file
-from recipes.common.folder_lock import locked_folder
 from recipes.qwen_obqa import experiment
 from recipes.qwen_obqa.methods import build_methods
 from recipes.qwen_obqa.run_folder import begin, check_start, plain_notes, remove_leftovers_of_killed_runs
@@ -179,7 +179,7 @@ class TestChecks:
 
     def test_two_processes_do_not_run_in_one_folder(self, tmp_path):
         script = (
-            "import sys, time; from pathlib import Path; from recipes.common.folder_lock import locked_folder\n"
+            "import sys, time; from pathlib import Path; from bmoe_lightning.utils.folder_lock import locked_folder\n"
             "with locked_folder(Path(sys.argv[1])) as locked: print(locked, flush=True); time.sleep(60)"
         )
         command = [sys.executable, "-c", script, str(tmp_path)]

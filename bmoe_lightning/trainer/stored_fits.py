@@ -1,0 +1,116 @@
+"""The search for the fit to a model's weights, among the folders in which it may be."""
+
+from __future__ import annotations
+
+import zlib
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from torch import nn
+
+from bmoe_lightning.experts.weight_record import PresentWeights
+from bmoe_lightning.laplace.posterior import WeightMismatchError
+from bmoe_lightning.methods.fit_result import FitResult
+from bmoe_lightning.methods.storage import has_fit, load_identity, unreadable
+from bmoe_lightning.utils.distributed import gather_number, together
+from bmoe_lightning.utils.messages import shown_path
+
+_MAX_NAMED = 10
+_REMEDY = "run trainer.fit with this callback, call fit_posterior, or pass dirpath= with the folder of an earlier run."
+
+
+@dataclass(frozen=True)
+class Search:
+    """The result of a search.
+
+    Attributes:
+        folder: Folder of the first fit to the model's weights; None if there is none.
+        refused: Why each of the other folders before it was refused, for folders that have a fit or cannot be read.
+        looked: All folders.
+    """
+
+    folder: Path | None
+    refused: dict[Path, Exception]
+    looked: tuple[Path, ...]
+
+    def error(self) -> Exception:
+        """The error that says why there is no fit: which folders were searched, and why each was refused."""
+        if not self.refused:
+            return RuntimeError(f"no fit was found in {_listed(self.looked)}; {_REMEDY}")
+        if len(self.refused) == 1:
+            return next(iter(self.refused.values()))
+        return WeightMismatchError(
+            f"none of {len(self.refused)} folders has a fit to the model's weights; {self.reasons()} Load the "
+            f"checkpoint that one of them was fitted to, or {_REMEDY}"
+        )
+
+    def reasons(self) -> str:
+        """Why the folders were refused, in sentences."""
+        reasons = [str(error) for error in self.refused.values()]
+        more = [f"So are {len(reasons) - _MAX_NAMED} more folders."] if len(reasons) > _MAX_NAMED else []
+        return " ".join([*reasons[:_MAX_NAMED], *more])
+
+
+def _listed(folders: Sequence[Path]) -> str:
+    more = [f"{len(folders) - _MAX_NAMED} more folders"] if len(folders) > _MAX_NAMED else []
+    return ", ".join([*map(shown_path, folders[:_MAX_NAMED]), *more]) or "any folder"
+
+
+def find_fit(folders: Sequence[Path], model: nn.Module, *, distributed: bool = False) -> Search:
+    """Search for a fit to exactly the weights of a model.
+
+    Args:
+        folders: Folders in which it may be, the likeliest first.
+        model: The model.
+        distributed: Whether all ranks of torch.distributed's default group call this.
+
+    Raises:
+        ValueError: If ranks do not see the same fits.
+    """
+    folders = list(dict.fromkeys(folders))
+    known = together(lambda: [_identity(folder) for folder in folders], distributed=distributed)
+    if distributed:
+        _check_same(known, folders)
+    present = PresentWeights(model)
+    refused: dict[Path, Exception] = {}
+    for folder, found in zip(folders, known, strict=True):
+        if isinstance(found, FitResult):
+            error = _mismatch(folder, found, present)
+            if error is None:
+                return Search(folder, refused, tuple(folders))
+            refused[folder] = error
+        elif found is not None:
+            refused[folder] = found
+    return Search(None, refused, tuple(folders))
+
+
+def _mismatch(folder: Path, fit: FitResult, present: PresentWeights) -> Exception | None:
+    try:
+        found = fit.compared(present)
+    except ValueError as error:
+        return WeightMismatchError(f"{folder} has the fit of another model than this one: {error}.")
+    if found.same:
+        return None
+    return WeightMismatchError(
+        f"{folder} has a fit to other weights than the model has{found.reason()}. Load the checkpoint it was fitted "
+        "to, or fit again (trainer.test() without a model loads the best checkpoint, not the last)."
+    )
+
+
+def _identity(folder: Path) -> FitResult | Exception | None:
+    """The fit in a folder without its methods, the error that says why it cannot be read, or None if there is none."""
+    try:
+        return unreadable(folder) or (load_identity(folder) if has_fit(folder) else None)
+    except (OSError, ValueError) as error:
+        return error
+
+
+def _check_same(known: Sequence[FitResult | Exception | None], folders: Sequence[Path]) -> None:
+    """Check that all ranks find the same fits. A collective."""
+    ids = [found.fit_id if isinstance(found, FitResult) else "" for found in known]
+    if len(set(gather_number(zlib.crc32("|".join(ids).encode())))) > 1:
+        raise ValueError(
+            f"ranks find different fits in {', '.join(map(str, folders))}, or some find none. Pass dirpath= with a "
+            "folder that all machines share."
+        )
