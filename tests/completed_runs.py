@@ -37,7 +37,7 @@ from toy import loader, trainer
 
 from bmoe_lightning import BayesianMoECallback
 from bmoe_lightning.methods import apply_snapshot, get_method
-from bmoe_lightning.trainer import run_folder
+from bmoe_lightning.trainer import stored_fits
 
 METHODS = ("map", "checkpoint_ensemble", "temperature", "laplace_evidence", "laplace_lpo")
 FEW, MORE = ("map", "laplace_evidence"), ("map", "temperature", "laplace_evidence", "laplace_lpo")
@@ -200,15 +200,15 @@ def added(runs: Runs) -> None:
 
 def unshared(runs: Runs) -> None:
     """A folder with a finished fit that the first process alone sees."""
-    has_fit = run_folder.has_fit
-    run_folder.has_fit = lambda folder: rank_in_group() == 0 and has_fit(folder)
+    has_fit = stored_fits.has_fit
+    stored_fits.has_fit = lambda folder: rank_in_group() == 0 and has_fit(folder)
     try:
         runs.complete("unshared", MORE, run="few")
         runs.tell("unshared", None)
     except (ValueError, ProcessRaisedException) as error:
         runs.tell("unshared", str(error))
     finally:
-        run_folder.has_fit = has_fit
+        stored_fits.has_fit = has_fit
 
 
 def rank_in_group() -> int:

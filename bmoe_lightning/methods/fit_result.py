@@ -61,6 +61,7 @@ class FitResult:
         seed: Seed for the noise of predictions.
         calibration: Logits `[N, K]` float64 and labels `[N]` (or None) of the held-out data, if a method used them.
         weights: Record of the weights, with which renamed, merged or cast ones are recognised.
+        warnings: What makes the predictions of every method doubtful, one sentence each.
     """
 
     fit_id: str = field(default_factory=lambda: uuid.uuid4().hex)
@@ -71,6 +72,7 @@ class FitResult:
     seed: int = 0
     calibration: tuple[Tensor, Tensor | None] | None = None
     weights: WeightRecord | None = field(default=None, repr=False)
+    warnings: tuple[str, ...] = ()
 
     def differences(self, method: Method) -> list[str]:
         """Fit options of a method that differ from those of the stored fit of that name.
@@ -131,9 +133,10 @@ class FitResult:
             ) from error
 
     def warnings_of(self, method: Method) -> tuple[str, ...]:
-        """What makes the fit of a method doubtful, one sentence each; empty for a method without a fit."""
+        """What makes the predictions of a method doubtful, one sentence each: those on its fit, and on all methods."""
         stored = self.methods.get(method.name)
-        return () if stored is None or not method.is_fitted_method else stored.warnings
+        own = () if stored is None or not method.is_fitted_method else stored.warnings
+        return (*own, *self.warnings)
 
     def posteriors_for(self, curvatures: Iterable[Curvature], model: nn.Module) -> dict[str, LaplacePosterior]:
         """The posteriors of some curvatures; those of rank 0, which need no pass, are created from the model.

@@ -19,7 +19,7 @@ from bmoe_lightning.laplace.validation_cache import CACHE_BYTES
 from bmoe_lightning.methods.base import Method, check_method_names
 from bmoe_lightning.methods.curvature_warnings import warn_of_discarded_energy
 from bmoe_lightning.methods.fit_result import FitResult, FittedMethod
-from bmoe_lightning.methods.label_warnings import warn_of_few_labels
+from bmoe_lightning.methods.label_warnings import warn_of_chance, warn_of_few_labels
 from bmoe_lightning.methods.workbench import Batches, PassFiles, TrainingData, Workbench
 from bmoe_lightning.utils.distributed import broadcast_, is_rank_zero, num_processes, sum_over_processes
 from bmoe_lightning.utils.fit_warnings import collected_fit_warnings
@@ -119,10 +119,22 @@ def fit_methods(
             broadcast_(list(state.values()))
         digests = tuple(curvature.digest for curvature in method.curvatures)
         fitted[method.name] = FittedMethod(state, method.fit_options(), digests, tuple(doubts))
-    if is_rank_zero():
-        _log_warnings(fitted)
     collected = {digest: p for digest, p in work.posteriors.items() if p.factors.rank > 0}
-    return replace(earlier.with_methods(fitted, collected), calibration=work.known_logits or earlier.calibration)
+    calibration = work.known_logits or earlier.calibration
+    doubts_of_model = _doubts_of_model(missing, calibration)
+    if is_rank_zero():
+        _log_warnings(fitted, [sentence for sentence in doubts_of_model if sentence not in earlier.warnings])
+    warnings = tuple(dict.fromkeys([*earlier.warnings, *doubts_of_model]))
+    return replace(earlier.with_methods(fitted, collected), calibration=calibration, warnings=warnings)
+
+
+def _doubts_of_model(methods: Sequence[Method], calibration: tuple[Tensor, Tensor | None] | None) -> list[str]:
+    """What makes the predictions of all methods doubtful: the model's accuracy, if labels are used."""
+    with collected_fit_warnings() as doubts:
+        # The labels may be placeholders where no method uses them.
+        if calibration is not None and any(method.needs.calibration_labels for method in methods):
+            warn_of_chance(*calibration)
+    return doubts
 
 
 def _warn_of_inputs(method: Method, work: Workbench) -> None:
@@ -133,8 +145,10 @@ def _warn_of_inputs(method: Method, work: Workbench) -> None:
         warn_of_few_labels(method.needs, len(work.labelled_logits()[1]))
 
 
-def _log_warnings(fitted: Mapping[str, FittedMethod]) -> None:
+def _log_warnings(fitted: Mapping[str, FittedMethod], of_model: Sequence[str]) -> None:
     """One line for each distinct warning, with the methods that it is about."""
+    for sentence in of_model:
+        _logger.warning("%s", sentence)
     sentences = dict.fromkeys(sentence for entry in fitted.values() for sentence in entry.warnings)
     for sentence in sentences:
         names = [name for name, entry in fitted.items() if sentence in entry.warnings]

@@ -1,8 +1,12 @@
-"""What makes a fit on few held-out labels doubtful, whichever method it is of."""
+"""What held-out labels say against a fit, whichever method it is of."""
 
 from __future__ import annotations
 
+from torch import Tensor
+
 from bmoe_lightning.methods.needs import Needs
+from bmoe_lightning.methods.temperature_search import check_labelled
+from bmoe_lightning.metrics.chance import chance_warning
 from bmoe_lightning.utils.fit_warnings import warn_of_fit
 
 
@@ -22,3 +26,18 @@ def warn_of_few_labels(needs: Needs, num_labels: int) -> None:
             " was measured to lose against simpler methods; add labels, or use a method that advises fewer",
             stacklevel=2,
         )
+
+
+def warn_of_chance(logits: Tensor, labels: Tensor | None) -> None:
+    """Warn if the model's accuracy on held-out labels is not above chance; see `chance_warning`.
+
+    Args:
+        logits: Logits `[N, K]`, `-inf` for absent classes.
+        labels: Labels `[N]`; None warns of nothing.
+
+    Warns:
+        FitWarning: With the accuracy, chance and the test's p-value.
+    """
+    sentence = None if labels is None else chance_warning(*check_labelled(logits, labels))
+    if sentence is not None:
+        warn_of_fit(sentence, stacklevel=2)

@@ -101,6 +101,7 @@ def save_fit(folder: Path, fit: FitResult, snapshots: Sequence[Path] = ()) -> No
         "fingerprint": fit.fingerprint,
         "layers": [asdict(layer) for layer in fit.layers],
         "seed": fit.seed,
+        "warnings": list(fit.warnings),
         "methods": {
             name: {
                 "options": dict(fitted.options),
@@ -218,13 +219,16 @@ def load_fit(folder: Path, *, offload: Collection[str] = ()) -> tuple[FitResult,
             raise TypeError(f"{len(snapshots)} snapshots of {content['num_snapshots']!r}")
         weights = WeightRecord.from_tensors(states.get(_WEIGHTS, {}))
         fingerprint, seed = content["fingerprint"], content["seed"]
+        warnings = stored_texts(content.get("warnings", []))
         if not isinstance(fingerprint, str) or type(seed) is not int or seed < 0:
             raise TypeError(f"fingerprint {fingerprint!r}, seed {seed!r}")
     try:
         calibration = stored_calibration(states.get(_CALIBRATION))
     except ValueError as error:
         raise damaged(_path_of(folder, content["states"]), _METHODS_FORMAT, str(error), _REMEDY) from error
-    return FitResult(header.fit, fingerprint, layers, methods, posteriors, seed, calibration, weights), snapshots
+    return FitResult(
+        header.fit, fingerprint, layers, methods, posteriors, seed, calibration, weights, warnings
+    ), snapshots
 
 
 def load_identity(folder: Path) -> FitResult:

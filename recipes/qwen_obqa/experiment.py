@@ -26,7 +26,6 @@ from bmoe_lightning.curvature.checkpoint import FORMAT as PASS_FORMAT
 from bmoe_lightning.laplace.posterior import WeightMismatchError
 from bmoe_lightning.methods import FitResult, Method, NeedsError
 from bmoe_lightning.methods.storage import INDEX_FILE, has_fit, load_fit
-from bmoe_lightning.metrics.chance import chance_warning
 from bmoe_lightning.report import MethodResult
 from bmoe_lightning.trainer.progress import LoopProgressLines
 from bmoe_lightning.utils.distributed import barrier, is_rank_zero
@@ -166,7 +165,6 @@ class SeedRun:
         """Predictions on the test split, in the order of the table: of every method, and those before fine-tuning."""
         ids = tuple(question.id for question in self.source.test)
         results = [self.predictions.read(method, self.seed, ids) for method in self.methods]
-        results = [_with_chance_warning(result) for result in results]
         if self.settings.zero_shot:
             results.append(self._zero_shot_predictions.read(ZERO_SHOT, self.seed, ids))
         return results
@@ -366,11 +364,6 @@ class SeedRun:
     def _say(self, what: str) -> None:
         if is_rank_zero():
             print(f"[seed {self.seed}] {what}", flush=True)
-
-
-def _with_chance_warning(result: MethodResult) -> MethodResult:
-    found = chance_warning(result.log_probs, result.target)
-    return result if found is None else replace(result, warnings=(*result.warnings, found))
 
 
 def _quieten() -> None:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import math
 import shutil
-import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -47,8 +46,6 @@ def report(settings: ResolvedSettings, source: Source, output: Path, runs: Seque
     """
     results = [result for run_of_seed in runs for result in run_of_seed.results()]
     rows = summarise(results)
-    for sentence in dict.fromkeys(sentence for row in rows[:1] for sentence in row.warnings):
-        warnings.warn(f"{rows[0].label}: {sentence}", stacklevel=2)
     hashes = {str(run_of_seed.seed): source.model_hash(run_of_seed.seed) for run_of_seed in runs}
     config = {**asdict(settings), "pretrained_weights": hashes}
     fits = {run_of_seed.seed: load_fit(run_of_seed.fit_folder)[0] for run_of_seed in runs}

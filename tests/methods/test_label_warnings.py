@@ -1,4 +1,4 @@
-"""What makes a fit on few held-out labels doubtful."""
+"""What held-out labels say against a fit."""
 
 import warnings
 
@@ -8,8 +8,9 @@ from methods_cases import RANK3
 from oracles.models import answer_logits, split, toy_batch, toy_model
 
 from bmoe_lightning.methods import MAP, Isotropic, LaplaceEvidence, LaplaceLPO, Needs, TemperatureScaling, fit_methods
-from bmoe_lightning.methods.label_warnings import warn_of_few_labels
+from bmoe_lightning.methods.label_warnings import warn_of_chance, warn_of_few_labels
 from bmoe_lightning.methods.registry import get_method, method_names
+from bmoe_lightning.methods.storage import load_fit, save_fit
 from bmoe_lightning.utils.fit_warnings import FitWarning
 
 
@@ -50,3 +51,52 @@ def test_every_method_that_is_fitted_on_labels_advises_a_number():
         needs = get_method(name).needs
         assert bool(needs.advised_labels) == needs.calibration_labels, name
     assert LaplaceLPO().needs.advised_labels > TemperatureScaling().needs.advised_labels
+
+
+class TestChance:
+    METHODS = (MAP(), TemperatureScaling(), LaplaceEvidence(curvature=RANK3))
+
+    def fit(self, model, batches, methods=METHODS, **options):
+        before = {name: weight.detach() + 0.1 for name, weight in model.named_parameters() if "down_proj" in name}
+        return fit_methods(methods, model, answer_logits, batches, batches, prior_mean=before, **options)
+
+    def batches(self, model, share_right, count=60):
+        batch = toy_batch(num_rows=count)
+        with torch.no_grad():
+            found = answer_logits(model, batch)[0].argmax(1)
+        batch["labels"] = torch.where(torch.arange(count) < share_right * count, found, (found + 1) % 4)
+        return split(batch, count)
+
+    @pytest.mark.parametrize(("share_right", "warned"), [(0.2, True), (0.9, False)])
+    def test_every_method_carries_it(self, caplog, tmp_path, share_right, warned):
+        model = toy_model()
+        fit = self.fit(model, self.batches(model, share_right))
+        save_fit(tmp_path, fit)
+        for found in (fit, load_fit(tmp_path)[0]):
+            for method in self.METHODS:  # without labels, and without a fit, too
+                said = [sentence for sentence in found.warnings_of(method) if "is not above" in sentence]
+                assert len(said) == warned
+        lines = [record.message for record in caplog.records if "is not above" in record.message]
+        assert len(lines) == warned
+
+    def test_it_is_said_once(self, caplog):
+        model = toy_model()
+        batches = self.batches(model, 0.2)
+        first = self.fit(model, batches)
+        caplog.clear()
+        more = self.fit(model, batches, (*self.METHODS, TemperatureScaling(name="again")), earlier=first)
+        assert more.warnings == first.warnings
+        assert not any("is not above" in record.message for record in caplog.records)
+
+    def test_labels_that_no_method_uses_may_be_placeholders(self):
+        model = toy_model()
+        batches = self.batches(model, 0.2)
+        fit = self.fit(model, batches, (MAP(), Isotropic(curvature=RANK3, use_labels=False, tolerance=1.0)))
+        assert fit.warnings == ()
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            warn_of_chance(torch.zeros(4, 3), None)
+
+    def test_elsewhere_it_is_a_warning(self):
+        with pytest.warns(FitWarning, match="is not above chance"):
+            warn_of_chance(torch.eye(3), torch.tensor([1, 2, 0]))

@@ -225,7 +225,7 @@ class TestTensorBoard:
 def test_results_carry_the_warnings_of_the_fit(model, loaders, prepared):
     methods, fitted, snapshots = prepared
     doubtful = replace(fitted.methods["temperature"], warnings=("at a bound; add labels",))
-    marked = replace(fitted, methods={**fitted.methods, "temperature": doubtful})
+    marked = replace(fitted, methods={**fitted.methods, "temperature": doubtful}, warnings=())
     run = EvaluationRun("test", methods, marked, snapshots)
     run.add(model, answer_logits, loaders[0][0], 0)
     run.finish(model, answer_logits, [loaders[0][:1]])
