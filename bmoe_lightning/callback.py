@@ -222,7 +222,8 @@ class BayesianMoECallback(L.Callback):
         """Fit all methods to a model that is already trained, as the end of training would.
 
         A killed curvature pass resumes (see `curvature_checkpoint_every`). A fit to the same weights that is already in
-        the folder is completed: only missing methods are fitted, so a method can be added to a finished run.
+        the folder is completed: only missing methods are fitted, so a method can be added to a finished run, with the
+        data of that run (in any order; others are refused).
 
         Args:
             module: LightningModule; by default the one attached to the trainer.
@@ -237,6 +238,7 @@ class BayesianMoECallback(L.Callback):
 
         Raises:
             ValueError: If data, labels or the prior mean that a method needs are missing, or a file is damaged.
+            DataMismatchError: If the folder has a fit to other data.
             WeightMismatchError: If the folder has a fit to other weights.
         """
         self._given_prior_mean = prior_mean
@@ -319,14 +321,14 @@ class BayesianMoECallback(L.Callback):
         self,
         trainer: L.Trainer,
         module: L.LightningModule,
-        missing: Sequence[Method],
+        methods: Sequence[Method],
         earlier: FitResult | None = None,
     ) -> None:
-        needs_calibration = any(method.needs.calibration for method in missing)
+        needs_calibration = any(method.needs.calibration for method in methods)
         calibration = validation_pass(trainer, "Calibration") if needs_calibration else None
         given = self._given_prior_mean
         self.fitted = fit_methods(
-            missing or self.methods,
+            methods or self.methods,
             module,
             self._logits,
             TrainerTrainingData(trainer),
@@ -354,7 +356,7 @@ class BayesianMoECallback(L.Callback):
             check_runs(trainer, missing, module, self._folder.folder)
             if earlier is None:  # otherwise few or no batches are needed
                 FirstBatches(missing, self._logits).check_fit(trainer, module, trains=False)
-            self._fit(trainer, module, missing, earlier)
+            self._fit(trainer, module, self.methods, earlier)
 
     def _logits(self, model: Any, batch: Any) -> tuple[Tensor, Tensor | None]:
         with self._precision(), no_logging(model):

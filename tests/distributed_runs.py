@@ -33,7 +33,8 @@ from bmoe_lightning.methods import (
     get_method,
     save_snapshot,
 )
-from bmoe_lightning.methods.workbench import Batches, Workbench
+from bmoe_lightning.methods.training_data import Batches
+from bmoe_lightning.methods.workbench import Workbench
 from bmoe_lightning.trainer import run_folder as run_files
 from bmoe_lightning.trainer.evaluation import EvaluationRun
 

@@ -90,15 +90,16 @@ def test_each_data_set_is_passed_over_once_for_all_methods(tmp_path):
     run.test(module, test_loader(), verbose=False)
     assert module.forwards == TRAIN + CALIBRATION + 2 + TEST + 1
 
-    # A method that is added costs what it needs: labels and logits of the calibration split are known.
+    # A method that is added costs what it needs, and the first training batch: the data must be those of the fit.
     added = BayesianMoECallback([*methods, TemperatureScaling(name="again"), Mine()], dirpath=str(tmp_path / "b"))
     module.forwards = 0
     added.fit_posterior(module, trainer=trainer(tmp_path, [added]), datamodule=ToyDataModule())
-    assert module.forwards == 0
+    assert module.forwards == CALIBRATION + 1
     other = LaplaceLPO(name="other", scope="global")
     added = BayesianMoECallback([*methods, other], dirpath=str(tmp_path / "b"))
+    module.forwards = 0
     added.fit_posterior(module, trainer=trainer(tmp_path, [added]), datamodule=ToyDataModule())
-    assert module.forwards == CALIBRATION
+    assert module.forwards == CALIBRATION + 1
     found, _ = load_fit(tmp_path / "b")
     assert {"again", "mine", "other", "probit"} <= found.methods.keys()
     assert found.fit_id == callback.fitted.fit_id

@@ -37,6 +37,7 @@ from bmoe_lightning.utils.safetensors_io import (
 FORMAT = "curvature checkpoint"
 VERSION = 1
 _GENERATOR = "generator"
+_RECORD = "data."
 _DONE, _RUNNING, _STOPPED = range(3)  # states of a rank, all-gathered before each write
 _PREVIOUS = ".before"  # suffix of the previous file of each of several ranks
 _RESTART = "delete the file to start the curvature pass from the beginning"
@@ -91,6 +92,7 @@ class PassCheckpoint:
         fingerprint: Fingerprint of the model's weights.
         options: Everything else that the sums depend on, except the batches, as JSON values.
         distributed: Whether all ranks of torch.distributed's default group take part.
+        record: Record of the data, which is written and restored with the sums.
 
     Raises:
         ValueError: If `every` is below 1, or this rank's file is damaged, has another format or version, or is from a
@@ -104,13 +106,21 @@ class PassCheckpoint:
     """
 
     def __init__(
-        self, path: str | Path | None, every: int, fingerprint: str, options: Mapping[str, Any], *, distributed: bool
+        self,
+        path: str | Path | None,
+        every: int,
+        fingerprint: str,
+        options: Mapping[str, Any],
+        *,
+        distributed: bool,
+        record: Stateful | None = None,
     ) -> None:
         if every < 1:
             raise ValueError(f"checkpoint_every must be at least 1, got {every}")
         self.progress = Progress()
         self._distributed = distributed
         self._every = every
+        self._record = record
         self._fingerprint = fingerprint
         self._options = json.loads(json.dumps(options))
         self._tensors: dict[str, Tensor] = {}
@@ -141,9 +151,8 @@ class PassCheckpoint:
             state = self._tensors.pop(_GENERATOR)
             check_state({_GENERATOR: generator.get_state()}, {_GENERATOR: state})
             generator.set_state(state)
-            for position, layer_sums in enumerate(sums):
-                start = f"{position}."
-                layer_sums.load_state(
+            for start, part in self._parts(sums):
+                part.load_state(
                     {name.removeprefix(start): t for name, t in self._tensors.items() if name.startswith(start)}
                 )
         except (KeyError, RuntimeError, ValueError) as error:
@@ -186,6 +195,11 @@ class PassCheckpoint:
                 raise InterruptedPassError
         if self.progress.writes and (self._distributed or self._batches > self.progress.batches):
             self._write(self._path, sums, generator, examples, checked=checked)
+
+    def _parts(self, sums: Sequence[Stateful]) -> list[tuple[str, Stateful]]:
+        """Everything with a state, and what the names of its tensors begin with."""
+        parts = [(f"{position}.", layer) for position, layer in enumerate(sums)]
+        return parts if self._record is None else [*parts, (_RECORD, self._record)]
 
     def _states(self, state: int) -> list[int]:
         """The states of all ranks. A collective in a distributed pass."""
@@ -230,7 +244,7 @@ class PassCheckpoint:
     ) -> None:
         writes = self.progress.writes + 1
         self.progress = Progress(self._batches, examples, checked, writes, self._digest)
-        tensors = {f"{p}.{name}": t for p, layer in enumerate(sums) for name, t in layer.state().items()}
+        tensors = {f"{start}{name}": t for start, part in self._parts(sums) for name, t in part.state().items()}
         tensors[_GENERATOR] = generator.get_state()
         description = {
             "fingerprint": self._fingerprint,

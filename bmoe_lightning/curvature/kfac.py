@@ -27,6 +27,7 @@ from bmoe_lightning.curvature.fisher import FisherName, fisher_weights
 from bmoe_lightning.curvature.sketch import SketchName, check_linear, check_state, check_sums, make_sketch
 from bmoe_lightning.curvature.spec import ApproximationName, Curvature
 from bmoe_lightning.experts.counted_batch import lockstep
+from bmoe_lightning.experts.data_record import DataRecorder
 from bmoe_lightning.experts.discovery import find_expert_layers
 from bmoe_lightning.experts.fingerprint import weight_fingerprint
 from bmoe_lightning.experts.fsdp import check_collective
@@ -68,6 +69,7 @@ def collect_factors(
     checkpoint: str | Path | None = None,
     checkpoint_every: int = 100,
     device: torch.device | str | None = None,
+    record: DataRecorder | None = None,
 ) -> KroneckerFactors:
     """Collect the curvature of every expert's second linear layer.
 
@@ -98,6 +100,7 @@ def collect_factors(
             removed: call `remove_checkpoint` once the factors, or results computed from them, are saved.
         checkpoint_every: Number of batches (of each rank) between two checkpoints; a shorter pass writes none.
         device: Device to which the factors of each finished layer are moved; by default that of the layer.
+        record: Recorder of the data, which resumes with the pass.
 
     Returns:
         The factors, in float32 or, for a float64 model, float64.
@@ -127,6 +130,7 @@ def collect_factors(
     check_collective(model, distributed=distributed)
     generator = torch.Generator().manual_seed(seed + (process_rank() * 7_368_787 if distributed else 0))
     fingerprint = weight_fingerprint(model, layers)
+    record = record or DataRecorder(distributed=distributed)
     kept = PassCheckpoint(
         checkpoint,
         checkpoint_every,
@@ -142,6 +146,7 @@ def collect_factors(
             "process": process_rank() if distributed else 0,
         },
         distributed=distributed,
+        record=record,
     )
     sums: list[_LayerSums] = []
     used, checked = kept.progress.examples, kept.progress.checked
@@ -160,6 +165,7 @@ def collect_factors(
                 thorough, checked = not checked, checked or len(tapped.logits) > 1
                 _add_batch(sums, tapped, slots, weights, approximation, thorough=thorough)
                 used += tapped.num_counted
+                record.add(torch.where(tapped.present, tapped.logits, -torch.inf), tapped.labels, tapped.num_counted)
             del tapped, slots  # frees this batch's graph before the next forward pass
             kept.batch_done(sums, generator, used, checked=checked)
         if not sums and (distributed or kept.resumed):

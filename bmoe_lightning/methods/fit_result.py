@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from bmoe_lightning.curvature.kfac import prior_factors
 from bmoe_lightning.curvature.spec import Curvature
 from bmoe_lightning.experts import ExpertLayer
+from bmoe_lightning.experts.data_record import DataRecord
 from bmoe_lightning.experts.discovery import locate_expert_layers
 from bmoe_lightning.experts.weight_record import PresentWeights, WeightComparison, WeightRecord
 from bmoe_lightning.laplace.posterior import LaplacePosterior, WeightMismatchError
@@ -62,6 +63,8 @@ class FitResult:
         calibration: Logits `[N, K]` float64 and labels `[N]` (or None) of the held-out data, if a method used them.
         weights: Record of the weights, with which renamed, merged or cast ones are recognised.
         warnings: What makes the predictions of every method doubtful, one sentence each.
+        training: Record of the training data, if a curvature was collected from them; None in files of an earlier
+            version.
     """
 
     fit_id: str = field(default_factory=lambda: uuid.uuid4().hex)
@@ -73,6 +76,7 @@ class FitResult:
     calibration: tuple[Tensor, Tensor | None] | None = None
     weights: WeightRecord | None = field(default=None, repr=False)
     warnings: tuple[str, ...] = ()
+    training: DataRecord | None = field(default=None, repr=False)
 
     def differences(self, method: Method) -> list[str]:
         """Fit options of a method that differ from those of the stored fit of that name.

@@ -19,8 +19,10 @@ from bmoe_lightning.laplace.validation_cache import CACHE_BYTES
 from bmoe_lightning.methods.base import Method, check_method_names
 from bmoe_lightning.methods.curvature_warnings import warn_of_discarded_energy
 from bmoe_lightning.methods.fit_result import FitResult, FittedMethod
+from bmoe_lightning.methods.given_data import Split
 from bmoe_lightning.methods.label_warnings import warn_of_chance, warn_of_few_labels
-from bmoe_lightning.methods.workbench import Batches, PassFiles, TrainingData, Workbench
+from bmoe_lightning.methods.training_data import Batches, PassFiles, TrainingData
+from bmoe_lightning.methods.workbench import Workbench
 from bmoe_lightning.utils.distributed import broadcast_, is_rank_zero, num_processes, sum_over_processes
 from bmoe_lightning.utils.fit_warnings import collected_fit_warnings
 
@@ -50,11 +52,12 @@ def fit_methods(
         model: The trained model.
         class_logits: Function `(model, batch) -> (logits [B, K], labels [B] or None)`.
         training: Training data; used only if a method has a curvature.
-        calibration: Held-out data; used only if a method needs them.
+        calibration: Held-out data; used only if a method needs them. None uses what `earlier` stores of its own, which
+            suffices for methods without covariances.
         prior_mean: Weights from before fine-tuning by qualified parameter name (see `down_proj_weights`), for methods
             that use the evidence with `prior_mean="pretrained"`.
         snapshots: Snapshots of the trained weights after the last epochs, latest last, for methods that need them.
-        earlier: Earlier fit to the same weights; its methods are fitted again only if their options differ.
+        earlier: Earlier fit to the same weights and data; its methods are fitted again only if their options differ.
         seed: Seed for sampled labels, sketch matrices and Monte Carlo noise.
         distributed: Whether all ranks of torch.distributed's default group call this, each with its shard of the data:
             examples r, r + W, r + 2 W, ... for rank r of W, and, where weights are sharded, in equally many batches of
@@ -72,6 +75,7 @@ def fit_methods(
     Raises:
         ValueError: If data, labels, the prior mean or a curvature's layers are missing, ranks have different weights, a
             checkpoint belongs to another curvature pass, or `earlier` was fitted with another seed.
+        DataMismatchError: If data that a method uses are others than those of `earlier`; their order may differ.
         WeightMismatchError: If `earlier` was fitted to other weights.
         OSError: If a checkpoint cannot be written.
     """
@@ -99,12 +103,14 @@ def fit_methods(
         snapshots=snapshots,
         posteriors=earlier.posteriors,
         calibration_logits=earlier.calibration,
+        training_record=earlier.training,
         seed=earlier.seed,
         distributed=distributed,
         pass_files=pass_files,
         cache_bytes=cache_bytes,
     )
     work.check_before_passes()
+    work.check_given_data(methods)
     for method in missing:
         for curvature in method.curvatures:
             work.posterior(curvature)
@@ -120,15 +126,16 @@ def fit_methods(
         digests = tuple(curvature.digest for curvature in method.curvatures)
         fitted[method.name] = FittedMethod(state, method.fit_options(), digests, tuple(doubts))
     collected = {digest: p for digest, p in work.posteriors.items() if p.factors.rank > 0}
-    calibration = work.known_logits or earlier.calibration
+    calibration = work.given.split
     doubts_of_model = _doubts_of_model(missing, calibration)
     if is_rank_zero():
         _log_warnings(fitted, [sentence for sentence in doubts_of_model if sentence not in earlier.warnings])
     warnings = tuple(dict.fromkeys([*earlier.warnings, *doubts_of_model]))
-    return replace(earlier.with_methods(fitted, collected), calibration=calibration, warnings=warnings)
+    completed = earlier.with_methods(fitted, collected)
+    return replace(completed, calibration=calibration, training=work.given.training_record, warnings=warnings)
 
 
-def _doubts_of_model(methods: Sequence[Method], calibration: tuple[Tensor, Tensor | None] | None) -> list[str]:
+def _doubts_of_model(methods: Sequence[Method], calibration: Split | None) -> list[str]:
     """What makes the predictions of all methods doubtful: the model's accuracy, if labels are used."""
     with collected_fit_warnings() as doubts:
         # The labels may be placeholders where no method uses them.

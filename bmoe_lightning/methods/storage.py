@@ -26,6 +26,7 @@ from typing import Any
 from torch import Tensor
 
 from bmoe_lightning.experts import ExpertLayer
+from bmoe_lightning.experts.data_record import DataRecord
 from bmoe_lightning.experts.weight_record import WeightRecord
 from bmoe_lightning.laplace import storage as posterior_storage
 from bmoe_lightning.laplace.posterior import LaplacePosterior
@@ -59,6 +60,7 @@ _VERSION = 1
 _REMEDY = "fit again"
 _CALIBRATION = ".calibration"  # no method name starts with a dot
 _WEIGHTS = ".weights"
+_TRAINING = ".training"
 _LARGE = 1 << 20  # bytes: a state above this has a file of its own, which adding a method does not rewrite
 _KINDS = {"methods": _METHODS_FORMAT, "state": _STATE_FORMAT, "posterior": posterior_storage.FORMAT}
 _NEW_NAME = re.compile(r"(methods|state|posterior)(-\w+)?-[0-9a-f]{12}\.safetensors")  # see `_Writer`
@@ -96,6 +98,8 @@ def save_fit(folder: Path, fit: FitResult, snapshots: Sequence[Path] = ()) -> No
         small[_CALIBRATION] = {"logits": logits} | ({} if labels is None else {"labels": labels})
     if fit.weights is not None:
         small[_WEIGHTS] = fit.weights.tensors()
+    if fit.training is not None:
+        small[_TRAINING] = fit.training.tensors()
     tensors = {f"{name}/{key}": value for name, state in small.items() for key, value in state.items()}
     content: dict[str, Any] = {
         "fingerprint": fit.fingerprint,
@@ -224,11 +228,11 @@ def load_fit(folder: Path, *, offload: Collection[str] = ()) -> tuple[FitResult,
             raise TypeError(f"fingerprint {fingerprint!r}, seed {seed!r}")
     try:
         calibration = stored_calibration(states.get(_CALIBRATION))
+        training = DataRecord.from_tensors(states[_TRAINING]) if _TRAINING in states else None
     except ValueError as error:
         raise damaged(_path_of(folder, content["states"]), _METHODS_FORMAT, str(error), _REMEDY) from error
-    return FitResult(
-        header.fit, fingerprint, layers, methods, posteriors, seed, calibration, weights, warnings
-    ), snapshots
+    parts = (methods, posteriors, seed, calibration, weights, warnings, training)
+    return FitResult(header.fit, fingerprint, layers, *parts), snapshots
 
 
 def load_identity(folder: Path) -> FitResult:
@@ -384,7 +388,7 @@ def _remove(folder: Path, content: Mapping[str, Any], fit_id: str) -> None:
 
 
 def _load_states(folder: Path, header: FileHeader) -> dict[str, dict[str, Tensor]]:
-    """The states of all methods by name, and the calibration data as one more."""
+    """The states of all methods by name, and the records of weights and data beside them."""
     states: dict[str, dict[str, Tensor]] = {}
     for name, value in _load_tensors(folder, header.description["states"], _METHODS_FORMAT, header.fit).items():
         method, _, key = name.partition("/")

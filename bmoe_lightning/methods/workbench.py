@@ -7,11 +7,9 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
 from functools import partial
-from itertools import islice
 from pathlib import Path
-from typing import Any, Literal, Protocol, runtime_checkable
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -19,8 +17,8 @@ from torch import Tensor, nn
 from bmoe_lightning.curvature.kfac import collect_factors, prior_factors
 from bmoe_lightning.curvature.spec import Curvature
 from bmoe_lightning.experts import ClassLogits, squared_distances
-from bmoe_lightning.experts.counted_batch import count_of, lockstep, plain_batch
-from bmoe_lightning.experts.logits_contract import NO_LABEL, checked_labels, joined_logits
+from bmoe_lightning.experts.counted_batch import lockstep
+from bmoe_lightning.experts.data_record import DataRecord, DataRecorder
 from bmoe_lightning.laplace.covariance_cache import CovarianceCache
 from bmoe_lightning.laplace.posterior import LaplacePosterior, posterior_terms
 from bmoe_lightning.laplace.prior import (
@@ -30,79 +28,16 @@ from bmoe_lightning.laplace.prior import (
 )
 from bmoe_lightning.laplace.validation_cache import CACHE_BYTES, CacheBuilder
 from bmoe_lightning.methods.base import Method
-from bmoe_lightning.methods.batch_view import BatchView
+from bmoe_lightning.methods.given_data import GivenData, Split
 from bmoe_lightning.methods.temperature_search import check_labelled
-from bmoe_lightning.utils.distributed import (
-    broadcast_,
-    failing_together,
-    gather_examples,
-    gather_number,
-    num_processes,
-)
+from bmoe_lightning.methods.training_data import PassFiles, TrainingData
+from bmoe_lightning.utils.distributed import broadcast_, failing_together, num_processes
 from bmoe_lightning.utils.fit_warnings import warn_of_fit
 
 _logger = logging.getLogger(__name__)
 
 PriorMeanName = Literal["pretrained", "zero"]
 PRIOR_MEANS: tuple[PriorMeanName, ...] = ("pretrained", "zero")
-
-
-@runtime_checkable
-class TrainingData(Protocol):
-    """The training data of curvature passes."""
-
-    def batches(self, max_batches: int | None) -> Iterable[Any]:
-        """Batches of one pass; on each rank at most `max_batches` of its shard."""
-        ...
-
-    def num_examples(self, max_batches: int | None, seen: int) -> int:
-        """Number of examples that the curvature is scaled to, given the number seen in the pass of all ranks."""
-        ...
-
-
-@dataclass(frozen=True)
-class Batches:
-    """Training data from any iterable of batches, which is iterated over once per curvature.
-
-    Attributes:
-        iterable: The batches.
-        size: Number of examples that the curvature is scaled to, if the batches are a subset of the data.
-    """
-
-    iterable: Iterable[Any]
-    size: int | None = None
-
-    def batches(self, max_batches: int | None) -> Iterable[Any]:
-        """The batches, at most `max_batches` of them."""
-        return self.iterable if max_batches is None else islice(self.iterable, max_batches)
-
-    def num_examples(self, max_batches: int | None, seen: int) -> int:
-        """The given size, or the number seen."""
-        return seen if self.size is None else self.size
-
-
-@dataclass(frozen=True)
-class PassFiles:
-    """Location of the checkpoints of curvature passes.
-
-    Attributes:
-        folder: Folder of the checkpoints.
-        every: Number of batches between two checkpoints.
-        fit_id: Id of the fit that the passes belong to, so that two fits can share a folder.
-    """
-
-    folder: Path
-    every: int
-    fit_id: str = ""
-
-    def path(self, curvature: Curvature) -> Path:
-        """Path of the checkpoint of one curvature."""
-        return self.folder / f"{self.stem}{curvature.digest}.safetensors"
-
-    @property
-    def stem(self) -> str:
-        """What the file names of all curvatures begin with."""
-        return f"curvature_state-{self.fit_id[:8]}-" if self.fit_id else "curvature_state-"
 
 
 class Workbench:
@@ -117,12 +52,16 @@ class Workbench:
         prior_mean: Weights from before fine-tuning by qualified parameter name (see `down_proj_weights`).
         snapshots: Snapshots of the trained weights after the last epochs, latest last.
         posteriors: Curvatures that are already collected, by digest.
-        calibration_logits: Logits and labels of the held-out data, if already computed; a pass over the data then runs
-            only for covariances.
+        calibration_logits: Logits and labels of the held-out data of the existing fit, with which the given ones are
+            compared; without `calibration` they are used in their place, except for covariances.
+        training_record: Record of the training data of the existing fit, with which the given ones are compared.
         seed: Seed for sampled labels, sketch matrices and Monte Carlo noise.
         distributed: Whether all ranks of torch.distributed's default group take part, each with its shard of the data.
         pass_files: Location of the checkpoints of curvature passes; None writes none.
         cache_bytes: Memory of the covariance terms of the held-out data under all curvatures; see `CacheBuilder`.
+
+    Attributes:
+        given: The data, compared with those of the existing fit.
     """
 
     def __init__(
@@ -136,7 +75,8 @@ class Workbench:
         prior_mean: Mapping[str, Tensor] | None = None,
         snapshots: Sequence[Path] = (),
         posteriors: Mapping[str, LaplacePosterior] | None = None,
-        calibration_logits: tuple[Tensor, Tensor | None] | None = None,
+        calibration_logits: Split | None = None,
+        training_record: DataRecord | None = None,
         seed: int = 0,
         distributed: bool = False,
         pass_files: PassFiles | None = None,
@@ -155,8 +95,11 @@ class Workbench:
         self._pass_files = pass_files
         self._cache_bytes = cache_bytes
         self._caches: dict[str, CovarianceCache] = {}
+        self.given = GivenData(
+            model, class_logits, training, calibration, calibration_logits, training_record, distributed=distributed
+        )
         needs_covariances = any(method.needs.calibration and method.curvatures for method in self._methods)
-        self._logits = None if needs_covariances else calibration_logits
+        self._logits = None if needs_covariances or calibration is not None else calibration_logits
         self._distances: dict[tuple[str, str], list[Tensor]] = {}
 
     def check_before_passes(self) -> None:
@@ -173,6 +116,25 @@ class Workbench:
                 for curvature in method.curvatures:
                     check_distances(self.squared_distances(curvature, "pretrained"))
 
+    def check_given_data(self, methods: Sequence[Method]) -> None:
+        """Compare the data with those of the existing fit, as far as that is possible before the passes over them.
+
+        Args:
+            methods: All methods of the table, also those that are already fitted; data that they do not use are not
+                looked at.
+
+        Raises:
+            DataMismatchError: If the data differ.
+        """
+        collected = [curvature for method in methods for curvature in method.curvatures if curvature.collects]
+        collects = any(curvature.digest not in self.posteriors for curvature in collected)
+        has_curvature = any(posterior.factors.rank for posterior in self.posteriors.values())
+        if collected and (has_curvature or self.given.training_record is not None):
+            self.given.check_training(collects=collects)
+        if any(method.needs.calibration for method in methods):
+            passed_over = any(method.needs.calibration for method in self._methods)
+            self.given.check_calibration(passed_over=passed_over, collects=collects)
+
     def posterior(self, curvature: Curvature) -> LaplacePosterior:
         """The posterior of a curvature at prior precision 1, collected in one pass over the training data and cached.
 
@@ -183,20 +145,16 @@ class Workbench:
             self.posteriors[curvature.digest] = self._collected(curvature)
         return self.posteriors[curvature.digest]
 
-    def calibration_logits(self) -> tuple[Tensor, Tensor | None]:
+    def calibration_logits(self) -> Split:
         """Logits `[N, K]` float64 and labels `[N]` int64 (or None) of the held-out data, on the CPU.
 
         Raises:
             ValueError: If there are no held-out data.
+            DataMismatchError: If they are others than those of the existing fit.
         """
         if self._logits is None:
             self._pass_over_calibration()
         assert self._logits is not None
-        return self._logits
-
-    @property
-    def known_logits(self) -> tuple[Tensor, Tensor | None] | None:
-        """The result of `calibration_logits`, if it was computed; else None."""
         return self._logits
 
     def labelled_logits(self) -> tuple[Tensor, Tensor]:
@@ -267,23 +225,26 @@ class Workbench:
         if not curvature.collects:
             factors = prior_factors(self.model, curvature.find_layers(self.model))
         else:
-            files = self._pass_files
+            files, limit = self._pass_files, curvature.max_batches
+            recorder = DataRecorder(distributed=self._distributed, max_batches=limit)
             factors = collect_factors(
                 self.model,
                 self._class_logits,
-                self._training.batches(curvature.max_batches),
+                self._training.batches(limit),
                 rank=curvature.rank,
                 fisher=curvature.fisher,
                 approximation=curvature.approximation,
                 sketch=curvature.sketch,
                 layers=curvature.find_layers(self.model),
-                num_examples=partial(self._training.num_examples, curvature.max_batches),
+                num_examples=partial(self._training.num_examples, limit),
                 seed=self.seed,
                 distributed=self._distributed,
                 checkpoint=None if files is None else files.path(curvature),
                 checkpoint_every=1 if files is None else files.every,
                 device="cpu" if curvature.offload else None,
+                record=recorder,
             )
+            self.given.see_training(recorder.finish())
         if curvature.factor_dtype == "bfloat16":
             factors = factors.to(dtype=torch.bfloat16)
         posterior = LaplacePosterior(factors, offload=curvature.offload)
@@ -303,45 +264,13 @@ class Workbench:
             digest: CacheBuilder(posterior.curvature, max_bytes=each, num_shards=shards)
             for digest, posterior in posteriors.items()
         }
-        plain = _LogitsBuilder()
+        if not builders:
+            self._logits = self.given.plain_split()
+            return
         with failing_together(distributed=self._distributed):
             for batch in lockstep(self.model, self._calibration):
-                if not builders:
-                    plain.add(BatchView(self.model, self._class_logits, plain_batch(batch)), batch)
-                    continue
                 terms = posterior_terms(list(posteriors.values()), self.model, self._class_logits, batch)
                 for builder, of_posterior in zip(builders.values(), terms, strict=True):
                     builder.add(of_posterior)
-        if not builders:
-            self._logits = plain.finish(distributed=self._distributed)
-            return
         self._caches = {d: builder.finish(distributed=self._distributed) for d, builder in builders.items()}
-        self._logits = next(iter(self._caches.values())).all_examples()
-
-
-class _LogitsBuilder:
-    """Collects logits and labels of a pass without curvature."""
-
-    def __init__(self) -> None:
-        self._logits: list[Tensor] = []
-        self._labels = [torch.empty(0, dtype=torch.int64)]
-
-    def add(self, view: BatchView, batch: Any) -> None:
-        count = count_of(batch, len(view.logits))
-        missing = torch.full((len(view.logits),), NO_LABEL)
-        labels = missing if view.labels is None else checked_labels(view.labels, view.logits, values=False)
-        self._logits.append(view.logits[:count].cpu())
-        self._labels.append(labels[:count].cpu())
-
-    def finish(self, *, distributed: bool) -> tuple[Tensor, Tensor | None]:
-        num_classes = max((part.shape[1] for part in self._logits), default=0)
-        if distributed:
-            num_classes = max(gather_number(num_classes))
-        # A rank without a batch contributes no rows, of that many classes.
-        self._logits.append(torch.empty(0, num_classes, dtype=torch.float64))
-        logits, labels = joined_logits(self._logits, num_classes), torch.cat(self._labels)
-        if distributed:
-            logits, labels = gather_examples(logits), gather_examples(labels)
-        if not len(labels):
-            raise ValueError("no calibration examples: the calibration split is empty; add examples")
-        return logits, None if bool((labels == NO_LABEL).all()) else labels
+        self._logits = self.given.seen_split(next(iter(self._caches.values())).all_examples())

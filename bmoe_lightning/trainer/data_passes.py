@@ -13,7 +13,7 @@ from lightning.pytorch.strategies import ModelParallelStrategy
 from lightning.pytorch.utilities.combined_loader import CombinedLoader
 
 from bmoe_lightning.trainer.lightning_internals import before_batch_transfer, setup_validation_data, wrapped_samplers
-from bmoe_lightning.trainer.loaders import count_batches, count_entries
+from bmoe_lightning.trainer.loaders import count_batches, count_entries, iterates_once
 from bmoe_lightning.trainer.progress import progress
 from bmoe_lightning.trainer.sampler_shards import find_sampler_shard
 from bmoe_lightning.trainer.signals import check_sigterm, deferred_sigint
@@ -66,6 +66,11 @@ class DataPass:
     def num_entries(self) -> int | None:
         """Number of entries of the data set in one pass, summed over all ranks; None where it is unknown."""
         return count_entries(self._loader, self._num_batches) if self._shard is None else self._shard.total
+
+    @property
+    def iterates_once(self) -> bool:
+        """Whether the data can be iterated over only once."""
+        return iterates_once(self._loader)
 
     def __iter__(self) -> Iterator[Any]:
         """Batches on the trainer's device, moved by the module's transfer hooks.
@@ -180,6 +185,11 @@ class TrainerTrainingData:
     def batches(self, max_batches: int | None) -> DataPass:
         """One pass of at most `max_batches` batches on each rank; see `training_pass`."""
         return training_pass(self._trainer, "Curvature", max_batches)
+
+    @property
+    def iterates_once(self) -> bool:
+        """Whether the data can be iterated over only once."""
+        return iterates_once(self._trainer.train_dataloader)
 
     def num_examples(self, max_batches: int | None, seen: int) -> int:
         """Number of examples of a training epoch, from those seen in a pass of at most `max_batches` batches.

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from bmoe_lightning.methods.workbench import PassFiles
+from bmoe_lightning.methods.training_data import PassFiles
 from bmoe_lightning.trainer.folders import belongs_to, beside_checkpoint
 
 

@@ -27,7 +27,7 @@ from bmoe_lightning.methods.storage import (
     stored_snapshots,
     unreadable,
 )
-from bmoe_lightning.methods.workbench import PassFiles
+from bmoe_lightning.methods.training_data import PassFiles
 from bmoe_lightning.trainer.checks import is_trial
 from bmoe_lightning.trainer.earlier_run import EarlierRun, pass_files, possible_homes
 from bmoe_lightning.trainer.folders import (

@@ -26,7 +26,8 @@ from bmoe_lightning.laplace.prior import SCOPES, Scope
 from bmoe_lightning.laplace.validation_cache import ValidationCache
 from bmoe_lightning.methods import BatchView, Needs
 from bmoe_lightning.methods.base import CurvatureMethod, State
-from bmoe_lightning.methods.workbench import Batches, Workbench
+from bmoe_lightning.methods.training_data import Batches
+from bmoe_lightning.methods.workbench import Workbench
 from bmoe_lightning.utils.safetensors_io import read_tensor_file, write_tensor_file
 from recipes.calibration_study.settings import StudySettings
 from recipes.qwen_obqa.builtin_model import pretrain

@@ -24,7 +24,7 @@ from lightning.pytorch.loggers import TensorBoardLogger
 from bmoe_lightning import BayesianMoECallback, ExpertFinetuner, MultipleChoiceDataModule
 from bmoe_lightning.curvature.checkpoint import FORMAT as PASS_FORMAT
 from bmoe_lightning.laplace.posterior import WeightMismatchError
-from bmoe_lightning.methods import FitResult, Method, NeedsError
+from bmoe_lightning.methods import DataMismatchError, FitResult, Method, NeedsError
 from bmoe_lightning.methods.storage import INDEX_FILE, has_fit, load_fit
 from bmoe_lightning.report import MethodResult
 from bmoe_lightning.trainer.progress import LoopProgressLines
@@ -219,8 +219,8 @@ class SeedRun:
         """Train and fit what an earlier run has not, and evaluate the methods without predictions."""
         try:
             self._fit_and_evaluate(missing)
-        except WeightMismatchError as error:
-            # All ranks compare the same weights, so the error is raised on all of them.
+        except (WeightMismatchError, DataMismatchError) as error:
+            # All ranks compare the same weights and data, so the error is raised on all of them.
             warnings.warn(f"{error} The methods are fitted again", stacklevel=2)
             if is_rank_zero():
                 (self.fit_folder / INDEX_FILE).unlink()

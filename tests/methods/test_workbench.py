@@ -26,7 +26,7 @@ from bmoe_lightning.methods import (
     fit_methods,
 )
 from bmoe_lightning.methods.base import Method, scalar
-from bmoe_lightning.methods.workbench import Batches, PassFiles
+from bmoe_lightning.methods.training_data import Batches, PassFiles
 
 DOWN = ("layers.0.mixture.crew.down_proj", "layers.1.mixture.crew.down_proj")
 FITTED = (TemperatureScaling, LaplaceEvidence, LaplaceLPO, LaplaceTemperature, EvidenceTemperature, ShrunkTemperature)
@@ -193,27 +193,25 @@ class TestAddingMethods:
     def test_does_only_what_they_need(self, model, train, calibration, prior_mean, everything):
         counted = Counted()
         added = [LaplaceLPO(name="lpo_global", scope="global", curvature=RANK3)]
-        fit = fit_methods([*EVERYTHING, *added], model, counted, Untouchable(), iter(calibration), earlier=everything)
-        assert counted.seen == [identity(batch) for batch in calibration]
+        fit = fit_methods([*EVERYTHING, *added], model, counted, train, iter(calibration), earlier=everything)
+        assert counted.seen == [identity(batch) for batch in (train[0], *calibration)]
         assert fit.fit_id == everything.fit_id
         assert set(fit.methods) == {*everything.methods, "lpo_global"}
         assert all(fit.methods[name] is entry for name, entry in everything.methods.items())
         alone = fit_methods(added, model, answer_logits, train, calibration)
         assert precision(fit, "lpo_global") == pytest.approx(precision(alone, "lpo_global"), rel=1e-9)
 
-    def test_options_of_prediction_touch_no_fit(self, model, everything):
+    def test_options_of_prediction_touch_no_fit(self, model, train, calibration, everything):
         methods = methods_of(MAP, *FITTED[:3], num_samples=7, link="probit")
-        fit = fit_methods(methods, model, answer_logits, Untouchable(), Untouchable(), earlier=everything)
+        fit = fit_methods(methods, model, answer_logits, train, calibration, earlier=everything)
         assert fit.methods == everything.methods
 
-    def test_a_method_with_other_options_is_fitted_again(self, model, calibration, prior_mean, everything):
+    def test_a_method_with_other_options_is_fitted_again(self, model, train, calibration, prior_mean, everything):
         counted = Counted()
         methods = methods_of(LaplaceTemperature, num_samples=500, link="probit")
         assert everything.differences(methods[0]) == ["link='mc' (here 'probit')"]
-        fit = fit_methods(
-            methods, model, counted, Untouchable(), calibration, earlier=everything, prior_mean=prior_mean
-        )
-        assert counted.seen == [identity(batch) for batch in calibration]
+        fit = fit_methods(methods, model, counted, train, calibration, earlier=everything, prior_mean=prior_mean)
+        assert counted.seen == [identity(batch) for batch in (train[0], *calibration)]
         assert fit.differences(methods[0]) == []
         assert precision(fit, "laplace_temperature") == precision(everything, "laplace_temperature")
         assert not torch.equal(*(state(x, "laplace_temperature")["temperature"] for x in (fit, everything)))
@@ -399,15 +397,16 @@ def test_factors_in_half_precision_and_on_the_cpu(model, everything, train, cali
     assert curvature.digest != RANK3.digest
 
 
-def test_held_out_logits_are_passed_over_once(model, calibration):
+def test_held_out_logits_are_stored(model, calibration):
     methods = methods_of(TemperatureScaling)
     fit = fit_methods(methods, model, answer_logits, Untouchable(), calibration)
     logits, labels = whole(model, calibration)
     torch.testing.assert_close(fit.calibration[0], logits.double())
     assert torch.equal(fit.calibration[1], labels)
     again = [*methods, TemperatureScaling(name="again")]
-    more = fit_methods(again, model, answer_logits, Untouchable(), Untouchable(), earlier=fit)
+    more = fit_methods(again, model, answer_logits, Untouchable(), calibration, earlier=fit)
     assert state(more, "again") == state(fit, "temperature")
+    assert more.calibration is fit.calibration
     without_data = fit_methods(again, model, answer_logits, Untouchable(), None, earlier=fit)
     assert state(without_data, "again") == state(fit, "temperature")
 

@@ -10,6 +10,7 @@ import shutil
 import signal
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -20,7 +21,7 @@ import bmoe_lightning
 from bmoe_lightning import LaplacePosterior
 from bmoe_lightning.methods import method_names
 from bmoe_lightning.methods.curvature_warnings import discarded_energy
-from bmoe_lightning.methods.storage import load_fit
+from bmoe_lightning.methods.storage import load_fit, save_fit
 from bmoe_lightning.report import matplotlib_available
 from recipes.qwen_obqa import experiment
 
@@ -252,6 +253,23 @@ class TestResume:
         assert f"{model} is damaged; the small model is created again" in captured.err
         assert "fine-tuning the experts" in captured.out
         assert (folder / "results.md").read_text() == table
+
+    def test_a_fit_to_other_data_is_named_and_made_again(self, tmp_path, capsys):
+        folder = tmp_path / "run"
+        assert run(folder, "--methods", "map,temperature") == 0
+        place = folder / "seed-0" / "bayesian_moe"
+        fit, snapshots = load_fit(place)
+        logits, labels = fit.calibration
+        state = {"temperature": fit.methods["temperature"].state["temperature"] * 2}
+        of_other_labels = {"temperature": replace(fit.methods["temperature"], state=state)}
+        save_fit(place, replace(fit, calibration=(logits, labels.roll(1)), methods=of_other_labels), snapshots)
+        capsys.readouterr()
+        assert run(folder, "--methods", "map,temperature,shrunk_temperature") == 0
+        assert "held-out data are not those of the existing fit: other labels" in capsys.readouterr().err
+        again = load_fit(place)[0]
+        assert again.methods.keys() == {"temperature", "shrunk_temperature"}
+        assert torch.equal(again.methods["temperature"].state["temperature"] * 2, state["temperature"])
+        assert torch.equal(again.calibration[1], labels)
 
     @pytest.mark.slow
     def test_files_of_a_run_with_other_settings_are_named_and_made_again(self, tmp_path, capsys):

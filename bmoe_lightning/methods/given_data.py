@@ -1,0 +1,284 @@
+"""The data that a fit is given, compared with those of the existing fit that it completes.
+
+All methods of a table share the data that they are fitted on: two calibration splits behind one table would make its
+rows incomparable, and a posterior from one split with a prior precision from another would belong to neither.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterable, Iterator, Sequence, Sized
+from itertools import islice
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
+from torch.utils.data import BatchSampler, DataLoader
+
+from bmoe_lightning.experts import ClassLogits
+from bmoe_lightning.experts.counted_batch import count_of, lockstep, plain_batch
+from bmoe_lightning.experts.data_record import DataRecord, DataRecorder, compared, record_of
+from bmoe_lightning.experts.logits_contract import NO_LABEL, checked_labels, joined_logits
+from bmoe_lightning.methods.batch_view import BatchView
+from bmoe_lightning.methods.training_data import TrainingData
+from bmoe_lightning.utils.distributed import failing_together, gather_examples, gather_number, is_rank_zero
+from bmoe_lightning.utils.random_state import unchanged_random_state
+
+_logger = logging.getLogger(__name__)
+
+Split = tuple[Tensor, Tensor | None]
+"""Logits `[N, K]` float64 of held-out data, `-inf` for absent classes, and labels `[N]` int64 or None."""
+
+
+class DataMismatchError(ValueError):
+    """The data are others than those of the existing fit."""
+
+
+class GivenData:
+    """The data that a fit is given, and what is known of those of the existing fit.
+
+    Args:
+        model: The model.
+        class_logits: Function `(model, batch) -> (logits [B, K], labels [B] or None)`.
+        training: Training data.
+        calibration: Held-out data, or None.
+        split: Held-out logits and labels of the existing fit, if it used any.
+        training_record: Record of the training data of the existing fit, if it has one.
+        distributed: Whether all ranks of torch.distributed's default group take part, each with its shard of the data.
+
+    Attributes:
+        split: Held-out logits and labels of the fit, as far as known.
+        training_record: Record of the training data of the fit, as far as known.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        class_logits: ClassLogits,
+        training: TrainingData,
+        calibration: Iterable[Any] | None,
+        split: Split | None = None,
+        training_record: DataRecord | None = None,
+        *,
+        distributed: bool = False,
+    ) -> None:
+        self.split = self._known_split = split
+        self.training_record = self._known_training = training_record
+        self._model = model
+        self._class_logits = class_logits
+        self._training = training
+        self._calibration = calibration
+        self._distributed = distributed
+
+    def check_calibration(self, *, passed_over: bool, collects: bool) -> None:
+        """Compare the held-out data, if there are any, as far as they are not compared later. A collective.
+
+        Args:
+            passed_over: Whether a pass for the methods follows, which compares all of them.
+            collects: Whether a curvature is collected before that, so that a difference should be told now.
+
+        Raises:
+            DataMismatchError: If they are others than those of the existing fit.
+        """
+        if self._calibration is None or self._known_split is None:
+            return
+        if not passed_over:
+            self.plain_split()
+        elif collects and not _iterates_once(self._calibration):
+            _refuse("held-out", record_of(*self._known_split).beginning(self._recorded(self._calibration, 1)))
+
+    def check_training(self, *, collects: bool) -> None:
+        """Compare the training data, if there are any. A collective.
+
+        The first batch is compared, and all data if it differs, since they may be the same in another order.
+
+        Args:
+            collects: Whether a curvature pass follows, which compares all of them.
+
+        Raises:
+            DataMismatchError: If they are others than those of the existing fit.
+        """
+        known, once = self._known_training, _iterates_once(self._training)
+        if known is None:
+            _log(
+                "it is unknown whether the training data are those of the existing fit, which was written without a "
+                "record of them; if they are others, fit all methods again in another folder"
+            )
+            return
+        if once and collects:
+            return
+        if not once:
+            batches = self._training.batches(known.max_batches)
+            first = self._recorded(batches, 1)
+            beginning = known.beginning(first) if first.num_examples else ""
+            _refuse("training", beginning)
+            if not first.num_examples or (beginning == "" and self._may_be_as_many(batches, first, known)):
+                return
+        found = self._recorded(self._training.batches(known.max_batches))
+        if found.num_examples:
+            _check_training(known, found)
+
+    def seen_split(self, found: Split) -> Split:
+        """Compare held-out logits and labels of a pass over all data. Their order may differ.
+
+        Returns:
+            The given ones.
+
+        Raises:
+            DataMismatchError: If they are others than those of the existing fit.
+        """
+        known = self._known_split
+        if known is None:
+            self.split = found
+            return found
+        difference = None
+        if len(known[0]) == len(found[0]):
+            difference = compared(_with_labels(known), _with_labels(found))
+        _refuse("held-out", record_of(*known).difference(record_of(*found)) if difference is None else difference)
+        if known[1] is None:
+            self.split = found  # the same inputs, now with labels
+        return found
+
+    def see_training(self, found: DataRecord | None) -> None:
+        """Compare the record of a curvature pass; None if it is incomplete. Their order may differ.
+
+        Raises:
+            DataMismatchError: If the data are others than those of the existing fit.
+        """
+        known = self._known_training
+        if self.training_record is None:
+            self.training_record = found
+        if known is None or found is None:
+            return
+        if known.max_batches == found.max_batches:
+            _check_training(known, found)
+        else:
+            _refuse("training", known.beginning(found))
+
+    def plain_split(self) -> Split:
+        """Logits and labels of the held-out data, from plain forward passes. A collective, if distributed.
+
+        Raises:
+            DataMismatchError: If they are others than those of the existing fit.
+            ValueError: If there are no examples.
+        """
+        assert self._calibration is not None
+        builder = _SplitBuilder()
+        with failing_together(distributed=self._distributed):
+            for batch in lockstep(self._model, self._calibration):
+                builder.add(self._view(batch), batch)
+        return self.seen_split(builder.finish(distributed=self._distributed))
+
+    def _view(self, batch: Any) -> BatchView:
+        return BatchView(self._model, self._class_logits, plain_batch(batch))
+
+    def _recorded(self, batches: Iterable[Any], max_batches: int | None = None) -> DataRecord:
+        """Record data in plain forward passes. A collective, if distributed."""
+        recorder = DataRecorder(distributed=self._distributed)
+        with unchanged_random_state(batches), failing_together(distributed=self._distributed):
+            for batch in islice(lockstep(self._model, batches), max_batches):
+                view = self._view(batch)
+                recorder.add(view.logits, view.labels, count_of(batch, len(view.logits)))
+        record = recorder.finish()
+        assert record is not None
+        return record
+
+    def _may_be_as_many(self, batches: Any, first: DataRecord, known: DataRecord) -> bool:
+        """Whether there may be as many examples, from what is known without a pass. A collective, if distributed."""
+        entries = getattr(batches, "num_entries", None)  # of all ranks
+        if entries is not None:
+            return bool(entries == known.num_examples)
+        here = _num_rows(batches)
+        rows = gather_number(here) if self._distributed else [here]
+        if min(rows) >= 0:
+            return sum(rows) == known.num_examples
+        try:
+            length = len(batches)
+        except (TypeError, OverflowError):
+            length = -1
+        lengths = gather_number(length) if self._distributed else [length]
+        longest, size = max(lengths), first.num_examples
+        return min(lengths) < 0 or (longest - 1) * size < known.num_examples <= longest * size
+
+
+class _SplitBuilder:
+    """Collects logits and labels of a pass without curvature."""
+
+    def __init__(self) -> None:
+        self._logits: list[Tensor] = []
+        self._labels = [torch.empty(0, dtype=torch.int64)]
+
+    def add(self, view: BatchView, batch: Any) -> None:
+        count = count_of(batch, len(view.logits))
+        missing = torch.full((len(view.logits),), NO_LABEL)
+        labels = missing if view.labels is None else checked_labels(view.labels, view.logits, values=False)
+        self._logits.append(view.logits[:count].cpu())
+        self._labels.append(labels[:count].cpu())
+
+    def finish(self, *, distributed: bool) -> Split:
+        num_classes = max((part.shape[1] for part in self._logits), default=0)
+        if distributed:
+            num_classes = max(gather_number(num_classes))
+        # A rank without a batch contributes no rows, of that many classes.
+        self._logits.append(torch.empty(0, num_classes, dtype=torch.float64))
+        logits, labels = joined_logits(self._logits, num_classes), torch.cat(self._labels)
+        if distributed:
+            logits, labels = gather_examples(logits), gather_examples(labels)
+        if not len(labels):
+            raise ValueError("no calibration examples: the calibration split is empty; add examples")
+        return logits, None if bool((labels == NO_LABEL).all()) else labels
+
+
+def _check_training(known: DataRecord, found: DataRecord) -> None:
+    difference = known.difference(found)
+    if difference and known.max_batches is not None:
+        if bool((known.limits[0] != found.limits[0]).any()):
+            _log(
+                f"it is unknown whether the training data are those of the existing fit: its curvature is from the "
+                f"first {known.max_batches} batches on each of {int(known.limits[0])} processes, and now there are "
+                f"{int(found.limits[0])}; use as many to have them compared"
+            )
+            return
+        difference += ", or another order, on which it depends what a pass with max_batches sees"
+    _refuse("training", difference)
+
+
+def _refuse(kind: str, difference: str | None) -> None:
+    if difference:
+        raise DataMismatchError(
+            f"the {kind} data are not those of the existing fit: {difference}. Pass the data that it was made with, or "
+            "fit all methods again, in another folder (dirpath=) or without the existing fit."
+        )
+
+
+def _log(sentence: str) -> None:
+    if is_rank_zero():
+        _logger.warning("%s", sentence)
+
+
+def _num_rows(batches: Any) -> int:
+    """Number of entries of all batches if it is known without a pass, else -1."""
+    if isinstance(batches, DataLoader):
+        sampler = batches.batch_sampler
+        if type(sampler) is not BatchSampler or sampler.drop_last or not isinstance(sampler.sampler, Sized):
+            return -1
+        return len(sampler.sampler)
+    if not isinstance(batches, Sequence):
+        return -1
+    rows = [_first_size(batch) for batch in batches]
+    return sum(rows) if min(rows, default=0) >= 0 else -1
+
+
+def _first_size(batch: Any) -> int:
+    tensors = (value for value in tree_leaves(plain_batch(batch)) if isinstance(value, Tensor) and value.dim())
+    return next((len(tensor) for tensor in tensors), -1)
+
+
+def _iterates_once(data: Any) -> bool:
+    return isinstance(data, Iterator) or getattr(data, "iterates_once", False)
+
+
+def _with_labels(split: Split) -> tuple[Tensor, Tensor]:
+    logits, labels = split
+    return logits, torch.full((len(logits),), NO_LABEL) if labels is None else labels
