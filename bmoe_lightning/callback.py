@@ -222,8 +222,7 @@ class BayesianMoECallback(L.Callback):
         """Fit all methods to a model that is already trained, as the end of training would.
 
         A killed curvature pass resumes (see `curvature_checkpoint_every`). A fit to the same weights that is already in
-        the folder is completed: only missing methods are fitted, so a method can be added to a finished run, with the
-        data of that run (in any order; others are refused).
+        the folder is completed: missing methods are fitted, so one can be added to a finished run, with the same data.
 
         Args:
             module: LightningModule; by default the one attached to the trainer.
@@ -238,8 +237,7 @@ class BayesianMoECallback(L.Callback):
 
         Raises:
             ValueError: If data, labels or the prior mean that a method needs are missing, or a file is damaged.
-            DataMismatchError: If the folder has a fit to other data.
-            WeightMismatchError: If the folder has a fit to other weights.
+            DataMismatchError, WeightMismatchError: If the folder has a fit to other data or weights.
         """
         self._given_prior_mean = prior_mean
         try:

@@ -69,10 +69,10 @@ OTHER_TRAINING = {
 )
 class TestRefused:
     def refused(self, run, kind, added, in_memory, **data):
-        before = {path.name: path.stat().st_mtime_ns for path in (run.folder / "fit").iterdir()}
+        before = {path.name: path.stat().st_mtime_ns for path in (run.folder / "fit").glob("[!.]*")}
         with pytest.raises(DataMismatchError, match=f"the {kind} data are not those of the existing fit: .*dirpath="):
             run.complete(ADDED[added], in_memory=in_memory, **data)
-        assert {path.name: path.stat().st_mtime_ns for path in (run.folder / "fit").iterdir()} == before
+        assert {path.name: path.stat().st_mtime_ns for path in (run.folder / "fit").glob("[!.]*")} == before
 
     @pytest.mark.parametrize("other", list(OTHER_CALIBRATION))
     def test_another_calibration_split(self, run, added, in_memory, other):
