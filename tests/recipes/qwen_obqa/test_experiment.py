@@ -254,6 +254,7 @@ class TestResume:
         assert "fine-tuning the experts" in captured.out
         assert (folder / "results.md").read_text() == table
 
+    @pytest.mark.slow
     def test_a_fit_to_other_data_is_named_and_made_again(self, tmp_path, capsys):
         folder = tmp_path / "run"
         assert run(folder, "--methods", "map,temperature") == 0
