@@ -31,7 +31,6 @@ from bmoe_lightning.experts.data_record import DataRecorder
 from bmoe_lightning.experts.discovery import find_expert_layers
 from bmoe_lightning.experts.fingerprint import weight_fingerprint
 from bmoe_lightning.experts.fsdp import check_collective
-from bmoe_lightning.experts.gradient_scale import GradientScale
 from bmoe_lightning.experts.grouped_matmul import ExpertGroups
 from bmoe_lightning.experts.logits_contract import ClassLogits
 from bmoe_lightning.experts.ownership import slot_owners
@@ -50,7 +49,7 @@ from bmoe_lightning.utils.distributed import (
 from bmoe_lightning.utils.fit_warnings import warn_of_fit
 from bmoe_lightning.utils.random_state import forked_random_state
 
-_FAINT_SHARE = 1e-3
+_UNDERFLOWED_SHARE = 1e-3
 
 
 def collect_factors(
@@ -113,7 +112,7 @@ def collect_factors(
         InterruptedPassError: If a signal stopped another rank (seen where ranks synchronise).
 
     Warns:
-        FitWarning: If more than one in a thousand gradients is too small for float16 (see
+        FitWarning: If more than one in a thousand gradients has underflowed in float16 (see
             `bmoe_lightning.experts.gradient_scale`).
         UserWarning: If a layer processed no token that affects a logit, so that its posterior is the prior; or if the
             checkpoints of several ranks have no write in common, so that the pass starts from the beginning.
@@ -259,13 +258,13 @@ def _warn_of_unseen(layers: Sequence[LayerFactors]) -> None:
 
 
 def _warn_of_underflow(sums: Sequence[_LayerSums]) -> None:
-    faint, counted = (
-        sum(float(total) for total in totals) for totals in zip(*((x.faint, x.slots.sum()) for x in sums), strict=True)
-    )
-    if faint > _FAINT_SHARE * counted:
+    underflowed = sum(float(x.underflowed) for x in sums)
+    counted = sum(float(x.slots.sum()) for x in sums)
+    if underflowed > _UNDERFLOWED_SHARE * counted:
         warn_of_fit(
-            f"gradients of {faint:.0f} of {counted:.0f} routed tokens are too small for float16, although they were "
-            "scaled, and those of others may have been zero; collect the curvature in bfloat16 or float32",
+            f"gradients of {underflowed:.0f} of {counted:.0f} routed tokens are too small for float16 and underflowed "
+            "in part, although they were scaled, and those of others may be zero; collect the curvature in bfloat16 or "
+            "float32",
             stacklevel=3,
         )
 
@@ -292,7 +291,9 @@ def _add_batch(
         tapped.taps.stream_gradients(
             tapped.logits,
             pass_weights.to(tapped.logits.device),
-            lambda position, gradient: batches[position].add_gradients(gradient, tapped.taps.scale),
+            lambda position, gradient: batches[position].add_gradients(
+                gradient, tapped.taps.smallest_gradient(position)
+            ),
         )
     for batch in batches:
         batch.add_inputs()
@@ -307,14 +308,15 @@ class _LayerBatch:
         self._merge = None if owners is None else _Merge(slots.experts, owners, sums.layer.num_experts, num_examples)
         self._live = slots.inputs.any(dim=1)
         self._counted = torch.zeros_like(self._live)
-        self._precise: Tensor | None = None  # slots whose gradient float16 represents in full precision
+        self._complete: Tensor | None = None  # slots whose gradient has not underflowed in float16
 
-    def add_gradients(self, gradients: Tensor, scale: GradientScale | None) -> None:
+    def add_gradients(self, gradients: Tensor, smallest: float) -> None:
         moves = gradients.any(dim=1) & self._live
         self._counted |= moves
-        if scale is not None:
-            precise = gradients.abs().amax(dim=1) >= scale.smallest
-            self._precise = precise if self._precise is None else self._precise | precise
+        if smallest:
+            # Zeros beside values that float16 represents with fewer digits were too small for it.
+            complete = (gradients.abs().amax(dim=1) >= smallest) | gradients.all(dim=1)
+            self._complete = complete if self._complete is None else self._complete | complete
         experts = self._slots.experts
         if self._merge is not None:
             gradients, experts = self._merge.sum(gradients * moves.unsqueeze(1)), self._merge.experts
@@ -323,8 +325,8 @@ class _LayerBatch:
 
     def add_inputs(self) -> None:
         inputs, experts, counted = self._slots.inputs, self._slots.experts, self._counted
-        if self._precise is not None:
-            self._sums.faint = self._sums.faint + (counted & ~self._precise).sum()
+        if self._complete is not None:
+            self._sums.underflowed = self._sums.underflowed + (counted & ~self._complete).sum()
         if self._merge is not None:
             inputs, counted = self._merge.mean(inputs, counted)
             experts = self._merge.experts
@@ -358,7 +360,7 @@ class _LayerSums:
         self.inputs = make_sketch(sketch, layer.num_experts, layer.d_in, rank, **options)  # type: ignore[arg-type]
         self.gradients = make_sketch(sketch, layer.num_experts, layer.d_out, rank, **options)  # type: ignore[arg-type]
         self.slots = torch.zeros(layer.num_experts, device=like.device, dtype=torch.float64)
-        self.faint = torch.zeros((), device=like.device, dtype=torch.int64)
+        self.underflowed = torch.zeros((), device=like.device, dtype=torch.int64)
 
     def add_gradients(self, gradients: Tensor, experts: Tensor) -> None:
         groups = ExpertGroups(experts, self.layer.num_experts)

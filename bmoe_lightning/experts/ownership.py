@@ -102,7 +102,8 @@ def _owners_by_gradient(batch: TappedBatch, positions: Sequence[int]) -> list[Te
     plain = batch.taps.gradients(logits, plain_weights, positions)
     strongest = [gradient.abs().max(dim=1) for gradient in plain]
     # Numbers that float16 represents with fewer digits have no exact ratio.
-    faint = [peak.values < (0 if scale is None else scale.smallest) for peak in strongest]
+    smallest = [batch.taps.smallest_gradient(position) for position in positions]
+    faint = [peak.values < limit for peak, limit in zip(strongest, smallest, strict=True)]
     owners = [torch.zeros_like(peak.indices) for peak in strongest]
     mixed = [torch.zeros_like(peak.indices, dtype=torch.bool) for peak in strongest]
     for place, digit in enumerate(digits):
@@ -110,7 +111,7 @@ def _owners_by_gradient(batch: TappedBatch, positions: Sequence[int]) -> list[Te
         for layer, (gradient, peak) in enumerate(zip(scaled, strongest, strict=True)):
             value = _signed_peak(gradient, peak)
             if scale is not None:
-                faint[layer] |= value.abs() < scale.smallest
+                faint[layer] |= value.abs() < batch.taps.smallest_gradient(positions[layer])
             ratio = value / _signed_peak(plain[layer], peak)
             exponent = ratio.abs().log2()
             found = exponent.round()

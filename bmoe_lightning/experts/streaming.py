@@ -25,14 +25,14 @@ class Output:
         self.is_leaf = values.is_leaf
         # A leaf has no gradient edge without its tensor.
         self.target: Tensor | GradientEdge = values if values.is_leaf else get_gradient_edge(values)
-        self._shape, self._dtype, self._device = values.shape, values.dtype, values.device
+        self._shape, self.dtype, self._device = values.shape, values.dtype, values.device
         # The graph references the relay, so the relay must not reference the graph.
         self.relay = _Relay()
         values.register_hook(self.relay)
 
     def zeros(self) -> Tensor:
         """A gradient of zeros."""
-        return torch.zeros(self._shape, dtype=self._dtype, device=self._device)
+        return torch.zeros(self._shape, dtype=self.dtype, device=self._device)
 
 
 class _Relay:

@@ -224,6 +224,15 @@ class Taps:
             gradient = joined(parts) if parts else self._empty(position, self.layers[position].d_out)
             yield gradient if scale is None else scale.unscaled(gradient)
 
+    def smallest_gradient(self, position: int) -> float:
+        """The smallest gradient of a layer that the last pass represented with full precision; 0 outside of float16.
+
+        With autocast, part of the backward pass runs in float32, where gradients do not underflow.
+        """
+        outputs = self._layer_taps[position].outputs
+        in_float16 = self.scale is not None and any(output.dtype == torch.float16 for output in outputs)
+        return self.scale.smallest if self.scale is not None and in_float16 else 0.0
+
     def agreed(self, found: bool) -> bool:
         """Whether a condition holds on all ranks that run in lockstep, so that all make the same backward passes."""
         return min(gather_number(int(found))) == 1 if self._lockstep else found

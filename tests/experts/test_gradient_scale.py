@@ -12,7 +12,9 @@ from transformers import Qwen2MoeConfig, Qwen2MoeForCausalLM
 from bmoe_lightning import LaplacePosterior
 from bmoe_lightning.curvature import collect_factors
 from bmoe_lightning.experts import find_expert_layers, squared_distances, tapped_batch
+from bmoe_lightning.experts.discovery import find_linear_layers
 from bmoe_lightning.laplace.prior import fit_evidence
+from bmoe_lightning.utils.fit_warnings import collected_fit_warnings
 
 
 def class_logits(model, ids):
@@ -79,21 +81,67 @@ def test_covariance_equals_that_of_float32(wide_stream):
     torch.testing.assert_close(found, expected, rtol=0.02, atol=0.02 * float(expected.abs().max()))
 
 
-def test_automatic_mixed_precision(wide_stream):
-    """The weights are in float32 (`precision="16-mixed"`), and the backward pass runs in float16 nevertheless."""
+@pytest.mark.parametrize("larger", [1, 60, 2000])
+def test_automatic_mixed_precision(wide_stream, larger):
+    """The weights are in float32 (`precision="16-mixed"`), and part of the backward pass runs in float16 nevertheless.
+
+    The gradients at the experts are in float32 there: however small, nothing underflows, and nothing is said.
+    """
     model, batches = copy.deepcopy(wide_stream)
     with torch.no_grad():
-        model.model.embed_tokens.weight.mul_(60)
-
-    def mixed(model, ids):
-        with torch.autocast("cpu", torch.float16):
-            return class_logits(model, ids)
-
+        model.model.embed_tokens.weight.mul_(larger)
     expected = collect_factors(model, class_logits, batches, rank=4)
-    found = collect_factors(model, mixed, batches, rank=4)
+    with collected_fit_warnings() as said:
+        found = collect_factors(model, mixed, batches, rank=4)
+    assert said == []
     assert slots(found) == slots(expected)
     for one, other in zip(found.layers, expected.layers, strict=True):
         torch.testing.assert_close(one.g_trace, other.g_trace, rtol=0.02, atol=0)
+
+
+def mixed(model, ids):
+    with torch.autocast("cpu", torch.float16):
+        return class_logits(model, ids)
+
+
+@pytest.mark.parametrize("larger", [1, 2])
+def test_float16_without_underflow_is_not_warned_of(wide_stream, larger):
+    """Small gradients of few digits are counted."""
+    model, batches = copy.deepcopy(wide_stream)
+    with torch.no_grad():
+        model.model.embed_tokens.weight.mul_(larger)
+    half = halved(model)
+    with collected_fit_warnings() as said:
+        found = collect_factors(half, class_logits, batches, rank=4)
+    assert said == []
+    assert slots(found) == slots(collect_factors(copy.deepcopy(half).float(), class_logits, batches, rank=4))
+
+
+@pytest.mark.parametrize(("smallest", "warned"), [(2.0**-6, False), (2.0**-32, True)])
+def test_autocast_with_outputs_in_float16_is_warned_of_where_they_underflow(smallest, warned):
+    """A linear layer, whose output autocast keeps in float16. The first example decides the scale."""
+    torch.manual_seed(0)
+    model = torch.nn.Sequential(torch.nn.Linear(8, 16), torch.nn.Tanh(), torch.nn.Linear(16, 3))
+    inputs = torch.randn(10, 8)
+    factors = torch.full((10, 1), smallest)
+    factors[0] = 1
+    layers = find_linear_layers(model, "0")
+
+    def logits_of(module, batch):
+        with torch.autocast("cpu", torch.float16):
+            logits = module(batch)
+        return logits.float() * factors, None
+
+    with tapped_batch(model, layers, logits_of, inputs) as tapped:
+        tapped.taps.gradients(tapped.logits, torch.ones_like(tapped.logits, dtype=torch.float64))
+        assert tapped.taps.smallest_gradient(0) > 0
+    with collected_fit_warnings() as said:
+        found = collect_factors(model, logits_of, [inputs], rank=3, layers=layers)
+    if not warned:
+        assert said == []
+        assert slots(found) == [[10]]
+    else:
+        assert "routed tokens are too small for float16 and underflowed in part" in said[0]
 
 
 def test_large_gradients_do_not_overflow(wide_stream):
