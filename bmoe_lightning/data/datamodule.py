@@ -272,6 +272,11 @@ class MultipleChoiceDataModule(LightningDataModule):
             drop_last=False,
         )
 
+    @property
+    def measured_padding_side(self) -> PaddingSide | None:
+        """The side that `padding_side="auto"` has chosen for the trainer's module; None until it is measured."""
+        return None if self._measured is None else self._measured.side
+
     def _side(self) -> PaddingSide:
         if self.padding_side != "auto":
             return self.padding_side

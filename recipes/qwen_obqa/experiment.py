@@ -13,8 +13,9 @@ import shutil
 import time
 import warnings
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import Any
 
 import huggingface_hub
 import lightning as L
@@ -145,6 +146,7 @@ class SeedRun:
     output: Path
     seed: int
     identity: str
+    _last_data: MultipleChoiceDataModule | None = field(default=None, init=False, repr=False)
 
     @property
     def folder(self) -> Path:
@@ -270,7 +272,7 @@ class SeedRun:
             self._say(f"fine-tuning member {index + 1} of {size} of an ensemble")
             module, data = self._fresh(index)
             save = SaveTrained(path, self._stage(index))
-            self._trainer([save], f"member-{index}").fit(module, datamodule=data)
+            self._trainer([save], f"member-{index}", limit_val_batches=0).fit(module, datamodule=data)
         return path
 
     def _callback(self, methods: Sequence[Method]) -> BayesianMoECallback:
@@ -321,7 +323,9 @@ class SeedRun:
         settings = self.settings
         seed = 1000 * self.seed + member
         L.seed_everything(seed, workers=True, verbose=False)
-        data = self.source.data(seed)
+        # All of these modules start from the same weights.
+        side = None if self._last_data is None else self._last_data.measured_padding_side
+        data = self._last_data = self.source.data(seed, side)
         module = ExpertFinetuner(
             self._model()[0],
             answer_token_ids=data.answer_token_ids.tolist(),
@@ -334,7 +338,7 @@ class SeedRun:
         )
         return module, data
 
-    def _trainer(self, callbacks: list[L.Callback], curves: str | None = None) -> L.Trainer:
+    def _trainer(self, callbacks: list[L.Callback], curves: str | None = None, **options: Any) -> L.Trainer:
         """A trainer; `curves` names its training curves, without which nothing is logged."""
         version = f"seed-{self.seed}-{curves}"
         if curves is not None and is_rank_zero():
@@ -359,6 +363,7 @@ class SeedRun:
             num_sanity_val_steps=0,
             default_root_dir=str(self.output),
             **trainer_options(self.settings),
+            **options,
         )
 
     def _say(self, what: str) -> None:

@@ -12,6 +12,7 @@ from transformers import AutoConfig
 
 from bmoe_lightning import MultipleChoiceDataModule
 from bmoe_lightning.data import DataUnavailableError, Question, load_questions
+from bmoe_lightning.data.batches import PaddingSide
 from bmoe_lightning.data.questions import Splits, draw, drop_overlap, split_train
 from bmoe_lightning.methods import Available, Method, check_needs
 from bmoe_lightning.models import register_models
@@ -69,8 +70,13 @@ class Source:
         """
         return "" if self.settings.kind == "full" else weights_hash(Path(self.model_of(seed)))
 
-    def data(self, seed: int) -> MultipleChoiceDataModule:
-        """The DataModule of a seed, which sets the training order; the splits do not depend on it."""
+    def data(self, seed: int, padding_side: PaddingSide | None = None) -> MultipleChoiceDataModule:
+        """The DataModule of a seed, which sets the training order; the splits do not depend on it.
+
+        Args:
+            seed: Seed of the order.
+            padding_side: Side on which the model's prompts are padded; None has it measured.
+        """
         settings = self.settings
         data = MultipleChoiceDataModule(
             Splits(tuple(self.train), tuple(self.calibration), tuple(self.test)),
@@ -80,6 +86,7 @@ class Source:
             eval_batch_size=settings.eval_batch_size,
             max_length=settings.max_length,
             seed=seed,
+            padding_side=padding_side or "auto",
         )
         data.setup()
         return data
