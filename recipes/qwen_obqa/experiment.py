@@ -41,6 +41,7 @@ from recipes.qwen_obqa.run_folder import (
     FIT_FOLDER,
     begin,
     check_start,
+    fingerprint_of_test,
     make_folder,
     plain_notes,
     remove_leftovers_of_killed_runs,
@@ -137,7 +138,7 @@ class SeedRun:
         methods: Methods of the run, in the order of the table.
         output: Folder of the run.
         seed: Fine-tuning seed.
-        identity: Digest of the settings and questions of the run.
+        identity: Digest of the settings and questions that trained weights and fits depend on.
     """
 
     settings: ResolvedSettings
@@ -161,7 +162,7 @@ class SeedRun:
     @property
     def predictions(self) -> StoredPredictions:
         """This seed's predictions of the test split."""
-        return StoredPredictions(self.folder / "predictions", self.identity)
+        return self._stored(self.folder)
 
     def results(self) -> list[MethodResult]:
         """Predictions on the test split, in the order of the table: of every method, and those before fine-tuning."""
@@ -176,7 +177,10 @@ class SeedRun:
         """The predictions before fine-tuning: the first seed's, if all seeds start from the same model."""
         if self.source.world is not None:
             return self.predictions
-        return StoredPredictions(self.output / f"seed-{self.settings.first_seed}" / "predictions", self.identity)
+        return self._stored(self.output / f"seed-{self.settings.first_seed}")
+
+    def _stored(self, folder: Path) -> StoredPredictions:
+        return StoredPredictions(folder / "predictions", self.identity, fingerprint_of_test(self.source))
 
     def complete(self) -> None:
         """Run the stages that an earlier run has not finished."""

@@ -40,11 +40,14 @@ _QUESTIONS = "questions"
 _REPLACED = "replaced"  # set while the files of an earlier run are removed
 _FORMAT = "description of a run"
 _VERSION = 1
-# Settings that may change when a run is resumed, since they do not change its results. Seeds may be added: each has a
-# folder. Methods may be added: their options are compared with those that they were fitted and evaluated with.
+_TEST_QUESTIONS = "test_questions"
+_TEST_LIMIT = "limit_test"
+# Settings that may change when a run is resumed, since they do not change trained weights. Seeds may be added: each has
+# a folder. Methods may be added: their options are compared with those that they were fitted and evaluated with. The
+# evaluation's batch size changes results by rounding alone, and has to be lowered where memory is not enough.
 _FREE = (
     "resume", "overwrite", "quiet", "output_dir", "seeds", "first_seed", "curvature_checkpoint_every", "methods", "set",
-    "curvature", "zero_shot", "save_model",
+    "curvature", "zero_shot", "save_model", "eval_batch_size", _TEST_LIMIT,
 )  # fmt: skip
 
 
@@ -118,8 +121,16 @@ def begin(settings: ResolvedSettings, output: Path, source: Source, *, resumes: 
         RecipeError: If an earlier run is resumed, and its questions were different.
     """
     path = output / RUN_FILE
-    fingerprint = questions_fingerprint(source)
-    if resumes and _read_run(path).get(_QUESTIONS) != fingerprint:
+    content = {
+        **_lasting(settings),
+        _TEST_LIMIT: settings.limit_test,
+        _QUESTIONS: questions_fingerprint(source),
+        _TEST_QUESTIONS: fingerprint_of_test(source),
+    }
+    earlier = _read_run(path) if resumes else content
+    same_limit = earlier.get(_TEST_LIMIT) == settings.limit_test
+    compared = (_QUESTIONS, _TEST_QUESTIONS) if same_limit else (_QUESTIONS,)
+    if any(earlier.get(name) != content[name] for name in compared):
         raise RecipeError(
             f"the questions are not those of the earlier run in {output}; give --overwrite to replace that run, or "
             "another --output-dir"
@@ -134,7 +145,7 @@ def begin(settings: ResolvedSettings, output: Path, source: Source, *, resumes: 
                 shutil.rmtree(folder)
         for name in _OWN_FILES:
             (output / name).unlink(missing_ok=True)
-    _write_run(path, {**_lasting(settings), _QUESTIONS: fingerprint})
+    _write_run(path, content)
 
 
 @contextlib.contextmanager
@@ -194,7 +205,7 @@ def _lasting(settings: ResolvedSettings) -> dict[str, Any]:
 
 
 def run_identity(settings: ResolvedSettings, source: Source) -> str:
-    """Digest of the settings and questions that all stages of a run share; every stage file has it."""
+    """Digest of the settings and questions that trained weights and fits depend on; every stage file has it."""
     content = {**_lasting(settings), _QUESTIONS: questions_fingerprint(source)}
     return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
@@ -211,9 +222,15 @@ def remove_leftovers_of_killed_runs(output: Path) -> None:
 
 
 def questions_fingerprint(source: Source) -> str:
-    """Digest of the questions of all splits."""
-    parts = [[asdict(question) for question in part] for part in (source.train, source.calibration, source.test)]
-    return hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:16]
+    """Digest of the training and calibration questions, and of the number of classes, to which the test split adds."""
+    parts = [[asdict(question) for question in part] for part in (source.train, source.calibration)]
+    classes = max(len(question.choices) for question in (*source.train, *source.calibration, *source.test))
+    return hashlib.sha256(json.dumps([*parts, classes]).encode()).hexdigest()[:16]
+
+
+def fingerprint_of_test(source: Source) -> str:
+    """Digest of the test questions."""
+    return hashlib.sha256(json.dumps([asdict(question) for question in source.test]).encode()).hexdigest()[:16]
 
 
 def _one_line(message: object) -> str:

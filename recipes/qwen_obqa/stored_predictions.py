@@ -26,18 +26,19 @@ class StoredPredictions:
 
     Attributes:
         folder: Folder of the files.
-        identity: Digest of the settings and questions of the run.
+        identity: Digest of what the trained weights depend on.
+        questions: Digest of the test questions.
     """
 
     folder: Path
     identity: str
+    questions: str
 
     def has(self, method: Method) -> bool:
-        """Whether predictions of a method with exactly these options are stored.
+        """Whether predictions of a method with exactly these options on exactly these questions are stored.
 
         Warns:
-            UserWarning: If the file is damaged or belongs to a run with other settings or questions; it is then treated
-                as missing.
+            UserWarning: If the file is damaged or belongs to a run with other settings; it is then treated as missing.
         """
         path = self._path(method)
         if not path.is_file():
@@ -50,7 +51,8 @@ class StoredPredictions:
         if file.description.get("run") != self.identity:
             warnings.warn(f"{path} is from a run with other settings. The test split is evaluated again", stacklevel=2)
             return False
-        return bool(file.description.get("options") == _options(method))
+        stored = {name: file.description.get(name) for name in ("questions", "options")}
+        return stored == {"questions": self.questions, "options": _options(method)}
 
     def write(self, method: Method, fit: FitResult, predictions: Predictions) -> None:
         """Write the predictions of a method.
@@ -62,6 +64,7 @@ class StoredPredictions:
         """
         description = {
             "run": self.identity,
+            "questions": self.questions,
             "options": _options(method),
             "numbers": method.hyperparameters(fit.state_of(method)),
             "warnings": list(fit.warnings_of(method)),

@@ -27,15 +27,15 @@ def settings(folder, **options):
     return Settings(**{"output_dir": str(folder), "methods": ("map",), "accelerator": "cpu", **options}).resolved()
 
 
-def source(chosen, answer=0):
-    question = Question("q", "which one", ("this", "that"), answer)
-    return Source(chosen, "m", "m", [question], [question], [question], "")
+def source(chosen, answer=0, tested=0):
+    question, test = (Question("q", "which one", ("this", "that"), given) for given in (answer, tested))
+    return Source(chosen, "m", "m", [question], [question], [test], "")
 
 
-def start(folder, answer=0, **options):
+def start(folder, answer=0, tested=0, **options):
     chosen = settings(folder, **options)
     resumes = check_start(chosen, build_methods(chosen), folder)
-    begin(chosen, folder, source(chosen, answer), resumes=resumes)
+    begin(chosen, folder, source(chosen, answer, tested), resumes=resumes)
     return resumes
 
 
@@ -88,6 +88,14 @@ class TestEarlierRun:
         with pytest.raises(RecipeError, match=r"questions are not those.*--overwrite"):
             start(earlier, answer=1)
         assert content(earlier) == before
+
+    def test_other_test_questions_are_refused_unless_their_limit_has_changed(self, earlier):
+        with pytest.raises(RecipeError, match=r"questions are not those.*--overwrite"):
+            start(earlier, tested=1)
+        assert start(earlier, tested=1, limit_test=5) is True
+        assert start(earlier, tested=1, limit_test=5) is True
+        with pytest.raises(RecipeError, match=r"questions are not those"):
+            start(earlier, tested=0, limit_test=5)
 
     def test_overwriting_removes_the_run_s_own_files_alone(self, earlier):
         assert start(earlier, epochs=3, overwrite=True) is False
