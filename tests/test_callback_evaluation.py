@@ -59,9 +59,10 @@ class TestBatch:
         )
         assert ours(found[0]) == pytest.approx(ours(fitted[2]), rel=1e-6)
 
-    def test_a_step_that_writes_to_it(self, fitted):
+    @pytest.mark.parametrize("seen_as", [lambda ids: ids, lambda ids: ids.data, lambda ids: ids.numpy()])
+    def test_a_step_that_writes_to_it(self, fitted, seen_as):
         def step(self, batch, batch_idx):
-            batch["input_ids"][:, 0] = 5
+            seen_as(batch["input_ids"])[:, 0] = 5
 
         with pytest.raises(RuntimeError, match=r"the module's test_step writes in place to batch\['input_ids'\]"):
             evaluated(fitted, test_loader(), step)

@@ -1,7 +1,8 @@
 """Copies of the containers of a batch, and the detection of writes to its tensors.
 
 A training, validation or test step may consume its batch (`batch.pop("labels")`), and so may `class_logits`. A copy of
-the containers, which shares the tensors, is not affected. A write to a tensor is, and torch counts those.
+the containers, which shares the tensors, is not affected. A write to a tensor is. Torch counts those, except for writes
+through `.data` or through memory that is shared with NumPy, for which values are compared.
 """
 
 from __future__ import annotations
@@ -11,9 +12,12 @@ import dataclasses
 from collections.abc import Callable, Iterator, Mapping, MutableMapping
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from bmoe_lightning.experts.write_counts import write_count
+
+_COMPARED_BYTES = 1 << 17
 
 
 def copied_containers(batch: Any, tensor: Callable[[Tensor], Tensor] = lambda values: values) -> Any:
@@ -47,12 +51,20 @@ def copied_containers(batch: Any, tensor: Callable[[Tensor], Tensor] = lambda va
 class WriteCheck:
     """Detects writes to the tensors of a batch.
 
+    Counted writes are all found. Of others, those that change a value that is compared: all values of a small tensor
+    (ids, labels and masks), and evenly spaced ones of a large tensor.
+
     Args:
         batch: The batch, before the code that may write to it.
+        synchronise: Whether values on an accelerator are compared too, which waits for it.
     """
 
-    def __init__(self, batch: Any) -> None:
-        self._seen = [(name, tensor, write_count(tensor)) for name, tensor in _tensors(batch, "batch")]
+    def __init__(self, batch: Any, *, synchronise: bool = False) -> None:
+        self._seen = [
+            (name, tensor, write_count(tensor), _compared(tensor, synchronise=synchronise, copies=True))
+            for name, tensor in _tensors(batch, "batch")
+        ]
+        self._synchronise = synchronise
 
     def check(self, writer: str) -> None:
         """Check that no tensor was written to.
@@ -63,12 +75,38 @@ class WriteCheck:
         Raises:
             RuntimeError: If one was; the message names it.
         """
-        written = [name for name, tensor, count in self._seen if write_count(tensor) != count]
+        written = [
+            name
+            for name, tensor, count, values in self._seen
+            if write_count(tensor) != count or self._differs(tensor, values)
+        ]
         if written:
             raise RuntimeError(
                 f"{writer} writes in place to {', '.join(written)}, so predictions on this batch would differ from "
                 "those on the data; use an out-of-place operation, or clone the tensor first"
             )
+
+    def _differs(self, tensor: Tensor, before: Tensor | None) -> bool:
+        now = None if before is None else _compared(tensor, synchronise=self._synchronise)
+        if before is None or now is None:
+            return False
+        if now.shape != before.shape:
+            return True
+        return not torch.equal(now, before) and not bool(((now == before) | (now.isnan() & before.isnan())).all())
+
+
+def _compared(tensor: Tensor, *, synchronise: bool, copies: bool = False) -> Tensor | None:
+    """The values of a tensor that are compared; None if they cannot be, or only with another device."""
+    if type(tensor) is not Tensor or tensor.layout != torch.strided or tensor.is_quantized:
+        return None
+    if tensor.device.type != "cpu" and (not synchronise or tensor.is_meta):
+        return None
+    values = tensor.detach()
+    if values.nbytes > _COMPARED_BYTES:
+        if not values.is_contiguous():
+            return None
+        values = values.view(-1)[:: 1 + values.nbytes // _COMPARED_BYTES]
+    return values.clone() if copies else values
 
 
 def _tensors(batch: Any, name: str) -> Iterator[tuple[str, Tensor]]:

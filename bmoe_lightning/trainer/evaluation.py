@@ -85,7 +85,7 @@ class EvaluationRun:
 
     def receive(self, batch: Any) -> None:
         """Copy the containers of a batch before the module's step, which may consume them."""
-        self._received = batch, copied_containers(batch), WriteCheck(batch)
+        self._received = batch, copied_containers(batch), WriteCheck(batch, synchronise=True)
 
     def add(self, module: nn.Module, class_logits: ClassLogits, batch: Any, loader: int) -> None:
         """Predict one batch of a loader with every single-member method.

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import operator
 import types
 from collections import namedtuple
 from dataclasses import dataclass
 
+import numpy as np
 import pytest
 import torch
 from transformers import BatchEncoding
@@ -77,6 +79,52 @@ def test_a_write_is_named(batch, write, name):
         check.check("test_step")
 
 
+@pytest.mark.parametrize(
+    ("tensor", "write"),
+    [
+        (lambda: ids(), lambda x: x.data.add_(1)),
+        (lambda: ids(), lambda x: operator.setitem(x.numpy(), 0, 7)),
+        (lambda: torch.from_numpy(np.arange(6).reshape(2, 3)), lambda x: operator.iadd(x.numpy(), 1)),
+        (lambda: torch.tensor([[True, False]]), lambda x: x.data.logical_not_()),
+        (lambda: torch.tensor([1.0, torch.nan]), lambda x: x.data.mul_(2)),
+        (lambda: torch.zeros(3), lambda x: x.data.fill_(torch.nan)),
+        (lambda: torch.zeros(4, 3).T, lambda x: x.data[0].add_(1)),
+        (lambda: torch.zeros(300, 1000), lambda x: x.data.sub_(1)),  # normalised in place: evenly spaced values
+        (lambda: torch.tensor(5), lambda x: x.data.zero_()),
+        (lambda: torch.zeros(3, dtype=torch.complex64), lambda x: x.data.add_(1j)),
+    ],
+)
+def test_a_write_that_torch_does_not_count_is_named(tensor, write):
+    batch = {"x": tensor(), "labels": ids()}
+    count = batch["x"]._version
+    check = WriteCheck(batch)
+    check.check("test_step")
+    write(batch["x"])
+    assert batch["x"]._version == count
+    with pytest.raises(RuntimeError, match=r"test_step writes in place to batch\['x'\], so"):
+        check.check("test_step")
+
+
+def test_what_is_not_written_to_is_not_named():
+    values = torch.tensor([1.0, torch.nan, torch.inf])
+    batch = [
+        values,
+        torch.zeros(2, 0),
+        torch.zeros(2).to_sparse(),
+        torch.zeros(2, device="meta"),
+        torch.zeros(()),
+        None,
+    ]
+    check = WriteCheck([*batch, torch.zeros(1 << 18).T, torch.zeros(1 << 10, 1 << 10).T], synchronise=True)
+    values.sum()
+    check.check("test_step")
+
+
 def test_inference_tensors_have_no_counter():
     with torch.inference_mode():
-        WriteCheck([torch.ones(2)]).check("test_step")
+        tensor = torch.ones(2)
+        check = WriteCheck([tensor])
+        check.check("test_step")
+        tensor.add_(1)
+        with pytest.raises(RuntimeError, match="writes in place"):
+            check.check("test_step")
