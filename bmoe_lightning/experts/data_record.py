@@ -147,6 +147,8 @@ class DataRecorder:
         max_batches: Maximum number of batches of the pass on each rank; None for all of them.
     """
 
+    # Inference tensors could not be written to outside of inference mode.
+    @torch.inference_mode(False)
     def __init__(self, *, distributed: bool = False, max_batches: int | None = None) -> None:
         self._distributed = distributed
         self._rank, self._ranks = (process_rank(), num_processes()) if distributed else (0, 1)
@@ -159,6 +161,8 @@ class DataRecorder:
         self._known = torch.zeros(FIRST, dtype=torch.bool)
         self._is_complete = True
 
+    @torch.inference_mode(False)
+    @torch.no_grad()
     def add(self, logits: Tensor, labels: Any, num_counted: int) -> None:
         """Add a batch.
 
@@ -195,6 +199,7 @@ class DataRecorder:
             "labels": self._labels,
         }
 
+    @torch.inference_mode(False)
     def load_state(self, state: Mapping[str, Tensor]) -> None:
         """Restore a `state`; raises `ValueError` if it does not fit.
 

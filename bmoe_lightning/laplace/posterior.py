@@ -14,26 +14,21 @@ from __future__ import annotations
 
 import copy
 import logging
-import weakref
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from bmoe_lightning.curvature.factors import KroneckerFactors, LayerFactors
+from bmoe_lightning.curvature.factors import KroneckerFactors
 from bmoe_lightning.experts.counted_batch import lockstep
 from bmoe_lightning.experts.discovery import locate_expert_layers
-from bmoe_lightning.experts.fingerprint import fingerprinted_module
 from bmoe_lightning.experts.fsdp import reshard
 from bmoe_lightning.experts.logits_contract import ClassLogits
 from bmoe_lightning.experts.threads import model_lock
-from bmoe_lightning.experts.types import ExpertLayer
 from bmoe_lightning.experts.weight_record import same_weights
-from bmoe_lightning.experts.wrappers.accelerate import execution_device
-from bmoe_lightning.experts.write_counts import weights_state
+from bmoe_lightning.laplace.binding import Binding
 from bmoe_lightning.laplace.covariance import BatchTerms, batch_terms, covariance
 from bmoe_lightning.laplace.covariance_cache import CovarianceCache
 from bmoe_lightning.laplace.predictive import (
@@ -58,18 +53,6 @@ _logger = logging.getLogger(__name__)
 
 class WeightMismatchError(RuntimeError):
     """The model has other weights than those that the posterior was fitted to."""
-
-
-@dataclass
-class _Binding:
-    """The layers of a posterior located in a model, and the state of the model's weights at that time."""
-
-    model: weakref.ref[nn.Module]
-    device: torch.device
-    weights: tuple[tuple[int, int], ...]
-    layers: list[ExpertLayer]
-    factors: tuple[LayerFactors, ...]
-    owners_checked: bool = False
 
 
 class LaplacePosterior:
@@ -105,7 +88,7 @@ class LaplacePosterior:
         self.prior_precision = _precision_tensor(factors, prior_precision)
         self.prior_mean = prior_mean
         self.curvature = [layer.curvature().cpu() for layer in factors.layers]
-        self._bound: _Binding | None = None
+        self._bound: Binding | None = None
 
     def __getstate__(self) -> dict[str, Any]:
         """All attributes except the bound model, which another process (a spawned one, say) does not share."""
@@ -325,28 +308,13 @@ class LaplacePosterior:
         stored = load_posterior(path)
         return cls(stored.factors.to(device), stored.prior_precision, prior_mean=stored.prior_mean, offload=offload)
 
-    def _bind(self, model: nn.Module) -> _Binding:
+    def _bind(self, model: nn.Module) -> Binding:
         """Locate the layers in a model, check its weights and move the factors; repeated when the model changed."""
         reshard(model)
-        device = execution_device(model)
         bound = self._bound
-        if (
-            bound is None
-            or bound.model() is not model
-            or bound.device != device
-            or bound.weights != weights_state(fingerprinted_module(model, bound.layers))
-        ):
+        if bound is None or not bound.is_of(model):
             self.check_weights(model)
-            layers = _match_layers(model, self.factors)
-            weights = weights_state(fingerprinted_module(model, layers))
-            factors = self.factors.layers
-            if not self.offload:
-                places = [execution_device(model.get_submodule(layer.name)) for layer in layers]
-                factors = tuple(
-                    layer.to(device if place.type == "meta" else place)
-                    for layer, place in zip(factors, places, strict=True)
-                )
-            bound = _Binding(weakref.ref(model), device, weights, layers, factors)
+            bound = Binding.of(model, self.factors, offload=self.offload)
             self._bound = bound
         return bound
 
@@ -402,17 +370,3 @@ def _precision_tensor(factors: KroneckerFactors, value: float | Tensor | Mapping
     if not bool((precision.isfinite() & (precision > 0)).all()):
         raise ValueError(f"prior precisions must be positive and finite, got {precision.tolist()}")
     return precision
-
-
-def _match_layers(model: nn.Module, factors: KroneckerFactors) -> list[ExpertLayer]:
-    """The model's layer for each layer of the factors, with its sizes checked."""
-    described = {layer.name: layer for layer in factors.expert_layers}
-    layers = locate_expert_layers(model, [described[layer.name] for layer in factors.layers])
-    for layer, known in zip(layers, factors.layers, strict=True):
-        found, expected = (layer.num_experts, layer.d_in, layer.d_out), (known.num_experts, known.d_in, known.d_out)
-        if found != expected:
-            raise ValueError(
-                f"the posterior's layer {known.name!r} with (experts, d_in, d_out) = {expected} does not fit the "
-                f"model's {layer.name!r} with {found}; load it with the model that it was fitted to"
-            )
-    return layers

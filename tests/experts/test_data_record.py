@@ -145,6 +145,20 @@ def test_only_counted_examples():
     assert recorder.finish().num_examples == 150
 
 
+@pytest.mark.parametrize("within", [(True, False, False), (False, True, False), (False, False, True)])
+def test_inference_mode_makes_no_difference(within):
+    logits, labels = data()
+    made, added, finished = within
+    with torch.inference_mode(made):
+        recorder = DataRecorder()
+    with torch.inference_mode(added):
+        recorder.add(logits[:90].clone(), labels[:90].clone(), 90)
+    recorder.add(logits[90:], labels[90:], 110)
+    with torch.inference_mode(finished):
+        record = recorder.finish()
+    assert record.difference(record_of(logits, labels)) == ""
+
+
 def test_state_survives_and_is_checked():
     logits, labels = data()
     whole = recorded(logits, labels, max_batches=5)
