@@ -8,6 +8,7 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+from torch.utils.checkpoint import checkpoint
 
 from bmoe_lightning.experts.logits_contract import NO_LABEL, checked_labels, joined_logits
 from bmoe_lightning.laplace.compact_cache import (
@@ -20,6 +21,7 @@ from bmoe_lightning.laplace.compact_cache import (
 from bmoe_lightning.laplace.covariance import BatchTerms, without_absent_classes
 from bmoe_lightning.laplace.covariance_cache import CovarianceCache
 from bmoe_lightning.laplace.predictive import standard_normal
+from bmoe_lightning.laplace.present import of_classes, present_first
 from bmoe_lightning.utils.distributed import gather_examples, gather_number, num_processes
 from bmoe_lightning.utils.fit_warnings import warn_of_fit
 
@@ -32,6 +34,8 @@ _COMPACT = ("logits", "labels", "directions", "diagonal", "pieces")
 _DTYPES = {"labels": torch.int64, "pieces": torch.float32}
 # Temporary floats per chunk of groups.
 _CHUNK_FLOATS = 1 << 23
+# Sampled logits of one chunk of examples.
+_SAMPLED_FLOATS = 1 << 22
 
 
 @dataclass(frozen=True)
@@ -73,22 +77,44 @@ class ValidationCache(CovarianceCache):
         # Cholesky instead of an eigendecomposition: it is differentiable at repeated eigenvalues.
         trace = contrast.diagonal(dim1=1, dim2=2).sum(1).clamp(min=1e-12).view(-1, 1, 1)
         jitter = 1e-6 * trace * torch.eye(contrast.shape[1], dtype=contrast.dtype)
-        root = self.embedding @ cholesky(contrast + jitter)
-        # Samples in the last dimension: reductions over the few classes there would dominate the runtime.
-        samples = self.logits.unsqueeze(2) + root @ noise.mT  # [N, K, S]
-        chosen = samples.gather(1, labels.view(-1, 1, 1).expand(-1, 1, len(noise))).squeeze(1)
-        log_probs = chosen - samples.logsumexp(1)
-        return -(torch.logsumexp(log_probs, dim=1) - math.log(len(noise))).mean()
+        classes = present_first(self.logits)
+        root = of_classes(self.embedding, classes) @ cholesky(contrast + jitter)
+        logits, chosen = of_classes(self.logits, classes), (classes == labels.unsqueeze(1)).int().argmax(1)
+        size = max(1, _SAMPLED_FLOATS // (len(noise) * classes.shape[1]))
+        parts = [part.split(size) for part in (logits, root, chosen)]
+        if len(parts[0]) == 1:
+            return _summed_nll(parts[0][0], parts[1][0], parts[2][0], noise) / len(labels)
+        # The samples of one chunk at a time: they are computed again for its gradient.
+        losses = [checkpoint(_summed_nll, *part, noise, use_reentrant=False) for part in zip(*parts, strict=True)]
+        return torch.stack(losses).sum() / len(labels)
 
     def contrast_covariance(self, precision: Tensor) -> Tensor:
         """The covariance of the contrasts at precisions `[L]`: `[N, P, P]`."""
-        shrinkage = self.centres / (precision.unsqueeze(1) + self.centres)
-        explained = torch.einsum("nlbij,lb->nlij", self.binned, shrinkage)
-        return ((self.prior - explained) / precision.view(1, -1, 1, 1)).sum(1)
+        values = precision.unsqueeze(1)
+        shrinkage = self.centres / (values * (values + self.centres))
+        prior = _weighted_sum(1 / precision, self.prior.flatten(2))
+        explained = _weighted_sum(shrinkage.flatten(), self.binned.flatten(3).flatten(1, 2))
+        return (prior - explained).view(-1, *self.prior.shape[2:])
 
     def covariance(self, precision: Tensor) -> Tensor:
         """The covariance of the centred logits at precisions `[L]`: `[N, K, K]`."""
         return self.embedding @ self.contrast_covariance(precision) @ self.embedding.mT
+
+
+def _summed_nll(logits: Tensor, root: Tensor, labels: Tensor, noise: Tensor) -> Tensor:
+    # Samples in the last dimension: reductions over the few classes there would dominate the runtime.
+    samples = torch.baddbmm(logits.unsqueeze(2), root, noise.mT.expand(len(root), -1, -1))  # [n, C, S]
+    chosen = samples.gather(1, labels.view(-1, 1, 1).expand(-1, 1, len(noise))).squeeze(1)
+    log_probs = chosen - samples.logsumexp(1)
+    return -(torch.logsumexp(log_probs, dim=1) - math.log(len(noise))).sum()
+
+
+def _weighted_sum(weights: Tensor, terms: Tensor) -> Tensor:
+    """The sum of terms `[N, M, C]` with weights `[M]`: `[N, C]`.
+
+    As a batched product it reads the terms where they are; einsum and matmul copy them, at several times the cost.
+    """
+    return torch.bmm(weights.view(1, 1, -1).expand(len(terms), -1, -1), terms).squeeze(1)
 
 
 class CacheBuilder:

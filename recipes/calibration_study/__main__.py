@@ -12,7 +12,8 @@ from recipes.common.cli import UsageError, command, parse
 PROGRAM = "python -m recipes.calibration_study"
 DESCRIPTION = """\
 Which method to use with few held-out labels. Fine-tunes small models on the built-in task (normally, until they
-memorise, so that they learn nothing, and with a third of the labels at random) and on real questions, and measures
+memorise, so that they learn nothing, with a third of the labels at random, and calibrated already) and on real
+questions, and measures
 
   temperatures: test NLL above that of the best temperature, by rule and number of labels
   split sizes:  test NLL above the better of MAP and temperature scaling, by method and size of the calibration split
@@ -33,7 +34,7 @@ def main(arguments: Sequence[str]) -> int:
     from bmoe_lightning.data import DataUnavailableError
     from bmoe_lightning.utils.atomic_io import write_text
     from recipes.calibration_study.cases import cases
-    from recipes.calibration_study.report import split_tables, temperature_table
+    from recipes.calibration_study.report import split_tables, temperature_tables
     from recipes.calibration_study.split_sizes import measurable, split_regrets
     from recipes.calibration_study.temperatures import temperature_regrets
     from recipes.qwen_obqa.methods import build_methods
@@ -45,7 +46,7 @@ def main(arguments: Sequence[str]) -> int:
     output = Path(settings.output_dir)
     try:
         made = list(cases(settings))
-        temperatures = temperature_table(temperature_regrets(made, settings.label_draws))
+        temperatures = temperature_tables(temperature_regrets(made, settings.label_draws))
         regrets = split_regrets(made, methods, settings.split_sizes, settings.draws, output / "regrets")
     except (DataUnavailableError, FileNotFoundError, ValueError) as error:
         print(f"error: {error}", file=sys.stderr)

@@ -7,12 +7,14 @@ on, for any subset of the calibration questions, is arithmetic on the logits and
 from __future__ import annotations
 
 import random
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import lightning as L
+import torch
 from torch import Tensor
 
 from bmoe_lightning import ExpertFinetuner, MultipleChoiceDataModule
@@ -20,12 +22,14 @@ from bmoe_lightning.curvature import Curvature
 from bmoe_lightning.data import Question, load_questions
 from bmoe_lightning.data.questions import Splits, draw, drop_overlap
 from bmoe_lightning.experts.discovery import find_expert_layers
+from bmoe_lightning.experts.model_state import evaluation_mode
 from bmoe_lightning.experts.weights import down_proj_weights
 from bmoe_lightning.laplace.posterior import LaplacePosterior
 from bmoe_lightning.laplace.prior import SCOPES, Scope
 from bmoe_lightning.laplace.validation_cache import ValidationCache
 from bmoe_lightning.methods import BatchView, Needs
 from bmoe_lightning.methods.base import CurvatureMethod, State
+from bmoe_lightning.methods.temperature_search import fit_temperature
 from bmoe_lightning.methods.training_data import Batches
 from bmoe_lightning.methods.workbench import Workbench
 from bmoe_lightning.utils.safetensors_io import read_tensor_file, write_tensor_file
@@ -59,6 +63,8 @@ class Kind:
         random_labels: Share of the questions, of all splits, whose label is drawn at random.
         pretrained: Whether the model is pre-trained; otherwise its frozen weights are random and nothing can be learnt
             that holds for other questions.
+        calibrated: Whether the model's logits are divided by the temperature that is best on all its held-out
+            questions, so that nothing is left to correct.
     """
 
     name: str
@@ -67,13 +73,16 @@ class Kind:
     learning_rate: float = 6e-4
     random_labels: float = 0.0
     pretrained: bool = True
+    calibrated: bool = False
 
 
+CALIBRATED = "calibrated already"
 KINDS = (
     Kind("normal"),
     Kind("memorises", items=64, epochs=80, learning_rate=1e-3),
     Kind("fails to learn", epochs=20, learning_rate=1e-3, pretrained=False),
     Kind("a third of the labels random", epochs=30, random_labels=1 / 3),
+    Kind(CALIBRATED, calibrated=True),
 )
 
 
@@ -160,6 +169,7 @@ class _Plan:
     epochs: int
     learning_rate: float
     prompt: str
+    calibrated: bool = False
 
 
 def _builtin(kind: Kind, seed: int, settings: StudySettings) -> _Plan:
@@ -177,7 +187,7 @@ def _builtin(kind: Kind, seed: int, settings: StudySettings) -> _Plan:
         rng = random.Random(f"labels {seed}")
         parts = (splits.train, splits.calibration, splits.test)
         splits = Splits(*(_with_random_labels(part, kind.random_labels, rng) for part in parts))
-    return _Plan(str(model), splits, kind.epochs, kind.learning_rate, "letters")
+    return _Plan(str(model), splits, kind.epochs, kind.learning_rate, "letters", kind.calibrated)
 
 
 def _with_random_labels(questions: Sequence[Question], share: float, rng: random.Random) -> tuple[Question, ...]:
@@ -239,12 +249,14 @@ def _fine_tune(path: Path, plan: _Plan, seed: int, title: str) -> None:
         default_root_dir=str(path.parent),
     )
     trainer.fit(module, datamodule=data)
+    loaders = {"calibration": data.val_dataloader(), "test": data.test_dataloader()}
+    temperature = _best_temperature(module, loaders.values()) if plan.calibrated else 1.0
     tensors: dict[str, Tensor] = {}
     posteriors: dict[str, LaplacePosterior] = {}
-    for part, loader in (("calibration", data.val_dataloader()), ("test", data.test_dataloader())):
+    for part, loader in loaders.items():
         work = Workbench(
             module,
-            lambda model, batch: model.class_logits(batch),
+            partial(_divided_logits, temperature),
             [_Terms(curvature=CURVATURE)],
             Batches(data.train_dataloader()),
             loader,
@@ -257,3 +269,16 @@ def _fine_tune(path: Path, plan: _Plan, seed: int, title: str) -> None:
         tensors |= {f"{part}/{entry.name}": getattr(cache, entry.name) for entry in fields(cache)}
     tensors |= {f"evidence/{scope}": work.evidence_precision(CURVATURE, scope, "pretrained") for scope in SCOPES}
     write_tensor_file(path, tensors, format=_FORMAT, version=_VERSION, description={"case": title})
+
+
+def _divided_logits(temperature: float, module: ExpertFinetuner, batch: Any) -> tuple[Tensor, Tensor]:
+    logits, labels = module.class_logits(batch)
+    return logits / temperature, labels
+
+
+def _best_temperature(module: ExpertFinetuner, loaders: Iterable[Iterable[Any]]) -> float:
+    """The temperature that is best on the questions of all loaders."""
+    with torch.no_grad(), evaluation_mode(module):
+        found = [module.class_logits(batch) for loader in loaders for batch in loader]
+    logits, labels = zip(*found, strict=True)
+    return fit_temperature(torch.cat(logits), torch.cat(labels))

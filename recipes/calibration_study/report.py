@@ -4,21 +4,33 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 
+from recipes.calibration_study.cases import CALIBRATED
 from recipes.calibration_study.split_sizes import SplitRegret
 from recipes.calibration_study.temperatures import Regret
 
 GROUPS: Mapping[str, Callable[[str, str], bool]] = {
     "built-in task, normal fine-tunings": lambda task, kind: task == "built-in" and kind == "normal",
-    "built-in task, other fine-tunings": lambda task, kind: task == "built-in" and kind != "normal",
+    "built-in task, other fine-tunings": lambda task, kind: task == "built-in" and kind not in ("normal", CALIBRATED),
+    "models that are calibrated already": lambda task, kind: kind == CALIBRATED,
     "real questions": lambda task, _: task != "built-in",
 }
 """Cases that one column or table is about, by task and kind."""
 
 
-def temperature_table(regrets: Sequence[Regret]) -> str:
+def temperature_tables(regrets: Sequence[Regret]) -> str:
+    """`temperature_table` of the models that need a temperature, and of those that are calibrated already."""
+    title = "regret with n labels"
+    parts = {
+        title: [regret for regret in regrets if regret.case.kind != CALIBRATED],
+        f"{title}, {CALIBRATED}": [regret for regret in regrets if regret.case.kind == CALIBRATED],
+    }
+    return "\n\n".join(temperature_table(part, title) for title, part in parts.items() if part)
+
+
+def temperature_table(regrets: Sequence[Regret], title: str = "regret with n labels") -> str:
     """Mean and worst regret of each rule for the temperature, by number of labels."""
     counts = sorted({regret.num_labels for regret in regrets})
-    head = ["regret with n labels", *map(str, counts)]
+    head = [title, *map(str, counts)]
     rows = []
     for rule in dict.fromkeys(regret.rule for regret in regrets):
         values = {n: [r.value for r in regrets if r.rule == rule and r.num_labels == n] for n in counts}

@@ -197,9 +197,10 @@ def test_chunks_of_groups_change_no_bit(monkeypatch):
     assert torch.equal(cache_terms(batches, curvature).binned, whole)
 
 
-def test_chunks_of_examples_change_neither_value_nor_gradient(monkeypatch):
-    batches, curvature, _ = set_of(24, 12)
-    cache = compact(batches, curvature)
+@pytest.mark.parametrize("collect", [cache_terms, compact], ids=["exact", "compact"])
+def test_chunks_of_examples_change_neither_value_nor_gradient(monkeypatch, collect):
+    batches, curvature, _ = set_of(24, 5 if collect is cache_terms else 12)
+    cache = collect(batches, curvature)
     noise = cache.noise(50, 0)
 
     def value_and_gradient():
@@ -209,6 +210,7 @@ def test_chunks_of_examples_change_neither_value_nor_gradient(monkeypatch):
 
     value, gradient = value_and_gradient()
     monkeypatch.setattr(compact_cache, "_SAMPLED_FLOATS", 50 * 12 * 5)
+    monkeypatch.setattr(validation_cache, "_SAMPLED_FLOATS", 50 * 5 * 5)
     chunked, of_chunks = value_and_gradient()
     assert chunked == pytest.approx(value, rel=1e-6)
     torch.testing.assert_close(of_chunks, gradient, rtol=1e-4, atol=1e-8)
