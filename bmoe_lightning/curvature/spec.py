@@ -22,6 +22,11 @@ APPROXIMATIONS: tuple[ApproximationName, ...] = ("expand", "reduce")
 FactorDtype = Literal["float32", "bfloat16"]
 FACTOR_DTYPES: tuple[FactorDtype, ...] = ("float32", "bfloat16")
 
+CACHE_BYTES = 1 << 29
+"""Memory of the covariance terms of held-out data in bytes: 512 MiB, so that a process grows by less than 1 GiB."""
+
+_NOT_OF_THE_FACTORS = ("offload", "cache_bytes")
+
 
 class LayerSelection(ABC):
     """Selection of the layers that get a posterior; subclasses are frozen dataclasses, so that they are hashable."""
@@ -102,6 +107,9 @@ class Curvature:
         factor_dtype: Dtype in which the bases are stored, `float32` (float64 for a float64 model) or `bfloat16`;
             computations are in at least float32.
         offload: Whether the factors are offloaded to the CPU; those of a layer are copied to its device when used.
+        cache_bytes: Memory in bytes of the covariance terms of the held-out data, for methods that are fitted on them.
+            All curvatures of a fit share it, and the smallest of theirs counts. Terms that do not fit are compact, or
+            those of a random subset; see `CacheBuilder`.
 
     Raises:
         ValueError: For an unknown name or a value out of range.
@@ -117,11 +125,16 @@ class Curvature:
     max_batches: int | None = None
     factor_dtype: FactorDtype = "float32"
     offload: bool = False
+    cache_bytes: int = CACHE_BYTES
 
     def __post_init__(self) -> None:
         # A command line or a YAML file gives a list, which is not hashable.
         object.__setattr__(self, "skip_layers", tuple(self.skip_layers))
-        for option, number in (("rank", self.rank), ("max_batches", self.max_batches or 0)):
+        for option, number in (
+            ("rank", self.rank),
+            ("max_batches", self.max_batches or 0),
+            ("cache_bytes", self.cache_bytes),
+        ):
             if type(number) is not int:
                 raise TypeError(f"{option} must be an integer, got {number!r}")
         if any(type(index) is not int for index in self.skip_layers):
@@ -143,6 +156,9 @@ class Curvature:
         if self.max_batches is not None and self.max_batches < 1:
             raise ValueError(f"max_batches must be at least 1, got {self.max_batches}")
 
+        if self.cache_bytes < 1:
+            raise ValueError(f"cache_bytes must be at least 1, got {self.cache_bytes}")
+
     @property
     def collects(self) -> bool:
         """Whether the curvature needs a pass over the training data."""
@@ -150,7 +166,7 @@ class Curvature:
 
     def without_pass(self) -> Curvature:
         """The prior over the same layers (rank 0): the covariance of the logits is then `1 / lambda J J^T`."""
-        return Curvature(rank=0, layers=self.layers, skip_layers=self.skip_layers)
+        return Curvature(rank=0, layers=self.layers, skip_layers=self.skip_layers, cache_bytes=self.cache_bytes)
 
     def find_layers(self, model: nn.Module) -> list[ExpertLayer]:
         """Find the layers that are tapped, including `skip_layers`.
@@ -174,7 +190,8 @@ class Curvature:
 
     def description(self) -> dict[str, Any]:
         """All options that affect the factors, as JSON values."""
-        plain = {name: value for name, value in asdict(replace(self, layers=_Nothing())).items() if name != "offload"}
+        values = asdict(replace(self, layers=_Nothing()))
+        plain = {name: value for name, value in values.items() if name not in _NOT_OF_THE_FACTORS}
         return {**plain, "skip_layers": list(self.skip_layers), "layers": self.layers.description()}
 
     @property

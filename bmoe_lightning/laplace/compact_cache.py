@@ -156,6 +156,13 @@ def cholesky(covariance: Tensor) -> Tensor:
     return torch.linalg.cholesky(covariance + torch.diag_embed(lift.unsqueeze(1).expand(-1, covariance.shape[1])))
 
 
+def compact_bytes(num_classes: int, num_layers: int) -> int:
+    """Bytes of the compact terms of one example, at most."""
+    nodes = math.ceil(_NUM_DECADES * math.log(10) / _NODE_SPACING) + 1
+    numbers = MAX_DIRECTIONS * (MAX_DIRECTIONS + 1) // 2 + 1
+    return 8 * num_classes * (MAX_DIRECTIONS + 1) + 4 * numbers * num_layers * (1 + nodes)
+
+
 class Nodes:
     """The nodes in log s of every layer, and the weights with which each eigenvalue is distributed to them.
 

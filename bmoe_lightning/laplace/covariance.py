@@ -27,6 +27,11 @@ from bmoe_lightning.experts.taps import tapped_batch
 from bmoe_lightning.experts.types import ExpertLayer
 from bmoe_lightning.laplace.groups import SlotGroups, SlotKeys, group_slots, inner_products, on_device, padded_groups
 
+GRADIENT_BYTES = 1 << 32
+"""Memory of the gradients of one batch in bytes: 4 GiB, or what those of five contrasts take; see `num_sweeps`."""
+
+_FEW_CONTRASTS = 5
+
 
 @dataclass(frozen=True)
 class LayerTerms:
@@ -108,19 +113,28 @@ def batch_terms(
         num_examples = len(embedding)
         slots = [tapped.taps.slots(position) for position in range(len(layers))]
         owners = slot_owners(tapped, slots, thorough=thorough)
-        passes = [tapped.taps.gradients(tapped.logits, pass_weights) for pass_weights in weights]
-        seen = list(zip(slots, zip(*passes, strict=True), owners, layers, strict=True))
-        grouped = group_slots([SlotKeys.of(s, g, owner, x.num_experts, num_examples) for s, g, owner, x in seen])
-        for groups, layer in zip(grouped, layers, strict=True):
-            if groups.num_orphans:
-                raise RuntimeError(
-                    f"a slot of layer {layer.name!r} affects a logit, but belongs to no example, since its gradients "
-                    "cancel or underflow; try bfloat16 or float32 weights"
-                )
-        terms = {
-            layer.name: iter(layer_terms(layer_slots.inputs, gradients, groups, factors[layer.name], num_examples))
-            for (layer_slots, gradients, _, layer), groups in zip(seen, grouped, strict=True)
-        }
+        itemsizes = [4 if tapped.taps.scale is not None else layer_slots.inputs.element_size() for layer_slots in slots]
+        held = sum(len(s.experts) * x.d_out * size for s, x, size in zip(slots, layers, itemsizes, strict=True))
+        count = tapped.taps.agreed_maximum(num_sweeps(len(weights), len(layers), held))
+        terms = {}
+        for part in torch.arange(len(layers)).tensor_split(count):
+            positions = part.tolist()
+            passes = [tapped.taps.gradients(tapped.logits, pass_weights, positions) for pass_weights in weights]
+            seen = [
+                (slots[position], gradients, owners[position], layers[position])
+                for position, gradients in zip(positions, zip(*passes, strict=True), strict=True)
+            ]
+            del passes
+            grouped = group_slots([SlotKeys.of(s, g, owner, x.num_experts, num_examples) for s, g, owner, x in seen])
+            for (layer_slots, gradients, _, layer), groups in zip(seen, grouped, strict=True):
+                if groups.num_orphans:
+                    raise RuntimeError(
+                        f"a slot of layer {layer.name!r} affects a logit, but belongs to no example, since its "
+                        "gradients cancel or underflow; try bfloat16 or float32 weights"
+                    )
+                found = layer_terms(layer_slots.inputs, gradients, groups, factors[layer.name], num_examples)
+                terms[layer.name] = iter(found)
+            del seen, gradients, layer_slots
         logits = tapped.logits.detach().double().masked_fill(~tapped.present, -torch.inf)
         return [
             _first(
@@ -129,6 +143,22 @@ def batch_terms(
             )
             for posterior in posteriors
         ]
+
+
+def num_sweeps(num_contrasts: int, num_layers: int, gradient_bytes: int) -> int:
+    """Number of groups of layers whose gradients are computed and reduced one group after another.
+
+    The inner products need the gradients of all contrasts at once. So that their memory does not grow with the number
+    of classes, the backward passes are then repeated for each group of layers, the earlier of which end early: n groups
+    take about (n + 1) / 2 times as long. Up to six classes there is one group.
+
+    Args:
+        num_contrasts: Number of contrasts P.
+        num_layers: Number of layers.
+        gradient_bytes: Bytes of the gradients of one contrast in all layers.
+    """
+    allowed = max(GRADIENT_BYTES, _FEW_CONTRASTS * gradient_bytes)
+    return max(1, min(num_layers, -(-num_contrasts * gradient_bytes // allowed)))
 
 
 def _first(terms: BatchTerms, count: int) -> BatchTerms:

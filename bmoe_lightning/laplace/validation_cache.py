@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
+from bmoe_lightning.curvature.spec import CACHE_BYTES
 from bmoe_lightning.experts.logits_contract import NO_LABEL, checked_labels, joined_logits
 from bmoe_lightning.laplace.compact_cache import (
     CompactCache,
@@ -24,9 +25,6 @@ from bmoe_lightning.laplace.predictive import standard_normal
 from bmoe_lightning.laplace.present import of_classes, present_first
 from bmoe_lightning.utils.distributed import gather_examples, gather_number, num_processes
 from bmoe_lightning.utils.fit_warnings import warn_of_fit
-
-CACHE_BYTES = 1 << 29
-"""Memory of the covariance terms of a validation set in bytes: 512 MiB, so that a process grows by less than 1 GiB."""
 
 _NUM_BINS = 128
 _MANY_CLASSES = 6  # contrasts of the classes that an example has
@@ -117,6 +115,11 @@ def _weighted_sum(weights: Tensor, terms: Tensor) -> Tensor:
     return torch.bmm(weights.view(1, 1, -1).expand(len(terms), -1, -1), terms).squeeze(1)
 
 
+def exact_terms_fit(num_contrasts: int, num_bytes: int, max_bytes: int) -> bool:
+    """Whether exact terms are stored; see `CacheBuilder`."""
+    return num_bytes <= (max_bytes if num_contrasts < _MANY_CLASSES else max_bytes // 32)
+
+
 class CacheBuilder:
     """Collects the covariance terms of a validation set batch by batch, on the CPU, within a stated memory.
 
@@ -202,7 +205,7 @@ class CacheBuilder:
             warn_of_fit(
                 f"the covariance terms of {len(everything['labels'])} held-out examples take more than "
                 f"{self._max_bytes / 2**20:.4g} MiB, so {len(labels_of)} drawn ones of them were used; give "
-                "fit_methods more cache_bytes to use all"
+                "the curvature more memory to use all, as in Curvature(cache_bytes=2**30)"
             )
         return CompactCache(
             **full,
@@ -233,7 +236,7 @@ class CacheBuilder:
         contrasts = terms.embedding.shape[2]
         added = len(terms.logits) * 8 * contrasts**2 * (self._centres.numel() + len(self._centres))
         held = sum(part[name].nbytes for part in self._exact for name in ("prior", "binned"))
-        return held + added <= (self._max_bytes if contrasts < _MANY_CLASSES else self._max_bytes // 32)
+        return exact_terms_fit(contrasts, held + added, self._max_bytes)
 
     def _exact_terms(self, terms: BatchTerms) -> dict[str, Tensor]:
         size = len(terms.logits)

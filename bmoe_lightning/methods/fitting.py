@@ -15,7 +15,6 @@ from bmoe_lightning.curvature.spec import Curvature
 from bmoe_lightning.experts import ClassLogits, ExpertLayer, weight_fingerprint
 from bmoe_lightning.experts.fsdp import check_collective
 from bmoe_lightning.experts.weight_record import weight_record
-from bmoe_lightning.laplace.validation_cache import CACHE_BYTES
 from bmoe_lightning.methods.base import Method, check_method_names
 from bmoe_lightning.methods.curvature_warnings import warn_of_discarded_energy
 from bmoe_lightning.methods.fit_result import FitResult, FittedMethod
@@ -43,7 +42,7 @@ def fit_methods(
     distributed: bool = False,
     pass_files: PassFiles | None = None,
     fit_id: str | None = None,
-    cache_bytes: int = CACHE_BYTES,
+    cache_bytes: int | None = None,
 ) -> FitResult:
     """Fit methods in one pass over the training data per curvature and one shared pass over the held-out data.
 
@@ -66,8 +65,8 @@ def fit_methods(
         pass_files: Location of the checkpoints of curvature passes, from which a killed pass resumes; remove them with
             `remove_checkpoint` once the fit is written.
         fit_id: Identifier of a new fit; by default a random one.
-        cache_bytes: Memory of the covariance terms of the held-out data. With many classes or examples they are compact
-            (see `CompactCache`), so that they fit.
+        cache_bytes: Memory of the covariance terms of the held-out data; by default the smallest `cache_bytes` of the
+            methods' curvatures.
 
     Returns:
         The fit; with `earlier`, that one completed by the missing methods.

@@ -26,7 +26,7 @@ from bmoe_lightning.laplace.prior import (
     check_distances,
     fit_evidence,
 )
-from bmoe_lightning.laplace.validation_cache import CACHE_BYTES, CacheBuilder
+from bmoe_lightning.laplace.validation_cache import CacheBuilder
 from bmoe_lightning.methods.base import Method
 from bmoe_lightning.methods.given_data import GivenData, Split
 from bmoe_lightning.methods.temperature_search import check_labelled
@@ -58,7 +58,8 @@ class Workbench:
         seed: Seed for sampled labels, sketch matrices and Monte Carlo noise.
         distributed: Whether all ranks of torch.distributed's default group take part, each with its shard of the data.
         pass_files: Location of the checkpoints of curvature passes; None writes none.
-        cache_bytes: Memory of the covariance terms of the held-out data under all curvatures; see `CacheBuilder`.
+        cache_bytes: Memory of the covariance terms of the held-out data under all curvatures; see `CacheBuilder`. None
+            is the smallest `cache_bytes` of the curvatures.
 
     Attributes:
         given: The data, compared with those of the existing fit.
@@ -80,7 +81,7 @@ class Workbench:
         seed: int = 0,
         distributed: bool = False,
         pass_files: PassFiles | None = None,
-        cache_bytes: int = CACHE_BYTES,
+        cache_bytes: int | None = None,
     ) -> None:
         self.model = model
         self.snapshots = tuple(snapshots)
@@ -259,7 +260,8 @@ class Workbench:
         collected = [c for method in self._methods if method.needs.calibration for c in method.curvatures]
         posteriors = {curvature.digest: self.posterior(curvature) for curvature in collected}
         shards = num_processes() if self._distributed else 1
-        each = max(1, self._cache_bytes // max(1, len(posteriors)))
+        allowed = self._cache_bytes or min((curvature.cache_bytes for curvature in collected), default=0)
+        each = max(1, allowed // max(1, len(posteriors)))
         builders = {
             digest: CacheBuilder(posterior.curvature, max_bytes=each, num_shards=shards)
             for digest, posterior in posteriors.items()

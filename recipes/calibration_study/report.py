@@ -11,7 +11,7 @@ from recipes.calibration_study.temperatures import Regret
 GROUPS: Mapping[str, Callable[[str, str], bool]] = {
     "built-in task, normal fine-tunings": lambda task, kind: task == "built-in" and kind == "normal",
     "built-in task, other fine-tunings": lambda task, kind: task == "built-in" and kind not in ("normal", CALIBRATED),
-    "models that are calibrated already": lambda task, kind: kind == CALIBRATED,
+    "models that are calibrated already": lambda _, kind: kind == CALIBRATED,
     "real questions": lambda task, _: task != "built-in",
 }
 """Cases that one column or table is about, by task and kind."""

@@ -16,6 +16,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from bmoe_lightning.curvature.sketch import EXACT_WIDTH
+from bmoe_lightning.laplace.covariance import num_sweeps
 from recipes.plan.architecture import Architecture, Block, Experts
 
 
@@ -111,7 +112,15 @@ def prediction(model: Architecture, work: Workload) -> float:
     above = sum(_block(block, model, work, backward=True) for block in model.blocks[last + 1 :])
     # The example of each slot follows from two gradients at the last expert layer.
     owners = 2 * (above + _outside(model, work))
-    return forward(model, work) + work.contrasts * backward(model, work) + owners + kernels(model, work)
+    # Each group of layers takes passes of its own, which end at its first layer.
+    repeated = (prediction_sweeps(model, work, model.dtype.itemsize) + 1) / 2
+    return forward(model, work) + repeated * work.contrasts * backward(model, work) + owners + kernels(model, work)
+
+
+def prediction_sweeps(model: Architecture, work: Workload, itemsize: int) -> int:
+    """Number of groups of layers whose gradients are stored one after another; see `num_sweeps`."""
+    slots = sum(work.positions * experts.top_k * experts.layer.d_out for experts in model.experts)
+    return num_sweeps(work.contrasts, len(model.experts), itemsize * slots)
 
 
 def kernels(model: Architecture, work: Workload) -> float:

@@ -27,10 +27,13 @@ from torch import Tensor
 
 from bmoe_lightning.curvature import LayerFactors
 from bmoe_lightning.curvature.sketch import EXACT_WIDTH, make_sketch
+from bmoe_lightning.curvature.spec import CACHE_BYTES
+from bmoe_lightning.laplace.compact_cache import compact_bytes
+from bmoe_lightning.laplace.validation_cache import exact_terms_fit
 from bmoe_lightning.optim import HalfPrecisionUpdates
 from bmoe_lightning.optim.master_weights import CHUNK
 from recipes.plan.architecture import Architecture, Experts
-from recipes.plan.compute import Workload
+from recipes.plan.compute import Workload, prediction_sweeps
 
 SNAPSHOTS = 5
 LPO_BINS = 128
@@ -235,7 +238,7 @@ def prediction_transients(
 ) -> int:
     """Memory of a prediction beyond the weights, the factors included, estimated.
 
-    The gradients of all K - 1 passes are alive together.
+    The gradients of all K - 1 passes are alive together, in as many layers as `num_sweeps` allows.
 
     Args:
         model: Sizes of the model.
@@ -247,11 +250,12 @@ def prediction_transients(
     slots = sum(work.positions * experts.top_k * experts.layer.d_out for experts in model.experts)
     gradients = precision.second * slots
     # With one module for each expert, the gradients of the last pass are alive twice: separately and concatenated.
+    at_once = -(-len(model.experts) // prediction_sweeps(model, work, precision.second))
     joining = gradients if not all(experts.products.second for experts in model.experts) else 0
     finding = joining + _product_bytes(model, work, precision, None)
     kernels = max(_kernel_bytes(experts, work) for experts in model.experts)
     factors = [_layer_factor_bytes(experts, work.rank) for experts in model.experts]
-    kept = (max(factors) if offload else sum(factors)) + work.contrasts * gradients
+    kept = (max(factors) if offload else sum(factors)) + work.contrasts * gradients * at_once // len(model.experts)
     if checkpointing:
         # Passes that end at the last layer recompute its block, and tensors they do not use stay alive: two blocks.
         kept += 2 * max(saved_bytes(model, work, precision, None))
@@ -264,10 +268,16 @@ def prior_mean_bytes(model: Architecture) -> int:
 
 
 def lpo_cache_bytes(model: Architecture, work: Workload, examples: int) -> int:
-    """The validation cache of LPO, on the CPU in float64; twice that temporarily while its batches are concatenated."""
+    """The validation cache of LPO, on the CPU; up to twice that temporarily while its batches are concatenated.
+
+    Compact terms are counted at their largest, as for a curvature over twelve decades.
+    """
     layers, classes, contrasts = len(model.experts), work.classes, work.contrasts
-    an_example = classes + 1 + classes * contrasts + layers * (1 + LPO_BINS) * contrasts**2
-    return 8 * (examples * an_example + layers * LPO_BINS)
+    terms = examples * layers * (1 + LPO_BINS) * contrasts**2
+    output = examples * (classes + 1)
+    if exact_terms_fit(contrasts, 8 * terms, CACHE_BYTES):
+        return 8 * (output + examples * classes * contrasts + terms + layers * LPO_BINS)
+    return 8 * output + min(CACHE_BYTES, examples * compact_bytes(classes, layers))
 
 
 def saved_bytes(

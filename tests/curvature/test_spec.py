@@ -45,6 +45,13 @@ def test_another_option_is_another_digest(changes):
     assert replace(Curvature(rank=3), **changes).digest != Curvature(rank=3).digest
 
 
+@pytest.mark.parametrize("changes", [{"offload": True}, {"cache_bytes": 1 << 20}])
+def test_where_and_how_much_is_stored_asks_for_no_other_pass(changes):
+    changed = replace(Curvature(rank=3), **changes)
+    assert changed.digest == Curvature(rank=3).digest
+    assert changed.without_pass().cache_bytes == changed.cache_bytes
+
+
 def test_descriptions_are_what_json_gives_back():
     description = Curvature(layers=Named(("a", "b")), skip_layers=(1,)).description()
     assert description["layers"] == {"selection": f"{__name__}:Named", "names": ["a", "b"]}
@@ -79,6 +86,7 @@ def test_find_layers_is_the_selection_s():
         ({"rank": -1}, "rank must be at least 0"),
         ({"fisher": "exakt"}, "unknown fisher"),
         ({"max_batches": 0}, "max_batches"),
+        ({"cache_bytes": 0}, "cache_bytes must be at least 1"),
     ],
 )
 def test_values_out_of_range(options, message):

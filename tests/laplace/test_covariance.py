@@ -19,7 +19,9 @@ from oracles.models import (
 )
 
 from bmoe_lightning.curvature import collect_factors
-from bmoe_lightning.laplace import LaplacePosterior, groups
+from bmoe_lightning.experts.taps import Taps
+from bmoe_lightning.laplace import LaplacePosterior, covariance, groups
+from bmoe_lightning.laplace.covariance import GRADIENT_BYTES, num_sweeps
 
 
 def jacobians(fused, class_logits, batch):
@@ -227,3 +229,36 @@ def test_the_gradients_of_a_model_are_left_alone():
     posterior.predict(model, answer_logits, batch)
     assert all(p.grad is None and p.requires_grad for p in model.parameters())
     assert all(m.training for m in model.modules())
+
+
+@layouts
+def test_groups_of_layers_change_no_bit_and_need_less_memory(monkeypatch, layout):
+    """With little memory the gradients of a few layers at a time are stored."""
+    _, model = built(layout)
+    posterior = LaplacePosterior(collect_factors(model, answer_logits, [toy_batch(num_rows=9, seed=3)], rank=3), 2.0)
+    batch = toy_batch()
+    expected = posterior.logit_covariance(model, answer_logits, batch)[1]
+    positions, gradients = [], Taps.gradients
+
+    def seen(taps, logits, weights, chosen=None):
+        positions.append(chosen)
+        return gradients(taps, logits, weights, chosen)
+
+    monkeypatch.setattr(covariance, "GRADIENT_BYTES", 1)
+    monkeypatch.setattr(covariance, "_FEW_CONTRASTS", 1)
+    monkeypatch.setattr(Taps, "gradients", seen)
+    found = posterior.logit_covariance(model, answer_logits, batch)[1]
+    assert torch.equal(found, expected)
+    assert positions[-8:] == [[0]] * 4 + [[1]] * 4  # four classes, without the pass of the owners
+
+
+def test_gradients_of_many_classes_are_bounded():
+    for gradient_bytes in (1 << 20, 1 << 28, 1 << 31):
+        for num_contrasts in (1, 3, 5):
+            assert num_sweeps(num_contrasts, 24, gradient_bytes) == 1
+        for num_contrasts in (6, 29, 99):
+            count = num_sweeps(num_contrasts, 24, gradient_bytes)
+            held = num_contrasts * gradient_bytes / count
+            assert count == 24 or held <= max(GRADIENT_BYTES, 5 * gradient_bytes)
+            assert count == 1 or num_contrasts * gradient_bytes > GRADIENT_BYTES
+    assert num_sweeps(29, 24, 0) == 1

@@ -462,7 +462,11 @@ def test_a_fit_keeps_to_the_memory_of_the_terms(model, train, calibration, prior
     """Compact terms; the temperatures see all labels, and no method sees terms and labels of different examples."""
     methods = methods_of(TemperatureScaling, LaplaceLPO, LaplaceTemperature, EvidenceTemperature, num_samples=500)
     options = {"prior_mean": prior_mean}
-    small = fit_methods(methods, model, answer_logits, train, calibration, **options, cache_bytes=1_000_000)
+    given = [replace(method, curvature=replace(RANK3, cache_bytes=1_000_000)) for method in methods[1:]]
+    small = fit_methods([methods[0], *given], model, answer_logits, train, calibration, **options)
+    explicit = fit_methods(methods, model, answer_logits, train, calibration, **options, cache_bytes=1_000_000)
+    assert torch.equal(precision(small, "laplace_lpo"), precision(explicit, "laplace_lpo"))
+    assert all(small.is_fitted(method) for method in methods)  # another memory asks for no other fit
     assert len(small.calibration[0]) == 112
     assert torch.equal(state(small, "temperature")["temperature"], state(everything, "temperature")["temperature"])
     for name in ("laplace_temperature", "evidence_temperature"):

@@ -1,6 +1,6 @@
 """The table of what compact covariance terms cost."""
 
-from recipes.benchmark.many_classes import ValidationSet, _line
+from recipes.benchmark.many_classes import ValidationSet, _large, _line
 
 
 def test_a_line_has_two_sizes_and_two_losses_that_agree():
@@ -9,3 +9,10 @@ def test_a_line_has_two_sizes_and_two_losses_that_agree():
     assert classes == 8
     assert compact < exact / 5
     assert abs(compact_nll - exact_nll) < 0.02
+
+
+def test_a_large_set_says_which_terms_it_has_and_what_they_take():
+    few, many = (_large(ValidationSet(num_classes, num_examples=32)) for num_classes in (3, 12))
+    assert few.startswith("32 examples, 3 classes, 2 layers: exact terms 0 MiB, the process grew by ")
+    assert "compact terms" in _large(ValidationSet(30, num_examples=64))
+    assert many.endswith(" s")

@@ -11,12 +11,15 @@ from oracles.planned import WORK, as_modules, built, class_logits, small_batch, 
 from torch.nn.functional import cross_entropy
 
 from bmoe_lightning.curvature import collect_factors
+from bmoe_lightning.curvature.spec import CACHE_BYTES
 from bmoe_lightning.experts import down_proj_parameters, expert_dropout, find_expert_layers
 from bmoe_lightning.experts import grouped_matmul as grouped
-from bmoe_lightning.laplace import LaplacePosterior
+from bmoe_lightning.laplace import LaplacePosterior, covariance
+from bmoe_lightning.laplace.validation_cache import cache_terms
 from bmoe_lightning.methods import save_snapshot
 from bmoe_lightning.optim import make_adamw, master_weights
 from bmoe_lightning.trainer.prior_mean import PriorMean
+from recipes.benchmark.many_classes import ValidationSet
 from recipes.common.live_bytes import LiveBytes
 from recipes.plan import memory
 from recipes.plan.architecture import describe
@@ -282,6 +285,15 @@ def test_lpo_cache(model, fitted):
     assert memory.lpo_cache_bytes(describe(model), WORK, 2 * WORK.batch_size) == held
 
 
+def test_lpo_cache_of_many_classes_is_compact():
+    model = describe(built(torch.bfloat16))
+    many = ValidationSet(30, num_examples=500, num_layers=len(model.experts))
+    held = cache_terms(many.batches(), many.curvature()).nbytes
+    planned = memory.lpo_cache_bytes(model, replace(WORK, classes=30), 500)
+    assert held < planned < 2 * held
+    assert memory.lpo_cache_bytes(model, replace(WORK, classes=30), 10**6) < 1.5 * CACHE_BYTES
+
+
 def plan_of(trained="down_proj", dtype=torch.bfloat16, **options):
     made = describe(built(torch.bfloat16))
     options = {"checkpointing": False, **options}
@@ -298,6 +310,17 @@ def test_float32_weights_double_what_is_trained_and_nothing_else():
 def test_checkpointing_keeps_less_where_there_are_many_layers():
     assert plan_of(checkpointing=True).activations < plan_of().activations
     assert plan_of(checkpointing=True).curvature < plan_of().curvature
+
+
+def test_a_prediction_of_many_classes_keeps_the_gradients_of_some_layers(monkeypatch):
+    model, many = describe(built(torch.bfloat16)), replace(WORK, classes=30)
+    whole = memory.prediction_transients(model, many, BFLOAT16)
+    gradients = BFLOAT16.second * sum(many.positions * e.top_k * e.layer.d_out for e in model.experts)
+    monkeypatch.setattr(covariance, "GRADIENT_BYTES", 10 * gradients)
+    layers = len(model.experts)
+    sweeps = min(3, layers)
+    expected = 29 * gradients * -(-layers // sweeps) // layers
+    assert whole - memory.prediction_transients(model, many, BFLOAT16) == 29 * gradients - expected
 
 
 def test_what_fits():
