@@ -27,8 +27,8 @@ from bmoe_lightning.experts.taps import tapped_batch
 from bmoe_lightning.experts.types import ExpertLayer
 from bmoe_lightning.laplace.groups import SlotGroups, SlotKeys, group_slots, inner_products, on_device, padded_groups
 
-GRADIENT_BYTES = 1 << 32
-"""Memory of the gradients of one batch in bytes: 4 GiB, or what those of five contrasts take; see `num_sweeps`."""
+GRADIENT_BYTES = 1 << 33
+"""Memory of the gradients of one batch in bytes: 8 GiB, or what those of five contrasts take; see `num_sweeps`."""
 
 _FEW_CONTRASTS = 5
 

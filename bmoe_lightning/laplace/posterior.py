@@ -22,6 +22,7 @@ import torch
 from torch import Tensor, nn
 
 from bmoe_lightning.curvature.factors import KroneckerFactors
+from bmoe_lightning.curvature.spec import CACHE_BYTES
 from bmoe_lightning.experts.counted_batch import lockstep
 from bmoe_lightning.experts.discovery import locate_expert_layers
 from bmoe_lightning.experts.fsdp import reshard
@@ -45,7 +46,7 @@ from bmoe_lightning.laplace.prior import (
     log_evidence_penalty,
 )
 from bmoe_lightning.laplace.storage import load_posterior, save_posterior
-from bmoe_lightning.laplace.validation_cache import CACHE_BYTES, cache_terms
+from bmoe_lightning.laplace.validation_cache import cache_terms
 from bmoe_lightning.utils.distributed import is_rank_zero
 
 _logger = logging.getLogger(__name__)

@@ -271,7 +271,7 @@ def _fine_tune(path: Path, plan: _Plan, seed: int, title: str) -> None:
     write_tensor_file(path, tensors, format=_FORMAT, version=_VERSION, description={"case": title})
 
 
-def _divided_logits(temperature: float, module: ExpertFinetuner, batch: Any) -> tuple[Tensor, Tensor]:
+def _divided_logits(temperature: float, module: ExpertFinetuner, batch: Any) -> tuple[Tensor, Tensor | None]:
     logits, labels = module.class_logits(batch)
     return logits / temperature, labels
 
@@ -280,5 +280,5 @@ def _best_temperature(module: ExpertFinetuner, loaders: Iterable[Iterable[Any]])
     """The temperature that is best on the questions of all loaders."""
     with torch.no_grad(), evaluation_mode(module):
         found = [module.class_logits(batch) for loader in loaders for batch in loader]
-    logits, labels = zip(*found, strict=True)
-    return fit_temperature(torch.cat(logits), torch.cat(labels))
+    labels = [part for _, part in found if part is not None]
+    return fit_temperature(torch.cat([logits for logits, _ in found]), torch.cat(labels))
