@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import functools
+import threading
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
-from typing import Any
+from typing import Any, NoReturn
 
+import torch
 from torch import Tensor, nn
 
 from bmoe_lightning.experts.fsdp import reshard
-from bmoe_lightning.experts.threads import in_this_thread, model_lock
+from bmoe_lightning.experts.threads import model_lock
 
 
 @contextmanager
@@ -30,9 +33,13 @@ def evaluation_mode(model: nn.Module) -> Iterator[None]:
 
 @contextmanager
 def frozen_parameters(model: nn.Module) -> Iterator[None]:
-    """Let no parameter of a model require gradients, nor the outputs of embeddings; restored afterwards."""
+    """Let no parameter of a model require gradients, nor the outputs of embeddings; restored afterwards.
+
+    A forward pass of another thread would get no gradients, or partial ones, so its backward pass is refused.
+    """
     reshard(model)
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    hook = functools.partial(_detached, threading.get_ident(), bool(trained))
     for parameter in trained:
         parameter.requires_grad_(False)
     try:
@@ -40,7 +47,7 @@ def frozen_parameters(model: nn.Module) -> Iterator[None]:
             for module in model.modules():
                 # Hooks of gradient checkpointing and PEFT make embeddings require gradients: a graph would start there.
                 if isinstance(module, nn.Embedding):
-                    stack.callback(module.register_forward_hook(in_this_thread(_detached)).remove)
+                    stack.callback(module.register_forward_hook(hook).remove)
             yield
     finally:
         reshard(model)  # unsharded weights hold a copy of the flag
@@ -48,5 +55,19 @@ def frozen_parameters(model: nn.Module) -> Iterator[None]:
             parameter.requires_grad_(True)
 
 
-def _detached(_module: nn.Module, _inputs: Any, output: Any) -> Any:
-    return output.detach() if isinstance(output, Tensor) and output.is_leaf else output
+def _detached(thread: int, trains: bool, _module: nn.Module, _inputs: Any, output: Any) -> Any:
+    if not isinstance(output, Tensor):
+        return output
+    if threading.get_ident() == thread:
+        return output.detach() if output.is_leaf else output
+    if trains and torch.is_grad_enabled() and not output.is_inference():
+        output = output if output.requires_grad else output.detach().requires_grad_()
+        output.register_hook(_refuse_backward)
+    return output
+
+
+def _refuse_backward(_gradient: Tensor) -> NoReturn:
+    raise RuntimeError(
+        "the model ran forward while another thread predicted with it, when its parameters require no gradients, so "
+        "these gradients would be partial; hold bmoe_lightning.experts.model_lock(model) during each training step"
+    )

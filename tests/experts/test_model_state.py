@@ -1,10 +1,15 @@
-"""Modes of a model, set for a while."""
+"""Modes and flags of a model, set for a while."""
 
 from __future__ import annotations
 
+from concurrent.futures import ThreadPoolExecutor
+
+import pytest
+import torch
 from torch import nn
 
-from bmoe_lightning.experts.model_state import evaluation_mode
+from bmoe_lightning.experts.model_state import evaluation_mode, frozen_parameters
+from bmoe_lightning.experts.threads import model_lock
 
 
 def test_evaluation_mode_restores_each_module():
@@ -13,3 +18,64 @@ def test_evaluation_mode_restores_each_module():
     with evaluation_mode(model):
         assert not any(m.training for m in model.modules())
     assert [m.training for m in model.modules()] == [True, True, False, False]
+
+
+class TestTrainingBesideAPrediction:
+    """Forward passes of another thread while no parameter requires gradients."""
+
+    @pytest.fixture
+    def model(self):
+        return nn.Sequential(nn.Embedding(5, 4), nn.Linear(4, 4), nn.Tanh(), nn.Linear(4, 2))
+
+    @pytest.fixture
+    def other(self):
+        with ThreadPoolExecutor(1) as pool:
+            yield lambda action: pool.submit(action).result()
+
+    IDS = torch.arange(5)
+
+    def gradients(self, model):
+        return [torch.zeros(0) if p.grad is None else p.grad.clone() for p in model.parameters()]
+
+    def test_a_backward_pass_of_partial_gradients_is_refused(self, model, other):
+        model(self.IDS).sum().backward()
+        expected = self.gradients(model)
+        model.zero_grad()
+        with frozen_parameters(model):
+            half = other(lambda: model[:2](self.IDS))
+        # The rest of the forward pass comes when the parameters require gradients again.
+        loss = other(lambda: model[2:](half).sum())
+        with pytest.raises(RuntimeError, match=r"while another thread predicted with it.*hold .*model_lock"):
+            other(loss.backward)
+        model.zero_grad()
+
+        def step():
+            with model_lock(model):
+                model(self.IDS).sum().backward()
+
+        other(step)
+        assert all(torch.equal(found, right) for found, right in zip(self.gradients(model), expected, strict=True))
+
+    @pytest.mark.parametrize("context", [torch.no_grad, torch.enable_grad, torch.inference_mode])
+    def test_a_plain_forward_pass_is_not(self, model, other, context):
+        def forward():
+            with context():
+                return model(self.IDS)
+
+        expected = forward()
+        with frozen_parameters(model):
+            found = other(forward)
+        assert torch.equal(found, expected)
+        assert found.requires_grad == expected.requires_grad
+
+    def test_a_model_that_is_not_trained_gets_no_graph(self, model, other):
+        model.requires_grad_(False)
+        with frozen_parameters(model):
+            assert not other(lambda: model(self.IDS)).requires_grad
+
+    def test_this_thread_has_no_graph_from_embeddings(self, model):
+        model[0].register_forward_hook(lambda module, inputs, output: output.requires_grad_())
+        with frozen_parameters(model):
+            assert not model[0](self.IDS).requires_grad
+        assert model[0](self.IDS).requires_grad
+        assert all(p.requires_grad for p in model.parameters())
