@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import itertools
 import json
-from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -12,15 +11,15 @@ import torch
 
 from bmoe_lightning.optim import HalfPrecisionUpdates
 from recipes.plan import compute, memory
+from recipes.plan.activations import Precision
 from recipes.plan.architecture import Architecture, build, describe, load_configuration
 from recipes.plan.compute import Workload
 from recipes.plan.launch import Launch, launches
-from recipes.plan.memory import Precision, Training
+from recipes.plan.memory import Training
 from recipes.plan.settings import PlanSettings
+from recipes.plan.tables import billions, count, gib, mib, percent, table
 
 PLACE = "launch lines"
-_GIB = 2**30
-_MIB = 2**20
 _TRAINED_NAMES = {"down_proj": "down_proj only", "experts": "all experts"}
 # How weights in half precision are trained without losing updates; those of another dtype need none of it.
 _HALF_PRECISION: tuple[HalfPrecisionUpdates, ...] = ("master_weights", "stochastic_rounding")
@@ -71,6 +70,7 @@ def make_plan(settings: PlanSettings) -> Plan:
         "prediction_transients": memory.prediction_transients(model, work, precision),
         "prediction_recomputed": memory.prediction_transients(model, work, precision, checkpointing=True, offload=True),
         "prior_mean": memory.prior_mean_bytes(model),
+        "mapped_pages": memory.mapped_bytes(model),
         "lpo_cache": memory.lpo_cache_bytes(model, work, settings.calibration_examples),
     }
     operations = {
@@ -129,6 +129,8 @@ def plan_json(plan: Plan) -> str:
                 **asdict(training),
                 "peak": training.peak,
                 "snapshot": training.gradients,
+                "member": training.gradients,
+                "moments": memory.moments_bytes(model, training.trained, memory.SNAPSHOTS),
                 "checkpoint": training.gradients + training.optimizer,
                 "optimizer_traffic": training.traffic,
                 "fits": {f"{size:g}": training.fits(size) for size in plan.settings.memory},
@@ -162,19 +164,19 @@ def _model_part(plan: Plan) -> str:
         kinds[key] = kinds.get(key, 0) + 1
     layers = [[str(count), *map(str, key)] for key, count in kinds.items()]
     share = [
-        ["total", _billions(model.parameters), ""],
-        ["routed experts", _billions(model.routed), _percent(model.routed, model.parameters)],
-        ["second layers (down_proj)", _billions(model.second), _percent(model.second, model.parameters)],
-        ["active for a token", _billions(model.active), _percent(model.active, model.parameters)],
+        ["total", billions(model.parameters), ""],
+        ["routed experts", billions(model.routed), percent(model.routed, model.parameters)],
+        ["second layers (down_proj)", billions(model.second), percent(model.second, model.parameters)],
+        ["active for a token", billions(model.active), percent(model.active, model.parameters)],
     ]
     return "\n".join(
         [
             f"{plan.settings.model}: {model.name} ({model.model_type}), {len(model.blocks)} layers, width "
             f"{model.hidden}, vocabulary {model.vocabulary}",
             "",
-            *_table(["expert layers", "experts", "a token", "d_in", "d_out", "layout"], layers),
+            *table(["expert layers", "experts", "a token", "d_in", "d_out", "layout"], layers),
             "",
-            *_table(["parameters", "billion", "share"], share),
+            *table(["parameters", "billion", "share"], share),
         ]
     )
 
@@ -182,20 +184,20 @@ def _model_part(plan: Plan) -> str:
 def _posterior_part(plan: Plan) -> str:
     sizes, settings = plan.sizes, plan.settings
     rows = [
-        ["factors, rank " + str(settings.rank), _mib(sizes["factors"])],
-        ["factors, in bfloat16", _mib(sizes["factors_bfloat16"])],
-        ["posterior file", _mib(sizes["posterior_file"])],
-        ["sums of the curvature pass, of which the factors are made", _mib(sizes["sketches"])],
-        ["curvature pass, with these sums, beyond the weights ~", _mib(sizes["curvature_transients"])],
-        ["    with gradient checkpointing ~", _mib(sizes["curvature_recomputed"])],
-        ["prediction, with the factors, beyond the weights ~", _mib(sizes["prediction_transients"])],
-        ["    with gradient checkpointing and offloaded factors ~", _mib(sizes["prediction_recomputed"])],
-        ["prior mean: the second layers from before fine-tuning, in main memory", _mib(sizes["prior_mean"])],
-        [f"LPO's cache of {settings.calibration_examples} examples, in main memory", _mib(sizes["lpo_cache"])],
+        ["factors, rank " + str(settings.rank), mib(sizes["factors"])],
+        ["factors, in bfloat16", mib(sizes["factors_bfloat16"])],
+        ["posterior file", mib(sizes["posterior_file"])],
+        ["sums of the curvature pass, of which the factors are made", mib(sizes["sketches"])],
+        ["curvature pass, with these sums, beyond the weights ~", mib(sizes["curvature_transients"])],
+        ["    with gradient checkpointing ~", mib(sizes["curvature_recomputed"])],
+        ["prediction, with the factors, beyond the weights ~", mib(sizes["prediction_transients"])],
+        ["    with gradient checkpointing and offloaded factors ~", mib(sizes["prediction_recomputed"])],
+        ["prior mean: the second layers from before fine-tuning, in main memory", mib(sizes["prior_mean"])],
+        [f"LPO's cache of {settings.calibration_examples} examples, in main memory", mib(sizes["lpo_cache"])],
     ]
     return "\n".join(
         [
-            *_table(["posterior", "MiB"], rows),
+            *table(["posterior", "MiB"], rows),
             f"~ estimated: batches of {settings.batch_size} x {settings.tokens} tokens, {settings.classes} classes.",
         ]
     )
@@ -211,8 +213,8 @@ def _operations_part(plan: Plan) -> str:
         "training_experts": "training step, all experts",
         "curvature_mc": "curvature, mc (1 backward pass)",
         "curvature_empirical": "curvature, empirical (1 backward pass)",
-        "curvature_exact": f"curvature, exact ({_count(passes, 'backward pass', 'backward passes')})",
-        "prediction": f"prediction ({_count(passes, 'backward pass', 'backward passes')})",
+        "curvature_exact": f"curvature, exact ({count(passes, 'backward pass', 'backward passes')})",
+        "prediction": f"prediction ({count(passes, 'backward pass', 'backward passes')})",
     }
     batches = settings.examples / settings.batch_size
     rows = [
@@ -227,7 +229,7 @@ def _operations_part(plan: Plan) -> str:
     header = ["operations", "TFLOP a batch", "x forward", f"PFLOP for {settings.examples} examples"]
     return "\n".join(
         [
-            *_table(header, rows),
+            *table(header, rows),
             "Gradient checkpointing adds up to one forward to a training step. LPO is one prediction pass over its "
             f"{settings.calibration_examples} examples.",
             "AdamW's step is bound by memory instead; what it reads and writes is in the last table before the launch "
@@ -246,7 +248,7 @@ def _training_part(plan: Plan) -> str:
                 _TRAINED_NAMES[training.trained],
                 training.trained_dtype + _UPDATE_NAMES[training.updates],
                 "yes" if training.checkpointing else "no",
-                *(_gib(part) for part in (*parts, training.curvature, training.peak)),
+                *(gib(part) for part in (*parts, training.curvature, training.peak)),
                 *("yes" if training.fits(size) else "no" for size in plan.settings.memory),
             ]
         )
@@ -263,14 +265,15 @@ def _training_part(plan: Plan) -> str:
         *sizes,
     ]
     saved = [
-        [_TRAINED_NAMES[t.trained], t.trained_dtype + _UPDATE_NAMES[t.updates], _gib(t.gradients),
-         _gib(t.gradients + t.optimizer), _gib(t.gradients * memory.SNAPSHOTS), _gib(t.traffic)]
+        [_TRAINED_NAMES[t.trained], t.trained_dtype + _UPDATE_NAMES[t.updates], gib(t.gradients),
+         gib(t.gradients + t.optimizer), gib(t.gradients * memory.SNAPSHOTS),
+         gib(memory.moments_bytes(plan.model, t.trained, memory.SNAPSHOTS)), gib(t.traffic)]
         for t in plan.trainings if not t.checkpointing
     ]  # fmt: skip
     return "\n".join(
         [
             "Accelerator memory in GiB; the other weights are in " + plan.settings.dtype + ".",
-            *_table(header, rows),
+            *table(header, rows),
             "~ estimated. peak = weights + grad+AdamW + the largest of the three after them: activations of a batch",
             "(recompute: with gradient checkpointing), a step of AdamW, the curvature pass after training.",
             *_half_precision_note(plan),
@@ -278,10 +281,20 @@ def _training_part(plan: Plan) -> str:
             *_float32_note(plan),
             "",
             "Files in GiB, and the GiB of accelerator memory that a step of AdamW reads and writes.",
-            *_table(
-                ["trained", "as", "snapshot", "checkpoint with AdamW", f"{memory.SNAPSHOTS} snapshots", "AdamW's step"],
+            *table(
+                [
+                    "trained",
+                    "as",
+                    "snapshot",
+                    "checkpoint with AdamW",
+                    f"{memory.SNAPSHOTS} snapshots",
+                    "their moments",
+                    "AdamW's step",
+                ],
                 saved,
             ),
+            "A member of an ensemble is a snapshot beside the model's weights while it predicts, less than training's",
+            "gradients and AdamW. Methods that sample weights from the moments of snapshots hold these in main memory.",
         ]
     )
 
@@ -296,7 +309,7 @@ def launch_text(plan: Plan) -> str:
             [
                 launch.name,
                 _TRAINED_NAMES[training.trained],
-                *(_gib(part) for part in (*parts, training.peak)),
+                *(gib(part) for part in (*parts, training.peak)),
                 *("yes" if training.fits(size) else "no" for size in plan.settings.memory),
             ]
         )
@@ -305,14 +318,17 @@ def launch_text(plan: Plan) -> str:
     return "\n".join(
         [
             f"Launch lines, and GiB of each device in {plan.settings.dtype} without gradient checkpointing.",
-            *_table(header, rows),
+            *table(header, rows),
             "~ estimated. DDP: with the buckets of gradients. Sharded: with blocks that are all-gathered for a while.",
             *_torchao_note(plan),
             "",
             *(f"{launch.name}:\n  {_folded(launch.command)}" for launch in plan.launches),
-            f"Main memory while the model is loaded: {_gib(plan.model.weight_bytes)} GiB in every process at once,",
-            "or with sharded weights in one process of a node after the other; on top are mapped pages of its files.",
-            f"Methods that use the evidence then hold the prior mean there, {_gib(plan.sizes['prior_mean'])} GiB or "
+            f"Main memory while the model is loaded: {gib(plan.model.weight_bytes)} GiB in every process at once, or "
+            "with sharded",
+            "weights in one process of a node after the other; beside it up to "
+            f"{gib(plan.sizes['mapped_pages'])} GiB of mapped pages of files whose",
+            "experts are stacked, which a GPU releases and a CPU keeps.",
+            f"Methods that use the evidence then hold the prior mean there, {gib(plan.sizes['prior_mean'])} GiB or "
             "its shard in every process.",
             "On several nodes it is run on each, with HOST the name of one of them and an --output-dir that all see.",
         ]
@@ -359,42 +375,3 @@ def _float32_note(plan: Plan) -> list[str]:
         "Float32 experts have no grouped kernel on a GPU. A product copies their matrices for every 32 slots, 256 MiB",
         "at a time, and keeps no copy; the gradient of a trained matrix is made of one matrix for every 32 slots.",
     ]
-
-
-def _table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> list[str]:
-    """Lines of an aligned table: the first column left-aligned, the others right-aligned."""
-    lines = [list(header), *map(list, rows)]
-    numeric = [
-        all(line[i][:1].isdigit() or not line[i] or line[i] in ("yes", "no") for line in lines[1:])
-        for i in range(len(header))
-    ]
-    widths = [max(len(line[i]) for line in lines) for i in range(len(header))]
-
-    def text(line: Sequence[str]) -> str:
-        cells = (
-            cell.rjust(width) if right else cell.ljust(width)
-            for cell, width, right in zip(line, widths, numeric, strict=True)
-        )
-        return "  ".join(cells).rstrip()
-
-    return [text(lines[0]), "  ".join("-" * width for width in widths), *map(text, lines[1:])]
-
-
-def _billions(count: int) -> str:
-    return f"{count / 1e9:.3f}" if count >= 1e6 else f"{count / 1e9:.6f}"
-
-
-def _percent(part: int, whole: int) -> str:
-    return f"{part / whole:.1%}"
-
-
-def _mib(size: int) -> str:
-    return f"{size / _MIB:,.1f}" if size < 100 * _MIB else f"{size / _MIB:,.0f}"
-
-
-def _gib(size: int) -> str:
-    return f"{size / _GIB:.2f}" if size < 10 * _GIB else f"{size / _GIB:.1f}"
-
-
-def _count(number: int, one: str, many: str) -> str:
-    return f"{number} {one if number == 1 else many}"

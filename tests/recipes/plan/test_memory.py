@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 from functools import partial
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -16,14 +17,14 @@ from bmoe_lightning.experts import down_proj_parameters, expert_dropout, find_ex
 from bmoe_lightning.experts import grouped_matmul as grouped
 from bmoe_lightning.laplace import LaplacePosterior, covariance
 from bmoe_lightning.laplace.validation_cache import cache_terms
-from bmoe_lightning.methods import save_snapshot
+from bmoe_lightning.methods import SWAG, save_snapshot
 from bmoe_lightning.optim import make_adamw, master_weights
 from bmoe_lightning.trainer.prior_mean import PriorMean
 from recipes.benchmark.many_classes import ValidationSet
 from recipes.common.live_bytes import LiveBytes
-from recipes.plan import memory
+from recipes.plan import activations, memory
+from recipes.plan.activations import Precision
 from recipes.plan.architecture import describe
-from recipes.plan.memory import Precision
 
 BFLOAT16 = Precision(2, 2, 2)
 WIDE = {"moe_intermediate_size": 640, "num_experts": 4, "num_hidden_layers": 2}
@@ -165,7 +166,7 @@ def saved_for_backward(model, dropout):
 @pytest.mark.parametrize("part", ["down_proj", "experts"])
 def test_activations(model, part, dropout):
     train(model, part)
-    planned = sum(memory.saved_bytes(describe(model), WORK, BFLOAT16, part, dropout=dropout > 0))
+    planned = sum(activations.saved_bytes(describe(model), WORK, BFLOAT16, part, dropout=dropout > 0))
     assert planned == pytest.approx(saved_for_backward(model, dropout), rel=0.3)
 
 
@@ -181,8 +182,8 @@ def without_kernel(monkeypatch):
 
 
 def test_sizes_of_products_without_a_kernel():
-    assert memory._BLOCK_ROWS == grouped._BLOCK_ROWS
-    assert memory._COPIED_WEIGHTS == grouped._COPIED_FLOATS
+    assert activations._BLOCK_ROWS == grouped._BLOCK_ROWS
+    assert activations._COPIED_WEIGHTS == grouped._COPIED_FLOATS
 
 
 @pytest.mark.parametrize("part", ["down_proj", "experts"])
@@ -195,7 +196,7 @@ def test_without_a_kernel_inputs_are_kept_and_no_copies_of_matrices(monkeypatch,
     # Of the first matrices, where these are frozen; in the first block nothing below has a gradient.
     inputs = 4 * 3 * WORK.positions * 2 * 64 if part == "down_proj" else 0
     assert without - with_kernel == pytest.approx(inputs, rel=0.1, abs=0.01 * with_kernel)
-    planned = memory.saved_bytes(describe(model), WORK, Precision(4, 4, 4), part, dropout=True)
+    planned = activations.saved_bytes(describe(model), WORK, Precision(4, 4, 4), part, dropout=True)
     assert sum(planned) == pytest.approx(without, rel=0.15)
 
 
@@ -329,3 +330,15 @@ def test_what_fits():
     assert plan.peak == held + max(plan.activations, plan.step, plan.curvature)
     assert plan.fits(plan.peak / 0.95 / 2**30 * 1.001)
     assert not plan.fits(plan.peak / 0.95 / 2**30 * 0.999)
+
+
+@pytest.mark.parametrize("part", ["down_proj", "experts"])
+def test_moments_of_snapshots(model, tmp_path, part):
+    train(model, part)
+    trained = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
+    paths = [tmp_path / f"{number}.safetensors" for number in range(3)]
+    for path in paths:
+        save_snapshot(path, trained)
+    state = SWAG().fit(SimpleNamespace(snapshots=paths, seed=0))
+    held = sum(value.nbytes for value in state.values() if value.is_floating_point())
+    assert memory.moments_bytes(describe(model), part, len(paths)) == held
