@@ -19,10 +19,11 @@ questions, and measures
   split sizes:  test NLL above the better of MAP and temperature scaling, by method and size of the calibration split
 
 in thousandths of a nat, as `mean (worst case)`. Each fine-tuned model predicts once; the fits are arithmetic on what is
-stored. About a minute of one core for each fine-tuning and all its fits.
+stored. Some 40 seconds of one core for each fine-tuning and all its fits.
 
-  python -m recipes.calibration_study --config recipes/calibration_study/compared.yaml --data FOLDER
-      what docs/methods.md shows: the variants of the posterior's prior precision too
+  python -m recipes.calibration_study --config recipes/calibration_study/compared.yaml --seeds 3 --label-draws 5 \\
+      --data FOLDER,FOLDER
+      what docs/reading_the_results.md shows: the variants of the posterior's prior precision too
 """
 
 

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import pytest
 import torch
+from methods_cases import drawn
 
+from bmoe_lightning.methods.temperature_search import fit_temperature
 from bmoe_lightning.utils.safetensors_io import read_tensor_file
 from recipes.calibration_study import cases as cases_module
 from recipes.calibration_study.__main__ import main
-from recipes.calibration_study.cases import Kind, cases
+from recipes.calibration_study.cases import CALIBRATED, Kind, cases
 from recipes.calibration_study.settings import StudySettings
 
 
@@ -45,6 +47,31 @@ def test_what_is_stored_is_of_the_fine_tuned_model(tmp_path, quick):
     assert read_tensor_file(path, format="calibration case", version=1).description == {
         "case": "built-in, fails to learn, seed 0"
     }
+
+
+class Stored(torch.nn.Module):
+    """Gives each batch its own logits and labels."""
+
+    def class_logits(self, batch):
+        return batch
+
+
+def test_a_calibrated_model_has_nothing_to_correct():
+    """Its logits are divided by the best temperature of all held-out questions."""
+    logits, labels = drawn(2.5, count=2000)
+    loaders = [
+        list(zip(part.split(100), of_part.split(100), strict=True))
+        for part, of_part in ((logits[:900], labels[:900]), (logits[900:], labels[900:]))
+    ]
+    model = Stored().train()
+    temperature = cases_module._best_temperature(model, loaders)
+    assert model.training
+    assert temperature == pytest.approx(fit_temperature(logits, labels), rel=1e-9)
+    divided, same = cases_module._divided_logits(temperature, model, (logits, labels))
+    assert same is labels
+    assert fit_temperature(divided, labels) == pytest.approx(1, rel=1e-3)
+    (kind,) = [kind for kind in cases_module.KINDS if kind.name == CALIBRATED]
+    assert kind.calibrated
 
 
 @pytest.mark.parametrize(

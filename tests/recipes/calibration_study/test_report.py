@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from study_cases import case
 
-from recipes.calibration_study.report import split_tables, temperature_table
+from recipes.calibration_study.cases import CALIBRATED
+from recipes.calibration_study.report import split_tables, temperature_table, temperature_tables
 from recipes.calibration_study.split_sizes import SplitRegret
 from recipes.calibration_study.temperatures import Regret
 
@@ -30,3 +31,20 @@ def test_each_group_of_cases_has_a_table():
     assert "| A | 1 (5) | refused |" in table
     assert "| regret on real questions | 32 |" in table
     assert "other fine-tunings" not in table
+
+
+def test_models_that_are_calibrated_already_have_tables_of_their_own():
+    made = case(kind=CALIBRATED)
+    regrets = [Regret(case(), "no prior", 10, 1.0), Regret(made, "no prior", 10, 30.0)]
+    first, second = temperature_tables(regrets).split("\n\n| ")
+    assert "| no prior | 1 (1) |" in first
+    assert second.startswith("regret with n labels, calibrated already | 10 |")
+    assert "| no prior | 30 (30) |" in second
+    splits = [
+        SplitRegret("built-in", "memorises", 0, "a", 32, 1.0),
+        SplitRegret("built-in", CALIBRATED, 0, "a", 32, 9.0),
+    ]
+    others, calibrated = split_tables(splits, {"a": "A"}).split("\n\n| ")
+    assert "| A | 1 (1) |" in others
+    assert calibrated.startswith("regret on models that are calibrated already | 32 |")
+    assert "| A | 9 (9) |" in calibrated
