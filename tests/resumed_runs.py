@@ -22,6 +22,7 @@ from toy import ToyData
 
 from bmoe_lightning.curvature import collect_factors, remove_checkpoint
 from bmoe_lightning.curvature.checkpoint import rank_path
+from bmoe_lightning.utils.distributed import OtherRankError
 
 
 class Killed(Exception):
@@ -76,7 +77,7 @@ def resuming(rank: int, world_size: int, folder: Path, weights: Path) -> None:
                 save_file(
                     {n: t.contiguous() for n, t in found.items()}, folder / f"{name}-{world_size}-{rank}.safetensors"
                 )
-            except (Killed, ValueError) as raised:
+            except (Killed, ValueError, OtherRankError) as raised:
                 error = str(raised)
         files = sorted(p.name for p in folder.glob(f"*sums-{world_size}*"))
         said[name] = {

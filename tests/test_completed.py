@@ -92,8 +92,9 @@ def test_methods_that_are_added_are_fitted_alone(folder, world_size):
         few, added, nothing = (read(folder, stage, world_size, rank)[0] for stage in ("few", "added", "nothing"))
         assert few["fits"] == ["laplace_evidence"]
         assert added["fits"] == ["temperature", "laplace_lpo"]
-        # No curvature pass, which was all that the first ones looked at, and one over the held-out data.
-        assert added["batches"] == read(folder, "fit", world_size, rank)[0]["batches"] - few["batches"]
+        # No curvature pass, which was all that the first ones looked at, but its first batch, which is compared with the
+        # record of the fit's data; and one pass over the held-out data.
+        assert added["batches"] == read(folder, "fit", world_size, rank)[0]["batches"] - few["batches"] + 1
         assert (nothing["fits"], nothing["batches"]) == ([], 0)
         assert few["id"] == added["id"] == nothing["id"]
         assert added["states"]["laplace_evidence"] == few["states"]["laplace_evidence"]
