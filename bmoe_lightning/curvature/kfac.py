@@ -306,12 +306,12 @@ class _LayerBatch:
         self._sums = sums
         self._slots = slots
         self._merge = None if owners is None else _Merge(slots.experts, owners, sums.layer.num_experts, num_examples)
-        self._live = slots.inputs.any(dim=1)
+        self._live = _not_zero(slots.inputs)
         self._counted = torch.zeros_like(self._live)
         self._complete: Tensor | None = None  # slots whose gradient has not underflowed in float16
 
     def add_gradients(self, gradients: Tensor, smallest: float) -> None:
-        moves = gradients.any(dim=1) & self._live
+        moves = _not_zero(gradients) & self._live
         self._counted |= moves
         if smallest:
             # Zeros beside values that float16 represents with fewer digits were too small for it.
@@ -320,8 +320,8 @@ class _LayerBatch:
         experts = self._slots.experts
         if self._merge is not None:
             gradients, experts = self._merge.sum(gradients * moves.unsqueeze(1)), self._merge.experts
-            moves = gradients.any(dim=1)
-        self._sums.add_gradients(*_kept(gradients, experts, moves))
+            moves = _not_zero(gradients)
+        self._sums.add_gradients(gradients, experts, moves)
 
     def add_inputs(self) -> None:
         inputs, experts, counted = self._slots.inputs, self._slots.experts, self._counted
@@ -331,17 +331,28 @@ class _LayerBatch:
             inputs, counted = self._merge.mean(inputs, counted)
             experts = self._merge.experts
         self._sums.slots.index_add_(0, experts, counted.double())
-        self._sums.add_inputs(*_kept(inputs, experts, counted))
+        self._sums.add_inputs(inputs, experts, counted)
 
 
-def _kept(values: Tensor, experts: Tensor, keep: Tensor) -> tuple[Tensor, Tensor]:
-    """The selected slots; on an accelerator all slots, with the others set to zero, which does not change a sum.
+def _not_zero(slots: Tensor) -> Tensor:
+    """Which rows of `[S, d]` have a value other than zero, `[S]`; NaN is one. Faster than `any` on the CPU."""
+    return slots.abs().amax(dim=1) != 0
 
-    Boolean indexing would synchronise with the accelerator.
+
+def _grouped(
+    values: Tensor, experts: Tensor, keep: Tensor, num_experts: int, dtype: torch.dtype
+) -> tuple[Tensor, ExpertGroups]:
+    """The selected slots, sorted by expert, in a dtype.
+
+    On an accelerator all slots, with the others set to zero, which does not change a sum: a selection would synchronise
+    with it.
     """
     if _answers_at_once(values.device):
-        return values[keep], experts[keep]
-    return values * keep.unsqueeze(1), experts
+        chosen = keep.nonzero().squeeze(1)
+        groups = ExpertGroups(experts[chosen], num_experts)
+        return values[chosen[groups.order]].to(dtype), groups
+    groups = ExpertGroups(experts, num_experts)
+    return (values[groups.order] * keep[groups.order].unsqueeze(1)).to(dtype), groups
 
 
 def _answers_at_once(device: torch.device) -> bool:
@@ -362,13 +373,11 @@ class _LayerSums:
         self.slots = torch.zeros(layer.num_experts, device=like.device, dtype=torch.float64)
         self.underflowed = torch.zeros((), device=like.device, dtype=torch.int64)
 
-    def add_gradients(self, gradients: Tensor, experts: Tensor) -> None:
-        groups = ExpertGroups(experts, self.layer.num_experts)
-        self.gradients.update(gradients[groups.order].to(self.dtype), groups)
+    def add_gradients(self, gradients: Tensor, experts: Tensor, keep: Tensor) -> None:
+        self.gradients.update(*_grouped(gradients, experts, keep, self.layer.num_experts, self.dtype))
 
-    def add_inputs(self, inputs: Tensor, experts: Tensor) -> None:
-        groups = ExpertGroups(experts, self.layer.num_experts)
-        self.inputs.update(inputs[groups.order].to(self.dtype), groups)
+    def add_inputs(self, inputs: Tensor, experts: Tensor, keep: Tensor) -> None:
+        self.inputs.update(*_grouped(inputs, experts, keep, self.layer.num_experts, self.dtype))
 
     def tensors(self) -> list[Tensor]:
         """All sums of this layer."""

@@ -71,7 +71,7 @@ class GramSketch(ABC):
 
     def update(self, x: Tensor, groups: ExpertGroups) -> None:
         """Add slots `x [S, d]`, sorted by expert as `groups` says."""
-        self.trace += groups.sum(x.square().sum(1).double())
+        self.trace += groups.sum(torch.linalg.vector_norm(x, dim=1).double().square())
         self._update(x, groups)
 
     @abstractmethod
@@ -124,7 +124,7 @@ class ExactGram(GramSketch):
         self._gram = self._empty.new_zeros(num_experts, width, width)
 
     def _update(self, x: Tensor, groups: ExpertGroups) -> None:
-        self._gram += groups.outer_sum(x, x)
+        groups.add_outer_sum_(self._gram, x, x)
 
     def _accumulated(self) -> dict[str, Tensor]:
         return {"gram": self._gram}
@@ -154,7 +154,7 @@ class NystromGram(GramSketch):
         self._sketch = self._omega.new_zeros(num_experts, width, columns)
 
     def _update(self, x: Tensor, groups: ExpertGroups) -> None:
-        self._sketch += groups.outer_sum(x, x @ self._omega)
+        groups.add_outer_sum_(self._sketch, x, x @ self._omega)
 
     def _accumulated(self) -> dict[str, Tensor]:
         # The test matrix too: another machine may round its QR differently.

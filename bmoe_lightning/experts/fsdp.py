@@ -22,7 +22,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from bmoe_lightning.experts.types import ExpertLayer
-from bmoe_lightning.utils.distributed import is_rank_zero, num_processes
+from bmoe_lightning.utils.distributed import is_rank_zero, is_running, num_processes
 
 if TYPE_CHECKING:
     from torch.distributed.device_mesh import DeviceMesh
@@ -151,7 +151,7 @@ def unsharded_roots(model: nn.Module) -> Iterator[None]:
     FSDP2 all-gathers weights again when the backward pass reaches a module's outputs, but finds no tensors in outputs
     of a custom class, which the root module may return; a single backward pass works nevertheless.
     """
-    roots: list[Any] = _roots(model)
+    roots: list[Any] = _roots(model) if is_running() else []
     before = [(root, resharding) for root in roots if (resharding := _reshards_after_backward(root)) is not None]
     for root, _ in before:
         root.set_reshard_after_backward(False, recurse=False)
@@ -208,7 +208,7 @@ def shard_blocks(model: nn.Module, layers: Iterable[ExpertLayer], mesh: DeviceMe
 
 def sharded_modules(model: nn.Module) -> list[Any]:
     """The modules of a model that `fully_shard` was called for."""
-    return [module for module in model.modules() if _is_fully_sharded(module)]
+    return [module for module in model.modules() if _is_fully_sharded(module)] if is_running() else []
 
 
 def _is_fully_sharded(module: nn.Module) -> bool:

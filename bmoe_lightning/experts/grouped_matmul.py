@@ -87,6 +87,22 @@ class ExpertGroups:
             total.index_add_(0, experts, torch.bmm(some_left.transpose(1, 2), some_right))
         return total
 
+    def add_outer_sum_(self, total: Tensor, x: Tensor, z: Tensor) -> None:
+        """Add the `outer_sum` of two slot vectors to a sum, in place.
+
+        Args:
+            total: Sum `[E, d, k]`, which is written to.
+            x: Slots `[S, d]`, sorted by expert, in the sum's dtype.
+            z: Slots `[S, k]`, likewise.
+        """
+        if total.device.type != "cpu":
+            total += self.outer_sum(x, z)
+            return
+        # The CPU's grouped kernel is a loop too, and writes to fresh memory, which costs more than the products.
+        counts = self.counts.tolist()
+        for of_expert, left, right in zip(total, x.split(counts), z.split(counts), strict=True):
+            of_expert.addmm_(left.mT, right)
+
     def restored(self, values: Tensor) -> Tensor:
         """Undo the sorting of slot values `[S, ...]`."""
         places = torch.empty_like(self.order)

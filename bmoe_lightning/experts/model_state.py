@@ -23,12 +23,14 @@ def evaluation_mode(model: nn.Module) -> Iterator[None]:
     """
     with model_lock(model):
         modes = [(module, module.training) for module in model.modules()]
-        model.eval()
+        if any(training for _, training in modes):
+            model.eval()
         try:
             yield
         finally:
             for module, training in modes:
-                module.training = training
+                if module.training != training:
+                    module.training = training
 
 
 @contextmanager
@@ -38,13 +40,14 @@ def frozen_parameters(model: nn.Module) -> Iterator[None]:
     A forward pass of another thread would get no gradients, or partial ones, so its backward pass is refused.
     """
     reshard(model)
-    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    modules = list(model.modules())
+    trained = [p for module in modules for p in module.parameters(recurse=False) if p.requires_grad]
     hook = functools.partial(_detached, threading.get_ident(), bool(trained))
     for parameter in trained:
         parameter.requires_grad_(False)
     try:
         with ExitStack() as stack:
-            for module in model.modules():
+            for module in modules:
                 # Hooks of gradient checkpointing and PEFT make embeddings require gradients: a graph would start there.
                 if isinstance(module, nn.Embedding):
                     stack.callback(module.register_forward_hook(hook).remove)

@@ -25,6 +25,8 @@ def tied_modules(model: nn.Module, layer: ExpertLayer, owners: Counter[int]) -> 
         owners: The counts of `parameter_owners(model)`.
     """
     module = model.get_submodule(layer.name)
+    if all(owners[id(parameter)] == 1 for parameter in module.parameters()):
+        return [module]
     ids = weight_ids(module, layer)
     if all(owners[weight] == 1 for weight in ids):
         return [module]

@@ -36,12 +36,12 @@ class OtherRankError(RuntimeError):
 
 def num_processes() -> int:
     """The world size; 1 without torch.distributed."""
-    return dist.get_world_size() if _is_running() else 1
+    return dist.get_world_size() if is_running() else 1
 
 
 def process_rank() -> int:
     """The rank of this process; 0 without torch.distributed."""
-    return dist.get_rank() if _is_running() else 0
+    return dist.get_rank() if is_running() else 0
 
 
 def is_rank_zero() -> bool:
@@ -224,7 +224,8 @@ def gather_examples(tensor: Tensor) -> Tensor:
     return torch.stack(parts, dim=1).flatten(0, 1)[:total].to(tensor.device)
 
 
-def _is_running() -> bool:
+def is_running() -> bool:
+    """Whether torch.distributed's default group exists."""
     return dist.is_available() and dist.is_initialized()
 
 

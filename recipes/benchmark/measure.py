@@ -6,11 +6,12 @@ is taken within each round.
 
 from __future__ import annotations
 
+import gc
 import math
 import statistics
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from typing import Any
 from unittest import mock
@@ -171,12 +172,26 @@ def synchronise(device: torch.device) -> None:
 
 
 def seconds(action: Action, device: torch.device) -> float:
-    """Seconds that an action takes, synchronised with the device."""
-    synchronise(device)
-    start = time.perf_counter()
-    action()
-    synchronise(device)
-    return time.perf_counter() - start
+    """Seconds that an action takes, synchronised with the device, without garbage collection."""
+    with _without_garbage_collection():
+        synchronise(device)
+        start = time.perf_counter()
+        action()
+        synchronise(device)
+        return time.perf_counter() - start
+
+
+@contextmanager
+def _without_garbage_collection() -> Iterator[None]:
+    """Collect garbage now, and not within this context: one collection costs more than a batch of a small model."""
+    gc.collect()
+    was_enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if was_enabled:
+            gc.enable()
 
 
 def in_turn(
@@ -215,11 +230,13 @@ def batch_in_turn(
     actions: Mapping[str, Action],
     repeats: int,
     device: torch.device,
+    *,
+    to_end: bool = False,
 ) -> tuple[tuple[float, ...], dict[str, tuple[float, ...]]]:
     """Time the marginal cost of a batch in a pass over batches, interleaved with other actions.
 
-    The first batch, which includes the set-up, is not counted, and the pass ends early: a batch's time is that between
-    yielding it and the request for the next one.
+    The first batch, which includes the set-up, is not counted: a batch's time is that between yielding it and the
+    request for the next one.
 
     Args:
         consume: Function that iterates over the batches.
@@ -227,6 +244,7 @@ def batch_in_turn(
         actions: Functions that run between the batches, by name.
         repeats: Number of batches that are timed.
         device: Device that they run on.
+        to_end: Whether the pass ends by itself, rather than with an exception when the last batch was timed.
 
     Returns:
         Seconds of each batch, and of each action by name.
@@ -241,39 +259,48 @@ def batch_in_turn(
         for _ in range(repeats):
             for name, action in actions.items():
                 times[name].append(seconds(action, device))
-            synchronise(device)
-            start = time.perf_counter()
-            yield batch
-            synchronise(device)
-            own.append(time.perf_counter() - start)
-        raise _EnoughError
+            with _without_garbage_collection():
+                synchronise(device)
+                start = time.perf_counter()
+                yield batch
+                synchronise(device)
+                own.append(time.perf_counter() - start)
+        if not to_end:
+            raise _EnoughError
 
-    try:
+    with suppress(_EnoughError):
         consume(batches())
-    except _EnoughError:
-        return tuple(own), {name: tuple(values) for name, values in times.items()}
-    raise RuntimeError("the timed pass did not ask for all of its batches; time a function that iterates over them")
+    if len(own) < repeats:
+        raise RuntimeError("the timed pass did not ask for all of its batches; time a function that iterates over them")
+    return tuple(own), {name: tuple(values) for name, values in times.items()}
 
 
 @dataclass(frozen=True)
 class Pass:
-    """A pass over data of which one batch is timed; called, it runs two batches and ends before its last step.
+    """A pass over a few batches of which the later ones are timed.
 
     Attributes:
         consume: Function that iterates over the batches.
         batch: Batch that is yielded.
+        to_end: Whether it runs to its end, since it leaves hooks in the model after an exception. Otherwise it ends
+            before its last step, a decomposition, say.
     """
 
     consume: Callable[[Iterable[Any]], object]
     batch: Any
+    to_end: bool = False
 
     def __call__(self) -> None:
-        """Run two batches."""
+        """Run the batches."""
         self.further_batch(torch.device("cpu"))
 
     def further_batch(self, device: torch.device) -> float:
-        """Seconds of the second batch; see `batch_in_turn`."""
-        return batch_in_turn(self.consume, self.batch, {}, 1, device)[0][0]
+        """Seconds of a batch once the pass runs evenly, the mean of two; see `batch_in_turn`.
+
+        The first batches allocate memory, and a peer asks for one of them in advance.
+        """
+        own, _ = batch_in_turn(self.consume, self.batch, {}, 3, device, to_end=self.to_end)
+        return statistics.mean(own[1:])
 
 
 @contextmanager

@@ -67,8 +67,9 @@ def measure_peers(preset: Preset, repeats: int, device: torch.device, say: Calla
         (
             f"torch.func.jacrev and laplace-torch: {shape}. torch.func.jacrev runs on the fused model, the others on "
             "the same weights as nn.Linear experts in an nn.ModuleList. Memory is the peak beyond model and batch. "
-            "curvlinops: the seconds of one further batch of a pass, without set-up and decomposition on either side; "
-            "or of a whole pass with both. Its factors are full matrices and include slots that affect no logit.",
+            "curvlinops: the seconds of one further batch of a pass that runs evenly, without set-up and decomposition "
+            "on either side; or of a whole pass with both. Its factors are full matrices and include slots that affect "
+            "no logit.",
         ),
         peers=(jacobian, laplace, *factors),
     )
@@ -83,7 +84,7 @@ def _factor_rows(work: Workload, compare: Callable[..., Peer]) -> list[Peer]:
     def further_batch(sketch: SketchName, note: str) -> Peer:
         return compare(
             f"K-FAC of a further batch, {size}; {note}",
-            lambda: Pass(curvlinops_factors(work), work.batch),
+            lambda: Pass(curvlinops_factors(work), work.batch, to_end=True),
             Pass(partial(work.collect, sketch=sketch), work.batch),
             clock=Pass.further_batch,
         )
@@ -133,11 +134,10 @@ def compared(
         clock: Function that runs a computation and returns the seconds that count.
     """
     known = [] if known is None else known
-    answer = ours()
     our_memory = peak_megabytes(ours, device, known)
     try:
         theirs = make_peer()
-        difference = relative_difference(theirs(), answer) if same_answer else None
+        difference = relative_difference(theirs(), ours()) if same_answer else None
         memory = peak_megabytes(theirs, device, known)
         times = in_turn({"theirs": theirs, "ours": ours}, repeats, device, clock)
     except Exception as error:  # noqa: BLE001  (any exception of a peer is its result)

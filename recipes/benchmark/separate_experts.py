@@ -46,7 +46,8 @@ def separate_experts(model: Any) -> None:
     """Replace the fused experts of a Qwen2-MoE model by the same ones as `nn.Linear`s in an `nn.ModuleList`."""
     for block in model.model.layers:
         fused = block.mlp.experts
-        block.mlp.experts = _Experts(map(_Expert, fused.gate_up_proj.detach(), fused.down_proj.detach()))
+        experts = _Experts(map(_Expert, fused.gate_up_proj.detach(), fused.down_proj.detach()))
+        block.mlp.experts = experts.train(fused.training)
 
 
 def separate_workload(shape: Shape, device: torch.device) -> Workload:

@@ -105,8 +105,8 @@ _FACTOR_PEERS = (
     _PEERS,
     Shape(512, 352, layers=2, experts=32, top_k=4, examples=8, tokens=64),
     Shape(1024, 704, layers=2, experts=32, top_k=4, examples=8, tokens=64),
-    Shape(2048, 1408, layers=2, experts=60, top_k=4, examples=8, tokens=64),
 )
+_LARGE_FACTOR_PEERS = (*_FACTOR_PEERS, Shape(2048, 1408, layers=2, experts=60, top_k=4, examples=8, tokens=64))
 PRESETS = {
     "default": Preset(
         Shape(512, 352, layers=3, experts=32, top_k=4, examples=8, tokens=128, shared=512),
@@ -123,7 +123,7 @@ PRESETS = {
         ),
         Shape(1024, 704, layers=4, experts=32, top_k=4, examples=16, tokens=256, dtype="bfloat16"),
         _PEERS,
-        _FACTOR_PEERS,
+        _LARGE_FACTOR_PEERS,
         tokens=(256, 512, 1024),
         examples=(16, 32, 64),
         predictive_bar=1.15,

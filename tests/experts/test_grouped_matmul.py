@@ -72,6 +72,11 @@ def test_outer_sum_is_a_loop(num_slots, used, num_experts, d, k, dtype):
     torch.testing.assert_close(sums.double(), expected, rtol=tolerance, atol=tolerance)
     for expert in set(range(num_experts)) - set(used):
         assert bool((sums[expert] == 0).all())
+    total = torch.ones_like(sums)
+    address = total.data_ptr()
+    groups.add_outer_sum_(total, x[groups.order], z[groups.order])
+    torch.testing.assert_close(total.double(), expected + 1, rtol=tolerance, atol=tolerance)
+    assert total.data_ptr() == address
 
 
 def test_sum_is_a_loop():

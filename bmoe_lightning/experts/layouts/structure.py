@@ -5,7 +5,7 @@ from __future__ import annotations
 from torch import nn
 
 from bmoe_lightning.experts.types import ExpertLayer
-from bmoe_lightning.experts.wrappers.linear import linear_shape, linears_of
+from bmoe_lightning.experts.wrappers.linear import has_linears, linear_shape, linears_of
 from bmoe_lightning.experts.wrappers.names import plain_name
 
 _SHARED = ("shared_expert", "shared_mlp")
@@ -16,7 +16,7 @@ def experts_of(module: nn.Module) -> dict[str, nn.Module]:
     """The experts in a list or dictionary of modules, by name: all children with linear layers (not a dropout, say)."""
     if not isinstance(module, (nn.ModuleList, nn.ModuleDict)):
         return {}
-    return {name: child for name, child in module.named_children() if linears_of(child)}
+    return {name: child for name, child in module.named_children() if has_linears(child)}
 
 
 def down_proj_name(

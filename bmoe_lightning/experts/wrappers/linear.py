@@ -35,6 +35,11 @@ def linears_of(module: nn.Module, prefix: str = "") -> dict[str, nn.Module]:
     return found
 
 
+def has_linears(module: nn.Module) -> bool:
+    """Whether `linears_of` finds any; it stops at the first."""
+    return is_linear(module) or any(map(has_linears, module.children()))
+
+
 def linear_weight_name(module: nn.Module) -> str:
     """The name of a linear layer's weight, relative to its outermost wrapper."""
     inner = inner_name(module)

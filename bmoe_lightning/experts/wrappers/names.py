@@ -15,10 +15,12 @@ _INNER = (BASE_LAYER, ORIGINAL_MODULE, COMPILED_MODULE, CHECKPOINTED_MODULE)
 
 def inner_name(module: nn.Module) -> str | None:
     """The name under which a wrapper holds the module that it runs; None if the module is no wrapper."""
+    children = dict(module.named_children())
+    if not children:
+        return None
     copy = saved_copy(module)
     if copy is not None:
         return copy
-    children = dict(module.named_children())
     return next((name for name in _INNER if name in children), None)
 
 

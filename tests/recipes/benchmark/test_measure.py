@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import time
 
 import pytest
@@ -14,6 +15,7 @@ from recipes.benchmark.measure import (
     growth_exponent,
     in_turn,
     peak_megabytes,
+    seconds,
     time_inside,
 )
 
@@ -89,6 +91,14 @@ def test_a_batch_is_timed_without_set_up_and_end(clock):
     assert own == (1, 2, 3)
     assert others == {"other": (7, 7, 7)}
     assert not finished
+
+
+def test_garbage_is_collected_between_timings_and_not_within():
+    within = []
+    seconds(lambda: within.append(gc.isenabled()), CPU)
+    batch_in_turn(lambda batches: [within.append(gc.isenabled()) for _ in batches][:0], "batch", {}, 2, CPU)
+    assert within == [False, True, False, False]
+    assert gc.isenabled()
 
 
 def test_what_leaves_batches_is_noticed():

@@ -80,10 +80,20 @@ def test_a_further_batch_is_timed_without_the_end_of_its_pass():
     assert ended == []
 
 
+def test_a_pass_that_cannot_be_interrupted_runs_to_its_end():
+    ended = []
+    assert Pass(lambda batches: ended.append(list(batches)), "batch", to_end=True).further_batch(CPU) >= 0
+    assert ended == [["batch"] * 4]
+
+
 def test_a_missing_peer_names_the_command_that_installs_it(work, monkeypatch):
     monkeypatch.setitem(sys.modules, "curvlinops", None)
     with pytest.raises(ImportError, match="`make peers` installs it"):
         curvlinops_factors(work)
+
+
+def number_of_hooks(model):
+    return sum(len(x._forward_hooks) + len(x._forward_pre_hooks) + len(x._backward_hooks) for x in model.modules())
 
 
 @pytest.mark.slow
@@ -100,6 +110,12 @@ class TestInstalledPeers:
         section = measure_peers(PRESETS["tiny"], 1, CPU, lambda _: None)
         assert [row.name for row in section.peers] == ["torch.func.jacrev", "laplace-torch", "curvlinops", "curvlinops"]
         assert [row.error for row in section.peers] == [None] * 4
+
+    def test_no_peer_leaves_hooks_that_slow_down_later_timings(self):
+        work = separate_workload(PRESETS["tiny"].peers, CPU)
+        hooks = number_of_hooks(work.model)
+        Pass(curvlinops_factors(work), work.batch, to_end=True)()
+        assert number_of_hooks(work.model) == hooks
 
     def test_the_compared_factors_are_equal(self):
         # In the first layer every slot affects the logits, so both sum over the same ones.
