@@ -13,7 +13,7 @@ padding, positions that do not affect a logit, and the zero inputs that some mod
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -24,14 +24,14 @@ from torch import Tensor, nn
 from bmoe_lightning.curvature.checkpoint import PassCheckpoint
 from bmoe_lightning.curvature.factors import KroneckerFactors, LayerFactors
 from bmoe_lightning.curvature.fisher import FisherName, fisher_weights
-from bmoe_lightning.curvature.sketch import SketchName, check_linear, check_state, check_sums, make_sketch
+from bmoe_lightning.curvature.layer_sums import LayerBatch, LayerSums
+from bmoe_lightning.curvature.sketch import SketchName, check_linear
 from bmoe_lightning.curvature.spec import ApproximationName, Curvature
 from bmoe_lightning.experts.counted_batch import lockstep
 from bmoe_lightning.experts.data_record import DataRecorder
 from bmoe_lightning.experts.discovery import find_expert_layers
 from bmoe_lightning.experts.fingerprint import weight_fingerprint
 from bmoe_lightning.experts.fsdp import check_collective
-from bmoe_lightning.experts.grouped_matmul import ExpertGroups
 from bmoe_lightning.experts.logits_contract import ClassLogits
 from bmoe_lightning.experts.ownership import slot_owners
 from bmoe_lightning.experts.taps import Slots, TappedBatch, tapped_batch
@@ -147,7 +147,7 @@ def collect_factors(
         distributed=distributed,
         record=record,
     )
-    sums: list[_LayerSums] = []
+    sums: list[LayerSums] = []
     used, checked = kept.progress.examples, kept.progress.checked
     with forked_random_state(), failing_together(distributed=distributed):
         for batch in kept.remaining(lockstep(model, batches)):
@@ -155,7 +155,7 @@ def collect_factors(
                 slots = [tapped.taps.slots(position) for position in range(len(layers))]
                 if not sums:
                     sums = [
-                        _LayerSums(layer, s.inputs, rank, sketch, seed) for layer, s in zip(layers, slots, strict=True)
+                        LayerSums(layer, s.inputs, rank, sketch, seed) for layer, s in zip(layers, slots, strict=True)
                     ]
                     kept.restore(sums, generator)
                 weights = fisher_weights(fisher, tapped.log_probs, tapped.labels, generator)
@@ -169,7 +169,7 @@ def collect_factors(
             kept.batch_done(sums, generator, used, checked=checked)
         if not sums and (distributed or kept.resumed):
             # A rank without a batch contributes zeros, or the sums of its checkpoint.
-            sums = [_LayerSums(layer, _parameter_of(model, layer), rank, sketch, seed) for layer in layers]
+            sums = [LayerSums(layer, _parameter_of(model, layer), rank, sketch, seed) for layer in layers]
             kept.restore(sums, generator)
         kept.pass_done(sums, generator, used, checked=checked)
     if distributed:
@@ -227,7 +227,7 @@ def prior_factors(model: nn.Module, layers: Sequence[ExpertLayer]) -> KroneckerF
     )
 
 
-def _sum_up(sums: Sequence[_LayerSums], used: int) -> int:
+def _sum_up(sums: Sequence[LayerSums], used: int) -> int:
     """All-reduce the sums of all ranks in place; returns the total number of examples."""
     count = torch.tensor([used], dtype=torch.int64)
     sum_over_processes([count, *(tensor for layer_sums in sums for tensor in layer_sums.tensors())])
@@ -257,7 +257,7 @@ def _warn_of_unseen(layers: Sequence[LayerFactors]) -> None:
         )
 
 
-def _warn_of_underflow(sums: Sequence[_LayerSums]) -> None:
+def _warn_of_underflow(sums: Sequence[LayerSums]) -> None:
     underflowed = sum(float(x.underflowed) for x in sums)
     counted = sum(float(x.slots.sum()) for x in sums)
     if underflowed > _UNDERFLOWED_SHARE * counted:
@@ -270,7 +270,7 @@ def _warn_of_underflow(sums: Sequence[_LayerSums]) -> None:
 
 
 def _add_batch(
-    sums: Sequence[_LayerSums],
+    sums: Sequence[LayerSums],
     tapped: TappedBatch,
     slots: Sequence[Slots],
     weights: Tensor,
@@ -284,7 +284,7 @@ def _add_batch(
         owners = slot_owners(tapped, slots, thorough=thorough)
     num_examples = len(tapped.logits)
     batches = [
-        _LayerBatch(x, layer_slots, owner, num_examples)
+        LayerBatch(x, layer_slots, owner, num_examples)
         for x, layer_slots, owner in zip(sums, slots, owners, strict=True)
     ]
     for pass_weights in weights:
@@ -297,147 +297,3 @@ def _add_batch(
         )
     for batch in batches:
         batch.add_inputs()
-
-
-class _LayerBatch:
-    """Adds the slots of one batch and layer to the running sums."""
-
-    def __init__(self, sums: _LayerSums, slots: Slots, owners: Tensor | None, num_examples: int) -> None:
-        self._sums = sums
-        self._slots = slots
-        self._merge = None if owners is None else _Merge(slots.experts, owners, sums.layer.num_experts, num_examples)
-        self._live = _not_zero(slots.inputs)
-        self._counted = torch.zeros_like(self._live)
-        self._complete: Tensor | None = None  # slots whose gradient has not underflowed in float16
-
-    def add_gradients(self, gradients: Tensor, smallest: float) -> None:
-        moves = _not_zero(gradients) & self._live
-        self._counted |= moves
-        if smallest:
-            # Zeros beside values that float16 represents with fewer digits were too small for it.
-            complete = (gradients.abs().amax(dim=1) >= smallest) | gradients.all(dim=1)
-            self._complete = complete if self._complete is None else self._complete | complete
-        experts = self._slots.experts
-        if self._merge is not None:
-            gradients, experts = self._merge.sum(gradients * moves.unsqueeze(1)), self._merge.experts
-            moves = _not_zero(gradients)
-        self._sums.add_gradients(gradients, experts, moves)
-
-    def add_inputs(self) -> None:
-        inputs, experts, counted = self._slots.inputs, self._slots.experts, self._counted
-        if self._complete is not None:
-            self._sums.underflowed = self._sums.underflowed + (counted & ~self._complete).sum()
-        if self._merge is not None:
-            inputs, counted = self._merge.mean(inputs, counted)
-            experts = self._merge.experts
-        self._sums.slots.index_add_(0, experts, counted.double())
-        self._sums.add_inputs(inputs, experts, counted)
-
-
-def _not_zero(slots: Tensor) -> Tensor:
-    """Which rows of `[S, d]` have a value other than zero, `[S]`; NaN is one. Faster than `any` on the CPU."""
-    return slots.abs().amax(dim=1) != 0
-
-
-def _grouped(
-    values: Tensor, experts: Tensor, keep: Tensor, num_experts: int, dtype: torch.dtype
-) -> tuple[Tensor, ExpertGroups]:
-    """The selected slots, sorted by expert, in a dtype.
-
-    On an accelerator all slots, with the others set to zero, which does not change a sum: a selection would synchronise
-    with it.
-    """
-    if _answers_at_once(values.device):
-        chosen = keep.nonzero().squeeze(1)
-        groups = ExpertGroups(experts[chosen], num_experts)
-        return values[chosen[groups.order]].to(dtype), groups
-    groups = ExpertGroups(experts, num_experts)
-    return (values[groups.order] * keep[groups.order].unsqueeze(1)).to(dtype), groups
-
-
-def _answers_at_once(device: torch.device) -> bool:
-    return device.type == "cpu"
-
-
-class _LayerSums:
-    """The running sums of one layer."""
-
-    def __init__(self, layer: ExpertLayer, like: Tensor, rank: int, sketch: SketchName, seed: int) -> None:
-        self.layer = layer
-        self.dtype = torch.promote_types(like.dtype, torch.float32)
-        # A separate random stream per layer, so that results do not depend on which other layers are tapped.
-        generator = torch.Generator().manual_seed(seed * 1_000_003 + layer.index)
-        options = {"device": like.device, "dtype": self.dtype, "generator": generator}
-        self.inputs = make_sketch(sketch, layer.num_experts, layer.d_in, rank, **options)  # type: ignore[arg-type]
-        self.gradients = make_sketch(sketch, layer.num_experts, layer.d_out, rank, **options)  # type: ignore[arg-type]
-        self.slots = torch.zeros(layer.num_experts, device=like.device, dtype=torch.float64)
-        self.underflowed = torch.zeros((), device=like.device, dtype=torch.int64)
-
-    def add_gradients(self, gradients: Tensor, experts: Tensor, keep: Tensor) -> None:
-        self.gradients.update(*_grouped(gradients, experts, keep, self.layer.num_experts, self.dtype))
-
-    def add_inputs(self, inputs: Tensor, experts: Tensor, keep: Tensor) -> None:
-        self.inputs.update(*_grouped(inputs, experts, keep, self.layer.num_experts, self.dtype))
-
-    def tensors(self) -> list[Tensor]:
-        """All sums of this layer."""
-        return [self.slots, *self.inputs.sums(), *self.gradients.sums()]
-
-    def state(self) -> dict[str, Tensor]:
-        """All tensors needed to resume, by name."""
-        parts = {"inputs": self.inputs.state(), "gradients": self.gradients.state()}
-        named = {f"{part}.{name}": tensor for part, state in parts.items() for name, tensor in state.items()}
-        return {"slots": self.slots, **named}
-
-    def load_state(self, state: Mapping[str, Tensor]) -> None:
-        """Restore a `state`; raises `ValueError` if it does not fit."""
-        check_state(self.state(), state)
-        check_sums({"slots": state["slots"]})
-        self.slots.copy_(state["slots"])
-        for part, sketch in (("inputs.", self.inputs), ("gradients.", self.gradients)):
-            sketch.load_state({n.removeprefix(part): tensor for n, tensor in state.items() if n.startswith(part)})
-
-    def finish(self, scale: float) -> LayerFactors:
-        for kind, trace in (("a", self.inputs.trace), ("g", self.gradients.trace)):
-            broken = (~trace.isfinite()).nonzero().flatten().tolist()
-            if broken:
-                raise ValueError(
-                    f"the {kind}-factor of layer {self.layer.name!r} is not finite for expert {broken[0]}"
-                    + (f" and {len(broken) - 1} more" if len(broken) > 1 else "")
-                    + ": the model's activations or gradients overflow; try bfloat16 or float32 weights"
-                )
-        a, g = self.inputs.finish(), self.gradients.finish()
-        mean = 1 / self.slots.clamp(min=1)
-        column = mean.to(self.dtype).unsqueeze(1)
-        return LayerFactors(
-            self.layer.name,
-            self.layer.index,
-            slots=self.slots * scale,
-            a_basis=a.basis,
-            a_eigenvalues=a.eigenvalues * column,
-            g_basis=g.basis,
-            g_eigenvalues=g.eigenvalues * column,
-            a_trace=self.inputs.trace * mean,
-            g_trace=self.gradients.trace * mean,
-        )
-
-
-class _Merge:
-    """Merges the slots of each example and expert, for the reduce form: E B groups, many of them empty."""
-
-    def __init__(self, experts: Tensor, owners: Tensor, num_experts: int, num_examples: int) -> None:
-        # Slots without an owner affect no logit, so they add nothing to the group they are assigned to.
-        self._group = owners.clamp(min=0) * num_experts + experts
-        self._count = num_experts * num_examples
-        self.experts = torch.arange(self._count, device=experts.device) % num_experts
-
-    def sum(self, values: Tensor) -> Tensor:
-        """Sum `[S, d]` over each group: `[E B, d]`, in at least float32."""
-        values = values.to(torch.promote_types(values.dtype, torch.float32))
-        return values.new_zeros(self._count, values.shape[1]).index_add_(0, self._group, values)
-
-    def mean(self, values: Tensor, counts: Tensor) -> tuple[Tensor, Tensor]:
-        """Average the counted rows of `[S, d]` over each group: `[E B, d]`, and whether a group has any `[E B]`."""
-        totals = self.sum(values * counts.unsqueeze(1))
-        sizes = self.sum(counts.unsqueeze(1))
-        return totals / sizes.clamp(min=1), sizes.squeeze(1) > 0

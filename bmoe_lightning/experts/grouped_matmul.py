@@ -12,6 +12,8 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from bmoe_lightning.utils import devices
+
 _BLOCK_ROWS = 32
 _COPIED_FLOATS = 1 << 26
 _KERNEL_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -95,7 +97,7 @@ class ExpertGroups:
             x: Slots `[S, d]`, sorted by expert, in the sum's dtype.
             z: Slots `[S, k]`, likewise.
         """
-        if total.device.type != "cpu":
+        if not devices.answers_at_once(total.device):
             total += self.outer_sum(x, z)
             return
         # The CPU's grouped kernel is a loop too, and writes to fresh memory, which costs more than the products.

@@ -8,6 +8,11 @@ import torch
 from torch import Tensor
 
 
+def answers_at_once(device: torch.device) -> bool:
+    """Whether values on a device can be read without waiting for it."""
+    return device.type == "cpu"
+
+
 def to_cpu(tensors: Sequence[Tensor]) -> list[Tensor]:
     """Copy tensors to the CPU with a single synchronisation for each device.
 

@@ -28,6 +28,8 @@ from recipes.plan.compute import Workload
 _KERNEL_BYTES = 2
 # It requires rows of a multiple of this many bytes.
 _KERNEL_ALIGNMENT = 16
+# Of a slot: its expert, and its places after sorting and among the blocks, for inputs and gradients.
+_INDEX_BYTES = 8 * 6
 # Rows of a block in which experts share one batched product, where no grouped kernel fits, and how many weights are
 # copied for such blocks at a time.
 _BLOCK_ROWS = 32
@@ -148,15 +150,15 @@ def entrance_bytes(model: Architecture, work: Workload) -> int:
 
 
 def adding_bytes(experts: Experts, work: Workload, precision: Precision) -> int:
-    """Transients of adding one layer's slots to its sketches: selected, sorted, float32, squared, padded to blocks."""
+    """Transients of adding one layer's slots to its sketches: sorted, then in float32 and padded to blocks."""
     slots, blocks = work.positions * experts.top_k, _product_blocks(experts, work)
 
     def side(width: int, size: int) -> int:
-        a_value = 2 * size + 4 + (4 if size < 4 else 0)
+        selecting = max(2 * size, size + 4 if size < 4 else 0) * slots * width
         columns = width if width <= EXACT_WIDTH else min(4 * work.rank, width)
         sums = (blocks + experts.layer.num_experts) * width * columns
         layout = 4 * (blocks * _BLOCK_ROWS * (width + columns) + sums)
-        return slots * (a_value * width + 4 * columns) + layout
+        return _INDEX_BYTES * slots + max(selecting, 4 * slots * (width + columns) + layout)
 
     return max(side(experts.layer.d_in, precision.first), side(experts.layer.d_out, precision.second))
 

@@ -27,9 +27,10 @@ from oracles.models import (
 )
 from oracles.waits import Waits
 
-from bmoe_lightning.curvature import collect_factors, kfac
+from bmoe_lightning.curvature import collect_factors
 from bmoe_lightning.curvature.fisher import fisher_weights
 from bmoe_lightning.experts import find_expert_layers, weight_fingerprint
+from bmoe_lightning.utils import devices
 
 
 def matrices(layer):
@@ -420,7 +421,7 @@ def test_on_an_accelerator_nothing_is_waited_for(approximation, sketch, monkeypa
         model, batch = toy_model(num_layers=num_layers), toy_batch()
         expected = collect_factors(model, answer_logits, [batch], rank=3, approximation=approximation, sketch=sketch)
         with monkeypatch.context() as patch:
-            patch.setattr(kfac, "_answers_at_once", lambda device: False)
+            patch.setattr(devices, "answers_at_once", lambda device: False)
             for batches in ([batch], [batch] * 3):
                 with Waits() as waits:
                     factors = collect_factors(

@@ -27,8 +27,14 @@ def _grouped(left, right, *_args, **_options):
     return 2 * left[0] * left[1] * right[-1]
 
 
+def _added(_total, left, right, **_options):
+    """Operations of a product that is added in place, which it does not know either."""
+    return 2 * left[0] * left[1] * right[-1]
+
+
 def counted(function):
-    with FlopCounterMode(display=False, custom_mapping={torch.ops.aten._grouped_mm: _grouped}) as counter:
+    unknown = {torch.ops.aten._grouped_mm: _grouped, torch.ops.aten.addmm_: _added}
+    with FlopCounterMode(display=False, custom_mapping=unknown) as counter:
         function()
     return counter.get_total_flops()
 

@@ -20,6 +20,7 @@ from bmoe_lightning.laplace.validation_cache import cache_terms
 from bmoe_lightning.methods import SWAG, save_snapshot
 from bmoe_lightning.optim import make_adamw, master_weights
 from bmoe_lightning.trainer.prior_mean import PriorMean
+from bmoe_lightning.utils import devices
 from recipes.benchmark.many_classes import ValidationSet
 from recipes.common.live_bytes import LiveBytes
 from recipes.plan import activations, memory
@@ -73,10 +74,10 @@ def test_a_layer_s_factors_have_the_library_s_shapes(model, fitted):
 
 
 def test_sums_of_the_curvature_pass(monkeypatch, model):
-    from bmoe_lightning.curvature import kfac
+    from bmoe_lightning.curvature import layer_sums
 
-    seen, finish = [], kfac._LayerSums.finish
-    monkeypatch.setattr(kfac._LayerSums, "finish", lambda self, scale: seen.append(self) or finish(self, scale))
+    seen, finish = [], layer_sums.LayerSums.finish
+    monkeypatch.setattr(layer_sums.LayerSums, "finish", lambda self, scale: seen.append(self) or finish(self, scale))
     collect_factors(model, class_logits, [small_batch()], rank=WORK.rank)
     parts = [part for sums in seen for part in (vars(sums), vars(sums.inputs), vars(sums.gradients))]
     held = sum(value.nbytes for part in parts for value in part.values() if isinstance(value, torch.Tensor))
@@ -173,6 +174,7 @@ def test_activations(model, part, dropout):
 def _as_on_a_gpu(monkeypatch):
     fits = grouped._kernel_fits
     monkeypatch.setattr(grouped, "_kernel_fits", lambda x, other: x.dtype == torch.bfloat16 and fits(x, other))
+    monkeypatch.setattr(devices, "answers_at_once", lambda device: False)
 
 
 @pytest.fixture
@@ -234,7 +236,7 @@ class TestPeaks:
 
     @pytest.mark.parametrize("fisher", ["mc", "exact"])
     def test_curvature(self, without_kernel, model, batch, fisher):
-        assert 0.95 < self.curvature(model, batch, fisher, BFLOAT16) < 1.2
+        assert 0.9 < self.curvature(model, batch, fisher, BFLOAT16) < 1.2
 
     def test_prediction(self, without_kernel, model, batch):
         assert 0.95 < self.prediction(model, batch, BFLOAT16) < 1.3
