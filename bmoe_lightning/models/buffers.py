@@ -15,7 +15,7 @@ def unrounded_buffers(model: nn.Module) -> Iterator[None]:
 
     These are not in the files of a model but computed, in float32, when it is created: the frequencies of rotary
     position embeddings, for one. `from_pretrained(dtype=torch.bfloat16)` leaves them so. A cast of the whole model
-    rounds them, which turns the angles at position 256 by up to a tenth of a radian.
+    rounds them, which turns the angles at position 256 by tenths of a radian (by .3 for 128 dimensions and base 10^6).
 
     Args:
         model: Model that may be cast, and moved to another device, within the context.
