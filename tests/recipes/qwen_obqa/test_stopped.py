@@ -30,7 +30,7 @@ FLAGS = (
 STAGES = {  # stage: a function that it calls several times, and the call at which the signal comes
     "training": ("bmoe_lightning.finetuner.ExpertFinetuner.training_step", 1),
     "curvature": ("bmoe_lightning.curvature.kfac._add_batch", 3),
-    "calibration": ("bmoe_lightning.methods.workbench._LogitsBuilder.add", 2),
+    "calibration": ("bmoe_lightning.methods.given_data._SplitBuilder.add", 2),
     "evaluation": ("bmoe_lightning.methods.evaluation.Evaluation.add", 2),
     "report": ("recipes.qwen_obqa.reporting.write_results", 1),
 }
@@ -61,6 +61,11 @@ def undisturbed(tmp_path_factory):
     folder = tmp_path_factory.mktemp("undisturbed") / "run"
     assert run(folder, *FLAGS) == 0
     return json.loads((folder / "results.json").read_text())["rows"]
+
+
+@pytest.mark.parametrize("target", [target for target, _ in STAGES.values()])
+def test_where_signals_come_is_still_there(target):
+    assert callable(pkgutil.resolve_name(target))
 
 
 @pytest.mark.slow
