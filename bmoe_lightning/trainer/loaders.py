@@ -7,12 +7,13 @@ from __future__ import annotations
 
 import copy
 import dis
+import itertools
 import math
 import random
 from collections.abc import Iterable, Iterator, Sequence, Sized
 from dataclasses import dataclass
 from itertools import islice
-from types import FunctionType
+from types import CodeType, FunctionType
 from typing import Any
 
 import numpy as np
@@ -34,6 +35,7 @@ from bmoe_lightning.trainer.lightning_internals import combined_loader, combinin
 from bmoe_lightning.utils.random_state import reproducible_order, unchanged_global_random_states
 
 _OWN_SAMPLERS = (SequentialSampler, RandomSampler, SubsetRandomSampler, WeightedRandomSampler, DistributedSampler)
+_ENDLESS = (itertools.count, itertools.cycle, itertools.repeat)
 _GENERATORS = (torch.Generator, random.Random, np.random.Generator, np.random.RandomState)
 
 
@@ -96,7 +98,7 @@ def first_batch(loader: Any) -> FirstBatch | None:
     """
     if isinstance(loader, (list, tuple)):
         return FirstBatch(loader[0], None) if loader else None
-    if not isinstance(loader, DataLoader) or type(loader).__iter__ is not DataLoader.__iter__:
+    if not isinstance(loader, DataLoader) or iterates_itself(loader):
         return None
     with unchanged_global_random_states():
         if isinstance(loader.dataset, IterableDataset):
@@ -120,20 +122,24 @@ def count_entries(loader: Any, num_batches: float) -> int | None:
         loader: The loader.
         num_batches: Number of batches.
     """
-    if not isinstance(loader, DataLoader) or isinstance(loader.dataset, IterableDataset) or math.isinf(num_batches):
+    if not isinstance(loader, DataLoader) or iterates_itself(loader) or math.isinf(num_batches):
+        return None
+    if isinstance(loader.dataset, IterableDataset):
         return None
     batch_sampler: Any = loader.batch_sampler
-    if batch_sampler is None:
+    if batch_sampler is None and type(loader.sampler) in _OWN_SAMPLERS:
         return None
     if type(batch_sampler) is BatchSampler and type(batch_sampler.sampler) in _OWN_SAMPLERS:
         return min(int(num_batches) * batch_sampler.batch_size, len(batch_sampler.sampler))  # type: ignore[arg-type]
     with unchanged_global_random_states(), reproducible_order(loader, wrapped_samplers(loader)):
-        sampled = _copied_sampler(batch_sampler, loader.dataset)
-        return sum(_length(entries) or 0 for entries in islice(sampled, int(num_batches)))
+        # A sampler without a batch sampler may give lists of entries, too.
+        sampled = _copied_sampler(batch_sampler or loader.sampler, loader.dataset)
+        lengths = [_length(entries) for entries in islice(sampled, int(num_batches))]
+    return None if None in lengths else sum(length for length in lengths if length is not None)
 
 
 def count_batches(loader: Iterable[Any], num_batches: float) -> int | None:
-    """Number of batches that a pass has, of at most some; a stream whose length is only claimed is iterated over.
+    """Number of batches that a pass has, of at most some; a loader whose length is only claimed is iterated over.
 
     Args:
         loader: The loader.
@@ -141,10 +147,19 @@ def count_batches(loader: Iterable[Any], num_batches: float) -> int | None:
     """
     if math.isinf(num_batches):
         return None
-    if isinstance(loader, Sized) and not (isinstance(loader, DataLoader) and _claims(loader)):
+    if isinstance(loader, Sequence) or (isinstance(loader, DataLoader) and not _claims(loader)):
         return min(int(num_batches), len(loader))
     with unchanged_global_random_states(), reproducible_order(loader, wrapped_samplers(loader)):
         return sum(1 for _ in islice(loader, int(num_batches)))
+
+
+def iterates_itself(loader: DataLoader[Any]) -> bool:
+    """Whether a loader's class has an `__iter__` of its own, so that its batches are not those of its sampler.
+
+    Args:
+        loader: The loader.
+    """
+    return type(loader).__iter__ is not DataLoader.__iter__
 
 
 def iterates_once(loader: Any) -> bool:
@@ -153,33 +168,57 @@ def iterates_once(loader: Any) -> bool:
     Args:
         loader: The loader.
     """
-    if isinstance(loader, DataLoader):
-        return isinstance(loader.dataset, IterableDataset) and _is_spent(loader.dataset)
-    return not isinstance(loader, Sequence) and _is_spent(loader)
+    return _is_spent(loader, set())
 
 
-def _is_spent(data: Any) -> bool:
-    """Whether `iter` gives what is left of an iterator rather than a new one."""
+def _is_spent(data: Any, seen: set[int]) -> bool:
+    """Whether `iter` gives what is left of an iterator rather than a new one; `seen` has ids of objects on the way."""
+    if id(data) in seen or isinstance(data, Sequence | torch.Tensor):
+        return False
+    seen.add(id(data))
+    if isinstance(data, DataLoader) and isinstance(data.dataset, IterableDataset) and _is_spent(data.dataset, seen):
+        return True
     method = getattr(type(data), "__iter__", None)
     if not isinstance(method, FunctionType):  # an iterator of Python's own
-        return isinstance(data, Iterator)
-    read, written = set(), set()
-    for instruction in dis.get_instructions(method):
-        if instruction.opname == "STORE_ATTR":
-            written.add(instruction.argval)
-        elif instruction.opname in ("LOAD_ATTR", "LOAD_METHOD"):
-            read.add(instruction.argval)
-    attributes = getattr(data, "__dict__", {})
-    stored = {name for name in read - written if isinstance(attributes.get(name), Iterator)}
-    calls_own_methods = any(callable(getattr(type(data), name, None)) for name in read)
-    returns_itself = isinstance(data, Iterator) and not read and not written and len(method.__code__.co_names) == 0
-    return returns_itself or (bool(stored) and not calls_own_methods)
+        return isinstance(data, Iterator) and not isinstance(data, _ENDLESS)
+    read, written = _attributes_of(data, method)
+    if isinstance(data, Iterator) and not read and not written and len(method.__code__.co_names) == 0:
+        return True  # returns itself
+    attributes = {} if "seek" in read else getattr(data, "__dict__", {})  # a file may be read again
+    values = [attributes[name] for name in read - written if name in attributes]
+    return any(
+        _is_spent(part, seen) for value in values for part in (value if isinstance(value, list | tuple) else [value])
+    )
+
+
+def _attributes_of(data: Any, method: FunctionType) -> tuple[set[str], set[str]]:
+    """Names that a method, its inner functions and the methods of the same class that it names read and write."""
+    read: set[str] = set()
+    written: set[str] = set()
+    pending, seen = [method.__code__], set()
+    while pending:
+        code = pending.pop()
+        if code in seen:
+            continue
+        seen.add(code)
+        pending += [constant for constant in code.co_consts if isinstance(constant, CodeType)]
+        for instruction in dis.get_instructions(code):
+            if instruction.opname == "STORE_ATTR":
+                written.add(instruction.argval)
+            elif instruction.opname in ("LOAD_ATTR", "LOAD_METHOD"):
+                read.add(instruction.argval)
+                found = getattr(type(data), instruction.argval, None)
+                found = found.fget if isinstance(found, property) else found
+                pending += [found.__code__] if isinstance(found, FunctionType) else []
+    return read, written
 
 
 def _claims(loader: DataLoader[Any]) -> bool:
-    """Whether a loader's length is what a data set or a batch sampler of the user's says, and nothing that is known."""
-    own = type(loader.batch_sampler) is BatchSampler and type(loader.sampler) in _OWN_SAMPLERS
-    return isinstance(loader.dataset, IterableDataset) or not (own or loader.batch_sampler is None)
+    """Whether a loader's length is what a data set, a sampler or a loader of the user's says, and nothing known."""
+    if isinstance(loader.dataset, IterableDataset) or iterates_itself(loader):
+        return True
+    is_own = loader.batch_sampler is None or type(loader.batch_sampler) is BatchSampler
+    return not (is_own and type(loader.sampler) in _OWN_SAMPLERS)
 
 
 def _copied_sampler(sampler: Any, dataset: Any) -> Iterable[Any]:
@@ -241,4 +280,9 @@ def _one_worker(loader: DataLoader[Any], entries: Any) -> DataLoader[Any]:
 
 
 def _length(entries: Any) -> int | None:
-    return len(entries) if isinstance(entries, Sized) and not isinstance(entries, (str, bytes, dict)) else None
+    """Number of entries that a sampler gives at once; None for a single one."""
+    if isinstance(entries, (str, bytes, dict)) or (isinstance(entries, torch.Tensor) and not entries.dim()):
+        return None
+    if isinstance(entries, Iterator):  # given by a copy of the sampler
+        return sum(1 for _ in entries)
+    return len(entries) if isinstance(entries, Sized) else None

@@ -28,6 +28,24 @@ from bmoe_lightning.trainer.data_passes import (
 from bmoe_lightning.utils.random_state import reproducible_order
 
 
+class Pairs(DataLoader):
+    """Joins two batches of its sampler, and says the number of those."""
+
+    def __iter__(self):
+        batches = super().__iter__()
+        return ([torch.cat([one[0], other[0]])] for one, other in zip(batches, batches, strict=True))
+
+
+class Promises:
+    """Says that it has 40 batches, and has 5."""
+
+    def __len__(self):
+        return 40
+
+    def __iter__(self):
+        return ([torch.ones(2, 1)] for _ in range(5))
+
+
 class Hooked(Plain):
     """Has all three transfer hooks of its own, in an order that shows."""
 
@@ -273,6 +291,9 @@ class TestTrainerTrainingData:
             (DataLoader(numbers(9), batch_sampler=[[0], [1, 2, 3], [4, 5], [6, 7, 8]]), {}, 2, 4, 9),
             (DataLoader(ReadyBatches(), batch_size=None), {}, 1, 5, 5 * len(ReadyBatches())),
             (DataLoader(Sized(), batch_size=8), {}, 1, 8, 24),  # a stream: by batches
+            (DataLoader(numbers(9), None, sampler=[[0], [1, 2, 3], [4, 5], [6, 7, 8]]), {}, 2, 4, 9),
+            (Pairs(numbers(24), 4), {}, 1, 8, 24),  # whatever its sampler says
+            (Promises(), {}, 2, 4, 10),
             (DataLoader(Stream(), batch_size=8), {"limit_train_batches": 3}, 2, 16, 24),
             (DataLoader(Stream(), batch_size=8), {"max_steps": 2}, 2, 16, 16),  # no end: what was seen
         ],

@@ -2,13 +2,24 @@
 
 from __future__ import annotations
 
+import io
+import itertools
 import random
 
 import numpy as np
 import pytest
 import torch
 from lightning.pytorch.utilities.combined_loader import CombinedLoader
-from torch.utils.data import BatchSampler, DataLoader, Dataset, IterableDataset, RandomSampler, Sampler, Subset
+from torch.utils.data import (
+    BatchSampler,
+    ChainDataset,
+    DataLoader,
+    Dataset,
+    IterableDataset,
+    RandomSampler,
+    Sampler,
+    Subset,
+)
 
 from bmoe_lightning.trainer.loaders import (
     JoinedLoaders,
@@ -73,6 +84,41 @@ class Claims(IterableDataset):
 
     def __iter__(self):
         yield from torch.arange(12)
+
+
+class Lazy(Sampler):
+    """Gives iterators of entries, as torch's loaders accept."""
+
+    def __iter__(self):
+        yield from (iter([0]), map(int, "123"), iter([4]))
+
+
+class Pairs(DataLoader):
+    """Joins two batches of its sampler, and says the number of those."""
+
+    def __iter__(self):
+        batches = super().__iter__()
+        return (torch.cat(both) for both in zip(batches, batches, strict=True))
+
+
+class Promises:
+    """Says that it has 40 batches, and has 5."""
+
+    def __len__(self):
+        return 40
+
+    def __iter__(self):
+        return iter([torch.arange(2)] * 5)
+
+
+class Promised(Sampler):
+    """Says that it gives 9 entries, and gives 3."""
+
+    def __iter__(self):
+        return iter(range(3))
+
+    def __len__(self):
+        return 9
 
 
 class Uneven(BatchSampler):
@@ -160,6 +206,10 @@ def test_no_first_batch_where_drawing_one_might_lose_it():
         (DataLoader(range(10), 4, sampler=RandomSampler(range(10), num_samples=25, replacement=True)), 7, 25),
         (DataLoader(range(12), 4, sampler=Shuffled()), 2, 8),
         (DataLoader(range(10), batch_size=None), 5, None),
+        (DataLoader(range(10), batch_size=None, sampler=[[0], [1, 2, 3], [4]]), 2, 4),
+        (DataLoader(range(10), batch_size=None, sampler=[3, 1]), 2, None),
+        (DataLoader(range(10), batch_sampler=Lazy()), 2, 4),
+        (Pairs(range(12), 2), 2, None),
         (DataLoader(OwnStream(), 4), 2, None),
         (DataLoader(range(10), 4), torch.inf, None),
         ([1, 2], 2, None),
@@ -186,6 +236,11 @@ def test_counting_leaves_a_sampler_as_it_was():
         (DataLoader(Claims(), 4), 10, 3),  # 12 entries, whatever it says
         (DataLoader(Claims(), 4), 2, 2),
         (DataLoader(range(10), batch_size=None), 20, 10),
+        (DataLoader(range(10), batch_size=None, sampler=Promised()), 9, 3),
+        (Pairs(range(12), 2), 6, 3),
+        (Promises(), 40, 5),
+        (Promises(), 4, 4),
+        (range(7), 40, 7),
         (DataLoader(OwnStream(), 4), torch.inf, None),
     ],
 )
@@ -232,10 +287,71 @@ class Keeps(Reads):
         return self.stored
 
 
+class ReadsInAMethod(Reads):
+    def lines(self):
+        return (line for line in self.stored)
+
+    def __iter__(self):
+        yield from self.lines()
+
+
+class ReadsAProperty(Reads):
+    @property
+    def lines(self):
+        return self.stored
+
+    def __iter__(self):
+        yield from self.lines
+
+
+class RenewsInAMethod(ReadsInAMethod):
+    def begin(self):
+        self.stored = iter([1, 2])
+
+    def __iter__(self):
+        self.begin()
+        yield from self.lines()
+
+
+class Rewinds(Reads):
+    def __iter__(self):
+        self.stored.seek(0)
+        yield from self.stored
+
+
+class Several(Reads):
+    def __iter__(self):
+        for part in self.stored:
+            yield from part
+
+
+class Circular(Reads):
+    def __init__(self):
+        super().__init__(self)
+
+    def __iter__(self):
+        return iter([self.stored])
+
+
 @pytest.mark.parametrize(
     ("data", "expected"),
     [
         (Continues(), True),
+        (ReadsInAMethod(iter([1])), True),
+        (ReadsAProperty(iter([1])), True),
+        (RenewsInAMethod(iter([1])), False),
+        (ReadsInAMethod([1]), False),
+        (Rewinds(io.StringIO("1")), False),
+        (Reads(io.StringIO("1")), True),
+        (Reads(itertools.count()), False),
+        (Several([Reads([1]), Reads(iter([1]))]), True),
+        (Several([Reads([1]), [2]]), False),
+        (Reads(Keeps(iter([1]))), True),
+        (Reads(DataLoader(Keeps(iter([1])))), True),
+        (Reads(DataLoader(Noisy())), False),
+        (ChainDataset([Reads([1]), Reads(x for x in [1])]), True),
+        (ChainDataset([Reads([1])]), False),
+        (Circular(), False),
         (Reads(iter([1])), True),
         (Reads(x for x in [1]), True),
         (Keeps(iter([1])), True),
