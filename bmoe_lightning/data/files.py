@@ -7,6 +7,7 @@ import logging
 import re
 import warnings
 from collections.abc import Collection, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ from bmoe_lightning.data.tasks.base import Row
 NumberedRow = tuple[str, Row]
 """The location of a row, for error messages, and its columns."""
 
+_SUFFIXES = (".jsonl", ".json", ".parquet")
 _logger = logging.getLogger(__name__)
 
 
@@ -27,18 +29,30 @@ class FolderData:
 
     Args:
         folder: Existing folder.
-        split_names: Names that a split may have; the first folder with a file of one of them is used.
+        split_names: Names that a split may have; the first folder with a file of one of them is used. Hidden
+            sub-folders, such as caches and copies of editors, are not searched.
         preferred: Names of the sub-folder to use if several have files.
 
     Raises:
         ValueError: If the choice between several sub-folders is ambiguous.
+        DataUnavailableError: If the folder cannot be read.
     """
 
     def __init__(self, folder: Path, split_names: Collection[str], preferred: Collection[str]) -> None:
         self.folder = folder
-        if _has_split(folder, split_names):
-            return
-        nested = [sub for sub in sorted(folder.iterdir()) if sub.is_dir() and _has_split(sub, split_names)]
+        with readable(folder):
+            if _has_split(folder, split_names):
+                return
+            folders = [sub for sub in sorted(folder.iterdir()) if sub.is_dir() and not sub.name.startswith(".")]
+        nested, unread = [], None
+        for sub in folders:
+            try:
+                with readable(sub):
+                    nested += [sub] if _has_split(sub, split_names) else []
+            except DataUnavailableError as error:  # a system folder, unless there is no other
+                unread = error
+        if unread is not None and not nested:
+            raise unread
         chosen = nested if len(nested) == 1 else [sub for sub in nested if sub.name in preferred]
         if len(chosen) == 1:
             self.folder = chosen[0]
@@ -56,21 +70,44 @@ class FolderData:
 
         Raises:
             ValueError: If there are several files for the split, shards are missing, or, while iterating, a file is
-                malformed.
-            DataUnavailableError: If, while iterating, a file cannot be read.
+                malformed or is a folder.
+            DataUnavailableError: If the folder or, while iterating, a file cannot be read.
         """
-        forms = [form for name in names for form in _forms(self.folder, name)]
+        with readable(self.folder):
+            forms = [form for name in names for form in _forms(self.folder, name)]
         if len(forms) > 1:
             files = ", ".join(path.name for form in forms for path in form)
             raise ValueError(f"{self.folder} has one split more than once: {files}; remove all but one")
         if not forms:
             return None
-        _logger.info("reading %s", ", ".join(map(str, forms[0])))
-        return (row for file in forms[0] for row in _file_rows(file))
+        return _logged_rows(forms[0])
+
+
+def _logged_rows(files: Sequence[Path]) -> Iterator[NumberedRow]:
+    count = 0
+    for file in files:
+        for row in _file_rows(file):
+            yield row
+            count += 1
+    # Only once all rows are read: the first one alone may be read to recognise the task.
+    _logger.info("read %d rows of %s", count, ", ".join(map(str, files)))
+
+
+@contextmanager
+def readable(path: Path) -> Iterator[None]:
+    """Convert errors of the file system to a `DataUnavailableError` that names the path.
+
+    Args:
+        path: File or folder that is read within the context.
+    """
+    try:
+        yield
+    except OSError as error:
+        raise DataUnavailableError(f"{path} cannot be read ({_reason(error)}); check or download it again") from None
 
 
 def warn_of_unread_files(folder: Path, names: Collection[str]) -> None:
-    """Warn of files that look like a split which the folder does not have under a name that is read.
+    """Warn of files and folders that look like a split which the folder does not have under a name that is read.
 
     Args:
         folder: Folder, which is searched with its sub-folders.
@@ -80,7 +117,7 @@ def warn_of_unread_files(folder: Path, names: Collection[str]) -> None:
     found = [
         str(path.relative_to(folder))
         for path in sorted([*folder.glob("*"), *folder.glob("*/*")])
-        if path.is_file() and path.name.lower().startswith(starts)
+        if path.name.lower().startswith(starts) and (path.is_file() or path.stem.lower() in names)
     ]
     if found:
         warnings.warn(
@@ -97,11 +134,13 @@ def _has_split(folder: Path, names: Collection[str]) -> bool:
 
 def _forms(folder: Path, name: str) -> list[list[Path]]:
     """The files of a split by format: JSON Lines, one parquet file, or shards with one total count."""
-    single = [[path] for suffix in (".jsonl", ".json", ".parquet") if (path := folder / f"{name}{suffix}").is_file()]
+    # Whatever has the name: a broken link or a folder is refused when it is read, not taken for a missing split.
+    present = {path.name for path in folder.iterdir()}
+    single = [[folder / f"{name}{suffix}"] for suffix in _SUFFIXES if f"{name}{suffix}" in present]
     # Older data sets on the hub have a hash after the count.
     shard = re.compile(rf"{re.escape(name)}-(\d+)-of-(\d+)(-[0-9a-f]+)?")
     counts: dict[int, list[tuple[int, Path]]] = {}
-    for path in folder.glob("*.parquet"):
+    for path in (folder / found for found in present if found.endswith(".parquet")):
         if (match := shard.fullmatch(path.stem)) is not None:
             counts.setdefault(int(match[2]), []).append((int(match[1]), path))
     return [*single, *(_complete(sorted(shards), count) for count, shards in sorted(counts.items()))]
@@ -117,10 +156,13 @@ def _complete(shards: list[tuple[int, Path]], count: int) -> list[Path]:
 
 def _file_rows(file: Path) -> Iterator[NumberedRow]:
     """Yield `(location, row)`; lines and rows are counted from 1."""
-    try:
+    with readable(file):
+        if file.is_dir():
+            raise ValueError(
+                f"{file} is a folder; write the split to one file of that name, or name its parts "
+                f"{file.stem}-00000-of-00002.parquet ..."
+            )
         yield from _parquet_rows(file) if file.suffix == ".parquet" else _json_rows(file)
-    except OSError as error:
-        raise DataUnavailableError(f"{file} cannot be read ({_reason(error)}); check or download it again") from None
 
 
 def _parquet_rows(file: Path) -> Iterator[NumberedRow]:

@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Literal, overload
 
-from bmoe_lightning.data.files import DataUnavailableError, FolderData, NumberedRow, warn_of_unread_files
+from bmoe_lightning.data.files import DataUnavailableError, FolderData, NumberedRow, readable, warn_of_unread_files
 from bmoe_lightning.data.questions import Question, has_ambiguous_answer
 from bmoe_lightning.data.tasks.base import SPLIT_NAMES, SplitName, Task
 from bmoe_lightning.data.tasks.registry import get_task, recognise_task, task_names, task_of_hub_id
@@ -190,9 +190,10 @@ def _local_folder(source: str) -> Path | None:
     """The local folder of `source`, or None if it is a hub id."""
     base, _, config = source.rpartition(":") if ":" in source else (source, "", "")
     for candidate in (Path(source), Path(base) / config):
-        if source and candidate.is_dir():
-            return candidate
-    if _HUB_ID.fullmatch(base) and not Path(source).exists():
+        with readable(candidate):
+            if source and candidate.is_dir():
+                return candidate
+    if _HUB_ID.fullmatch(base) and not os.path.lexists(source):
         return None
     kind = "a file" if Path(source).is_file() else "not there"
     raise ValueError(f"data source {source!r} is {kind}; give a folder, or a hub id such as allenai/openbookqa")

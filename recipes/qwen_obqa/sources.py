@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Sequence
+import logging
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
@@ -150,11 +152,12 @@ def _real(settings: ResolvedSettings, methods: Sequence[Method]) -> Source:
     if settings.model is not None:
         check_model(settings.model)
     options = {"task": settings.task, "revision": settings.revision}
-    splits = _disjoint(
-        load_questions(settings.data, "train", **options),
-        load_questions(settings.data, "validation", **options),
-        load_questions(settings.data, "test", **options),
-    )
+    with _files_read() as files:
+        splits = _disjoint(
+            load_questions(settings.data, "train", **options),
+            load_questions(settings.data, "validation", **options),
+            load_questions(settings.data, "test", **options),
+        )
     drawn = _limited(settings, splits, methods)
     if settings.model is not None:
         model = settings.model
@@ -165,9 +168,36 @@ def _real(settings: ResolvedSettings, methods: Sequence[Method]) -> Source:
             f"The small built-in model on {settings.data}: pre-trained on the training questions alone, so its accuracy"
             "\nis near chance. For a real language model add --model Qwen/Qwen1.5-MoE-A2.7B (on a GPU)."
         )
+    banner = "\n".join([banner, *files])
     source = Source(settings, model, model, drawn.train, drawn.calibration, drawn.test, banner)
     source.data(seed=0)  # raises now if the tokenizer or the prompts do not fit
     return source
+
+
+class _Lines(logging.Handler):
+    """Collects the messages of a logger."""
+
+    def __init__(self) -> None:
+        super().__init__(logging.INFO)
+        self.lines: list[str] = []
+
+    def emit(self, record: logging.LogRecord) -> None:
+        message = record.getMessage()
+        self.lines.append(f"{message[:1].upper()}{message[1:]}.")
+
+
+@contextmanager
+def _files_read() -> Iterator[list[str]]:
+    """Collect what is logged about the files that are read within the context."""
+    log, handler = logging.getLogger("bmoe_lightning.data.files"), _Lines()
+    level = log.level
+    log.addHandler(handler)
+    log.setLevel(logging.INFO)
+    try:
+        yield handler.lines
+    finally:
+        log.removeHandler(handler)
+        log.setLevel(level)
 
 
 def _disjoint(train: Sequence[Question], validation: Sequence[Question] | None, test: Sequence[Question]) -> Splits:

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import datasets
 import pytest
+from unprivileged import unprivileged_folder
 
 from bmoe_lightning.data import files
 from bmoe_lightning.data.files import DataUnavailableError, FolderData
@@ -115,11 +116,43 @@ def test_several_sub_folders_without_a_preferred_one_are_refused(tmp_path):
     assert numbers(tmp_path / "easy", "train") == [1]
 
 
-def test_the_files_that_are_read_are_logged(tmp_path, caplog):
-    write_lines(tmp_path / "train.jsonl", 1)
+def test_the_files_that_are_read_are_logged_once(tmp_path, caplog):
+    shards = [tmp_path / f"train-0000{number}-of-00002.parquet" for number in range(2)]
+    for shard in shards:
+        write_parquet(shard, 1, 2)
     with caplog.at_level(logging.INFO):
+        next(FolderData(tmp_path, NAMES, ()).rows(("train",)))  # a look at the first row
         numbers(tmp_path, "train")
-    assert [record.message for record in caplog.records] == [f"reading {tmp_path / 'train.jsonl'}"]
+    assert [record.message for record in caplog.records] == [f"read 4 rows of {shards[0]}, {shards[1]}"]
+
+
+@pytest.mark.parametrize("hidden", [".cache", ".ipynb_checkpoints"])
+def test_hidden_sub_folders_are_not_searched(tmp_path, hidden):
+    write_lines(tmp_path / hidden / "train.jsonl", 1)
+    assert numbers(tmp_path, "train") is None
+    write_lines(tmp_path / "data" / "train.jsonl", 2)
+    assert numbers(tmp_path, "train") == [2]
+
+
+@pytest.mark.parametrize("name", ["validation.jsonl", "validation.parquet", "dev.json"])
+def test_a_split_that_is_a_folder_or_a_broken_link_is_not_a_missing_one(tmp_path, name):
+    write_lines(tmp_path / "train.jsonl", 1)
+    (tmp_path / name).symlink_to(tmp_path / "nowhere")
+    with pytest.raises(DataUnavailableError, match=rf"{name} cannot be read \(.*; check or download"):
+        numbers(tmp_path, "validation", "dev")
+    (tmp_path / name).unlink()
+    write_parquet(tmp_path / name / "part-0.parquet", 2)
+    with pytest.raises(ValueError, match=rf"{name} is a folder; write the split to one file"):
+        numbers(tmp_path, "validation", "dev")
+
+
+@pytest.mark.parametrize("inner", ["", "main"])
+def test_a_folder_that_cannot_be_entered_is_one_sentence(inner):
+    with unprivileged_folder() as folder:
+        write_lines(folder / "data" / inner / "train.jsonl", 1)
+        (folder / "data" / inner).chmod(0)
+        with pytest.raises(DataUnavailableError, match=rf"data/?{inner}(/train.jsonl)? cannot be read \(.*Permission"):
+            numbers(folder / "data", "train")
 
 
 @pytest.mark.parametrize(
@@ -165,10 +198,24 @@ def test_a_file_that_cannot_be_read_is_one_sentence(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize(
-    "name", ["validation-00000-of-00001.jsonl", "validation.csv", "Validation.jsonl", "dev-old.json"]
+    "name",
+    [
+        "validation-00000-of-00001.jsonl",
+        "validation.csv",
+        "Validation.jsonl",
+        "dev-old.json",
+        "validation/",
+        "Val.parquet/",
+        "main/dev/",
+    ],
 )
 def test_files_that_look_like_a_split_and_are_not_read_are_named(tmp_path, name):
-    (tmp_path / name).write_text("{}\n")
+    (tmp_path / name).parent.mkdir(exist_ok=True)
+    if name.endswith("/"):
+        name = name[:-1]
+        write_parquet(tmp_path / name / "part-0.parquet", 1)
+    else:
+        (tmp_path / name).write_text("{}\n")
     with pytest.warns(UserWarning, match=re.escape(name) + " in .* is not read"):
         files.warn_of_unread_files(tmp_path, ("validation", "valid", "val", "dev"))
 
@@ -176,5 +223,6 @@ def test_files_that_look_like_a_split_and_are_not_read_are_named(tmp_path, name)
 def test_other_files_are_not_named(tmp_path, recwarn):
     (tmp_path / "README.md").write_text("")
     (tmp_path / "train.jsonl").write_text("")
+    (tmp_path / "devices").mkdir()
     files.warn_of_unread_files(tmp_path, ("validation",))
     assert not recwarn

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import datasets
 import pytest
+from unprivileged import unprivileged_folder
 
 from bmoe_lightning.data.files import DataUnavailableError
 from bmoe_lightning.data.hub import is_hub_id, load_questions
@@ -150,6 +151,22 @@ def test_unknown_split_and_sources_are_refused(tmp_path):
             load_questions(source, "train")
     with pytest.raises(ValueError, match="belongs to a hub id"):
         load_questions(tmp_path, "train", revision="abc")
+
+
+def test_a_folder_that_cannot_be_entered_is_neither_missing_nor_a_hub_id():
+    with unprivileged_folder() as folder:
+        write_lines(folder / "inner" / "data" / "train.jsonl", [obqa(0)])
+        (folder / "inner").chmod(0)
+        with pytest.raises(DataUnavailableError, match=r"inner/data cannot be read \(.*Permission denied"):
+            load_questions(folder / "inner" / "data", "train")
+
+
+def test_a_broken_link_is_no_hub_id(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "my").mkdir()
+    (tmp_path / "my" / "data").symlink_to(tmp_path / "nowhere")
+    with pytest.raises(ValueError, match="data source 'my/data' is not there"):
+        load_questions("my/data", "train")
 
 
 def test_hub_ids_are_told_from_folders(tmp_path, monkeypatch):

@@ -18,8 +18,8 @@ SPLIT_NAMES: tuple[SplitName, ...] = ("train", "validation", "test")
 class Task(ABC):
     """A multiple-choice data set: a frozen dataclass whose fields have defaults, and `question`.
 
-    Of each tuple of split names, the first that the data have is read. The names are those of the hub, and those of the
-    files in a local folder.
+    A split may have any one of its names; data with two of them are refused. The names are those of the hub, and those
+    of the files in a local folder.
 
     Attributes:
         name: Name in the registry; lower-case letters, digits and underscores.
@@ -80,7 +80,7 @@ class Task(ABC):
             raise ValueError(f"{where}: {error}") from None
 
     def split_names(self, split: SplitName) -> tuple[str, ...]:
-        """The names under which the data may have a split, best first.
+        """The names under which the data may have a split.
 
         Args:
             split: Split to look up.

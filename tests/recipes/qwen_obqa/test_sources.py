@@ -67,6 +67,11 @@ def ids(questions):
     return {question.id for question in questions}
 
 
+def test_the_banner_names_the_files_of_all_splits(tmp_path, data):
+    lines = prepare_source(settings(tmp_path, data=data)).banner.splitlines()[-2:]
+    assert lines == [f"Read {n} rows of {data}/{split}.jsonl." for split, n in (("train", 200), ("test", 60))]
+
+
 class TestSplits:
     @pytest.mark.parametrize("validation", [False, True])
     def test_seeds_share_the_splits_and_differ_in_the_training_order(self, tmp_path, data, validation):
@@ -275,7 +280,8 @@ class TestRealData:
 
     def test_banner_of_a_given_model_names_both(self, tmp_path, data):
         model = prepare_source(settings(tmp_path, data=data)).model
-        assert prepare_source(settings(tmp_path, data=data, model=model)).banner == f"Model {model} on {data}."
+        banner = prepare_source(settings(tmp_path, data=data, model=model)).banner
+        assert banner.splitlines()[0] == f"Model {model} on {data}."
 
     @pytest.mark.parametrize("missing", ["train", "test"])
     def test_a_missing_split_is_one_sentence(self, tmp_path, data, missing):
