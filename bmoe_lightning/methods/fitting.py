@@ -116,10 +116,11 @@ def fit_methods(
     fitted = {}
     for method in missing:
         with collected_fit_warnings() as doubts:
-            found = method.fit(work)
+            found = dict(method.fit(work))
             _warn_of_inputs(method, work)
-        # A copy: a state may be an expanded tensor, or share memory with a weight or another entry.
-        state = {key: value.detach().cpu().contiguous().clone() for key, value in found.items()}
+        # A copy: a state may be an expanded tensor, or share memory with a weight or another entry. Each entry is freed
+        # when it is copied: together they may be several times the trained weights.
+        state = {key: found.pop(key).detach().cpu().contiguous().clone() for key in list(found)}
         if distributed:
             broadcast_(list(state.values()))
         digests = tuple(curvature.digest for curvature in method.curvatures)

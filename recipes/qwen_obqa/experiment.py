@@ -7,6 +7,7 @@ run, only that method is fitted and evaluated.
 from __future__ import annotations
 
 import contextlib
+import gc
 import hashlib
 import logging
 import shutil
@@ -24,6 +25,7 @@ from lightning.pytorch.loggers import TensorBoardLogger
 
 from bmoe_lightning import BayesianMoECallback, ExpertFinetuner, MultipleChoiceDataModule
 from bmoe_lightning.curvature.checkpoint import FORMAT as PASS_FORMAT
+from bmoe_lightning.data.batches import PaddingSide
 from bmoe_lightning.laplace.posterior import WeightMismatchError
 from bmoe_lightning.methods import DataMismatchError, FitResult, Method, NeedsError
 from bmoe_lightning.methods.storage import INDEX_FILE, has_fit, load_fit
@@ -147,7 +149,7 @@ class SeedRun:
     output: Path
     seed: int
     identity: str
-    _last_data: MultipleChoiceDataModule | None = field(default=None, init=False, repr=False)
+    _padding_side: PaddingSide | None = field(default=None, init=False, repr=False)
 
     @property
     def folder(self) -> Path:
@@ -202,6 +204,7 @@ class SeedRun:
         module, data = self._fresh(0)
         callback = BayesianMoECallback(methods=[ZERO_SHOT], seed=self.seed)
         predictions = predict_zero_shot(callback, self._trainer([callback]), module, data)
+        self._detach(module, data)
         if is_rank_zero():
             self._zero_shot_predictions.write(ZERO_SHOT, FitResult(seed=self.seed), predictions)
         barrier()
@@ -243,6 +246,7 @@ class SeedRun:
         callback = self._callback([ready[method.name] for method in missing])
         load = LoadTrained(self._trained)
         self._trainer([load, callback]).test(module, datamodule=data, verbose=False)
+        self._detach(module, data)
         if is_rank_zero():
             assert callback.fitted is not None
             for method in missing:
@@ -277,6 +281,7 @@ class SeedRun:
             module, data = self._fresh(index)
             save = SaveTrained(path, self._stage(index))
             self._trainer([save], f"member-{index}", limit_val_batches=0).fit(module, datamodule=data)
+            self._detach(module, data)
         return path
 
     def _callback(self, methods: Sequence[Method]) -> BayesianMoECallback:
@@ -299,6 +304,7 @@ class SeedRun:
             self._say("fine-tuning the experts, then curvature and calibration")
             save = SaveTrained(self._trained, self._stage(0))
             self._trainer([save, callback], "training").fit(module, datamodule=data)
+            self._detach(module, data)
             return
         fit = self._fitted() if is_rank_zero() else None
         missing = [m.name for m in methods if not agreed(fit is not None and fit.is_fitted(m))]
@@ -307,6 +313,7 @@ class SeedRun:
             # The callback first captures the weights from before fine-tuning; then the fine-tuned ones are loaded.
             trainer = self._trainer([callback, LoadTrained(self._trained)])
             callback.fit_posterior(module, trainer=trainer, datamodule=data)
+            self._detach(module, data)
         elif is_rank_zero():
             for path in self.fit_folder.glob("curvature_state-*"):  # of a process that was killed after the fit
                 remove_tensor_file(path, format=PASS_FORMAT)
@@ -328,8 +335,7 @@ class SeedRun:
         seed = 1000 * self.seed + member
         L.seed_everything(seed, workers=True, verbose=False)
         # All of these modules start from the same weights.
-        side = None if self._last_data is None else self._last_data.measured_padding_side
-        data = self._last_data = self.source.data(seed, side)
+        data = self.source.data(seed, self._padding_side)
         module = ExpertFinetuner(
             self._model()[0],
             answer_token_ids=data.answer_token_ids.tolist(),
@@ -341,6 +347,17 @@ class SeedRun:
             half_precision_updates=settings.half_precision_updates,
         )
         return module, data
+
+    def _detach(self, module: ExpertFinetuner, data: MultipleChoiceDataModule) -> None:
+        """Free what a finished trainer holds: gradients, and the optimizer with its moments and copies of weights.
+
+        Trainer, module and DataModule refer to one another, so without this they would be freed at any later time.
+        """
+        self._padding_side = data.measured_padding_side
+        module.trainer = None
+        data.trainer = None
+        module.zero_grad()
+        gc.collect()
 
     def _trainer(self, callbacks: list[L.Callback], curves: str | None = None, **options: Any) -> L.Trainer:
         """A trainer; `curves` names its training curves, without which nothing is logged."""

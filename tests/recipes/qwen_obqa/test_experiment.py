@@ -10,6 +10,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import weakref
 from dataclasses import replace
 from pathlib import Path
 
@@ -114,6 +115,22 @@ class TestOutput:
     def test_figures(self, finished):
         pytest.importorskip("matplotlib")
         assert (finished / "figures" / "label_budget.png").is_file()
+
+
+def test_no_stage_keeps_the_memory_of_an_earlier_one(tmp_path, monkeypatch):
+    trainers, alive = [], []
+    build = experiment.SeedRun._trainer
+
+    def recorded(self, *args, **options):
+        alive.extend(number for number, trainer in enumerate(trainers) if trainer() is not None)
+        trainer = build(self, *args, **options)
+        trainers.append(weakref.ref(trainer))
+        return trainer
+
+    monkeypatch.setattr(experiment.SeedRun, "_trainer", recorded)
+    assert run(tmp_path / "run", "--methods", "map,deep_ensemble", "--set", "deep_ensemble.size=3") == 0
+    assert len(trainers) == 4
+    assert not alive
 
 
 class TestResume:
