@@ -44,7 +44,6 @@ from bmoe_lightning.trainer.loaders import evaluation_loaders
 from bmoe_lightning.trainer.moved_weights import watch_moved_weights
 from bmoe_lightning.trainer.prior_mean import PriorMean
 from bmoe_lightning.trainer.run_folder import RunFolder
-from bmoe_lightning.trainer.signals import report_stop
 
 
 class BayesianMoECallback(L.Callback):
@@ -162,7 +161,7 @@ class BayesianMoECallback(L.Callback):
 
     def on_load_checkpoint(self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]) -> None:
         """Record that training resumes, so that the snapshots of the resumed run are used."""
-        self._folder.resumes = trainer.state.fn == "fit"
+        self._folder.load_checkpoint(resumes=trainer.state.fn == "fit")
 
     def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Find the layers of the complete model, and capture the prior mean."""
@@ -198,6 +197,7 @@ class BayesianMoECallback(L.Callback):
     def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Fit all methods, while the model is still on its device and the loaders still exist."""
         with weights_to_fit(trainer, pl_module, self.fit_at):
+            self._folder.begin_fit(trainer, pl_module)
             self._fit(trainer, pl_module, with_enough_snapshots(self.methods, len(self._folder.snapshots)))
 
     def on_fit_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
@@ -237,7 +237,7 @@ class BayesianMoECallback(L.Callback):
 
         Raises:
             ValueError: If data, labels or the prior mean that a method needs are missing, or a file is damaged.
-            DataMismatchError, WeightMismatchError: If the folder has a fit to other data or weights.
+            DataMismatchError, WeightMismatchError: If the folder has a fit or snapshots of other data or weights.
         """
         self._given_prior_mean = prior_mean
         try:
@@ -305,7 +305,7 @@ class BayesianMoECallback(L.Callback):
     def on_exception(self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException) -> None:
         """Restore loops and module: Lightning does not call `teardown` after an exception."""
         self._restore()
-        report_stop(exception, self._folder.folder, evaluates=trainer.state.fn != "fit")
+        self._folder.stop(trainer, pl_module, exception)
 
     def state_dict(self) -> dict[str, Any]:
         """Folder, fit id and snapshot names; tensors are in separate files, not in every checkpoint."""
@@ -347,7 +347,7 @@ class BayesianMoECallback(L.Callback):
         """Fit the missing methods; runs instead of the fit loop."""
         with weights_to_fit(trainer, module, self.fit_at):
             earlier = self._found(trainer, module)
-            self._folder.begin_completion(trainer, earlier, self._num_snapshots)
+            self._folder.begin_completion(trainer, module, earlier, self._num_snapshots)
             missing = [method for method in self.methods if earlier is None or not earlier.is_fitted(method)]
             check_needs(missing, Available(snapshots=len(self._folder.snapshots)))
             check_data(trainer, missing, trains=False)

@@ -41,10 +41,19 @@ def weight_fingerprint(model: nn.Module, layers: Sequence[ExpertLayer]) -> str:
     Raises:
         ValueError: If ranks of a sharded model differ in weights that several of them hold.
     """
-    digest = hashlib.sha256()
     reshard(model)
-    sharded = has_shards(model)
-    samples = sorted(_samples(fingerprinted_module(model, layers), sharded=sharded), key=lambda sample: sample[0])
+    return _digest(fingerprinted_module(model, layers), sharded=has_shards(model))
+
+
+def module_fingerprint(module: nn.Module) -> str:
+    """Hash a sample of all parameters of a module, whichever part of it has the experts; see `weight_fingerprint`."""
+    reshard(module)
+    return _digest(module, sharded=has_shards(module))
+
+
+def _digest(module: nn.Module, *, sharded: bool) -> str:
+    digest = hashlib.sha256()
+    samples = sorted(_samples(module, sharded=sharded), key=lambda sample: sample[0])
     digest.update("\n".join(f"{name}:{len(values)}" for name, values in samples).encode())
     # In the order of their names, on whatever devices they are.
     digest.update(joined_samples([values for _, values in samples], sharded=sharded).numpy().tobytes())

@@ -31,20 +31,23 @@ class SnapshotInfo:
         shapes: Shape of each parameter by qualified name.
         fit: Id of the fit that the file belongs to; empty for none.
         digest: SHA-256 digest of the content, as `save_snapshot` returned it.
+        weights: Fingerprint of all weights of the model that the parameters are of; empty if unknown.
     """
 
     shapes: dict[str, tuple[int, ...]]
     fit: str
     digest: str
+    weights: str = ""
 
 
-def save_snapshot(path: str | Path, named_parameters: Mapping[str, Tensor], fit: str = "") -> str:
+def save_snapshot(path: str | Path, named_parameters: Mapping[str, Tensor], fit: str = "", weights: str = "") -> str:
     """Write parameters by name atomically.
 
     Args:
         path: Target path; its folder is created if missing.
         named_parameters: Unsharded parameters by qualified name, as in `model.named_parameters()`.
         fit: Id of the fit that the file belongs to.
+        weights: Fingerprint of all weights of the model, by which a later process recognises it.
 
     Returns:
         The SHA-256 digest of the content.
@@ -55,7 +58,8 @@ def save_snapshot(path: str | Path, named_parameters: Mapping[str, Tensor], fit:
     """
     if not named_parameters:
         raise ValueError("there are no parameters to save; pass the trained parameters by name")
-    return write_tensor_file(path, named_parameters, format=FORMAT, version=VERSION, description={}, fit=fit)
+    description = {"weights": weights} if weights else {}
+    return write_tensor_file(path, named_parameters, format=FORMAT, version=VERSION, description=description, fit=fit)
 
 
 def snapshot_info(path: str | Path) -> SnapshotInfo:
@@ -67,7 +71,7 @@ def snapshot_info(path: str | Path) -> SnapshotInfo:
         ValueError: If it is not a snapshot, is truncated, or has another format version.
     """
     with _opened(path) as file:
-        return SnapshotInfo(file.shapes, file.fit, file.digest)
+        return SnapshotInfo(file.shapes, file.fit, file.digest, str(file.description.get("weights", "")))
 
 
 def verify_snapshot(path: str | Path) -> None:

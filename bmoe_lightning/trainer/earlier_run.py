@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import re
+import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
+from bmoe_lightning.methods.storage import unreadable
 from bmoe_lightning.methods.training_data import PassFiles
 from bmoe_lightning.trainer.folders import belongs_to, beside_checkpoint
+from bmoe_lightning.trainer.snapshot_files import taken_over
 
 
 @dataclass(frozen=True)
@@ -45,6 +48,58 @@ class EarlierRun:
         fit_id = str(state.get("fit", ""))
         known = fit_id if re.fullmatch(r"[0-9a-f]{32}", fit_id) else ""
         return cls(Path(folder), known, tuple(str(name) for name in snapshots))
+
+    def take_over(self, home: Path, target: Path, num_snapshots: int, left: int | None) -> list[Path]:
+        """Copy the snapshots of this run to the output folder of the run that resumes or completes it.
+
+        Args:
+            home: Output folder of this run, which may have been moved.
+            target: Output folder of the other one, which may be the same.
+            num_snapshots: Number of snapshots that methods use.
+            left: Number of epochs that are still trained; None if unknown.
+
+        Returns:
+            The snapshots, latest last.
+
+        Raises:
+            ValueError: If some are missing that methods will use.
+
+        Warns:
+            UserWarning: If some are missing that methods may not need.
+        """
+        found, missing = taken_over(home, self.snapshots, self.fit_id, target)
+        used = self.snapshots[-max(0, num_snapshots - (left or 0)) :] if num_snapshots > (left or 0) else ()
+        lost = [name for name in used if name in missing]
+        why = f" ({error.strerror or error})" if (error := unreadable(home)) is not None else ""
+        if lost and left is not None:
+            raise ValueError(
+                f"the checkpoint names {len(lost)} snapshots that {home} does not have{why}, {lost[0]!r} for one, and "
+                f"methods use the last {num_snapshots}. Leave the folder of the run beside its checkpoints, lower "
+                "num_snapshots, or remove these methods."
+            )
+        if missing and num_snapshots:
+            warnings.warn(
+                f"the checkpoint names {len(missing)} snapshots that {home} does not have{why}, {missing[0]!r} for "
+                "one; methods that need snapshots use only the later ones",
+                stacklevel=2,
+            )
+        return found
+
+    def warn_of_pass(self, folder: Path) -> None:
+        """Warn if a curvature pass of this run was killed in another folder than the one that a fit is written to.
+
+        Args:
+            folder: The folder that it is written to.
+
+        Warns:
+            UserWarning: With the folder that the pass can be resumed in.
+        """
+        if self.folder != folder and pass_files(self.folder, self.fit_id):
+            warnings.warn(
+                f"the run of the checkpoint has a killed curvature pass in {self.folder}, and this one starts from "
+                f"the beginning in {folder}; pass dirpath={str(self.folder)!r} to resume it",
+                stacklevel=2,
+            )
 
 
 def possible_homes(earlier: EarlierRun | None, checkpoint: Path | None, name: str = "") -> list[Path]:

@@ -20,6 +20,7 @@ from bmoe_lightning.utils.messages import shown_path
 
 FOLDER = "bayesian_moe"
 _CLAIM = ".training"
+_MARK = re.compile(r"(?P<fit>[0-9a-f]{32})(?: (?P<weights>[0-9a-f]{64}))?")
 _VERSION = re.compile(r"-v\d+$")
 
 
@@ -113,12 +114,14 @@ def claimed_version(folder: Path, fit_id: str, lock: FolderLock) -> Path:
     raise AssertionError("there is always another version")
 
 
-def killed_version(folder: Path, lock: FolderLock) -> Path | None:
-    """The last version of a default folder whose run was killed before it had a fit, locked; None if there is none."""
+def killed_versions(folder: Path, lock: FolderLock) -> Iterator[Path]:
+    """The versions of a default folder whose runs were killed before they had a fit, the latest first.
+
+    Each is locked until the next one is asked for, and the last one afterwards.
+    """
     for version in reversed(_existing_versions(_first_version(folder))):
         if training_id(version) and not has_fit(version) and _is_locked(version, lock):
-            return version
-    return None
+            yield version
 
 
 def claim(folder: Path, fit_id: str, lock: FolderLock) -> None:
@@ -136,9 +139,21 @@ def claim(folder: Path, fit_id: str, lock: FolderLock) -> None:
     _mark(folder, fit_id)
 
 
+def mark_weights(folder: Path, fit_id: str, weights: str) -> None:
+    """Record in the mark of a run which weights its methods are being fitted to.
+
+    Args:
+        folder: Folder that the run has claimed.
+        fit_id: Id of its fit.
+        weights: Their fingerprint; empty while the run is training.
+    """
+    write_text(folder / _CLAIM, f"{fit_id} {weights}".strip())
+
+
 def _mark(folder: Path, fit_id: str) -> None:
     _make_folder(folder)
-    write_text(folder / _CLAIM, fit_id)
+    if training_id(folder) != fit_id:
+        write_text(folder / _CLAIM, fit_id)
 
 
 def _is_locked(folder: Path, lock: FolderLock) -> bool:
@@ -159,12 +174,21 @@ def unmark_training(folder: Path, fit_id: str) -> None:
 def training_id(folder: Path) -> str | None:
     """The id of the fit whose run is training into a folder, or was killed; empty if its mark is damaged."""
     try:
-        found = (folder / _CLAIM).read_text(encoding="utf-8")
+        found = _MARK.fullmatch((folder / _CLAIM).read_text(encoding="utf-8"))
     except (FileNotFoundError, NotADirectoryError):
         return None
     except (OSError, ValueError):
         return ""
-    return found if re.fullmatch(r"[0-9a-f]{32}", found) else ""
+    return "" if found is None else found["fit"]
+
+
+def marked_weights(folder: Path) -> str:
+    """The fingerprint of the weights that a killed run was fitting its methods to; empty if unknown."""
+    try:
+        found = _MARK.fullmatch((folder / _CLAIM).read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return ""
+    return "" if found is None else found["weights"] or ""
 
 
 def _is_free(folder: Path) -> bool:

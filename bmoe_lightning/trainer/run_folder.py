@@ -5,7 +5,6 @@ from __future__ import annotations
 import itertools
 import re
 import uuid
-import warnings
 from collections.abc import Callable, Collection
 from pathlib import Path
 from typing import Any, TypeVar, cast
@@ -14,10 +13,11 @@ import lightning as L
 from torch import nn
 
 from bmoe_lightning.curvature.checkpoint import remove_checkpoint
-from bmoe_lightning.experts.fsdp import gathered, reshard
+from bmoe_lightning.experts.fingerprint import module_fingerprint
+from bmoe_lightning.experts.fsdp import gathered, has_shards, reshard
 from bmoe_lightning.laplace.posterior import WeightMismatchError
 from bmoe_lightning.methods.fit_result import FitResult
-from bmoe_lightning.methods.snapshots import remove_snapshot, save_snapshot, snapshot_info
+from bmoe_lightning.methods.snapshots import remove_snapshot, save_snapshot
 from bmoe_lightning.methods.storage import (
     INDEX_FILE,
     has_fit,
@@ -36,12 +36,15 @@ from bmoe_lightning.trainer.folders import (
     default_folder,
     folders_of_other_runs,
     is_version,
-    killed_version,
+    killed_versions,
+    mark_weights,
     training_id,
     unmark_training,
     versions_with_fit,
 )
-from bmoe_lightning.trainer.snapshot_files import copied, epoch_of, latest_snapshots, new_snapshot, taken_over
+from bmoe_lightning.trainer.killed_runs import killed_run, run_of_weights
+from bmoe_lightning.trainer.signals import report_stop
+from bmoe_lightning.trainer.snapshot_files import copied, epoch_of, new_snapshot
 from bmoe_lightning.trainer.stored_fits import Search, find_fit
 from bmoe_lightning.utils.distributed import together
 from bmoe_lightning.utils.folder_lock import FolderLock
@@ -87,6 +90,7 @@ class RunFolder:
         self._search = Search(None, {}, ())
         self._named: list[Path] = []
         self._is_of_fit = False
+        self._weights: str | None = ""  # the last weights of this process's training; None while it trains
         self.resumes = False
 
     def settle(self, trainer: L.Trainer) -> None:
@@ -116,7 +120,7 @@ class RunFolder:
         self._checkpoint = _checkpoint_of(trainer)
         earlier = self._earlier if self.resumes else None
         self.fit_id = (earlier.fit_id if earlier is not None else "") or uuid.uuid4().hex
-        self._is_of_fit = False
+        self._is_of_fit, self._weights = False, None
         epochs = trainer.max_epochs
         left = None if epochs is None or epochs < 0 else epochs - trainer.current_epoch
 
@@ -124,30 +128,57 @@ class RunFolder:
             if self.folder is None:
                 return None, self.fit_id, []
             folder = self._claimed(self.folder)
+            mark_weights(folder, self.fit_id, "")
             self.remove_pass_files()
-            return folder, self.fit_id, self._taken_over(folder, earlier, num_snapshots, left)
+            return folder, self.fit_id, self._from_earlier(earlier, folder, num_snapshots, left)
 
         self.folder, self.fit_id, self.snapshots = self._from_rank_zero(trainer, begin)
         self.resumes = False
 
-    def begin_completion(self, trainer: L.Trainer, fit: FitResult | None, num_snapshots: int = 0) -> None:
+    def begin_fit(self, trainer: L.Trainer, module: nn.Module) -> None:
+        """Record the weights that methods are fitted to when training ends, not always those of a snapshot.
+
+        A collective. A later process whose model has them completes the fit if this one is killed.
+
+        Raises:
+            OSError: If the folder cannot be written to.
+        """
+        weights = self._weights = module_fingerprint(module)
+        if (folder := self.folder) is not None:
+            self._from_rank_zero(trainer, lambda: mark_weights(folder, self.fit_id, weights))
+
+    def stop(self, trainer: L.Trainer, module: nn.Module, exception: BaseException) -> None:
+        """Report a signal that stopped the trainer, and record the weights of an interrupted training.
+
+        This process can then fit the methods to them.
+        """
+        report_stop(exception, self.folder, evaluates=trainer.state.fn != "fit")
+        if self._weights is None and isinstance(exception, KeyboardInterrupt) and not has_shards(module):
+            self._weights = module_fingerprint(module)
+
+    def begin_completion(
+        self, trainer: L.Trainer, module: nn.Module, fit: FitResult | None, num_snapshots: int = 0
+    ) -> None:
         """Find the folder, and the snapshots, of a fit without training. A collective.
 
-        Without a fit it is that of the training run that ended, or was killed while fitting. A default folder that has
-        another fit is replaced by its next version.
+        Without a fit it is that of the training run of the checkpoint, or of one that ended with the model's weights
+        or was killed while fitting. A default folder that has another fit is replaced by its next version.
 
         Args:
             trainer: Trainer within a fit.
+            module: The module, with the weights that are fitted.
             fit: Fit to the model's weights that is completed; None fits anew.
             num_snapshots: Number of snapshots that methods use.
 
         Raises:
             ValueError: If the checkpoint names snapshots that methods use, and some are missing.
-            WeightMismatchError: If the folder that the user specified has a fit to other weights, unless the run of
-                the checkpoint, or of a killed curvature pass, was about to replace it.
+            WeightMismatchError: If the folder that the user specified has a fit to other weights, unless a killed run
+                was about to replace it; or if methods use snapshots, and those that a killed run left are of a
+                training that is not known to have led to the model's weights.
             FolderInUseError: If another process is training into it.
         """
         self._checkpoint = _checkpoint_of(trainer)
+        weights = module_fingerprint(module) if fit is None else ""
 
         def find() -> tuple[Path | None, str, list[Path]]:
             folder = self.folder
@@ -156,27 +187,25 @@ class RunFolder:
             if fit is not None:
                 self.fit_id = fit.fit_id
                 return self._claimed(folder), self.fit_id, self.snapshots
-            self._warn_of_pass_elsewhere()
-            if self.given is not None and has_fit(folder) and not self._was_replacing(folder):
+            if self._earlier is not None and self._pass_every is not None:
+                self._earlier.warn_of_pass(folder)
+            if self.given is not None and has_fit(folder) and not self._was_replacing(folder, weights):
                 raise WeightMismatchError(
                     f"{folder} has a fit to other weights than the model's, which is not overwritten. Load the "
                     f"checkpoint that it was fitted to, pass another dirpath=, or remove its {INDEX_FILE}."
                 )
             if self._is_of_fit:  # to other weights
-                self.fit_id, self.snapshots = uuid.uuid4().hex, []
-            if self.snapshots:
-                return self._claimed(folder), self.fit_id, self.snapshots
+                self.fit_id, self.snapshots, self._weights = uuid.uuid4().hex, [], ""
             if self._earlier is not None and self.resumes and self._earlier.fit_id:
                 self.fit_id = self._earlier.fit_id
                 folder = self._claimed(folder)
-                return folder, self.fit_id, self._taken_over(folder, self._earlier, num_snapshots, 0)
-            killed = folder if self.given is not None else killed_version(folder, self._lock)
-            snapshots: list[Path] = []
-            if killed is not None:
-                folder, known = killed, training_id(killed) or None
-                snapshots = latest_snapshots(folder, known)
-                self.fit_id = snapshot_info(snapshots[-1]).fit if snapshots else known or self.fit_id
-            return self._claimed(folder), self.fit_id, snapshots
+                return folder, self.fit_id, self._from_earlier(self._earlier, folder, num_snapshots, 0)
+            if self._weights != weights:
+                places = [folder] if self.given is not None else killed_versions(folder, self._lock)
+                passes = self.given is not None and self._pass_every is not None
+                run = run_of_weights(places, weights, uses_snapshots=num_snapshots > 0, resumes_pass=passes)
+                folder, self.fit_id, self.snapshots = run or (folder, uuid.uuid4().hex, [])
+            return self._claimed(folder), self.fit_id, self.snapshots
 
         self.folder, self.fit_id, self.snapshots = self._from_rank_zero(trainer, find)
         self.resumes = False
@@ -193,11 +222,12 @@ class RunFolder:
         reshard(module)
         trained = {name: p for name, p in module.named_parameters() if p.requires_grad}
         gathered_weights = gathered(trained, keep=trainer.is_global_zero)
+        fingerprint = module_fingerprint(module)
         before = [earlier for earlier in self.snapshots if epoch_of(earlier) < trainer.current_epoch]
         surplus = before[: max(0, len(before) + 1 - num_snapshots)]
 
         def write() -> None:
-            save_snapshot(path, gathered_weights, fit=self.fit_id)
+            save_snapshot(path, gathered_weights, fit=self.fit_id, weights=fingerprint)
             # Those of an earlier fit in this folder stay: its checkpoints may be resumed.
             for earlier in set(surplus) - set(stored_snapshots(path.parent.parent)):
                 remove_snapshot(earlier)
@@ -294,9 +324,17 @@ class RunFolder:
             "snapshots": [path.name for path in self.snapshots],
         }
 
+    def load_checkpoint(self, *, resumes: bool) -> None:
+        """Forget what an earlier checkpoint said of its run, before one is loaded.
+
+        Args:
+            resumes: Whether training, or a fit without training, goes on from its weights.
+        """
+        self._earlier, self.resumes = None, resumes
+
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Restore the folder and fit of a checkpoint's run."""
-        self._earlier = EarlierRun.of_state(state_dict) or self._earlier
+        self._earlier = EarlierRun.of_state(state_dict)
 
     def _claimed(self, folder: Path) -> Path:
         """Lock and mark the folder of this fit: the given one, or a version of the default one."""
@@ -328,50 +366,24 @@ class RunFolder:
     def _homes(self) -> list[Path]:
         return possible_homes(self._earlier, self._checkpoint, self._name)
 
-    def _taken_over(self, target: Path, earlier: EarlierRun | None, num_snapshots: int, left: int | None) -> list[Path]:
-        """The snapshots of the resumed run; raises `ValueError` if some are missing that methods will use."""
-        if earlier is None:
-            return []
-        home = self._homes()[0]
-        found, missing = taken_over(home, earlier.snapshots, earlier.fit_id, target)
-        used = earlier.snapshots[-max(0, num_snapshots - (left or 0)) :] if num_snapshots > (left or 0) else ()
-        lost = [name for name in used if name in missing]
-        why = f" ({error.strerror or error})" if (error := unreadable(home)) is not None else ""
-        if lost and left is not None:
-            raise ValueError(
-                f"the checkpoint names {len(lost)} snapshots that {home} does not have{why}, {lost[0]!r} for one, and "
-                f"methods use the last {num_snapshots}. Leave the folder of the run beside its checkpoints, lower "
-                "num_snapshots, or remove these methods."
-            )
-        if missing and num_snapshots:
-            warnings.warn(
-                f"the checkpoint names {len(missing)} snapshots that {home} does not have{why}, {missing[0]!r} for "
-                "one; methods that need snapshots use only the later ones",
-                stacklevel=2,
-            )
-        return found
+    def _from_earlier(
+        self, earlier: EarlierRun | None, folder: Path, num_snapshots: int, left: int | None
+    ) -> list[Path]:
+        return [] if earlier is None else earlier.take_over(self._homes()[0], folder, num_snapshots, left)
 
-    def _was_replacing(self, folder: Path) -> bool:
+    def _was_replacing(self, folder: Path, weights: str) -> bool:
         """Whether a run was killed that would have replaced the fit in a folder, and the model's weights are its."""
         killed = training_id(folder)
         if not killed or killed == stored_fit_id(folder):
             return False
-        if killed == self.fit_id:  # by this process
+        if killed == self.fit_id and weights == self._weights:  # by this process
+            return True
+        run = killed_run(folder)
+        if run is not None and run.snapshots_for(weights) is not None:
             return True
         # The pass itself checks that its checkpoint is of these weights.
         resumes_pass = self._pass_every is not None and bool(pass_files(folder, killed))
         return resumes_pass or (self.resumes and self._earlier is not None and self._earlier.fit_id == killed)
-
-    def _warn_of_pass_elsewhere(self) -> None:
-        earlier = self._earlier
-        if earlier is None or self.pass_files() is None:
-            return
-        if earlier.folder != self.folder and pass_files(earlier.folder, earlier.fit_id):
-            warnings.warn(
-                f"the run of the checkpoint has a killed curvature pass in {earlier.folder}, and this one starts from "
-                f"the beginning in {self.folder}; pass dirpath={str(earlier.folder)!r} to resume it",
-                stacklevel=2,
-            )
 
 
 def _checkpoint_of(trainer: L.Trainer) -> Path | None:

@@ -5,7 +5,7 @@ from oracles.models import tiny_qwen, toy_model
 from torch import nn
 
 from bmoe_lightning.experts import ExpertLayer, find_expert_layers, weight_fingerprint
-from bmoe_lightning.experts.fingerprint import sample
+from bmoe_lightning.experts.fingerprint import module_fingerprint, sample
 
 
 def fingerprint(model):
@@ -110,3 +110,13 @@ def test_every_row_of_a_large_matrix_counts(row):
     with torch.no_grad():
         model.weight[row] += 0.5
     assert (sample(model.weight, sharded=False) != before).nonzero().flatten().tolist() == [row]
+
+
+def test_that_of_a_module_covers_all_its_parts():
+    """Another model beside the one with the experts, which may be the one that is trained."""
+    first, second, teacher = toy_model(), toy_model(), toy_model(seed=1)
+    one, other = nn.ModuleList([teacher, first]), nn.ModuleList([teacher, second])
+    assert module_fingerprint(one) == module_fingerprint(other)
+    with torch.no_grad():
+        list(second.parameters())[-1].add_(1)
+    assert module_fingerprint(one) != module_fingerprint(other)

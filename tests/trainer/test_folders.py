@@ -22,7 +22,7 @@ from bmoe_lightning.trainer.folders import (
     default_folder,
     folders_of_other_runs,
     is_version,
-    killed_version,
+    killed_versions,
     training_id,
     unmark_training,
     versions_with_fit,
@@ -155,12 +155,12 @@ class TestClaims:
 
     def test_the_run_that_was_killed(self, tmp_path):
         first = tmp_path / "fit"
-        assert killed_version(first, FolderLock()) is None
+        assert list(killed_versions(first, FolderLock())) == []
         fit_in(claimed_version(first, ONE, FolderLock()))
         unmark_training(first, ONE)
-        assert killed_version(first, FolderLock()) is None
+        assert list(killed_versions(first, FolderLock())) == []
         second = claimed_version(first, TWO, FolderLock())
-        assert killed_version(first, FolderLock()) == second == tmp_path / "fit-v1"
+        assert [*killed_versions(first, FolderLock())] == [second] == [tmp_path / "fit-v1"]
 
     def test_a_folder_of_the_user_is_refused_while_another_process_trains_into_it(self, tmp_path, monkeypatch):
         def locked(_, folder):
@@ -172,7 +172,7 @@ class TestClaims:
         with pytest.raises(FolderInUseError, match="wait for its end, or pass another dirpath="):
             claim(tmp_path / "fit", ONE, FolderLock())
         assert training_id(tmp_path / "fit") == TWO
-        assert killed_version(tmp_path / "fit", FolderLock()) is None
+        assert list(killed_versions(tmp_path / "fit", FolderLock())) == []
 
 
 class TestPlacesThatCannotBeUsed:

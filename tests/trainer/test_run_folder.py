@@ -664,7 +664,7 @@ def failing_on_rank_zero(rank, world_size):
     module = torch.nn.Linear(2, 2)
     for name, action in {
         "claim": lambda: folder.begin_training(run),
-        "latest_snapshots": lambda: folder.begin_completion(run, None),
+        "run_of_weights": lambda: folder.begin_completion(run, module, None),
         "save_snapshot": lambda: folder.save_snapshot(run, module, 2),
         "save_fit": lambda: folder.save(run, FitResult()),
         "has_fit": lambda: folder.load(run, module),
