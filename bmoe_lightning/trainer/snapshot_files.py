@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 import re
 import shutil
 import uuid
@@ -13,21 +12,21 @@ from bmoe_lightning.methods.snapshots import snapshot_info
 from bmoe_lightning.methods.storage import SNAPSHOT_FOLDER
 from bmoe_lightning.utils.file_header import is_file
 
-_NAME = re.compile(r"(?P<fit>[0-9a-f]{8})-epoch-(?P<epoch>\d{4,})(-v\d+)?\.safetensors")
+_NAME = re.compile(r"(?P<fit>[0-9a-f]{8})-epoch-(?P<epoch>\d{4,})(-[0-9a-f]{8}|-v\d+)?\.safetensors")
 
 
 def new_snapshot(folder: Path, fit_id: str, epoch: int) -> Path:
-    """A path in the snapshot folder that no earlier snapshot has: an epoch that is trained again gets a version.
+    """A path in the snapshot folder that no snapshot has or had.
+
+    A checkpoint names its snapshots. When an epoch is trained again after they were removed, the new one must not be
+    taken for them, so names have a random part.
 
     Args:
         folder: Output folder of the run.
         fit_id: Id of the run's fit.
         epoch: Epoch after which the snapshot is written.
     """
-    stem = f"{fit_id[:8]}-epoch-{epoch:04d}"
-    versions = itertools.chain([""], (f"-v{number}" for number in itertools.count(1)))
-    paths = (folder / SNAPSHOT_FOLDER / f"{stem}{version}.safetensors" for version in versions)
-    return next(path for path in paths if not path.exists())
+    return folder / SNAPSHOT_FOLDER / f"{fit_id[:8]}-epoch-{epoch:04d}-{uuid.uuid4().hex[:8]}.safetensors"
 
 
 def epoch_of(path: Path) -> int:

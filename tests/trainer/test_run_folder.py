@@ -424,6 +424,20 @@ class TestResumedRuns:
         assert [epoch_of(path) for path in load_fit(Path(folder))[1]] == [2, 3, 4, 5]
         assert self.members(last) == 4
 
+    def test_snapshots_of_epochs_that_were_trained_again_are_not_those_of_a_checkpoint(self, tmp_path):
+        """The run removed its own, and another attempt from an earlier checkpoint was killed."""
+        methods = ("map", CheckpointEnsemble(num_snapshots=2))
+        options = {"dirpath": str(tmp_path / "given"), "methods": methods}
+        self.fit(tmp_path, 4, **options)
+        with pytest.raises(Killed):
+            callback = self.callback(**options)
+            dies = Dies("on_train_epoch_end")
+            run = trainer(tmp_path, [callback, dies], max_epochs=3, logger=CSVLogger(tmp_path))
+            other = loader(32, 9)
+            run.fit(ToyModule(), other, loader(32, 2), ckpt_path=self.checkpoint(tmp_path, 0), weights_only=True)
+        with pytest.raises(ValueError, match="the checkpoint names 1 snapshots that .* does not have"):
+            self.fit(tmp_path, 3, checkpoint=self.checkpoint(tmp_path, 1), **options)
+
     def fit_killed(self, root, folder):
         callback = self.callback(dirpath=folder)
         run = trainer(root, [callback, Dies("on_train_end")], max_epochs=6, logger=CSVLogger(root))
