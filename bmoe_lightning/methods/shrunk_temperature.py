@@ -13,10 +13,13 @@ from bmoe_lightning.methods.needs import Needs
 from bmoe_lightning.methods.temperature_search import (
     TEMPERATURE_RANGE,
     check_labelled,
+    is_at_end,
+    is_independent_of_temperature,
     minimise,
     negative_log_likelihood,
 )
 from bmoe_lightning.methods.workbench import Workbench
+from bmoe_lightning.utils.fit_warnings import warn_of_fit
 
 CENTRE = 0.4
 WIDTH = 0.2
@@ -76,15 +79,25 @@ def fit_shrunk_temperature(logits: Tensor, labels: Tensor, *, centre: float = CE
         width: Standard deviation of the prior on 1/T.
 
     Returns:
-        T.
+        T; `1 / centre` if the likelihood does not depend on it.
 
     Raises:
         ValueError: If the centre or the width is not positive and finite, or logits and labels are invalid; see
             `fit_temperature`.
+
+    Warns:
+        FitWarning: If T is at an end of the search range, or the likelihood does not depend on it.
     """
     _check_prior(centre, width)
     logits, labels = check_labelled(logits, labels)
     if len(labels) == 0:
+        return 1 / centre
+    if is_independent_of_temperature(logits, labels):
+        warn_of_fit(
+            f"the likelihood of the {len(labels)} labels does not depend on the temperature (every example's logits "
+            f"are constant), so it is that of the prior, {1 / centre:.3g}; check the model",
+            stacklevel=2,
+        )
         return 1 / centre
 
     def objective(log_temperature: Tensor) -> Tensor:
@@ -92,7 +105,16 @@ def fit_shrunk_temperature(logits: Tensor, labels: Tensor, *, centre: float = CE
         return negative_log_likelihood(logits, labels, log_temperature) + penalty
 
     low, high = (math.log(value) for value in TEMPERATURE_RANGE)
-    return math.exp(minimise(objective, min(low, -math.log(centre)), max(high, -math.log(centre))))
+    log_range = min(low, -math.log(centre)), max(high, -math.log(centre))
+    log_temperature = minimise(objective, *log_range)
+    if is_at_end(log_temperature, *log_range):
+        warn_of_fit(
+            f"the fitted temperature {math.exp(log_temperature):.3g} is at the end of the search range, although the "
+            f"prior is against it: the predictions of the {len(labels)} labelled examples are no better than chance, "
+            "or all correct under a wide prior; train longer, or check the labels",
+            stacklevel=2,
+        )
+    return math.exp(log_temperature)
 
 
 def _check_prior(centre: float, width: float) -> None:

@@ -14,6 +14,7 @@ from bmoe_lightning.utils.fit_warnings import warn_of_fit
 TEMPERATURE_RANGE = (0.01, 100.0)
 """Search range of the temperature."""
 
+_LOG_RANGE = (math.log(TEMPERATURE_RANGE[0]), math.log(TEMPERATURE_RANGE[1]))
 _GRID = 201
 _GOLDEN = (math.sqrt(5) - 1) / 2
 
@@ -44,10 +45,8 @@ def fit_temperature(logits: Tensor, labels: Tensor) -> float:
         raise ValueError(
             "a temperature cannot be fitted without examples: the calibration split is empty; add labelled examples"
         )
-    low, high = math.log(TEMPERATURE_RANGE[0]), math.log(TEMPERATURE_RANGE[1])
-    probed = torch.tensor([low, 0.0, high], dtype=torch.float64)
-    values = torch.cat([negative_log_likelihood(logits, labels, point.view(1)) for point in probed])
-    if float(values.max() - values.min()) <= 1e-9 * float(values.abs().max().clamp(min=1)):
+    low, high = _LOG_RANGE
+    if is_independent_of_temperature(logits, labels):
         warn_of_fit(
             f"the likelihood of the {len(labels)} labels does not depend on the temperature (every example's logits "
             "are constant), so it is left at 1; check the model",
@@ -55,13 +54,25 @@ def fit_temperature(logits: Tensor, labels: Tensor) -> float:
         )
         return 1.0
     log_temperature = minimise(lambda u: negative_log_likelihood(logits, labels, u), low, high)
-    if min(log_temperature - low, high - log_temperature) < (high - low) / (_GRID - 1):
+    if is_at_end(log_temperature, low, high):
         warn_of_fit(
             f"the fitted temperature {math.exp(log_temperature):.3g} is at the end of the search range: {len(labels)} "
             "labels do not determine it (all predictions are correct, or no better than chance); add labels",
             stacklevel=2,
         )
     return math.exp(log_temperature)
+
+
+def is_independent_of_temperature(logits: Tensor, labels: Tensor) -> bool:
+    """Whether the likelihood of labels `[N]` is the same at all temperatures, for logits `[N, K]`."""
+    probed = torch.tensor([_LOG_RANGE[0], 0.0, _LOG_RANGE[1]], dtype=torch.float64)
+    values = torch.cat([negative_log_likelihood(logits, labels, point.view(1)) for point in probed])
+    return float(values.max() - values.min()) <= 1e-9 * float(values.abs().max().clamp(min=1))
+
+
+def is_at_end(log_temperature: float, low: float, high: float) -> bool:
+    """Whether a minimum of `minimise` is within a grid step of an end of its range."""
+    return min(log_temperature - low, high - log_temperature) < (high - low) / (_GRID - 1)
 
 
 def negative_log_likelihood(logits: Tensor, labels: Tensor, log_temperature: Tensor) -> Tensor:

@@ -93,12 +93,14 @@ def write_tensorboard(
 
 
 def has_comparison(log_dir: str | Path) -> bool:
-    """Whether a log directory has events of an earlier comparison.
+    """Whether a log directory has events of an earlier comparison, which may have been interrupted.
 
     Args:
         log_dir: Log directory of `write_tensorboard`, which need not exist.
     """
-    return any(Path(log_dir).glob("events.out.tfevents.*"))
+    events = "events.out.tfevents.*"
+    # The sub-runs of the methods are written first.
+    return any(path for pattern in (events, f"*/{events}") for path in Path(log_dir).glob(pattern))
 
 
 def _write_scores(

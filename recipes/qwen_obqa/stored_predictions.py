@@ -13,7 +13,8 @@ import torch
 from bmoe_lightning.methods import FitResult, Method, Predictions
 from bmoe_lightning.methods.base import option_columns
 from bmoe_lightning.report import MethodResult
-from bmoe_lightning.utils.safetensors_io import opened_tensor_file, read_tensor_file, write_tensor_file
+from bmoe_lightning.utils.file_header import damaged
+from bmoe_lightning.utils.safetensors_io import TensorFile, opened_tensor_file, read_tensor_file, write_tensor_file
 
 _FORMAT = "predictions"
 _VERSION = 1
@@ -44,7 +45,7 @@ class StoredPredictions:
         if not path.is_file():
             return False
         try:
-            file = read_tensor_file(path, format=_FORMAT, version=_VERSION, remedy=_REMEDY)
+            file = _read(path)
         except ValueError as error:
             warnings.warn(f"{error} The test split is evaluated again", stacklevel=2)
             return False
@@ -85,7 +86,7 @@ class StoredPredictions:
         Raises:
             ValueError: If the file is damaged.
         """
-        file = read_tensor_file(self._path(method), format=_FORMAT, version=_VERSION, remedy=_REMEDY)
+        file = _read(self._path(method))
         return MethodResult(
             method=method.name,
             label=method.label,
@@ -105,6 +106,27 @@ class StoredPredictions:
 
     def _path(self, method: Method) -> Path:
         return self.folder / f"{method.name}.safetensors"
+
+
+def _read(path: Path) -> TensorFile:
+    """Read a file of predictions; raises `ValueError` for content that `StoredPredictions.write` does not write."""
+    file = read_tensor_file(path, format=_FORMAT, version=_VERSION, remedy=_REMEDY)
+    log_probs, logits, labels = (file.tensors.get(name) for name in ("log_probs", "logits", "labels"))
+    if log_probs is None or logits is None or labels is None:
+        raise damaged(path, _FORMAT, "it lacks a tensor", _REMEDY)
+    if log_probs.dim() != 2 or log_probs.shape != logits.shape or labels.shape != log_probs.shape[:1]:
+        shapes = [tuple(value.shape) for value in (log_probs, logits, labels)]
+        raise damaged(path, _FORMAT, f"its tensors have shapes that do not fit together, {shapes}", _REMEDY)
+    if labels.dtype != torch.int64 or not (log_probs.is_floating_point() and logits.is_floating_point()):
+        raise damaged(path, _FORMAT, "its tensors have other dtypes", _REMEDY)
+    if bool(log_probs.isnan().any()) or not torch.allclose(log_probs.exp().sum(-1), torch.ones(()).to(log_probs)):
+        raise damaged(path, _FORMAT, "its probabilities do not sum to one", _REMEDY)
+    numbers, warned = file.description.get("numbers"), file.description.get("warnings", [])
+    if not isinstance(numbers, dict) or not all(isinstance(value, int | float) for value in numbers.values()):
+        raise damaged(path, _FORMAT, "it lacks the numbers of the method", _REMEDY)
+    if not isinstance(warned, list) or not all(isinstance(line, str) for line in warned):
+        raise damaged(path, _FORMAT, "its warnings are no list of sentences", _REMEDY)
+    return file
 
 
 def _options(method: Method) -> dict[str, Any]:

@@ -7,6 +7,7 @@ from bmoe_lightning.methods import ShrunkTemperature
 from bmoe_lightning.methods.base import scalar
 from bmoe_lightning.methods.shrunk_temperature import fit_shrunk_temperature
 from bmoe_lightning.methods.temperature_search import TEMPERATURE_RANGE, fit_temperature
+from bmoe_lightning.utils.fit_warnings import FitWarning, collected_fit_warnings
 
 
 def drawn(temperature, count, seed=0):
@@ -62,10 +63,32 @@ def test_labels_that_speak_for_uniform_answers_are_believed():
     assert loss(logits / fit_shrunk_temperature(logits, labels), labels) - at_best < 0.005
 
 
+def test_a_temperature_at_the_end_of_the_range_is_said():
+    """All answers are wrong: nothing but uniform predictions is left, whatever the prior."""
+    wrong = -torch.eye(4)[torch.arange(200) % 4]
+    with pytest.warns(FitWarning, match=r"temperature 100 is at the end of the search range, although the prior"):
+        assert fit_shrunk_temperature(2 * wrong, torch.arange(200) % 4) == pytest.approx(100)
+
+
+def test_a_likelihood_that_does_not_depend_on_it_is_said():
+    constant = torch.randn(50, 1).expand(50, 4)
+    with pytest.warns(FitWarning, match=r"the 50 labels does not depend on the temperature .* the prior, 2\.5"):
+        assert fit_shrunk_temperature(constant, torch.arange(50) % 4, width=1e9) == 2.5
+
+
+@pytest.mark.parametrize("count", [1, 10, 200])
+def test_a_temperature_that_labels_determine_is_not_warned_of(count, recwarn):
+    with collected_fit_warnings() as warned:
+        fit_shrunk_temperature(*drawn(1.7, count))
+    assert not warned
+    assert not recwarn
+
+
 def test_a_centre_outside_the_searched_range_is_kept_without_labels_to_the_contrary():
     logits, labels = torch.zeros(5, 4), torch.zeros(5, dtype=torch.int64)  # uniform whatever T is
     for centre in (1e-4, 1e4):
-        found = fit_shrunk_temperature(logits, labels, centre=centre, width=centre / 10)
+        with pytest.warns(FitWarning, match="does not depend on the temperature"):
+            found = fit_shrunk_temperature(logits, labels, centre=centre, width=centre / 10)
         assert found == pytest.approx(1 / centre, rel=1e-6)
     assert TEMPERATURE_RANGE[0] > 1e-4
 

@@ -156,6 +156,16 @@ def test_warnings_are_in_the_text(results, tmp_path):
     assert "¹ at a bound; add labels" in text
 
 
+def test_a_comparison_that_was_killed_between_its_runs_is_one(written, results):
+    """The sub-runs of methods are written before that of the page."""
+    rows, folder = written
+    for path in folder.glob("events.out.tfevents.*"):
+        path.unlink()
+    assert T.has_comparison(folder)
+    with pytest.raises(ValueError, match="has a comparison already"):
+        T.write_tensorboard(folder, results, rows)
+
+
 def test_a_second_comparison_in_a_folder_is_refused(written, results):
     rows, folder = written
     with pytest.raises(ValueError, match=r"has a comparison already, .* pass another log_dir"):
