@@ -429,13 +429,12 @@ class TestResumedRuns:
         methods = ("map", CheckpointEnsemble(num_snapshots=2))
         options = {"dirpath": str(tmp_path / "given"), "methods": methods}
         self.fit(tmp_path, 4, **options)
+        dies = Dies("on_train_epoch_end")
+        run = trainer(tmp_path, [self.callback(**options), dies], max_epochs=3, logger=CSVLogger(tmp_path))
+        first = self.checkpoint(tmp_path, 0)
         with pytest.raises(Killed):
-            callback = self.callback(**options)
-            dies = Dies("on_train_epoch_end")
-            run = trainer(tmp_path, [callback, dies], max_epochs=3, logger=CSVLogger(tmp_path))
-            other = loader(32, 9)
-            run.fit(ToyModule(), other, loader(32, 2), ckpt_path=self.checkpoint(tmp_path, 0), weights_only=True)
-        with pytest.raises(ValueError, match="the checkpoint names 1 snapshots that .* does not have"):
+            run.fit(ToyModule(), loader(32, 9), loader(32, 2), ckpt_path=first, weights_only=True)
+        with pytest.raises(ValueError, match=r"the checkpoint names 1 snapshots that .* does not have"):
             self.fit(tmp_path, 3, checkpoint=self.checkpoint(tmp_path, 1), **options)
 
     def fit_killed(self, root, folder):
