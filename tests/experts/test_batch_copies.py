@@ -29,6 +29,20 @@ class Plain:
         self.labels = labels
 
 
+class Slots:
+    __slots__ = ("ids", "other")
+
+    def __init__(self, ids):
+        self.ids = ids
+
+
+def whole():
+    """A batch object with a part that refers to it."""
+    batch = Plain(ids(), ids())
+    batch.part = Plain([ids()], types.SimpleNamespace(whole=batch, names={"a": "b"}))
+    return batch
+
+
 def ids():
     return torch.arange(4)
 
@@ -43,6 +57,11 @@ def ids():
         (Pair(ids(), {"a": [ids()]}), lambda b: b.labels["a"].pop(), lambda b: b.labels["a"][0]),
         (Frozen(ids(), {"labels": ids()}), lambda b: b.extra.pop("labels"), lambda b: b.extra["labels"]),
         (Plain(ids(), ids()), lambda b: delattr(b, "labels"), lambda b: b.labels),
+        (Plain(Plain(ids(), 1), None), lambda b: delattr(b.ids, "ids"), lambda b: b.ids.ids),
+        (Plain(Plain(1, {"a": [ids()]}), None), lambda b: b.ids.labels.clear(), lambda b: b.ids.labels["a"][0]),
+        (Plain(Slots(ids()), None), lambda b: delattr(b.ids, "ids"), lambda b: b.ids.ids),
+        (whole(), lambda b: b.part.ids.pop(), lambda b: b.part.labels.whole.part.ids[0]),
+        ({"ids": np.arange(4)}, lambda b: b.pop("ids"), lambda b: b["ids"]),
         (types.SimpleNamespace(a={"b": [ids()]}), lambda b: b.a["b"].clear(), lambda b: b.a["b"][0]),
     ],
 )
@@ -105,6 +124,43 @@ def test_a_write_that_torch_does_not_count_is_named(tensor, write):
         check.check("test_step")
 
 
+@pytest.mark.parametrize(
+    ("part", "write", "name"),
+    [
+        (np.arange(4), lambda x: operator.setitem(x, 0, 7), "batch.ids"),
+        (np.asfortranarray(np.ones((3, 2))), lambda x: operator.setitem(x, (0, 1), 7), "batch.ids"),
+        (np.array([1.0, np.nan]), lambda x: operator.iadd(x, 1), "batch.ids"),
+        (np.zeros((4, 4))[:, ::2], lambda x: operator.iadd(x, 1), "batch.ids"),
+        (np.array(["a", "b"]), lambda x: operator.setitem(x, 1, "c"), "batch.ids"),
+        (np.array(5), lambda x: operator.iadd(x, 1), "batch.ids"),
+        (np.zeros((300, 1000)), lambda x: operator.iadd(x, 1), "batch.ids"),
+        (Plain(ids(), None), lambda x: x.ids.data.add_(1), "batch.ids.ids"),
+        (Slots(Plain(ids(), None)), lambda x: x.ids.ids.add_(1), "batch.ids.ids.ids"),
+        (whole(), lambda x: x.part.labels.whole.ids.add_(1), "batch.ids.ids"),
+    ],
+)
+def test_a_write_to_an_array_or_a_nested_object_is_named(part, write, name):
+    check = WriteCheck(Plain(part, ids()))
+    check.check("test_step")
+    write(part)
+    with pytest.raises(RuntimeError, match=f"test_step writes in place to {name},"):
+        check.check("test_step")
+
+
+@pytest.mark.parametrize("write", [lambda x: x.sub_(0), lambda x: x.unsqueeze_(0).squeeze_(0), lambda x: x.copy_(x)])
+def test_a_write_that_changes_no_value_of_a_small_tensor_is_not_named(write):
+    batch = {"labels": ids()}
+    check = WriteCheck(batch)
+    write(batch["labels"])
+    check.check("test_step")
+
+
+def test_a_tokenizer_in_a_batch_stays_the_same_object():
+    tokenizer = types.SimpleNamespace(vocabulary={str(number): number for number in range(1000)}, special=["<s>"])
+    batch = Plain(ids(), tokenizer)
+    assert copied_containers(batch).labels is tokenizer
+
+
 def test_what_is_not_written_to_is_not_named():
     values = torch.tensor([1.0, torch.nan, torch.inf])
     batch = [
@@ -113,6 +169,11 @@ def test_what_is_not_written_to_is_not_named():
         torch.zeros(2).to_sparse(),
         torch.zeros(2, device="meta"),
         torch.zeros(()),
+        np.array([1.0, np.nan]),
+        np.array([None, {}], dtype=object),
+        np.array(["a", "b", "c"])[::-1],
+        np.zeros(0),
+        np.broadcast_to(np.zeros(1), (3,)),
         None,
     ]
     check = WriteCheck([*batch, torch.zeros(1 << 18).T, torch.zeros(1 << 10, 1 << 10).T], synchronise=True)
