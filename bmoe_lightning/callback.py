@@ -19,7 +19,7 @@ from bmoe_lightning.methods.fit_result import FitResult
 from bmoe_lightning.methods.fitting import fingerprinted_layers, fit_methods, prior_mean_layers
 from bmoe_lightning.methods.needs import Available, check_needs
 from bmoe_lightning.methods.registry import get_method
-from bmoe_lightning.trainer.checkpoints import weights_to_fit
+from bmoe_lightning.trainer.checkpoints import check_best_so_far, weights_to_fit
 from bmoe_lightning.trainer.checks import (
     check_callable,
     check_data,
@@ -190,7 +190,9 @@ class BayesianMoECallback(L.Callback):
             self._first.check(trainer, pl_module, batch, "training")
 
     def on_train_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Write a snapshot of the trained weights, if a method needs snapshots."""
+        """Write a snapshot, if a method needs snapshots, and check the best checkpoint so far."""
+        if self.fit_at == "best":
+            check_best_so_far(trainer)
         if self._num_snapshots:
             self._folder.save_snapshot(trainer, pl_module, self._num_snapshots)
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import json
 import pickle
+import types
 from contextlib import nullcontext
 
 import lightning as L
@@ -93,6 +94,33 @@ class TestWeightsAndProcesses:
             torch.testing.assert_close(one, other, rtol=0, atol=0)
         metrics = run.test(module, test_loader(), ckpt_path="best", weights_only=True, verbose=False)[0]
         assert "laplace_lpo/test/nll" in metrics
+
+    @pytest.mark.parametrize("kept", ["hyperparameters", "on_save_checkpoint"])
+    def test_best_weights_that_could_not_be_loaded_are_refused_early(self, tmp_path, kept):
+        class Configured(ToyModule):
+            epochs = 0
+
+            def __init__(self, config=None):
+                super().__init__()
+                if kept == "hyperparameters":
+                    self.save_hyperparameters()
+                self.config = config
+
+            def on_save_checkpoint(self, checkpoint):
+                if kept == "on_save_checkpoint":
+                    checkpoint["config"] = self.config
+
+            def on_train_epoch_start(self):
+                self.epochs += 1
+
+        checkpoint = ModelCheckpoint(tmp_path / "checkpoints", monitor="val_loss")
+        module = Configured(types.SimpleNamespace(rate=0.1))
+        run = trainer(
+            tmp_path, [BayesianMoECallback(fit_at="best"), checkpoint], enable_checkpointing=True, max_epochs=3
+        )
+        with pytest.raises(RuntimeError, match=r"objects of types.SimpleNamespace, and unpickling"):
+            run.fit(module, train_loader(), calibration_loader())
+        assert module.epochs == (0 if kept == "hyperparameters" else 1)
 
     def test_a_new_process_finds_the_posterior_by_its_folder(self, trained):
         callback = BayesianMoECallback(methods=LAPLACE, dirpath=str(trained.folder / "bayesian"))

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import io
 import pickle
 import zipfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
 from typing import Any, Literal
@@ -71,18 +72,55 @@ def _state_dict(path: str) -> dict[str, Any]:
         classes = [] if damaged else torch.serialization.get_unsafe_globals_in_checkpoint(path)
         if not classes:
             raise _damaged(path) from error
-        raise RuntimeError(
-            f"the best checkpoint {path} contains objects of {', '.join(sorted(classes)[:3])}, and unpickling objects "
-            "other than tensors and plain values can run code. Exclude them from the checkpoint "
-            "(save_hyperparameters(ignore=[...]), plain values in state_dict and on_save_checkpoint), allow trusted "
-            "classes with torch.serialization.add_safe_globals, or use fit_at='last'."
-        ) from error
+        raise _unsafe(f"the best checkpoint {path} contains", classes) from error
     except (RuntimeError, EOFError, ValueError, LookupError, TypeError, AttributeError) as error:
         raise _damaged(path) from error
     state = checkpoint.get("state_dict") if isinstance(checkpoint, Mapping) else None
     if not isinstance(state, Mapping):
         raise _damaged(path)
     return dict(state)
+
+
+def check_hyperparameters(trainer: L.Trainer, module: L.LightningModule) -> None:
+    """Check that checkpoints with the hyperparameters of module and DataModule need no unpickling of objects.
+
+    Raises:
+        RuntimeError: If they contain objects that need it; the message names their classes.
+    """
+    given: tuple[Any, ...] = (module, getattr(trainer, "datamodule", None))
+    owners = [owner for owner in given if getattr(owner, "hparams", None)]
+    content = io.BytesIO()
+    try:
+        torch.save([dict(owner.hparams) for owner in owners], content)
+    except (pickle.PicklingError, AttributeError, TypeError, RuntimeError):
+        return  # Lightning cannot write such a checkpoint either, and says so
+    content.seek(0)
+    classes = torch.serialization.get_unsafe_globals_in_checkpoint(content)
+    if classes:
+        names = " and ".join(type(owner).__name__ for owner in owners)
+        raise _unsafe(f"the checkpoints of this run would contain hyperparameters of {names} that are", classes)
+
+
+def check_best_so_far(trainer: L.Trainer) -> None:
+    """Check that the best checkpoint so far, if there is one, can be loaded without unpickling objects.
+
+    Raises:
+        RuntimeError: If it contains objects that need it; the message names their classes.
+    """
+    path = getattr(trainer.checkpoint_callback, "best_model_path", "")
+    if isinstance(path, str) and path and zipfile.is_zipfile(path):
+        classes = torch.serialization.get_unsafe_globals_in_checkpoint(path)
+        if classes:
+            raise _unsafe(f"the best checkpoint {path} contains", classes)
+
+
+def _unsafe(what: str, classes: Sequence[str]) -> RuntimeError:
+    return RuntimeError(
+        f"{what} objects of {', '.join(sorted(classes)[:3])}, and unpickling objects other than tensors and plain "
+        "values can run code. Exclude them from the checkpoint (save_hyperparameters(ignore=[...]), plain values in "
+        "state_dict and on_save_checkpoint), allow trusted classes with torch.serialization.add_safe_globals, or use "
+        "fit_at='last'."
+    )
 
 
 def _damaged(path: str) -> RuntimeError:

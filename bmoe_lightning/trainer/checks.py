@@ -18,6 +18,7 @@ from bmoe_lightning.experts.fsdp import is_sharded, reshard
 from bmoe_lightning.methods.base import Method
 from bmoe_lightning.methods.fitting import prior_mean_layers
 from bmoe_lightning.methods.needs import Available, check_needs
+from bmoe_lightning.trainer.checkpoints import check_hyperparameters
 from bmoe_lightning.trainer.data_passes import as_list, shards_weights, training_pass, validation_pass
 from bmoe_lightning.trainer.loaders import iterates_once
 from bmoe_lightning.trainer.sampler_shards import check_order, find_sampler_shard
@@ -268,7 +269,7 @@ def check_training(
 
     Raises:
         ValueError: If data, epochs, a method's own requirements or the checkpoint callback do not allow it.
-        RuntimeError: If a loader does not support a pass outside of the loops.
+        RuntimeError: If a loader does not support a pass outside of the loops, or no best checkpoint could be loaded.
     """
     check_data(trainer, methods)
     check_optimised(trainer, module, methods)
@@ -281,6 +282,8 @@ def check_training(
             "fit_at='best' needs a ModelCheckpoint with monitor=..., and the trainer has none; add one, or use "
             "fit_at='last'"
         )
+    if fit_at == "best":
+        check_hyperparameters(trainer, module)
 
 
 def check_loaders(trainer: L.Trainer, loaders: Sequence[Any], methods: Sequence[Method] = ()) -> None:
