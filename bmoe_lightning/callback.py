@@ -184,15 +184,18 @@ class BayesianMoECallback(L.Callback):
         self._first = FirstBatches(self.methods, self._logits)
         self._first.check_fit(trainer, pl_module)
 
+    def on_train_epoch_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Check that the best checkpoint so far can be loaded when training ends."""
+        if self.fit_at == "best":
+            check_best_so_far(trainer)
+
     def on_train_batch_start(self, trainer: L.Trainer, pl_module: L.LightningModule, batch: Any, *_: Any) -> None:
         """Check `class_logits` on the first training batch, before the first step."""
         if self._first is not None:
             self._first.check(trainer, pl_module, batch, "training")
 
     def on_train_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Write a snapshot, if a method needs snapshots, and check the best checkpoint so far."""
-        if self.fit_at == "best":
-            check_best_so_far(trainer)
+        """Write a snapshot of the trained weights, if a method needs snapshots."""
         if self._num_snapshots:
             self._folder.save_snapshot(trainer, pl_module, self._num_snapshots)
 
