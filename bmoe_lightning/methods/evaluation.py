@@ -18,6 +18,7 @@ from bmoe_lightning.laplace.posterior import LaplacePosterior
 from bmoe_lightning.methods.base import PRIOR_PRECISION, Method, State, check_method_names
 from bmoe_lightning.methods.batch_view import BatchView
 from bmoe_lightning.methods.fit_result import FitResult
+from bmoe_lightning.utils.safetensors_io import file_origin
 
 
 @dataclass(frozen=True)
@@ -44,14 +45,14 @@ class Evaluation:
         snapshots: Snapshots of the trained weights after the last epochs, for methods that need them.
 
     Raises:
-        ValueError: If names are not distinct, or a method has not been fitted.
+        ValueError: If names are not distinct, a method has not been fitted, or a snapshot belongs to another fit.
     """
 
     def __init__(self, methods: Sequence[Method], fitted: FitResult, snapshots: Sequence[Path] = ()) -> None:
         check_method_names(methods)
         self.methods = tuple(methods)
         self._fitted = fitted
-        self._snapshots = tuple(snapshots)
+        self._snapshots = _of_fit(snapshots, fitted, methods)
         self._states = {method.name: fitted.state_of(method) for method in methods}
         self._single = [method for method in methods if not method.is_ensemble]
         self._posteriors: dict[str, LaplacePosterior] | None = None
@@ -156,13 +157,14 @@ class Predictor:
 
     Raises:
         NotFittedError: If the method has not been fitted.
+        ValueError: If a snapshot belongs to another fit.
     """
 
     def __init__(self, method: Method, fitted: FitResult, snapshots: Sequence[Path] = ()) -> None:
         self.method = method
         self._fitted = fitted
         self._state = fitted.state_of(method)
-        self._snapshots = tuple(snapshots)
+        self._snapshots = _of_fit(snapshots, fitted, [method])
         self._posteriors: dict[str, LaplacePosterior] | None = None
 
     def predict(self, model: nn.Module, class_logits: ClassLogits, batch: Any) -> tuple[Tensor, BatchView]:
@@ -189,6 +191,15 @@ class Predictor:
         if precision is None or not self.method.curvatures:
             return None
         return view.covariance(self.method.curvatures[0], precision)
+
+
+def _of_fit(snapshots: Sequence[Path], fitted: FitResult, methods: Sequence[Method]) -> tuple[Path, ...]:
+    """Check that no snapshot belongs to another fit: a file may have been replaced since the fit was made or loaded."""
+    for path in snapshots if any(method.needs.max_snapshots for method in methods) else ():
+        origin = file_origin(path)
+        if origin is not None and origin.fit not in ("", fitted.fit_id):
+            raise ValueError(f"the snapshot {path} belongs to another fit; load the fit again, or fit again")
+    return tuple(snapshots)
 
 
 def average_log_probs(log_probs: Tensor) -> Tensor:

@@ -1,9 +1,15 @@
+from contextlib import nullcontext
+from functools import partial
+
 import pytest
 import torch
 from methods_cases import predictions
 from oracles.models import answer_logits
 
-from bmoe_lightning.methods import MAP, CheckpointEnsemble, average_log_probs, save_snapshot
+from bmoe_lightning.methods import MAP, CheckpointEnsemble, FitResult, average_log_probs, save_snapshot
+from bmoe_lightning.methods.base import scalar
+from bmoe_lightning.methods.evaluation import Evaluation, Predictor
+from bmoe_lightning.methods.fit_result import FittedMethod
 
 DOWN = "layers.0.mixture.crew.down_proj"
 
@@ -24,6 +30,18 @@ def test_keeps_the_order_of_the_data_and_of_the_methods(model, batches, tmp_path
         assert torch.equal(one.labels, torch.cat([batch["labels"] for batch in batches]))
         assert one.log_probs.shape == (10, 4)
         torch.testing.assert_close(one.log_probs.exp().sum(-1), torch.ones(10, dtype=torch.float64))
+
+
+@pytest.mark.parametrize("fit", ["", "this", "another"])
+def test_refuses_snapshots_of_another_fit(model, tmp_path, fit):
+    method = CheckpointEnsemble()
+    entry = FittedMethod({"members": scalar(1)}, method.fit_options())
+    fitted = FitResult(fit_id="this", methods={method.name: entry})
+    save_snapshot(tmp_path / "s", {DOWN: model.get_parameter(DOWN) * 2}, fit=fit)
+    for make in (partial(Evaluation, [MAP(), method]), partial(Predictor, method)):
+        with pytest.raises(ValueError, match="belongs to another fit") if fit == "another" else nullcontext():
+            make(fitted, [tmp_path / "s"])
+    Evaluation([MAP()], fitted, [tmp_path / "s"])
 
 
 def test_refuses_no_data_and_no_labels(model, batches):
