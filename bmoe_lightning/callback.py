@@ -329,20 +329,20 @@ class BayesianMoECallback(L.Callback):
     ) -> None:
         needs_calibration = any(method.needs.calibration for method in methods)
         calibration = validation_pass(trainer, "Calibration") if needs_calibration else None
-        given = self._given_prior_mean
         self.fitted = fit_methods(
             methods or self.methods,
             module,
             self._logits,
             TrainerTrainingData(trainer),
             calibration,
-            prior_mean=self._prior_mean.weights if given is None else given,
+            prior_mean=self._prior_mean.weights if self._given_prior_mean is None else self._given_prior_mean,
             snapshots=self._folder.snapshots,
             earlier=earlier,
             seed=self.seed,
             distributed=trainer.world_size > 1,
             pass_files=self._folder.pass_files(),
             fit_id=self._folder.fit_id,
+            is_checked=earlier is None,  # by `FirstBatches`
         )
         self._folder.save(trainer, self.fitted)
         self._folder.remove_pass_files()

@@ -9,8 +9,9 @@ from toy import ToyData, ToyModule, calibration_loader, loader, train_loader, tr
 
 from bmoe_lightning import BayesianMoECallback
 from bmoe_lightning.curvature import Curvature
-from bmoe_lightning.methods import LaplaceEvidence
+from bmoe_lightning.methods import EvidenceTemperature, LaplaceEvidence
 from bmoe_lightning.methods.given_data import DataMismatchError
+from bmoe_lightning.methods.needs import NeedsError
 from bmoe_lightning.methods.storage import load_fit
 
 METHODS = ("map", "laplace_lpo")
@@ -125,3 +126,24 @@ def test_a_stream_that_is_read_once(tmp_path):
     with pytest.raises(DataMismatchError, match="the training data are not those of the existing fit: other"):
         complete(ToyData(160, 7))
     assert "laplace_evidence" in complete(ToyData(160, 1)).methods
+
+
+def test_too_few_inputs_for_an_added_method_are_told_before_the_passes(tmp_path):
+    seen = []
+
+    def class_logits(module, batch):
+        seen.append(torch.is_grad_enabled())
+        return module.class_logits(batch)
+
+    options = {"dirpath": str(tmp_path / "fit"), "class_logits": class_logits}
+    module = ToyModule()
+    first = BayesianMoECallback([LaplaceEvidence(prior_mean="zero")], **options)
+    trainer(tmp_path, [first], max_epochs=1).fit(module, loader(64, 1), loader(48, 2))
+    seen.clear()
+    more = BayesianMoECallback([LaplaceEvidence(prior_mean="zero"), EvidenceTemperature(prior_mean="zero")], **options)
+    with pytest.raises(NeedsError, match=r"evidence_temperature needs at least 100 inputs .* there are 48; add"):
+        more.fit_posterior(
+            module, trainer=trainer(tmp_path, [more]), train_dataloaders=loader(64, 1), val_dataloaders=loader(48, 2)
+        )
+    assert len(seen) == 1 + 3  # of three batches: the first, then all
+    assert not any(seen)

@@ -43,6 +43,7 @@ def fit_methods(
     pass_files: PassFiles | None = None,
     fit_id: str | None = None,
     cache_bytes: int | None = None,
+    is_checked: bool = False,
 ) -> FitResult:
     """Fit methods in one pass over the training data per curvature and one shared pass over the held-out data.
 
@@ -67,11 +68,14 @@ def fit_methods(
         fit_id: Identifier of a new fit; by default a random one.
         cache_bytes: Memory of the covariance terms of the held-out data; by default the smallest `cache_bytes` of the
             methods' curvatures.
+        is_checked: Whether the caller has checked that there are as many held-out inputs as methods need, and labels,
+            which is otherwise done before the passes; see `GivenData.check_needs`.
 
     Returns:
         The fit; with `earlier`, that one completed by the missing methods.
 
     Raises:
+        NeedsError: If there are fewer held-out inputs than a method needs, or no labels.
         ValueError: If data, labels, the prior mean or a curvature's layers are missing, ranks have different weights, a
             checkpoint belongs to another curvature pass, or `earlier` was fitted with another seed.
         DataMismatchError: If data that a method uses are others than those of `earlier`; their order may differ.
@@ -107,6 +111,7 @@ def fit_methods(
         distributed=distributed,
         pass_files=pass_files,
         cache_bytes=cache_bytes,
+        is_checked=is_checked,
     )
     work.check_before_passes()
     work.check_given_data(methods)

@@ -7,7 +7,9 @@ rows incomparable, and a posterior from one split with a prior precision from an
 from __future__ import annotations
 
 import logging
+import math
 from collections.abc import Iterable, Iterator, Sequence, Sized
+from dataclasses import dataclass, replace
 from itertools import islice
 from typing import Any
 
@@ -20,12 +22,16 @@ from bmoe_lightning.experts import ClassLogits
 from bmoe_lightning.experts.counted_batch import count_of, lockstep, plain_batch
 from bmoe_lightning.experts.data_record import DataRecord, DataRecorder, compared, record_of
 from bmoe_lightning.experts.logits_contract import NO_LABEL, checked_labels, joined_logits
+from bmoe_lightning.methods.base import Method
 from bmoe_lightning.methods.batch_view import BatchView
+from bmoe_lightning.methods.needs import Available, NeedsError, check_needs
 from bmoe_lightning.methods.training_data import TrainingData
 from bmoe_lightning.utils.distributed import failing_together, gather_examples, gather_number, is_rank_zero
 from bmoe_lightning.utils.random_state import unchanged_random_state
 
 _logger = logging.getLogger(__name__)
+
+_NO_EXAMPLES = "no calibration examples: the calibration split is empty; add examples"
 
 Split = tuple[Tensor, Tensor | None]
 """Logits `[N, K]` float64 of held-out data, `-inf` for absent classes, and labels `[N]` int64 or None."""
@@ -46,6 +52,8 @@ class GivenData:
         split: Held-out logits and labels of the existing fit, if it used any.
         training_record: Record of the training data of the existing fit, if it has one.
         distributed: Whether all ranks of torch.distributed's default group take part, each with its shard of the data.
+        is_checked: Whether the number of held-out data, and the labels of the first batch, are known to be what is
+            needed, if the number of entries is known.
 
     Attributes:
         split: Held-out logits and labels of the fit, as far as known.
@@ -62,7 +70,9 @@ class GivenData:
         training_record: DataRecord | None = None,
         *,
         distributed: bool = False,
+        is_checked: bool = False,
     ) -> None:
+        self._is_checked = is_checked
         self.split = self._known_split = split
         self.training_record = self._known_training = training_record
         self._model = model
@@ -70,6 +80,46 @@ class GivenData:
         self._training = training
         self._calibration = calibration
         self._distributed = distributed
+
+    def check_needs(self, methods: Sequence[Method]) -> None:
+        """Check that there are as many held-out inputs as methods need, and labels, before the passes. A collective.
+
+        Where the existing fit does not tell, as many examples are looked at in plain forward passes as are needed; data
+        that can be iterated over only once are checked after their pass.
+
+        Args:
+            methods: Methods to fit.
+
+        Raises:
+            NeedsError: If there are too few inputs, or no labels.
+            DataMismatchError: If there are more examples than the existing fit has.
+            ValueError: If a label is not that of a class.
+        """
+        needing = [method for method in methods if method.needs.calibration]
+        if not needing:
+            return
+        labelled = [method.name for method in needing if method.needs.calibration_labels]
+        needed = max([1, *(method.needs.calibration_inputs for method in needing)])
+        known = None if self._known_split is None else _counts_of(self._known_split)
+        found = known
+        if known is None or known.examples < needed or (labelled and known.unlabelled):
+            if self._is_checked and self._num_entries(self._calibration) >= 0:
+                return
+            again = self._calibration is not None and not _iterates_once(self._calibration)
+            found = self._counts_up_to(needed, labelled=bool(labelled)) if again else known
+        if found is None:
+            return
+        if not found.examples:
+            raise NeedsError(_NO_EXAMPLES)
+        check_needs(needing, Available(calibration_inputs=max(found.examples, found.expected), runs=True))
+        if known is not None and known.examples < needed:
+            _refuse("held-out", f"{needed} or more examples instead of {known.examples}")
+        if labelled and found.unlabelled:
+            raise NeedsError(
+                f"{', '.join(labelled)} are fitted on held-out labels, and {found.unlabelled} of the first "
+                f"{found.examples} examples have none: class_logits returns (logits, None) for them; return "
+                "(logits, labels), or remove these methods"
+            )
 
     def check_calibration(self, *, passed_over: bool, collects: bool) -> None:
         """Compare the held-out data, if there are any, as far as they are not compared later. A collective.
@@ -170,6 +220,42 @@ class GivenData:
                 builder.add(self._view(batch), batch)
         return self.seen_split(builder.finish(distributed=self._distributed))
 
+    def _counts_up_to(self, needed: int, *, labelled: bool) -> _Counts:
+        """Count the first held-out examples: those of one batch, or as many as it takes to have the needed ones.
+
+        One batch is enough where the number of entries or batches tells.
+        """
+        data: Any = self._calibration
+        with unchanged_random_state(data):
+            limit, found = 1, self._counts(data, 1, labelled=labelled)
+            entries = self._num_entries(data) if found.rows == found.examples else -1
+            expected = max(entries, (min(self._num_batches(data)) - 1) * found.examples)
+            if expected >= needed:
+                return replace(found, expected=expected)
+            while 0 < found.examples < needed and found.batches == limit:
+                limit = math.ceil(limit * needed / found.examples)
+                found = self._counts(data, limit, labelled=labelled)
+        return found
+
+    def _counts(self, batches: Iterable[Any], max_batches: int, *, labelled: bool) -> _Counts:
+        """Count the examples of the first batches of all ranks in plain forward passes. A collective."""
+        examples = unlabelled = rows = number = 0
+        with failing_together(distributed=self._distributed):
+            for batch in islice(lockstep(self._model, batches), max_batches):
+                number += 1
+                view = self._view(batch)
+                logits = view.logits[: count_of(batch, len(view.logits))]
+                examples, rows = examples + len(logits), rows + _first_size(batch)
+                if view.labels is None:
+                    unlabelled += len(logits)
+                elif labelled:
+                    labels = checked_labels(view.labels, view.logits, values=False)[: len(logits)]
+                    checked_labels(labels, logits)
+        if self._distributed:
+            examples, unlabelled, rows = (sum(gather_number(count)) for count in (examples, unlabelled, rows))
+            number = max(gather_number(number))
+        return _Counts(examples, unlabelled, rows, number)
+
     def _view(self, batch: Any) -> BatchView:
         return BatchView(self._model, self._class_logits, plain_batch(batch))
 
@@ -186,20 +272,44 @@ class GivenData:
 
     def _may_be_as_many(self, batches: Any, first: DataRecord, known: DataRecord) -> bool:
         """Whether there may be as many examples, from what is known without a pass. A collective, if distributed."""
+        entries = self._num_entries(batches)
+        if entries >= 0:
+            return entries == known.num_examples
+        lengths, size = self._num_batches(batches), first.num_examples
+        longest = max(lengths)
+        return min(lengths) < 0 or (longest - 1) * size < known.num_examples <= longest * size
+
+    def _num_entries(self, batches: Any) -> int:
+        """Number of entries of all ranks' batches, -1 if it is unknown. A collective, if distributed."""
         entries = getattr(batches, "num_entries", None)  # of all ranks
         if entries is not None:
-            return bool(entries == known.num_examples)
+            return int(entries)
         here = _num_rows(batches)
         rows = gather_number(here) if self._distributed else [here]
-        if min(rows) >= 0:
-            return sum(rows) == known.num_examples
+        return sum(rows) if min(rows) >= 0 else -1
+
+    def _num_batches(self, batches: Any) -> list[int]:
+        """Number of batches on each rank, -1 where it is unknown. A collective, if distributed."""
         try:
             length = len(batches)
         except (TypeError, OverflowError):
             length = -1
-        lengths = gather_number(length) if self._distributed else [length]
-        longest, size = max(lengths), first.num_examples
-        return min(lengths) < 0 or (longest - 1) * size < known.num_examples <= longest * size
+        return gather_number(length) if self._distributed else [length]
+
+
+@dataclass(frozen=True)
+class _Counts:
+    """Numbers of examples, of those without labels, of rows of tensors (-1 for none) and of batches on a rank.
+
+    Attributes:
+        expected: Number of examples that there are expected to be in all.
+    """
+
+    examples: int
+    unlabelled: int
+    rows: int = -1
+    batches: int = 0
+    expected: int = 0
 
 
 class _SplitBuilder:
@@ -226,7 +336,7 @@ class _SplitBuilder:
         if distributed:
             logits, labels = gather_examples(logits), gather_examples(labels)
         if not len(labels):
-            raise ValueError("no calibration examples: the calibration split is empty; add examples")
+            raise ValueError(_NO_EXAMPLES)
         return logits, None if bool((labels == NO_LABEL).all()) else labels
 
 
@@ -250,6 +360,10 @@ def _refuse(kind: str, difference: str | None) -> None:
             f"the {kind} data are not those of the existing fit: {difference}. Pass the data that it was made with, or "
             "fit all methods again, in another folder (dirpath=) or without the existing fit."
         )
+
+
+def _counts_of(split: Split) -> _Counts:
+    return _Counts(len(split[0]), len(split[0]) if split[1] is None else 0)
 
 
 def _log(sentence: str) -> None:

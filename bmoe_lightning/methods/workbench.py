@@ -60,6 +60,7 @@ class Workbench:
         pass_files: Location of the checkpoints of curvature passes; None writes none.
         cache_bytes: Memory of the covariance terms of the held-out data under all curvatures; see `CacheBuilder`. None
             is the smallest `cache_bytes` of the curvatures.
+        is_checked: Whether the held-out data are known to be what is needed; see `GivenData`.
 
     Attributes:
         given: The data, compared with those of the existing fit.
@@ -82,6 +83,7 @@ class Workbench:
         distributed: bool = False,
         pass_files: PassFiles | None = None,
         cache_bytes: int | None = None,
+        is_checked: bool = False,
     ) -> None:
         self.model = model
         self.snapshots = tuple(snapshots)
@@ -97,7 +99,14 @@ class Workbench:
         self._cache_bytes = cache_bytes
         self._caches: dict[str, CovarianceCache] = {}
         self.given = GivenData(
-            model, class_logits, training, calibration, calibration_logits, training_record, distributed=distributed
+            model,
+            class_logits,
+            training,
+            calibration,
+            calibration_logits,
+            training_record,
+            distributed=distributed,
+            is_checked=is_checked,
         )
         needs_covariances = any(method.needs.calibration and method.curvatures for method in self._methods)
         self._logits = None if needs_covariances or calibration is not None else calibration_logits
@@ -107,7 +116,8 @@ class Workbench:
         """Check everything that can be checked before the first pass over data.
 
         Raises:
-            ValueError: If held-out data or the prior mean are missing, or the weights equal the prior mean.
+            ValueError: If held-out data, enough of them or their labels are missing, or the prior mean is, or the
+                weights equal it.
         """
         needing = [method.name for method in self._methods if method.needs.calibration]
         if needing and self._calibration is None and self._logits is None:
@@ -116,6 +126,7 @@ class Workbench:
             if method.needs.prior_mean:
                 for curvature in method.curvatures:
                     check_distances(self.squared_distances(curvature, "pretrained"))
+        self.given.check_needs(self._methods)
 
     def check_given_data(self, methods: Sequence[Method]) -> None:
         """Compare the data with those of the existing fit, as far as that is possible before the passes over them.

@@ -236,7 +236,7 @@ class TestResumedPasses:
             fit_methods(methods, model, answer_logits, killed(), calibration, **options)
         counted = Counted()
         found = fit_methods(methods, model, counted, train, calibration, **options)
-        assert counted.seen == [identity(batch) for batch in [train[2], *calibration]]
+        assert counted.seen == [identity(batch) for batch in [calibration[0], train[2], *calibration]]
         for one, other in zip(
             expected.posteriors[curvature.digest].factors.layers,
             found.posteriors[curvature.digest].factors.layers,
@@ -375,7 +375,7 @@ class TestMissing:
             fit_methods(methods_of(kind), model, answer_logits, train, [], prior_mean=prior_mean)
 
     def test_enough_inputs_for_the_evidence_temperature(self, model, train, calibration, prior_mean):
-        with pytest.raises(ValueError, match="at least 100 unlabelled inputs, got 80"):
+        with pytest.raises(ValueError, match="at least 100 inputs of the validation split, and there are 80"):
             fit_methods(
                 methods_of(EvidenceTemperature), model, answer_logits, train, calibration[:2], prior_mean=prior_mean
             )
