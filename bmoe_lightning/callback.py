@@ -208,10 +208,7 @@ class BayesianMoECallback(L.Callback):
     def on_fit_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Warn if nothing was fitted because no training step ran (a finished run was resumed)."""
         if self.fitted is None and not self._folder.has_any_fit(trainer):
-            warnings.warn(
-                "training ended without a fit (was a finished run resumed?); call fit_posterior before testing",
-                stacklevel=2,
-            )
+            warnings.warn("training ended without a fit (was it a resumed one?); call fit_posterior", stacklevel=2)
 
     def fit_posterior(
         self,
@@ -288,6 +285,8 @@ class BayesianMoECallback(L.Callback):
 
     def on_validation_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Predict with the ensembles, then log the metrics of every method."""
+        if self._first is not None:
+            self._first.end_validation()
         self._finish(trainer, pl_module, trainer.validate_loop)
 
     def on_test_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:

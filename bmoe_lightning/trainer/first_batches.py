@@ -3,7 +3,7 @@
 A mistake in `class_logits` or in the labels would otherwise show when training is over. Training batches are checked as
 they come, just before the first step: nothing is drawn from the training loader. Those of other loaders are drawn
 without changing what the loader gives next (see `first_batch`); where that is impossible, the first one that the
-trainer draws is checked.
+trainer draws is checked. Of several ranks some may have no batch.
 """
 
 from __future__ import annotations
@@ -38,6 +38,8 @@ class FirstBatches:
         self._methods = tuple(methods)
         self._class_logits = class_logits
         self._checked: set[tuple[str, int]] = set()
+        self._awaited: set[int] = set()
+        self._failure: Exception | None = None
 
     def check_fit(self, trainer: L.Trainer, module: L.LightningModule, *, trains: bool = True) -> None:
         """Check one batch of each validation loader. A collective.
@@ -61,10 +63,12 @@ class FirstBatches:
         for index, loader in enumerate(as_list(trainer.val_dataloaders)):
             drawn = self._draw(trainer, module, "validation", index, loader)
             entries = None if validation is None else validation.num_entries
-            if drawn is not None and entries is not None:
-                inputs, of_entries = drawn
-                # An entry of the data set may have several examples.
-                check_needs(needing, Available(calibration_inputs=math.ceil(entries * inputs / of_entries), runs=True))
+            with failing_together(distributed=trainer.world_size > 1):
+                if drawn is not None and entries is not None:
+                    inputs, of_entries = drawn
+                    # An entry of the data set may have several examples.
+                    count = math.ceil(entries * inputs / of_entries)
+                    check_needs(needing, Available(calibration_inputs=count, runs=True))
 
     def check_evaluation(
         self, trainer: L.Trainer, module: L.LightningModule, stage: str, loaders: Sequence[Any]
@@ -73,28 +77,32 @@ class FirstBatches:
         for index, loader in enumerate(loaders):
             self._draw(trainer, module, stage, index, loader)
 
-    def check(self, trainer: L.Trainer, module: L.LightningModule, batch: Any, stage: str, index: int = 0) -> int:
-        """Check a batch that is on the device, unless one of this loader was checked. A collective.
+    def check(self, trainer: L.Trainer, module: L.LightningModule, batch: Any, stage: str, index: int = 0) -> None:
+        """Check a batch that the trainer has drawn, unless one of this loader was checked.
 
-        Warns of a padded row that has other logits than the row alone; see `warn_of_padding`.
-
-        Returns:
-            Number of examples; 0 if nothing was checked.
+        A collective, except in validation, where a rank may have no batch: what is found there, `end_validation`
+        raises. Warns of a padded row that has other logits than the row alone; see `warn_of_padding`.
         """
         if (stage, index) in self._checked:
-            return 0
-        self._checked.add((stage, index))
-        examples = 0
-        with failing_together(distributed=trainer.world_size > 1):
+            return
+        if index in self._awaited and stage == "validation":
+            self._checked.add((stage, index))
             try:
-                examples = self._examples(module, batch, stage)
-                # Ranks may differ in whether their batch is padded, and a sharded forward pass is a collective.
-                if not has_shards(module):
-                    warn_of_padding(module, self._class_logits, batch)
-            except Exception as raised:
-                raised.add_note(f"This was found on the first batch of the {stage} data (loader {index}).")
-                raise
-        return examples
+                self._examples(module, batch, stage, index)
+            except Exception as error:  # noqa: BLE001  (raised in end_validation)
+                self._failure = self._failure or error
+            return
+        self._check(trainer, module, [batch], stage, index)
+
+    def end_validation(self) -> None:
+        """Raise what `check` found in validation. A collective after the first validation."""
+        if not self._awaited:
+            return
+        self._awaited.clear()
+        failure, self._failure = self._failure, None
+        with failing_together():
+            if failure is not None:
+                raise failure
 
     def _draw(
         self, trainer: L.Trainer, module: L.LightningModule, stage: str, index: int, loader: Any
@@ -102,16 +110,44 @@ class FirstBatches:
         """Check the first batch of a loader; the numbers of its examples and entries, if both are known."""
         if (stage, index) in self._checked:
             return None
-        found, batch = None, None
-        with failing_together(distributed=trainer.world_size > 1):
+        several = trainer.world_size > 1
+        found, batches = None, []
+        with failing_together(distributed=several):
             found = first_batch(loader)
-            batch = None if found is None else on_device(trainer, found.batch, index)
-        if found is None or (trainer.world_size > 1 and not all(gather_number(int(found is not None)))):
+            if found is not None:
+                batches = [on_device(trainer, found.batch, index)]
+        drawn = gather_number(len(batches)) if several else [len(batches)]
+        if not any(drawn):
+            if several and stage == "validation":
+                self._awaited.add(index)
             return None
-        examples = self.check(trainer, module, batch, stage, index)
-        return None if found.entries is None else (examples, found.entries)
+        if not all(drawn) and has_shards(module):
+            # Ranks without a batch do not run the model, which all-gathers its weights.
+            self._checked.add((stage, index))
+            return None
+        examples = self._check(trainer, module, batches, stage, index)
+        return None if found is None or found.entries is None else (examples, found.entries)
 
-    def _examples(self, module: L.LightningModule, batch: Any, stage: str) -> int:
+    def _check(
+        self, trainer: L.Trainer, module: L.LightningModule, batches: Sequence[Any], stage: str, index: int
+    ) -> int:
+        """Check one batch, or none on a rank that has none; the number of its examples. A collective."""
+        self._checked.add((stage, index))
+        with failing_together(distributed=trainer.world_size > 1):
+            return sum(self._examples(module, batch, stage, index) for batch in batches)
+
+    def _examples(self, module: L.LightningModule, batch: Any, stage: str, index: int) -> int:
+        try:
+            examples = self._contract(module, batch, stage)
+            # Ranks may differ in whether their batch is padded, and a sharded forward pass is a collective.
+            if not has_shards(module):
+                warn_of_padding(module, self._class_logits, batch)
+        except Exception as raised:
+            raised.add_note(f"This was found on the first batch of the {stage} data (loader {index}).")
+            raise
+        return examples
+
+    def _contract(self, module: L.LightningModule, batch: Any, stage: str) -> int:
         taps = stage == "training" or not any(c.collects for method in self._methods for c in method.curvatures)
         return check_class_logits(
             module,

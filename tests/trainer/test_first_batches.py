@@ -10,14 +10,18 @@ import lightning as L
 import numpy as np
 import pytest
 import torch
+from fake_trainer import FakeTrainer
+from forked_processes import run as run_processes
 from torch.utils.checkpoint import checkpoint
 from torch.utils.data import DataLoader, IterableDataset
 from toy import ToyData, ToyModule, calibration_loader, loader, test_loader, trainer
 
 from bmoe_lightning.callback import BayesianMoECallback
 from bmoe_lightning.curvature import Curvature
-from bmoe_lightning.methods import LaplaceEvidence
-from bmoe_lightning.trainer.first_batches import no_logging
+from bmoe_lightning.methods import LaplaceEvidence, get_method
+from bmoe_lightning.trainer import first_batches
+from bmoe_lightning.trainer.first_batches import FirstBatches, no_logging
+from bmoe_lightning.utils.distributed import OtherRankError, gather_number
 
 
 class Wrong(ToyModule):
@@ -273,3 +277,66 @@ def test_padding_that_changes_a_row_is_said_before_the_first_step(tmp_path, mixe
     said = [str(warning.message) for warning in seen if "padding changes" in str(warning.message)]
     assert len(said) == mixes
     assert all("does not ignore padding on the left" in line for line in said)
+
+
+class Rows(IterableDataset):
+    def __init__(self, *rows):
+        self.rows = rows
+
+    def __iter__(self):
+        return iter(self.rows)
+
+
+class NotDrawn:
+    """Batches of which none can be drawn beforehand."""
+
+    def __init__(self, *batches):
+        self.batches = batches
+
+    def __iter__(self):
+        return iter(self.batches)
+
+
+def one_rank_without_validation_data(rank, world_size):
+    """Every rank gets as far as `gather_number`, and in the same order."""
+    first_batches.on_device = lambda trainer, batch, index: batch
+    (batch,) = loader(4, 1)
+    rows, wrong = ToyData(4, 1), {**batch, "labels": batch["labels"] + 7}
+    wrong_rows = [{**rows[i], "labels": rows[i]["labels"] + 7} for i in range(4)]
+
+    def checks(loader):
+        checks = FirstBatches([get_method("temperature")], lambda module, batch: module.class_logits(batch))
+        fake = FakeTrainer(world_size=world_size, enable_validation=True, val_dataloaders=loader)
+        checks.check_fit(fake, ToyModule())
+        return checks, fake
+
+    def in_step():
+        assert gather_number(rank) == list(range(world_size))
+
+    for having in (0, 1):  # drawn beforehand
+        for given, right in ((list(rows), True), (wrong_rows, False)):
+            stream = DataLoader(Rows(*given) if rank == having else Rows(), 4)
+            if right:
+                found, fake = checks(stream)
+                if rank == having:
+                    found.check(fake, ToyModule(), batch, "validation")
+                found.end_validation()
+            else:
+                with pytest.raises(ValueError if rank == having else OtherRankError, match="labels 7"):
+                    checks(stream)
+            in_step()
+        for given in (batch, wrong):  # when the trainer draws it, which one rank does not
+            found, fake = checks(NotDrawn())
+            if rank == having:
+                found.check(fake, ToyModule(), given, "validation")
+            in_step()
+            if given is wrong:
+                with pytest.raises(ValueError if rank == having else OtherRankError, match="labels 7"):
+                    found.end_validation()
+            found.end_validation()
+            in_step()
+
+
+def test_a_rank_without_validation_data_keeps_nobody_waiting(tmp_path, monkeypatch):
+    monkeypatch.setattr(first_batches, "validation_pass", lambda *_: None)
+    run_processes(one_rank_without_validation_data, 2, tmp_path)
