@@ -381,6 +381,8 @@ class BayesianMoECallback(L.Callback):
         return fitted
 
     def _begin(self, trainer: L.Trainer, module: L.LightningModule, stage: str, loop: Any) -> None:
+        # Those of an earlier run over other data must not stand beside, or for, those of this one.
+        self.predictions = {k: found for k, found in self.predictions.items() if k.partition("_")[0] != stage}
         loaders, _ = evaluation_loaders(loop)
         baseline = stage == "val" and self.fitted is None and self._found(trainer, module) is None
         if baseline and not self._folder.refused_by_name():

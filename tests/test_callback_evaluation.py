@@ -106,6 +106,25 @@ class TestLoaders:
         for name, value in ours(fitted[2]).items():
             assert metrics[name.replace("/test/", "/test_0/")] == pytest.approx(value, rel=1e-6)
 
+    def test_no_predictions_of_an_earlier_test_are_left(self, fitted):
+        module, folder, _ = fitted
+        callback = BayesianMoECallback(["map"], dirpath=str(folder / "b"))
+        run = trainer(folder, [callback])
+        rows = ToyData(32, 5)
+        wrong = [{**rows[index], "labels": rows[index]["labels"] + 10} for index in range(32)]
+        own, ToyModule.test_step = ToyModule.test_step, lambda self, batch, batch_idx, dataloader_idx=0: None
+        try:
+            run.test(module, [test_loader(), loader(32, 5)], verbose=False)
+            run.test(module, loader(32, 5), verbose=False)
+            assert set(callback.predictions) == {"test"}
+            run.validate(module, test_loader(), verbose=False)
+            assert set(callback.predictions) == {"test", "val"}
+            with pytest.raises(ValueError, match="label"):
+                run.test(module, DataLoader(wrong, 16), verbose=False)
+            assert set(callback.predictions) == {"val"}
+        finally:
+            ToyModule.test_step = own
+
     @pytest.mark.parametrize("mode", ["min_size", "max_size_cycle"])
     def test_loaders_drawn_from_together(self, fitted, mode):
         module, folder, expected = fitted

@@ -249,9 +249,12 @@ def fit_lpo(
 def _warn_of_lpo(objective: _Objective, log_precision: Tensor, reached: float) -> None:
     """Warn of precisions at an end of the range, and of an objective that is flat around them."""
     if ended := _at_end(log_precision.exp(), _LPO_RANGE):
+        low, high = ((log_precision - end).abs() < _AT_END for end in _LPO_RANGE)
+        effects = ((high, "adds no uncertainty"), (low, "makes predictions nearly uniform"))
+        effect = " or ".join(text for at, text in effects if bool(at.any()))
         warn_of_fit(
             f"LPO ended at the limit of its search range (prior precision {ended}): no finite prior precision is "
-            "optimal on this validation set, so these layers predict as the MAP does or nearly uniformly; add labels",
+            f"optimal on this validation set, so the posterior of these layers {effect}; add labels",
             stacklevel=3,
         )
         return

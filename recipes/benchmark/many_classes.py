@@ -6,6 +6,7 @@ the NLL is that of the exact terms at either precision, with other noise.
 
 from __future__ import annotations
 
+import argparse
 import math
 import resource
 import time
@@ -131,4 +132,5 @@ def _peak_bytes() -> int:
 
 
 if __name__ == "__main__":
+    argparse.ArgumentParser(prog="python -m recipes.benchmark.many_classes", description=__doc__).parse_args()
     main()

@@ -10,6 +10,7 @@ import contextlib
 import gc
 import hashlib
 import logging
+import shlex
 import shutil
 import time
 import warnings
@@ -106,7 +107,7 @@ def _stages(
         return
     report(settings, source, output, runs)
     print(f"\nDone in {time.monotonic() - started:.0f} s. Everything is in {output}; compare the methods with")
-    print(f"  tensorboard --logdir {output / 'tensorboard'}", flush=True)
+    print(f"  tensorboard --logdir {shlex.quote(str(output / 'tensorboard'))}", flush=True)
 
 
 def _begun(

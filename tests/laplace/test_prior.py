@@ -450,8 +450,13 @@ def test_one_layer_at_an_end_is_named():
         def __call__(self, log_precision):
             return log_precision.square().sum()
 
-    with pytest.warns(FitWarning, match=r"limit of its search range \(prior precision 1e\+08 in layer 1\)"):
+    said = r"limit of its search range \(prior precision 1e\+08 in layer 1\).* of these layers adds no uncertainty; add"
+    with pytest.warns(FitWarning, match=said):
         _warn_of_lpo(Valley(), torch.tensor([0.0, math.log(1e8)]), 0.0)
+    with pytest.warns(FitWarning, match="of these layers makes predictions nearly uniform; add labels"):
+        _warn_of_lpo(Valley(), torch.tensor([math.log(1e-4), 0.0]), 0.0)
+    with pytest.warns(FitWarning, match="adds no uncertainty or makes predictions nearly uniform; add labels"):
+        _warn_of_lpo(Valley(), torch.tensor([math.log(1e-4), math.log(1e8)]), 0.0)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         _warn_of_lpo(Valley(), torch.tensor([0.0, 0.0]), 0.0)
