@@ -37,7 +37,7 @@ from bmoe_lightning.utils.file_header import DamagedFileError
 from bmoe_lightning.utils.folder_lock import FolderInUseError, locked_folder
 from bmoe_lightning.utils.safetensors_io import remove_tensor_file
 from recipes.qwen_obqa.distributed import agreed, first_then_others, joined, trainer_options
-from recipes.qwen_obqa.exported_model import export, export_folder, is_exported
+from recipes.qwen_obqa.exported_model import check_origin, export, export_folder, is_exported
 from recipes.qwen_obqa.methods import build_methods, run_curvature
 from recipes.qwen_obqa.reporting import report
 from recipes.qwen_obqa.run_folder import (
@@ -98,6 +98,7 @@ def _stages(
         SeedRun(settings, source, methods, output, seed, run_identity(settings, source))
         for seed in range(settings.first_seed, settings.first_seed + settings.seeds)
     ]
+    first_then_others(lambda: [run_of_seed.check_export() for run_of_seed in runs if is_rank_zero()])
     try:
         for run_of_seed in runs:
             run_of_seed.complete()
@@ -199,6 +200,12 @@ class SeedRun:
         folder = export_folder(self.settings, self.seed)
         if folder is not None:
             self._save_model(folder)
+
+    def check_export(self) -> None:
+        """Refuse another run's model in the folder of this seed's; see `check_origin`."""
+        folder = export_folder(self.settings, self.seed)
+        if folder is not None:
+            check_origin(folder, self._trained, self._stage(0))
 
     def _evaluate_zero_shot(self) -> None:
         self._say("evaluating the model before fine-tuning")

@@ -14,12 +14,12 @@ from bmoe_lightning import ExpertFinetuner
 from bmoe_lightning.methods import apply_snapshot
 from bmoe_lightning.methods.snapshots import snapshot_info
 from bmoe_lightning.models.loading import load_tokenizer
-from recipes.qwen_obqa.saved_model import damaged_file, save_model, unfinished_prefix
+from recipes.qwen_obqa.saved_model import damaged_file, save_model, unfinished_folders
 from recipes.qwen_obqa.settings import ResolvedSettings
 from recipes.qwen_obqa.sources import RecipeError
 
 RECORD_FILE = "fine_tuning.json"
-"""The model that was fine-tuned, the digest of its trained weights, and a SHA-256 digest of every other file."""
+"""The model that was fine-tuned, digests of its run and of its trained weights, and one of every other file."""
 
 
 def export_folder(settings: ResolvedSettings, seed: int) -> Path | None:
@@ -53,14 +53,36 @@ def check_export(settings: ResolvedSettings, output: Path, *, resumes: bool) -> 
         try:
             folder.parent.mkdir(parents=True, exist_ok=True)
             tempfile.TemporaryFile(dir=folder.parent).close()
-            for entry in folder.parent.iterdir():
-                if entry.name.startswith(unfinished_prefix(folder)):
-                    shutil.rmtree(entry)
+            for unfinished in unfinished_folders(folder):
+                shutil.rmtree(unfinished)
             used = folder.exists() and (not folder.is_dir() or any(folder.iterdir()))
         except OSError as error:
             raise RecipeError(f"--save-model {folder} cannot be written ({error.strerror}); give another one") from None
         if used and not (resumes and _record(folder)):
             raise RecipeError(f"--save-model {folder} has other content; give a new folder, or remove this one")
+
+
+def check_origin(folder: Path, trained: Path, stage: str) -> None:
+    """Check before training that a folder of a resumed run has no model of another run.
+
+    Args:
+        folder: Folder of the model; it need not exist.
+        trained: File with the trained weights, if they are trained already.
+        stage: Digest of everything that determines the trained weights.
+
+    Raises:
+        RecipeError: If it has.
+    """
+    if not folder.is_dir() or not any(folder.iterdir()):
+        return
+    try:
+        info = snapshot_info(trained)
+    except (OSError, ValueError):  # not trained yet, or trained again
+        info = None
+    if info is not None and info.fit == stage:
+        _check_weights(folder, trained)
+    elif _record(folder).get("run") != stage:
+        raise _another_model(folder)
 
 
 def is_exported(folder: Path, trained: Path) -> bool:
@@ -98,7 +120,8 @@ def export(folder: Path, trained: Path, module: ExpertFinetuner, trainer: L.Trai
     trainer.precision_plugin.convert_module(module)
     apply_snapshot(module, trained)
     assert module.model is not None
-    record = {"model": module.model.name_or_path or "", "weights": snapshot_info(trained).digest}
+    info = snapshot_info(trained)
+    record = {"model": module.model.name_or_path or "", "run": info.fit, "weights": info.digest}
     try:
         save_model(folder, module.model, load_tokenizer(tokenizer), record, RECORD_FILE)
     except OSError as error:
@@ -110,9 +133,13 @@ def export(folder: Path, trained: Path, module: ExpertFinetuner, trainer: L.Trai
 
 def _check_weights(folder: Path, trained: Path) -> None:
     if _record(folder).get("weights") != snapshot_info(trained).digest:
-        raise RecipeError(
-            f"--save-model {folder} has another model than this run's; give a new folder, or remove this one"
-        )
+        raise _another_model(folder)
+
+
+def _another_model(folder: Path) -> RecipeError:
+    return RecipeError(
+        f"--save-model {folder} has another model than this run's; give a new folder, or remove this one"
+    )
 
 
 def _record(folder: Path) -> dict[str, Any]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 import shutil
 import uuid
 import warnings
@@ -19,8 +20,18 @@ UNFINISHED = ".unfinished-"
 """Prefix of folders that are being written."""
 
 
-def unfinished_prefix(folder: Path) -> str:
-    """Prefix of the folders, in the same parent, in which `save_model` writes the content of a folder."""
+def unfinished_folders(folder: Path) -> list[Path]:
+    """The folders, in the same parent, in which killed calls of `save_model` have written the content of a folder.
+
+    Raises:
+        OSError: If the parent cannot be read.
+    """
+    # In full: with `model` there may be one of `model-large`, which another process is writing.
+    name = re.compile(rf"{re.escape(_unfinished_prefix(folder))}[0-9a-f]{{32}}")
+    return [path for path in folder.parent.iterdir() if name.fullmatch(path.name) and path.is_dir()]
+
+
+def _unfinished_prefix(folder: Path) -> str:
     return f"{UNFINISHED}{folder.name}-"
 
 
@@ -78,7 +89,7 @@ def save_model(
         OSError: If it cannot be written.
     """
     folder.parent.mkdir(parents=True, exist_ok=True)
-    unfinished = folder.with_name(unfinished_prefix(folder) + uuid.uuid4().hex)
+    unfinished = folder.with_name(_unfinished_prefix(folder) + uuid.uuid4().hex)
     unfinished.mkdir()
     try:
         model.save_pretrained(unfinished)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import uuid
 
 import pytest
 import torch
@@ -77,16 +78,19 @@ def test_a_finished_run_is_saved_later_and_once(tmp_path, monkeypatch, capsys):
 
 def test_what_a_killed_process_left_is_removed(tmp_path):
     folder, saved = tmp_path / "run", tmp_path / "saved[1]"
-    left = tmp_path / f"{UNFINISHED}saved[1]-1234"
+    left = tmp_path / f"{UNFINISHED}saved[1]-{uuid.uuid4().hex}"
     left.mkdir()
     (left / "model.safetensors").write_bytes(b"half")
-    other = tmp_path / f"{UNFINISHED}other-1234"
-    other.mkdir()
+    of_others = [
+        tmp_path / f"{UNFINISHED}{name}{uuid.uuid4().hex}" for name in ("other-", "saved[1]-large-", "saved1-")
+    ]
+    for other in of_others:
+        other.mkdir()
     saved.mkdir()  # an empty folder may be there
     assert run(folder, *METHODS, "--save-model", str(saved)) == 0
     assert (saved / "config.json").is_file()
     assert not left.exists()
-    assert other.is_dir()
+    assert all(other.is_dir() for other in of_others)
 
 
 def refused(capsys, folder, saved):
@@ -116,6 +120,23 @@ def test_the_model_of_another_run_is_refused(tmp_path, capsys):
     assert "has another model than this run's" in capsys.readouterr().err
     assert run(one, *METHODS, "--save-model", str(saved), "--overwrite") == 1
     assert "has other content" in capsys.readouterr().err
+
+
+def test_the_model_of_another_run_is_refused_before_a_killed_one_trains(tmp_path, monkeypatch, capsys):
+    saved, of_other = tmp_path / "saved", tmp_path / "other"
+    assert run(of_other, *METHODS, "--learning-rate", ".01", "--save-model", str(saved)) == 0
+
+    def killed(*_, **__):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patched:
+        patched.setattr(experiment.SeedRun, "complete", killed)
+        assert run(tmp_path / "run", *METHODS) == 130
+    capsys.readouterr()
+    assert "has another model than this run's" in refused(capsys, tmp_path / "run", saved)
+    # The run that wrote it trains again what is damaged.
+    (of_other / "seed-0" / "trained.safetensors").write_bytes(b"")
+    assert run(of_other, *METHODS, "--learning-rate", ".01", "--save-model", str(saved)) == 0
 
 
 @pytest.mark.parametrize("place", ["run", "run/model/mine", "."])
