@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import re
+import uuid
 import warnings
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from bmoe_lightning.methods.storage import unreadable
+from bmoe_lightning.methods.storage import stored_fit_id, unreadable
 from bmoe_lightning.methods.training_data import PassFiles
 from bmoe_lightning.trainer.folders import belongs_to, beside_checkpoint
 from bmoe_lightning.trainer.snapshot_files import taken_over
@@ -49,12 +50,24 @@ class EarlierRun:
         known = fit_id if re.fullmatch(r"[0-9a-f]{32}", fit_id) else ""
         return cls(Path(folder), known, tuple(str(name) for name in snapshots))
 
-    def take_over(self, home: Path, target: Path, num_snapshots: int, left: int | None) -> list[Path]:
+    def id_of_next(self, places: Iterable[Path]) -> str:
+        """Id of the fit of a run that resumes this one: the same, unless this one has finished.
+
+        Args:
+            places: Folders that may have its fit, which is not written over.
+        """
+        finished = bool(self.fit_id) and any(stored_fit_id(place) == self.fit_id for place in places)
+        return uuid.uuid4().hex if finished or not self.fit_id else self.fit_id
+
+    def take_over(
+        self, home: Path, target: Path, target_id: str, num_snapshots: int, left: int | None
+    ) -> list[Path]:
         """Copy the snapshots of this run to the output folder of the run that resumes or completes it.
 
         Args:
             home: Output folder of this run, which may have been moved.
             target: Output folder of the other one, which may be the same.
+            target_id: Id of the fit of the other one.
             num_snapshots: Number of snapshots that methods use.
             left: Number of epochs that are still trained; None if unknown.
 
@@ -67,7 +80,7 @@ class EarlierRun:
         Warns:
             UserWarning: If some are missing that methods may not need.
         """
-        found, missing = taken_over(home, self.snapshots, self.fit_id, target)
+        found, missing = taken_over(home, self.snapshots, self.fit_id, target, target_id)
         used = self.snapshots[-max(0, num_snapshots - (left or 0)) :] if num_snapshots > (left or 0) else ()
         lost = [name for name in used if name in missing]
         why = f" ({error.strerror or error})" if (error := unreadable(home)) is not None else ""

@@ -106,7 +106,8 @@ class RunFolder:
     def begin_training(self, trainer: L.Trainer, num_snapshots: int = 0) -> None:
         """Adopt the snapshots of a resumed run, or start a new fit. A collective.
 
-        A default folder that another run uses is replaced by its next version.
+        A default folder that another run uses is replaced by its next version. So is that of a finished run whose
+        checkpoint is resumed.
 
         Args:
             trainer: Trainer within a fit.
@@ -119,7 +120,7 @@ class RunFolder:
         """
         self._checkpoint = _checkpoint_of(trainer)
         earlier = self._earlier if self.resumes else None
-        self.fit_id = (earlier.fit_id if earlier is not None else "") or uuid.uuid4().hex
+        self.fit_id = uuid.uuid4().hex
         self._is_of_fit, self._weights = False, None
         epochs = trainer.max_epochs
         left = None if epochs is None or epochs < 0 else epochs - trainer.current_epoch
@@ -127,6 +128,8 @@ class RunFolder:
         def begin() -> tuple[Path | None, str, list[Path]]:
             if self.folder is None:
                 return None, self.fit_id, []
+            if earlier is not None:
+                self.fit_id = self._id_of_resumed(earlier)
             folder = self._claimed(self.folder)
             mark_weights(folder, self.fit_id, "")
             self.remove_pass_files()
@@ -197,7 +200,7 @@ class RunFolder:
             if self._is_of_fit:  # to other weights
                 self.fit_id, self.snapshots, self._weights = uuid.uuid4().hex, [], ""
             if self._earlier is not None and self.resumes and self._earlier.fit_id:
-                self.fit_id = self._earlier.fit_id
+                self.fit_id = self._id_of_resumed(self._earlier)
                 folder = self._claimed(folder)
                 return folder, self.fit_id, self._from_earlier(self._earlier, folder, num_snapshots, 0)
             if self._weights != weights:
@@ -369,7 +372,13 @@ class RunFolder:
     def _from_earlier(
         self, earlier: EarlierRun | None, folder: Path, num_snapshots: int, left: int | None
     ) -> list[Path]:
-        return [] if earlier is None else earlier.take_over(self._homes()[0], folder, num_snapshots, left)
+        if earlier is None:
+            return []
+        return earlier.take_over(self._homes()[0], folder, self.fit_id, num_snapshots, left)
+
+    def _id_of_resumed(self, earlier: EarlierRun) -> str:
+        versions = [] if self.folder is None else versions_with_fit(self.folder)
+        return earlier.id_of_next([*self._homes(), *versions])
 
     def _was_replacing(self, folder: Path, weights: str) -> bool:
         """Whether a run was killed that would have replaced the fit in a folder, and the model's weights are its."""

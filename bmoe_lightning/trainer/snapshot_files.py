@@ -8,7 +8,7 @@ import uuid
 from collections.abc import Sequence
 from pathlib import Path
 
-from bmoe_lightning.methods.snapshots import snapshot_info
+from bmoe_lightning.methods.snapshots import read_snapshot, save_snapshot, snapshot_info
 from bmoe_lightning.methods.storage import SNAPSHOT_FOLDER
 from bmoe_lightning.utils.file_header import is_file
 
@@ -61,7 +61,9 @@ def latest_snapshots(folder: Path, fit_id: str | None = None) -> list[Path]:
     return [by_epoch[epoch] for epoch in sorted(by_epoch)]
 
 
-def taken_over(folder: Path, names: Sequence[str], fit_id: str, target: Path) -> tuple[list[Path], list[str]]:
+def taken_over(
+    folder: Path, names: Sequence[str], fit_id: str, target: Path, target_id: str
+) -> tuple[list[Path], list[str]]:
     """Copy the snapshots of a run to the output folder of the run that resumes it.
 
     Args:
@@ -69,6 +71,7 @@ def taken_over(folder: Path, names: Sequence[str], fit_id: str, target: Path) ->
         names: File names of its snapshots, from a checkpoint.
         fit_id: Id of its fit.
         target: Output folder of the resumed run, which may be the same.
+        target_id: Id of the fit of the resumed run, which may be the same.
 
     Returns:
         The snapshots, and the names of those that are missing or belong to another fit.
@@ -77,10 +80,16 @@ def taken_over(folder: Path, names: Sequence[str], fit_id: str, target: Path) ->
     for name in names:
         path = folder / SNAPSHOT_FOLDER / name
         if _NAME.fullmatch(name) and is_file(path) and snapshot_info(path).fit == fit_id:
-            found.append(copied(path, target))
+            found.append(copied(path, target) if target_id == fit_id else _with_id(path, target, target_id))
         else:
             missing.append(name)
     return found, missing
+
+
+def _with_id(path: Path, target: Path, fit_id: str) -> Path:
+    copy = new_snapshot(target, fit_id, epoch_of(path))
+    save_snapshot(copy, read_snapshot(path), fit=fit_id, weights=snapshot_info(path).weights)
+    return copy
 
 
 def copied(path: Path, target: Path) -> Path:

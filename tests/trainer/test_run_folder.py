@@ -327,6 +327,39 @@ class TestFoldersOfRuns:
         assert self.folders(tmp_path) == ["bayesian_moe", "bayesian_moe-v1"]
         assert folder_of(resumed).name == "bayesian_moe"
 
+    @pytest.mark.parametrize("by", ["training", "completion"])
+    def test_a_branch_of_a_finished_run_leaves_its_fit(self, tmp_path, by):
+        methods = (*self.METHODS, *([CheckpointEnsemble(num_snapshots=2)] if by == "training" else []))
+
+        def run(callback, epochs):
+            saves = ModelCheckpoint(tmp_path / "saved", filename="{epoch}", save_top_k=-1, save_on_train_epoch_end=True)
+            return trainer(tmp_path, [callback, saves], max_epochs=epochs, enable_checkpointing=True)
+
+        first, branch = BayesianMoECallback(methods), BayesianMoECallback(methods)
+        run(first, 2).fit(ToyModule(), loader(32, 1), loader(32, 2))
+        files = {path: path.read_bytes() for path in folder_of(first).rglob("*") if path.is_file()}
+        start = str(tmp_path / "saved" / "epoch=0.ckpt")
+        if by == "training":
+            module = ToyModule(learning_rate=0.03)
+            run(branch, 3).fit(module, loader(32, 1), loader(32, 2), ckpt_path=start, weights_only=True)
+            last = [tmp_path / "saved" / name for name in ("epoch=1.ckpt", "epoch=2.ckpt")]
+            members = [1, 2]
+        else:
+            branch.fit_posterior(
+                ToyModule(), trainer=run(branch, 1), train_dataloaders=loader(32, 1), val_dataloaders=loader(32, 2),
+                ckpt_path=start,
+            )  # fmt: skip
+            last, members = [tmp_path / "saved" / "epoch=1.ckpt", Path(start)], []
+        assert self.folders(tmp_path) == ["bayesian_moe", "bayesian_moe-v1"]
+        assert {path: path.read_bytes() for path in files} == files
+        assert not list(tmp_path.rglob(".training"))
+        assert [epoch_of(path) for path in load_fit(folder_of(branch))[1]] == members
+        for callback, checkpoint in zip((first, branch), last, strict=True):
+            later = BayesianMoECallback(methods)
+            run(later, 1).test(ToyModule(), test_loader(), ckpt_path=str(checkpoint), weights_only=True, verbose=False)
+            assert later.fitted.fit_id == callback.fitted.fit_id
+        assert branch.fitted.fit_id != first.fitted.fit_id
+
     def test_a_folder_that_the_user_named_is_that_folder(self, tmp_path):
         for seed in (0, 1):
             callback = BayesianMoECallback(self.METHODS, dirpath=str(tmp_path / "mine"))

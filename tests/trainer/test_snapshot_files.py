@@ -100,17 +100,17 @@ class TestLatest:
 class TestTakenOver:
     def test_into_another_folder(self, tmp_path):
         before = [written(tmp_path / "old", epoch, value=epoch) for epoch in (1, 2)]
-        found, missing = taken_over(tmp_path / "old", names(before), FIT, tmp_path / "new")
+        found, missing = taken_over(tmp_path / "old", names(before), FIT, tmp_path / "new", FIT)
         assert missing == []
         assert [path.parent for path in found] == [tmp_path / "new" / "snapshots"] * 2
         assert [path.read_bytes() for path in found] == [path.read_bytes() for path in before]
-        again, _ = taken_over(tmp_path / "old", names(before), FIT, tmp_path / "new")
+        again, _ = taken_over(tmp_path / "old", names(before), FIT, tmp_path / "new", FIT)
         assert again == found
         assert sorted((tmp_path / "new" / "snapshots").iterdir()) == found
 
     def test_in_the_same_folder_nothing_is_copied(self, tmp_path):
         before = [written(tmp_path, epoch) for epoch in (1, 2)]
-        assert taken_over(tmp_path, names(before), FIT, tmp_path) == (before, [])
+        assert taken_over(tmp_path, names(before), FIT, tmp_path, FIT) == (before, [])
         assert len(list((tmp_path / "snapshots").iterdir())) == 2
 
     def test_what_is_missing_of_another_fit_or_elsewhere(self, tmp_path):
@@ -118,7 +118,7 @@ class TestTakenOver:
         outside = tmp_path / "abababab-epoch-0002.safetensors"
         save_snapshot(outside, {"weight": torch.ones(2)}, fit=FIT)
         lost = ["abababab-epoch-0009.safetensors", other.name, f"../../{outside.name}", str(outside), ""]
-        found, missing = taken_over(tmp_path / "old", [lost[0], mine.name, *lost[1:]], FIT, tmp_path / "new")
+        found, missing = taken_over(tmp_path / "old", [lost[0], mine.name, *lost[1:]], FIT, tmp_path / "new", FIT)
         assert names(found) == [mine.name]
         assert missing == lost
 
