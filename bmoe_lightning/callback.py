@@ -385,7 +385,7 @@ class BayesianMoECallback(L.Callback):
         self.predictions = {k: found for k, found in self.predictions.items() if k.partition("_")[0] != stage}
         loaders, _ = evaluation_loaders(loop)
         baseline = stage == "val" and self.fitted is None and self._found(trainer, module) is None
-        if baseline and not self._folder.refused_by_name():
+        if baseline and not self._folder.has_unreadable_fit():
             methods, fitted = without_fit(self.methods, self.seed, self._folder.missing_fit())
         else:
             fitted = self._ready(trainer, module)

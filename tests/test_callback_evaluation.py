@@ -179,6 +179,26 @@ class TestBeforeAFit:
         run.fit(module, loader(16, 1), calibration_loader())
         assert "temperature/val/nll" in run.validate(module, test_loader(), verbose=False)[0]
 
+    def test_a_script_with_a_dirpath_runs_twice(self, tmp_path):
+        for seed in (0, 1):
+            callback = BayesianMoECallback(["map", "temperature"], dirpath=str(tmp_path / "b"))
+            run, module = trainer(tmp_path, [callback], max_epochs=1), ToyModule(seed)
+            with pytest.warns(UserWarning, match="temperature are not evaluated in this validation") as said:
+                found = run.validate(module, test_loader(), verbose=False)[0]
+            assert {name.split("/")[0] for name in ours(found)} == {"map"}
+            assert any("b has a fit to other weights than the model" in str(w.message) for w in said) == bool(seed)
+            run.fit(module, loader(16, 1), calibration_loader())
+            assert "temperature/test/nll" in run.test(module, test_loader(), verbose=False)[0]
+
+    def test_a_damaged_fit_is_refused(self, tmp_path):
+        module, options = ToyModule(), {"methods": ["map", "temperature"], "dirpath": str(tmp_path / "b")}
+        trainer(tmp_path, [BayesianMoECallback(**options)], max_epochs=1).fit(
+            module, loader(16, 1), calibration_loader()
+        )
+        (tmp_path / "b" / "index.json").write_text("{}")
+        with pytest.raises(ValueError, match=r"index\.json"):
+            trainer(tmp_path, [BayesianMoECallback(**options)]).validate(module, test_loader(), verbose=False)
+
     def test_nothing_to_log(self, tmp_path):
         run = trainer(tmp_path, [BayesianMoECallback(["temperature"])])
         with pytest.raises(RuntimeError, match="no fit was found"):

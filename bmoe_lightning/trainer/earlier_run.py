@@ -59,9 +59,7 @@ class EarlierRun:
         finished = bool(self.fit_id) and any(stored_fit_id(place) == self.fit_id for place in places)
         return uuid.uuid4().hex if finished or not self.fit_id else self.fit_id
 
-    def take_over(
-        self, home: Path, target: Path, target_id: str, num_snapshots: int, left: int | None
-    ) -> list[Path]:
+    def take_over(self, home: Path, target: Path, target_id: str, num_snapshots: int, left: int | None) -> list[Path]:
         """Copy the snapshots of this run to the output folder of the run that resumes or completes it.
 
         Args:

@@ -32,7 +32,7 @@ _REPLACES = "_replaces_predict_step"
 
 
 def without_fit(methods: Sequence[Method], seed: int, reason: Exception) -> tuple[list[Method], FitResult]:
-    """The methods that can be evaluated before anything was fitted, and a fit of nothing.
+    """The methods that can be evaluated before anything was fitted to the weights, and a fit of nothing.
 
     Args:
         methods: Methods of a run.
@@ -52,7 +52,8 @@ def without_fit(methods: Sequence[Method], seed: int, reason: Exception) -> tupl
         raise reason
     if missing:
         warnings.warn(
-            f"nothing has been fitted yet, so {', '.join(missing)} are not evaluated in this validation: {reason}",
+            f"nothing has been fitted to these weights, so {', '.join(missing)} are not evaluated in this validation: "
+            f"{reason}",
             stacklevel=2,
         )
     return ready, fitted

@@ -299,9 +299,13 @@ class RunFolder:
         """The error after `load` has found no fit; it names the folders, and why each was refused."""
         return self._search.error()
 
-    def refused_by_name(self) -> bool:
-        """Whether `load` refused the fit in a folder that the user or the checkpoint names, or one beside it."""
-        return any(folder in self._search.refused for folder in self._named)
+    def has_unreadable_fit(self) -> bool:
+        """Whether `load` could not read the fit in a folder that the user or the checkpoint names, or one beside it.
+
+        A fit to other weights is none: a script that validates before it trains may be run a second time.
+        """
+        refused = (self._search.refused.get(folder) for folder in self._named)
+        return any(error is not None and not isinstance(error, WeightMismatchError) for error in refused)
 
     def release(self) -> None:
         """Release the folder for other processes."""
