@@ -98,7 +98,12 @@ def _stages(
         SeedRun(settings, source, methods, output, seed, run_identity(settings, source))
         for seed in range(settings.first_seed, settings.first_seed + settings.seeds)
     ]
-    first_then_others(lambda: [run_of_seed.check_export() for run_of_seed in runs if is_rank_zero()])
+
+    def check_exports() -> None:
+        for run_of_seed in runs if is_rank_zero() else ():
+            run_of_seed.check_export()
+
+    first_then_others(check_exports)
     try:
         for run_of_seed in runs:
             run_of_seed.complete()
