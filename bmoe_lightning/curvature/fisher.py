@@ -21,16 +21,21 @@ FISHERS = ("exact", "mc", "empirical")
 
 
 def fisher_weights(
-    kind: FisherName, log_probs: Tensor, labels: Tensor | None = None, generator: torch.Generator | None = None
+    kind: FisherName,
+    log_probs: Tensor,
+    labels: Tensor | None = None,
+    generator: torch.Generator | None = None,
+    most_classes: int = 0,
 ) -> Tensor:
     """Weights of the logits in each backward pass.
 
     Args:
-        kind: Kind of Fisher: `exact` (all classes, weighted by p: K - 1 passes), `mc` (one sampled label: 1 pass) or
-            `empirical` (the true label: 1 pass).
+        kind: Kind of Fisher: `exact` (all classes, weighted by p: one pass less than an example has classes), `mc` (one
+            sampled label: 1 pass) or `empirical` (the true label: 1 pass).
         log_probs: Log-probabilities `[B, K]` of the model, `-inf` for absent classes.
         labels: Labels `[B]`, required by `empirical`.
         generator: CPU generator, required by `mc`.
+        most_classes: Number of classes that each example has at most, whichever these are; 0 is K.
 
     Returns:
         Weights `[P, B, K]` float64.
@@ -39,7 +44,7 @@ def fisher_weights(
         ValueError: If `empirical` gets no labels or invalid ones, or the kind is unknown.
     """
     if kind == "exact":
-        return _exact_weights(log_probs)
+        return _exact_weights(log_probs, most_classes or log_probs.shape[1])
     if kind == "mc":
         return label_weights(log_probs, _drawn_labels(log_probs, generator)).unsqueeze(0)
     if kind == "empirical":
@@ -70,9 +75,11 @@ def label_weights(log_probs: Tensor, labels: Tensor) -> Tensor:
     return (-others).scatter(1, labels.unsqueeze(1), others.sum(1, keepdim=True))
 
 
-def _exact_weights(log_probs: Tensor) -> Tensor:
-    """Columns of a square root of `diag(p) - p p^T`: `[K - 1, B, K]`."""
-    probs = log_probs.exp()
+def _exact_weights(log_probs: Tensor, most_classes: int) -> Tensor:
+    """Columns of a square root of `diag(p) - p p^T`, whose rows of absent classes are zero: `[C - 1, B, K]`."""
+    # The classes that each example has come first, so that those columns of zeros take no backward pass.
+    classes = (log_probs == -torch.inf).to(torch.uint8).argsort(dim=1, stable=True)[:, :most_classes]
+    probs = log_probs.gather(1, classes).exp()
     outer = probs.unsqueeze(2) * probs.unsqueeze(1)
     outer = outer - torch.diag_embed(outer.diagonal(dim1=1, dim2=2))
     # The diagonal p (1 - p) as a sum of products: no cancellation when p is nearly 1.
@@ -80,4 +87,5 @@ def _exact_weights(log_probs: Tensor) -> Tensor:
     values, vectors = torch.linalg.eigh(hessian)
     # The smallest eigenvalue is zero: its eigenvector is the common shift of all logits.
     root = vectors[..., 1:] * values[..., 1:].clamp(min=0).sqrt().unsqueeze(1)
-    return root.permute(2, 0, 1)
+    weights = root.permute(2, 0, 1)
+    return weights.new_zeros(len(weights), *log_probs.shape).scatter(2, classes.expand_as(weights), weights)

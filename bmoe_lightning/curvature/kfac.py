@@ -73,8 +73,8 @@ def collect_factors(
     """Collect the curvature of every expert's second linear layer.
 
     The model runs in evaluation mode with frozen parameters; its modes, gradients and the global random state are
-    restored. Each batch takes one forward pass and K - 1 (`exact`) or 1 (`mc`, `empirical`) backward passes to the
-    experts' outputs.
+    restored. Each batch takes one forward pass and K - 1 (`exact`, K the number of classes that an example has at
+    most) or 1 (`mc`, `empirical`) backward passes to the experts' outputs.
 
     Args:
         model: Module with expert layers.
@@ -158,7 +158,8 @@ def collect_factors(
                         LayerSums(layer, s.inputs, rank, sketch, seed) for layer, s in zip(layers, slots, strict=True)
                     ]
                     kept.restore(sums, generator)
-                weights = fisher_weights(fisher, tapped.log_probs, tapped.labels, generator)
+                most = max(2, tapped.most_classes) if fisher == "exact" else 0
+                weights = fisher_weights(fisher, tapped.log_probs, tapped.labels, generator, most)
                 weights = weights * tapped.counts(weights.device).view(1, -1, 1)
                 # Once per model: whether it mixes examples depends on its code, not on the batch.
                 thorough, checked = not checked, checked or len(tapped.logits) > 1

@@ -33,6 +33,22 @@ def test_exact_with_absent_classes():
     assert float(weights[:, 0, 1].square().max()) < 1e-15  # an absent class has no derivative either way
 
 
+@pytest.mark.parametrize("mask", ["of all examples", "of each example"])
+def test_exact_takes_no_pass_for_classes_that_no_example_has(mask):
+    """Twelve columns, of which each example has three: the same ones, or any three."""
+    logits = draw(num_classes=12)
+    kept = torch.tensor([1, 4, 7]).expand(6, 3) if mask == "of all examples" else torch.rand(6, 12).argsort(1)[:, :3]
+    logits = torch.full_like(logits, -torch.inf).scatter(1, kept, logits.gather(1, kept))
+    logits[0, kept[0, 0]] = -torch.inf  # one of them has two
+    weights = fisher_weights("exact", logits.log_softmax(-1), most_classes=3)
+    assert weights.shape == (2, 6, 12)
+    torch.testing.assert_close(total(weights), hessian(logits), rtol=1e-10, atol=1e-14)
+    assert float(weights.masked_fill(logits > -torch.inf, 0).abs().max()) < 1e-7
+    more = fisher_weights("exact", logits.log_softmax(-1), most_classes=5)  # of another rank
+    assert more.shape == (4, 6, 12)
+    torch.testing.assert_close(total(more), hessian(logits), rtol=1e-10, atol=1e-14)
+
+
 @pytest.mark.parametrize("rest", [1e-9, 1e-14, 1e-20, 1e-30])
 def test_a_sure_model_does_not_cancel(rest):
     """At p = 1 - rest the entries are of the size of `rest`; 1 - p in floating point would lose them."""

@@ -261,6 +261,29 @@ def test_one_slot_an_expert_is_the_exact_ggn(layout):
     assert float((found - exact).abs().max()) <= 1e-11 * float(exact.abs().max())
 
 
+@pytest.mark.parametrize("mask", [-torch.inf, torch.finfo(torch.float32).min, -1e9])
+@pytest.mark.parametrize("columns", ["the same", "any"])
+def test_absent_classes_take_no_backward_pass(columns, mask):
+    """Nine columns: four of the model's, and those of a larger answer set that no example has, or each has four."""
+    model, batch = toy_model(), toy_batch()
+    size, passes = len(batch["ids"]), []
+    place = torch.arange(2, 6).expand(size, 4)
+    if columns == "any":
+        place = torch.rand(size, 9, generator=torch.Generator().manual_seed(2)).argsort(1)[:, :4].sort(1).values
+
+    def wide_logits(model, batch):
+        logits, labels = answer_logits(model, batch)
+        wide = torch.full((size, 9), float(mask), dtype=logits.dtype).scatter(1, place, logits)
+        if wide.requires_grad:
+            wide.register_hook(lambda gradient: passes.append(1))
+        return wide, labels
+
+    found = collect_factors(model, wide_logits, [batch], rank=FULL)
+    assert len(passes) == 3  # of four classes
+    for class_logits in (answer_logits, wide_logits):
+        assert_dense(found, dense_of(model, class_logits, batch, "expand"))
+
+
 @pytest.mark.parametrize("approximation", ["expand", "reduce"])
 def test_repeated_example_is_the_exact_ggn(approximation):
     """The same slot many times over: the mean of the Kronecker products is the product of the means."""
