@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from bmoe_lightning.experts.logits_contract import ClassLogits, checked_labels, looks_masked, run_class_logits
 from bmoe_lightning.experts.model_state import evaluation_mode
+from bmoe_lightning.experts.ownership import slot_owners
 from bmoe_lightning.experts.taps import check_graph, tapped_batch
 from bmoe_lightning.experts.types import ExpertLayer
 from bmoe_lightning.utils.random_state import unchanged_global_random_states
@@ -25,7 +26,10 @@ def check_class_logits(
     labelled: bool = True,
     needing_labels: Sequence[str] = (),
 ) -> int:
-    """Check what `class_logits` returns for one batch, in one forward pass and no backward pass.
+    """Check what `class_logits` returns for one batch, in one forward pass.
+
+    With layers, whether logits depend on the tokens of other examples is checked at the last of them; that takes
+    backward passes, in most models only as far as that layer.
 
     The model's modes, gradients and statistics and the random states are unchanged.
 
@@ -43,7 +47,8 @@ def check_class_logits(
     Raises:
         TypeError: If it does not return a pair.
         ValueError: If logits or labels are invalid or missing.
-        RuntimeError: If the logits carry no graph, no expert layer was run, or the batch was written to.
+        RuntimeError: If the logits carry no graph, no expert layer was run, the logits of several examples depend on
+            one token, or the batch was written to.
 
     Warns:
         UserWarning: If a finite value looks like a mask, but is read as a logit.
@@ -52,7 +57,9 @@ def check_class_logits(
         if layers:
             with tapped_batch(model, layers, class_logits, batch) as tapped:
                 check_graph(tapped.logits)
-                tapped.taps.slots(0)  # raises if no layer was run
+                slots = [tapped.taps.slots(position) for position in range(len(layers))]  # raises if no layer was run
+                if any(len(layer_slots.inputs) for layer_slots in slots):
+                    slot_owners(tapped, slots)  # raises if a token affects several examples
                 logits = tapped.logits.detach().masked_fill(~tapped.present, -torch.inf)
                 labels = tapped.labels
         else:

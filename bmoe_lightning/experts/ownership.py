@@ -90,10 +90,14 @@ def _owners_by_gradient(batch: TappedBatch, positions: Sequence[int]) -> list[Te
     """Owners of the slots of some layers: an example, `_UNKNOWN` (affects no logit, or too little) or `_MIXED`."""
     logits = batch.logits
     num_examples, num_classes = logits.shape
-    # Random class weights: a slot that affects any logit almost surely affects their weighted sum.
+    # Random weights: a slot that affects any logit almost surely affects their weighted sum, also if it affects those of
+    # several examples by amounts that add up to zero, as where the mean over the batch is subtracted.
     generator = torch.Generator().manual_seed(0)
-    class_weights = 1 + torch.rand(num_classes, generator=generator, dtype=torch.float64)
-    plain_weights = batch.present * class_weights.to(logits.device)
+    class_weights, example_weights = (
+        1 + torch.rand(count, generator=generator, dtype=torch.float64).to(logits.device)
+        for count in (num_classes, num_examples)
+    )
+    plain_weights = batch.present * class_weights * example_weights.unsqueeze(1)
     # Fewer examples in one pass in float16, which has fewer exponents.
     scale = batch.taps.scale
     base = 32 if scale is None else 8

@@ -125,6 +125,13 @@ class TestGradients:
         with pytest.raises(RuntimeError, match="logits without a graph"):
             checked(model, detached)
 
+    @pytest.mark.parametrize("rows", [4, 5])
+    def test_logits_that_depend_on_other_examples(self, model, rows):
+        centred = returning(lambda f, y: (f - f.mean(0), y))
+        assert checked(model, centred, taps=False, batch=toy_batch(rows)) == rows
+        with pytest.raises(RuntimeError, match="moves the logits of several examples"):
+            checked(model, centred, batch=toy_batch(rows))
+
     def test_another_model_than_the_one_that_is_given(self, model):
         other = toy_model(seed=3)
         with pytest.raises(RuntimeError, match=r"logits without a graph|no token was routed"):

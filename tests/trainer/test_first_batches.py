@@ -90,9 +90,19 @@ CASES = {
     "logs": (lambda m, f, y, b: (m.log("acc", 1.0), (f, y))[1], r"class_logits calls self\.log"),
     "logs a dict": (lambda m, f, y, b: (m.log_dict({"acc": 1.0}), (f, y))[1], r"class_logits calls self\.log"),
     "writes to the batch": (writes, r"class_logits writes in place to batch\['input_ids'\]"),
+    "centred over the batch": (lambda m, f, y, b: (f - f.mean(0), y), "moves the logits of several examples"),
+    "normalised over the batch": (lambda m, f, y, b: (f / f.std(), y), "moves the logits of several examples"),
     "a copy of the model": (a_copy, "no token was routed"),
 }
-DEEP = ("detached", "no gradients", "inference mode", "reentrant checkpointing", "a copy of the model")
+DEEP = (
+    "centred over the batch",
+    "normalised over the batch",
+    "detached",
+    "no gradients",
+    "inference mode",
+    "reentrant checkpointing",
+    "a copy of the model",
+)
 
 
 @pytest.mark.parametrize("name", CASES)
