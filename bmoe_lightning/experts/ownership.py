@@ -90,8 +90,8 @@ def _owners_by_gradient(batch: TappedBatch, positions: Sequence[int]) -> list[Te
     """Owners of the slots of some layers: an example, `_UNKNOWN` (affects no logit, or too little) or `_MIXED`."""
     logits = batch.logits
     num_examples, num_classes = logits.shape
-    # Random weights: a slot that affects any logit almost surely affects their weighted sum, also if it affects those of
-    # several examples by amounts that add up to zero, as where the mean over the batch is subtracted.
+    # Random weights: a slot that affects any logit almost surely affects their weighted sum, also where its effects on
+    # several examples would add up to zero, as where the mean over the batch is subtracted.
     generator = torch.Generator().manual_seed(0)
     class_weights, example_weights = (
         1 + torch.rand(count, generator=generator, dtype=torch.float64).to(logits.device)
