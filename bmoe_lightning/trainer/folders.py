@@ -234,11 +234,11 @@ def _make_folder(folder: Path) -> None:
 def _log_folder(trainer: L.Trainer) -> Path:
     """The folder of a run: `save_dir/name/version` of the first logger, as for Lightning's `ModelCheckpoint`."""
     if not trainer.loggers:
-        return Path(trainer.default_root_dir)
+        return Path(trainer.default_root_dir).absolute()
     logger = trainer.loggers[0]
     save_dir, name, version = logger.save_dir, logger.name, logger.version
     folder = trainer.default_root_dir if save_dir is None else save_dir
-    return Path(folder, str(name), version if isinstance(version, str) else f"version_{version}")
+    return Path(folder, str(name), version if isinstance(version, str) else f"version_{version}").absolute()
 
 
 def _first_version(folder: Path) -> Path:

@@ -77,7 +77,8 @@ class RunFolder:
             )
         if re.search(r"-v\d+$", name):
             raise ValueError(f"name {name!r} ends like the version of another run's folder; leave out the end '-v...'")
-        self.given = Path(given, name) if given is not None else None
+        # Absolute: a process that resumes from a checkpoint may run in another directory.
+        self.given = Path(given, name).absolute() if given is not None else None
         self.folder = self.given
         self.fit_id = uuid.uuid4().hex
         self.snapshots: list[Path] = []

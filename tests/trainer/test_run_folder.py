@@ -423,6 +423,19 @@ class TestResumedRuns:
         assert {path: path.read_bytes() for path in files} == files
         load_fit(folder_of(first))
 
+    @pytest.mark.parametrize("given", [True, False])
+    def test_a_relative_folder_of_another_working_directory(self, tmp_path, monkeypatch, given):
+        options = {"dirpath": "fit"} if given else {}
+        for name in ("one", "two"):
+            (tmp_path / name).mkdir()
+        monkeypatch.chdir(tmp_path / "one")
+        self.fit(Path("logs"), 3, **options)
+        monkeypatch.chdir(tmp_path / "two")
+        checkpoint = self.checkpoint(tmp_path / "one" / "logs", 2)
+        second = self.fit(Path("logs"), 5, checkpoint=checkpoint, **options)
+        assert self.members(second) == 4
+        assert folder_of(second).is_relative_to(tmp_path / "two")
+
     def test_in_a_run_folder_that_was_moved(self, tmp_path):
         self.fit(tmp_path / "old", 3)
         (tmp_path / "old").rename(tmp_path / "new")
