@@ -30,7 +30,7 @@ from safetensors.torch import save
 
 from bmoe_lightning.curvature import Curvature, collect_factors
 from bmoe_lightning.laplace import LaplacePosterior, WeightMismatchError
-from bmoe_lightning.methods import NotFittedError, evaluate, fit_methods, get_method, save_snapshot, storage
+from bmoe_lightning.methods import NotFittedError, evaluate, fit_index, fit_methods, get_method, save_snapshot, storage
 from bmoe_lightning.methods.registry import built_in_names
 from bmoe_lightning.utils.file_contract import _header, _same, with_header
 from bmoe_lightning.utils.file_header import seal
@@ -59,7 +59,7 @@ class Sample:
         model = toy_model()
         fit.check_weights(model)
         found = evaluate(self.methods, fit, model, answer_logits, BATCHES, snapshots)
-        served = LaplacePosterior.load(folder / storage.POSTERIOR_FILE)
+        served = LaplacePosterior.load(folder / fit_index.POSTERIOR_FILE)
         return {
             "predictions": {name: p.log_probs for name, p in found.items()},
             "scalars": {key: torch.tensor(value) for key, value in fit.scalars(self.methods).items()},
@@ -206,7 +206,7 @@ def tensor_mutated(  # noqa: C901  (one branch a kind)
 
 def reseal_index(folder: Path, path: Path, content: bytes) -> None:
     """Put a file's new digest into the index."""
-    index = folder / storage.INDEX_FILE
+    index = folder / fit_index.INDEX_FILE
     fields = json.loads(index.read_text())
     text = json.dumps(fields).replace(_header(path.read_bytes())["sha256"], _header(content)["sha256"])
     index.write_text(seal(json.loads(text))[0])
@@ -246,7 +246,7 @@ def mutations(  # noqa: C901  (one branch a kind)
         return None
 
     def apply() -> None:
-        if kind in ("sealed json", "tensor") and (folder / storage.INDEX_FILE).exists() and path.suffix != ".json":
+        if kind in ("sealed json", "tensor") and (folder / fit_index.INDEX_FILE).exists() and path.suffix != ".json":
             reseal_index(folder, path, mutated)
         path.write_bytes(mutated)
 

@@ -9,7 +9,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from bmoe_lightning.methods.storage import stored_fit_id, unreadable
+from bmoe_lightning.methods.fit_index import stored_fit_id, unreadable
 from bmoe_lightning.methods.training_data import PassFiles
 from bmoe_lightning.trainer.folders import belongs_to, beside_checkpoint
 from bmoe_lightning.trainer.snapshot_files import taken_over

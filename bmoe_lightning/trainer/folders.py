@@ -12,7 +12,7 @@ from pathlib import Path
 
 import lightning as L
 
-from bmoe_lightning.methods.storage import INDEX_FILE, has_fit, stored_fit_id, unreadable
+from bmoe_lightning.methods.fit_index import INDEX_FILE, has_fit, stored_fit_id, unreadable
 from bmoe_lightning.trainer.snapshot_files import has_snapshots
 from bmoe_lightning.utils.atomic_io import write_text
 from bmoe_lightning.utils.folder_lock import FolderInUseError, FolderLock

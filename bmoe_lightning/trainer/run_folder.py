@@ -16,17 +16,10 @@ from bmoe_lightning.curvature.checkpoint import remove_checkpoint
 from bmoe_lightning.experts.fingerprint import module_fingerprint
 from bmoe_lightning.experts.fsdp import gathered, has_shards, reshard
 from bmoe_lightning.laplace.posterior import WeightMismatchError
+from bmoe_lightning.methods.fit_index import INDEX_FILE, has_fit, stored_fit_id, stored_snapshots, unreadable
 from bmoe_lightning.methods.fit_result import FitResult
 from bmoe_lightning.methods.snapshots import remove_snapshot, save_snapshot
-from bmoe_lightning.methods.storage import (
-    INDEX_FILE,
-    has_fit,
-    load_fit,
-    save_fit,
-    stored_fit_id,
-    stored_snapshots,
-    unreadable,
-)
+from bmoe_lightning.methods.storage import load_fit, save_fit
 from bmoe_lightning.methods.training_data import PassFiles
 from bmoe_lightning.trainer.checks import is_trial
 from bmoe_lightning.trainer.earlier_run import EarlierRun, pass_files, possible_homes

@@ -8,8 +8,8 @@ import uuid
 from collections.abc import Sequence
 from pathlib import Path
 
+from bmoe_lightning.methods.fit_index import SNAPSHOT_FOLDER
 from bmoe_lightning.methods.snapshots import read_snapshot, save_snapshot, snapshot_info
-from bmoe_lightning.methods.storage import SNAPSHOT_FOLDER
 from bmoe_lightning.utils.file_header import is_file
 
 _NAME = re.compile(r"(?P<fit>[0-9a-f]{8})-epoch-(?P<epoch>\d{4,})(-[0-9a-f]{8}|-v\d+)?\.safetensors")

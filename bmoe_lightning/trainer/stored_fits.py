@@ -11,8 +11,9 @@ from torch import nn
 
 from bmoe_lightning.experts.weight_record import PresentWeights
 from bmoe_lightning.laplace.posterior import WeightMismatchError
+from bmoe_lightning.methods.fit_index import has_fit, unreadable
 from bmoe_lightning.methods.fit_result import FitResult
-from bmoe_lightning.methods.storage import has_fit, load_identity, unreadable
+from bmoe_lightning.methods.storage import load_identity
 from bmoe_lightning.utils.distributed import gather_number, together
 from bmoe_lightning.utils.messages import shown_path
 

@@ -29,7 +29,8 @@ from bmoe_lightning.curvature.checkpoint import FORMAT as PASS_FORMAT
 from bmoe_lightning.data.batches import PaddingSide
 from bmoe_lightning.laplace.posterior import WeightMismatchError
 from bmoe_lightning.methods import DataMismatchError, FitResult, Method, NeedsError
-from bmoe_lightning.methods.storage import INDEX_FILE, has_fit, load_fit
+from bmoe_lightning.methods.fit_index import INDEX_FILE, has_fit
+from bmoe_lightning.methods.storage import load_fit
 from bmoe_lightning.report import MethodResult
 from bmoe_lightning.trainer.progress import LoopProgressLines
 from bmoe_lightning.utils.distributed import barrier, is_rank_zero

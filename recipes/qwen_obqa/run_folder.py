@@ -19,7 +19,7 @@ from lightning.fabric.utilities.exceptions import MisconfigurationException
 
 from bmoe_lightning.curvature.sketch import check_linear
 from bmoe_lightning.methods import Method
-from bmoe_lightning.methods.storage import remove_leftover_files
+from bmoe_lightning.methods.fit_index import remove_leftover_files
 from bmoe_lightning.optim import check_half_precision_updates
 from bmoe_lightning.utils.atomic_io import remove_all_leftovers, remove_leftovers
 from bmoe_lightning.utils.distributed import is_rank_zero, num_processes
