@@ -331,6 +331,73 @@ class TestWeightAveraging:
                 run.validate(copied, test_loader(), verbose=False)
 
 
+class WithHead(ToyModule):
+    """A head is trained beside a transformers model that is not; an average of the head follows."""
+
+    def __init__(self, seed=0):
+        super().__init__()
+        self.network = self.network.model.requires_grad_(False)
+        with torch.random.fork_rng():
+            torch.manual_seed(seed)
+            self.head = torch.nn.Linear(16, 3)
+        self.average = copy.deepcopy(self.head)
+
+    def class_logits(self, batch):
+        states = self.network(input_ids=batch["input_ids"], use_cache=False).last_hidden_state
+        return self.head(states[:, -1]), batch["labels"]
+
+    def on_fit_end(self):
+        self.average.load_state_dict(self.head.state_dict())
+
+    def configure_optimizers(self):
+        return torch.optim.SGD(self.head.parameters(), lr=0.05)
+
+
+class TestHeadBesideTheModel:
+    METHODS = ("map", "temperature", "laplace_lpo")
+
+    def callback(self, **options):
+        return BayesianMoECallback(self.METHODS, **options)
+
+    def train(self, folder, module, *callbacks):
+        run = trainer(folder, list(callbacks), max_epochs=1)
+        run.fit(module, loader(32, 1), loader(32, 2))
+        return module
+
+    @pytest.mark.parametrize("methods", [METHODS, ("map", "temperature")])
+    def test_that_of_another_run_is_refused(self, tmp_path, methods):
+        first = BayesianMoECallback(methods)
+        fitted = self.train(tmp_path, WithHead(seed=1), first)
+        other = self.train(tmp_path, WithHead(seed=2))
+        with pytest.raises(WeightMismatchError, match=r"2 parameters differ, .*: head\.bias, head\.weight"):
+            trainer(tmp_path, [BayesianMoECallback(methods)]).test(other, test_loader(), verbose=False)
+        with pytest.raises(WeightMismatchError):
+            trainer(tmp_path, [first]).test(other, test_loader(), verbose=False)
+        found = trainer(tmp_path, [BayesianMoECallback(methods)]).test(fitted, test_loader(), verbose=False)[0]
+        assert "temperature/test/nll" in found
+        # In a folder of its own once it is fitted.
+        second = BayesianMoECallback(methods)
+        second.fit_posterior(
+            other, trainer=trainer(tmp_path, [second]), train_dataloaders=loader(32, 1), val_dataloaders=loader(32, 2)
+        )
+        assert second.fitted.fit_id != first.fitted.fit_id
+        assert {path.parent.name for path in tmp_path.rglob("index.json")} == {"bayesian_moe", "bayesian_moe-v1"}
+
+    def test_a_method_that_is_added_later(self, tmp_path):
+        module = self.train(tmp_path, WithHead(), BayesianMoECallback(("map", "temperature")))
+        more = self.callback()
+        more.fit_posterior(
+            module, trainer=trainer(tmp_path, [more]), train_dataloaders=loader(32, 1), val_dataloaders=loader(32, 2)
+        )
+        with torch.no_grad():
+            module.average.weight.add_(1)
+        assert more.fitted.has_weights_of(module)
+        with torch.no_grad():
+            module.head.bias.add_(1)
+        assert not more.fitted.has_weights_of(module)
+        assert not load_fit(tmp_path / "bayesian_moe")[0].has_weights_of(module)
+
+
 class SaveWeights(L.Callback):
     def __init__(self, path):
         self.path = path

@@ -34,7 +34,7 @@ from bmoe_lightning.utils.safetensors_io import (
 FORMAT = "curvature checkpoint"
 VERSION = 1
 _GENERATOR = "generator"
-_RECORD = "data."
+_RECORD, _USED = "data.", "weights."
 _DONE, _RUNNING, _STOPPED = range(3)  # states of a rank, all-gathered before each write
 _PREVIOUS = ".before"  # suffix of the previous file of each of several ranks
 _RESTART = "delete the file to start the curvature pass from the beginning"
@@ -90,6 +90,7 @@ class PassCheckpoint:
         options: Everything else that the sums depend on, except the batches, as JSON values.
         distributed: Whether all ranks of torch.distributed's default group take part.
         record: Record of the data, which is written and restored with the sums.
+        used: Record of the weights outside of the fingerprinted module, likewise.
 
     Raises:
         ValueError: If `every` is below 1, or this rank's file is damaged, has another format or version, or is from a
@@ -111,13 +112,14 @@ class PassCheckpoint:
         *,
         distributed: bool,
         record: Stateful | None = None,
+        used: Stateful | None = None,
     ) -> None:
         if every < 1:
             raise ValueError(f"checkpoint_every must be at least 1, got {every}")
         self.progress = Progress()
         self._distributed = distributed
         self._every = every
-        self._record = record
+        self._records = {_RECORD: record, _USED: used}
         self._fingerprint = fingerprint
         self._options = json.loads(json.dumps(options))
         self._tensors: dict[str, Tensor] = {}
@@ -196,7 +198,7 @@ class PassCheckpoint:
     def _parts(self, sums: Sequence[Stateful]) -> list[tuple[str, Stateful]]:
         """Everything with a state, and what the names of its tensors begin with."""
         parts = [(f"{position}.", layer) for position, layer in enumerate(sums)]
-        return parts if self._record is None else [*parts, (_RECORD, self._record)]
+        return parts + [(start, record) for start, record in self._records.items() if record is not None]
 
     def _states(self, state: int) -> list[int]:
         """The states of all ranks. A collective in a distributed pass."""

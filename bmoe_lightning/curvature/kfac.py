@@ -37,6 +37,7 @@ from bmoe_lightning.experts.ownership import slot_owners
 from bmoe_lightning.experts.taps import Slots, TappedBatch, tapped_batch
 from bmoe_lightning.experts.tied_weights import check_distinct
 from bmoe_lightning.experts.types import ExpertLayer
+from bmoe_lightning.experts.used_weights import UsedWeights
 from bmoe_lightning.experts.weight_record import weight_record
 from bmoe_lightning.experts.weights import down_proj_weights
 from bmoe_lightning.utils.distributed import (
@@ -129,6 +130,8 @@ def collect_factors(
     check_collective(model, distributed=distributed)
     generator = torch.Generator().manual_seed(seed + (process_rank() * 7_368_787 if distributed else 0))
     fingerprint = weight_fingerprint(model, layers)
+    outside = UsedWeights(model, layers)
+    class_logits = outside.observed(class_logits)
     record = record or DataRecorder(distributed=distributed)
     kept = PassCheckpoint(
         checkpoint,
@@ -146,6 +149,7 @@ def collect_factors(
         },
         distributed=distributed,
         record=record,
+        used=outside,
     )
     sums: list[LayerSums] = []
     used, checked = kept.progress.examples, kept.progress.checked
@@ -194,7 +198,7 @@ def collect_factors(
         num_examples_used=used,
         expert_layers=tuple(layers),
         fingerprint=fingerprint,
-        weights=weight_record(model, layers),
+        weights=outside.added_to(weight_record(model, layers), distributed=distributed),
     )
 
 

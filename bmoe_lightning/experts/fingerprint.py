@@ -60,24 +60,28 @@ def _digest(module: nn.Module, *, sharded: bool) -> str:
     return digest.hexdigest()
 
 
-def joined_samples(samples: Sequence[Tensor], *, sharded: bool) -> Tensor:
+def joined_samples(samples: Sequence[Tensor], *, sharded: bool, replicas_agree: bool = True) -> Tensor:
     """Samples of parameters as one float32 tensor `[n]` on the CPU. A collective, if the model is sharded.
 
     Args:
         samples: What `sample` returned for each parameter.
         sharded: Whether the model is sharded by FSDP2.
+        replicas_agree: Whether weights that several ranks hold must be the same on all of them; otherwise those of
+            the first one count.
 
     Raises:
-        ValueError: If ranks differ in weights that several of them hold.
+        ValueError: If ranks differ in weights that several of them hold, and must not.
     """
     joined = torch.cat(to_cpu([values.float() for values in samples]))
-    return _reduced(*joined.unbind(1)) if sharded else joined
+    return _reduced(*joined.unbind(1), replicas_agree=replicas_agree) if sharded else joined
 
 
-def _reduced(values: Tensor, here: Tensor, counts: Tensor) -> Tensor:
+def _reduced(values: Tensor, here: Tensor, counts: Tensor, *, replicas_agree: bool) -> Tensor:
     """The samples of all ranks, checked for equality where several hold the same. A collective; see `sample`."""
     total = torch.where(counts > 0, values, 0)
     sum_over_processes([total])
+    if not replicas_agree:
+        return total
     same = (values == total) | (values.isnan() & total.isnan()) | (here == 0)
     differing = sum(gather_number(int(not bool(same.all()))))
     if differing:

@@ -10,7 +10,6 @@ from torch import nn
 
 from bmoe_lightning.curvature.factors import KroneckerFactors, LayerFactors
 from bmoe_lightning.experts.discovery import locate_expert_layers
-from bmoe_lightning.experts.fingerprint import fingerprinted_module
 from bmoe_lightning.experts.types import ExpertLayer
 from bmoe_lightning.experts.wrappers.accelerate import execution_device
 from bmoe_lightning.experts.write_counts import weights_state
@@ -56,16 +55,12 @@ class Binding:
             moved = tuple(
                 layer.to(device if place.type == "meta" else place) for layer, place in zip(moved, places, strict=True)
             )
-        weights = weights_state(fingerprinted_module(model, layers))
+        weights = weights_state(model)
         return cls(weakref.ref(model), device, weights, layers, moved)
 
     def is_of(self, model: nn.Module) -> bool:
         """Whether this is of a model, on its device and with its weights."""
-        return (
-            self.model() is model
-            and self.device == execution_device(model)
-            and self.weights == weights_state(fingerprinted_module(model, self.layers))
-        )
+        return self.model() is model and self.device == execution_device(model) and self.weights == weights_state(model)
 
 
 def _match_layers(model: nn.Module, factors: KroneckerFactors) -> list[ExpertLayer]:

@@ -13,7 +13,9 @@ from torch import Tensor, nn
 
 from bmoe_lightning.curvature.spec import Curvature
 from bmoe_lightning.experts import ClassLogits, ExpertLayer, weight_fingerprint
+from bmoe_lightning.experts.discovery import locate_expert_layers
 from bmoe_lightning.experts.fsdp import check_collective
+from bmoe_lightning.experts.used_weights import UsedWeights
 from bmoe_lightning.experts.weight_record import weight_record
 from bmoe_lightning.methods.base import Method, check_method_names
 from bmoe_lightning.methods.curvature_warnings import warn_of_discarded_energy
@@ -96,6 +98,8 @@ def fit_methods(
                 "the same seed, or fit into another folder"
             )
     missing = [method for method in methods if not earlier.is_fitted(method)]
+    used = UsedWeights(model, locate_expert_layers(model, earlier.layers))
+    class_logits = used.observed(class_logits)
     work = Workbench(
         model,
         class_logits,
@@ -137,6 +141,8 @@ def fit_methods(
         _log_warnings(fitted, [sentence for sentence in doubts_of_model if sentence not in earlier.warnings])
     warnings = tuple(dict.fromkeys([*earlier.warnings, *doubts_of_model]))
     completed = earlier.with_methods(fitted, collected)
+    if missing and (earlier.weights is None or earlier.weights.outside is None):
+        completed = replace(completed, weights=used.added_to(earlier.weights, distributed=distributed))
     return replace(completed, calibration=calibration, training=work.given.training_record, warnings=warnings)
 
 
