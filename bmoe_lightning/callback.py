@@ -300,7 +300,7 @@ class BayesianMoECallback(L.Callback):
         check_prediction(trainer, as_list(trainer.predict_dataloaders))
         method = next(method for method in self.methods if method.name == self.predict_method)
         predictor = Predictor(method, self._ready(trainer, pl_module), self._folder.snapshots)
-        self._undo.append(replace_predict_step(pl_module, predictor, self._logits))
+        self._undo.append(replace_predict_step(trainer, pl_module, predictor, self._logits))
 
     def teardown(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
         """Restore loops and module."""

@@ -13,7 +13,7 @@ from lightning.pytorch.strategies import ModelParallelStrategy
 from lightning.pytorch.utilities.combined_loader import CombinedLoader
 
 from bmoe_lightning.trainer.lightning_internals import before_batch_transfer, setup_validation_data, wrapped_samplers
-from bmoe_lightning.trainer.loaders import count_batches, count_entries, iterates_itself, iterates_once
+from bmoe_lightning.trainer.loaders import count_batches, count_entries, iterates_once
 from bmoe_lightning.trainer.progress import progress
 from bmoe_lightning.trainer.sampler_shards import find_sampler_shard
 from bmoe_lightning.trainer.signals import check_sigterm, deferred_sigint
@@ -213,6 +213,4 @@ class TrainerTrainingData:
 
 def _entries(trainer: L.Trainer, loader: Any, num_batches: float) -> int | None:
     shard = find_sampler_shard(trainer, loader, num_batches)
-    if shard is not None and iterates_itself(loader):
-        return None
     return count_entries(loader, num_batches) if shard is None else shard.total

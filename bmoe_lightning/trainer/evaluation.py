@@ -26,6 +26,7 @@ from bmoe_lightning.trainer.checks import is_trial
 from bmoe_lightning.trainer.data_passes import DataPass
 from bmoe_lightning.trainer.lightning_internals import logged_step
 from bmoe_lightning.trainer.sampler_shards import SamplerShard, find_sampler_shard
+from bmoe_lightning.trainer.signals import check_sigterm
 from bmoe_lightning.utils.distributed import gather_number
 
 _REPLACES = "_replaces_predict_step"
@@ -296,14 +297,16 @@ def predicted(predictor: Predictor, module: nn.Module, class_logits: ClassLogits
 
 
 def replace_predict_step(
-    module: L.LightningModule, predictor: Predictor, class_logits: ClassLogits
+    trainer: L.Trainer, module: L.LightningModule, predictor: Predictor, class_logits: ClassLogits
 ) -> Callable[[], None]:
     """Patch a module's `predict_step` to return a prediction beside its original output.
 
     If the original output is a mapping, its entries (an `index`, say) are merged, and those of `predicted` take
-    precedence; any other output becomes the entry `step_output`. The batch's `index`, if it has one, is added.
+    precedence; any other output becomes the entry `step_output`. The batch's `index`, if it has one, is added. SIGTERM
+    stops the trainer before the next batch, which its loop of predictions does not do.
 
     Args:
+        trainer: Trainer that predicts.
         module: The module.
         predictor: Predictor of one method.
         class_logits: Function as in `predicted`.
@@ -323,6 +326,7 @@ def replace_predict_step(
     has_step = own is not None or type(module).predict_step is not L.LightningModule.predict_step
 
     def predict_step(batch: Any, *args: Any) -> dict[str, Any]:
+        check_sigterm(trainer)
         output = step(batch, *args) if has_step else None
         found = predicted(predictor, module, class_logits, batch)
         index = {"index": batch["index"]} if isinstance(batch, Mapping) and "index" in batch else {}

@@ -23,6 +23,7 @@ from torch.utils.data import BatchSampler, DataLoader, DistributedSampler, Sampl
 
 from bmoe_lightning.experts.counted_batch import CountedBatch, check_entries
 from bmoe_lightning.trainer.lightning_internals import wrapped_sampler
+from bmoe_lightning.trainer.loaders import iterates_itself
 from bmoe_lightning.utils.distributed import gather_examples, shard_size
 
 # These repeat examples only at the end; other classes may repeat any.
@@ -145,6 +146,12 @@ def find_sampler_shard(trainer: L.Trainer, loader: Any, num_batches: float) -> S
             f"with the batch sampler {type(batch_sampler).__name__} and the sampler {type(sampler).__name__} it is "
             "unknown which examples are repeated. Use a DataLoader over a data set with a length, with the sampler "
             "that Lightning injects (use_distributed_sampler=True) or torch.utils.data.DistributedSampler."
+        )
+    if num_batches < len(batch_sampler) and iterates_itself(loader):
+        raise ValueError(
+            f"{type(loader).__name__} has an __iter__ of its own, so it is unknown which examples the first "
+            f"{num_batches} batches have that {trainer.world_size} ranks are to count once. Do without max_batches and "
+            "limit_..._batches, or use a DataLoader whose batches are those of its sampler."
         )
     return SamplerShard(batch_sampler, sampler, int(min(num_batches, len(batch_sampler))))
 

@@ -35,6 +35,26 @@ def shards(world_size, num_batches=float("inf"), **options):
     return list(zip(loaders, found, strict=True))
 
 
+class Pairs(DataLoader):
+    """Joins two batches of its sampler."""
+
+    def __iter__(self):
+        batches = list(super().__iter__())
+        return (torch.cat(batches[at : at + 2]) for at in range(0, len(batches), 2))
+
+
+def test_a_part_of_a_loader_that_iterates_itself_is_refused():
+    data = list(range(42))
+    loader = Pairs(data, 4, sampler=DistributedSampler(data, 2, 0))
+    run = fake_trainer(0, 2)
+    shard = find_sampler_shard(run, loader, len(loader))
+    with shard.without_repeats():
+        assert len(seen(loader)) == 21
+    with pytest.raises(ValueError, match="Pairs has an __iter__ of its own, .* the first 2 batches"):
+        find_sampler_shard(run, loader, 2)
+    assert find_sampler_shard(fake_trainer(0, 1), loader, 2) is None
+
+
 @pytest.mark.parametrize("world_size", [2, 3, 5])
 @pytest.mark.parametrize("shuffle", [False, True])
 @pytest.mark.parametrize("size", [0, 1, 4, 30, 47])

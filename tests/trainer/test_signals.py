@@ -138,6 +138,20 @@ def test_in_evaluation_and_the_handler_of_the_user_is_called(tmp_path):
     assert received == [0, 0]
 
 
+def test_in_predictions(tmp_path):
+    """Lightning's loop of predictions goes on to its end."""
+    module = Signalled()
+    run = fit(tmp_path, module)
+    predicts = BayesianMoECallback(run.methods, dirpath=str(tmp_path), predict_method="map")
+    module.calls, module.at = 0, 2
+    data = loader(48, 3, batch_size=4)
+    with pytest.raises(SystemExit) as stop:
+        trainer(tmp_path, [predicts]).predict(module, data)
+    assert stop.value.code == 143
+    assert module.calls < len(data)
+    assert "predict_step" not in vars(module)
+
+
 class TestSigint:
     def test_is_deferred_once(self):
         with deferred_sigint() as check:
