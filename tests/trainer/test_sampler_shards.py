@@ -50,7 +50,7 @@ def test_a_part_of_a_loader_that_iterates_itself_is_refused():
     shard = find_sampler_shard(run, loader, len(loader))
     with shard.without_repeats():
         assert len(seen(loader)) == 21
-    with pytest.raises(ValueError, match="Pairs has an __iter__ of its own, .* the first 2 batches"):
+    with pytest.raises(ValueError, match=r"Pairs has an __iter__ of its own, .* the first 2 batches"):
         find_sampler_shard(run, loader, 2)
     assert find_sampler_shard(fake_trainer(0, 1), loader, 2) is None
 
