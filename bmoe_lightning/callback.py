@@ -16,7 +16,7 @@ from bmoe_lightning.experts import ClassLogits
 from bmoe_lightning.methods.base import Method, check_choice, check_method_names
 from bmoe_lightning.methods.evaluation import Predictions, Predictor
 from bmoe_lightning.methods.fit_result import FitResult
-from bmoe_lightning.methods.fitting import fingerprinted_layers, fit_methods, prior_mean_layers
+from bmoe_lightning.methods.fitting import fingerprinted_layers, fit_methods
 from bmoe_lightning.methods.needs import Available, check_needs
 from bmoe_lightning.methods.registry import get_method
 from bmoe_lightning.trainer.checkpoints import check_best_so_far, weights_to_fit
@@ -35,7 +35,7 @@ from bmoe_lightning.trainer.checks import (
     is_trial,
     with_enough_snapshots,
 )
-from bmoe_lightning.trainer.data_passes import TrainerTrainingData, as_list, shards_weights, validation_pass
+from bmoe_lightning.trainer.data_passes import TrainerTrainingData, as_list, validation_pass
 from bmoe_lightning.trainer.evaluation import EvaluationRun, log_scalars, replace_predict_step, without_fit
 from bmoe_lightning.trainer.first_batches import FirstBatches, no_logging
 from bmoe_lightning.trainer.fit_only import fit_only
@@ -119,8 +119,7 @@ class BayesianMoECallback(L.Callback):
         self._class_logits = class_logits
         self._num_snapshots = max(method.needs.max_snapshots for method in self.methods)
         self._folder = RunFolder(dirpath, curvature_checkpoint_every, name)
-        needs_prior_mean = any(method.needs.prior_mean for method in self.methods)
-        self._prior_mean = PriorMean(partial(prior_mean_layers, self.methods) if needs_prior_mean else None)
+        self._prior_mean = PriorMean(self.methods)
         self._given_prior_mean: Mapping[str, Tensor] | None = None
         self._precision: Callable[[], AbstractContextManager[Any]] = nullcontext
         self._undo: list[Callable[[], None]] = []
@@ -153,15 +152,14 @@ class BayesianMoECallback(L.Callback):
             loop.inference_mode = False
         self._folder.settle(trainer)
         self._precision = trainer.precision_plugin.forward_context
-        # Sharded weights are captured in on_fit_start; Lightning loads a checkpoint into shards after that.
-        if stage == "fit" and not shards_weights(trainer):
-            self._prior_mean.capture(pl_module)
-            self._prior_mean.capture_on_load(trainer, pl_module)
+        if stage == "fit":
+            self._prior_mean.setup(trainer, pl_module)
             self._undo.append(self._prior_mean.remove_hook)
 
     def on_load_checkpoint(self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]) -> None:
         """Record that training resumes, so that the snapshots of the resumed run are used."""
         self._folder.load_checkpoint(resumes=trainer.state.fn == "fit")
+        self._prior_mean.begin_loading()
 
     def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Find the layers of the complete model, and capture the prior mean."""
@@ -178,6 +176,7 @@ class BayesianMoECallback(L.Callback):
         """Discard a fit to earlier weights, and check that data and folder allow a new one."""
         self.fitted = None
         self.predictions = {}
+        self._prior_mean.check(trainer, pl_module, self.methods, trains=True)
         self._folder.begin_training(trainer, self._num_snapshots)
         self._undo.append(watch_moved_weights(trainer))
         check_training(trainer, pl_module, self.methods, self.fit_at, self._folder.folder, len(self._folder.snapshots))
@@ -312,12 +311,13 @@ class BayesianMoECallback(L.Callback):
         self._folder.stop(trainer, pl_module, exception)
 
     def state_dict(self) -> dict[str, Any]:
-        """Folder, fit id and snapshot names; tensors are in separate files, not in every checkpoint."""
-        return self._folder.state_dict()
+        """Folder, fit id, snapshot names and digests; tensors are in separate files, not in every checkpoint."""
+        return self._folder.state_dict() | self._prior_mean.state_dict()
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Restore the location of the fit."""
+        """Restore the location of the fit, and what is known of the weights from before training."""
         self._folder.load_state_dict(state_dict)
+        self._prior_mean.load_state_dict(state_dict)
 
     def _fit(
         self,
@@ -354,6 +354,7 @@ class BayesianMoECallback(L.Callback):
             self._folder.begin_completion(trainer, module, earlier, self._num_snapshots)
             missing = [method for method in self.methods if earlier is None or not earlier.is_fitted(method)]
             check_needs(missing, Available(snapshots=len(self._folder.snapshots)))
+            self._prior_mean.check(trainer, module, missing if self._given_prior_mean is None else [], trains=False)
             check_data(trainer, missing, trains=False)
             check_runs(trainer, missing, module, self._folder.folder)
             if earlier is None:  # otherwise few or no batches are needed

@@ -24,6 +24,8 @@ import bmoe_lightning.finetuner as module_file
 from bmoe_lightning import BayesianMoECallback, ExpertFinetuner
 from bmoe_lightning.experts import find_expert_layers, weight_fingerprint
 from bmoe_lightning.experts.fsdp import full_tensor, has_shards
+from bmoe_lightning.methods.needs import NeedsError
+from bmoe_lightning.utils.distributed import OtherRankError
 
 
 class Questions(Dataset):
@@ -92,6 +94,12 @@ def finetuner(world_size: int, folder: Path) -> None:
             [float(dist_sum(weights[name].square().sum())) for name in sorted(weights)]
             for weights in (fitting._prior_mean.weights, refitting._prior_mean.weights)
         )
+        _, fourth = run(3)
+        other = ExpertFinetuner(toy_model(seed=3), answer_token_ids=[1, 2, 3], learning_rate=1e-2)
+        try:
+            fourth.fit(other, training, calibration, ckpt_path=str(own / "last.ckpt"), weights_only=False)
+        except (NeedsError, OtherRankError) as error:
+            said[kind]["refused"] = "other weights than before training in 2 of 2 expert layers" in str(error)
         found = {n: p for n, p in resumed.named_parameters() if n in fitting._prior_mean.weights}
         said[kind]["trained"] = [float(full_tensor(found[name]).square().sum()) for name in sorted(found)]
     (folder / f"finetuner-{rank()}.json").write_text(json.dumps(said))

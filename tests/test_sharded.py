@@ -103,6 +103,7 @@ def test_a_finetuner_shards_itself_and_its_checkpoints_are_read_back(tmp_path):
     for said in first.values():
         assert said["same"]
         assert said["epochs"] == 2
+        assert said["refused"]
         assert said["nll"] == said["nll read back"] < said["map"]
         assert said["prior mean"] == said["resumed prior mean"] != said["trained"]
         assert_same_scalars(said["completed fit"], said["fit"])

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import warnings
 import weakref
-from collections.abc import Callable
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from typing import Any
 
@@ -11,25 +12,43 @@ import lightning as L
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from bmoe_lightning.experts import ExpertLayer, down_proj_weights
-from bmoe_lightning.experts.fsdp import local_part
+from bmoe_lightning.experts import ExpertLayer, down_proj_parameters, down_proj_weights
+from bmoe_lightning.experts.fingerprint import CastDigests, cast_digests
+from bmoe_lightning.experts.fsdp import has_shards, local_part, reshard
+from bmoe_lightning.experts.wrappers.names import plain_name
+from bmoe_lightning.experts.wrappers.peft import is_adapter
+from bmoe_lightning.experts.wrappers.quantised import unusable
+from bmoe_lightning.methods.base import Method
+from bmoe_lightning.methods.fitting import fingerprinted_layers, prior_mean_layers
+from bmoe_lightning.methods.needs import NeedsError
+from bmoe_lightning.trainer.data_passes import shards_weights
 from bmoe_lightning.trainer.lightning_internals import is_restoring_checkpoint
+from bmoe_lightning.utils.distributed import together
+from bmoe_lightning.utils.messages import first_names
+
+_KEY = "prior_mean"
 
 
 class PriorMean:
-    """CPU copies of the `down_proj` of every expert, captured once per module.
+    """CPU copies of the `down_proj` of every expert, captured once per module, and digests of them.
+
+    The copies are made if methods use them. The digests are made for any methods and go into the checkpoints of a
+    training: who resumes it, maybe with other methods, has to give a module that has the same weights to begin with.
 
     Args:
-        find_layers: Function that finds the layers of a model and raises `ValueError` if there are none yet. None
-            captures nothing.
+        methods: Methods of the run.
 
     Attributes:
-        weights: Weights by the names of `down_proj_weights` (this rank's shards if sharded); None before a capture.
+        weights: Weights by the names of `down_proj_weights` (this rank's shards if sharded); None before a capture, and
+            if no method uses them.
     """
 
-    def __init__(self, find_layers: Callable[[nn.Module], list[ExpertLayer]] | None) -> None:
+    def __init__(self, methods: Sequence[Method]) -> None:
         self.weights: dict[str, Tensor] | None = None
-        self._find_layers = find_layers
+        self._methods = tuple(methods)
+        self._digests: dict[str, CastDigests] = {}
+        self._recorded: dict[str, CastDigests] | None = None  # in the checkpoint of this run; None if it loads none
+        self._of_training = False
         self._module: weakref.ref[nn.Module] | None = None
         self._hook: RemovableHandle | None = None
 
@@ -38,21 +57,42 @@ class PriorMean:
         return vars(self) | {"_module": None, "_hook": None}
 
     def is_of(self, module: nn.Module) -> bool:
-        """Whether the copies were captured from this module object."""
+        """Whether weights were captured from this module object."""
         return self._module is not None and self._module() is module
 
+    def setup(self, trainer: L.Trainer, module: nn.Module) -> None:
+        """Capture the weights before a fit, or the trainer's load of a checkpoint, changes them.
+
+        Sharded weights are captured in `on_fit_start`; Lightning loads a checkpoint into shards after that.
+        """
+        self._recorded = None
+        if not shards_weights(trainer):
+            self.capture(module)
+            self.capture_on_load(trainer, module)
+
     def capture(self, module: nn.Module) -> None:
-        """Copy the weights, unless they were captured already or the module has no experts yet."""
-        if self._find_layers is None or self.is_of(module):
+        """Copy the weights, unless they were captured already or the module has no experts yet.
+
+        A collective, if they are sharded.
+        """
+        if self.is_of(module):
             return
-        self.weights = self._module = None
+        self.weights, self._module, self._digests, self._of_training = None, None, {}, False
         with suppress(ValueError):  # no experts yet: the model is created in configure_model
-            layers = self._find_layers(module)
-            self.weights = {
-                name: local_part(weight).values.to("cpu", copy=True)
-                for layer in layers
-                for name, weight in down_proj_weights(module, layer).items()
-            }
+            used = prior_mean_layers(self._methods, module)
+            layers = {layer.name: layer for layer in [*used, *fingerprinted_layers(self._methods, module)]}
+            weights: dict[str, Tensor] = {}
+            sharded = has_shards(module)
+            reshard(module)
+            for layer in layers.values():
+                if layer not in used and not _is_plain(module, layer):
+                    continue
+                found = down_proj_weights(module, layer)
+                if layer in used:
+                    weights |= {name: local_part(w).values.to("cpu", copy=True) for name, w in found.items()}
+                with suppress(ValueError):  # ranks differ, which a fit refuses
+                    self._digests[plain_name(layer.name)] = cast_digests(list(found.values()), sharded=sharded)
+            self.weights = weights if used else None
             self._module = weakref.ref(module)
 
     def capture_on_load(self, trainer: L.Trainer, module: nn.Module) -> None:
@@ -72,3 +112,88 @@ class PriorMean:
         if self._hook is not None:
             self._hook.remove()
             self._hook = None
+
+    def begin_loading(self) -> None:
+        """Record that the trainer loads a checkpoint; one of another callback's run has no state for this one."""
+        self._recorded = {}
+
+    def state_dict(self) -> dict[str, Any]:
+        """Digests of the weights from before training, for a checkpoint; empty if they are not known."""
+        digests = self._digests if self._recorded is None else self._recorded
+        return {_KEY: {name: [found.dtype, found.digests] for name, found in digests.items()}} if digests else {}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Restore the digests of a checkpoint.
+
+        Raises:
+            ValueError: If they are damaged.
+        """
+        try:
+            self._recorded = (
+                {str(name): CastDigests(str(dtype), dict(digests)) for name, (dtype, digests) in state[_KEY].items()}
+                if _KEY in state
+                else {}
+            )
+        except (AttributeError, TypeError, ValueError) as error:
+            raise ValueError(
+                f"the checkpoint's record of the weights from before training is damaged ({state[_KEY]!r:.80}); load "
+                "another checkpoint of the run"
+            ) from error
+
+    def check(self, trainer: L.Trainer, module: nn.Module, methods: Sequence[Method], *, trains: bool) -> None:
+        """Check that a run that resumes from a checkpoint began with the weights that its training began with.
+
+        A collective.
+
+        Args:
+            trainer: The trainer, after it has loaded its checkpoint, if there is one.
+            module: The module.
+            methods: Methods that are going to be fitted with the captured weights.
+            trains: Whether the module is trained now; otherwise its weights may be trained ones.
+
+        Raises:
+            NeedsError: If it began with others, and methods use them.
+
+        Warns:
+            UserWarning: If the checkpoint does not tell, and methods use them.
+        """
+        self._of_training |= trains
+        if self._recorded is None:
+            if not self._of_training:
+                self._digests = {}
+            return
+        recorded, names = self._recorded, [method.name for method in methods if method.needs.prior_mean]
+        layers = [plain_name(layer.name) for layer in prior_mean_layers(methods, module)]
+
+        def compare() -> None:
+            if not trainer.is_global_zero or not names:
+                return
+            differing = [
+                name
+                for name in layers
+                if name in recorded and name in self._digests and not recorded[name].same(self._digests[name])
+            ]
+            if differing:
+                raise NeedsError(
+                    f"before the checkpoint was loaded, the module had other weights than before training in "
+                    f"{len(differing)} of {len(layers)} expert layers ({first_names(differing)}), and "
+                    f"{', '.join(names)} measure how far training moved them. Build the module as it was built for "
+                    "training, with the pretrained weights rather than with load_from_checkpoint; or use "
+                    "prior_mean='zero', or fit these methods later with fit_posterior(prior_mean=...)."
+                )
+            if not recorded.keys() >= set(layers):
+                warnings.warn(
+                    "the checkpoint has no record of the weights from before training, the prior mean of "
+                    f"{', '.join(names)}; they are taken to be those that the module had before the checkpoint was "
+                    "loaded, which is wrong if it was built with load_from_checkpoint or another initialisation",
+                    stacklevel=2,
+                )
+
+        together(compare, distributed=trainer.world_size > 1)
+
+
+def _is_plain(module: nn.Module, layer: ExpertLayer) -> bool:
+    """Whether the weights of a layer are in its parameters, and can be read at no cost."""
+    if any(is_adapter(part) for part in module.get_submodule(layer.name).modules()):
+        return False
+    return not any(p.device.type == "meta" or unusable(p) for p in down_proj_parameters(module, layer).values())

@@ -96,6 +96,7 @@ class RunFolder:
         self.given, default, self.fit_id = trainer.strategy.broadcast((self.given, default, self.fit_id))
         self.folder = None if is_trial(trainer) else self.given or default
         self._several = trainer.world_size > 1
+        self.resumes = False  # unless a checkpoint is loaded; the last run may have ended before it used its own
 
     def begin_training(self, trainer: L.Trainer, num_snapshots: int = 0) -> None:
         """Adopt the snapshots of a resumed run, or start a new fit. A collective.
