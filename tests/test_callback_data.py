@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import numpy as np
 import pytest
 import torch
 from torch.utils.data import DataLoader, Subset
@@ -96,6 +97,53 @@ def test_another_order_batch_size_and_padding_are_the_same_data(tmp_path, run, a
     fitted = run.complete(ADDED[added], training, held_out)
     assert fitted.fit_id == run.first.fitted.fit_id
     assert set(load_fit(run.folder / "fit")[0].methods) >= {"laplace_lpo"}
+
+
+class Augmented(ToyData):
+    """One token after the first is another whenever an example is read."""
+
+    def __getitem__(self, index):
+        found = super().__getitem__(index)
+        ids = found["input_ids"].clone()
+        ids[np.random.randint(1, 6)] = np.random.randint(4, 24)
+        return {**found, "input_ids": ids}
+
+
+class OtherOrder(torch.utils.data.Sampler):
+    """An order from a random state that nothing seeds."""
+
+    def __len__(self):
+        return 160
+
+    def __iter__(self):
+        return iter(np.random.permutation(160).tolist())
+
+
+@pytest.mark.parametrize("added", ["without curvature", "new curvature"])
+@pytest.mark.parametrize(
+    ("training", "options"),
+    [
+        (lambda: DataLoader(Augmented(160, 1), 16), {}),
+        (lambda: DataLoader(Augmented(160, 1), 16, shuffle=True), {}),
+        (lambda: DataLoader(ToyData(160, 1), 24, sampler=OtherOrder(), drop_last=True), {}),
+        (lambda: DataLoader(ToyData(160, 1), 16, sampler=OtherOrder()), {"limit_train_batches": 5}),
+    ],
+    ids=["augmented", "augmented and shuffled", "drop_last", "limit_train_batches"],
+)
+def test_training_data_that_differ_in_every_pass(tmp_path, added, training, options, caplog):
+    module, folder = ToyModule(), str(tmp_path / "fit")
+    first = BayesianMoECallback(METHODS, dirpath=folder)
+    trainer(tmp_path, [first], max_epochs=1, **options).fit(module, training(), calibration_loader())
+    caplog.clear()
+    callback = BayesianMoECallback([*METHODS, *ADDED[added]], dirpath=folder)
+    callback.fit_posterior(
+        module,
+        trainer=trainer(tmp_path, [callback], **options),
+        train_dataloaders=training(),
+        val_dataloaders=calibration_loader(),
+    )
+    assert len(callback.fitted.methods) == 2
+    assert len([r for r in caplog.records if "they differ from one pass to the next" in r.getMessage()]) <= 1
 
 
 def test_a_stream_that_is_read_once(tmp_path):

@@ -18,6 +18,7 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from bmoe_lightning.experts.logits_contract import NO_LABEL
+from bmoe_lightning.experts.row_matching import paired
 from bmoe_lightning.utils.distributed import gather_number, num_processes, process_rank, sum_over_processes
 
 FIRST = 64
@@ -121,9 +122,7 @@ class DataRecord:
             # One of them has no labels.
             counts, sums, found_sums = counts.sum(0, True), sums.sum(0, True), found_sums.sum(0, True)
         elif not torch.equal(counts, found):
-            differing = (counts != found).nonzero().flatten().tolist()
-            shown = ", ".join(f"{int(found[at])} instead of {int(counts[at])} of {_name(at)}" for at in differing[:3])
-            return f"other labels ({shown}{', ...' if differing[3:] else ''})"
+            return _other_counts(counts, found)
         if beginning := self.beginning(other):
             return beginning
         total = max(1, self.num_examples)
@@ -173,8 +172,7 @@ class DataRecorder:
         """
         values = logits.detach()[:num_counted].double().cpu()
         self._widen(values.shape[1])
-        found = _integers(labels, len(logits))
-        groups = torch.full((len(values),), NO_LABEL) if found is None else found[:num_counted]
+        groups = integer_labels(labels, len(logits))[:num_counted].cpu()
         begin = int(self._counts.sum())
         places = self._rank + self._ranks * torch.arange(begin, begin + len(values))
         places = places[places < FIRST]
@@ -274,10 +272,8 @@ def compared(one: tuple[Tensor, Tensor], other: tuple[Tensor, Tensor]) -> str | 
         return None
     expected, found = expected[known], found[known]
     labels, other_labels = one[1][known], other[1][known]
-    centred = _centred(expected)
-    spread = centred.std(0).square().mean().sqrt() if len(centred) > 1 else centred.square().mean().sqrt()
-    rounding = _ROUNDING * expected[expected.isfinite()].square().mean().sqrt()
-    apart = (centred - _centred(found)).abs().amax(1)
+    spread, rounding = _scales(expected)
+    apart = (_centred(expected) - _centred(found)).abs().amax(1)
     apart = apart.masked_fill(((expected == -torch.inf) != (found == -torch.inf)).any(1), torch.inf)
     if float(apart.median()) > _ALIGNED * spread + rounding:
         return None
@@ -289,6 +285,49 @@ def compared(one: tuple[Tensor, Tensor], other: tuple[Tensor, Tensor]) -> str | 
     if int(replaced.sum()) > _REROUTED * len(labels) * is_rounded:
         return f"other inputs (the model's logits differ for {int(replaced.sum())} of {len(labels)} examples)"
     return ""
+
+
+def compared_in_any_order(one: tuple[Tensor, Tensor], other: tuple[Tensor, Tensor]) -> str:
+    """How examples differ from others in any order; empty if they are the same.
+
+    Args:
+        one: Logits `[N, K]` and labels `[N]`; `NO_LABEL` where they are unknown.
+        other: Logits and labels of any number of examples.
+    """
+    if len(one[0]) != len(other[0]):
+        return f"{len(other[0])} examples instead of {len(one[0])}"
+    width = max(one[0].shape[1], other[0].shape[1])
+    expected, found = (pad(x, (0, width - x.shape[1]), value=-torch.inf) for x, _ in (one, other))
+    groups, other_groups = (torch.where((y >= 0) & (y < width), y + 1, 0) for _, y in (one, other))
+    counts, other_counts = (torch.bincount(y, minlength=1 + width) for y in (groups, other_groups))
+    if len(groups) in (counts[0], other_counts[0]):
+        groups, other_groups = torch.zeros_like(groups), torch.zeros_like(groups)
+    elif not torch.equal(counts, other_counts):
+        return _other_counts(counts, other_counts)
+    spread, rounding = _scales(expected)
+    # An example without a class is no neighbour of one that has it.
+    far = 4 * (1 + torch.cat([_centred(expected), _centred(found)]).abs().amax())
+    expected, found = (torch.where(x > -torch.inf, _centred(x), -far) for x in (expected, found))
+    largest = _SAME_EXAMPLE * spread + rounding
+    pairs = paired(expected, found, groups, other_groups, same_example=largest, spread=spread)
+    if pairs.relabelled:
+        return f"other labels (of {pairs.relabelled} of {len(groups)} examples)"
+    if pairs.unpaired > _REROUTED * len(groups) * (not pairs.is_exact):
+        return f"other inputs (the model's logits differ for {pairs.unpaired} of {len(groups)} examples)"
+    return ""
+
+
+def _other_counts(counts: Tensor, found: Tensor) -> str:
+    differing = (counts != found).nonzero().flatten().tolist()
+    shown = ", ".join(f"{int(found[at])} instead of {int(counts[at])} of {_name(at)}" for at in differing[:3])
+    return f"other labels ({shown}{', ...' if differing[3:] else ''})"
+
+
+def _scales(logits: Tensor) -> tuple[Tensor, Tensor]:
+    """The spread of the centred logits between examples, and the rounding of logits in bfloat16."""
+    centred = _centred(logits)
+    spread = centred.std(0).square().mean().sqrt() if len(centred) > 1 else centred.square().mean().sqrt()
+    return spread, _ROUNDING * logits[logits.isfinite()].square().mean().sqrt()
 
 
 def _centred(logits: Tensor) -> Tensor:
@@ -306,11 +345,16 @@ def _matrix(num_classes: int) -> Tensor:
     return (2.399963 * (classes * columns).double()).cos()
 
 
-def _integers(labels: Any, size: int) -> Tensor | None:
-    """Labels `[B]` int64 on the CPU; None if they are no integers `[B]`."""
+def integer_labels(labels: Any, size: int) -> Tensor:
+    """Labels `[B]` int64 as `class_logits` returned them; `NO_LABEL` if they are no integers `[B]`.
+
+    Args:
+        labels: The labels, or anything.
+        size: Number of examples B.
+    """
     if not isinstance(labels, Tensor) or labels.shape != (size,) or labels.is_floating_point() or labels.is_complex():
-        return None
-    return labels.detach().long().cpu()
+        return torch.full((size,), NO_LABEL)
+    return labels.detach().long()
 
 
 def _name(group: int) -> str:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Iterable, Iterator, Sequence, Sized
+from collections.abc import Collection, Iterable, Iterator, Sequence, Sized
 from dataclasses import dataclass, replace
 from itertools import islice
 from typing import Any
@@ -20,14 +20,21 @@ from torch.utils.data import BatchSampler, DataLoader
 
 from bmoe_lightning.experts import ClassLogits
 from bmoe_lightning.experts.counted_batch import count_of, lockstep, plain_batch
-from bmoe_lightning.experts.data_record import DataRecord, DataRecorder, compared, record_of
+from bmoe_lightning.experts.data_record import (
+    DataRecord,
+    DataRecorder,
+    compared,
+    compared_in_any_order,
+    integer_labels,
+    record_of,
+)
 from bmoe_lightning.experts.logits_contract import NO_LABEL, checked_labels, joined_logits
 from bmoe_lightning.methods.base import Method
 from bmoe_lightning.methods.batch_view import BatchView
 from bmoe_lightning.methods.needs import Available, NeedsError, check_needs
 from bmoe_lightning.methods.training_data import TrainingData
 from bmoe_lightning.utils.distributed import failing_together, gather_examples, gather_number, is_rank_zero
-from bmoe_lightning.utils.random_state import unchanged_random_state
+from bmoe_lightning.utils.random_state import unchanged_global_random_states, unchanged_random_state
 
 _logger = logging.getLogger(__name__)
 
@@ -35,6 +42,9 @@ _NO_EXAMPLES = "no calibration examples: the calibration split is empty; add exa
 
 Split = tuple[Tensor, Tensor | None]
 """Logits `[N, K]` float64 of held-out data, `-inf` for absent classes, and labels `[N]` int64 or None."""
+
+
+_VARYING = "they differ from one pass to the next (random augmentation, or a sampler with a random state of its own)"
 
 
 class DataMismatchError(ValueError):
@@ -80,6 +90,8 @@ class GivenData:
         self._training = training
         self._calibration = calibration
         self._distributed = distributed
+        self._varies: bool | None = None
+        self._is_warned = False
 
     def check_needs(self, methods: Sequence[Method]) -> None:
         """Check that there are as many held-out inputs as methods need, and labels, before the passes. A collective.
@@ -133,21 +145,24 @@ class GivenData:
         """
         if self._calibration is None or self._known_split is None:
             return
-        if not passed_over:
-            self.plain_split()
-        elif collects and not _iterates_once(self._calibration):
-            _refuse("held-out", record_of(*self._known_split).beginning(self._recorded(self._calibration, 1)))
+        if passed_over:
+            if not collects or _iterates_once(self._calibration):
+                return
+            if not record_of(*self._known_split).beginning(self._recorded(self._calibration, 1)):
+                return
+        self.plain_split()
 
-    def check_training(self, *, collects: bool) -> None:
+    def check_training(self, passes: Collection[int | None]) -> None:
         """Compare the training data, if there are any. A collective.
 
-        The first batch is compared, and all data if it differs, since they may be the same in another order.
+        The first batch is compared. If it differs, the data may be the same in another order: then all are compared,
+        unless a curvature pass follows that does so, or the order changes from pass to pass.
 
         Args:
-            collects: Whether a curvature pass follows, which compares all of them.
+            passes: `max_batches` of the curvature passes that follow; one over as much of the data compares all of it.
 
         Raises:
-            DataMismatchError: If they are others than those of the existing fit.
+            DataMismatchError: If they are others than those of the existing fit, and the same in every pass.
         """
         known, once = self._known_training, _iterates_once(self._training)
         if known is None:
@@ -156,18 +171,38 @@ class GivenData:
                 "record of them; if they are others, fit all methods again in another folder"
             )
             return
-        if once and collects:
+        if once and passes:
             return
-        if not once:
+        with unchanged_global_random_states():
             batches = self._training.batches(known.max_batches)
             first = self._recorded(batches, 1)
             beginning = known.beginning(first) if first.num_examples else ""
-            _refuse("training", beginning)
-            if not first.num_examples or (beginning == "" and self._may_be_as_many(batches, first, known)):
+            is_as_many = not first.num_examples or self._may_be_as_many(batches, first, known)
+            if beginning == "" and is_as_many:
                 return
-        found = self._recorded(self._training.batches(known.max_batches))
-        if found.num_examples:
-            _check_training(known, found)
+            if once:
+                self._warn_of_training("they can be read only once, and the first batch or their number differs")
+            elif first.beginning(self._recorded(self._training.batches(known.max_batches), 1)) != "":
+                if known.max_batches not in passes:
+                    self._warn_of_training(_VARYING)
+            elif beginning is not None or known.max_batches not in passes or not is_as_many:
+                passed = self._passed_over_training()
+                difference = _training_difference(known, passed.record)
+                self._refuse_training(difference and (beginning or difference), passed)
+
+    def see_training(self, found: DataRecord | None) -> None:
+        """Compare the record of a curvature pass; None if it is incomplete. Their order may differ. A collective.
+
+        Raises:
+            DataMismatchError: If the data are others than those of the existing fit, and the same in every pass.
+        """
+        known = self._known_training
+        if self.training_record is None:
+            self.training_record = found
+        if known is None or found is None:
+            return
+        is_same_part = known.max_batches == found.max_batches
+        self._refuse_training(_training_difference(known, found) if is_same_part else known.beginning(found) or "")
 
     def seen_split(self, found: Split) -> Split:
         """Compare held-out logits and labels of a pass over all data. Their order may differ.
@@ -182,29 +217,10 @@ class GivenData:
         if known is None:
             self.split = found
             return found
-        difference = None
-        if len(known[0]) == len(found[0]):
-            difference = compared(_with_labels(known), _with_labels(found))
-        _refuse("held-out", record_of(*known).difference(record_of(*found)) if difference is None else difference)
+        _refuse("held-out", _difference(known, found))
         if known[1] is None:
             self.split = found  # the same inputs, now with labels
         return found
-
-    def see_training(self, found: DataRecord | None) -> None:
-        """Compare the record of a curvature pass; None if it is incomplete. Their order may differ.
-
-        Raises:
-            DataMismatchError: If the data are others than those of the existing fit.
-        """
-        known = self._known_training
-        if self.training_record is None:
-            self.training_record = found
-        if known is None or found is None:
-            return
-        if known.max_batches == found.max_batches:
-            _check_training(known, found)
-        else:
-            _refuse("training", known.beginning(found))
 
     def plain_split(self) -> Split:
         """Logits and labels of the held-out data, from plain forward passes. A collective, if distributed.
@@ -217,7 +233,10 @@ class GivenData:
         builder = _SplitBuilder()
         with failing_together(distributed=self._distributed):
             for batch in lockstep(self._model, self._calibration):
-                builder.add(self._view(batch), batch)
+                view = self._view(batch)
+                missing = torch.full((len(view.logits),), NO_LABEL)
+                labels = missing if view.labels is None else checked_labels(view.labels, view.logits, values=False)
+                builder.add(view.logits, labels, count_of(batch, len(labels)))
         return self.seen_split(builder.finish(distributed=self._distributed))
 
     def _counts_up_to(self, needed: int, *, labelled: bool) -> _Counts:
@@ -270,6 +289,48 @@ class GivenData:
         assert record is not None
         return record
 
+    def _passed_over_training(self, seed: int | None = None) -> _PassedOver:
+        """Record the training data, and return their logits too. A collective, if distributed.
+
+        Args:
+            seed: Seed of torch's random state, which orders and augments data that seed no random state of their own.
+        """
+        assert self._known_training is not None
+        batches = self._training.batches(limit := self._known_training.max_batches)
+        recorder, builder = DataRecorder(distributed=self._distributed, max_batches=limit), _SplitBuilder()
+        with unchanged_random_state(batches), failing_together(distributed=self._distributed):
+            if seed is not None:
+                torch.default_generator.manual_seed(seed)
+            for batch in lockstep(self._model, batches):
+                view = self._view(batch)
+                count = count_of(batch, len(view.logits))
+                recorder.add(view.logits, view.labels, count)
+                builder.add(view.logits, integer_labels(view.labels, len(view.logits)), count)
+        record = recorder.finish()
+        assert record is not None
+        return _PassedOver(record, builder.finish(distributed=self._distributed))
+
+    def _refuse_training(self, difference: str, passed: _PassedOver | None = None) -> None:
+        """Refuse the training data, unless two passes over them differ as well. A collective, if distributed."""
+        if not difference:
+            return
+        if self._varies is None and not _iterates_once(self._training):
+            with unchanged_global_random_states():
+                one = self._passed_over_training() if passed is None else passed
+                other = self._passed_over_training(seed=one.record.num_examples)
+            self._varies = _difference(one.split, other.split) != ""
+        if not self._varies:
+            _refuse("training", difference)
+        self._warn_of_training(_VARYING)
+
+    def _warn_of_training(self, reason: str) -> None:
+        if not self._is_warned:
+            _log(
+                f"it is unknown whether the training data are those of the existing fit: {reason}; if they are others, "
+                "fit all methods again in another folder"
+            )
+        self._is_warned = True
+
     def _may_be_as_many(self, batches: Any, first: DataRecord, known: DataRecord) -> bool:
         """Whether there may be as many examples, from what is known without a pass. A collective, if distributed."""
         entries = self._num_entries(batches)
@@ -319,12 +380,9 @@ class _SplitBuilder:
         self._logits: list[Tensor] = []
         self._labels = [torch.empty(0, dtype=torch.int64)]
 
-    def add(self, view: BatchView, batch: Any) -> None:
-        count = count_of(batch, len(view.logits))
-        missing = torch.full((len(view.logits),), NO_LABEL)
-        labels = missing if view.labels is None else checked_labels(view.labels, view.logits, values=False)
-        self._logits.append(view.logits[:count].cpu())
-        self._labels.append(labels[:count].cpu())
+    def add(self, logits: Tensor, labels: Tensor, num_counted: int) -> None:
+        self._logits.append(logits[:num_counted].cpu())
+        self._labels.append(labels[:num_counted].cpu())
 
     def finish(self, *, distributed: bool) -> Split:
         num_classes = max((part.shape[1] for part in self._logits), default=0)
@@ -340,18 +398,38 @@ class _SplitBuilder:
         return logits, None if bool((labels == NO_LABEL).all()) else labels
 
 
-def _check_training(known: DataRecord, found: DataRecord) -> None:
+@dataclass(frozen=True)
+class _PassedOver:
+    """A plain pass over the training data."""
+
+    record: DataRecord
+    split: Split
+
+
+def _training_difference(known: DataRecord, found: DataRecord) -> str:
+    """How training data differ from those of the existing fit; empty if they are the same, or nobody can tell."""
     difference = known.difference(found)
-    if difference and known.max_batches is not None:
-        if bool((known.limits[0] != found.limits[0]).any()):
-            _log(
-                f"it is unknown whether the training data are those of the existing fit: its curvature is from the "
-                f"first {known.max_batches} batches on each of {int(known.limits[0])} processes, and now there are "
-                f"{int(found.limits[0])}; use as many to have them compared"
-            )
-            return
-        difference += ", or another order, on which it depends what a pass with max_batches sees"
-    _refuse("training", difference)
+    if not difference or known.max_batches is None:
+        return difference
+    if bool((known.limits[0] != found.limits[0]).any()):
+        _log(
+            f"it is unknown whether the training data are those of the existing fit: its curvature is from the "
+            f"first {known.max_batches} batches on each of {int(known.limits[0])} processes, and now there are "
+            f"{int(found.limits[0])}; use as many to have them compared"
+        )
+        return ""
+    return f"{difference}, or another order, on which it depends what a pass with max_batches sees"
+
+
+def _difference(one: Split, other: Split) -> str:
+    """How a data set differs from another, in the same order or in another one; empty if it is the same."""
+    known, found = _with_labels(one), _with_labels(other)
+    in_order = compared(known, found) if len(known[0]) == len(found[0]) else None
+    if in_order == "":
+        return ""
+    # Where only some examples have another place, the others are in order.
+    difference = compared_in_any_order(known, found)
+    return difference and (in_order or difference)
 
 
 def _refuse(kind: str, difference: str | None) -> None:

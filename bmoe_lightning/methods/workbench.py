@@ -139,13 +139,13 @@ class Workbench:
             DataMismatchError: If the data differ.
         """
         collected = [curvature for method in methods for curvature in method.curvatures if curvature.collects]
-        collects = any(curvature.digest not in self.posteriors for curvature in collected)
+        passes = {curvature.max_batches for curvature in collected if curvature.digest not in self.posteriors}
         has_curvature = any(posterior.factors.rank for posterior in self.posteriors.values())
         if collected and (has_curvature or self.given.training_record is not None):
-            self.given.check_training(collects=collects)
+            self.given.check_training(passes)
         if any(method.needs.calibration for method in methods):
             passed_over = any(method.needs.calibration for method in self._methods)
-            self.given.check_calibration(passed_over=passed_over, collects=collects)
+            self.given.check_calibration(passed_over=passed_over, collects=bool(passes))
 
     def posterior(self, curvature: Curvature) -> LaplacePosterior:
         """The posterior of a curvature at prior precision 1, collected in one pass over the training data and cached.

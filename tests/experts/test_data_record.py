@@ -6,7 +6,14 @@ import pytest
 import torch
 from forked_processes import run
 
-from bmoe_lightning.experts.data_record import FIRST, DataRecord, DataRecorder, compared, record_of
+from bmoe_lightning.experts.data_record import (
+    FIRST,
+    DataRecord,
+    DataRecorder,
+    compared,
+    compared_in_any_order,
+    record_of,
+)
 from bmoe_lightning.experts.logits_contract import NO_LABEL
 
 
@@ -97,6 +104,39 @@ def test_single_examples_in_the_same_order():
     absent[150, 2] = -torch.inf
     assert "1 of 200" in compared((logits, labels), (absent, labels))
     assert compared((logits, labels), shuffled(logits, labels)) is None
+
+
+@pytest.mark.parametrize("ragged", [False, True])
+@pytest.mark.parametrize("change", [shuffled, lambda *x: rounded(*shuffled(*x)), lambda *x: (x[0], None)])
+def test_all_examples_in_any_order(ragged, change):
+    logits, labels = data(ragged=ragged)
+    found, found_labels = change(logits, labels)
+    bare = torch.full((200,), NO_LABEL)
+    other = (found, bare if found_labels is None else found_labels)
+    assert compared_in_any_order((logits, labels), other) == compared_in_any_order(other, (logits, labels)) == ""
+
+
+def test_single_examples_in_another_order():
+    logits, labels = data()
+    found, found_labels = shuffled(logits, labels)
+    known = (logits, labels)
+    assert compared_in_any_order(known, (found[:199], found_labels[:199])) == "199 examples instead of 200"
+    others = found.clone()
+    others[::20] = data(seed=1)[0][::20]
+    said = compared_in_any_order(known, (others, found_labels))
+    assert said == "other inputs (the model's logits differ for 10 of 200 examples)"
+    # With rounding that allows for 3 % of other experts, more have to differ.
+    rounded_others = rounded(others, found_labels)
+    assert compared_in_any_order(known, rounded_others).startswith("other inputs (the model's logits differ for ")
+    one, other = (int((found_labels == label).nonzero()[0]) for label in (0, 1))
+    swapped = found_labels.clone()
+    swapped[one], swapped[other] = 1, 0
+    assert compared_in_any_order(known, (found, swapped)) == "other labels (of 2 of 200 examples)"
+    swapped[one] = 0
+    assert compared_in_any_order(known, (found, swapped)).startswith("other labels (")
+    absent = found.clone()
+    absent[150, 2] = -torch.inf
+    assert "1 of 200" in compared_in_any_order(known, (absent, found_labels))
 
 
 def test_labels_may_be_unknown_on_one_side():

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 from dataclasses import replace
 
+import numpy as np
 import pytest
 import torch
 from forked_processes import run
@@ -22,7 +23,7 @@ from bmoe_lightning.methods import (
     TemperatureScaling,
     fit_methods,
 )
-from bmoe_lightning.methods.given_data import DataMismatchError
+from bmoe_lightning.methods.given_data import DataMismatchError, GivenData
 from bmoe_lightning.methods.storage import load_fit, save_fit
 from bmoe_lightning.methods.training_data import Batches
 
@@ -55,6 +56,79 @@ def relabelled(data, *rows):
     labels = data["labels"].clone()
     labels[list(rows)] = (labels[list(rows)] + 1) % 4
     return {**data, "labels": labels}
+
+
+def replaced(data, *rows):
+    others = toy_batch(num_rows=len(data["labels"]), seed=9)
+    changed = {name: data[name].clone() for name in ("ids", "mask")}
+    for name, values in changed.items():
+        values[list(rows)] = others[name][list(rows)]
+    return {**data, **changed}
+
+
+def swapped(data):
+    """The labels of two examples."""
+    labels = data["labels"].clone()
+    one, other = (int((labels == label).nonzero()[0]) for label in (0, 1))
+    labels[one], labels[other] = 1, 0
+    return {**data, "labels": labels}
+
+
+def exchanged(data):
+    """Two examples in each other's place, all others in theirs."""
+    order = torch.arange(len(data["labels"]))
+    order[[2, 5]] = order[[5, 2]]
+    return taken(data, order)
+
+
+class Loader:
+    """Batches that are drawn anew in each pass."""
+
+    def __init__(self, draw):
+        self.draw, self.passes = draw, 0
+
+    def __iter__(self):
+        self.passes += 1
+        return iter(batches(self.draw()))
+
+
+class Augmented(torch.utils.data.Dataset):
+    """Some tokens of each example are others whenever it is read."""
+
+    def __init__(self, draw):
+        self.draw = draw
+
+    def __len__(self):
+        return 80
+
+    def __getitem__(self, row):
+        found = {name: value[row].clone() for name, value in TRAINING.items()}
+        found["ids"][self.draw(7) % 7] = self.draw(30) % 30
+        return found
+
+
+def numpy_draw(high):
+    return int(np.random.randint(high))
+
+
+def torch_draw(high):
+    return int(torch.randint(high, ()))
+
+
+def part_of(data, size):
+    return taken(data, torch.from_numpy(np.random.permutation(len(data["labels"]))[:size]))
+
+
+VARYING = {
+    "augmented": lambda: DataLoader(Augmented(numpy_draw), 16),
+    "augmented by torch": lambda: DataLoader(Augmented(torch_draw), 16),
+    "augmented in another order": lambda: DataLoader(Augmented(numpy_draw), 16, shuffle=True),
+    "a part": lambda: Loader(lambda: part_of(TRAINING, 64)),
+    "one augmented example": lambda: Loader(lambda: replaced(TRAINING, 60 + numpy_draw(20))),
+    "other labels": lambda: Loader(lambda: relabelled(TRAINING, numpy_draw(80))),
+    "another order": lambda: Loader(lambda: part_of(TRAINING, 80)),
+}
+UNKNOWN = "it is unknown whether the training data are those of the existing fit: they differ from one pass to the next"
 
 
 def fit(methods, training=TRAINING, held_out=HELD_OUT, earlier=None, size=40, **options):
@@ -100,6 +174,8 @@ ADDED = {
         (toy_batch(num_rows=112, seed=9), r"other (labels|inputs) \("),
         (shuffled(relabelled(HELD_OUT, 100)), r"other labels \("),
         ({**toy_batch(num_rows=112, seed=9), "labels": HELD_OUT["labels"]}, r"other inputs \("),
+        (shuffled(replaced(HELD_OUT, 40, 50, 111)), r"other inputs \(.* for 3 of 112 examples\)"),
+        (shuffled(swapped(HELD_OUT)), r"other labels \(of 2 of 112 examples\)"),
     ],
 )
 def test_another_calibration_split_is_refused(existing, in_memory, added, data, said):
@@ -149,6 +225,11 @@ def test_the_same_data_are_accepted(existing, added, change):
     assert found.training is existing.training
 
 
+@pytest.mark.parametrize("added", list(ADDED.values()), ids=list(ADDED))
+def test_held_out_data_of_which_two_changed_places(existing, added):
+    fit([LaplaceLPO(num_samples=200), added], held_out=exchanged(HELD_OUT), earlier=existing, size=20)
+
+
 def test_a_model_in_half_precision_sees_the_same_data(existing):
     """Its logits differ by rounding; the record is of the float64 model."""
     half = toy_model(num_layers=1).float().bfloat16()
@@ -172,6 +253,57 @@ def test_a_loader_that_shuffles_anew_each_time(existing):
     fit([LaplaceEvidence(prior_mean="zero")], training=loader, earlier=existing)
     assert torch.equal(loader.generator.get_state(), state)
     fit([LaplaceEvidence(prior_mean="zero", curvature=OTHER)], training=loader, earlier=existing)
+
+
+@pytest.mark.parametrize("added", [TemperatureScaling(), LaplaceEvidence(prior_mean="zero", curvature=OTHER)])
+@pytest.mark.parametrize("name", list(VARYING))
+def test_data_that_differ_in_every_pass_are_not_refused(existing, in_memory, added, name, caplog):
+    """Nobody can tell whether they are the same; it is said once, and nothing of the fit is lost."""
+    loader = VARYING[name]()
+    first = existing if name == "another order" else fit([MAP(), LaplaceLPO(num_samples=200)], training=loader)
+    random = np.random.get_state()[1].copy()
+    caplog.clear()
+    with caplog.at_level(logging.WARNING, "bmoe_lightning"):
+        found = fit([LaplaceLPO(num_samples=200), added], training=loader, earlier=first)
+    assert added.name in found.methods
+    said = [r for r in caplog.records if r.getMessage().startswith(UNKNOWN)]
+    if not added.curvatures:
+        assert np.array_equal(np.random.get_state()[1], random)
+    if name == "another order":  # which the curvature pass compares
+        assert len(said) == (0 if added.curvatures else 1)
+    else:
+        assert len(said) <= 1
+
+
+def test_a_pass_over_varying_data_is_not_made_for_a_method_without_curvature(existing):
+    loader = Loader(lambda: part_of(TRAINING, 64))
+    fit([LaplaceLPO(num_samples=200), TemperatureScaling()], training=loader, earlier=existing)
+    assert loader.passes == 2  # of which only the first batch is read
+
+
+def test_another_order_is_compared_by_the_curvature_pass_alone(existing, monkeypatch):
+    passed = []
+    monkeypatch.setattr(GivenData, "_passed_over_training", lambda *_: passed.append(1))
+    fit([LaplaceEvidence(prior_mean="zero", curvature=OTHER)], training=shuffled(TRAINING), earlier=existing)
+    assert not passed
+
+
+def test_other_data_are_refused_in_an_order_that_varies(existing):
+    others = toy_batch(num_rows=80, seed=9)
+    with pytest.raises(DataMismatchError, match="the training data are not those of the existing fit: other"):
+        fit(
+            [LaplaceEvidence(prior_mean="zero", curvature=OTHER)],
+            training=Loader(lambda: part_of(others, 80)),
+            earlier=existing,
+        )
+
+
+def test_a_stream_that_only_a_comparison_would_read(existing, caplog):
+    for data, known in ((TRAINING, True), (toy_batch(num_rows=80, seed=9), False)):
+        caplog.clear()
+        with caplog.at_level(logging.WARNING, "bmoe_lightning"):
+            fit([LaplaceLPO(num_samples=200), TemperatureScaling()], training=iter(batches(data)), earlier=existing)
+        assert any("they can be read only once" in r.getMessage() for r in caplog.records) != known
 
 
 def test_data_that_no_method_uses_are_not_looked_at(existing, in_memory):
