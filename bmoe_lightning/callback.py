@@ -352,7 +352,7 @@ class BayesianMoECallback(L.Callback):
         with weights_to_fit(trainer, module, self.fit_at):
             earlier = self._found(trainer, module)
             self._folder.begin_completion(trainer, module, earlier, self._num_snapshots)
-            missing = [method for method in self.methods if earlier is None or not earlier.is_fitted(method)]
+            missing = [method for method in self.methods if earlier is None or not earlier.is_finished(method)]
             check_needs(missing, Available(snapshots=len(self._folder.snapshots)))
             self._prior_mean.check(trainer, module, missing if self._given_prior_mean is None else [], trains=False)
             check_data(trainer, missing, trains=False)

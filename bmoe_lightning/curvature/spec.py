@@ -23,7 +23,7 @@ FactorDtype = Literal["float32", "bfloat16"]
 FACTOR_DTYPES: tuple[FactorDtype, ...] = ("float32", "bfloat16")
 
 CACHE_BYTES = 1 << 29
-"""Memory of the covariance terms of held-out data in bytes: 512 MiB, so that a process grows by less than 1 GiB."""
+"""Memory in bytes of the covariance terms of held-out data: 512 MiB, so that one curvature adds less than 1 GiB."""
 
 _NOT_OF_THE_FACTORS = ("offload", "cache_bytes")
 
@@ -107,9 +107,10 @@ class Curvature:
         factor_dtype: Dtype in which the bases are stored, `float32` (float64 for a float64 model) or `bfloat16`;
             computations are in at least float32.
         offload: Whether the factors are offloaded to the CPU; those of a layer are copied to its device when used.
-        cache_bytes: Memory in bytes of the covariance terms of the held-out data, for methods that are fitted on them.
-            All curvatures of a fit share it, and the smallest of theirs counts. Terms that do not fit are compact, or
-            those of a random subset; see `CacheBuilder`.
+        cache_bytes: Memory in bytes of the covariance terms of the held-out data under this curvature, for methods that
+            are fitted on them; a table needs as much for each of its curvatures. Terms that do not fit are compact, or
+            those of a random subset; see `CacheBuilder`. Methods fitted on such terms are fitted again where a
+            completed fit has more memory.
 
     Raises:
         ValueError: For an unknown name or a value out of range.

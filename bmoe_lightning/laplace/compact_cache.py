@@ -65,6 +65,11 @@ class CompactCache(CovarianceCache):
         return len(self.nodes)
 
     @property
+    def is_exact(self) -> bool:
+        """False: exact terms did not fit into the memory."""
+        return False
+
+    @property
     def terms(self) -> tuple[Tensor, ...]:
         """The covariance terms of the examples."""
         return self.binned, self.directions, self.diagonal

@@ -55,6 +55,11 @@ class CovarianceCache(ABC):
         return self.logits, self.labels
 
     @property
+    @abstractmethod
+    def is_exact(self) -> bool:
+        """Whether the terms are exact and of all examples, rather than what a stated memory allows."""
+
+    @property
     def nbytes(self) -> int:
         """Size of the covariance terms in bytes."""
         return sum(values.nbytes for values in self.terms)

@@ -61,6 +61,11 @@ class ValidationCache(CovarianceCache):
         return len(self.centres)
 
     @property
+    def is_exact(self) -> bool:
+        """True: all examples have exact terms."""
+        return True
+
+    @property
     def terms(self) -> tuple[Tensor, ...]:
         """The covariance terms of the examples."""
         return self.embedding, self.prior, self.binned

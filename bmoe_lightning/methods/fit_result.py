@@ -37,6 +37,8 @@ class FittedMethod:
         options: The method's `fit_options` when it was fitted.
         curvatures: Digests of the curvatures that its fit or its predictions use.
         warnings: What makes the fit doubtful, one sentence each; see `warn_of_fit`.
+        limited_terms: Memory in bytes with which the covariance terms of the held-out data were compact or those of a
+            subset, by the digest of their curvature; none where they were exact.
         file: Path of the file that the state was read from; empty if it was fitted in this process.
         checked_by: Methods that have checked a state from a file, which may be as large as the model.
     """
@@ -45,6 +47,7 @@ class FittedMethod:
     options: Mapping[str, Any]
     curvatures: tuple[str, ...] = ()
     warnings: tuple[str, ...] = ()
+    limited_terms: Mapping[str, int] = field(default_factory=dict)
     file: str = ""
     checked_by: list[Method] = field(default_factory=list, repr=False, compare=False)
 
@@ -98,6 +101,13 @@ class FitResult:
         if not method.is_fitted_method:
             return True
         return method.name in self.methods and not self.differences(method) and not self._missing(method)
+
+    def is_finished(self, method: Method) -> bool:
+        """Whether nothing is left to fit: the method can predict, and more memory would not have changed its fit."""
+        if not self.is_fitted(method):
+            return False
+        limits = self.methods[method.name].limited_terms if method.is_fitted_method else {}
+        return all(c.cache_bytes <= limits.get(c.digest, c.cache_bytes) for c in method.curvatures)
 
     def state_of(self, method: Method) -> State:
         """The state of a method.

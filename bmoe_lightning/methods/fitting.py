@@ -44,7 +44,6 @@ def fit_methods(
     distributed: bool = False,
     pass_files: PassFiles | None = None,
     fit_id: str | None = None,
-    cache_bytes: int | None = None,
     is_checked: bool = False,
 ) -> FitResult:
     """Fit methods in one pass over the training data per curvature and one shared pass over the held-out data.
@@ -59,7 +58,8 @@ def fit_methods(
         prior_mean: Weights from before fine-tuning by qualified parameter name (see `down_proj_weights`), for methods
             that use the evidence with `prior_mean="pretrained"`.
         snapshots: Snapshots of the trained weights after the last epochs, latest last, for methods that need them.
-        earlier: Earlier fit to the same weights and data; its methods are fitted again only if their options differ.
+        earlier: Earlier fit to the same weights and data; its methods are fitted again only if their options differ, or
+            if they had less memory for the covariance terms than they needed and now have more.
         seed: Seed for sampled labels, sketch matrices and Monte Carlo noise.
         distributed: Whether all ranks of torch.distributed's default group call this, each with its shard of the data:
             examples r, r + W, r + 2 W, ... for rank r of W, and, where weights are sharded, in equally many batches of
@@ -68,8 +68,6 @@ def fit_methods(
         pass_files: Location of the checkpoints of curvature passes, from which a killed pass resumes; remove them with
             `remove_checkpoint` once the fit is written.
         fit_id: Identifier of a new fit; by default a random one.
-        cache_bytes: Memory of the covariance terms of the held-out data; by default the smallest `cache_bytes` of the
-            methods' curvatures.
         is_checked: Whether the caller has checked that there are as many held-out inputs as methods need, and labels,
             which is otherwise done before the passes; see `GivenData.check_needs`.
 
@@ -97,7 +95,7 @@ def fit_methods(
                 f"the existing fit has seed {earlier.seed}, which all its methods share, and seed={seed} differs; pass "
                 "the same seed, or fit into another folder"
             )
-    missing = [method for method in methods if not earlier.is_fitted(method)]
+    missing = [method for method in methods if not earlier.is_finished(method)]
     used = UsedWeights(model, locate_expert_layers(model, earlier.layers))
     class_logits = used.observed(class_logits)
     work = Workbench(
@@ -114,7 +112,6 @@ def fit_methods(
         seed=earlier.seed,
         distributed=distributed,
         pass_files=pass_files,
-        cache_bytes=cache_bytes,
         is_checked=is_checked,
     )
     work.check_before_passes()
@@ -133,7 +130,8 @@ def fit_methods(
         if distributed:
             broadcast_(list(state.values()))
         digests = tuple(curvature.digest for curvature in method.curvatures)
-        fitted[method.name] = FittedMethod(state, method.fit_options(), digests, tuple(doubts))
+        limited = work.limited_terms(method)
+        fitted[method.name] = FittedMethod(state, method.fit_options(), digests, tuple(doubts), limited)
     collected = {digest: p for digest, p in work.posteriors.items() if p.factors.rank > 0}
     calibration = work.given.split
     doubts_of_model = _doubts_of_model(missing, calibration)

@@ -47,7 +47,7 @@ from bmoe_lightning.methods.fit_index import (
 )
 from bmoe_lightning.methods.fit_result import FitResult, FittedMethod
 from bmoe_lightning.methods.snapshots import snapshot_info
-from bmoe_lightning.methods.stored_values import stored_calibration, stored_options, stored_texts
+from bmoe_lightning.methods.stored_values import stored_calibration, stored_options, stored_sizes, stored_texts
 from bmoe_lightning.utils.file_header import DamagedFileError, FileHeader, damaged
 from bmoe_lightning.utils.safetensors_io import (
     SealedTensors,
@@ -103,6 +103,7 @@ def save_fit(folder: Path, fit: FitResult, snapshots: Sequence[Path] = ()) -> No
                 "options": dict(fitted.options),
                 "curvatures": list(fitted.curvatures),
                 "warnings": list(fitted.warnings),
+                "limited_terms": dict(fitted.limited_terms),
             }
             | ({"state": entries[name]} if name in entries else {})
             for name, fitted in fit.methods.items()
@@ -147,6 +148,7 @@ def load_fit(folder: Path, *, offload: Collection[str] = ()) -> tuple[FitResult,
                 stored_options(entry),
                 stored_texts(entry["curvatures"]),
                 stored_texts(entry.get("warnings", [])),
+                stored_sizes(entry.get("limited_terms", {})),
                 files[name],
             )
             for name, entry in content["methods"].items()

@@ -32,6 +32,17 @@ def stored_texts(value: Any) -> tuple[str, ...]:
     return tuple(value)
 
 
+def stored_sizes(value: Any) -> dict[str, int]:
+    """A mapping of names to sizes in bytes.
+
+    Raises:
+        TypeError: If it is anything else.
+    """
+    if not isinstance(value, dict) or any(type(size) is not int or size < 1 for size in value.values()):
+        raise TypeError(f"expected a mapping of names to sizes in bytes, got {value!r}")
+    return value
+
+
 def stored_calibration(held_out: Mapping[str, Tensor] | None) -> tuple[Tensor, Tensor | None] | None:
     """The held-out logits `[N, K]` and labels `[N]` (or None) of a fit; None if it has none.
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal
@@ -32,7 +33,7 @@ from bmoe_lightning.methods.given_data import GivenData, Split
 from bmoe_lightning.methods.temperature_search import check_labelled
 from bmoe_lightning.methods.training_data import PassFiles, TrainingData
 from bmoe_lightning.utils.distributed import broadcast_, failing_together, num_processes
-from bmoe_lightning.utils.fit_warnings import warn_of_fit
+from bmoe_lightning.utils.fit_warnings import collected_fit_warnings, warn_of_fit
 
 _logger = logging.getLogger(__name__)
 
@@ -58,8 +59,6 @@ class Workbench:
         seed: Seed for sampled labels, sketch matrices and Monte Carlo noise.
         distributed: Whether all ranks of torch.distributed's default group take part, each with its shard of the data.
         pass_files: Location of the checkpoints of curvature passes; None writes none.
-        cache_bytes: Memory of the covariance terms of the held-out data under all curvatures; see `CacheBuilder`. None
-            is the smallest `cache_bytes` of the curvatures.
         is_checked: Whether the held-out data are known to be what is needed; see `GivenData`.
 
     Attributes:
@@ -82,7 +81,6 @@ class Workbench:
         seed: int = 0,
         distributed: bool = False,
         pass_files: PassFiles | None = None,
-        cache_bytes: int | None = None,
         is_checked: bool = False,
     ) -> None:
         self.model = model
@@ -96,8 +94,7 @@ class Workbench:
         self._prior_mean = prior_mean
         self._distributed = distributed
         self._pass_files = pass_files
-        self._cache_bytes = cache_bytes
-        self._caches: dict[str, CovarianceCache] = {}
+        self._caches: dict[tuple[str, int], _Cached] = {}
         self.given = GivenData(
             model,
             class_logits,
@@ -189,12 +186,20 @@ class Workbench:
             ValueError: If there are no held-out data, or no method names this curvature in `curvatures`.
         """
         self.calibration_logits()
-        if curvature.digest not in self._caches:
+        if _key(curvature) not in self._caches:
             raise ValueError(
                 "the pass over the held-out data did not include this curvature; a method that uses its covariances "
                 "must name it in `curvatures` and held-out data in `needs`"
             )
-        return self._caches[curvature.digest]
+        cached = self._caches[_key(curvature)]
+        for sentence in cached.doubts:
+            warn_of_fit(sentence)
+        return cached.cache
+
+    def limited_terms(self, method: Method) -> dict[str, int]:
+        """The memory in bytes of the covariance terms that are not exact, for want of it, by the curvature's digest."""
+        found = [c for c in method.curvatures if method.needs.calibration and _key(c) in self._caches]
+        return {c.digest: c.cache_bytes for c in found if not self._caches[_key(c)].cache.is_exact}
 
     def squared_distances(self, curvature: Curvature, prior_mean: PriorMeanName) -> list[Tensor]:
         """Squared distances `||W_e - M_e||^2` for each layer of a posterior, `[E]` float64 on the CPU.
@@ -271,19 +276,35 @@ class Workbench:
         collected = [c for method in self._methods if method.needs.calibration for c in method.curvatures]
         posteriors = {curvature.digest: self.posterior(curvature) for curvature in collected}
         shards = num_processes() if self._distributed else 1
-        allowed = self._cache_bytes or min((curvature.cache_bytes for curvature in collected), default=0)
-        each = max(1, allowed // max(1, len(posteriors)))
+        # Each has its own memory, so that a method is fitted to the same terms whatever else is in the table.
         builders = {
-            digest: CacheBuilder(posterior.curvature, max_bytes=each, num_shards=shards)
-            for digest, posterior in posteriors.items()
+            (digest, max_bytes): CacheBuilder(posteriors[digest].curvature, max_bytes=max_bytes, num_shards=shards)
+            for digest, max_bytes in dict.fromkeys(_key(curvature) for curvature in collected)
         }
         if not builders:
             self._logits = self.given.plain_split()
             return
         with failing_together(distributed=self._distributed):
             for batch in lockstep(self.model, self._calibration):
-                terms = posterior_terms(list(posteriors.values()), self.model, self._class_logits, batch)
-                for builder, of_posterior in zip(builders.values(), terms, strict=True):
-                    builder.add(of_posterior)
-        self._caches = {d: builder.finish(distributed=self._distributed) for d, builder in builders.items()}
-        self._logits = self.given.seen_split(next(iter(self._caches.values())).all_examples())
+                found = posterior_terms(list(posteriors.values()), self.model, self._class_logits, batch)
+                terms = dict(zip(posteriors, found, strict=True))
+                for (digest, _), builder in builders.items():
+                    builder.add(terms[digest])
+        for key, builder in builders.items():
+            with collected_fit_warnings() as doubts:
+                cache = builder.finish(distributed=self._distributed)
+            self._caches[key] = _Cached(cache, tuple(doubts))
+        self._logits = self.given.seen_split(next(iter(self._caches.values())).cache.all_examples())
+
+
+@dataclass(frozen=True)
+class _Cached:
+    """Covariance terms, and what makes a fit to them doubtful."""
+
+    cache: CovarianceCache
+    doubts: tuple[str, ...]
+
+
+def _key(curvature: Curvature) -> tuple[str, int]:
+    """What covariance terms depend on: the factors and the memory."""
+    return curvature.digest, curvature.cache_bytes

@@ -321,7 +321,7 @@ class SeedRun:
             self._detach(module, data)
             return
         fit = self._fitted() if is_rank_zero() else None
-        missing = [m.name for m in methods if not agreed(fit is not None and fit.is_fitted(m))]
+        missing = [m.name for m in methods if not agreed(fit is not None and fit.is_finished(m))]
         if missing:
             self._say(f"fitting {', '.join(missing)} to the fine-tuned weights")
             # The callback first captures the weights from before fine-tuning; then the fine-tuned ones are loaded.

@@ -261,3 +261,11 @@ def test_warnings_are_stored_and_may_be_missing(tmp_path):
     save_fit(tmp_path, fit)
     assert load_fit(tmp_path)[0].methods["one"].warnings == ("at a bound; add labels",)
     assert load_fit(tmp_path)[0].methods["two"].warnings == ()
+
+
+def test_limited_terms_are_stored_and_may_be_missing(tmp_path):
+    limited = {"one": FittedMethod({}, {}, limited_terms={"0123abcd": 1000}), "two": FittedMethod({}, {})}
+    save_fit(tmp_path, FitResult(methods=limited))
+    found = load_fit(tmp_path)[0].methods
+    assert found["one"].limited_terms == {"0123abcd": 1000}
+    assert found["two"].limited_terms == {}

@@ -7,7 +7,7 @@ import math
 import pytest
 import torch
 
-from bmoe_lightning.methods.stored_values import stored_calibration, stored_options, stored_texts
+from bmoe_lightning.methods.stored_values import stored_calibration, stored_options, stored_sizes, stored_texts
 
 LOGITS = torch.tensor([[1.0, -torch.inf, 2.0], [0.0, 1.0, 2.0]], dtype=torch.float64)
 LABELS = torch.tensor([2, -1])  # -1: no label
@@ -45,3 +45,10 @@ def test_types_of_the_index():
             stored_texts(wrong)
         with pytest.raises(TypeError):
             stored_options({"options": wrong if not isinstance(wrong, dict) else [wrong]})
+
+
+def test_sizes():
+    assert stored_sizes({"a": 1}) == {"a": 1}
+    for wrong in ([], {"a": 0}, {"a": 1.5}, {"a": True}, {"a": "1"}, None):
+        with pytest.raises(TypeError, match="expected a mapping of names to sizes in bytes"):
+            stored_sizes(wrong)
