@@ -164,7 +164,7 @@ def collect_factors(
                     kept.restore(sums, generator)
                 most = max(2, tapped.most_classes) if fisher == "exact" else 0
                 weights = fisher_weights(fisher, tapped.log_probs, tapped.labels, generator, most)
-                weights = weights * tapped.counts(weights.device).view(1, -1, 1)
+                weights = tapped.passes(weights * tapped.counts(weights.device).view(1, -1, 1))
                 # Once per model: whether it mixes examples depends on its code, not on the batch.
                 thorough, checked = not checked, checked or len(tapped.logits) > 1
                 _add_batch(sums, tapped, slots, weights, approximation, thorough=thorough)
@@ -183,7 +183,8 @@ def collect_factors(
         raise ValueError("no batch to collect curvature from: `batches` is empty; pass at least one")
     num_examples = _represented(num_examples, used)
     _warn_of_underflow(sums)
-    finished = tuple(layer_sums.finish(num_examples / used).to(device) for layer_sums in sums)
+    with failing_together(distributed=distributed):
+        finished = tuple(layer_sums.finish(num_examples / used).to(device) for layer_sums in sums)
     if distributed:
         # Decompositions of equal sums may differ between machines in rounding and in sign.
         broadcast_([tensor for layer in finished for tensor in layer.tensors().values()])

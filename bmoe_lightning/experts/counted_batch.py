@@ -9,7 +9,7 @@ from typing import Any
 from torch import nn
 
 from bmoe_lightning.experts.fsdp import runs_in_lockstep
-from bmoe_lightning.utils.distributed import gather_number
+from bmoe_lightning.utils.distributed import gather_number, tell_all_ranks
 from bmoe_lightning.utils.interruption import InterruptedPassError
 
 _NONE = object()
@@ -81,6 +81,7 @@ def lockstep(model: nn.Module, batches: Iterable[Any]) -> Iterator[Any]:
 
     Raises:
         ValueError: If one rank has no batch left and another one has; raised on all ranks.
+        OtherRankError: If the batches of another rank raised an `Exception`, or it has failed since the last batch.
         InterruptedPassError: If the batches of another rank raised `KeyboardInterrupt` or `SystemExit`.
     """
     if not runs_in_lockstep(model):
@@ -92,6 +93,9 @@ def lockstep(model: nn.Module, batches: Iterable[Any]) -> Iterator[Any]:
             batch = next(iterator, _NONE)
         except (KeyboardInterrupt, SystemExit):
             gather_number(_STOPPED)
+            raise
+        except Exception as error:
+            tell_all_ranks(error)
             raise
         running = gather_number(int(batch is not _NONE))
         if _STOPPED in running:

@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
 
 from bmoe_lightning.experts.types import ExpertLayer
 from bmoe_lightning.utils.distributed import is_rank_zero, is_running, num_processes
@@ -226,6 +227,20 @@ def _sharded_class() -> type | tuple[()]:
 
 
 # -- private in FSDP2
+
+
+def gathering_outputs(output: Any) -> tuple[Tensor, ...]:
+    """The tensors in a sharded module's output whose gradients make FSDP2 all-gather its weights in a backward pass.
+
+    They are found by `torch.distributed.fsdp._common_utils.collect_grad_tensors` (seen in torch 2.13); older releases
+    flatten the output with pytree.
+    """
+    try:
+        from torch.distributed.fsdp._common_utils import collect_grad_tensors
+    except ImportError:
+        return tuple(leaf for leaf in tree_leaves(output) if isinstance(leaf, Tensor) and leaf.requires_grad)
+    found: tuple[Tensor, ...] = collect_grad_tensors(output)
+    return found
 
 
 def _reshards_after_backward(module: Any) -> bool | None:

@@ -45,7 +45,12 @@ class GradientScale:
         return torch.finfo(torch.float16).smallest_normal / self.factor
 
     def differentiated(
-        self, logits: Tensor, weights: Tensor, outputs: Sequence[Output], agreed: Callable[[bool], bool]
+        self,
+        logits: Tensor,
+        weights: Tensor,
+        outputs: Sequence[Output],
+        agreed: Callable[[bool], bool],
+        backward: Callable[..., tuple[Tensor | None, ...]] = differentiated,
     ) -> tuple[Tensor | None, ...]:
         """Gradients as of `differentiated`, multiplied by the scale; see `unscaled`.
 
@@ -54,6 +59,7 @@ class GradientScale:
             weights: Weight of each logit, `[B, K]` float64.
             outputs: Outputs to differentiate with respect to.
             agreed: Whether a condition holds on all ranks that run in lockstep.
+            backward: A backward pass, as `differentiated`.
 
         Raises:
             RuntimeError: If they are not finite at any scale.
@@ -62,7 +68,7 @@ class GradientScale:
         while True:
             # Within the range of float32, in which it is divided by.
             self.factor = 2.0 ** min(self._largest - magnitude, 100)
-            found = differentiated(logits, (weights * self.factor).to(logits.dtype), outputs)
+            found = backward(logits, (weights * self.factor).to(logits.dtype), outputs)
             if agreed(_all_finite(found)):
                 return found
             if self._largest <= _LAST:

@@ -39,16 +39,18 @@ def slot_owners(batch: TappedBatch, slots: Sequence[Slots], *, thorough: bool = 
         RuntimeError: If a slot affects the logits of several examples.
     """
     num_examples = len(batch.logits)
-    if num_examples == 1:
-        return [torch.zeros_like(layer_slots.experts) for layer_slots in slots]
     # Each condition decides about backward passes, which ranks with sharded weights must run in lockstep.
+    most = batch.taps.agreed_maximum(num_examples)
+    if most == 1:
+        return [torch.zeros_like(layer_slots.experts) for layer_slots in slots]
+    thorough = batch.taps.agreed_maximum(int(thorough)) == 1
     if batch.taps.agreed(all(layer_slots.rows is not None for layer_slots in slots)):
-        examples = _examples_of_rows(batch, slots)
+        examples = _examples_of_rows(batch, slots, most)
         if batch.taps.agreed(examples is not None) and examples is not None:
-            believed = not thorough or batch.taps.agreed(not _contradicted(batch, slots, examples))
+            believed = not thorough or batch.taps.agreed(not _contradicted(batch, slots, examples, most))
             if believed:
                 return [_at_rows(examples, layer_slots) for layer_slots in slots]
-    owners = _owners_by_gradient(batch, range(len(slots)))
+    owners = _owners_by_gradient(batch, range(len(slots)), most)
     if any(map(bool, to_cpu([(layer_owners == _MIXED).any().view(1) for layer_owners in owners]))):
         raise RuntimeError(
             "a token moves the logits of several examples (examples that share a sequence, or a layer that mixes the "
@@ -57,10 +59,10 @@ def slot_owners(batch: TappedBatch, slots: Sequence[Slots], *, thorough: bool = 
     return owners
 
 
-def _examples_of_rows(batch: TappedBatch, slots: Sequence[Slots]) -> Tensor | None:
+def _examples_of_rows(batch: TappedBatch, slots: Sequence[Slots], most: int) -> Tensor | None:
     """The example of each row `[R]`, or None if it is ambiguous in the last layer that was reached."""
     last = max(position for position, layer_slots in enumerate(slots) if len(layer_slots.inputs))
-    owners = _owners_by_gradient(batch, [last])[0]
+    owners = _owners_by_gradient(batch, [last], most)[0]
     if bool((owners == _MIXED).any()):
         return None
     all_rows = slots[last].rows
@@ -72,9 +74,9 @@ def _examples_of_rows(batch: TappedBatch, slots: Sequence[Slots]) -> Tensor | No
     return highest if torch.equal(lowest, highest) else None
 
 
-def _contradicted(batch: TappedBatch, slots: Sequence[Slots], examples: Tensor) -> bool:
+def _contradicted(batch: TappedBatch, slots: Sequence[Slots], examples: Tensor, most: int) -> bool:
     """Whether the gradients at any layer contradict the examples of the rows."""
-    for layer_slots, owners in zip(slots, _owners_by_gradient(batch, range(len(slots))), strict=True):
+    for layer_slots, owners in zip(slots, _owners_by_gradient(batch, range(len(slots)), most), strict=True):
         if bool(((owners != _UNKNOWN) & (owners != _at_rows(examples, layer_slots))).any()):
             return True
     return False
@@ -86,8 +88,14 @@ def _at_rows(examples: Tensor, slots: Slots) -> Tensor:
     return examples.to(slots.rows.device)[slots.rows]
 
 
-def _owners_by_gradient(batch: TappedBatch, positions: Sequence[int]) -> list[Tensor]:
-    """Owners of the slots of some layers: an example, `_UNKNOWN` (affects no logit, or too little) or `_MIXED`."""
+def _owners_by_gradient(batch: TappedBatch, positions: Sequence[int], most: int) -> list[Tensor]:
+    """Owners of the slots of some layers: an example, `_UNKNOWN` (affects no logit, or too little) or `_MIXED`.
+
+    Args:
+        batch: The batch.
+        positions: Positions of the layers.
+        most: Number of examples of the largest batch of ranks in lockstep, from which the number of passes follows.
+    """
     logits = batch.logits
     num_examples, num_classes = logits.shape
     # Random weights: a slot that affects any logit almost surely affects their weighted sum, also where its effects on
@@ -101,7 +109,7 @@ def _owners_by_gradient(batch: TappedBatch, positions: Sequence[int]) -> list[Te
     # Fewer examples in one pass in float16, which has fewer exponents.
     scale = batch.taps.scale
     base = 32 if scale is None else 8
-    digits = _digits(num_examples, base).to(logits.device)
+    digits = _digits(most, base)[:, :num_examples].to(logits.device)
 
     plain = batch.taps.gradients(logits, plain_weights, positions)
     strongest = [gradient.abs().max(dim=1) for gradient in plain]

@@ -19,9 +19,11 @@ class Output:
 
     Args:
         values: Outputs `[s, d_out]`, with graph.
+        num_calls: Number of calls of sharded modules that ended before; see `BackwardPasses`.
     """
 
-    def __init__(self, values: Tensor) -> None:
+    def __init__(self, values: Tensor, num_calls: int = 0) -> None:
+        self.num_calls = num_calls
         self.is_leaf = values.is_leaf
         # A leaf has no gradient edge without its tensor.
         self.target: Tensor | GradientEdge = values if values.is_leaf else get_gradient_edge(values)

@@ -9,12 +9,13 @@ from __future__ import annotations
 import math
 import weakref
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.functional import pad
 
 from bmoe_lightning.experts.counted_batch import count_of, plain_batch
 from bmoe_lightning.experts.fsdp import runs_in_lockstep, unsharded_roots
@@ -23,6 +24,7 @@ from bmoe_lightning.experts.gradient_scale import GradientScale, runs_float16
 from bmoe_lightning.experts.interception import intercepted_layers
 from bmoe_lightning.experts.logits_contract import ClassLogits, present_classes, run_class_logits
 from bmoe_lightning.experts.model_state import evaluation_mode, frozen_parameters
+from bmoe_lightning.experts.sharded_calls import BackwardPasses
 from bmoe_lightning.experts.streaming import Collector, Output, differentiated, joined
 from bmoe_lightning.experts.threads import in_this_thread, model_lock
 from bmoe_lightning.experts.types import ExpertLayer
@@ -31,7 +33,7 @@ from bmoe_lightning.experts.wrappers.compiled import eager_code
 from bmoe_lightning.experts.wrappers.quantised import gradients_checked
 from bmoe_lightning.experts.wrappers.transformers import outermost_pretrained
 from bmoe_lightning.experts.write_counts import write_count
-from bmoe_lightning.utils.distributed import gather_number
+from bmoe_lightning.utils.distributed import failing_together, gather_number
 
 _INPUTS = ("input_ids", "inputs_embeds", "decoder_input_ids", "decoder_inputs_embeds")
 
@@ -102,7 +104,8 @@ class _LayerTap:
         self.write_counts.append(write_count(inputs))
         self.experts.append(experts)
         self.rows.append(self.source.rows_of(tokens, num_tokens))
-        self.outputs.append(Output(outputs))
+        passes = self.source.passes
+        self.outputs.append(Output(outputs, 0 if passes is None else passes.num_calls))
         return outputs
 
 
@@ -115,14 +118,16 @@ class Taps:
         recording: Whether slots are recorded. False after the forward pass, when only checkpointed activations are
             recomputed, whose slots were recorded already.
         scale: Scale of the backward passes; None unless float16 is part of them.
+        passes: The backward passes, if ranks run them in lockstep.
     """
 
-    def __init__(self, layers: Sequence[ExpertLayer]) -> None:
+    def __init__(self, layers: Sequence[ExpertLayer], passes: BackwardPasses | None = None) -> None:
         self.layers = tuple(layers)
+        self.passes = passes
         self.num_rows = 0
         self.recording = True
         self.scale: GradientScale | None = None
-        self._lockstep = False
+        self._missing_anywhere: bool | None = None
         self._call = (0, frozenset[int]())
         self._modules: list[nn.Module] = []
         # Weak references: otherwise a batch and its graph would live until the garbage collector runs.
@@ -145,16 +150,13 @@ class Taps:
         if self.scale is None and runs_float16(*tensors):
             self.scale = GradientScale()
 
-    def finish_recording(self, *, lockstep: bool = False) -> None:
+    def finish_recording(self) -> None:
         """End the forward pass: anything that runs later is recomputation.
-
-        Args:
-            lockstep: Whether ranks run the backward passes in lockstep.
 
         Raises:
             RuntimeError: If the model has modified the input of a `down_proj` in place after it ran.
         """
-        self.recording, self._lockstep = False, lockstep
+        self.recording = False
         for tap in self._layer_taps:
             tap.check_inputs()
 
@@ -212,9 +214,9 @@ class Taps:
         flat = [output for outputs_of_layer in chunks for output in outputs_of_layer]
         scale = self.scale
         if scale is None:
-            found = list(differentiated(outputs, weights.to(outputs.dtype), flat))
+            found = list(self._differentiated(outputs, weights.to(outputs.dtype), flat))
         else:
-            found = list(scale.differentiated(outputs, weights.double(), flat, self.agreed))
+            found = list(scale.differentiated(outputs, weights.double(), flat, self.agreed, self._differentiated))
         at = 0
         for position, of_layer in zip(positions, chunks, strict=True):
             pairs = zip(found[at : at + len(of_layer)], of_layer, strict=True)
@@ -235,11 +237,11 @@ class Taps:
 
     def agreed(self, found: bool) -> bool:
         """Whether a condition holds on all ranks that run in lockstep, so that all make the same backward passes."""
-        return min(gather_number(int(found))) == 1 if self._lockstep else found
+        return found if self.passes is None else min(gather_number(int(found))) == 1
 
     def agreed_maximum(self, number: int) -> int:
         """The largest of the ranks' numbers, if they run in lockstep."""
-        return max(gather_number(number)) if self._lockstep else number
+        return number if self.passes is None else max(gather_number(number))
 
     def stream_gradients(self, outputs: Tensor, weights: Tensor, consume: Callable[[int, Tensor], None]) -> None:
         """As `gradients`, but each layer's gradient is consumed as soon as it is computed, and not stored.
@@ -269,13 +271,22 @@ class Taps:
         with ExitStack() as stack:
             for collector in collectors:
                 collector.listen(stack)
-            if leaves:
-                differentiated(outputs, weights, leaves)
+            self._differentiated(outputs, weights, leaves)
         # Outputs on no path to a leaf depend on another tensor that requires gradients, or affect no logit.
         missing = [output for collector in collectors for output in collector.missing()]
-        gradients = iter(differentiated(outputs, weights, missing) if missing else ())
+        if self._missing_anywhere is None:  # the same in all passes through this graph
+            self._missing_anywhere = self.agreed_maximum(len(missing)) > 0
+        # In lockstep the leaves too, so that all ranks make the same all-gathers.
+        targets = missing if self.passes is None else [*missing, *leaves]
+        gradients = iter(self._differentiated(outputs, weights, targets) if self._missing_anywhere else ())
         for collector in collectors:
             collector.finish(gradients, lambda at: self._empty(at, self.layers[at].d_out))
+
+    def _differentiated(self, outputs: Tensor, weights: Tensor, targets: Sequence[Output]) -> tuple[Tensor | None, ...]:
+        """Gradients as of `differentiated`, in a backward pass of all ranks together if they run in lockstep."""
+        first = min((target.num_calls for target in targets), default=0)
+        with nullcontext() if self.passes is None else self.passes.together(first):
+            return differentiated(outputs, weights, targets) if targets else ()
 
     def attach(self, model: nn.Module) -> ExitStack:
         """Register hooks in a model; closing the returned stack removes them."""
@@ -339,6 +350,10 @@ class TappedBatch:
         """Mask `[B]` of the examples that are counted."""
         return torch.arange(len(self.logits), device=device) < self.num_counted
 
+    def passes(self, weights: Tensor) -> Tensor:
+        """Weights `[P, B, K]` of backward passes, and zeros for those that only other ranks in lockstep make."""
+        return pad(weights, (0, 0, 0, 0, 0, self.taps.agreed_maximum(len(weights)) - len(weights)))
+
     @property
     def most_classes(self) -> int:
         """Number of classes of the example that has the most; on ranks that run in lockstep, of all their examples."""
@@ -359,6 +374,9 @@ def tapped_batch(
     Modes, `requires_grad` flags, the experts implementation and `.grad` are restored afterwards, also after an
     exception. The model's lock is held meanwhile, and only this thread's calls of the model are tapped.
 
+    Where weights are sharded, this is a collective, and so is each backward pass: if the block raises on one rank, all
+    raise, the others at their next backward pass or at the end of the block.
+
     Args:
         model: The model.
         layers: The expert layers to tap.
@@ -368,8 +386,8 @@ def tapped_batch(
     Raises:
         ValueError: If `class_logits` does not return logits (wrong shape, NaN, probabilities).
         RuntimeError: If no layer is reached, or the logits have no graph.
+        OtherRankError: If another rank has failed, and the weights are sharded.
     """
-    taps = Taps(layers)
     with ExitStack() as stack:
         stack.enter_context(model_lock(model))
         # Inference tensors cannot be part of a graph, so inference mode is left and the batch copied.
@@ -378,15 +396,18 @@ def tapped_batch(
         stack.enter_context(evaluation_mode(model))
         stack.enter_context(frozen_parameters(model))
         stack.enter_context(unsharded_roots(model))
+        passes = BackwardPasses() if runs_in_lockstep(model) else None
+        taps = Taps(layers, passes)
         stack.enter_context(taps.attach(model))
         stack.enter_context(gradients_checked(model))
         stack.enter_context(recomputed_activations(model))
         # Compiled code skips taps.
         stack.enter_context(eager_code())
-        logits, labels = run_class_logits(class_logits, model, plain_batch(batch))
-        lockstep = runs_in_lockstep(model)
+        with nullcontext() if passes is None else passes.through(model):
+            logits, labels = run_class_logits(class_logits, model, plain_batch(batch))
+        stack.enter_context(failing_together(distributed=passes is not None))
         taps.notice(logits, *model.parameters())
-        taps.finish_recording(lockstep=lockstep)
+        taps.finish_recording()
         present = present_classes(logits)
         # A caller's autocast applies to the model alone, not to computations on its slots.
         stack.enter_context(torch.autocast(logits.device.type, enabled=False))

@@ -116,10 +116,12 @@ def batch_terms(
         itemsizes = [4 if tapped.taps.scale is not None else layer_slots.inputs.element_size() for layer_slots in slots]
         held = sum(len(s.experts) * x.d_out * size for s, x, size in zip(slots, layers, itemsizes, strict=True))
         count = tapped.taps.agreed_maximum(num_sweeps(len(weights), len(layers), held))
+        every_pass = tapped.passes(weights)
         terms = {}
         for part in torch.arange(len(layers)).tensor_split(count):
             positions = part.tolist()
-            passes = [tapped.taps.gradients(tapped.logits, pass_weights, positions) for pass_weights in weights]
+            passes = [tapped.taps.gradients(tapped.logits, of_pass, positions) for of_pass in every_pass]
+            del passes[len(weights) :]
             seen = [
                 (slots[position], gradients, owners[position], layers[position])
                 for position, gradients in zip(positions, zip(*passes, strict=True), strict=True)

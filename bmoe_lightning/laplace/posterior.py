@@ -25,7 +25,7 @@ from bmoe_lightning.curvature.factors import KroneckerFactors
 from bmoe_lightning.curvature.spec import CACHE_BYTES
 from bmoe_lightning.experts.counted_batch import lockstep
 from bmoe_lightning.experts.discovery import locate_expert_layers
-from bmoe_lightning.experts.fsdp import reshard
+from bmoe_lightning.experts.fsdp import reshard, runs_in_lockstep
 from bmoe_lightning.experts.logits_contract import ClassLogits
 from bmoe_lightning.experts.threads import model_lock
 from bmoe_lightning.experts.weight_record import same_weights
@@ -47,7 +47,7 @@ from bmoe_lightning.laplace.prior import (
 )
 from bmoe_lightning.laplace.storage import load_posterior, save_posterior
 from bmoe_lightning.laplace.validation_cache import cache_terms
-from bmoe_lightning.utils.distributed import is_rank_zero
+from bmoe_lightning.utils.distributed import failing_together, is_rank_zero
 
 _logger = logging.getLogger(__name__)
 
@@ -194,7 +194,8 @@ class LaplacePosterior:
             ValueError: If there are no examples or no labels.
         """
         terms = (self.batch_terms(model, class_logits, batch) for batch in lockstep(model, batches))
-        return cache_terms(terms, self.curvature, distributed=distributed, max_bytes=max_bytes)
+        with failing_together(distributed=runs_in_lockstep(model)):
+            return cache_terms(terms, self.curvature, distributed=distributed, max_bytes=max_bytes)
 
     def batch_terms(
         self, model: nn.Module, class_logits: ClassLogits, batch: Any, *, centred: bool = True
@@ -233,8 +234,9 @@ class LaplacePosterior:
         Raises:
             WeightMismatchError: If the model's weights are not those that the curvature was collected on.
         """
-        terms = self.batch_terms(model, class_logits, batch, centred=centred)
-        return terms.logits, self.covariance_of(terms)
+        with failing_together(distributed=runs_in_lockstep(model)):
+            terms = self.batch_terms(model, class_logits, batch, centred=centred)
+            return terms.logits, self.covariance_of(terms)
 
     def predict(
         self,

@@ -23,7 +23,7 @@ from bmoe_lightning.laplace.covariance import BatchTerms, without_absent_classes
 from bmoe_lightning.laplace.covariance_cache import CovarianceCache
 from bmoe_lightning.laplace.predictive import standard_normal
 from bmoe_lightning.laplace.present import of_classes, present_first
-from bmoe_lightning.utils.distributed import gather_examples, gather_number, num_processes
+from bmoe_lightning.utils.distributed import failing_together, gather_examples, gather_number, num_processes
 from bmoe_lightning.utils.fit_warnings import warn_of_fit
 
 _NUM_BINS = 128
@@ -332,8 +332,9 @@ def cache_terms(
         ValueError: If there are no examples.
     """
     builder = CacheBuilder(curvature, max_bytes=max_bytes, num_shards=num_processes() if distributed else 1)
-    for terms in batches:
-        builder.add(terms)
+    with failing_together(distributed=distributed):
+        for terms in batches:
+            builder.add(terms)
     return builder.finish(distributed=distributed)
 
 

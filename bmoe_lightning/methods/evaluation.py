@@ -12,12 +12,15 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from bmoe_lightning.experts.counted_batch import lockstep
+from bmoe_lightning.experts.fsdp import runs_in_lockstep
 from bmoe_lightning.experts.logits_contract import ClassLogits, checked_labels, joined_logits
 from bmoe_lightning.experts.threads import model_lock
 from bmoe_lightning.laplace.posterior import LaplacePosterior
 from bmoe_lightning.methods.base import PRIOR_PRECISION, Method, State, check_method_names
 from bmoe_lightning.methods.batch_view import BatchView
 from bmoe_lightning.methods.fit_result import FitResult
+from bmoe_lightning.utils.distributed import failing_together
 from bmoe_lightning.utils.safetensors_io import file_origin
 
 
@@ -73,12 +76,13 @@ class Evaluation:
         Raises:
             ValueError: If the batch has no labels.
         """
-        view = self.view(model, class_logits, batch)
-        labels = _labels(view)
-        for method in self._single:
-            self._log_probs[method.name].append(method.log_probs(view, self._states[method.name]).cpu())
-        self._labels.append(labels)
-        self._logits.append(view.logits.cpu())
+        with failing_together(distributed=runs_in_lockstep(model)):
+            view = self.view(model, class_logits, batch)
+            labels = _labels(view)
+            for method in self._single:
+                self._log_probs[method.name].append(method.log_probs(view, self._states[method.name]).cpu())
+            self._labels.append(labels)
+            self._logits.append(view.logits.cpu())
 
     def finish(self, model: nn.Module, class_logits: ClassLogits, batches: Iterable[Any]) -> dict[str, Predictions]:
         """Predict the same data with the ensembles, and return the predictions of every method.
@@ -142,7 +146,7 @@ def evaluate(
         ValueError: If there are no batches or a batch has no labels.
     """
     evaluation = Evaluation(methods, fitted, snapshots)
-    for batch in batches:
+    for batch in lockstep(model, batches):
         evaluation.add(model, class_logits, batch)
     return evaluation.finish(model, class_logits, batches)
 
@@ -173,6 +177,10 @@ class Predictor:
         Returns:
             Log-probabilities `[B, K]` float64, and the view of the batch under the current weights.
         """
+        with failing_together(distributed=runs_in_lockstep(model)):
+            return self._predicted(model, class_logits, batch)
+
+    def _predicted(self, model: nn.Module, class_logits: ClassLogits, batch: Any) -> tuple[Tensor, BatchView]:
         method, seed = self.method, self._fitted.seed
         if self._posteriors is None:
             self._posteriors = self._fitted.posteriors_for(method.prediction_curvatures, model)
@@ -218,8 +226,8 @@ def _member(
 ) -> tuple[Tensor, Tensor]:
     """Log-probabilities `[N, K]` of one member on the data set, and the labels `[N]`."""
     log_probs, labels = [], []
-    with model_lock(model), context:
-        for batch in batches:
+    with model_lock(model), context, failing_together(distributed=runs_in_lockstep(model)):
+        for batch in lockstep(model, batches):
             view = BatchView(model, class_logits, batch, seed=seed)
             log_probs.append(method.log_probs(view, state).cpu())
             labels.append(_labels(view))

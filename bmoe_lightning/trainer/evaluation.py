@@ -14,6 +14,7 @@ from torch import nn
 
 from bmoe_lightning.experts import ClassLogits
 from bmoe_lightning.experts.batch_copies import WriteCheck, copied_containers
+from bmoe_lightning.experts.fsdp import runs_in_lockstep
 from bmoe_lightning.experts.logits_contract import joined_logits
 from bmoe_lightning.laplace.posterior import WeightMismatchError
 from bmoe_lightning.laplace.predictive import entropy, predict_with_uncertainty
@@ -27,7 +28,7 @@ from bmoe_lightning.trainer.data_passes import DataPass
 from bmoe_lightning.trainer.lightning_internals import logged_step
 from bmoe_lightning.trainer.sampler_shards import SamplerShard, find_sampler_shard
 from bmoe_lightning.trainer.signals import check_sigterm
-from bmoe_lightning.utils.distributed import gather_number
+from bmoe_lightning.utils.distributed import failing_together, gather_number
 
 _REPLACES = "_replaces_predict_step"
 
@@ -101,6 +102,10 @@ class EvaluationRun:
         Raises:
             RuntimeError: If the step has written to a tensor of the batch.
         """
+        with failing_together(distributed=runs_in_lockstep(module)):
+            self._add(module, class_logits, batch, loader)
+
+    def _add(self, module: nn.Module, class_logits: ClassLogits, batch: Any, loader: int) -> None:
         received, self._received = self._received, None
         if received is not None and received[0] is batch:  # with a step that draws its batches itself it is another one
             _, batch, writes = received
@@ -134,15 +139,30 @@ class EvaluationRun:
                 f"another callback has changed the weights before the members of {', '.join(ensembles)} could be "
                 "evaluated; put it after BayesianMoECallback, or use a trainer without it"
             )
-        for loader, evaluation in self._evaluations.items():
+        if shards is not None:
+            self._check_shares(shards)
+        for loader, evaluation in sorted(self._evaluations.items()):
             name = self.stage if len(passes) == 1 else f"{self.stage}_{loader}"
             self._names[loader] = name
-            found = evaluation.finish(module, class_logits, passes[loader])
             shard = None if shards is None else shards[loader]
+            with failing_together(distributed=shard is not None):
+                found = evaluation.finish(module, class_logits, passes[loader])
             if shard is not None:
                 found = {method: _gathered(predictions, shard) for method, predictions in found.items()}
             self._predictions[name] = found
         return self._predictions
+
+    def _check_shares(self, shards: Sequence[SamplerShard | None]) -> None:
+        """Check that all ranks have examples of the same loaders. A collective."""
+        for loader, shard in enumerate(shards):
+            if shard is None:
+                continue
+            having = gather_number(int(loader in self._evaluations))
+            if any(having) and not all(having):
+                raise ValueError(
+                    f"{sum(having)} of {len(having)} processes have examples of the {self.stage} data (loader "
+                    f"{loader}) and the others have none; use fewer processes, or more examples"
+                )
 
     def finish_loaders(
         self,
@@ -281,19 +301,20 @@ def predicted(predictor: Predictor, module: nn.Module, class_logits: ClassLogits
         `[B]` of `probs` in nats. Methods with a posterior add `logit_covariance` `[B, K, K]` of the centred logits and
         `mutual_information` `[B]` in nats between label and weights (always from Monte Carlo).
     """
-    log_probs, view = predictor.predict(module, class_logits, batch)
-    found: dict[str, Any] = {
-        "method": predictor.method.name,
-        "probs": log_probs.exp(),
-        "log_probs": log_probs,
-        "logits": view.logits,
-        "entropy": entropy(log_probs),
-    }
-    gaussian = predictor.covariance(view)
-    if gaussian is not None:
-        sampled = predict_with_uncertainty(*gaussian, seed=view.seed)
-        found |= {"logit_covariance": gaussian[1], "mutual_information": sampled.mutual_information}
-    return found
+    with failing_together(distributed=runs_in_lockstep(module)):
+        log_probs, view = predictor.predict(module, class_logits, batch)
+        found: dict[str, Any] = {
+            "method": predictor.method.name,
+            "probs": log_probs.exp(),
+            "log_probs": log_probs,
+            "logits": view.logits,
+            "entropy": entropy(log_probs),
+        }
+        gaussian = predictor.covariance(view)
+        if gaussian is not None:
+            sampled = predict_with_uncertainty(*gaussian, seed=view.seed)
+            found |= {"logit_covariance": gaussian[1], "mutual_information": sampled.mutual_information}
+        return found
 
 
 def replace_predict_step(

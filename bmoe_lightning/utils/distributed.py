@@ -5,7 +5,8 @@ are assigned round-robin, as by `torch.utils.data.DistributedSampler`: of W rank
 r + 2 W, ... of the data set.
 
 A rank that fails alone would leave the others waiting in their next collective. Within `failing_together` it joins that
-collective to say so: all ranks raise, at their next `gather_number` or at the end of the block.
+collective to say so: all ranks raise, at their next `gather_number` or at the end of the block. So other collectives
+need a `gather_number` before them, by which a rank that failed is known of.
 """
 
 from __future__ import annotations
@@ -122,8 +123,9 @@ def together(action: Callable[[], T], *, distributed: bool = True) -> T:
 def failing_together(*, distributed: bool = True) -> Iterator[None]:
     """Run a block on every rank; if it raises an `Exception` on any rank, all ranks raise. A collective, at its end.
 
-    The other ranks raise at their next `gather_number` within the block, or at its end. The block may contain no other
-    collective. Blocks may be nested: an error is told once.
+    The other ranks raise at their next `gather_number` within the block, or at its end. Where a rank may fail before
+    another collective, the block must call `gather_number` in between, as calls of a sharded model and backward passes
+    through it do (see `bmoe_lightning.experts.sharded_calls`). Blocks may be nested: an error is told once.
 
     Args:
         distributed: Whether all ranks of torch.distributed's default group run the block; False only runs it.

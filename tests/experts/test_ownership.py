@@ -48,9 +48,9 @@ def asked(monkeypatch):
     sizes = []
     by_gradient = ownership._owners_by_gradient
 
-    def spy(batch, positions):
+    def spy(batch, positions, most):
         sizes.append(len(positions))
-        return by_gradient(batch, positions)
+        return by_gradient(batch, positions, most)
 
     monkeypatch.setattr(ownership, "_owners_by_gradient", spy)
     return sizes
