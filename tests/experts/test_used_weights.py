@@ -141,6 +141,16 @@ def test_those_that_have_no_values_are_left_out():
     assert used_by(model) == {"head.weight", "head.bias"}
 
 
+@pytest.mark.parametrize("whole", [False, True])
+def test_offloaded_by_accelerate(whole):
+    accelerate = pytest.importorskip("accelerate")
+    model, expected = Classifier(), outside_record(Classifier(), find_expert_layers(Classifier()))
+    accelerate.cpu_offload(model if whole else model.head, execution_device="cpu")
+    used = UsedWeights(model, find_expert_layers(model))
+    used.observed(lambda model, _: model.head(torch.ones(4, 16)))(model, BATCH)
+    assert used.record() == expected.part({"head.weight", "head.bias"})
+
+
 class Holder(nn.Module):
     def __init__(self, name, part):
         super().__init__()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import json
 import logging
+from dataclasses import replace
 
 import pytest
 import torch
@@ -14,7 +15,13 @@ from torch import nn
 
 from bmoe_lightning.curvature import collect_factors
 from bmoe_lightning.experts import expert_parameters, find_expert_layers
-from bmoe_lightning.experts.weight_record import WeightRecord, compare_weights, same_weights, weight_record
+from bmoe_lightning.experts.weight_record import (
+    WeightRecord,
+    compare_weights,
+    outside_record,
+    same_weights,
+    weight_record,
+)
 from bmoe_lightning.laplace import LaplacePosterior, WeightMismatchError
 
 LEARNING_RATE = 5e-5
@@ -233,6 +240,18 @@ class TestFiles:
         assert again != record(tiny_qwen(seed=1, dtype=torch.float32))
         assert again != record(tiny_qwen(dtype=torch.float64))
         assert WeightRecord.from_tensors({}) is None
+
+    def test_with_what_is_outside(self):
+        model = Holder("model", tiny_qwen(dtype=torch.float32))
+        fitted = replace(record(model), outside=outside_record(model, find_expert_layers(model)))
+        again = WeightRecord.from_tensors(fitted.tensors())
+        assert again == fitted != record(model)
+        assert set(again.outside.samples) == {"beside.weight", "beside.bias"}
+        earlier = {name: tensor for name, tensor in fitted.tensors().items() if not name.startswith("outside.")}
+        assert WeightRecord.from_tensors(earlier) == record(model)
+        damaged = {**fitted.tensors(), "outside.values": torch.zeros(1)}
+        with pytest.raises(ValueError, match="record of the weights is damaged"):
+            WeightRecord.from_tensors(damaged)
 
     @pytest.mark.parametrize("change", ["names", "values", "json"])
     def test_a_damaged_one_is_refused(self, change):

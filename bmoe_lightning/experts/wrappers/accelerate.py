@@ -20,9 +20,12 @@ def offload_hook(module: nn.Module) -> Any:
 def offloaded_weights(module: nn.Module) -> Mapping[str, Tensor] | None:
     """The offloaded parameters of a module by name, or None if it has none.
 
-    Reads `AlignDevicesHook.weights_map` (seen in accelerate 1.0.0 to 1.15.0).
+    Reads `AlignDevicesHook.weights_map`, and `SequentialHook.hooks` of a module that was offloaded by itself (seen in
+    accelerate 1.0.0 to 1.15.0).
     """
-    return getattr(offload_hook(module), "weights_map", None)
+    hook = offload_hook(module)
+    found = (getattr(part, "weights_map", None) for part in getattr(hook, "hooks", (hook,)))
+    return next((weights for weights in found if weights is not None), None)
 
 
 def forward_attribute(module: nn.Module) -> str:
