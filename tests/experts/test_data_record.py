@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import copy
+
 import pytest
 import torch
 from forked_processes import run
+from oracles.models import answer_logits, toy_batch, toy_model
 
+from bmoe_lightning.experts import data_record, row_matching
 from bmoe_lightning.experts.data_record import (
     FIRST,
     DataRecord,
@@ -270,3 +274,51 @@ def in_shards(rank, world_size):
 @pytest.mark.parametrize("world_size", [2, 3])
 def test_shards_of_several_ranks(world_size, tmp_path):
     run(in_shards, world_size, tmp_path)
+
+
+@pytest.mark.parametrize("num_layers", [1, 2, 4])
+def test_limits_are_apart_from_rounding_and_from_other_inputs(num_layers):
+    """Of the largest difference of a centred logit, in units of the spread between examples."""
+    model, batch = toy_model(num_layers=num_layers), toy_batch(num_rows=400, seed=3)
+
+    def centred(model, batch):
+        logits = answer_logits(model, batch)[0].detach().double()
+        return logits - logits.mean(1, keepdim=True)
+
+    known = centred(model, batch)
+    spread = known.std(0).square().mean().sqrt()
+    in_bfloat16, in_float32, of_others = (
+        (known - found).abs().amax(1) / spread
+        for found in (
+            centred(copy.deepcopy(model).bfloat16(), batch),
+            centred(copy.deepcopy(model).float(), batch),
+            centred(model, toy_batch(num_rows=400, seed=9)),
+        )
+    )
+    assert float(in_bfloat16.median()) < data_record._ALIGNED / 5
+    assert float((in_bfloat16 > data_record._SAME_EXAMPLE).double().mean()) < data_record._REROUTED / 2
+    assert float(in_float32.median()) < row_matching._IDENTICAL / 20
+    assert float(in_float32.max()) < data_record._EXACT / 10 < row_matching._TIGHT / 10
+    assert float(in_bfloat16.median()) > 10 * data_record._EXACT  # the two are told apart
+    assert float(of_others.median()) > 3 * data_record._SAME_EXAMPLE
+    assert float((of_others < data_record._SAME_EXAMPLE).double().mean()) < 0.06
+
+
+def test_nothing_is_copied_to_the_host_before_the_end():
+    """On a device without values every copy would be an error."""
+    logits, labels = data()
+    recorder = DataRecorder()
+    for start in (0, 50, 100):
+        recorder.add(logits[start : start + 50].to("meta"), labels[start : start + 50].to("meta"), 40)
+    assert {value.device.type for value in recorder.state().values()} == {"meta"}
+    assert recorder.state()["counts"].shape == (5,)
+
+
+def test_a_record_that_resumes_on_another_device():
+    logits, labels = data()
+    recorder = DataRecorder()
+    recorder.add(logits[:30], labels[:30], 30)
+    resumed = DataRecorder()
+    resumed.load_state(recorder.state())
+    resumed.add(logits[30:].to("meta"), labels[30:].to("meta"), 170)
+    assert {value.device.type for value in resumed.state().values()} == {"meta"}
