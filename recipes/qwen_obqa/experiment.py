@@ -196,6 +196,8 @@ class SeedRun:
         """Run the stages that an earlier run has not finished."""
         # Rank zero decides by the files for all ranks: files may appear while the others check.
         missing = [method for method in self.methods if not agreed(self.predictions.has(method))]
+        if not missing and not agreed(is_rank_zero() and self._fitted() is not None):
+            missing = list(self.methods)  # the report reads the fit, which is damaged or lost
         zero_shot = self.settings.zero_shot and not agreed(self._zero_shot_predictions.has(ZERO_SHOT))
         if (missing or zero_shot) and (weights := self._model()[1]):
             self._say(f"pre-trained weights {weights}")

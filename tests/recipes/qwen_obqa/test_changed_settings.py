@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pytest
+import torch
 from recipe_runs import run
 
 from bmoe_lightning.utils.safetensors_io import read_tensor_file
@@ -51,6 +52,21 @@ def test_an_option_of_prediction_evaluates_one_method(folder, capsys, changed):
     method = changed.partition(".")[0]
     assert done_again(folder, capsys, *BASE, "--set", changed) == [f"evaluating {method}"]
     assert done_again(folder, capsys, *BASE) == [f"evaluating {method}"]
+
+
+@pytest.mark.parametrize("lost", [False, True])
+def test_a_fit_that_is_damaged_beside_its_predictions_is_made_again(folder, capsys, lost):
+    index = folder / "seed-0" / "bayesian_moe" / "index.json"
+    before = {name: predictions(folder, name).tensors["log_probs"] for name in METHODS.split(",")}
+    if lost:
+        index.unlink()
+    else:
+        index.write_text(index.read_text()[:100])
+    fitting, evaluating = done_again(folder, capsys, *BASE)
+    assert fitting == f"fitting {METHODS.replace(',', ', ')} to the fine-tuned weights"
+    assert evaluating == "evaluating"
+    assert all(torch.equal(predictions(folder, name).tensors["log_probs"], value) for name, value in before.items())
+    assert done_again(folder, capsys, *BASE) == []
 
 
 def test_a_label_does_nothing(folder, capsys):
