@@ -39,7 +39,7 @@ from bmoe_lightning.trainer.data_passes import TrainerTrainingData, as_list, val
 from bmoe_lightning.trainer.evaluation import EvaluationRun, log_scalars, replace_predict_step, without_fit
 from bmoe_lightning.trainer.first_batches import FirstBatches, no_logging
 from bmoe_lightning.trainer.fit_only import fit_only
-from bmoe_lightning.trainer.lightning_internals import is_restoring_checkpoint
+from bmoe_lightning.trainer.lightning_internals import call_after_fit_loop, is_restoring_checkpoint
 from bmoe_lightning.trainer.loaders import evaluation_loaders
 from bmoe_lightning.trainer.moved_weights import watch_moved_weights
 from bmoe_lightning.trainer.prior_mean import PriorMean
@@ -155,6 +155,7 @@ class BayesianMoECallback(L.Callback):
         if stage == "fit":
             self._prior_mean.setup(trainer, pl_module)
             self._undo.append(self._prior_mean.remove_hook)
+            self._undo.append(call_after_fit_loop(trainer, partial(self._complete_resumed, trainer, pl_module)))
 
     def on_load_checkpoint(self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]) -> None:
         """Record that training resumes, so that the snapshots of the resumed run are used."""
@@ -360,6 +361,14 @@ class BayesianMoECallback(L.Callback):
             if earlier is None:  # otherwise few or no batches are needed
                 FirstBatches(missing, self._logits).check_fit(trainer, module, trains=False)
             self._fit(trainer, module, self.methods, earlier)
+
+    def _complete_resumed(self, trainer: L.Trainer, module: L.LightningModule) -> None:
+        """Fit the methods after a resumed training that was already complete, unless it has a fit."""
+        if self._folder.resumes and trainer.train_dataloader is not None and trainer.num_training_batches:
+            with weights_to_fit(trainer, module, self.fit_at):
+                needs_fit = self._found(trainer, module) is None and self._folder.ended_without_fit(trainer, module)
+            if needs_fit:
+                self._complete(trainer, module)
 
     def _logits(self, model: Any, batch: Any) -> tuple[Tensor, Tensor | None]:
         with self._precision(), no_logging(model):

@@ -218,18 +218,10 @@ class TestWeightsAndProcesses:
         used.fit_loop.max_epochs = 3
         used.fit(Unseen(), train_loader(), calibration_loader())
 
-    def test_resuming_a_finished_run_says_that_nothing_was_fitted(self, tmp_path):
-        checkpoint = ModelCheckpoint(tmp_path / "finished", save_last=True)
-        t = trainer(tmp_path, [checkpoint], max_epochs=1, enable_checkpointing=True)
-        t.fit(ToyModule(), train_loader(), calibration_loader())
-        again = trainer(tmp_path, [BayesianMoECallback()], max_epochs=1)
-        with pytest.warns(UserWarning, match="fit_posterior"):
-            again.fit(
-                ToyModule(),
-                train_loader(),
-                calibration_loader(),
-                ckpt_path=str(tmp_path / "finished" / "last.ckpt"),
-                weights_only=True,
+    def test_a_training_without_steps_says_that_nothing_was_fitted(self, tmp_path):
+        with pytest.warns(UserWarning, match="training ended without a fit.*fit_posterior"):
+            trainer(tmp_path, [BayesianMoECallback()], limit_train_batches=0).fit(
+                ToyModule(), train_loader(), calibration_loader()
             )
 
     def test_state_is_small_and_loads_without_pickle(self, trained, tmp_path):

@@ -139,6 +139,11 @@ def pass_files(folder: Path, fit_id: str) -> set[Path]:
     return {folder / f"{match[1]}.safetensors" for match in found if match is not None} if fit_id else set()
 
 
+def has_stored_sums(folder: Path) -> bool:
+    """Whether a curvature pass of any fit was stopped in a folder and can be resumed."""
+    return any(folder.glob("curvature_state-*.safetensors"))
+
+
 def _damaged(state: object) -> ValueError:
     return ValueError(
         f"the checkpoint's state of BayesianMoECallback is damaged ({state!r:.80}); load another checkpoint of the run"

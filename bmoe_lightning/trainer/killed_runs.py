@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from bmoe_lightning.laplace.posterior import WeightMismatchError
+from bmoe_lightning.methods.fit_index import stored_fit_id
 from bmoe_lightning.methods.snapshots import snapshot_info
 from bmoe_lightning.trainer.earlier_run import pass_files
 from bmoe_lightning.trainer.folders import marked_weights, training_id
@@ -57,6 +58,20 @@ def killed_run(folder: Path) -> KilledRun | None:
     if not snapshots:
         return KilledRun(known, (), marked_weights(folder)) if known else None
     return KilledRun(snapshot_info(snapshots[-1]).fit, tuple(snapshots), marked_weights(folder))
+
+
+def ended_without_fit(folders: Iterable[Path], fit_id: str, weights: str) -> bool:
+    """Whether no folder has the fit of a run, nor says that the run was fitting methods to other weights.
+
+    Args:
+        folders: Folders in which the run may have written.
+        fit_id: Id of its fit.
+        weights: Fingerprint of all weights of the model.
+    """
+    places = list(folders)
+    if any(stored_fit_id(folder) == fit_id for folder in places):
+        return False
+    return all(marked_weights(folder) in ("", weights) for folder in places if training_id(folder) == fit_id)
 
 
 def run_of_weights(

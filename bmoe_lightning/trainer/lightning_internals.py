@@ -106,6 +106,27 @@ def replaced_fit_loop(trainer: L.Trainer, action: Callable[[], None]) -> Iterato
         del loop.run
 
 
+def call_after_fit_loop(trainer: L.Trainer, action: Callable[[], None]) -> Callable[[], None]:
+    """Have `trainer.fit` call a function after its loop, while the trainer is still set up for training.
+
+    Replaces `fit_loop.run` on the instance (tested with 2.5.0 to 2.6.6), unless `replaced_fit_loop` has: the loop calls
+    no hook of a callback if a resumed training is already complete.
+
+    Returns:
+        Function that restores the loop. Idempotent.
+    """
+    loop = trainer.fit_loop
+    if getattr(loop.run, "func", None) is _set_up_and_call:
+        return lambda: None
+    loop.run = partial(_run_and_call, loop.run, action)  # type: ignore[method-assign]
+    return partial(vars(loop).pop, "run", None)
+
+
+def _run_and_call(run: Callable[[], None], action: Callable[[], None]) -> None:
+    run()
+    action()
+
+
 def _set_up_and_call(loop: Any, action: Callable[[], None]) -> None:
     loop.setup_data()
     action()

@@ -35,7 +35,7 @@ from bmoe_lightning.trainer.folders import (
     unmark_training,
     versions_with_fit,
 )
-from bmoe_lightning.trainer.killed_runs import killed_run, run_of_weights
+from bmoe_lightning.trainer.killed_runs import ended_without_fit, killed_run, run_of_weights
 from bmoe_lightning.trainer.signals import report_stop
 from bmoe_lightning.trainer.snapshot_files import copied, epoch_of, new_snapshot
 from bmoe_lightning.trainer.stored_fits import Search, find_fit
@@ -290,6 +290,17 @@ class RunFolder:
         self._checkpoint = _checkpoint_of(trainer)
         return self._from_rank_zero(trainer, lambda: any(map(has_fit, itertools.chain(*self._places(trainer)))))
 
+    def ended_without_fit(self, trainer: L.Trainer, module: nn.Module) -> bool:
+        """Whether the run of the loaded checkpoint has no fit, and was fitting the module's weights when it was killed.
+
+        Those may be others than the checkpoint's, if a callback averages weights. A collective.
+        """
+        weights, earlier = module_fingerprint(module), self._earlier
+        if earlier is None:
+            return not self.has_any_fit(trainer)
+        fit_id = earlier.fit_id
+        return self._from_rank_zero(trainer, lambda: ended_without_fit(self._homes_and_versions(), fit_id, weights))
+
     def missing_fit(self) -> Exception:
         """The error after `load` has found no fit; it names the folders, and why each was refused."""
         return self._search.error()
@@ -376,8 +387,10 @@ class RunFolder:
         return earlier.take_over(self._homes()[0], folder, self.fit_id, num_snapshots, left)
 
     def _id_of_resumed(self, earlier: EarlierRun) -> str:
-        versions = [] if self.folder is None else versions_with_fit(self.folder)
-        return earlier.id_of_next([*self._homes(), *versions])
+        return earlier.id_of_next(self._homes_and_versions())
+
+    def _homes_and_versions(self) -> list[Path]:
+        return [*self._homes(), *([] if self.folder is None else versions_with_fit(self.folder))]
 
     def _was_replacing(self, folder: Path, weights: str) -> bool:
         """Whether a run was killed that would have replaced the fit in a folder, and the model's weights are its."""

@@ -17,6 +17,7 @@ from types import FrameType
 import lightning as L
 from lightning.pytorch.utilities.exceptions import SIGTERMException
 
+from bmoe_lightning.trainer.earlier_run import has_stored_sums
 from bmoe_lightning.utils.interruption import SIGTERM_STATUS
 
 _logger = logging.getLogger(__name__)
@@ -82,8 +83,11 @@ def report_stop(exception: BaseException, folder: Path | None, *, evaluates: boo
     if evaluates:
         _logger.warning("stopped by %s; the fit is as it was (%s): run the evaluation again", name, folder)
         return
-    if folder is not None and any(folder.glob("curvature_state-*.safetensors")):
-        remedy = f"the sums of the curvature pass are stored in {folder}, and fit_posterior resumes from them"
+    if folder is not None and has_stored_sums(folder):
+        remedy = (
+            f"the sums of the curvature pass are stored in {folder}; fit_posterior, or trainer.fit with the last "
+            "checkpoint in ckpt_path=, resumes from them"
+        )
     else:
         remedy = (
             "call fit_posterior on the trained weights, or resume training; a curvature pass can be resumed with "

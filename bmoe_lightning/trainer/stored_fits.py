@@ -14,11 +14,17 @@ from bmoe_lightning.laplace.posterior import WeightMismatchError
 from bmoe_lightning.methods.fit_index import has_fit, unreadable
 from bmoe_lightning.methods.fit_result import FitResult
 from bmoe_lightning.methods.storage import load_identity
+from bmoe_lightning.trainer.earlier_run import has_stored_sums
 from bmoe_lightning.utils.distributed import gather_number, together
 from bmoe_lightning.utils.messages import shown_path
 
 _MAX_NAMED = 10
 _REMEDY = "run trainer.fit with this callback, call fit_posterior, or pass dirpath= with the folder of an earlier run."
+
+_REMEDY_OF_STOPPED = (
+    "the sums of a curvature pass that was stopped are stored in {}: call fit_posterior(trainer=..., ckpt_path=...) or "
+    "trainer.fit(..., ckpt_path=...) with the last checkpoint, which resume from them."
+)
 
 
 @dataclass(frozen=True)
@@ -38,7 +44,9 @@ class Search:
     def error(self) -> Exception:
         """The error that says why there is no fit: which folders were searched, and why each was refused."""
         if not self.refused:
-            return RuntimeError(f"no fit was found in {_listed(self.looked)}; {_REMEDY}")
+            stopped = [folder for folder in self.looked if has_stored_sums(folder)]
+            remedy = _REMEDY if not stopped else _REMEDY_OF_STOPPED.format(shown_path(stopped[0]))
+            return RuntimeError(f"no fit was found in {_listed(self.looked)}; {remedy}")
         if len(self.refused) == 1:
             return next(iter(self.refused.values()))
         return WeightMismatchError(

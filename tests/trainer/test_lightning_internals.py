@@ -124,3 +124,19 @@ def test_an_action_in_place_of_training(tmp_path):
     with pytest.raises(KeyError), internals.replaced_fit_loop(run, action):
         raise KeyError
     assert "run" not in vars(run.fit_loop)
+
+
+def test_call_after_fit_loop(tmp_path):
+    data, seen = loader(32, 1), []
+    run = trainer(tmp_path, [], max_epochs=1)
+    first = internals.call_after_fit_loop(run, lambda: seen.append(("first", run.global_step, run.training)))
+    second = internals.call_after_fit_loop(run, lambda: seen.append(("second", run.train_dataloader)))
+    run.fit(ToyModule(), data)
+    assert seen == [("first", 2, True), ("second", data)]
+    for undo in (first, second, first):
+        undo()
+        assert "run" not in vars(run.fit_loop)
+    with internals.replaced_fit_loop(run, lambda: None):
+        replaced = run.fit_loop.run
+        internals.call_after_fit_loop(run, lambda: None)()
+        assert run.fit_loop.run is replaced
