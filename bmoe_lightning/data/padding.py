@@ -7,10 +7,8 @@ for padding on the left.
 
 from __future__ import annotations
 
-import copy
 import math
-import warnings
-from collections.abc import Callable, Iterator, MutableMapping
+from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any
@@ -60,7 +58,7 @@ def measured_padding_side(
     questions = shortened(question, rows)
     with _evaluated(module):
         found = [logits_of(collate([item])) for item in questions]
-        negligible, wrong = _FULL_PRECISION if _is_full_precision(module, found[0]) else _HALF_PRECISION
+        negligible, wrong = _FULL_PRECISION if is_full_precision(module, {found[0].dtype}) else _HALF_PRECISION
         alone = torch.cat(found).double()
         left = _largest(padding_error(logits_of(replace(collate, side="left")(questions)).double(), alone))
         if left <= negligible:
@@ -78,53 +76,6 @@ def measured_padding_side(
     )
 
 
-def warn_of_padding(module: nn.Module, class_logits: Callable[[Any, Any], Any], batch: Any) -> None:
-    """Warn if the most padded row of a batch has other logits than the same row alone.
-
-    Batches that are no mutable mapping with an `attention_mask` `[B, T]`, that have no padding, or that have several
-    rows for each example are not compared.
-
-    Args:
-        module: The module. It runs in evaluation mode without gradients; its modes and the random state are restored.
-        class_logits: Function `(module, batch) -> (logits [B, K], labels)`.
-        batch: Batch on the module's device.
-
-    Warns:
-        UserWarning: If the row's logits differ by more than rounding.
-    """
-    mask = batch.get("attention_mask") if isinstance(batch, MutableMapping) else None
-    if not isinstance(mask, Tensor) or mask.dim() != 2 or bool(mask.ne(0).all()):
-        return
-    row = int(mask.ne(0).sum(1).argmin())
-    kept = mask[row].ne(0)
-
-    def alone(value: Any) -> Any:
-        if not isinstance(value, Tensor) or value.shape[:1] != mask.shape[:1]:
-            return value
-        value = value[row : row + 1]
-        return value[:, kept] if value.shape[1:2] == kept.shape else value
-
-    with _evaluated(module):
-        # Shallow copies of the batch's own class, from which `class_logits` may take entries.
-        found = class_logits(module, copy.copy(batch))[0].detach()
-        precise, padded = _is_full_precision(module, found), found.double()
-        if len(padded) != len(mask):
-            return
-        single: Any = copy.copy(batch)
-        single.update({name: alone(value) for name, value in batch.items()})
-        expected = class_logits(module, single)[0].detach().double()
-    error = padding_error(padded[row : row + 1], expected)
-    if error > (_FULL_PRECISION if precise else _HALF_PRECISION)[1]:
-        side = "left" if bool(kept[-1]) else "right"
-        warnings.warn(
-            f"padding changes the logits of row {row} of a batch, by {error:.2g} of their spread: the model does not "
-            f"ignore padding on the {side}. Pad on the other side, as MultipleChoiceDataModule does where that is "
-            "right, or make batches of rows of equal length.",
-            UserWarning,
-            stacklevel=2,
-        )
-
-
 def shortened(question: EncodedQuestion, rows: int) -> list[EncodedQuestion]:
     """A question and copies without some of its first tokens, which a batch of all of them pads."""
     ids = question.token_ids
@@ -132,24 +83,39 @@ def shortened(question: EncodedQuestion, rows: int) -> list[EncodedQuestion]:
 
 
 def padding_error(logits: Tensor, alone: Tensor) -> float:
-    """The largest difference of logits from those of each row alone, up to a shift of the row.
+    """The largest of `row_errors`, of the logits of a padded batch and those of each row alone."""
+    return float(row_errors(logits, alone).max())
+
+
+def row_errors(logits: Tensor, expected: Tensor, unit: Tensor | float = 1.0) -> Tensor:
+    """The largest difference of each row's logits from the expected ones, up to a shift of the row.
+
+    Only classes that both have are compared; a class is absent where its logit is `-inf` and where there is no column.
 
     Args:
-        logits: Logits `[B, K]` of a padded batch; `-inf` for absent classes.
-        alone: Logits `[B, K]` of each row alone.
+        logits: Logits `[B, K]`.
+        expected: Logits `[B, L]`.
+        unit: Smallest unit of the result, of each row `[B]` or of all.
 
     Returns:
-        The difference over the standard deviation of the row's logits, or over 1 where that is smaller; infinite if
-        logits are NaN.
+        `[B]`, the difference over the standard deviation of the row's logits in either, or over the unit where both are
+        smaller; infinite where logits are NaN.
     """
-    present = alone.isfinite()
+    columns = min(logits.shape[1], expected.shape[1])
+    logits, expected = logits[:, :columns].double(), expected[:, :columns].double()
+    present = (logits != -torch.inf) & (expected != -torch.inf)
     count = present.sum(1, keepdim=True).clamp(min=1)
-    expected = torch.where(present, alone, 0)
-    spread = (expected - expected.sum(1, keepdim=True) / count).where(present, 0).square().sum(1, keepdim=True) / count
-    difference = torch.where(present, logits - alone, 0)
-    difference = (difference - difference.sum(1, keepdim=True) / count).where(present, 0)
-    error = float((difference.abs() / spread.sqrt().clamp(min=1)).max())
-    return math.inf if math.isnan(error) else error
+
+    def centred(values: Tensor) -> Tensor:
+        values = torch.where(present, values, 0)
+        return torch.where(present, values - values.sum(1, keepdim=True) / count, 0)
+
+    spread = (
+        torch.stack([centred(values).square().sum(1) / count[:, 0] for values in (logits, expected)]).amax(0).sqrt()
+    )
+    smallest = torch.as_tensor(unit, dtype=spread.dtype, device=spread.device)
+    errors = (centred(logits) - centred(expected)).abs().amax(1) / spread.clamp(min=smallest.clamp(min=_RESOLUTION))
+    return errors.nan_to_num(nan=math.inf, posinf=math.inf)
 
 
 def _largest(error: float) -> float:
@@ -158,10 +124,24 @@ def _largest(error: float) -> float:
     return max(gather_number(round(limited / _RESOLUTION))) * _RESOLUTION
 
 
-def _is_full_precision(module: nn.Module, logits: Tensor) -> bool:
-    dtypes = {parameter.dtype for parameter in module.parameters() if parameter.is_floating_point()} | {logits.dtype}
+def is_full_precision(module: nn.Module, dtypes: Collection[torch.dtype]) -> bool:
+    """Whether a module computes with the digits of float32, without autocast and TF32.
+
+    Args:
+        module: The module.
+        dtypes: Floating-point types of its outputs.
+    """
+    all_dtypes = {parameter.dtype for parameter in module.parameters()}.union(dtypes)
     devices = {"cpu", *(parameter.device.type for parameter in module.parameters())} - {"meta"}
-    return not dtypes - {torch.float32, torch.float64} and not any(map(torch.is_autocast_enabled, devices))
+    try:
+        reduced = torch.get_float32_matmul_precision() != "highest"
+    except RuntimeError:  # it was set for single backends
+        reduced = True
+    return (
+        all_dtypes <= {torch.float32, torch.float64}
+        and not reduced
+        and not any(map(torch.is_autocast_enabled, devices))
+    )
 
 
 @contextmanager

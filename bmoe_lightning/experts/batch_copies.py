@@ -10,7 +10,7 @@ from __future__ import annotations
 import copy
 import dataclasses
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Mapping, MutableMapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, MutableMapping, Sequence
 from itertools import islice
 from typing import Any, NamedTuple
 
@@ -60,6 +60,44 @@ def _copied(batch: Any, tensor: Callable[[Tensor], Tensor], copies: dict[int, An
             object.__setattr__(copied, name, _copied(value, tensor, copies))  # a dataclass may be frozen
         return copied
     return batch
+
+
+def batch_rows(batch: Any, rows: Sequence[int], size: int) -> Any:
+    """Some rows of a batch: of every tensor and array with an entry for each, and of lists that hold no tensors.
+
+    Args:
+        batch: The batch.
+        rows: Indices of the rows.
+        size: Number of rows of the batch.
+
+    Returns:
+        A copy of the batch's containers; None if nothing in it has rows.
+    """
+    found: list[Any] = []
+
+    def cut(values: Any) -> Any:
+        if not values.ndim or len(values) != size:
+            return values
+        found.append(values)
+        return values[list(rows)]
+
+    def part(value: Any) -> Any:
+        if isinstance(value, np.ndarray):
+            return cut(value)
+        if isinstance(value, MutableMapping):
+            copied = copy.copy(value)
+            for key, entry in value.items():
+                copied[key] = part(entry)
+            return copied
+        if isinstance(value, (list, tuple)) and not hasattr(value, "_fields"):
+            if len(value) == size and not any(isinstance(entry, (Tensor, np.ndarray)) for entry in value):
+                found.append(value)
+                return type(value)(value[row] for row in rows)
+            return type(value)(part(entry) for entry in value)
+        return copied_containers(value, cut)
+
+    chosen = part(batch)
+    return chosen if found else None
 
 
 class _Seen(NamedTuple):

@@ -25,7 +25,7 @@ def check_class_logits(
     layers: Sequence[ExpertLayer] = (),
     labelled: bool = True,
     needing_labels: Sequence[str] = (),
-) -> int:
+) -> Tensor:
     """Check what `class_logits` returns for one batch, in one forward pass.
 
     With layers, whether logits depend on the tokens of other examples is checked at the last of them; that takes
@@ -42,17 +42,18 @@ def check_class_logits(
         needing_labels: Names of what needs labels.
 
     Returns:
-        Number of examples B.
+        Logits `[B, K]` without graph.
 
     Raises:
         TypeError: If it does not return a pair.
         ValueError: If logits or labels are invalid or missing.
         RuntimeError: If the logits carry no graph, no expert layer was run, the logits of several examples depend on
-            one token, or the batch was written to.
+            one token, the batch was written to, or the model is left in training mode.
 
     Warns:
         UserWarning: If a finite value looks like a mask, but is read as a logit.
     """
+    class_logits = _keeping_evaluation_mode(class_logits)
     with unchanged_global_random_states():
         if layers:
             with tapped_batch(model, layers, class_logits, batch) as tapped:
@@ -73,7 +74,22 @@ def check_class_logits(
             "as a logit; if it marks absent classes, use -inf",
             stacklevel=2,
         )
-    return len(logits)
+    return logits
+
+
+def _keeping_evaluation_mode(class_logits: ClassLogits) -> ClassLogits:
+    def run(model: Any, batch: Any) -> Any:
+        evaluated = [(name, module) for name, module in model.named_modules() if not module.training]
+        found = class_logits(model, batch)
+        changed = [name or type(module).__name__ for name, module in evaluated if module.training]
+        if changed:
+            raise RuntimeError(
+                f"class_logits leaves {changed[0]} in training mode, so later predictions would use "
+                "dropout and batch statistics; do not call train() in it, since the callback sets and restores modes"
+            )
+        return found
+
+    return run
 
 
 def _check_labels(labels: Any, logits: Tensor, labelled: bool, needing_labels: Sequence[str]) -> None:

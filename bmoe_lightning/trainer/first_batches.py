@@ -15,9 +15,9 @@ from typing import Any, NoReturn
 
 import lightning as L
 
-from bmoe_lightning.data.padding import warn_of_padding
 from bmoe_lightning.experts import ClassLogits, ExpertLayer
 from bmoe_lightning.experts.contract_check import check_class_logits
+from bmoe_lightning.experts.example_check import check_examples
 from bmoe_lightning.experts.fsdp import has_shards
 from bmoe_lightning.methods.base import Method
 from bmoe_lightning.methods.needs import Available, check_needs
@@ -81,7 +81,7 @@ class FirstBatches:
         """Check a batch that the trainer has drawn, unless one of this loader was checked.
 
         A collective, except in validation, where a rank may have no batch: what is found there, `end_validation`
-        raises. Warns of a padded row that has other logits than the row alone; see `warn_of_padding`.
+        raises. Warns of what changes the logits of a row; see `check_examples`.
         """
         if (stage, index) in self._checked:
             return
@@ -138,18 +138,14 @@ class FirstBatches:
 
     def _examples(self, module: L.LightningModule, batch: Any, stage: str, index: int) -> int:
         try:
-            examples = self._contract(module, batch, stage)
-            # Ranks may differ in whether their batch is padded, and a sharded forward pass is a collective.
-            if not has_shards(module):
-                warn_of_padding(module, self._class_logits, batch)
+            return self._contract(module, batch, stage)
         except Exception as raised:
             raised.add_note(f"This was found on the first batch of the {stage} data (loader {index}).")
             raise
-        return examples
 
     def _contract(self, module: L.LightningModule, batch: Any, stage: str) -> int:
         taps = stage == "training" or not any(c.collects for method in self._methods for c in method.curvatures)
-        return check_class_logits(
+        logits = check_class_logits(
             module,
             self._class_logits,
             batch,
@@ -157,6 +153,8 @@ class FirstBatches:
             labelled=stage != "validation",
             needing_labels=self._needing_labels(stage),
         )
+        check_examples(module, self._class_logits, batch, logits)
+        return len(logits)
 
     def _layers(self, module: L.LightningModule) -> list[ExpertLayer]:
         found = [layer for m in self._methods for curvature in m.curvatures for layer in curvature.find_layers(module)]

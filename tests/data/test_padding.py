@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import pickle
-import warnings
 from dataclasses import replace
 from unittest import mock
 
@@ -16,7 +15,7 @@ from torch import nn
 from bmoe_lightning import ExpertFinetuner
 from bmoe_lightning.data.batches import Collate, EncodedQuestion
 from bmoe_lightning.data.datamodule import MultipleChoiceDataModule
-from bmoe_lightning.data.padding import measured_padding_side, padding_error, shortened, warn_of_padding
+from bmoe_lightning.data.padding import measured_padding_side, padding_error, row_errors, shortened
 from bmoe_lightning.data.prompts import get_prompt_format
 from bmoe_lightning.data.questions import Question, Splits
 from bmoe_lightning.data.tokenizer import train_word_tokenizer
@@ -87,27 +86,6 @@ def test_reading_the_last_column_fits_padding_on_the_left_alone():
         side_of(blocks, lambda b: (blocks(b["input_ids"], attention_mask=b["attention_mask"]).logits[:, -1, 3:7], None))
 
 
-def padded_batch(side="left"):
-    return {**replace(COLLATE, side=side)(shortened(QUESTION, 4)), "other": "x"}
-
-
-def test_a_padded_row_of_any_batch_is_warned_of():
-    blocks, model = build("deepseek_v4").model, tiny_qwen()
-
-    def class_logits(model, batch):
-        return causal(model)(batch)
-
-    with pytest.warns(UserWarning, match=r"padding changes the logits of row 2 .* does not ignore padding on the left"):
-        warn_of_padding(blocks, class_logits, padded_batch())
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")
-        warn_of_padding(blocks, class_logits, padded_batch("right"))
-        warn_of_padding(blocks.bfloat16(), class_logits, padded_batch("right"))
-        warn_of_padding(model, class_logits, padded_batch())
-        warn_of_padding(blocks, class_logits, COLLATE([QUESTION, QUESTION]))
-        warn_of_padding(blocks, class_logits, (1, 2))
-
-
 def test_modes_and_the_random_state_are_restored():
     model = tiny_qwen().train()
     model.lm_head.eval()
@@ -131,6 +109,15 @@ def test_absent_classes_and_a_common_shift_do_not_count():
     assert padding_error(alone + 7, alone) == 0
     assert padding_error(alone + torch.tensor([0.0, 0.5, 0.0]), alone) == pytest.approx(0.25)
     assert padding_error(alone * torch.nan, alone) == float("inf")
+
+
+def test_only_classes_that_both_have_are_compared():
+    wide = torch.tensor([[1.0, 2.0, 4.0, -torch.inf], [0.0, 3.0, -torch.inf, 6.0]])
+    narrow = torch.tensor([[2.0, 3.0], [3.0, 3.0]])
+    assert row_errors(wide, narrow).tolist() == row_errors(narrow, wide).tolist() == [0.0, 1.0]
+    masked = torch.tensor([[1.0, -torch.inf, 4.0], [0.0, 3.0, 8.0]])
+    assert row_errors(wide, masked).tolist() == [0.0, 0.0]
+    assert row_errors(torch.tensor([[0.1, 0.3]]), torch.tensor([[0.3, 0.1]]), 0.4).tolist() == pytest.approx([0.5])
 
 
 def words(number):

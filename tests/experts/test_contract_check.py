@@ -22,7 +22,9 @@ def model():
 
 def checked(model, class_logits=answer_logits, *, taps=True, batch=None, **options):
     layers = find_expert_layers(model) if taps else ()
-    return check_class_logits(model, class_logits, toy_batch() if batch is None else batch, layers=layers, **options)
+    logits = check_class_logits(model, class_logits, toy_batch() if batch is None else batch, layers=layers, **options)
+    assert not logits.requires_grad
+    return len(logits)
 
 
 def returning(change):
@@ -32,7 +34,7 @@ def returning(change):
 
 @pytest.mark.parametrize("taps", [False, True])
 class TestAnyCheck:
-    def test_returns_the_number_of_examples_and_changes_nothing(self, model, taps):
+    def test_returns_the_logits_and_changes_nothing(self, model, taps):
         before = {name: value.clone() for name, value in model.state_dict().items()}
         modes = [module.training for module in model.modules()]
         flags = [p.requires_grad for p in model.parameters()]
@@ -52,6 +54,24 @@ class TestAnyCheck:
         assert all(p.grad is None for p in model.parameters())
         assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
         assert all(torch.equal(value, values[name]) for name, value in batch.items())
+
+    def test_training_mode_that_is_left_behind(self, model, taps):
+        def trains(model, batch):
+            found = answer_logits(model, batch)
+            model.layers.train()
+            return found
+
+        def trains_meanwhile(model, batch):
+            model.train()
+            found = answer_logits(model, batch)
+            model.eval()
+            return found
+
+        modes = [module.training for module in model.modules()]
+        with pytest.raises(RuntimeError, match=r"class_logits leaves layers in training mode.*do not call train\(\)"):
+            checked(model, trains, taps=taps)
+        assert [module.training for module in model.modules()] == modes
+        checked(model, trains_meanwhile, taps=taps)
 
     def test_changes_nothing_either_where_it_fails(self, model, taps):
         modes = [module.training for module in model.modules()]

@@ -12,6 +12,7 @@ import pytest
 import torch
 from fake_trainer import FakeTrainer
 from forked_processes import run as run_processes
+from torch.nn.functional import dropout
 from torch.utils.checkpoint import checkpoint
 from torch.utils.data import DataLoader, IterableDataset
 from toy import ToyData, ToyModule, calibration_loader, loader, test_loader, trainer
@@ -90,13 +91,18 @@ CASES = {
     "logs": (lambda m, f, y, b: (m.log("acc", 1.0), (f, y))[1], r"class_logits calls self\.log"),
     "logs a dict": (lambda m, f, y, b: (m.log_dict({"acc": 1.0}), (f, y))[1], r"class_logits calls self\.log"),
     "writes to the batch": (writes, r"class_logits writes in place to batch\['input_ids'\]"),
-    "centred over the batch": (lambda m, f, y, b: (f - f.mean(0), y), "moves the logits of several examples"),
-    "normalised over the batch": (lambda m, f, y, b: (f / f.std(), y), "moves the logits of several examples"),
+    "centred over the batch": (lambda m, f, y, b: (f - f.mean(0), y), "for the same example in a smaller batch"),
+    "normalised over the batch": (lambda m, f, y, b: (f / f.std(), y), "for the same example in a smaller batch"),
+    "less a mean without a graph": (
+        lambda m, f, y, b: (f - f.mean(0).detach(), y),
+        "on the other examples of a batch",
+    ),
+    "dropout in every mode": (lambda m, f, y, b: (dropout(f, 0.3), y), r"called again.*training=self\.training"),
+    "noise": (lambda m, f, y, b: (f + 0.1 * torch.randn_like(f), y), "called again with the same batch"),
+    "training mode": (lambda m, f, y, b: (m.network.train() and f, y), "leaves network in training mode"),
     "a copy of the model": (a_copy, "no token was routed"),
 }
 DEEP = (
-    "centred over the batch",
-    "normalised over the batch",
     "detached",
     "no gradients",
     "inference mode",

@@ -62,6 +62,14 @@ def is_linear(module: nn.Module) -> bool:
     return all(isinstance(size, int) for size in sizes) and unusable(getattr(module, "weight", None)) is not None
 
 
+def has_quantised_linear(model: nn.Module) -> bool:
+    """Whether linear layers of a model are quantised, the values that flow through them perhaps too."""
+    return any(
+        is_linear(module) and unusable(getattr(unwrapped(module), "weight", None)) is not None
+        for module in model.modules()
+    )
+
+
 @contextmanager
 def gradients_checked(model: nn.Module) -> Iterator[None]:
     """Check that quantised layers propagate gradients: one that does not would silently drop a part of them.
