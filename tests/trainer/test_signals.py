@@ -59,6 +59,7 @@ def undisturbed(tmp_path_factory):
     return fitted_states(folder), module.calls
 
 
+FIRST = 6  # calls in the checks of the first batches of both loaders
 VALIDATION, CURVATURE = 7, 10  # calls in the validation at the end of the epoch, and in the curvature pass
 STATUS = {signal.SIGTERM: 143, signal.SIGINT: 1}  # Lightning itself exits with 1 after KeyboardInterrupt
 
@@ -67,11 +68,11 @@ class TestCurvature:
     @pytest.mark.parametrize("number", STATUS)
     def test_sums_are_written_and_resumed_to_the_same_bits(self, tmp_path, undisturbed, number, caplog):
         expected, calls = undisturbed
-        module = Signalled(number, at=VALIDATION + 3)
+        module = Signalled(number, at=FIRST + VALIDATION + 1)
         with pytest.raises(SystemExit) as stop, caplog.at_level(logging.WARNING):
             fit(tmp_path, module)
         assert stop.value.code == STATUS[number]
-        assert module.calls == VALIDATION + 3
+        assert module.calls == FIRST + VALIDATION + 1
         assert list(tmp_path.glob("curvature_state-*"))
         (said,) = [r.getMessage() for r in caplog.records if r.name == "bmoe_lightning.trainer.signals"]
         assert f"stopped by {signal.Signals(number).name}" in said
@@ -81,20 +82,20 @@ class TestCurvature:
         again = callback(tmp_path)
         run = trainer(tmp_path, [again], max_epochs=1)
         again.fit_posterior(module, trainer=run, train_dataloaders=loader(160, 1), val_dataloaders=calibration_loader())
-        assert module.calls == calls + 2  # the first batches of both loaders are checked again
+        assert module.calls == calls + FIRST  # the first batches of both loaders are checked again
         found = fitted_states(tmp_path)
         assert found.keys() == expected.keys()
         assert all(torch.equal(value, found[key]) for key, value in expected.items())
 
     def test_in_calibration(self, tmp_path):
-        module = Signalled(at=VALIDATION + CURVATURE + 2)
+        module = Signalled(at=FIRST + VALIDATION + CURVATURE + 2)
         with pytest.raises(SystemExit) as stop:
             fit(tmp_path, module)
         assert stop.value.code == 143
-        assert module.calls == VALIDATION + CURVATURE + 2
+        assert module.calls == FIRST + VALIDATION + CURVATURE + 2
 
     def test_without_checkpoints_it_stops_too(self, tmp_path, caplog):
-        module = Signalled(at=VALIDATION + 3)
+        module = Signalled(at=FIRST + VALIDATION + 1)
         with pytest.raises(SystemExit) as stop:
             fit(tmp_path, module, every=None)
         assert stop.value.code == 143
@@ -102,10 +103,10 @@ class TestCurvature:
         assert not list(tmp_path.glob("curvature_state-*"))
 
     def test_a_signal_in_the_last_batch_of_a_pass_stops_before_the_next_pass(self, tmp_path):
-        module = Signalled(at=VALIDATION + CURVATURE)
+        module = Signalled(at=FIRST + VALIDATION + CURVATURE)
         with pytest.raises(SystemExit):
             fit(tmp_path, module)
-        assert module.calls == VALIDATION + CURVATURE
+        assert module.calls == FIRST + VALIDATION + CURVATURE
 
 
 def test_in_training_the_exit_status_is_that_of_the_signal(tmp_path):
