@@ -11,7 +11,7 @@ from toy import ToyData, ToyModule, calibration_loader, loader, train_loader, tr
 from bmoe_lightning import BayesianMoECallback
 from bmoe_lightning.curvature import Curvature
 from bmoe_lightning.methods import EvidenceTemperature, LaplaceEvidence
-from bmoe_lightning.methods.given_data import DataMismatchError
+from bmoe_lightning.methods.data_differences import DataMismatchError
 from bmoe_lightning.methods.needs import NeedsError
 from bmoe_lightning.methods.storage import load_fit
 

@@ -10,10 +10,10 @@ from bmoe_lightning.utils.late_import import late_import
 if TYPE_CHECKING:
     from bmoe_lightning.methods.base import CurvatureMethod, Method, State, option
     from bmoe_lightning.methods.batch_view import BatchView
+    from bmoe_lightning.methods.data_differences import DataMismatchError
     from bmoe_lightning.methods.evaluation import Predictions, average_log_probs, evaluate
     from bmoe_lightning.methods.fit_result import FitResult, NotFittedError
     from bmoe_lightning.methods.fitting import fit_methods
-    from bmoe_lightning.methods.given_data import DataMismatchError
     from bmoe_lightning.methods.needs import Available, Needs, NeedsError, check_needs
     from bmoe_lightning.methods.snapshots import apply_snapshot, read_snapshot, save_snapshot, swapped_weights
     from bmoe_lightning.methods.workbench import Workbench
@@ -53,7 +53,7 @@ _MODULES = {
     "fit_result": ("FitResult", "NotFittedError"),
     "snapshots": ("apply_snapshot", "read_snapshot", "save_snapshot", "swapped_weights"),
     "fitting": ("fit_methods",),
-    "given_data": ("DataMismatchError",),
+    "data_differences": ("DataMismatchError",),
     "workbench": ("Workbench",),
 }
 

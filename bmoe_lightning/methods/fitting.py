@@ -19,8 +19,8 @@ from bmoe_lightning.experts.used_weights import UsedWeights
 from bmoe_lightning.experts.weight_record import weight_record
 from bmoe_lightning.methods.base import Method, check_method_names
 from bmoe_lightning.methods.curvature_warnings import warn_of_discarded_energy
+from bmoe_lightning.methods.data_differences import Split
 from bmoe_lightning.methods.fit_result import FitResult, FittedMethod
-from bmoe_lightning.methods.given_data import Split
 from bmoe_lightning.methods.label_warnings import warn_of_chance, warn_of_few_labels
 from bmoe_lightning.methods.training_data import Batches, PassFiles, TrainingData
 from bmoe_lightning.methods.workbench import Workbench

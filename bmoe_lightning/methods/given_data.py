@@ -6,49 +6,44 @@ rows incomparable, and a posterior from one split with a prior precision from an
 
 from __future__ import annotations
 
-import logging
 import math
-from collections.abc import Collection, Iterable, Iterator, Sequence, Sized
+from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass, replace
 from itertools import islice
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_leaves
-from torch.utils.data import BatchSampler, DataLoader
 
 from bmoe_lightning.experts import ClassLogits
 from bmoe_lightning.experts.counted_batch import count_of, lockstep, plain_batch
 from bmoe_lightning.experts.data_record import (
     DataRecord,
     DataRecorder,
-    compared,
-    compared_in_any_order,
     integer_labels,
     record_of,
 )
 from bmoe_lightning.experts.logits_contract import NO_LABEL, checked_labels, joined_logits
 from bmoe_lightning.methods.base import Method
 from bmoe_lightning.methods.batch_view import BatchView
+from bmoe_lightning.methods.data_differences import (
+    Split,
+    first_size,
+    iterates_once,
+    log_doubt,
+    num_rows,
+    refuse,
+    split_difference,
+    training_difference,
+)
 from bmoe_lightning.methods.needs import Available, NeedsError, check_needs
 from bmoe_lightning.methods.training_data import TrainingData
-from bmoe_lightning.utils.distributed import failing_together, gather_examples, gather_number, is_rank_zero
+from bmoe_lightning.utils.distributed import failing_together, gather_examples, gather_number
 from bmoe_lightning.utils.random_state import unchanged_global_random_states, unchanged_random_state
-
-_logger = logging.getLogger(__name__)
 
 _NO_EXAMPLES = "no calibration examples: the calibration split is empty; add examples"
 
-Split = tuple[Tensor, Tensor | None]
-"""Logits `[N, K]` float64 of held-out data, `-inf` for absent classes, and labels `[N]` int64 or None."""
-
-
 _VARYING = "they differ from one pass to the next (random augmentation, or a sampler with a random state of its own)"
-
-
-class DataMismatchError(ValueError):
-    """The data are others than those of the existing fit."""
 
 
 class GivenData:
@@ -117,7 +112,7 @@ class GivenData:
         if known is None or known.examples < needed or (labelled and known.unlabelled):
             if self._is_checked and self._num_entries(self._calibration) >= 0:
                 return
-            again = self._calibration is not None and not _iterates_once(self._calibration)
+            again = self._calibration is not None and not iterates_once(self._calibration)
             found = self._counts_up_to(needed, labelled=bool(labelled)) if again else known
         if found is None:
             return
@@ -125,7 +120,7 @@ class GivenData:
             raise NeedsError(_NO_EXAMPLES)
         check_needs(needing, Available(calibration_inputs=max(found.examples, found.expected), runs=True))
         if known is not None and known.examples < needed:
-            _refuse("held-out", f"{needed} or more examples instead of {known.examples}")
+            refuse("held-out", f"{needed} or more examples instead of {known.examples}")
         if labelled and found.unlabelled:
             raise NeedsError(
                 f"{', '.join(labelled)} are fitted on held-out labels, and {found.unlabelled} of the first "
@@ -146,7 +141,7 @@ class GivenData:
         if self._calibration is None or self._known_split is None:
             return
         if passed_over:
-            if not collects or _iterates_once(self._calibration):
+            if not collects or iterates_once(self._calibration):
                 return
             if not record_of(*self._known_split).beginning(self._recorded(self._calibration, 1)):
                 return
@@ -164,9 +159,9 @@ class GivenData:
         Raises:
             DataMismatchError: If they are others than those of the existing fit, and the same in every pass.
         """
-        known, once = self._known_training, _iterates_once(self._training)
+        known, once = self._known_training, iterates_once(self._training)
         if known is None:
-            _log(
+            log_doubt(
                 "it is unknown whether the training data are those of the existing fit, which was written without a "
                 "record of them; if they are others, fit all methods again in another folder"
             )
@@ -187,7 +182,7 @@ class GivenData:
                     self._warn_of_training(_VARYING)
             elif beginning is not None or known.max_batches not in passes or not is_as_many:
                 passed = self._passed_over_training()
-                difference = _training_difference(known, passed.record)
+                difference = training_difference(known, passed.record)
                 self._refuse_training(difference and (beginning or difference), passed)
 
     def see_training(self, found: DataRecord | None) -> None:
@@ -202,7 +197,7 @@ class GivenData:
         if known is None or found is None:
             return
         is_same_part = known.max_batches == found.max_batches
-        self._refuse_training(_training_difference(known, found) if is_same_part else known.beginning(found) or "")
+        self._refuse_training(training_difference(known, found) if is_same_part else known.beginning(found) or "")
 
     def seen_split(self, found: Split) -> Split:
         """Compare held-out logits and labels of a pass over all data. Their order may differ.
@@ -217,7 +212,7 @@ class GivenData:
         if known is None:
             self.split = found
             return found
-        _refuse("held-out", _difference(known, found))
+        refuse("held-out", split_difference(known, found))
         if known[1] is None:
             self.split = found  # the same inputs, now with labels
         return found
@@ -264,7 +259,7 @@ class GivenData:
                 number += 1
                 view = self._view(batch)
                 logits = view.logits[: count_of(batch, len(view.logits))]
-                examples, rows = examples + len(logits), rows + _first_size(batch)
+                examples, rows = examples + len(logits), rows + first_size(batch)
                 if view.labels is None:
                     unlabelled += len(logits)
                 elif labelled:
@@ -314,18 +309,18 @@ class GivenData:
         """Refuse the training data, unless two passes over them differ as well. A collective, if distributed."""
         if not difference:
             return
-        if self._varies is None and not _iterates_once(self._training):
+        if self._varies is None and not iterates_once(self._training):
             with unchanged_global_random_states():
                 one = self._passed_over_training() if passed is None else passed
                 other = self._passed_over_training(seed=one.record.num_examples)
-            self._varies = _difference(one.split, other.split) != ""
+            self._varies = split_difference(one.split, other.split) != ""
         if not self._varies:
-            _refuse("training", difference)
+            refuse("training", difference)
         self._warn_of_training(_VARYING)
 
     def _warn_of_training(self, reason: str) -> None:
         if not self._is_warned:
-            _log(
+            log_doubt(
                 f"it is unknown whether the training data are those of the existing fit: {reason}; if they are others, "
                 "fit all methods again in another folder"
             )
@@ -345,7 +340,7 @@ class GivenData:
         entries = getattr(batches, "num_entries", None)  # of all ranks
         if entries is not None:
             return int(entries)
-        here = _num_rows(batches)
+        here = num_rows(batches)
         rows = gather_number(here) if self._distributed else [here]
         return sum(rows) if min(rows) >= 0 else -1
 
@@ -406,71 +401,5 @@ class _PassedOver:
     split: Split
 
 
-def _training_difference(known: DataRecord, found: DataRecord) -> str:
-    """How training data differ from those of the existing fit; empty if they are the same, or nobody can tell."""
-    difference = known.difference(found)
-    if not difference or known.max_batches is None:
-        return difference
-    if bool((known.limits[0] != found.limits[0]).any()):
-        _log(
-            f"it is unknown whether the training data are those of the existing fit: its curvature is from the "
-            f"first {known.max_batches} batches on each of {int(known.limits[0])} processes, and now there are "
-            f"{int(found.limits[0])}; use as many to have them compared"
-        )
-        return ""
-    return f"{difference}, or another order, on which it depends what a pass with max_batches sees"
-
-
-def _difference(one: Split, other: Split) -> str:
-    """How a data set differs from another, in the same order or in another one; empty if it is the same."""
-    known, found = _with_labels(one), _with_labels(other)
-    in_order = compared(known, found) if len(known[0]) == len(found[0]) else None
-    if in_order == "":
-        return ""
-    # Where only some examples have another place, the others are in order.
-    difference = compared_in_any_order(known, found)
-    return difference and (in_order or difference)
-
-
-def _refuse(kind: str, difference: str | None) -> None:
-    if difference:
-        raise DataMismatchError(
-            f"the {kind} data are not those of the existing fit: {difference}. Pass the data that it was made with, or "
-            "fit all methods again, in another folder (dirpath=) or without the existing fit."
-        )
-
-
 def _counts_of(split: Split) -> _Counts:
     return _Counts(len(split[0]), len(split[0]) if split[1] is None else 0)
-
-
-def _log(sentence: str) -> None:
-    if is_rank_zero():
-        _logger.warning("%s", sentence)
-
-
-def _num_rows(batches: Any) -> int:
-    """Number of entries of all batches if it is known without a pass, else -1."""
-    if isinstance(batches, DataLoader):
-        sampler = batches.batch_sampler
-        if type(sampler) is not BatchSampler or sampler.drop_last or not isinstance(sampler.sampler, Sized):
-            return -1
-        return len(sampler.sampler)
-    if not isinstance(batches, Sequence):
-        return -1
-    rows = [_first_size(batch) for batch in batches]
-    return sum(rows) if min(rows, default=0) >= 0 else -1
-
-
-def _first_size(batch: Any) -> int:
-    tensors = (value for value in tree_leaves(plain_batch(batch)) if isinstance(value, Tensor) and value.dim())
-    return next((len(tensor) for tensor in tensors), -1)
-
-
-def _iterates_once(data: Any) -> bool:
-    return isinstance(data, Iterator) or getattr(data, "iterates_once", False)
-
-
-def _with_labels(split: Split) -> tuple[Tensor, Tensor]:
-    logits, labels = split
-    return logits, torch.full((len(logits),), NO_LABEL) if labels is None else labels

@@ -29,7 +29,8 @@ from bmoe_lightning.laplace.prior import (
 )
 from bmoe_lightning.laplace.validation_cache import CacheBuilder
 from bmoe_lightning.methods.base import Method
-from bmoe_lightning.methods.given_data import GivenData, Split
+from bmoe_lightning.methods.data_differences import Split
+from bmoe_lightning.methods.given_data import GivenData
 from bmoe_lightning.methods.temperature_search import check_labelled
 from bmoe_lightning.methods.training_data import PassFiles, TrainingData
 from bmoe_lightning.utils.distributed import broadcast_, failing_together, num_processes

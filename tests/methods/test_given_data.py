@@ -23,7 +23,8 @@ from bmoe_lightning.methods import (
     TemperatureScaling,
     fit_methods,
 )
-from bmoe_lightning.methods.given_data import DataMismatchError, GivenData
+from bmoe_lightning.methods.data_differences import DataMismatchError
+from bmoe_lightning.methods.given_data import GivenData
 from bmoe_lightning.methods.storage import load_fit, save_fit
 from bmoe_lightning.methods.training_data import Batches
 

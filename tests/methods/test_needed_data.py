@@ -11,7 +11,7 @@ from methods_cases import RANK3
 from oracles.models import answer_logits, choice_batch, choices_by_example, split, toy_batch, toy_model
 
 from bmoe_lightning.methods import MAP, EvidenceTemperature, LaplaceEvidence, TemperatureScaling, fit_methods
-from bmoe_lightning.methods.given_data import DataMismatchError
+from bmoe_lightning.methods.data_differences import DataMismatchError
 from bmoe_lightning.methods.needs import NeedsError
 from bmoe_lightning.methods.registry import get_method, method_names
 
