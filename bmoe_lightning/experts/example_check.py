@@ -1,16 +1,16 @@
 """The check on one batch that the logits of an example depend on this example alone.
 
-Not on chance: the batch is run again. Not on other examples: its most padded row is run alone. Not on padding: this row
-is run without its padding. Other kernels and other sizes of a batch round differently, and a token whose router is
-nearly undecided may then go to other experts. Rounding is about as large in every row and such a token is rare, so
-several rows are compared before anything is refused.
+Not on chance and not on other examples: half of the batch is run again. Not on padding: the most padded row is run
+alone without its padding. Where that differs, the batch and single rows are run to tell why. Other kernels and other
+sizes of a batch round differently, and a token whose router is nearly undecided may then go to other experts. Rounding
+is about as large in every row and such a token is rare, so several rows are compared before anything is refused.
 """
 
 from __future__ import annotations
 
 import random
 import warnings
-from collections.abc import Iterator, MutableMapping, Sequence
+from collections.abc import Iterator, MutableMapping, Sequence, Set
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -61,11 +61,13 @@ _FULL_PRECISION = _Tolerance(rounding=1e-3, refused=1e-3, told=1e-3, told_of_one
 _HALF_PRECISION = _Tolerance(rounding=0.02, refused=0.5, told=0.1, told_of_one=0.5)
 
 
-def check_examples(model: nn.Module, class_logits: ClassLogits, batch: Any, logits: Tensor) -> None:
+def check_examples(
+    model: nn.Module, class_logits: ClassLogits, batch: Any, logits: Tensor, *, repeats: bool = True
+) -> None:
     """Check that the logits of each example of a batch depend on this example alone.
 
-    Without gradients, the batch is run once more and one row once or twice; a few more times where they differ. Rows
-    are not compared where the batch has no row for each example, or where `class_logits` does not take a part of it.
+    Without gradients, half of the batch is run once more, and a padded row; more where they differ. Rows are not
+    compared where the batch has no row for each example, or where `class_logits` does not take a part of it.
     Padding is looked for in mutable mappings with an `attention_mask` `[B, T]` on models whose weights are not sharded.
 
     Modes and random states are unchanged. A collective, if the weights are sharded: all ranks run the model equally
@@ -76,6 +78,7 @@ def check_examples(model: nn.Module, class_logits: ClassLogits, batch: Any, logi
         class_logits: Function `(model, batch) -> (logits [B, K], labels [B] or None)`.
         batch: Batch on the model's device.
         logits: Logits `[B, K]` that `class_logits` returned for it before.
+        repeats: Whether half of the batch is run; otherwise padding alone is looked for.
 
     Raises:
         ValueError: If the logits differ when they are computed again, or from those of rows alone.
@@ -83,30 +86,46 @@ def check_examples(model: nn.Module, class_logits: ClassLogits, batch: Any, logi
     Warns:
         UserWarning: If they differ, but perhaps by rounding, or if padding changes the logits of a row.
     """
-    check = _ExampleCheck(model, class_logits, batch)
-    with _evaluated(model):
-        whole = check.repeated(masked_logits(logits))
-        alone = check.alone(whole)
+    with _evaluated(model), _output_dtypes(model) as dtypes:
+        check = _ExampleCheck(model, class_logits, batch, len(logits), dtypes)
+        first = masked_logits(logits)
+        if (not repeats or check.is_half_alike(first)) and check.is_unpadded_row_alike(first):
+            return
+        alone = check.alone(check.repeated(first))
         if alone is not None and not runs_in_lockstep(model):
             # Ranks may differ in whether their batch is padded.
             check.unpadded(alone)
 
 
 class _ExampleCheck:
-    def __init__(self, model: nn.Module, class_logits: ClassLogits, batch: Any) -> None:
-        self._model, self._class_logits, self._batch = model, class_logits, batch
+    def __init__(
+        self, model: nn.Module, class_logits: ClassLogits, batch: Any, size: int, dtypes: Set[torch.dtype]
+    ) -> None:
+        self._model, self._class_logits, self._batch, self._size = model, class_logits, batch, size
+        self._dtypes = dtypes
         self._lockstep = runs_in_lockstep(model)
-        self._coarse = False
-        self._size = 0
+        self._has_quantised = has_quantised_linear(model)
         mask = batch.get("attention_mask") if isinstance(batch, MutableMapping) else None
-        self._mask = mask.ne(0) if isinstance(mask, Tensor) and mask.dim() == 2 else None
-        self._row = 0
+        self._mask = None
+        if isinstance(mask, Tensor) and mask.dim() == 2 and len(mask) == size > 0:
+            self._mask = mask.ne(0)
+        self._row = 0 if self._mask is None else int(self._mask.sum(1).argmin())
+
+    def is_half_alike(self, first: Tensor) -> bool:
+        """Whether half of the batch has the same logits again."""
+        errors = self._first_half(first)
+        return errors is not None and self._largest(errors) <= self._tolerance.rounding
+
+    def is_unpadded_row_alike(self, first: Tensor) -> bool:
+        """Whether the most padded row has the same logits alone and without its padding, if that is looked for."""
+        if self._lockstep or not self._is_padded():
+            return True
+        found = self._unpadded_row()
+        return found is not None and self._largest(self._errors(found, first[[self._row]])) <= self._tolerance.rounding
 
     def repeated(self, first: Tensor) -> Tensor:
         """Run the batch again; its logits `[B, K]` float64."""
-        with _output_dtypes(self._model) as dtypes:
-            again = self._logits(self._batch)
-        self._coarse = has_quantised_linear(self._model) or not is_full_precision(self._model, dtypes)
+        again = self._logits(self._batch)
         if self._largest(self._errors(again, first)) <= self._tolerance.rounding:
             return again
         # The first call may have run other kernels, those of the taps; the next one runs the same.
@@ -133,9 +152,6 @@ class _ExampleCheck:
         Returns:
             Its logits `[1, K]`; None where they differ or where rows cannot be run alone.
         """
-        self._size = len(whole)
-        if self._mask is not None and len(self._mask) == self._size > 0:
-            self._row = int(self._mask.sum(1).argmin())
         fewest = self._smallest(self._size)
         if fewest < 2:
             return whole if self._size == 1 else None
@@ -182,8 +198,25 @@ class _ExampleCheck:
 
     def unpadded(self, alone: Tensor) -> None:
         """Run the most padded row without its padding, and warn if that changes its logits."""
-        if self._mask is None or len(self._mask) != self._size or bool(self._mask.all()):
+        found = self._unpadded_row() if self._is_padded() else None
+        if found is None or len(alone) != 1:
             return
+        assert self._mask is not None
+        error = self._largest(row_errors(alone, found))
+        if error > self._tolerance.refused:
+            side = "left" if bool(self._mask[self._row, -1]) else "right"
+            _warn(
+                f"padding changes the logits of row {self._row} of a batch, by {error:.2g} of their spread: the model "
+                f"does not ignore padding on the {side}. Pad on the other side, as MultipleChoiceDataModule does where "
+                "that is right, or make batches of rows of equal length."
+            )
+
+    def _is_padded(self) -> bool:
+        return self._mask is not None and not bool(self._mask[self._row].all())
+
+    def _unpadded_row(self) -> Tensor | None:
+        """Logits `[1, K]` of the most padded row without its padding; None if the batch has no such row."""
+        assert self._mask is not None
         kept = self._mask[self._row]
 
         def cut(value: Any) -> Any:
@@ -193,16 +226,11 @@ class _ExampleCheck:
         single = batch_rows(self._batch, [self._row], self._size)
         single.update({name: cut(value) for name, value in single.items()})
         found = self._tried(single)
-        if found is None or len(found) != 1 or len(alone) != 1:
-            return
-        error = self._largest(row_errors(alone, found))
-        if error > self._tolerance.refused:
-            side = "left" if bool(kept[-1]) else "right"
-            _warn(
-                f"padding changes the logits of row {self._row} of a batch, by {error:.2g} of their spread: the model "
-                f"does not ignore padding on the {side}. Pad on the other side, as MultipleChoiceDataModule does where "
-                "that is right, or make batches of rows of equal length."
-            )
+        return found if found is not None and len(found) == 1 else None
+
+    @property
+    def _coarse(self) -> bool:
+        return self._has_quantised or not is_full_precision(self._model, self._dtypes)
 
     @property
     def _tolerance(self) -> _Tolerance:

@@ -153,7 +153,8 @@ class FirstBatches:
             labelled=stage != "validation",
             needing_labels=self._needing_labels(stage),
         )
-        check_examples(module, self._class_logits, batch, logits)
+        # The code is the same for all loaders, and the padding is not.
+        check_examples(module, self._class_logits, batch, logits, repeats=stage != "validation")
         return len(logits)
 
     def _layers(self, module: L.LightningModule) -> list[ExpertLayer]:

@@ -91,8 +91,8 @@ CASES = {
     "logs": (lambda m, f, y, b: (m.log("acc", 1.0), (f, y))[1], r"class_logits calls self\.log"),
     "logs a dict": (lambda m, f, y, b: (m.log_dict({"acc": 1.0}), (f, y))[1], r"class_logits calls self\.log"),
     "writes to the batch": (writes, r"class_logits writes in place to batch\['input_ids'\]"),
-    "centred over the batch": (lambda m, f, y, b: (f - f.mean(0), y), "for the same example in a smaller batch"),
-    "normalised over the batch": (lambda m, f, y, b: (f / f.std(), y), "for the same example in a smaller batch"),
+    "centred over the batch": (lambda m, f, y, b: (f - f.mean(0), y), "moves the logits of several examples"),
+    "normalised over the batch": (lambda m, f, y, b: (f / f.std(), y), "moves the logits of several examples"),
     "less a mean without a graph": (
         lambda m, f, y, b: (f - f.mean(0).detach(), y),
         "on the other examples of a batch",
@@ -108,6 +108,11 @@ DEEP = (
     "inference mode",
     "reentrant checkpointing",
     "a copy of the model",
+    "centred over the batch",
+    "normalised over the batch",
+    "less a mean without a graph",
+    "dropout in every mode",
+    "noise",
 )
 
 

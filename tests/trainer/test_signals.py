@@ -59,7 +59,7 @@ def undisturbed(tmp_path_factory):
     return fitted_states(folder), module.calls
 
 
-FIRST = 6  # calls in the checks of the first batches of both loaders
+FIRST = 3  # calls in the checks of the first batches of both loaders
 VALIDATION, CURVATURE = 7, 10  # calls in the validation at the end of the epoch, and in the curvature pass
 STATUS = {signal.SIGTERM: 143, signal.SIGINT: 1}  # Lightning itself exits with 1 after KeyboardInterrupt
 
