@@ -44,6 +44,7 @@ from bmoe_lightning.trainer.loaders import evaluation_loaders
 from bmoe_lightning.trainer.moved_weights import watch_moved_weights
 from bmoe_lightning.trainer.prior_mean import PriorMean
 from bmoe_lightning.trainer.run_folder import RunFolder
+from bmoe_lightning.utils.distributed import failing_together
 
 
 class BayesianMoECallback(L.Callback):
@@ -187,7 +188,8 @@ class BayesianMoECallback(L.Callback):
     def on_train_epoch_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Check that the best checkpoint so far can be loaded when training ends."""
         if self.fit_at == "best":
-            check_best_so_far(trainer)
+            with failing_together(distributed=trainer.world_size > 1):
+                check_best_so_far(trainer)
 
     def on_train_batch_start(self, trainer: L.Trainer, pl_module: L.LightningModule, batch: Any, *_: Any) -> None:
         """Check `class_logits` on the first training batch, before the first step."""
@@ -364,6 +366,8 @@ class BayesianMoECallback(L.Callback):
 
     def _complete_resumed(self, trainer: L.Trainer, module: L.LightningModule) -> None:
         """Fit the methods after a resumed training that was already complete, unless it has a fit."""
+        if self not in getattr(trainer, "callbacks", ()):  # a trial run of Lightning's tuner, of other weights
+            return
         if self._folder.resumes and trainer.train_dataloader is not None and trainer.num_training_batches:
             with weights_to_fit(trainer, module, self.fit_at):
                 needs_fit = self._found(trainer, module) is None and self._folder.ended_without_fit(trainer, module)

@@ -399,12 +399,12 @@ class SaveWeights(L.Callback):
 
 
 class Mortal(ToyModule):
-    """Is killed in a forward pass after training; counts those it survived, after the checks of two first batches."""
+    """Is killed in a forward pass after training; counts those it survived, after the checks of first batches."""
 
     def __init__(self, lives=None):
         super().__init__()
         self.lives = lives
-        self.passes = -2
+        self.passes = -3
 
     def class_logits(self, batch):
         if not self.training:

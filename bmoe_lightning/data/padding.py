@@ -90,7 +90,8 @@ def padding_error(logits: Tensor, alone: Tensor) -> float:
 def row_errors(logits: Tensor, expected: Tensor, unit: Tensor | float = 1.0) -> Tensor:
     """The largest difference of each row's logits from the expected ones, up to a shift of the row.
 
-    Only classes that both have are compared; a class is absent where its logit is `-inf` and where there is no column.
+    Only classes that both have are compared; a class is absent where its logit is `-inf` or the expected one is
+    not finite, and where there is no column.
 
     Args:
         logits: Logits `[B, K]`.
@@ -103,7 +104,7 @@ def row_errors(logits: Tensor, expected: Tensor, unit: Tensor | float = 1.0) -> 
     """
     columns = min(logits.shape[1], expected.shape[1])
     logits, expected = logits[:, :columns].double(), expected[:, :columns].double()
-    present = (logits != -torch.inf) & (expected != -torch.inf)
+    present = (logits != -torch.inf) & expected.isfinite()
     count = present.sum(1, keepdim=True).clamp(min=1)
 
     def centred(values: Tensor) -> Tensor:

@@ -109,6 +109,7 @@ class _ExampleCheck:
         self._mask = None
         if isinstance(mask, Tensor) and mask.dim() == 2 and len(mask) == size > 0:
             self._mask = mask.ne(0)
+        self._whole: Tensor | None = None
         self._row = 0 if self._mask is None else int(self._mask.sum(1).argmin())
 
     def is_half_alike(self, first: Tensor) -> bool:
@@ -125,7 +126,7 @@ class _ExampleCheck:
 
     def repeated(self, first: Tensor) -> Tensor:
         """Run the batch again; its logits `[B, K]` float64."""
-        again = self._logits(self._batch)
+        again = self._logits(self._batch) if self._whole is None else self._whole
         if self._largest(self._errors(again, first)) <= self._tolerance.rounding:
             return again
         # The first call may have run other kernels, those of the taps; the next one runs the same.
@@ -155,6 +156,8 @@ class _ExampleCheck:
         fewest = self._smallest(self._size)
         if fewest < 2:
             return whole if self._size == 1 else None
+        if self._whole is not None:
+            return None
         alone = self._part([self._row])
         if alone is None:
             # Code that takes several rows only, as batch statistics are defined for.
@@ -223,8 +226,11 @@ class _ExampleCheck:
             is_padded = isinstance(value, Tensor) and value.shape[:2] == (1, len(kept))
             return value[:, kept] if is_padded else value
 
-        single = batch_rows(self._batch, [self._row], self._size)
-        single.update({name: cut(value) for name, value in single.items()})
+        try:
+            single = batch_rows(self._batch, [self._row], self._size)
+            single.update({name: cut(value) for name, value in single.items()})
+        except Exception:  # noqa: BLE001  (a tensor of another layout)
+            return None
         found = self._tried(single)
         return found if found is not None and len(found) == 1 else None
 
@@ -264,6 +270,8 @@ class _ExampleCheck:
             return None
         found = self._tried(part)
         is_part = found is not None and len(found) == len(rows)
+        if not is_part and found is not None and len(found) == self._size and not self._lockstep:
+            self._whole = found  # a batch without a row for each example, of which nothing was cut that matters
         return found if self._smallest(int(is_part)) else None
 
     def _largest(self, errors: Tensor) -> float:

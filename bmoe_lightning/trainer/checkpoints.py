@@ -91,7 +91,8 @@ def check_hyperparameters(trainer: L.Trainer, module: L.LightningModule) -> None
     owners = [owner for owner in given if getattr(owner, "hparams", None)]
     content = io.BytesIO()
     try:
-        torch.save([dict(owner.hparams) for owner in owners], content)
+        with torch.serialization.skip_data():  # a model among them may be large
+            torch.save([dict(owner.hparams) for owner in owners], content)
     except (pickle.PicklingError, AttributeError, TypeError, RuntimeError):
         return  # Lightning cannot write such a checkpoint either, and says so
     content.seek(0)

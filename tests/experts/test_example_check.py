@@ -215,6 +215,24 @@ def test_batches_without_a_row_for_each_example_are_not_cut(class_logits, batch)
     checked_silently(tiny_qwen(), class_logits, batch)
 
 
+def test_a_batch_that_cannot_be_cut_is_run_once_more():
+    calls = []
+    batch = {"input_ids": equal_lengths(8)["input_ids"], "label": torch.zeros(4, dtype=torch.int64)}
+    check(tiny_qwen(), counting(flattened, calls), batch)
+    assert calls == [4, 4]
+    with pytest.raises(ValueError, match=AGAIN):
+        check(tiny_qwen(), lambda m, b: (dropout(flattened(m, b)[0], 0.5), None), batch)
+
+
+@pytest.mark.filterwarnings("ignore:Sparse")
+def test_a_padded_batch_with_an_entry_that_cannot_be_cut():
+    model, batch = tiny_qwen(), padded_batch()
+    batch["sparse"] = torch.eye(4).to_sparse()
+    logits = causal(model, batch)[0].detach()
+    for repeats in (False, True):
+        check_examples(model, causal, batch, logits, repeats=repeats)
+
+
 def test_code_that_takes_no_single_row():
     checked_silently(tiny_qwen(), changed(lambda f: f.squeeze()), equal_lengths())
     with pytest.raises(ValueError, match=ALONE):

@@ -113,7 +113,7 @@ def test_a_finished_training_is_left_as_it_is(tmp_path, whole):
     first = job()
     before = {path: path.stat().st_mtime_ns for path in (tmp_path / "fit").rglob("*")}
     assert first == whole[0]
-    job(Stopped())  # no pass over data in which it could be stopped
+    job()
     assert {path: path.stat().st_mtime_ns for path in (tmp_path / "fit").rglob("*")} == before
     assert job.run.test(job.module, test_loader(), verbose=False)[0] == first
 

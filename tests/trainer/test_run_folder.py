@@ -137,7 +137,7 @@ def test_a_killed_pass_in_another_folder_is_named(runs):
 
     def class_logits(module, batch):
         batches.append(batch)
-        if len(batches) == 5:
+        if len(batches) == 6:
             raise Killed
         return module.class_logits(batch)
 
@@ -154,8 +154,8 @@ def test_a_killed_pass_in_another_folder_is_named(runs):
         curvature_checkpoint_every=1, dirpath=str(folder_of(first)),
     )  # fmt: skip
     runs.complete(third)
-    # The first run was killed in the third batch of the pass, after the first batch of each loader.
-    assert len(batches) == 2 + (10 - 2) + 7  # these again, what was left of the pass, and calibration
+    # The first run was killed in the third batch of the pass, after the checks of first batches.
+    assert len(batches) == 3 + (10 - 2) + 7  # these again, what was left of the pass, and calibration
 
 
 def failing_on_rank_zero(rank, world_size):

@@ -12,12 +12,12 @@ from oracles.planned import WORK, as_modules, built, class_logits, small_batch, 
 from torch.nn.functional import cross_entropy
 
 from bmoe_lightning.curvature import collect_factors
-from bmoe_lightning.curvature.spec import CACHE_BYTES
+from bmoe_lightning.curvature.spec import CACHE_BYTES, Curvature
 from bmoe_lightning.experts import down_proj_parameters, expert_dropout, find_expert_layers
 from bmoe_lightning.experts import grouped_matmul as grouped
 from bmoe_lightning.laplace import LaplacePosterior, covariance
 from bmoe_lightning.laplace.validation_cache import cache_terms
-from bmoe_lightning.methods import SWAG, save_snapshot
+from bmoe_lightning.methods import SWAG, LaplaceEvidence, save_snapshot
 from bmoe_lightning.optim import make_adamw, master_weights
 from bmoe_lightning.trainer.prior_mean import PriorMean
 from bmoe_lightning.utils import devices
@@ -106,7 +106,7 @@ def test_optimizer(model, part):
 
 
 def test_prior_mean(model):
-    captured = PriorMean(find_expert_layers)
+    captured = PriorMean([LaplaceEvidence(curvature=Curvature())])
     captured.capture(model)
     assert memory.prior_mean_bytes(describe(model)) == sum(weight.nbytes for weight in captured.weights.values())
 
