@@ -44,6 +44,8 @@ FEW, MORE = ("map", "laplace_evidence"), ("map", "temperature", "laplace_evidenc
 BATCH_SIZE = 4
 KILLED_AT = 3
 """Batches of the curvature pass before a process is killed."""
+FIRST = 3
+"""Calls in the checks of the first batches of both loaders."""
 
 fits: list[str] = []
 """Names of the methods that this process has fitted."""
@@ -172,7 +174,7 @@ def killed(runs: Runs) -> None:
     """A run that is killed in its curvature pass; then a fresh process has its folder and a checkpoint."""
     with suppress(Killed, ProcessRaisedException):
         # The first batch of both loaders comes before training.
-        runs.train("killed", METHODS, killed_at=2 + KILLED_AT, curvature_checkpoint_every=1)
+        runs.train("killed", METHODS, killed_at=FIRST + KILLED_AT, curvature_checkpoint_every=1)
         raise AssertionError("it was not killed")
     runs.tell("left", names_in(runs.written("killed")))
     runs.complete("resumed", METHODS, run="killed", curvature_checkpoint_every=1)
