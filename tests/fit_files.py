@@ -6,6 +6,7 @@ from methods_cases import RANK3
 from oracles.models import answer_logits, split, toy_batch, toy_model
 
 from bmoe_lightning.methods import MAP, LaplaceLPO, TemperatureScaling, evaluate, save_snapshot
+from bmoe_lightning.methods.storage import load_fit
 
 DOWN = "layers.0.mixture.crew.down_proj"
 METHODS = (MAP(), TemperatureScaling(), LaplaceLPO(curvature=RANK3, num_samples=100))
@@ -14,6 +15,14 @@ BATCHES = split(toy_batch(num_rows=60, seed=3), 20, 20, 20)
 
 def files_of(folder):
     return sorted(path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file())
+
+
+def fitted_states(folder):
+    """Every tensor of a stored fit by name: what its methods have fitted, and its factors."""
+    fit = load_fit(folder)[0]
+    states = {f"{name}.{key}": value for name, of in fit.methods.items() for key, value in of.state.items()}
+    layers = [layer for posterior in fit.posteriors.values() for layer in posterior.factors.layers]
+    return states | {f"{layer.name}.{key}": value for layer in layers for key, value in layer.tensors().items()}
 
 
 def log_probs(fit, *methods):

@@ -226,11 +226,10 @@ class _ExampleCheck:
             is_padded = isinstance(value, Tensor) and value.shape[:2] == (1, len(kept))
             return value[:, kept] if is_padded else value
 
-        try:
-            single = batch_rows(self._batch, [self._row], self._size)
-            single.update({name: cut(value) for name, value in single.items()})
-        except Exception:  # noqa: BLE001  (a tensor of another layout)
+        single = self._rows([self._row])
+        if single is None:
             return None
+        single.update({name: cut(value) for name, value in single.items()})
         found = self._tried(single)
         return found if found is not None and len(found) == 1 else None
 
@@ -260,12 +259,16 @@ class _ExampleCheck:
         except Exception:  # noqa: BLE001  (code that takes whole batches only may fail in any way)
             return None
 
+    def _rows(self, rows: Sequence[int]) -> Any:
+        """Some rows of the batch; None if it has no such rows."""
+        try:
+            return batch_rows(self._batch, rows, self._size)
+        except Exception:  # noqa: BLE001  (a tensor of another layout)
+            return None
+
     def _part(self, rows: Sequence[int]) -> Tensor | None:
         """Logits of some rows of the batch; None if the batch has no such rows, on any rank."""
-        try:
-            part = batch_rows(self._batch, rows, self._size)
-        except Exception:  # noqa: BLE001  (a tensor of another layout)
-            part = None
+        part = self._rows(rows)
         if not self._smallest(int(part is not None)):
             return None
         found = self._tried(part)

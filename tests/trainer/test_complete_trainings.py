@@ -9,12 +9,12 @@ import warnings
 import lightning as L
 import pytest
 import torch
+from fit_files import fitted_states
 from lightning.pytorch.callbacks import ModelCheckpoint
 from toy import ToyModule, calibration_loader, loader, test_loader, trainer
 
 from bmoe_lightning import BayesianMoECallback
 from bmoe_lightning.methods.needs import NeedsError
-from bmoe_lightning.methods.storage import load_fit
 
 METHODS = ("map", "temperature", "laplace_evidence", "checkpoint_ensemble")
 
@@ -75,13 +75,6 @@ class Job:
         self.warned = [str(warning.message) for warning in caught]
         self.run, self.callback, self.module = run, callback, module
         return run.test(module, test_loader(), verbose=False)[0] if callback.fitted is not None else None
-
-
-def fitted_states(folder):
-    fit = load_fit(folder)[0]
-    states = {f"{name}.{key}": value for name, of in fit.methods.items() for key, value in of.state.items()}
-    layers = [layer for posterior in fit.posteriors.values() for layer in posterior.factors.layers]
-    return states | {f"{layer.name}.{key}": value for layer in layers for key, value in layer.tensors().items()}
 
 
 @pytest.fixture(scope="module")

@@ -8,10 +8,10 @@ import signal
 
 import pytest
 import torch
+from fit_files import fitted_states
 from toy import ToyModule, calibration_loader, loader, test_loader, trainer
 
 from bmoe_lightning import BayesianMoECallback
-from bmoe_lightning.methods.storage import load_fit
 from bmoe_lightning.trainer.signals import deferred_sigint
 
 
@@ -42,13 +42,6 @@ def fit(folder, module, every=100):
     torch.manual_seed(0)
     trainer(folder, [run], max_epochs=1, num_sanity_val_steps=0).fit(module, loader(160, 1), calibration_loader())
     return run
-
-
-def fitted_states(folder):
-    fit = load_fit(folder)[0]
-    states = {f"{name}.{key}": value for name, of in fit.methods.items() for key, value in of.state.items()}
-    layers = [layer for posterior in fit.posteriors.values() for layer in posterior.factors.layers]
-    return states | {f"{layer.name}.{key}": value for layer in layers for key, value in layer.tensors().items()}
 
 
 @pytest.fixture(scope="module")
