@@ -11,10 +11,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from bmoe_lightning.data.tasks.base import Row
-
-NumberedRow = tuple[str, Row]
-"""The location of a row, for error messages, and its columns."""
+from bmoe_lightning.data.tasks.base import NumberedRow
 
 _SUFFIXES = (".jsonl", ".json", ".parquet")
 _logger = logging.getLogger(__name__)

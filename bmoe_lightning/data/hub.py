@@ -9,9 +9,9 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Literal, overload
 
-from bmoe_lightning.data.files import DataUnavailableError, FolderData, NumberedRow, readable, warn_of_unread_files
+from bmoe_lightning.data.files import DataUnavailableError, FolderData, readable, warn_of_unread_files
 from bmoe_lightning.data.questions import Question, has_ambiguous_answer
-from bmoe_lightning.data.tasks.base import SPLIT_NAMES, SplitName, Task
+from bmoe_lightning.data.tasks.base import SPLIT_NAMES, NumberedRow, SplitName, Task
 from bmoe_lightning.data.tasks.registry import get_task, recognise_task, task_names, task_of_hub_id
 from bmoe_lightning.utils.messages import first_names
 
@@ -168,7 +168,7 @@ def _recognised(rows_of: _RowsOf) -> Task | None:
 def _questions(task: Task, split: SplitName, rows: Iterator[NumberedRow]) -> tuple[Question, ...]:
     questions: list[Question] = []
     seen: dict[str, str] = {}
-    for number, (where, row) in enumerate(rows, start=1):
+    for number, (where, row) in enumerate(task.select(rows), start=1):
         question = task.read(row, f"{split}-{number}", where)
         # Ids must be unique: predictions are reported by id.
         if question.id in seen:

@@ -17,7 +17,9 @@ from bmoe_lightning.data.tasks import get_task
 
 SAMPLES = Path(__file__).parent / "tasks" / "samples"
 TASKS = sorted(path.stem for path in SAMPLES.glob("*.jsonl"))
-TEXT, KEY, CONTAINER = "text", "key", "container"
+TEXT, KEY, CONTAINER, BLANK, UNREAD = "text", "key", "container", "blank", "unread"
+# What the answer may be, where it is no label of the row's own.
+ANSWERS = {"winogrande": ("1", "2"), "boolq": (True, False), "mmlu": (0, 1, 2, 3)}
 REMOVED = object()
 BAD = [
     REMOVED, None, "", "  ", "\t\n", True, False, 1.5, -0.0, float("nan"), float("inf"), [], {}, [[]], [None], ["x"],
@@ -38,20 +40,32 @@ def places(value, path=()):
         yield from places(inner, (*path, key))
 
 
-def kind_of(path, row):
+def kind_of(task, path, row):
     for key in path:
         row = row[key]
     if isinstance(row, (dict, list)):
         return CONTAINER
+    if path == ("subject",):
+        return UNREAD
+    if path == ("sentence",):
+        return BLANK
+    if path in (("answer",), ("label",)):
+        return ANSWERS[task] if path == ("answer",) else (0, 1)
     return KEY if {"id", "label", "answerKey"} & set(path) else TEXT
 
 
 def is_valid(kind, value):
     """Whether a place may hold a value."""
+    if isinstance(kind, tuple):
+        return any(value == valid and type(value) is type(valid) for valid in kind)
     if kind == KEY and isinstance(value, int) and not isinstance(value, bool):
         return True
     return (
-        kind != CONTAINER and isinstance(value, str) and bool(value.strip()) and not re.search("[\ud800-\udfff]", value)
+        kind in (TEXT, KEY, BLANK)
+        and isinstance(value, str)
+        and bool(value.strip())
+        and not re.search("[\ud800-\udfff]", value)
+        and (kind != BLANK or "_" in value)
     )
 
 
@@ -87,20 +101,27 @@ def test_no_malformed_row_is_read(task, tmp_path):
     file = tmp_path / "train.jsonl"
     refused = accepted = 0
     for number, row in enumerate(rows_of(task)):
+        file.write_text("\n" + json.dumps(row) + "\n")
+        intact = read(tmp_path, task)
         for path in places(row):
+            kind = kind_of(task, path, row)
             for value in BAD:
                 file.write_text("\n" + json.dumps(changed(row, path, value)) + "\n")
                 questions, reason = outcome(tmp_path, task)
                 if reason is not None:
+                    assert kind != UNREAD, (path, value)
                     assert reason.startswith(f"{file}, line 2: "), (path, value)
                     refused += 1
                     continue
+                if kind == UNREAD:
+                    assert questions == intact, (path, value)
+                    continue
                 assert value is not REMOVED, (number, path)
-                assert is_valid(kind_of(path, row), value), (path, value, questions)
-                if kind_of(path, row) == TEXT:
-                    assert value in (questions[0].question, *questions[0].choices)
+                assert is_valid(kind, value), (path, value, questions)
+                if kind == TEXT:
+                    assert value in (questions[0].question, questions[0].passage, *questions[0].choices)
                 accepted += 1
-    assert refused > 800
+    assert refused > 200
     assert accepted < refused / 5
 
 

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
 from bmoe_lightning.data.questions import Question
 
 Row = Mapping[str, Any]
+NumberedRow = tuple[str, Row]
+"""The location of a row, for error messages, and its columns."""
 SplitName = Literal["train", "validation", "test"]
 SPLIT_NAMES: tuple[SplitName, ...] = ("train", "validation", "test")
 
@@ -60,6 +62,17 @@ class Task(ABC):
             TypeError: If the row is malformed, likewise.
             KeyError: If a column is missing.
         """
+
+    def select(self, rows: Iterator[NumberedRow]) -> Iterator[NumberedRow]:
+        """The rows of a split that this task reads; all of them unless a task has options that choose.
+
+        Args:
+            rows: All rows of the split, each with its location.
+
+        Raises:
+            ValueError: If the rows that are chosen do not exist.
+        """
+        return rows
 
     def read(self, row: Row, row_id: str, where: str) -> Question:
         """Turn one row into a question; errors name the location of a malformed row.

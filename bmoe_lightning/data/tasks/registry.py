@@ -22,6 +22,9 @@ _TASKS: Registry[Task] = Registry(
     built_in={
         "openbookqa": "openbookqa:OpenBookQA",
         "arc": "arc:ARC",
+        "winogrande": "winogrande:Winogrande",
+        "boolq": "boolq:BoolQ",
+        "mmlu": "mmlu:MMLU",
     },
 )
 

@@ -41,7 +41,13 @@ def test_what_is_no_task_is_refused():
 def test_recognised_by_the_most_columns():
     assert R.recognise_task({"id", "question", "choices", "answerKey"}).name == "arc"
     assert R.recognise_task(["id", "question_stem", "choices", "answerKey", "fact1"]).name == "openbookqa"
-    with pytest.raises(ValueError, match=r"the columns \['a', 'b'\] fit none of openbookqa, arc; name the task"):
+    assert R.recognise_task(["question", "passage", "answer"]).name == "boolq"
+    assert R.recognise_task(["question", "passage", "idx", "label"]).name == "boolq"
+    assert R.recognise_task(["question", "subject", "choices", "answer"]).name == "mmlu"
+    assert R.recognise_task(["qID", "sentence", "option1", "option2", "answer"]).name == "winogrande"
+    with pytest.raises(
+        ValueError, match=r"the columns \['a', 'b'\] fit none of openbookqa, arc, winogrande, boolq, mmlu; name"
+    ):
         R.recognise_task(["b", "a"])
     with pytest.raises(ValueError, match="fit the tasks openbookqa, arc; name the task"):
         R.recognise_task(["question", "question_stem", "answerKey"])
