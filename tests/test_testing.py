@@ -13,7 +13,9 @@ from bmoe_lightning.methods.needs import Needs
 from bmoe_lightning.testing import check_method
 
 
-@pytest.mark.filterwarnings("ignore:the fitted temperature", "ignore:LPO ended at the limit")
+@pytest.mark.filterwarnings(
+    "ignore:the fitted temperature", "ignore:LPO ended at the limit", "ignore:LPO.s prior precision"
+)
 @pytest.mark.parametrize("name", method_names())
 def test_every_registered_method_keeps_the_contract(name):
     check_method(get_method(name))

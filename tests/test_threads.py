@@ -75,7 +75,9 @@ def served(tmp_path_factory):
     return model, answer
 
 
-pytestmark = pytest.mark.filterwarnings("ignore:the fitted temperature", "ignore:LPO ended at the limit")
+pytestmark = pytest.mark.filterwarnings(
+    "ignore:the fitted temperature", "ignore:LPO ended at the limit", "ignore:LPO.s prior precision"
+)
 
 
 @pytest.mark.parametrize("name", method_names())

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -220,7 +220,7 @@ def fit_lpo(
             covariance terms or the objective are not finite.
 
     Warns:
-        FitWarning: If a prior precision is at an end of the search range, or the objective hardly depends on them.
+        FitWarning: If a prior precision is at an end of the search range, or the objective hardly depends on it.
     """
     if scope not in ("global", "layer"):
         raise ValueError(f"unknown scope {scope!r}; valid are global, layer")
@@ -242,14 +242,14 @@ def fit_lpo(
     if not math.isfinite(reached):
         raise ValueError("the validation NLL is not finite; check labels and logits of the calibration split")
     if prior is None:  # with one, the precisions are determined
-        _warn_of_lpo(loss, log_precision, reached)
+        _warn_of_lpo(loss, log_precision, reached, by_layer=scope == "layer" and num_layers > 1)
     return log_precision.exp()
 
 
-def _warn_of_lpo(objective: _Objective, log_precision: Tensor, reached: float) -> None:
-    """Warn of precisions at an end of the range, and of an objective that is flat around them."""
+def _warn_of_lpo(objective: _Objective, log_precision: Tensor, reached: float, *, by_layer: bool) -> None:
+    """Warn of precisions at an end of the range, and of an objective that is flat around all or some of them."""
+    low, high = ((log_precision - end).abs() < _AT_END for end in _LPO_RANGE)
     if ended := _at_end(log_precision.exp(), _LPO_RANGE):
-        low, high = ((log_precision - end).abs() < _AT_END for end in _LPO_RANGE)
         effects = ((high, "adds no uncertainty"), (low, "makes predictions nearly uniform"))
         effect = " or ".join(text for at, text in effects if bool(at.any()))
         warn_of_fit(
@@ -257,16 +257,36 @@ def _warn_of_lpo(objective: _Objective, log_precision: Tensor, reached: float) -
             f"optimal on this validation set, so the posterior of these layers {effect}; add labels",
             stacklevel=3,
         )
-        return
-    with torch.no_grad():
-        moved = [float(objective(log_precision + step)) for step in (-math.log(10), math.log(10))]
-    rise = objective.num_examples * min(value - reached for value in moved)
-    if abs(rise) < _FLAT:
+    elif abs(rise := min(_changes(objective, log_precision, reached))) < _FLAT:
         warn_of_fit(
             f"LPO's prior precision is not determined by the {objective.num_examples} labels: one ten times as large "
             f"or as small changes their summed NLL by {abs(rise):.2g} nats; add labels",
             stacklevel=3,
         )
+        return
+    if not by_layer:
+        return
+    inner = (~(low | high)).tolist()
+    flat = [
+        inner[layer] and all(abs(change) < _FLAT for change in _changes(objective, log_precision, reached, layer))
+        for layer in range(len(log_precision))
+    ]
+    if unidentified := _listed(log_precision.exp(), torch.tensor(flat)):
+        warn_of_fit(
+            f"LPO's prior precision of some layers is not determined by the {objective.num_examples} labels "
+            f"({unidentified}): one ten times as large or as small there changes their summed NLL by less than "
+            f"{_FLAT} nats; add labels, or use scope='global'",
+            stacklevel=3,
+        )
+
+
+@torch.no_grad()
+def _changes(objective: _Objective, log_precision: Tensor, reached: float, layer: int | None = None) -> Iterator[float]:
+    """How the summed NLL changes, in nats, where one layer's precision, or all, are a tenth or ten times as large."""
+    for step in (-math.log(10), math.log(10)):
+        moved = log_precision.clone()
+        moved[slice(None) if layer is None else layer] += step
+        yield objective.num_examples * (float(objective(moved)) - reached)
 
 
 class _Objective:

@@ -44,3 +44,21 @@ def test_without_the_pull_nothing_of_the_evidence_is_needed():
     for width in (0.0, math.nan):
         with pytest.raises(ValueError, match="evidence_width must be a positive number or None"):
             LaplaceLPO(evidence_width=width)
+
+
+def test_a_layer_that_the_labels_do_not_determine_marks_the_row(caplog):
+    model = toy_model(num_layers=3)
+    with torch.no_grad():
+        model.head.weight.mul_(3)
+        held_out = toy_batch(num_rows=90, seed=12)
+        probabilities = (answer_logits(model, held_out)[0] / 2.5).softmax(-1)
+    generator = torch.Generator().manual_seed(4)
+    held_out["labels"] = torch.multinomial(probabilities, 1, generator=generator).squeeze(1)
+    by_layer = LaplaceLPO(curvature=RANK3)
+    one = LaplaceLPO(name="one", curvature=RANK3, scope="global")
+    training = [toy_batch(num_rows=60, seed=11)]
+    fit = fit_methods([by_layer, one], model, answer_logits, training, [held_out])
+    (sentence,) = [said for said in fit.warnings_of(by_layer) if "of some layers is not determined" in said]
+    assert "in layer 1)" in sentence  # alone
+    assert sentence not in fit.warnings_of(one)
+    assert sum(sentence in record.message for record in caplog.records) == 1
