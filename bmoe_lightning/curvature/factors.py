@@ -88,12 +88,38 @@ class LayerFactors:
         """The tensors by field name."""
         return {name: value for name, value in vars(self).items() if isinstance(value, Tensor)}
 
+    def equals(self, other: LayerFactors) -> bool:
+        """Whether all values are the same, bit for bit."""
+        here, there = self.tensors(), other.tensors()
+        return (self.name, self.index) == (other.name, other.index) and all(
+            values.dtype == there[name].dtype and torch.equal(values, there[name]) for name, values in here.items()
+        )
+
     def to(self, device: torch.device | str | None = None, dtype: torch.dtype | None = None) -> LayerFactors:
         """The same factors on another device, or with bases of another dtype; see `KroneckerFactors.to`."""
         moved: dict[str, Any] = {name: value.to(device) for name, value in self.tensors().items()}
         if dtype is not None:
             moved |= {name: moved[name].to(dtype) for name in ("a_basis", "g_basis")}
         return replace(self, **moved)
+
+
+def share_equal_layers(curvatures: Sequence[KroneckerFactors]) -> list[KroneckerFactors]:
+    """The same curvatures, with equal factors of one layer as one object, as after `KroneckerFactors.without`.
+
+    Args:
+        curvatures: Curvatures of one model, read from different files.
+    """
+    known: dict[str, list[LayerFactors]] = {}
+
+    def shared(layer: LayerFactors) -> LayerFactors:
+        candidates = known.setdefault(layer.name, [])
+        for candidate in candidates:
+            if candidate.equals(layer):
+                return candidate
+        candidates.append(layer)
+        return layer
+
+    return [replace(curvature, layers=tuple(map(shared, curvature.layers))) for curvature in curvatures]
 
 
 @dataclass(frozen=True)

@@ -169,6 +169,10 @@ class Curvature:
         """The prior over the same layers (rank 0): the covariance of the logits is then `1 / lambda J J^T`."""
         return Curvature(rank=0, layers=self.layers, skip_layers=self.skip_layers, cache_bytes=self.cache_bytes)
 
+    def of_all_layers(self) -> Curvature:
+        """The same curvature without `skip_layers`: a layer's factors do not depend on which others are skipped."""
+        return replace(self, skip_layers=())
+
     def find_layers(self, model: nn.Module) -> list[ExpertLayer]:
         """Find the layers that are tapped, including `skip_layers`.
 

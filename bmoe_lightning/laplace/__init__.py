@@ -1,6 +1,7 @@
 """The low-rank Kronecker-factored Laplace posterior: evidence, prior precision and predictive."""
 
+from bmoe_lightning.laplace.attribution import Attribution, LayerAttribution
 from bmoe_lightning.laplace.posterior import LaplacePosterior, WeightMismatchError
 from bmoe_lightning.laplace.predictive import Prediction
 
-__all__ = ["LaplacePosterior", "Prediction", "WeightMismatchError"]
+__all__ = ["Attribution", "LaplacePosterior", "LayerAttribution", "Prediction", "WeightMismatchError"]

@@ -34,6 +34,19 @@ _FEW_CONTRASTS = 5
 
 
 @dataclass(frozen=True)
+class GroupTerms:
+    """Terms of one layer by group.
+
+    Attributes:
+        prior: Inner products `<G_i, G_j>` of each group, `[N, P, P]` float64.
+        sizes: Number of slots of each group, `[N]` int64.
+    """
+
+    prior: Tensor
+    sizes: Tensor
+
+
+@dataclass(frozen=True)
 class LayerTerms:
     """Terms of one layer in the covariance of a batch, for any prior precision.
 
@@ -42,12 +55,14 @@ class LayerTerms:
         projections: Projections `R_i` of each group, `[N, P, r_g, r_a]`.
         examples: Example of each group, `[N]` int64.
         experts: Expert of each group, `[N]` int64.
+        by_group: What is only needed to attribute the variance to experts, if it was asked for.
     """
 
     prior: Tensor
     projections: Tensor
     examples: Tensor
     experts: Tensor
+    by_group: GroupTerms | None = None
 
 
 @dataclass(frozen=True)
@@ -79,6 +94,7 @@ def batch_terms(
     *,
     centred: bool,
     thorough: bool = False,
+    by_group: bool = False,
 ) -> list[BatchTerms]:
     """Run one batch and compute the terms of its logit covariance under one or several posteriors.
 
@@ -94,6 +110,7 @@ def batch_terms(
         centred: True takes K - 1 backward passes for the logits up to a common shift, to which the softmax is
             invariant, and fewer if no example has K classes; False takes K for the logits themselves.
         thorough: Whether to check on the full model that no layer mixes examples; see `slot_owners`.
+        by_group: Whether `GroupTerms` are returned too.
 
     Returns:
         Terms under each posterior.
@@ -106,7 +123,9 @@ def batch_terms(
     if len(posteriors) > 1:  # in model order, as within each posterior: slot_owners reads the last layer
         position = {name: index for index, (name, _) in enumerate(model.named_modules())}
         layers.sort(key=lambda layer: position[layer.name])
-    factors = {name: [f for posterior in posteriors for x, f in posterior if x.name == name] for name in union}
+    factors = {  # by identity: posteriors over parts of the same layers share them
+        name: {id(f): f for posterior in posteriors for x, f in posterior if x.name == name} for name in union
+    }
     with tapped_batch(model, layers, class_logits, batch) as tapped, torch.no_grad():
         weights, embedding = _contrasts(tapped.present, centred, tapped.most_classes)
         weights = weights * tapped.counts(weights.device).unsqueeze(1)  # so that slots of other examples do not count
@@ -117,7 +136,7 @@ def batch_terms(
         held = sum(len(s.experts) * x.d_out * size for s, x, size in zip(slots, layers, itemsizes, strict=True))
         count = tapped.taps.agreed_maximum(num_sweeps(len(weights), len(layers), held))
         every_pass = tapped.passes(weights)
-        terms = {}
+        terms: dict[str, dict[int, LayerTerms]] = {}
         for part in torch.arange(len(layers)).tensor_split(count):
             positions = part.tolist()
             passes = [tapped.taps.gradients(tapped.logits, of_pass, positions) for of_pass in every_pass]
@@ -134,13 +153,16 @@ def batch_terms(
                         f"a slot of layer {layer.name!r} affects a logit, but belongs to no example, since its "
                         "gradients cancel or underflow; try bfloat16 or float32 weights"
                     )
-                found = layer_terms(layer_slots.inputs, gradients, groups, factors[layer.name], num_examples)
-                terms[layer.name] = iter(found)
+                of_layer = factors[layer.name]
+                found = layer_terms(
+                    layer_slots.inputs, gradients, groups, list(of_layer.values()), num_examples, by_group=by_group
+                )
+                terms[layer.name] = dict(zip(of_layer, found, strict=True))
             del seen, gradients, layer_slots
         logits = tapped.logits.detach().double().masked_fill(~tapped.present, -torch.inf)
         return [
             _first(
-                BatchTerms(logits, tapped.labels, embedding, tuple(next(terms[layer.name]) for layer, _ in posterior)),
+                BatchTerms(logits, tapped.labels, embedding, tuple(terms[x.name][id(f)] for x, f in posterior)),
                 tapped.num_counted,
             )
             for posterior in posteriors
@@ -206,7 +228,13 @@ def _contrasts(present: Tensor, centred: bool, most_classes: int = 0) -> tuple[T
 
 
 def layer_terms(
-    inputs: Tensor, gradients: Sequence[Tensor], groups: SlotGroups, factors: Sequence[LayerFactors], num_examples: int
+    inputs: Tensor,
+    gradients: Sequence[Tensor],
+    groups: SlotGroups,
+    factors: Sequence[LayerFactors],
+    num_examples: int,
+    *,
+    by_group: bool = False,
 ) -> list[LayerTerms]:
     """Reduce the slots of one layer to its covariance terms, under each of several curvatures.
 
@@ -216,6 +244,7 @@ def layer_terms(
         groups: Groups of the slots.
         factors: Curvatures of this layer, one or more.
         num_examples: Number of examples B.
+        by_group: Whether `GroupTerms` are returned too.
     """
     dtype = torch.promote_types(inputs.dtype, torch.float32)
     for layer in factors:
@@ -228,6 +257,10 @@ def layer_terms(
     keys = on_device(groups.keys, inputs.device)
     experts = keys // num_examples
     prior = inputs.new_zeros(num_examples, num_contrasts, num_contrasts, dtype=torch.float64)
+    kept = None
+    if by_group:
+        products_of_group = prior.new_zeros(len(keys), num_contrasts, num_contrasts)
+        kept = GroupTerms(products_of_group, on_device(groups.sizes, inputs.device))
     projections = [
         a_basis.new_zeros(len(keys), num_contrasts, g_basis.shape[2], a_basis.shape[2]) for a_basis, g_basis in bases
     ]
@@ -236,13 +269,17 @@ def layer_terms(
         # The inputs of padding are zero, so it adds nothing for any finite gradient.
         a = inputs[slots].to(dtype) * filled.unsqueeze(2)  # [n, h, d_in]
         g = _gathered(gradients, slots, dtype)  # [P, n, h, d_out]
-        prior.index_add_(0, keys[chosen] % num_examples, inner_products(a, g).double())
+        products = inner_products(a, g).double()
+        prior.index_add_(0, keys[chosen] % num_examples, products)
+        if kept is not None:
+            kept.prior[chosen] = products
         of_groups = experts[chosen]
         for (a_basis, g_basis), projection in zip(bases, projections, strict=True):
             if a_basis.shape[2] and g_basis.shape[2]:
                 projected = (g @ g_basis[of_groups]).mT @ (a @ a_basis[of_groups])
                 projection[chosen] = projected.transpose(0, 1)
-    return [LayerTerms(prior, projection, keys % num_examples, experts) for projection in projections]
+    examples = keys % num_examples
+    return [LayerTerms(prior, projection, examples, experts, kept) for projection in projections]
 
 
 def _gathered(gradients: Sequence[Tensor], slots: Tensor, dtype: torch.dtype) -> Tensor:
@@ -288,13 +325,30 @@ def covariance(terms: BatchTerms, curvature: Sequence[Tensor], prior_precision: 
 
 def layer_covariance(terms: LayerTerms, curvature: Tensor, prior_precision: Tensor) -> Tensor:
     """Contribution of one layer to the covariance of the contrasts: `[B, P, P]` float64."""
+    explained = _explained(terms, curvature, prior_precision)
+    return terms.prior.index_add(0, terms.examples, -explained) / prior_precision.to(explained)
+
+
+def group_covariance(terms: LayerTerms, curvature: Tensor, prior_precision: Tensor) -> Tensor:
+    """Contribution of each group to the covariance of the contrasts: `[N, P, P]` float64.
+
+    Raises:
+        ValueError: If the terms have no `GroupTerms`.
+    """
+    if terms.by_group is None:
+        raise ValueError("the terms are sums over experts; compute them with by_group=True")
+    explained = _explained(terms, curvature, prior_precision)
+    return (terms.by_group.prior - explained) / prior_precision.to(explained)
+
+
+def _explained(terms: LayerTerms, curvature: Tensor, prior_precision: Tensor) -> Tensor:
+    """Lambda times what the data take from the prior covariance of each group: `[N, P, P]` float64."""
     projections = terms.projections.double()
     curvature = curvature.to(projections)
     prior_precision = prior_precision.to(projections)
     shrinkage = curvature / (prior_precision + curvature)
     weighted = projections * shrinkage[terms.experts].unsqueeze(1)
-    explained = weighted.flatten(2) @ projections.flatten(2).mT
-    return (terms.prior.index_add(0, terms.examples, -explained)) / prior_precision
+    return weighted.flatten(2) @ projections.flatten(2).mT
 
 
 def _check_definite(contrast: Tensor, scale: Tensor) -> None:

@@ -21,7 +21,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from bmoe_lightning.curvature.factors import KroneckerFactors
+from bmoe_lightning.curvature.factors import KroneckerFactors, LayerFactors
 from bmoe_lightning.curvature.spec import CACHE_BYTES
 from bmoe_lightning.experts.counted_batch import lockstep
 from bmoe_lightning.experts.discovery import locate_expert_layers
@@ -29,6 +29,7 @@ from bmoe_lightning.experts.fsdp import reshard, runs_in_lockstep
 from bmoe_lightning.experts.logits_contract import ClassLogits
 from bmoe_lightning.experts.threads import model_lock
 from bmoe_lightning.experts.weight_record import same_weights
+from bmoe_lightning.laplace.attribution import Attribution, attributed
 from bmoe_lightning.laplace.binding import Binding
 from bmoe_lightning.laplace.covariance import BatchTerms, batch_terms, covariance
 from bmoe_lightning.laplace.covariance_cache import CovarianceCache
@@ -268,6 +269,16 @@ class LaplacePosterior:
         logits, logit_covariance = self.logit_covariance(model, class_logits, batch, centred=True)
         return predict_with_uncertainty(logits, logit_covariance, num_samples=num_samples, seed=seed)
 
+    def attribute(self, model: nn.Module, class_logits: ClassLogits, batch: Any) -> Attribution:
+        """Split the variance of each prediction by layer and expert; arguments as in `predict`.
+
+        Raises:
+            WeightMismatchError: If the model's weights are not those that the curvature was collected on.
+        """
+        with failing_together(distributed=runs_in_lockstep(model)):
+            (terms,) = posterior_terms([self], model, class_logits, batch, by_group=True)
+            return attributed(terms, self.factors.layers, self.prior_precision)
+
     def check_weights(self, model: nn.Module) -> None:
         """Compare the model's weights with those that the curvature was collected on.
 
@@ -329,8 +340,12 @@ def posterior_terms(
     batch: Any,
     *,
     centred: bool = True,
+    by_group: bool = False,
 ) -> list[BatchTerms]:
     """The covariance terms of a batch under several posteriors, from one forward pass.
+
+    The covariance is a sum over layers: layers whose factors several posteriors share (`without_layers`) are computed
+    once.
 
     Args:
         posteriors: Posteriors over the same or different layers of one model.
@@ -338,12 +353,20 @@ def posterior_terms(
         class_logits: Function `(model, batch) -> (logits [B, K], labels [B] or None)`.
         batch: Batch that `class_logits` accepts.
         centred: Whether to centre the logits; see `LaplacePosterior.logit_covariance`.
+        by_group: Whether to return the terms that `attributed` needs.
 
     Raises:
         WeightMismatchError: If the model's weights are not those that a curvature was collected on.
     """
     with model_lock(model):
         bound = [posterior._bind(model) for posterior in posteriors]
+        shared: dict[tuple[int, int, bool], LayerFactors] = {}
+        for posterior, binding in zip(posteriors, bound, strict=True):
+            # Of the copies on a device too one is left.
+            binding.factors = tuple(
+                shared.setdefault((id(layer.a_basis), id(layer.g_basis), posterior.offload), moved)
+                for layer, moved in zip(posterior.factors.layers, binding.factors, strict=True)
+            )
         terms = batch_terms(
             model,
             [list(zip(binding.layers, binding.factors, strict=True)) for binding in bound],
@@ -352,6 +375,7 @@ def posterior_terms(
             centred=centred,
             # Once per model: whether it mixes examples depends on its code, not on the batch.
             thorough=not all(binding.owners_checked for binding in bound),
+            by_group=by_group,
         )
     for binding in bound:
         binding.owners_checked = binding.owners_checked or len(terms[0].logits) > 1

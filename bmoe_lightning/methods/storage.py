@@ -20,6 +20,7 @@ from typing import Any
 
 from torch import Tensor
 
+from bmoe_lightning.curvature.factors import share_equal_layers
 from bmoe_lightning.experts import ExpertLayer
 from bmoe_lightning.experts.data_record import DataRecord
 from bmoe_lightning.experts.weight_record import WeightRecord
@@ -153,10 +154,7 @@ def load_fit(folder: Path, *, offload: Collection[str] = ()) -> tuple[FitResult,
             )
             for name, entry in content["methods"].items()
         }
-        posteriors = {
-            digest: _load_curvature(folder, digest, entry, header.fit, offload=digest in offload)
-            for digest, entry in content["posteriors"].items()
-        }
+        posteriors = _load_curvatures(folder, header, offload)
         layers = _layers(content)
         snapshots = [_checked_snapshot(folder, entry, header.fit) for entry in content["snapshots"]]
         if content.get("num_snapshots", len(snapshots)) != len(snapshots):
@@ -272,9 +270,21 @@ def _load_tensors(folder: Path, entry: Mapping[str, Any], format: str, fit_id: s
     return file.tensors
 
 
+def _load_curvatures(folder: Path, header: FileHeader, offload: Collection[str]) -> dict[str, LaplacePosterior]:
+    entries = header.description["posteriors"]
+    stored = {digest: _load_curvature(folder, digest, entry, header.fit) for digest, entry in entries.items()}
+    factors = dict(zip(stored, share_equal_layers([file.factors for file in stored.values()]), strict=True))
+    return {
+        digest: LaplacePosterior(
+            factors[digest], file.prior_precision, prior_mean=file.prior_mean, offload=digest in offload
+        )
+        for digest, file in stored.items()
+    }
+
+
 def _load_curvature(
-    folder: Path, digest: str, entry: Mapping[str, Any], fit_id: str, *, offload: bool
-) -> LaplacePosterior:
+    folder: Path, digest: str, entry: Mapping[str, Any], fit_id: str
+) -> posterior_storage.StoredPosterior:
     path = path_of(folder, entry)
     stored = posterior_storage.load_posterior(path)
     _check_belongs(path, (stored.fit, stored.digest), fit_id, entry["sha256"])
@@ -283,7 +293,7 @@ def _load_curvature(
             f"{path} has the curvature {stored.description.get('curvature')!r}, and the {INDEX_FILE} of its folder "
             f"names it for {digest!r}; fit again"
         )
-    return LaplacePosterior(stored.factors, stored.prior_precision, prior_mean=stored.prior_mean, offload=offload)
+    return stored
 
 
 def _checked_snapshot(folder: Path, entry: Mapping[str, str], fit_id: str) -> Path:

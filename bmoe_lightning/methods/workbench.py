@@ -15,6 +15,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
+from bmoe_lightning.curvature.factors import KroneckerFactors
 from bmoe_lightning.curvature.kfac import collect_factors, prior_factors
 from bmoe_lightning.curvature.spec import Curvature
 from bmoe_lightning.experts import ClassLogits, squared_distances
@@ -95,6 +96,7 @@ class Workbench:
         self._prior_mean = prior_mean
         self._distributed = distributed
         self._pass_files = pass_files
+        self._factors: dict[str, KroneckerFactors] = {}
         self._caches: dict[tuple[str, int], _Cached] = {}
         self.given = GivenData(
             model,
@@ -114,13 +116,15 @@ class Workbench:
         """Check everything that can be checked before the first pass over data.
 
         Raises:
-            ValueError: If held-out data, enough of them or their labels are missing, or the prior mean is, or the
-                weights equal it.
+            ValueError: If a curvature's layers do not exist, held-out data, enough of them or their labels are missing,
+                or the prior mean is, or the weights equal it.
         """
         needing = [method.name for method in self._methods if method.needs.calibration]
         if needing and self._calibration is None and self._logits is None:
             raise ValueError(f"{needing} are fitted on held-out data, and there is no calibration split; pass one")
         for method in self._methods:
+            for curvature in method.curvatures:
+                curvature.find_layers(self.model)
             if method.needs.prior_mean:
                 for curvature in method.curvatures:
                     check_distances(self.squared_distances(curvature, "pretrained"))
@@ -137,7 +141,7 @@ class Workbench:
             DataMismatchError: If the data differ.
         """
         collected = [curvature for method in methods for curvature in method.curvatures if curvature.collects]
-        passes = {curvature.max_batches for curvature in collected if curvature.digest not in self.posteriors}
+        passes = {curvature.max_batches for curvature in collected if self._is_missing(curvature)}
         has_curvature = any(posterior.factors.rank for posterior in self.posteriors.values())
         if collected and (has_curvature or self.given.training_record is not None):
             self.given.check_training(passes)
@@ -148,11 +152,16 @@ class Workbench:
     def posterior(self, curvature: Curvature) -> LaplacePosterior:
         """The posterior of a curvature at prior precision 1, collected in one pass over the training data and cached.
 
+        Curvatures that differ in nothing but `skip_layers` share one pass.
+
         Raises:
             ValueError: If the data are empty or the model has no such layers; see `collect_factors`.
         """
         if curvature.digest not in self.posteriors:
-            self.posteriors[curvature.digest] = self._collected(curvature)
+            factors = self._collected(curvature.of_all_layers())
+            if curvature.skip_layers:
+                factors = factors.without(curvature.skip_layers)
+            self.posteriors[curvature.digest] = LaplacePosterior(factors, offload=curvature.offload)
         return self.posteriors[curvature.digest]
 
     def calibration_logits(self) -> Split:
@@ -239,7 +248,19 @@ class Workbench:
             )
         return dict(self._prior_mean)
 
-    def _collected(self, curvature: Curvature) -> LaplacePosterior:
+    def _is_missing(self, curvature: Curvature) -> bool:
+        """Whether a curvature needs a pass."""
+        return not {curvature.digest, curvature.of_all_layers().digest} & self.posteriors.keys()
+
+    def _collected(self, curvature: Curvature) -> KroneckerFactors:
+        """The factors of a curvature that skips no layer."""
+        if curvature.digest in self.posteriors:
+            return self.posteriors[curvature.digest].factors
+        if curvature.digest not in self._factors:
+            self._factors[curvature.digest] = self._pass_over_training(curvature)
+        return self._factors[curvature.digest]
+
+    def _pass_over_training(self, curvature: Curvature) -> KroneckerFactors:
         if not curvature.collects:
             factors = prior_factors(self.model, curvature.find_layers(self.model))
         else:
@@ -265,8 +286,7 @@ class Workbench:
             self.given.see_training(recorder.finish())
         if curvature.factor_dtype == "bfloat16":
             factors = factors.to(dtype=torch.bfloat16)
-        posterior = LaplacePosterior(factors, offload=curvature.offload)
-        return posterior.without_layers(curvature.skip_layers) if curvature.skip_layers else posterior
+        return factors
 
     def _pass_over_calibration(self) -> None:
         """One pass for all methods: logits, labels and the covariance terms under every curvature."""

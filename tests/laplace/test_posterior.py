@@ -12,6 +12,7 @@ from bmoe_lightning.curvature import collect_factors
 from bmoe_lightning.experts import down_proj_parameters, find_expert_layers, squared_distances
 from bmoe_lightning.laplace import LaplacePosterior, Prediction, WeightMismatchError
 from bmoe_lightning.laplace import covariance as covariance_module
+from bmoe_lightning.laplace.posterior import posterior_terms
 from bmoe_lightning.laplace.predictive import (
     class_probabilities,
     mean_variance,
@@ -321,3 +322,27 @@ def test_offloading_is_kept(tmp_path):
     ):
         assert other.offload
     assert not LaplacePosterior.load(tmp_path / "p.safetensors").offload
+
+
+class TestPartsOfOnePosterior:
+    def test_their_layers_are_computed_once(self, monkeypatch):
+        model, batch = toy_model(), toy_batch()
+        whole = fit(model).with_prior_precision(torch.tensor([0.5, 2.0]))
+        parts = [whole.without_layers([1]), whole.without_layers([0]), whole]
+        calls, compute = [], covariance_module.layer_terms
+        monkeypatch.setattr(
+            covariance_module, "layer_terms", lambda *a, **k: calls.append(len(a[3])) or compute(*a, **k)
+        )
+        terms = posterior_terms(parts, model, answer_logits, batch)
+        assert calls == [1, 1]
+        assert terms[0].layers[0].projections is terms[2].layers[0].projections
+        first, second, both = (part.covariance_of(t) for part, t in zip(parts, terms, strict=True))
+        torch.testing.assert_close(first + second, both, rtol=1e-10, atol=1e-12)
+
+    def test_other_factors_of_the_same_layers_are_computed_too(self):
+        model, batch = toy_model(), toy_batch()
+        pair = [fit(model, 3), fit(model, 2)]
+        found = posterior_terms(pair, model, answer_logits, batch)
+        for posterior, terms in zip(pair, found, strict=True):
+            alone = posterior.batch_terms(model, answer_logits, batch)
+            torch.testing.assert_close(posterior.covariance_of(terms), posterior.covariance_of(alone))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from dataclasses import replace
 
 import pytest
 import torch
@@ -40,6 +41,16 @@ def test_comes_back_as_it_was(fit, tmp_path):
     found.check_weights(toy_model())
     assert found.weights == fit.weights
     assert all(torch.equal(*pair) for pair in zip(found.calibration, fit.calibration, strict=True))
+
+
+def test_posteriors_over_parts_of_the_layers_still_share_them(tmp_path):
+    whole = LaplaceLPO(curvature=RANK3)
+    methods = [whole, *(LaplaceLPO(name=f"skip_{i}", curvature=replace(RANK3, skip_layers=(i,))) for i in (0, 1))]
+    save_fit(tmp_path, fit_methods(methods, toy_model(), answer_logits, BATCHES, BATCHES))
+    found, _ = load_fit(tmp_path)
+    first, *parts = (found.posteriors[method.curvature.digest].factors.layers for method in methods)
+    assert parts[0][0] is first[1]
+    assert parts[1][0] is first[0]
 
 
 def test_weights_cast_for_serving_are_accepted_with_a_line_and_others_are_not(tmp_path, caplog):

@@ -137,6 +137,17 @@ class TestNumbers:
         assert (factors.num_examples, factors.num_examples_used) == (60, 40)
 
 
+class Counting:
+    """Batches, and how often they were iterated over."""
+
+    def __init__(self, batches):
+        self.batches, self.count = batches, 0
+
+    def __iter__(self):
+        self.count += 1
+        return iter(self.batches)
+
+
 class TestSkippedLayers:
     def test_stay_out_of_the_posterior_and_of_the_distances(self, model, train, calibration, prior_mean, everything):
         curvature = replace(RANK3, skip_layers=(0,))
@@ -145,6 +156,29 @@ class TestSkippedLayers:
         assert [layer.index for layer in fit.posteriors[curvature.digest].factors.layers] == [1]
         assert precision(fit, "laplace_evidence") == pytest.approx(precision(everything, "laplace_evidence")[1:])
         assert len(precision(fit, "laplace_lpo")) == 1
+
+    def test_share_one_pass_with_every_other_choice_of_layers(self, model, train, calibration, prior_mean):
+        curvatures = [replace(RANK3, skip_layers=skipped) for skipped in ((0,), (1,), ())]
+        methods = [LaplaceLPO(name=f"skip_{i}", curvature=c) for i, c in enumerate(curvatures)]
+        passes = Counting(train)
+        fit = fit_methods(methods, model, answer_logits, passes, calibration)
+        assert passes.count == 1
+        for method in methods:
+            alone = fit_methods([method], model, answer_logits, train, calibration)
+            assert precision(fit, method.name) == precision(alone, method.name)
+            (digest,) = fit.methods[method.name].curvatures
+            layers = zip(fit.posteriors[digest].factors.layers, alone.posteriors[digest].factors.layers, strict=True)
+            assert all(one.equals(other) for one, other in layers)
+
+    def test_are_added_to_a_fit_of_all_layers_without_a_pass(self, model, train, calibration):
+        whole = fit_methods([LaplaceLPO(curvature=RANK3)], model, answer_logits, train, calibration)
+        passes = Counting(train)
+        part = LaplaceLPO(name="part", curvature=replace(RANK3, skip_layers=(0,)))
+        fit = fit_methods([part], model, answer_logits, passes, calibration, earlier=whole)
+        assert fit.is_fitted(part)
+        assert passes.count == 1  # the data are compared with those of the fit
+        layer = fit.posteriors[part.curvature.digest].factors.layers[0]
+        assert layer is whole.posteriors[RANK3.digest].factors.layers[1]
 
     @pytest.mark.parametrize(("skipped", "message"), [((1, 7), r"\[7\].*2 such layers"), ((1, 0), "all 2")])
     def test_what_cannot_be_skipped_is_refused_before_the_data_are_looked_at(self, model, skipped, message):
