@@ -52,8 +52,8 @@ class MultipleChoiceDataModule(LightningDataModule):
         prompt: Name of a prompt format.
         batch_size: Batch size of `train_dataloader`.
         eval_batch_size: Batch size of all other loaders; None for `batch_size`.
-        max_length: Maximum number of tokens of a prompt. Longer ones lose words from the front of the passage, then of
-            the question.
+        max_length: Maximum number of tokens of a prompt. Longer ones lose words of the passage, or, without a passage,
+            from the front of the question.
         calibration_fraction: Share of train that is set aside if the data have no validation split.
         limit: Maximum number of questions of each part, a seeded sample for a quick trial; None for all.
         seed: Seed of the calibration split, of `limit` and of the training order.
@@ -166,7 +166,8 @@ class MultipleChoiceDataModule(LightningDataModule):
         # Spread over all parts, the first and the last question included.
         step = max(1, (len(every_question) - 1) // (_PROMPTS_FOR_ANSWER_TOKENS - 1))
         prompts = [self.prompt_format.render(question) for question in every_question[::step]]
-        answers = answer_token_ids(tokenizer, prompts, num_choices)
+        words = self.prompt_format.answers_of_all(unlimited)
+        answers = answer_token_ids(tokenizer, prompts, num_choices, words=words)
         encoded = {part: self._encode(tokenizer, part, questions) for part, questions in parts.items()}
         pad_id = tokenizer.pad_token_id
         return _Prepared(
@@ -199,7 +200,7 @@ class MultipleChoiceDataModule(LightningDataModule):
         if cut:
             warnings.warn(
                 f"{cut} of {len(questions)} {part} prompts were longer than max_length={self.max_length}; "
-                "words were cut from the front of their text",
+                "words were cut from their passage, or from the front of a question without one",
                 UserWarning,
                 stacklevel=2,
             )
@@ -217,7 +218,7 @@ class MultipleChoiceDataModule(LightningDataModule):
 
     @property
     def answer_token_ids(self) -> Tensor:
-        """The answer token of each letter, `[K_max]` int64."""
+        """The answer token of each class, `[K_max]` int64."""
         return self._ready().answer_token_ids
 
     def questions(self, split: Part) -> tuple[Question, ...]:

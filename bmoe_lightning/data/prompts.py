@@ -1,8 +1,10 @@
-"""Prompts that end right before a lettered answer, and the tokens that answer them.
+"""Prompts that end right before the answer, and the tokens that answer them.
 
-A question is answered by the next token after `Answer:`, among the letters of its choices. The answer token is the
-letter *with* its leading space (` A`), because that is what a model generates; scoring the bare letter costs accuracy
-and calibration. The two formats follow the styles named in appendix C of https://arxiv.org/abs/2511.08968, reworded.
+A question is answered by the next token after `Answer:`, among the letters of its choices, or among True and False. The
+answer token is the letter or word *with* its leading space (` A`), because that is what a model generates; scoring the
+bare letter costs accuracy and calibration. The formats follow the styles named in appendix C of
+https://arxiv.org/abs/2511.08968, reworded: there the prompt with True and False ends in its passage, here, as all
+others, in `Answer:`.
 """
 
 from collections.abc import Sequence
@@ -19,6 +21,8 @@ from bmoe_lightning.data.questions import LETTERS, Question
 class PromptFormat:
     """A prompt template: `head`, passage if any, question, `before_choices`, lettered choices, `tail`.
 
+    With `words`, the prompt lists no choices, and one of these words is the answer in place of a letter.
+
     Args:
         name: Name of the format.
         head: Text before passage and question.
@@ -26,6 +30,8 @@ class PromptFormat:
         separator: Text between two choices.
         tail: Text at the end; the answer token follows it directly, so it must not end in white space.
         after_passage: Text between the passage and the question, where there is a passage.
+        before_passage: Text between the question and a passage that follows it; None puts the passage first.
+        words: Words that are the answers to all questions of this format; empty for letters.
 
     Raises:
         ValueError: If `tail` is empty or ends in white space.
@@ -37,6 +43,8 @@ class PromptFormat:
     separator: str
     tail: str
     after_passage: str = "\n"
+    before_passage: str | None = None
+    words: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         if not self.tail or self.tail != self.tail.rstrip():
@@ -44,22 +52,29 @@ class PromptFormat:
                 f"prompt {self.name!r} ends in {self.tail!r}; end it without white space, which is part of the answer"
             )
 
-    def before_question(self, passage: str | None) -> str:
-        """The text before the question: the head, and the passage if there is one.
+    @property
+    def lettered(self) -> bool:
+        """Whether the prompt lists the choices by letter, and a letter is the answer."""
+        return not self.words
 
-        Args:
-            passage: Passage of the question.
-        """
-        return self.head if passage is None else self.head + passage.strip() + self.after_passage
-
-    def after_question(self, question: Question) -> str:
-        """The text after the question: the lettered choices and the tail.
+    def compose(self, question: Question, passage: str | None, text: str) -> str:
+        """The prompt of a question with another passage or text, such as shorter ones.
 
         Args:
             question: Question with the choices.
+            passage: Passage; None for none.
+            text: Text of the question.
         """
-        choices = (f"{letter}. {text.strip()}" for letter, text in zip(LETTERS, question.choices, strict=False))
-        return self.before_choices + self.separator.join(choices) + self.tail
+        body = text.strip()
+        if passage is not None and self.before_passage is not None:
+            body += self.before_passage + passage.strip()
+        elif passage is not None:
+            body = passage.strip() + self.after_passage + body
+        choices = ""
+        if self.lettered:
+            lines = (f"{letter}. {choice.strip()}" for letter, choice in zip(LETTERS, question.choices, strict=False))
+            choices = self.before_choices + self.separator.join(lines)
+        return self.head + body + choices + self.tail
 
     def render(self, question: Question) -> str:
         """The prompt of a question.
@@ -67,7 +82,60 @@ class PromptFormat:
         Args:
             question: Question to format.
         """
-        return self.before_question(question.passage) + question.question.strip() + self.after_question(question)
+        return self.compose(question, question.passage, question.question)
+
+    def applies(self, question: Question) -> bool:
+        """Whether the format can ask a question: with `words`, only one whose choices are these, in any order or case.
+
+        Args:
+            question: Any question.
+        """
+        return self.lettered or sorted(map(_folded, question.choices)) == sorted(map(_folded, self.words))
+
+    def answers(self, question: Question) -> tuple[str, ...]:
+        """The letter or word that answers with each choice.
+
+        Args:
+            question: Question with the choices.
+
+        Raises:
+            ValueError: If the format has `words`, and the choices are others.
+        """
+        if self.lettered:
+            return tuple(LETTERS[: len(question.choices)])
+        if not self.applies(question):
+            raise ValueError(
+                f"question {question.id!r} has the choices {list(question.choices)}, and the prompt {self.name!r} is "
+                f"answered by {' or '.join(self.words)}; use a prompt format with letters"
+            )
+        words = {_folded(word): word for word in self.words}
+        return tuple(words[_folded(choice)] for choice in question.choices)
+
+    def answers_of_all(self, questions: Sequence[Question]) -> tuple[str, ...]:
+        """The letter or word of each class, the same for all questions.
+
+        Args:
+            questions: Questions, at least one; with letters, those with fewer choices have the first ones.
+
+        Raises:
+            ValueError: If the format has `words`, and the choices of a question are others, or in another order than
+                those of the first.
+        """
+        if self.lettered:
+            return self.answers(max(questions, key=lambda question: len(question.choices)))
+        first, *rest = questions
+        words = self.answers(first)
+        for question in rest:
+            if self.answers(question) != words:
+                raise ValueError(
+                    f"the choices of question {question.id!r} are in another order than those of {first.id!r}, and the "
+                    f"prompt {self.name!r} needs one order; bring them into one"
+                )
+        return words
+
+
+def _folded(text: str) -> str:
+    return text.strip().casefold()
 
 
 _FORMATS = {
@@ -82,9 +150,19 @@ _FORMATS = {
             tail=" Answer:",
             after_passage=" ",
         ),
+        PromptFormat(
+            name="true_false",
+            head="Answer the question with only True or False: ",
+            before_choices="",
+            separator="",
+            tail=" Answer:",
+            before_passage=" Context: ",
+            words=("False", "True"),
+        ),
     )
 }
 PROMPT_NAMES = tuple(_FORMATS)
+LETTERED_PROMPT_NAMES = tuple(name for name, prompt_format in _FORMATS.items() if prompt_format.lettered)
 
 
 def get_prompt_format(name: str) -> PromptFormat:
@@ -161,7 +239,9 @@ def encode_prompts(tokenizer: PreTrainedTokenizerBase, prompts: Sequence[str]) -
     return [leading + list(ids) for ids in encoded["input_ids"]]
 
 
-def answer_token_ids(tokenizer: PreTrainedTokenizerBase, prompts: Sequence[str], num_choices: int) -> Tensor:
+def answer_token_ids(
+    tokenizer: PreTrainedTokenizerBase, prompts: Sequence[str], num_choices: int, *, words: Sequence[str] = LETTERS
+) -> Tensor:
     """Find the answer tokens of a tokenizer by encoding prompts with the answers appended.
 
     Encodes every prompt with and without ` A`, ` B`, ... appended; the difference must be one token. Word-level
@@ -172,18 +252,19 @@ def answer_token_ids(tokenizer: PreTrainedTokenizerBase, prompts: Sequence[str],
         tokenizer: Tokenizer, whose settings are not changed.
         prompts: Some prompts of the task, at least one; several reveal whether the tokens depend on the prompt.
         num_choices: Number of letters, from A on.
+        words: Words that answer in place of letters, of which the first `num_choices` are taken.
 
     Returns:
-        The id of each letter, `[num_choices]` int64.
+        The id of each letter or word, `[num_choices]` int64.
 
     Raises:
-        ValueError: If a letter is not one token, two letters share a token, or it changes between prompts.
+        ValueError: If one is not one token, two share a token, or it changes between prompts.
     """
     if not prompts:
         raise ValueError("no prompts were given; pass some prompts of the task")
-    if not 2 <= num_choices <= len(LETTERS):
-        raise ValueError(f"num_choices is {num_choices}; 2 to {len(LETTERS)} are supported")
-    letters = LETTERS[:num_choices]
+    if not 2 <= num_choices <= len(words):
+        raise ValueError(f"num_choices is {num_choices}; 2 to {len(words)} are supported")
+    letters = tuple(words[:num_choices])
     first = [_answer_id(tokenizer, prompts[0], letter) for letter in letters]
     for prompt in prompts[1:]:
         ids = [_answer_id(tokenizer, prompt, letter) for letter in letters]
@@ -195,12 +276,12 @@ def answer_token_ids(tokenizer: PreTrainedTokenizerBase, prompts: Sequence[str],
     tokens = dict(zip(letters, tokenizer.convert_ids_to_tokens(first), strict=True))
     if len(set(first)) != num_choices:
         raise ValueError(
-            f"some letters share a token: {tokens}; train or choose a tokenizer whose vocabulary has the letters "
-            f"{letters[0]} to {letters[-1]}"
+            f"some answers share a token: {tokens}; train or choose a tokenizer whose vocabulary has "
+            f"{', '.join(letters)}"
         )
     if tokenizer.unk_token_id in first:
         raise ValueError(
-            f"a letter is unknown to the tokenizer: {tokens}; choose one whose vocabulary has {', '.join(letters)}"
+            f"an answer is unknown to the tokenizer: {tokens}; choose one whose vocabulary has {', '.join(letters)}"
         )
     return torch.tensor(first, dtype=torch.int64)
 
@@ -214,7 +295,7 @@ def _answer_id(tokenizer: PreTrainedTokenizerBase, prompt: str, letter: str) -> 
         shown = tokenizer.convert_ids_to_tokens(after[-4:])
         raise ValueError(
             f"' {letter}' after {prompt[-12:]!r} is not one token: the text then ends in {shown}; "
-            "use a tokenizer that has the space and the letter, or the letter, as one token"
+            f"use a tokenizer that has the space and {letter}, or {letter}, as one token"
         )
     return answer[0]
 
@@ -222,10 +303,12 @@ def _answer_id(tokenizer: PreTrainedTokenizerBase, prompt: str, letter: str) -> 
 def fit_prompts(
     tokenizer: PreTrainedTokenizerBase, prompt_format: PromptFormat, questions: Sequence[Question], max_length: int
 ) -> tuple[list[list[int]], int]:
-    """Encode questions in at most `max_length` tokens, truncating words at the front of passage and question only.
+    """Encode questions in at most `max_length` tokens, truncating words of the passage, or else of the question.
 
-    The choices and the end of the prompt are never truncated, unlike by the tokenizer, which would cut off `Answer:`.
-    The question loses words only after its passage has none left.
+    The words furthest from the question go first: those at the front of a passage that stands before its
+    question, those at the end of one that follows it. A question with a passage is never truncated; one without loses
+    words at its front. The choices and the end of the prompt are never truncated, unlike by the tokenizer, which would
+    cut off `Answer:`.
 
     Args:
         tokenizer: Tokenizer, whose settings are not changed.
@@ -237,7 +320,8 @@ def fit_prompts(
         `(token ids of each prompt, number of truncated prompts)`.
 
     Raises:
-        ValueError: If not even the question's last word fits; the message names the question and both lengths.
+        ValueError: If the question does not fit without its passage, or not even the last word of one that has none;
+            the message names the question and both lengths.
     """
     encoded = encode_prompts(tokenizer, [prompt_format.render(question) for question in questions])
     long = [row for row, ids in enumerate(encoded) if len(ids) > max_length]
@@ -249,24 +333,29 @@ def fit_prompts(
 def _cut(
     tokenizer: PreTrainedTokenizerBase, prompt_format: PromptFormat, question: Question, max_length: int
 ) -> list[int]:
-    passage, words = (question.passage or "").split(), question.question.split()
-    rest = prompt_format.after_question(question)
+    # What is cut, a passage or else the question, and the least number of its words.
+    words = (question.question if question.passage is None else question.passage).split()
+    least = 1 if question.passage is None else 0
+    from_the_end = question.passage is not None and prompt_format.before_passage is not None
 
     def encode(length: int) -> list[int]:
-        """The prompt of the last `length` words of passage and question."""
-        of_passage = passage[len(passage) - max(0, length - len(words)) :]
-        of_question = words[max(0, len(words) - length) :]
-        before = prompt_format.before_question(" ".join(of_passage) or None)
-        return encode_prompts(tokenizer, [before + " ".join(of_question) + rest])[0]
+        """The prompt with `length` words of what is cut."""
+        text = " ".join(words[:length] if from_the_end else words[len(words) - length :])
+        if question.passage is None:
+            prompt = prompt_format.compose(question, None, text)
+        else:
+            prompt = prompt_format.compose(question, text or None, question.question)
+        return encode_prompts(tokenizer, [prompt])[0]
 
-    best = encode(1)
+    best = encode(least)
     if len(best) > max_length:
+        what = "cut to the last word of its text" if least else "without its passage"
         raise ValueError(
-            f"question {question.id!r}: cut to the last word of its text, the prompt still has {len(best)} tokens, and "
+            f"question {question.id!r}: {what}, the prompt still has {len(best)} tokens, and "
             f"max_length is {max_length}; raise max_length or drop the item"
         )
     # Bisection for the largest number of words that fit; `low` words always do.
-    low, high = 1, len(passage) + len(words)
+    low, high = least, len(words)
     while high - low > 1:
         middle = (low + high) // 2
         ids = encode(middle)

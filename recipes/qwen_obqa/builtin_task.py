@@ -18,11 +18,13 @@ from typing import Literal
 
 from transformers import PreTrainedTokenizerFast
 
-from bmoe_lightning.data.prompts import PROMPT_NAMES, get_prompt_format
+from bmoe_lightning.data.prompts import get_prompt_format
 from bmoe_lightning.data.questions import LETTERS, Question
 from bmoe_lightning.data.tokenizer import KEPT_WORDS, train_word_tokenizer
 
 Split = Literal["fit", "calibration", "test", "pretraining"]
+# Named, since a further prompt format would change the vocabulary, and with it the pre-trained model.
+PROMPTS = ("letters", "instruction")
 SPLITS: tuple[Split, ...] = ("fit", "calibration", "test", "pretraining")
 TextForm = Literal["statements", "judged", "answered"]
 TEXT_FORMS: tuple[TextForm, ...] = ("statements", "judged", "answered")
@@ -260,7 +262,7 @@ class World:
         White space is dropped, so ` A` and `A` are the same token. Padding is on the left.
         """
         questions = [self.ask(fact, self._random("tokenizer")) for fact in self.facts]
-        texts = [get_prompt_format(name).render(question) for name in PROMPT_NAMES for question in questions[:1]]
+        texts = [get_prompt_format(name).render(question) for name in PROMPTS for question in questions[:1]]
         texts += [
             _MEMBERSHIP.format(creature=""),
             *self.kind_of,

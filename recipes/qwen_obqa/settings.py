@@ -13,7 +13,7 @@ from typing import Any, Literal
 from recipes.common.cli import UsageError, check_bounds, option
 
 Kind = Literal["builtin", "small", "full"]
-Prompt = Literal["instruction", "letters"]
+Prompt = Literal["instruction", "letters", "true_false"]
 Precision = Literal["32-true", "bf16-true", "16-true", "bf16-mixed", "16-mixed", "64-true"]
 FisherName = Literal["exact", "mc", "empirical"]
 SketchName = Literal["auto", "nystrom", "rsvd", "exact"]
@@ -186,6 +186,11 @@ class ResolvedSettings(_Common):
         if self.kind == "builtin" and (self.task or self.revision):
             raise UsageError(
                 "--task and --revision apply to --data alone, which is not given; add --data, or leave them out"
+            )
+        if self.kind == "builtin" and self.prompt == "true_false":
+            raise UsageError(
+                "--prompt true_false is for questions that True or False answers, such as google/boolq's, and the "
+                "built-in task has none; add --data, or choose another prompt"
             )
         if self.half_precision_updates == "stochastic_rounding" and self.precision == "16-true":
             raise UsageError(

@@ -192,7 +192,7 @@ def test_choices_too_long_for_max_length_are_refused_by_name(tokenizer):
         ({"limit": 0}, ValueError, "limit is 0"),
         ({"num_workers": -1}, ValueError, "num_workers is -1"),
         ({"calibration_fraction": 1.0}, ValueError, "calibration_fraction is 1.0"),
-        ({"prompt": "mmlu"}, ValueError, "unknown prompt 'mmlu'; choose from letters, instruction"),
+        ({"prompt": "mmlu"}, ValueError, "unknown prompt 'mmlu'; choose from letters, instruction, true_false"),
         ({"data": "folder", "task": "ark"}, ValueError, "unknown task 'ark', did you mean 'arc'"),
         ({"data": "folder", "task": 3}, TypeError, "a task is a name or an instance"),
         ({"tokenizer": 3}, TypeError, "tokenizer is a int"),

@@ -1,10 +1,12 @@
+from dataclasses import replace
+
 import pytest
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from transformers import PreTrainedTokenizerFast
 
 from bmoe_lightning.data.prompts import (
-    PROMPT_NAMES,
+    LETTERED_PROMPT_NAMES,
     PromptFormat,
     answer_token_ids,
     encode_prompts,
@@ -16,7 +18,7 @@ from bmoe_lightning.data.questions import LETTERS, Question
 from bmoe_lightning.data.tokenizer import train_word_tokenizer
 
 QUESTION = Question("q1", " What do bees make? ", ("wax", "honey", "silk.", "bread"), 1)
-PROMPTS = [get_prompt_format(name).render(QUESTION) for name in PROMPT_NAMES]
+PROMPTS = [get_prompt_format(name).render(QUESTION) for name in LETTERED_PROMPT_NAMES]
 CORPUS = [*PROMPTS * 3, " A A A B B B C C C D D D E E E", "Answer: A Answer: B Answer: C Answer: D Answer: E" * 5]
 
 
@@ -61,7 +63,7 @@ def test_instruction_prompt():
     )
 
 
-@pytest.mark.parametrize("name", PROMPT_NAMES)
+@pytest.mark.parametrize("name", LETTERED_PROMPT_NAMES)
 @pytest.mark.parametrize("count", [2, 3, 5])
 def test_every_choice_stands_after_its_own_letter(name, count):
     question = Question("q", "Which?", tuple(f"text{i}" for i in range(count)), 0)
@@ -232,7 +234,7 @@ LONG = Question(
 )
 
 
-@pytest.mark.parametrize("name", PROMPT_NAMES)
+@pytest.mark.parametrize("name", LETTERED_PROMPT_NAMES)
 def test_a_long_prompt_loses_words_from_the_front_of_its_question_only(name):
     tokenizer = train_word_tokenizer([get_prompt_format(name).render(LONG)], max_vocab=200)
     prompt_format = get_prompt_format(name)
@@ -257,9 +259,9 @@ def test_a_passage_stands_before_the_question():
     )
 
 
-@pytest.mark.parametrize("name", PROMPT_NAMES)
+@pytest.mark.parametrize("name", LETTERED_PROMPT_NAMES)
 @pytest.mark.parametrize("left", [0, 1, 7])
-def test_a_passage_is_cut_before_its_question(name, left):
+def test_a_passage_is_cut_and_never_its_question(name, left):
     prompt_format = get_prompt_format(name)
     passage = [f"p{i}" for i in range(20)]
     question = Question("q", "q0 q1 q2 q3", ("no", "yes"), 0, passage=" ".join(passage))
@@ -273,8 +275,64 @@ def test_a_passage_is_cut_before_its_question(name, left):
     rows, cut = fit_prompts(tokenizer, prompt_format, [question], len(expected))
     assert (rows, cut) == ([expected], 1)
     if not left:
-        rows, _ = fit_prompts(tokenizer, prompt_format, [question], len(expected) - 2)
-        assert rows == [encoded([], "q2 q3")]
+        message = rf"question 'q': without its passage, the prompt still has {len(expected)} tokens, and max_length is"
+        with pytest.raises(ValueError, match=message):
+            fit_prompts(tokenizer, prompt_format, [question], len(expected) - 1)
+
+
+BOOLEAN = Question("b1", "do corks float", ("False", "True"), 1, passage=" Cork is light. It floats. ")
+
+
+def test_true_false_prompt_lists_no_choices_and_ends_as_every_other():
+    form = get_prompt_format("true_false")
+    expected = "Answer the question with only True or False: do corks float Context: Cork is light. It floats. Answer:"
+    assert form.render(BOOLEAN) == expected
+    without = replace(BOOLEAN, passage=None)
+    assert form.render(without) == "Answer the question with only True or False: do corks float Answer:"
+
+
+@pytest.mark.parametrize("choices", [("False", "True"), ("True", "False"), (" true", "FALSE ")])
+def test_the_answer_tokens_are_the_words_of_the_choices_in_their_order(choices):
+    form = get_prompt_format("true_false")
+    question = replace(BOOLEAN, choices=choices)
+    words = form.answers_of_all([question, question])
+    assert [word.casefold() for word in words] == [choice.strip().casefold() for choice in choices]
+    tokenizer = byte_level(corpus=[" True False" * 5, *CORPUS])
+    ids = answer_token_ids(tokenizer, [form.render(question)], 2, words=words)
+    right = tokenizer.convert_ids_to_tokens(ids.tolist())[question.answer]
+    assert right == "\u0120" + choices[question.answer].strip().capitalize()
+
+
+def test_other_choices_than_true_and_false_are_refused():
+    form = get_prompt_format("true_false")
+    assert [form.applies(question) for question in (BOOLEAN, QUESTION)] == [True, False]
+    assert all(get_prompt_format(name).applies(QUESTION) for name in LETTERED_PROMPT_NAMES)
+    message = r"'q1' has the choices .* the prompt 'true_false' is answered by False or True; use a prompt .* letters"
+    with pytest.raises(ValueError, match=message):
+        form.answers_of_all([BOOLEAN, QUESTION])
+    other = replace(BOOLEAN, id="b2", choices=("True", "False"))
+    with pytest.raises(ValueError, match="of question 'b2' are in another order than those of 'b1'"):
+        form.answers_of_all([BOOLEAN, other])
+
+
+def test_letters_are_as_many_as_the_widest_question_has_choices():
+    wide = replace(QUESTION, choices=("v", "w", "x", "y", "z"))
+    assert get_prompt_format("letters").answers_of_all([QUESTION, wide, BOOLEAN]) == tuple("ABCDE")
+
+
+@pytest.mark.parametrize("left", [0, 1, 7, 19])
+def test_a_passage_after_its_question_is_cut_at_its_end(left):
+    form = get_prompt_format("true_false")
+    passage = [f"p{i}" for i in range(20)]
+    question = replace(BOOLEAN, passage=" ".join(passage))
+    tokenizer = train_word_tokenizer([form.render(question)], max_vocab=200)
+    shorter = replace(question, passage=" ".join(passage[:left]) or None)
+    expected = encode_prompts(tokenizer, [form.render(shorter)])[0]
+    assert fit_prompts(tokenizer, form, [question], len(expected)) == ([expected], 1)
+    assert tokenizer.convert_ids_to_tokens(expected)[-1] == "Answer:"
+    if not left:
+        with pytest.raises(ValueError, match="question 'b1': without its passage, the prompt still has"):
+            fit_prompts(tokenizer, form, [question], len(expected) - 1)
 
 
 @pytest.mark.parametrize("spare", range(6))
@@ -296,7 +354,7 @@ def test_cutting_with_sub_word_tokens_keeps_the_most_words_that_fit(spare):
 
 def test_choices_that_do_not_fit_are_refused_with_both_lengths():
     tokenizer, prompt_format = byte_level(), get_prompt_format("letters")
-    shortest = len(encode_prompts(tokenizer, ["it?" + prompt_format.after_question(LONG)])[0])
+    shortest = len(encode_prompts(tokenizer, [prompt_format.compose(LONG, None, "it?")])[0])
     assert fit_prompts(tokenizer, prompt_format, [LONG], shortest)[1] == 1
     message = rf"'long-1'.* still has {shortest} tokens, and max_length is {shortest - 1}; raise max_length or drop"
     with pytest.raises(ValueError, match=message):

@@ -84,10 +84,14 @@ def _check_question(task: Task, question: Question) -> None:
     distinct = len({choice.strip() for choice in question.choices})
     _require(distinct >= 2, f"{task.name}: question {question.id!r} has {distinct} distinct choices")
     for name in PROMPT_NAMES:
-        prompt = get_prompt_format(name).render(question)
+        prompt_format = get_prompt_format(name)
+        if not prompt_format.applies(question):
+            continue
+        prompt = prompt_format.render(question)
         _require(prompt == prompt.rstrip(), f"{task.name}: the prompt {name!r} of {question.id!r} ends in white space")
+        written = " ".join([prompt, *prompt_format.answers(question)])
         for text in (question.question, question.passage or "", *question.choices):
-            _require(text.strip() in prompt, f"{task.name}: the prompt {name!r} of {question.id!r} lacks {text!r}")
+            _require(text.strip() in written, f"{task.name}: the prompt {name!r} of {question.id!r} lacks {text!r}")
 
 
 def _check_refusals(task: Task, row: Row, question: Question) -> None:

@@ -5,8 +5,8 @@ import pytest
 import torch
 from transformers import AutoTokenizer
 
-from bmoe_lightning.data.prompts import PROMPT_NAMES, answer_token_ids, encode_prompts, get_prompt_format
-from recipes.qwen_obqa.builtin_task import FEATURES, World, join_pieces
+from bmoe_lightning.data.prompts import answer_token_ids, encode_prompts, get_prompt_format
+from recipes.qwen_obqa.builtin_task import FEATURES, PROMPTS, World, join_pieces
 
 SMALL = World(seed=3, kinds=4, creatures_per_kind=10, features=3, fit_items=40, calibration_items=20)
 
@@ -130,7 +130,7 @@ def test_judged_questions_say_yes_to_the_true_value_alone():
         assert [piece.text for piece in verdicts] == ["yes" if c.text == values[stem] else "no" for c in choices]
 
 
-@pytest.mark.parametrize("prompt", PROMPT_NAMES)
+@pytest.mark.parametrize("prompt", PROMPTS)
 def test_the_tokenizer_knows_every_word_of_every_prompt(prompt):
     tokenizer = SMALL.tokenizer()
     form = get_prompt_format(prompt)

@@ -54,6 +54,7 @@ def test_a_file_wins_over_defaults_and_flags_over_the_file(tmp_path):
         ({"curvature_checkpoint_every": 0}, "--curvature-checkpoint-every must be at least 1, got 0"),
         ({"resume": True, "overwrite": True}, "--resume and --overwrite exclude each other; give one of the two"),
         ({"task": "openbookqa"}, "--task and --revision apply to --data alone"),
+        ({"prompt": "true_false"}, "--prompt true_false is for questions that True or False answers"),
         ({"revision": "main"}, "--task and --revision apply to --data alone"),
         ({"learning_rate": 0.0}, "--learning-rate must be a number above 0"),
         ({"learning_rate": math.nan}, "--learning-rate must be a number above 0"),
@@ -111,7 +112,9 @@ def test_choices_are_the_library_s():
 
     from bmoe_lightning.curvature.fisher import FisherName
     from bmoe_lightning.curvature.sketch import SketchName
+    from bmoe_lightning.data.prompts import PROMPT_NAMES
 
+    assert set(get_args(settings_module.Prompt)) == set(PROMPT_NAMES)
     assert set(get_args(settings_module.FisherName)) == set(get_args(FisherName))
     assert set(get_args(settings_module.SketchName)) == set(get_args(SketchName))
     assert set(get_args(settings_module.Precision)) <= set(get_args(_PRECISION_INPUT_STR))

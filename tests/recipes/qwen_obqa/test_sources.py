@@ -72,6 +72,22 @@ def test_the_banner_names_the_files_of_all_splits(tmp_path, data):
     assert lines == [f"Read {n} rows of {data}/{split}.jsonl." for split, n in (("train", 200), ("test", 60))]
 
 
+def test_true_and_false_answer_the_prompt_of_the_passage(tmp_path):
+    yes_no = [
+        {"question": f"is {i} more than nine", "passage": f"Here {i} of ten are left.", "answer": i > 9}
+        for i in range(160)
+    ]
+    folder = write(tmp_path / "yes_no", train=yes_no[1::2], validation=yes_no[::2])
+    source = prepare_source(settings(tmp_path, data=folder, prompt="true_false"))
+    data = source.data(0)
+    tokenizer = AutoTokenizer.from_pretrained(source.tokenizer)
+    assert tokenizer.convert_ids_to_tokens(data.answer_token_ids.tolist()) == ["False", "True"]
+    batch = next(iter(data.test_dataloader()))
+    for index, label in zip(batch["index"].tolist(), batch["label"].tolist(), strict=True):
+        question = data.questions("test")[index]
+        assert label == (int(question.question.split()[1]) > 9)
+
+
 class TestSplits:
     @pytest.mark.parametrize("validation", [False, True])
     def test_seeds_share_the_splits_and_differ_in_the_training_order(self, tmp_path, data, validation):
