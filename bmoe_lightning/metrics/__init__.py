@@ -2,24 +2,26 @@
 
 from bmoe_lightning.metrics.acc import Accuracy, accuracy
 from bmoe_lightning.metrics.binning import BinConvention, Binning
-from bmoe_lightning.metrics.bootstrap import Interval, calibration_resamples, percentile_interval
+from bmoe_lightning.metrics.bootstrap import Interval, calibration_resamples, centred_interval
 from bmoe_lightning.metrics.brier import BrierScore, brier_score
 from bmoe_lightning.metrics.calibration import (
     HEADLINE_METRICS,
     METRIC_NAMES,
+    METRICS,
     calibration_metrics,
     calibration_values,
 )
 from bmoe_lightning.metrics.ece import CalibrationNorm, ExpectedCalibrationError, expected_calibration_error
-from bmoe_lightning.metrics.headline import HeadlineMetric, Resamples
 from bmoe_lightning.metrics.inputs import check_predictions, top_label
 from bmoe_lightning.metrics.nll import NegativeLogLikelihood, negative_log_likelihood
 from bmoe_lightning.metrics.plotting import draw_reliability_curve, new_axes, new_figure
 from bmoe_lightning.metrics.reliability import ReliabilityCurve, ReliabilityDiagram, reliability_curve
 from bmoe_lightning.metrics.selective import selective_risk
+from bmoe_lightning.metrics.spec import MetricSpec, Resamples
 
 __all__ = [
     "HEADLINE_METRICS",
+    "METRICS",
     "METRIC_NAMES",
     "Accuracy",
     "BinConvention",
@@ -27,8 +29,8 @@ __all__ = [
     "BrierScore",
     "CalibrationNorm",
     "ExpectedCalibrationError",
-    "HeadlineMetric",
     "Interval",
+    "MetricSpec",
     "NegativeLogLikelihood",
     "ReliabilityCurve",
     "ReliabilityDiagram",
@@ -38,13 +40,13 @@ __all__ = [
     "calibration_metrics",
     "calibration_resamples",
     "calibration_values",
+    "centred_interval",
     "check_predictions",
     "draw_reliability_curve",
     "expected_calibration_error",
     "negative_log_likelihood",
     "new_axes",
     "new_figure",
-    "percentile_interval",
     "reliability_curve",
     "selective_risk",
     "top_label",

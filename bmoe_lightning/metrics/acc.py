@@ -5,8 +5,8 @@ from __future__ import annotations
 from torch import Tensor
 
 from bmoe_lightning.metrics.base import MeanOverExamples
-from bmoe_lightning.metrics.headline import mean_over_examples
 from bmoe_lightning.metrics.inputs import check_predictions, top_label
+from bmoe_lightning.metrics.spec import mean_over_examples
 
 
 def accuracy(log_probs: Tensor, target: Tensor) -> Tensor:
@@ -48,4 +48,10 @@ class Accuracy(MeanOverExamples):
         return top_label(log_probs, target)[1]
 
 
-HEADLINE = mean_over_examples("acc", "ACC", Accuracy)
+SPEC = mean_over_examples(
+    "acc",
+    "ACC",
+    Accuracy,
+    definition="share of examples whose most probable class is the label; ties go to the first class",
+    upper=1.0,
+)

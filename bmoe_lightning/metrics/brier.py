@@ -6,8 +6,8 @@ import torch
 from torch import Tensor
 
 from bmoe_lightning.metrics.base import MeanOverExamples
-from bmoe_lightning.metrics.headline import mean_over_examples
 from bmoe_lightning.metrics.inputs import check_predictions
+from bmoe_lightning.metrics.spec import mean_over_examples
 
 
 def brier_score(log_probs: Tensor, target: Tensor) -> Tensor:
@@ -51,4 +51,10 @@ class BrierScore(MeanOverExamples):
         return (probabilities - truth).square().sum(dim=1)
 
 
-HEADLINE = mean_over_examples("brier", "Brier", BrierScore)
+SPEC = mean_over_examples(
+    "brier",
+    "Brier",
+    BrierScore,
+    definition="squared error of the probabilities, summed over the classes, mean over examples",
+    upper=2.0,
+)

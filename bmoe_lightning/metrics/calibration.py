@@ -1,7 +1,7 @@
-"""The headline metrics, those of the results table.
+"""The registry of metrics; the first few are the headline metrics, the columns of every results table.
 
-To add one, describe it in a new file and add it to `HEADLINE_METRICS`; values, the torchmetrics collection, bootstrap
-intervals, tables, files and TensorBoard follow from that list.
+To add one, describe it in a new file and add it to `METRICS`; values, intervals, tables, files and the documentation's
+table follow from that list. The torchmetrics collection, TensorBoard and the logged values are of headline metrics.
 """
 
 from __future__ import annotations
@@ -12,8 +12,10 @@ from torchmetrics import Metric, MetricCollection
 from bmoe_lightning.metrics import acc, brier, ece, nll
 from bmoe_lightning.metrics.binning import BinConvention, Binning
 from bmoe_lightning.metrics.inputs import check_predictions
+from bmoe_lightning.metrics.spec import MetricSpec
 
-HEADLINE_METRICS = (acc.HEADLINE, ece.HEADLINE, nll.HEADLINE, brier.HEADLINE)
+HEADLINE_METRICS = (acc.SPEC, ece.SPEC, nll.SPEC, brier.SPEC)
+METRICS: tuple[MetricSpec, ...] = HEADLINE_METRICS
 METRIC_NAMES = tuple(metric.name for metric in HEADLINE_METRICS)
 
 

@@ -13,8 +13,8 @@ import torch
 from torch import Tensor
 
 from bmoe_lightning.metrics.binning import BinConvention, Binning, BinTotals, MetricOverBins, bin_index, bin_totals
-from bmoe_lightning.metrics.headline import HeadlineMetric, Resamples
 from bmoe_lightning.metrics.inputs import check_predictions, top_label
+from bmoe_lightning.metrics.spec import MetricSpec, Resamples
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -139,13 +139,16 @@ def _resampled(log_probs: Tensor, target: Tensor, binning: Binning) -> Callable[
     return lambda resamples: (resamples.counts @ gaps).abs().sum(dim=1) / len(target)
 
 
-HEADLINE = HeadlineMetric(
+SPEC = MetricSpec(
     name="ece",
     title="ECE",
     higher_is_better=False,
+    definition="mean absolute gap between confidence and accuracy over 15 equal-width bins (lo, hi] of the top label's "
+    "confidence, weighted by the examples in a bin",
+    lower=0.0,
+    upper=1.0,
     value=lambda log_probs, target, binning: calibration_error(bin_totals(log_probs, target, binning)),
     resampled=_resampled,
     torchmetric=lambda binning: ExpectedCalibrationError(binning.num_bins, binning.convention),
     note=lambda binning: f"ECE: {convention_text(binning)}.",
-    interval_note="An ECE interval may lie above its value: resampling adds noise to every bin.",
 )

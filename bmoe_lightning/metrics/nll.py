@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
+import math
 import warnings
 
 import torch
 from torch import Tensor
 
 from bmoe_lightning.metrics.base import MeanOverExamples
-from bmoe_lightning.metrics.headline import mean_over_examples
 from bmoe_lightning.metrics.inputs import check_predictions
+from bmoe_lightning.metrics.spec import mean_over_examples
 
 
 def negative_log_likelihood(log_probs: Tensor, target: Tensor) -> Tensor:
@@ -60,4 +61,11 @@ class NegativeLogLikelihood(MeanOverExamples):
         return losses
 
 
-HEADLINE = mean_over_examples("nll", "NLL", NegativeLogLikelihood, note="NLL in nats.")
+SPEC = mean_over_examples(
+    "nll",
+    "NLL",
+    NegativeLogLikelihood,
+    definition="mean of -log p(label), in nats; infinite if a label has probability zero",
+    upper=math.inf,
+    note="NLL in nats.",
+)

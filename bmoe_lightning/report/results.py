@@ -10,13 +10,13 @@ import torch
 from torch import Tensor
 
 from bmoe_lightning.metrics import (
-    METRIC_NAMES,
+    HEADLINE_METRICS,
     BinConvention,
     Binning,
     calibration_resamples,
     calibration_values,
+    centred_interval,
     check_predictions,
-    percentile_interval,
 )
 from bmoe_lightning.metrics.ece import convention_text
 
@@ -101,7 +101,7 @@ class SummarySettings:
 
     def interval(self) -> str:
         """The interval in words."""
-        return f"{100 * self.level:g} % percentile bootstrap over test items, {self.num_samples} resamples"
+        return f"{100 * self.level:g} % centred percentile bootstrap over test items, {self.num_samples} resamples"
 
 
 @dataclass(frozen=True)
@@ -228,11 +228,13 @@ def _row(group: list[MethodResult], settings: SummarySettings) -> Row:
         for result in group
     ]
     metrics: dict[str, MetricSummary] = {}
-    for name in METRIC_NAMES:
-        per_seed = torch.tensor([value[name] for value in values], dtype=torch.float64)
-        interval = percentile_interval(torch.stack([sample[name] for sample in resamples]).mean(dim=0), settings.level)
+    for metric in HEADLINE_METRICS:
+        per_seed = torch.tensor([value[metric.name] for value in values], dtype=torch.float64)
+        mean = float(per_seed.mean())
+        samples = torch.stack([sample[metric.name] for sample in resamples]).mean(dim=0)
+        interval = centred_interval(samples, mean, settings.level, lower=metric.lower, upper=metric.upper)
         std = float(per_seed.std()) if len(per_seed) > 1 else None
-        metrics[name] = MetricSummary(float(per_seed.mean()), std, interval.low, interval.high)
+        metrics[metric.name] = MetricSummary(mean, std, interval.low, interval.high)
     return Row(
         method=group[0].method,
         label=group[0].label,

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 
-from bmoe_lightning.metrics import HEADLINE_METRICS, METRIC_NAMES, HeadlineMetric
+from bmoe_lightning.metrics import HEADLINE_METRICS, METRIC_NAMES, MetricSpec
 from bmoe_lightning.report.results import MetricSummary, Row
 
 _GAP = "  "
@@ -33,10 +33,6 @@ def caption(rows: Sequence[Row]) -> str:
     ]
     if any(len(row.seeds) > 1 for row in rows):
         parts.append("±: standard deviation over seeds.")
-    for metric in HEADLINE_METRICS:
-        summaries = [row.metrics[metric.name] for row in rows]
-        if metric.interval_note and any(not value.low <= value.mean <= value.high for value in summaries):
-            parts.append(metric.interval_note)
     return " ".join(parts)
 
 
@@ -125,7 +121,7 @@ def results_markdown(rows: Sequence[Row], notes: Sequence[str] = ()) -> str:
     return "\n\n".join(blocks) + "\n"
 
 
-def _best(rows: Sequence[Row], metric: HeadlineMetric) -> str:
+def _best(rows: Sequence[Row], metric: MetricSpec) -> str:
     means = [row.metrics[metric.name].mean for row in rows]
     # Compared as printed: a difference that the table does not show must not decide.
     return _number(max(means) if metric.higher_is_better else min(means))

@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from bmoe_lightning.metrics.acc import HEADLINE, accuracy
+from bmoe_lightning.metrics.acc import SPEC, accuracy
 
 
 def test_against_a_loop(predictions):
@@ -17,4 +17,4 @@ def test_ties_go_to_the_first_class():
 
 
 def test_higher_is_better():
-    assert HEADLINE.header == "ACC ↑"
+    assert SPEC.header == "ACC ↑"

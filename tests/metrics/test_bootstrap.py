@@ -4,8 +4,9 @@ import time
 import pytest
 import torch
 
-from bmoe_lightning.metrics import METRIC_NAMES, calibration_values
+from bmoe_lightning.metrics import METRIC_NAMES, METRICS, calibration_values
 from bmoe_lightning.metrics import bootstrap as B
+from bmoe_lightning.metrics.binning import Binning
 
 
 @pytest.mark.parametrize("convention", ["right", "left"])
@@ -29,7 +30,9 @@ def test_chunks_bound_the_draws(draws, sizes):
 
 
 def interval(name, predictions, **settings):
-    return B.percentile_interval(B.calibration_resamples(*predictions, **settings)[name])
+    return B.centred_interval(
+        B.calibration_resamples(*predictions, **settings)[name], calibration_values(*predictions)[name]
+    )
 
 
 def test_interval_of_a_proportion_has_the_binomial_width():
@@ -63,8 +66,49 @@ def test_methods_on_one_test_set_are_paired(predictions):
 
 def test_higher_level_is_wider_and_percentiles_are_right():
     samples = torch.arange(1, 103, dtype=torch.float64)
-    assert B.percentile_interval(samples, 0.9) == B.Interval(6.0, 97.0)
-    assert B.percentile_interval(samples, 0.5) == B.Interval(26.0, 77.0)
+    median = float(samples.quantile(0.5, interpolation="nearest"))
+    assert B.centred_interval(samples, median, 0.9) == B.Interval(6.0, 97.0)
+    assert B.centred_interval(samples, median, 0.5) == B.Interval(26.0, 77.0)
+
+
+def test_the_interval_is_shifted_to_the_estimate_and_clipped():
+    samples = torch.arange(1, 102, dtype=torch.float64)
+    assert B.centred_interval(samples, 11.0, 0.5) == B.Interval(-14.0, 36.0)
+    assert B.centred_interval(samples, 11.0, 0.5, lower=0.0, upper=30.0) == B.Interval(0.0, 30.0)
+    assert B.centred_interval(samples + 100, 0.0, 0.5, lower=0.0) == B.Interval(0.0, 25.0)
+    assert B.centred_interval(samples, 1 + 1e-15, 0.5, lower=0.0, upper=1.0).high == 1 + 1e-15
+
+
+def test_undefined_resamples_are_left_out_and_an_undefined_estimate_has_no_interval():
+    samples = torch.tensor([1.0, torch.nan, 3.0, 2.0, torch.nan])
+    assert B.centred_interval(samples, 2.0) == B.Interval(1.0, 3.0)
+    for values, estimate in ((samples, math.nan), (samples[[1, 4]], 2.0)):
+        found = B.centred_interval(values, estimate)
+        assert math.isnan(found.low)
+        assert math.isnan(found.high)
+
+
+@pytest.mark.parametrize("metric", METRICS, ids=lambda metric: metric.name)
+def test_the_interval_contains_the_estimate_and_lies_in_the_range(metric, predictions):
+    """On small data sets, calibrated ones among them, where plain percentiles of an ECE lie above it."""
+    outside = defined = 0
+    for seed in range(40):
+        log_probs, target = predictions(3 + 7 * (seed % 8), classes=2 + seed % 3, seed=seed)
+        if seed % 2:
+            log_probs = (log_probs / 2).log_softmax(1)
+        estimate = float(metric.value(log_probs, target, Binning()))
+        resampled = metric.resampled(log_probs, target, Binning())
+        samples = torch.cat([resampled(drawn) for drawn in B.draw_resamples(len(target), 100, seed)])
+        found = B.centred_interval(samples, estimate, lower=metric.lower, upper=metric.upper)
+        if math.isnan(estimate):
+            assert math.isnan(found.low)
+            continue
+        defined += 1
+        assert metric.lower <= found.low <= estimate <= found.high <= metric.upper
+        outside += not float(samples.nanquantile(0.025)) <= estimate <= float(samples.nanquantile(0.975))
+    assert defined > 20
+    if metric.name == "ece":
+        assert outside > 2
 
 
 def test_infinite_losses_give_infinite_ends_and_no_nan(predictions):
@@ -75,8 +119,9 @@ def test_infinite_losses_give_infinite_ends_and_no_nan(predictions):
         resamples = B.calibration_resamples(log_probs, target, num_samples=200)
     assert not torch.isnan(resamples["nll"]).any()
     assert torch.isfinite(resamples["nll"]).any()  # some resamples do not draw the example
-    assert B.percentile_interval(resamples["nll"]).high == math.inf
-    assert math.isfinite(B.percentile_interval(resamples["nll"]).low)
+    found = B.centred_interval(resamples["nll"], math.inf)
+    assert found.high == math.inf
+    assert math.isfinite(found.low)
 
 
 def test_one_thousand_resamples_of_five_hundred_examples_are_quick(predictions):
@@ -89,7 +134,7 @@ def test_one_thousand_resamples_of_five_hundred_examples_are_quick(predictions):
 @pytest.mark.parametrize(
     ("call", "message"),
     [
-        (lambda lp, y: B.percentile_interval(lp[:, 0], level=1.0), "level"),
+        (lambda lp, y: B.centred_interval(lp[:, 0], 0.0, level=1.0), "level"),
         (lambda lp, y: B.calibration_resamples(lp, y, num_samples=0), "num_samples"),
         (lambda lp, y: B.calibration_resamples(lp.exp(), y), "log_softmax"),
         (lambda lp, y: B.calibration_resamples(lp, y, num_bins=0), "num_bins"),

@@ -2,7 +2,7 @@ import math
 
 import pytest
 
-from bmoe_lightning.metrics.brier import HEADLINE, brier_score
+from bmoe_lightning.metrics.brier import SPEC, brier_score
 
 
 def test_against_a_loop(predictions):
@@ -18,4 +18,4 @@ def test_best_and_worst(binary):
 
 
 def test_lower_is_better():
-    assert HEADLINE.header == "Brier ↓"
+    assert SPEC.header == "Brier ↓"

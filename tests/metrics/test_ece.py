@@ -3,7 +3,7 @@ import torch
 from torchmetrics.functional.classification import multiclass_calibration_error
 
 from bmoe_lightning.metrics.binning import Binning
-from bmoe_lightning.metrics.ece import HEADLINE, ExpectedCalibrationError, convention_text, expected_calibration_error
+from bmoe_lightning.metrics.ece import SPEC, ExpectedCalibrationError, convention_text, expected_calibration_error
 
 
 def loop_reference(log_probs, target, num_bins, closed_right):
@@ -83,5 +83,5 @@ def test_wrong_settings_are_refused(wrong, predictions):
 def test_the_convention_is_stated():
     words = "top-label confidence, 5 equal-width bins [lo, hi), weighted by the items in a bin"
     assert convention_text(Binning(5, "left")) == words
-    assert HEADLINE.note(Binning(5, "left")) == f"ECE: {words}."
-    assert HEADLINE.header == "ECE ↓"
+    assert SPEC.note(Binning(5, "left")) == f"ECE: {words}."
+    assert SPEC.header == "ECE ↓"

@@ -2,7 +2,7 @@ import pytest
 import torch
 
 from bmoe_lightning.metrics.brier import brier_score
-from bmoe_lightning.metrics.nll import HEADLINE, negative_log_likelihood
+from bmoe_lightning.metrics.nll import SPEC, negative_log_likelihood
 
 
 def test_against_a_loop(predictions):
@@ -25,4 +25,4 @@ def test_underflowed_probability_keeps_its_log():
 
 
 def test_lower_is_better():
-    assert HEADLINE.header == "NLL ↓"
+    assert SPEC.header == "NLL ↓"

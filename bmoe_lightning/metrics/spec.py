@@ -1,4 +1,4 @@
-"""The description of a headline metric (of the results table); each metric's file has one."""
+"""The description of a metric, which tables, intervals and documentation are made from; each metric's file has one."""
 
 from __future__ import annotations
 
@@ -32,29 +32,33 @@ class Resamples:
 
 
 @dataclass(frozen=True)
-class HeadlineMetric:
-    """A metric of the results table: its names, its value, and its value on resamples.
+class MetricSpec:
+    """A metric: its names, its definition, its value, and its value on resamples.
 
     Attributes:
         name: Key in results and logged names.
         title: Column title.
         higher_is_better: Whether higher values are better.
+        definition: Definition and convention in a phrase, for the table of all metrics.
+        lower: Smallest value that the metric can have.
+        upper: Largest value that it can have.
         value: Function `(log_probs, target, binning) -> scalar` of checked predictions.
         resampled: Function `(log_probs, target, binning) -> (Resamples -> [R])` of checked predictions on the CPU: it
             does the work that all resamples share, and returns a function that is called on chunks of resamples.
         torchmetric: Function `binning -> torchmetrics.Metric`, the torchmetrics class.
         note: Function `binning -> sentence` for the caption of a table; an empty sentence for none.
-        interval_note: Sentence for the caption of a table with an interval that does not contain its value.
     """
 
     name: str
     title: str
     higher_is_better: bool
+    definition: str
+    lower: float
+    upper: float
     value: Callable[[Tensor, Tensor, Binning], Tensor]
     resampled: Callable[[Tensor, Tensor, Binning], Callable[[Resamples], Tensor]]
     torchmetric: Callable[[Binning], Metric]
     note: Callable[[Binning], str]
-    interval_note: str = ""
 
     @property
     def header(self) -> str:
@@ -62,13 +66,17 @@ class HeadlineMetric:
         return f"{self.title} {'↑' if self.higher_is_better else '↓'}"
 
 
-def mean_over_examples(name: str, title: str, metric: type[MeanOverExamples], note: str = "") -> HeadlineMetric:
+def mean_over_examples(
+    name: str, title: str, metric: type[MeanOverExamples], *, definition: str, upper: float, note: str = ""
+) -> MetricSpec:
     """Describe a metric that is the mean of a value per example and does not depend on bins.
 
     Args:
         name: Key in results and logged names.
         title: Column title.
         metric: Torchmetrics class, which computes the value per example.
+        definition: Definition and convention in a phrase.
+        upper: Largest possible value; the smallest is 0.
         note: Sentence for the caption of a table; empty for none.
     """
 
@@ -80,10 +88,13 @@ def mean_over_examples(name: str, title: str, metric: type[MeanOverExamples], no
         # Indexed, not weighted by counts: an infinite value that was not drawn would become 0 * inf.
         return lambda resamples: values[resamples.indices].mean(dim=1)
 
-    return HeadlineMetric(
+    return MetricSpec(
         name=name,
         title=title,
         higher_is_better=bool(metric.higher_is_better),
+        definition=definition,
+        lower=0.0,
+        upper=upper,
         value=value,
         resampled=resampled,
         torchmetric=lambda binning: metric(),  # noqa: ARG005

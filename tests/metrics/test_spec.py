@@ -3,7 +3,7 @@ from torch import Tensor
 
 from bmoe_lightning.metrics.base import MeanOverExamples
 from bmoe_lightning.metrics.binning import Binning
-from bmoe_lightning.metrics.headline import Resamples, mean_over_examples
+from bmoe_lightning.metrics.spec import Resamples, mean_over_examples
 
 
 class Margin(MeanOverExamples):
@@ -27,7 +27,9 @@ def test_counts_of_a_resample():
 
 def test_a_mean_over_examples_is_described_by_its_class(predictions):
     log_probs, target = predictions(20)
-    metric = mean_over_examples("margin", "Margin", Margin, note="Margin of the top two.")
+    metric = mean_over_examples(
+        "margin", "Margin", Margin, definition="the margin", upper=1.0, note="Margin of the top two."
+    )
     assert metric.header == "Margin ↑"
     assert metric.note(Binning()) == "Margin of the top two."
     twin = metric.torchmetric(Binning())
@@ -46,6 +48,6 @@ class Inverse(Margin):
 
 def test_an_infinite_value_that_is_not_drawn_does_not_count():
     log_probs = torch.tensor([[0.0, -torch.inf], [-0.6931471805599453] * 2], dtype=torch.float64)
-    metric = mean_over_examples("inverse", "Inverse", Inverse)
+    metric = mean_over_examples("inverse", "Inverse", Inverse, definition="", upper=torch.inf)
     values = metric.resampled(log_probs, torch.tensor([0, 0]), Binning())(Resamples(torch.tensor([[1, 1], [0, 1]])))
     assert values.tolist() == [2.0, torch.inf]
