@@ -160,8 +160,13 @@ class BayesianMoECallback(L.Callback):
 
     def on_load_checkpoint(self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]) -> None:
         """Record that training resumes, so that the snapshots of the resumed run are used."""
-        self._folder.load_checkpoint(resumes=trainer.state.fn == "fit")
-        self._prior_mean.begin_loading()
+        if not self._folder.has_saved(checkpoint["callbacks"].get(self.state_key)):
+            self._folder.load_checkpoint(trainer)
+            self._prior_mean.begin_loading()
+
+    def on_save_checkpoint(self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]) -> None:
+        """Capture the prior mean, if another callback saves the run before `on_fit_start`, as tuners do."""
+        self._prior_mean.capture_before_saving(pl_module)
 
     def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Find the layers of the complete model, and capture the prior mean."""
@@ -319,8 +324,9 @@ class BayesianMoECallback(L.Callback):
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Restore the location of the fit, and what is known of the weights from before training."""
-        self._folder.load_state_dict(state_dict)
-        self._prior_mean.load_state_dict(state_dict)
+        if not self._folder.has_saved(state_dict):
+            self._folder.load_state_dict(state_dict)
+            self._prior_mean.load_state_dict(state_dict)
 
     def _fit(
         self,
@@ -373,6 +379,7 @@ class BayesianMoECallback(L.Callback):
                 needs_fit = self._found(trainer, module) is None and self._folder.ended_without_fit(trainer, module)
             if needs_fit:
                 self._complete(trainer, module)
+        self._folder.resumes = False
 
     def _logits(self, model: Any, batch: Any) -> tuple[Tensor, Tensor | None]:
         with self._precision(), no_logging(model):

@@ -8,6 +8,7 @@ import warnings
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from bmoe_lightning.methods.fit_index import stored_fit_id, unreadable
 from bmoe_lightning.methods.training_data import PassFiles
@@ -49,6 +50,13 @@ class EarlierRun:
         fit_id = str(state.get("fit", ""))
         known = fit_id if re.fullmatch(r"[0-9a-f]{32}", fit_id) else ""
         return cls(Path(folder), known, tuple(str(name) for name in snapshots))
+
+    @staticmethod
+    def state(run: EarlierRun | None) -> dict[str, Any]:
+        """The state of a callback from which `of_state` reads a run, or none."""
+        if run is None:
+            return {"folder": None, "fit": "", "snapshots": []}
+        return {"folder": str(run.folder), "fit": run.fit_id, "snapshots": list(run.snapshots)}
 
     def id_of_next(self, places: Iterable[Path]) -> str:
         """Id of the fit of a run that resumes this one: the same, unless this one has finished.

@@ -7,8 +7,11 @@ from functools import partial
 from typing import Any
 
 import lightning as L
+from lightning.pytorch.callbacks import BatchSizeFinder, LearningRateFinder
 
 from bmoe_lightning.trainer.lightning_internals import replaced_fit_loop
+
+_TUNERS = (BatchSizeFinder, LearningRateFinder)
 
 
 def fit_only(
@@ -33,10 +36,14 @@ def fit_only(
     module = trainer.lightning_module if module is None else module
     if module is None:
         raise ValueError("the trainer has no module yet; pass module= with the LightningModule")
-    callbacks: list[L.Callback] = trainer.callbacks  # type: ignore[attr-defined]
-    is_added = callback not in callbacks
+    host: Any = trainer
+    is_added = callback not in host.callbacks
     if is_added:
-        callbacks.append(callback)
+        host.callbacks.append(callback)
+    # They would call the action in place of steps, with limited data, and change the batch size.
+    tuners = [(i, other) for i, other in enumerate(host.callbacks) if isinstance(other, _TUNERS)]
+    for _, tuner in tuners:
+        host.callbacks.remove(tuner)
     steps = trainer.num_sanity_val_steps
     trainer.num_sanity_val_steps = 0
     try:
@@ -44,8 +51,10 @@ def fit_only(
             trainer.fit(module, **data)
     finally:
         trainer.num_sanity_val_steps = steps
+        for index, tuner in tuners:
+            host.callbacks.insert(index, tuner)
         if is_added:
-            callbacks.remove(callback)
+            host.callbacks.remove(callback)
 
 
 def _call(action: Callable[[L.Trainer, L.LightningModule], None], trainer: L.Trainer) -> None:

@@ -51,6 +51,7 @@ class PriorMean:
         self._of_training = False
         self._module: weakref.ref[nn.Module] | None = None
         self._hook: RemovableHandle | None = None
+        self._is_set_up = False  # and `on_fit_start` has not come yet
 
     def __getstate__(self) -> dict[str, Any]:
         """All attributes except those that refer to the module, which another process does not share."""
@@ -66,6 +67,7 @@ class PriorMean:
         Sharded weights are captured in `on_fit_start`; Lightning loads a checkpoint into shards after that.
         """
         self._recorded = None
+        self._is_set_up = True
         if not shards_weights(trainer):
             self.capture(module)
             self.capture_on_load(trainer, module)
@@ -107,8 +109,14 @@ class PriorMean:
 
         self._hook = module.register_load_state_dict_pre_hook(before_load)
 
+    def capture_before_saving(self, module: nn.Module) -> None:
+        """Capture a model that is saved between `setup` and `on_fit_start`, as by a tuner that then tries steps."""
+        if self._is_set_up:
+            self.capture(module)
+
     def remove_hook(self) -> None:
         """Remove the hook of `capture_on_load`. Idempotent."""
+        self._is_set_up = False
         if self._hook is not None:
             self._hook.remove()
             self._hook = None

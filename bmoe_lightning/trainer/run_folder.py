@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 import re
 import uuid
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
 from typing import Any, TypeVar, cast
 
@@ -78,7 +78,9 @@ class RunFolder:
         self._name = name
         self._pass_every = pass_every
         self._earlier: EarlierRun | None = None
-        self._checkpoint: Path | None = None
+        self._loaded: Path | None = None  # the checkpoint of this run
+        self._run = ""
+        self._epochs_before = 0  # of the snapshots taken over, that the trainer does not count
         self._several = False
         self._lock = FolderLock()
         self._search = Search(None, {}, ())
@@ -93,10 +95,12 @@ class RunFolder:
         if self.folder is not None and is_version(self.folder, default):
             default = self.folder
         # A path with the time in it is another one on each process, and so is a random id.
-        self.given, default, self.fit_id = trainer.strategy.broadcast((self.given, default, self.fit_id))
+        known = (self.given, default, self.fit_id, uuid.uuid4().hex)
+        self.given, default, self.fit_id, self._run = trainer.strategy.broadcast(known)
         self.folder = None if is_trial(trainer) else self.given or default
         self._several = trainer.world_size > 1
-        self.resumes = False  # unless a checkpoint is loaded; the last run may have ended before it used its own
+        # Unless a checkpoint is loaded; the last run may have ended before it used its own.
+        self.resumes, self._loaded = False, None
 
     def begin_training(self, trainer: L.Trainer, num_snapshots: int = 0) -> None:
         """Adopt the snapshots of a resumed run, or start a new fit. A collective.
@@ -113,7 +117,6 @@ class RunFolder:
             OSError: If the folder cannot be written to.
             FolderInUseError: If another process is training into the folder that the user specified.
         """
-        self._checkpoint = _checkpoint_of(trainer)
         earlier = self._earlier if self.resumes else None
         self.fit_id = uuid.uuid4().hex
         self._is_of_fit, self._weights = False, None
@@ -124,13 +127,16 @@ class RunFolder:
             if self.folder is None:
                 return None, self.fit_id, []
             if earlier is not None:
-                self.fit_id = self._id_of_resumed(earlier)
+                self.fit_id = earlier.id_of_next(self._homes_and_versions(trainer))
             folder = self._claimed(self.folder)
             mark_weights(folder, self.fit_id, "")
             self.remove_pass_files()
-            return folder, self.fit_id, self._from_earlier(earlier, folder, num_snapshots, left)
+            return folder, self.fit_id, self._from_earlier(trainer, earlier, folder, num_snapshots, left)
 
         self.folder, self.fit_id, self.snapshots = self._from_rank_zero(trainer, begin)
+        # A tuner that ran before the trainer had restored its progress has made it start at epoch 0 again.
+        trained = epoch_of(self.snapshots[-1]) + 1 if self.snapshots else 0
+        self._epochs_before = max(0, trained - trainer.current_epoch)
         self.resumes = False
 
     def begin_fit(self, trainer: L.Trainer, module: nn.Module) -> None:
@@ -175,7 +181,6 @@ class RunFolder:
                 training that is not known to have led to the model's weights.
             FolderInUseError: If another process is training into it.
         """
-        self._checkpoint = _checkpoint_of(trainer)
         weights = module_fingerprint(module) if fit is None else ""
 
         def find() -> tuple[Path | None, str, list[Path]]:
@@ -195,9 +200,9 @@ class RunFolder:
             if self._is_of_fit:  # to other weights
                 self.fit_id, self.snapshots, self._weights = uuid.uuid4().hex, [], ""
             if self._earlier is not None and self.resumes and self._earlier.fit_id:
-                self.fit_id = self._id_of_resumed(self._earlier)
+                self.fit_id = self._earlier.id_of_next(self._homes_and_versions(trainer))
                 folder = self._claimed(folder)
-                return folder, self.fit_id, self._from_earlier(self._earlier, folder, num_snapshots, 0)
+                return folder, self.fit_id, self._from_earlier(trainer, self._earlier, folder, num_snapshots, 0)
             if self._weights != weights:
                 places = [folder] if self.given is not None else killed_versions(folder, self._lock)
                 passes = self.given is not None and self._pass_every is not None
@@ -216,12 +221,13 @@ class RunFolder:
         """
         if self.folder is None:
             return
-        path = trainer.strategy.broadcast(new_snapshot(self.folder, self.fit_id, trainer.current_epoch))
+        epoch = self._epochs_before + trainer.current_epoch
+        path = trainer.strategy.broadcast(new_snapshot(self.folder, self.fit_id, epoch))
         reshard(module)
         trained = {name: p for name, p in module.named_parameters() if p.requires_grad}
         gathered_weights = gathered(trained, keep=trainer.is_global_zero)
         fingerprint = module_fingerprint(module)
-        before = [earlier for earlier in self.snapshots if epoch_of(earlier) < trainer.current_epoch]
+        before = [earlier for earlier in self.snapshots if epoch_of(earlier) < epoch]
         surplus = before[: max(0, len(before) + 1 - num_snapshots)]
 
         def write() -> None:
@@ -273,7 +279,6 @@ class RunFolder:
             FileNotFoundError: If one of its files is missing.
             OSError: If one of its files cannot be read.
         """
-        self._checkpoint = _checkpoint_of(trainer)
         self._named, others = self._from_rank_zero(trainer, lambda: self._places(trainer))
         self._search = find_fit([*self._named, *others], model, distributed=self._several)
         folder = self._search.folder
@@ -287,7 +292,6 @@ class RunFolder:
 
     def has_any_fit(self, trainer: L.Trainer) -> bool:
         """Whether a folder that `load` searches has a fit, to whichever weights. A collective."""
-        self._checkpoint = _checkpoint_of(trainer)
         return self._from_rank_zero(trainer, lambda: any(map(has_fit, itertools.chain(*self._places(trainer)))))
 
     def ended_without_fit(self, trainer: L.Trainer, module: nn.Module) -> bool:
@@ -298,8 +302,11 @@ class RunFolder:
         weights, earlier = module_fingerprint(module), self._earlier
         if earlier is None:
             return not self.has_any_fit(trainer)
-        fit_id = earlier.fit_id
-        return self._from_rank_zero(trainer, lambda: ended_without_fit(self._homes_and_versions(), fit_id, weights))
+
+        def find() -> bool:
+            return ended_without_fit(self._homes_and_versions(trainer), earlier.fit_id, weights)
+
+        return self._from_rank_zero(trainer, find)
 
     def missing_fit(self) -> Exception:
         """The error after `load` has found no fit; it names the folders, and why each was refused."""
@@ -330,20 +337,23 @@ class RunFolder:
                 remove_checkpoint(path)
 
     def state_dict(self) -> dict[str, Any]:
-        """Folder, fit id and snapshot names, for a checkpoint."""
-        return {
-            "folder": None if self.folder is None else str(self.folder),
-            "fit": self.fit_id,
-            "snapshots": [path.name for path in self.snapshots],
-        }
+        """Folder, fit id and snapshot names, for a checkpoint; those of the resumed run until training begins."""
+        if self.resumes:
+            found = EarlierRun.state(self._earlier)
+        else:
+            folder = None if self.folder is None else str(self.folder)
+            found = {"folder": folder, "fit": self.fit_id, "snapshots": [path.name for path in self.snapshots]}
+        return found | {"run": self._run}
 
-    def load_checkpoint(self, *, resumes: bool) -> None:
-        """Forget what an earlier checkpoint said of its run, before one is loaded.
+    def has_saved(self, state: object) -> bool:
+        """Whether a state is of this very run, which Lightning's tuners restore after their trials."""
+        return isinstance(state, Mapping) and bool(self._run) and state.get("run") == self._run
 
-        Args:
-            resumes: Whether training, or a fit without training, goes on from its weights.
-        """
-        self._earlier, self.resumes = None, resumes
+    def load_checkpoint(self, trainer: L.Trainer) -> None:
+        """Forget what an earlier checkpoint said of its run, before one of another run is loaded."""
+        # Within a fit, its weights are trained further, or methods are fitted to them.
+        self._earlier, self.resumes = None, trainer.state.fn == "fit"
+        self._loaded = _checkpoint_of(trainer)
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Restore the folder and fit of a checkpoint's run."""
@@ -362,7 +372,7 @@ class RunFolder:
         """Folders that may have a fit: those that the user or the checkpoint names, and others."""
         if self.given is not None and (has_fit(self.given) or unreadable(self.given)):
             return [self.given], []
-        named = [*([] if self.given is None else [self.given]), *self._homes()]
+        named = [*([] if self.given is None else [self.given]), *self._homes(trainer)]
         if self.given is not None or self.folder is None:
             return named, []
         default = self.folder
@@ -376,21 +386,19 @@ class RunFolder:
         found = together(lambda: action() if trainer.is_global_zero else None, distributed=trainer.world_size > 1)
         return cast("T", trainer.strategy.broadcast(found))
 
-    def _homes(self) -> list[Path]:
-        return possible_homes(self._earlier, self._checkpoint, self._name)
+    def _homes(self, trainer: L.Trainer) -> list[Path]:
+        # The trainer's own is that of a tuner, once that has restored the run.
+        return possible_homes(self._earlier, self._loaded or _checkpoint_of(trainer), self._name)
 
     def _from_earlier(
-        self, earlier: EarlierRun | None, folder: Path, num_snapshots: int, left: int | None
+        self, trainer: L.Trainer, earlier: EarlierRun | None, folder: Path, num_snapshots: int, left: int | None
     ) -> list[Path]:
         if earlier is None:
             return []
-        return earlier.take_over(self._homes()[0], folder, self.fit_id, num_snapshots, left)
+        return earlier.take_over(self._homes(trainer)[0], folder, self.fit_id, num_snapshots, left)
 
-    def _id_of_resumed(self, earlier: EarlierRun) -> str:
-        return earlier.id_of_next(self._homes_and_versions())
-
-    def _homes_and_versions(self) -> list[Path]:
-        return [*self._homes(), *([] if self.folder is None else versions_with_fit(self.folder))]
+    def _homes_and_versions(self, trainer: L.Trainer) -> list[Path]:
+        return [*self._homes(trainer), *([] if self.folder is None else versions_with_fit(self.folder))]
 
     def _was_replacing(self, folder: Path, weights: str) -> bool:
         """Whether a run was killed that would have replaced the fit in a folder, and the model's weights are its."""
