@@ -79,24 +79,35 @@ class UsedWeights:
             distributed: Whether all ranks of torch.distributed's default group call this; what one of them uses is
                 used.
         """
-        names = list(self._record.samples)
-        counts = torch.tensor([self._calls, *(int(name in self._used) for name in names)])
-        if distributed and names:
-            sum_over_processes([counts])
-        used = {name for name, count in zip(names, counts[1:].tolist(), strict=True) if count}
-        return self._record.part(used) if counts[0] else self._record
+        used = self._used_by_calls(distributed=distributed)
+        return self._record if used is None else self._record.part(used)
 
-    def added_to(self, record: WeightRecord | None, *, distributed: bool = False) -> WeightRecord | None:
+    def added_to(
+        self, record: WeightRecord | None, *, distributed: bool = False, all_without_calls: bool = True
+    ) -> WeightRecord | None:
         """A record of the fingerprinted module with that of the used weights outside of it.
 
         Args:
             record: The record; None if only a fingerprint is known.
             distributed: See `record`.
+            all_without_calls: Whether all weights are added where no call has been observed; otherwise none are.
         """
-        outside = self.record(distributed=distributed)
+        used = self._used_by_calls(distributed=distributed)
+        if used is None and not all_without_calls:
+            return record
+        outside = self._record if used is None else self._record.part(used)
         if record is None and not outside.samples:
             return None
         return replace(record or WeightRecord((), {}, {}), outside=outside)
+
+    def _used_by_calls(self, *, distributed: bool) -> set[str] | None:
+        """The names of the used weights; None where no call has been observed. A collective, if distributed."""
+        names = list(self._record.samples)
+        counts = torch.tensor([self._calls, *(int(name in self._used) for name in names)])
+        if distributed and names:
+            sum_over_processes([counts])
+        used = {name for name, count in zip(names, counts[1:].tolist(), strict=True) if count}
+        return used if counts[0] else None
 
     def state(self) -> dict[str, Tensor]:
         """The weights that were used so far, to resume a pass."""

@@ -20,8 +20,8 @@ from bmoe_lightning.laplace.posterior import LaplacePosterior
 from bmoe_lightning.methods.base import PRIOR_PRECISION, Method, State, check_method_names
 from bmoe_lightning.methods.batch_view import BatchView
 from bmoe_lightning.methods.fit_result import FitResult
+from bmoe_lightning.methods.snapshots import check_snapshots
 from bmoe_lightning.utils.distributed import failing_together
-from bmoe_lightning.utils.safetensors_io import file_origin
 
 
 @dataclass(frozen=True)
@@ -203,10 +203,8 @@ class Predictor:
 
 def _of_fit(snapshots: Sequence[Path], fitted: FitResult, methods: Sequence[Method]) -> tuple[Path, ...]:
     """Check that no snapshot belongs to another fit: a file may have been replaced since the fit was made or loaded."""
-    for path in snapshots if any(method.needs.max_snapshots for method in methods) else ():
-        origin = file_origin(path)
-        if origin is not None and origin.fit not in ("", fitted.fit_id):
-            raise ValueError(f"the snapshot {path} belongs to another fit; load the fit again, or fit again")
+    if any(method.needs.max_snapshots for method in methods):
+        check_snapshots(snapshots, fitted.fit_id)
     return tuple(snapshots)
 
 

@@ -22,6 +22,7 @@ from bmoe_lightning.methods.curvature_warnings import warn_of_discarded_energy
 from bmoe_lightning.methods.data_differences import Split
 from bmoe_lightning.methods.fit_result import FitResult, FittedMethod
 from bmoe_lightning.methods.label_warnings import warn_of_chance, warn_of_few_labels
+from bmoe_lightning.methods.snapshots import check_snapshots, fit_of
 from bmoe_lightning.methods.training_data import Batches, PassFiles, TrainingData
 from bmoe_lightning.methods.workbench import Workbench
 from bmoe_lightning.utils.distributed import broadcast_, is_rank_zero, num_processes, sum_over_processes
@@ -67,7 +68,7 @@ def fit_methods(
             False runs no collective, even if a process group exists.
         pass_files: Location of the checkpoints of curvature passes, from which a killed pass resumes; remove them with
             `remove_checkpoint` once the fit is written.
-        fit_id: Identifier of a new fit; by default a random one.
+        fit_id: Identifier of a new fit; by default that of the snapshots, if methods use them, or a random one.
         is_checked: Whether the caller has checked that there are as many held-out inputs as methods need, and labels,
             which is otherwise done before the passes; see `GivenData.check_needs`.
 
@@ -77,24 +78,22 @@ def fit_methods(
     Raises:
         NeedsError: If there are fewer held-out inputs than a method needs, or no labels.
         ValueError: If data, labels, the prior mean or a curvature's layers are missing, ranks have different weights, a
-            checkpoint belongs to another curvature pass, or `earlier` was fitted with another seed.
+            checkpoint belongs to another curvature pass, a snapshot to another fit, or `earlier` has another seed.
         DataMismatchError: If data that a method uses are others than those of `earlier`; their order may differ.
         WeightMismatchError: If `earlier` was fitted to other weights.
         OSError: If a checkpoint cannot be written.
     """
     check_method_names(methods)
     check_collective(model, distributed=distributed)
+    is_new = earlier is None
+    used_snapshots = snapshots if any(method.needs.max_snapshots for method in methods) else ()
     if earlier is None:
-        earlier = _new_fit(methods, model, seed, fit_id)
+        earlier = _new_fit(methods, model, seed, fit_id or fit_of(used_snapshots))
         if distributed:
             _check_same(earlier.fingerprint)
     else:
-        earlier.check_weights(model)
-        if earlier.seed != seed:
-            raise ValueError(
-                f"the existing fit has seed {earlier.seed}, which all its methods share, and seed={seed} differs; pass "
-                "the same seed, or fit into another folder"
-            )
+        _check_completed(earlier, model, seed)
+    check_snapshots(used_snapshots, earlier.fit_id)
     missing = [method for method in methods if not earlier.is_finished(method)]
     used = UsedWeights(model, locate_expert_layers(model, earlier.layers))
     class_logits = used.observed(class_logits)
@@ -140,7 +139,8 @@ def fit_methods(
     warnings = tuple(dict.fromkeys([*earlier.warnings, *doubts_of_model]))
     completed = earlier.with_methods(fitted, collected)
     if missing and (earlier.weights is None or earlier.weights.outside is None):
-        completed = replace(completed, weights=used.added_to(earlier.weights, distributed=distributed))
+        weights = used.added_to(earlier.weights, distributed=distributed, all_without_calls=is_new)
+        completed = replace(completed, weights=weights)
     return replace(completed, calibration=calibration, training=work.given.training_record, warnings=warnings)
 
 
@@ -180,6 +180,16 @@ def _new_fit(methods: Sequence[Method], model: nn.Module, seed: int, fit_id: str
         weights=weight_record(model, layers),
     )
     return fit if fit_id is None else replace(fit, fit_id=fit_id)
+
+
+def _check_completed(fit: FitResult, model: nn.Module, seed: int) -> None:
+    """Check that a fit is one to a model's weights, and has the seed."""
+    fit.check_weights(model)
+    if fit.seed != seed:
+        raise ValueError(
+            f"the existing fit has seed {fit.seed}, which all its methods share, and seed={seed} differs; pass the "
+            "same seed, or fit into another folder"
+        )
 
 
 def fingerprinted_layers(methods: Sequence[Method], model: nn.Module) -> list[ExpertLayer]:

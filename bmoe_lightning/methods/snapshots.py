@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,6 +14,7 @@ from bmoe_lightning.experts.replaced_parameters import is_replaceable, replaced_
 from bmoe_lightning.experts.threads import model_lock
 from bmoe_lightning.utils.safetensors_io import (
     OpenedTensorFile,
+    file_origin,
     opened_tensor_file,
     remove_tensor_file,
     write_tensor_file,
@@ -72,6 +73,27 @@ def snapshot_info(path: str | Path) -> SnapshotInfo:
     """
     with _opened(path) as file:
         return SnapshotInfo(file.shapes, file.fit, file.digest, str(file.description.get("weights", "")))
+
+
+def fit_of(paths: Iterable[Path]) -> str | None:
+    """The id of the fit that the first of some snapshots belongs to that belongs to one; None if there is none."""
+    origins = (file_origin(path) for path in paths)
+    return next((origin.fit for origin in origins if origin is not None and origin.fit), None)
+
+
+def check_snapshots(paths: Iterable[Path], fit_id: str) -> None:
+    """Check that snapshots belong to a fit, or to none.
+
+    Raises:
+        ValueError: If one belongs to another fit.
+    """
+    for path in paths:
+        found = fit_of([path])
+        if found is not None and found != fit_id:
+            raise ValueError(
+                f"the snapshot {path} belongs to another fit ({found[:8]}) than this one ({fit_id[:8]}); load both "
+                "with one load_fit, or fit again with these snapshots and without fit_id="
+            )
 
 
 def verify_snapshot(path: str | Path) -> None:

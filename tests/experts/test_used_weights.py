@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from dataclasses import replace
 
 import pytest
 import torch
@@ -17,6 +18,7 @@ from bmoe_lightning.experts import find_expert_layers
 from bmoe_lightning.experts.used_weights import UsedWeights
 from bmoe_lightning.experts.weight_record import compare_outside, outside_record
 from bmoe_lightning.laplace import LaplacePosterior, WeightMismatchError
+from bmoe_lightning.methods import CheckpointEnsemble, TemperatureScaling, fit_methods, save_snapshot
 
 LABELS = torch.tensor([0, 1, 2, 0])
 BATCH = {"ids": torch.arange(1, 21).view(4, 5), "labels": LABELS}
@@ -262,6 +264,37 @@ class TestPosterior:
         assert set(found.weights.outside.samples) == {"head.weight", "head.bias"}
         done = collect_factors(model, class_logits, [BATCH] * 3, **options)  # without a call
         assert done.weights == found.weights
+
+
+class TestCompletedFits:
+    """Of a release that recorded no weights outside of the transformers model."""
+
+    def earlier(self, model):
+        fit = fit_methods([TemperatureScaling()], model, class_logits, [], [BATCH] * 4)
+        return replace(fit, weights=replace(fit.weights, outside=None), methods={}, calibration=None)
+
+    def test_by_a_method_without_a_pass(self, tmp_path):
+        """No call of `class_logits` has told which weights it uses, so that a teacher may differ."""
+        model = Classifier()
+        save_snapshot(tmp_path / "s", {"head.weight": model.head.weight.detach()})
+        found = fit_methods(
+            [CheckpointEnsemble()], model, class_logits, [], earlier=self.earlier(model), snapshots=[tmp_path / "s"]
+        )
+        assert found.weights.outside is None
+        with torch.no_grad():
+            model.teacher.weight.add_(1)
+        assert found.has_weights_of(model)
+
+    def test_by_a_method_with_a_pass(self):
+        model = Classifier()
+        found = fit_methods([TemperatureScaling()], model, class_logits, [], [BATCH] * 4, earlier=self.earlier(model))
+        assert set(found.weights.outside.samples) == {"head.weight", "head.bias"}
+
+    def test_a_new_fit_without_a_pass_is_of_all_weights(self, tmp_path):
+        model = Classifier()
+        save_snapshot(tmp_path / "s", {"head.weight": model.head.weight.detach()})
+        found = fit_methods([CheckpointEnsemble()], model, class_logits, [], snapshots=[tmp_path / "s"])
+        assert {name.split(".")[0] for name in found.weights.outside.samples} >= {"head", "teacher"}
 
 
 def with_shards(rank, world_size):

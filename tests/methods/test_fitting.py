@@ -3,24 +3,32 @@
 from __future__ import annotations
 
 import pytest
+import torch
 from forked_processes import run
 from methods_cases import RANK3
 from oracles.models import answer_logits, split, toy_batch, toy_model
+from workbench_cases import Untouchable
 
 from bmoe_lightning.curvature import Curvature, LinearLayers
 from bmoe_lightning.experts import find_expert_layers, weight_fingerprint
 from bmoe_lightning.methods import (
     MAP,
+    CheckpointEnsemble,
     EvidenceTemperature,
+    FitResult,
     Isotropic,
     LaplaceEvidence,
     LaplaceLPO,
     TemperatureScaling,
+    evaluate,
     fit_methods,
+    save_snapshot,
 )
 from bmoe_lightning.methods.fitting import fingerprinted_layers, prior_mean_layers
+from bmoe_lightning.methods.storage import load_fit, save_fit
 from bmoe_lightning.utils.distributed import OtherRankError, gather_number
 
+DOWN = "layers.0.mixture.crew.down_proj"
 HELD_OUT = split(toy_batch(num_rows=30, seed=4), 6, 6, 6, 6, 6)
 TRAINING = split(toy_batch(num_rows=20, seed=3), 10, 10)
 HEAD = Curvature(rank=3, layers=LinearLayers(names=("head",)))
@@ -60,6 +68,36 @@ def test_identifiers(model):
     assert len(set(drawn)) == 2
     completed = fit_methods([TemperatureScaling()], model, answer_logits, [], HELD_OUT, earlier=given, fit_id="cd" * 16)
     assert completed.fit_id == given.fit_id
+
+
+def test_a_fit_of_loaded_snapshots_predicts_and_is_stored(model, batches, tmp_path):
+    """Snapshots carry the id of their fit, which a fit of them has to have."""
+    method = CheckpointEnsemble()
+    first = FitResult()
+    path = tmp_path / "fit" / "snapshots" / "one.safetensors"
+    save_snapshot(path, {DOWN: model.get_parameter(DOWN) * 2}, fit=first.fit_id)
+    save_fit(tmp_path / "fit", first, [path])
+    snapshots = load_fit(tmp_path / "fit")[1]
+    fit = fit_methods([MAP(), method], model, answer_logits, [], snapshots=snapshots)
+    assert fit.fit_id == first.fit_id
+    expected = evaluate([method], fit, model, answer_logits, batches, snapshots)
+    save_fit(tmp_path / "fit", fit, snapshots)
+    found = evaluate([method], *load_fit(tmp_path / "fit")[:1], model, answer_logits, batches, snapshots)
+    assert torch.equal(found[method.name].log_probs, expected[method.name].log_probs)
+    assert fit_methods([MAP()], model, answer_logits, [], snapshots=snapshots).fit_id != first.fit_id  # uses none
+
+
+def test_snapshots_of_another_fit_are_refused_before_the_passes(model, tmp_path):
+    ids = "ab" * 16, "cd" * 16
+    paths = [tmp_path / name for name in ids]
+    for path, fit_id in zip(paths, ids, strict=True):
+        save_snapshot(path, {DOWN: model.get_parameter(DOWN) * 2}, fit=fit_id)
+    methods = [TemperatureScaling(), CheckpointEnsemble()]
+    match = r"belongs to another fit \(cdcdcdcd\) than this one \(abababab\).* without fit_id="
+    for options in ({"snapshots": paths}, {"snapshots": paths[1:], "fit_id": ids[0]}):
+        with pytest.raises(ValueError, match=match):
+            fit_methods(methods, model, answer_logits, [], Untouchable(), **options)
+    fit_methods([MAP()], model, answer_logits, [], snapshots=paths)  # uses none
 
 
 def test_another_seed_is_refused(model):
