@@ -133,7 +133,7 @@ class RunFolder:
             self.remove_pass_files()
             return folder, self.fit_id, self._from_earlier(trainer, earlier, folder, num_snapshots, left)
 
-        self.folder, self.fit_id, self.snapshots = self._from_rank_zero(trainer, begin)
+        self._begin(trainer, begin)
         # A tuner that ran before the trainer had restored its progress has made it start at epoch 0 again.
         trained = epoch_of(self.snapshots[-1]) + 1 if self.snapshots else 0
         self._epochs_before = max(0, trained - trainer.current_epoch)
@@ -210,7 +210,7 @@ class RunFolder:
                 folder, self.fit_id, self.snapshots = run or (folder, uuid.uuid4().hex, [])
             return self._claimed(folder), self.fit_id, self.snapshots
 
-        self.folder, self.fit_id, self.snapshots = self._from_rank_zero(trainer, find)
+        self._begin(trainer, find)
         self.resumes = False
 
     def save_snapshot(self, trainer: L.Trainer, module: L.LightningModule, num_snapshots: int) -> None:
@@ -358,6 +358,14 @@ class RunFolder:
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Restore the folder and fit of a checkpoint's run."""
         self._earlier = EarlierRun.of_state(state_dict)
+
+    def _begin(self, trainer: L.Trainer, find: Callable[[], tuple[Path | None, str, list[Path]]]) -> None:
+        """Find folder, fit id and snapshots on rank 0, and release the folders that were locked if it fails."""
+        try:
+            self.folder, self.fit_id, self.snapshots = self._from_rank_zero(trainer, find)
+        except BaseException:
+            self._lock.release()
+            raise
 
     def _claimed(self, folder: Path) -> Path:
         """Lock and mark the folder of this fit: the given one, or a version of the default one."""

@@ -2,12 +2,18 @@
 
 from __future__ import annotations
 
+import fcntl
+import os
+import shutil
+import types
 from contextlib import suppress
+from functools import partial
 from pathlib import Path
 
 import lightning as L
 import pytest
 import torch
+from fake_trainer import FakeTrainer
 from lightning.pytorch.callbacks import ModelCheckpoint
 from toy import ToyModule, loader, test_loader, trainer
 
@@ -18,6 +24,7 @@ from bmoe_lightning.methods.snapshots import snapshot_info
 from bmoe_lightning.methods.storage import load_fit
 from bmoe_lightning.trainer.folders import claim, mark_weights, training_id
 from bmoe_lightning.trainer.killed_runs import killed_run, run_of_weights
+from bmoe_lightning.trainer.run_folder import RunFolder
 from bmoe_lightning.trainer.snapshot_files import epoch_of, new_snapshot
 from bmoe_lightning.utils.folder_lock import FolderLock
 
@@ -170,6 +177,33 @@ def test_each_default_folder_is_completed_by_its_own_run(tmp_path):
     other = completed(tmp_path, ToyModule(seed=2), methods=("map", "temperature"))
     assert Path(other.state_dict()["folder"]).name == "bayesian_moe-v2"
     assert training_id(folders[1]) == second.state_dict()["fit"]
+
+
+@pytest.mark.parametrize("kind", ["refused", "damaged", "lost"])
+def test_no_folder_stays_locked_after_an_error(tmp_path, kind):
+    """Not even by a caller that keeps the error, and has no `teardown` yet."""
+    callback, _ = killed(tmp_path, 0)
+    state = callback.state_dict()
+    found = Path(state["folder"])
+    strategy = types.SimpleNamespace(broadcast=lambda value: value)
+    run = FakeTrainer(default_root_dir=str(tmp_path), strategy=strategy, current_epoch=3)
+    folder = RunFolder(None, None)
+    folder.settle(run)
+    begin = partial(folder.begin_completion, run, ToyModule(seed=1), None, 3)
+    if kind == "damaged":
+        for path in (found / "snapshots").iterdir():
+            path.write_bytes(path.read_bytes()[:-9])
+    elif kind == "lost":
+        shutil.rmtree(found / "snapshots")
+        folder.resumes = True
+        folder.load_state_dict(state)
+        begin = partial(folder.begin_training, run, 3)
+    with pytest.raises((ValueError, WeightMismatchError)) as error:
+        begin()
+    assert error.value is not None
+    descriptor = os.open(found, os.O_RDONLY)
+    fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    os.close(descriptor)
 
 
 class TestInTheSameProcess:
