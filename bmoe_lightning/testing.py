@@ -99,7 +99,10 @@ def _help(kind: type, name: str) -> str:
 
 def _check_behaviour(method: Method, folder: Path, atol: float) -> None:
     model = tiny_model()
-    before = {name: weight.clone() for name, weight in _down_proj(model).items()}
+    if method.needs.lora:
+        _add_lora(model)
+    before = {name: weight.clone() for name, weight in _weights(method, model).items()}
+    frozen = {name for name, parameter in model.named_parameters() if not parameter.requires_grad}
     snapshots = _fine_tuned(model, folder)
     if method.needs.runs:
         method = replace(method, runs=tuple(map(str, snapshots[: method.needs.runs])))  # type: ignore[call-arg]
@@ -124,7 +127,8 @@ def _check_behaviour(method: Method, folder: Path, atol: float) -> None:
     assert not changed, f"{method.name} changed weights of the model: {changed}"
     assert all(module.training for module in model.modules()), f"{method.name} changed the training mode of modules"
     assert all(p.grad is None for p in model.parameters()), f"{method.name} left gradients behind"
-    assert all(p.requires_grad for p in model.parameters()), f"{method.name} left parameters frozen"
+    frozen_now = {name for name, parameter in model.named_parameters() if not parameter.requires_grad}
+    assert frozen_now == frozen, f"{method.name} left parameters frozen, or trainable"
 
 
 def _check_refusal(method: Method, model: nn.Module) -> None:
@@ -241,14 +245,29 @@ def _batches(*, seed: int, count: int) -> list[dict[str, Any]]:
     return [{"ids": torch.randint(64, (_BATCH, 6), generator=generator), "hide": True} for _ in range(count)]
 
 
-def _down_proj(model: nn.Module) -> dict[str, Tensor]:
-    return {name: w for layer in find_expert_layers(model) for name, w in down_proj_weights(model, layer).items()}
+def _add_lora(model: Any) -> None:
+    """Adapt the attention and the head by LoRA."""
+    from peft import LoraConfig
+
+    targets = ["q_proj", "v_proj", "lm_head"]
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        model.add_adapter(LoraConfig(r=2, lora_alpha=4, lora_dropout=0.1, target_modules=targets))
+    model.eval()
+
+
+def _weights(method: Method, model: nn.Module) -> dict[str, Tensor]:
+    """The weights of the layers of a method's curvatures, or of the experts."""
+    layers = [layer for curvature in method.curvatures for layer in curvature.find_layers(model)]
+    found = layers or find_expert_layers(model)
+    return {name: weight for layer in found for name, weight in down_proj_weights(model, layer).items()}
 
 
 def _fine_tuned(model: nn.Module, folder: Path) -> list[Path]:
-    """Perturb the expert weights four times, as epochs would, and save a snapshot after each."""
+    """Perturb the weights of the experts or of LoRA four times, as epochs would, and save a snapshot after each."""
     generator = torch.Generator().manual_seed(7)
-    parameters = {name: p for name, p in model.named_parameters() if ".experts." in name}
+    adapted = {name: p for name, p in model.named_parameters() if ".lora_" in name}
+    parameters = adapted or {name: p for name, p in model.named_parameters() if ".experts." in name}
     paths = []
     for epoch in range(4):
         with torch.no_grad():

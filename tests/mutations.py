@@ -80,7 +80,7 @@ def make(folder: Path) -> Sample:
     methods = []
     for name in built_in_names():
         method = get_method(name)
-        if hasattr(method, "runs") or hasattr(method, "head"):  # other runs; another kind of model
+        if hasattr(method, "runs") or hasattr(method, "head") or method.needs.lora:  # other runs; other kinds of models
             continue
         small = {field: 20 for field in ("num_samples",) if hasattr(method, field) and method.name != "swag"}
         methods.append(replace(method, **small).with_defaults(curvatures.get(name, Curvature(rank=2))))

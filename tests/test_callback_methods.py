@@ -21,6 +21,7 @@ from bmoe_lightning.methods import (
     Method,
     NotFittedError,
     TemperatureScaling,
+    get_method,
     method_names,
 )
 from bmoe_lightning.methods.base import scalar
@@ -75,7 +76,8 @@ class ToyDataModule(L.LightningDataModule):
         return test_loader()
 
 
-SINGLE = [name for name in method_names() if name not in ("mc_dropout", "checkpoint_ensemble", "deep_ensemble", "swag")]
+SEVERAL = ("mc_dropout", "checkpoint_ensemble", "deep_ensemble", "swag")
+SINGLE = [name for name in method_names() if name not in SEVERAL and not get_method(name).needs.lora]
 TRAIN, CALIBRATION, TEST = 10, 7, 3  # batches
 
 

@@ -3,7 +3,7 @@
 from bmoe_lightning.curvature.checkpoint import remove_checkpoint
 from bmoe_lightning.curvature.factors import KroneckerFactors, LayerFactors
 from bmoe_lightning.curvature.kfac import collect_factors
-from bmoe_lightning.curvature.spec import Curvature, ExpertLayers, LayerSelection, LinearLayers
+from bmoe_lightning.curvature.spec import Curvature, ExpertLayers, LayerSelection, LinearLayers, LoRALayers
 
 __all__ = [
     "Curvature",
@@ -12,6 +12,7 @@ __all__ = [
     "LayerFactors",
     "LayerSelection",
     "LinearLayers",
+    "LoRALayers",
     "collect_factors",
     "remove_checkpoint",
 ]

@@ -16,6 +16,7 @@ from torch import nn
 from bmoe_lightning.curvature.fisher import FISHERS, FisherName
 from bmoe_lightning.curvature.sketch import SKETCHES, SketchName
 from bmoe_lightning.experts import ExpertLayer, find_expert_layers, find_linear_layers
+from bmoe_lightning.experts.wrappers.peft import lora_matrices
 
 ApproximationName = Literal["expand", "reduce"]
 APPROXIMATIONS: tuple[ApproximationName, ...] = ("expand", "reduce")
@@ -88,6 +89,35 @@ class LinearLayers(LayerSelection):
     def find(self, model: nn.Module) -> list[ExpertLayer]:
         """Find the linear layers; see `find_linear_layers`."""
         return find_linear_layers(model, self.names, allow_tied=self.allow_tied)
+
+
+@dataclass(frozen=True)
+class LoRALayers(LayerSelection):
+    """The matrices A and B of every layer that PEFT adapts by LoRA, each as a linear layer.
+
+    Attributes:
+        matrices: `AB`, or one of them. The input of A is the activation that LoRA's dropout drops.
+    """
+
+    matrices: Literal["AB", "A", "B"] = "AB"
+
+    def __post_init__(self) -> None:
+        if self.matrices not in ("AB", "A", "B"):
+            raise ValueError(f"unknown matrices {self.matrices!r} of LoRA; valid are AB, A, B")
+
+    def find(self, model: nn.Module) -> list[ExpertLayer]:
+        """Find the matrices of the active adapters.
+
+        Raises:
+            ValueError: If there are none, they are merged, or they do not run as linear layers.
+        """
+        names = lora_matrices(model, self.matrices)
+        if not names:
+            raise ValueError(
+                f"{type(model).__name__} has no layer with an active, unmerged LoRA adapter of PEFT; fine-tune it with "
+                "LoRA, or put the posterior on other layers"
+            )
+        return find_linear_layers(model, names)
 
 
 @dataclass(frozen=True)

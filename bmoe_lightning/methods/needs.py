@@ -26,6 +26,7 @@ class Needs:
         max_snapshots: Maximum number of snapshots, the latest ones.
         runs: Number of further fine-tuning runs with other seeds, whose snapshots go into the option `runs`.
         expert_dropout: Whether the model should be fine-tuned with dropout inside the experts.
+        lora: Whether the model has to be fine-tuned with LoRA.
     """
 
     calibration_inputs: int = 0
@@ -36,6 +37,7 @@ class Needs:
     max_snapshots: int = 0
     runs: int = 0
     expert_dropout: bool = False
+    lora: bool = False
 
     @property
     def calibration(self) -> bool:
@@ -58,6 +60,8 @@ class Needs:
             parts.append(f"{self.runs} further fine-tuning run{'s' * (self.runs > 1)}")
         if self.expert_dropout:
             parts.append("expert dropout in training")
+        if self.lora:
+            parts.append("a model fine-tuned with LoRA")
         return ", ".join(parts)
 
 
@@ -71,6 +75,7 @@ class Available:
         prior_mean: Whether the weights from before fine-tuning are known.
         expert_dropout: Dropout probability inside the experts during fine-tuning.
         runs: Whether the caller trains the further fine-tuning runs itself.
+        lora: Whether the model is fine-tuned with LoRA.
     """
 
     calibration_inputs: int | None = None
@@ -78,6 +83,7 @@ class Available:
     prior_mean: bool | None = None
     expert_dropout: float | None = None
     runs: bool = False
+    lora: bool | None = None
 
 
 class NeedsError(ValueError):
@@ -122,6 +128,11 @@ def check_needs(methods: Sequence[Method], available: Available) -> None:
             raise NeedsError(
                 f"{method.name} needs a model that was fine-tuned with expert dropout, which is 0 here; set it, or "
                 "remove the method"
+            )
+        if needs.lora and found.lora is False:
+            raise NeedsError(
+                f"{method.name} has its posterior over the matrices of LoRA, and this run trains other weights; "
+                "fine-tune with LoRA, or remove the method"
             )
         if needs.runs and not found.runs:
             raise NeedsError(

@@ -29,6 +29,7 @@ _BUILT_IN = {
     "shrunk_temperature": "shrunk_temperature:ShrunkTemperature",
     "isotropic": "isotropic:Isotropic",
     "laplace_last_layer": "laplace_last_layer:LaplaceLastLayer",
+    "bayesian_lora": "bayesian_lora:BayesianLoRA",
     "swag": "swag:SWAG",
 }
 

@@ -9,7 +9,8 @@ from bmoe_lightning.methods.registry import check_method_name, method_names
 from recipes.common.cli import UsageError, nearest
 from recipes.qwen_obqa.settings import ResolvedSettings
 
-_ALL = "all"
+ALL = "all"
+"""Stands for all registered methods that a run can fit."""
 
 
 def check_names(settings: ResolvedSettings) -> None:
@@ -38,7 +39,7 @@ def check_names(settings: ResolvedSettings) -> None:
 def listed_methods(methods: Sequence[str | dict[str, Any]]) -> Iterator[str | dict[str, Any]]:
     """The entries of `--methods`, with all registered names in place of `all`."""
     for entry in methods:
-        if entry == _ALL:
+        if entry == ALL:
             yield from method_names()
         else:
             yield entry

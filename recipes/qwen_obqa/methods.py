@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import typing
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields, is_dataclass, replace
 from typing import Any
 
@@ -12,7 +12,7 @@ from bmoe_lightning.methods.base import Method, check_method_names, trial_option
 from bmoe_lightning.methods.needs import Available, check_needs
 from bmoe_lightning.methods.registry import get_method
 from recipes.common.cli import UsageError, convert, nearest
-from recipes.qwen_obqa.method_names import assignment, check_among, listed_methods
+from recipes.qwen_obqa.method_names import ALL, assignment, check_among, listed_methods
 from recipes.qwen_obqa.settings import ResolvedSettings
 from recipes.qwen_obqa.zero_shot import ZERO_SHOT
 
@@ -50,7 +50,7 @@ def build_methods(settings: ResolvedSettings) -> tuple[Method, ...]:
         UsageError: If there is no such method or option, a value is invalid, or the run lacks what a method needs.
     """
     curvature = run_curvature(settings)
-    chosen = [_looked_up(entry, curvature) for entry in listed_methods(settings.methods)]
+    chosen = [_looked_up(entry, curvature) for entry in _applicable(settings.methods)]
     given = _assignments(settings.set, [method.name for method, _ in chosen])
     methods = [
         _with_options(method, given.get(method.name, {}), f"--set {method.name}", {"curvature": curvature})
@@ -59,7 +59,7 @@ def build_methods(settings: ResolvedSettings) -> tuple[Method, ...]:
     try:
         check_method_names([*methods, *([ZERO_SHOT] if settings.zero_shot else [])])
         # Further fine-tuning runs are made by the recipe.
-        available = Available(snapshots=settings.epochs, expert_dropout=settings.expert_dropout, runs=True)
+        available = Available(snapshots=settings.epochs, expert_dropout=settings.expert_dropout, runs=True, lora=False)
         check_needs(methods, available)
     except ValueError as error:
         raise UsageError(f"--methods: {error}") from None
@@ -67,6 +67,14 @@ def build_methods(settings: ResolvedSettings) -> tuple[Method, ...]:
         _filled(method, args | set(given.get(looked_up.name, {})), settings)
         for method, (looked_up, args) in zip(methods, chosen, strict=True)
     )
+
+
+def _applicable(methods: Sequence[str | dict[str, Any]]) -> Iterator[str | dict[str, Any]]:
+    """The entries of `--methods`; `all` stands for the registered methods of a run that trains experts."""
+    for entry in methods:
+        for name in listed_methods([entry]):
+            if entry != ALL or not _found(str(name)).needs.lora:
+                yield name
 
 
 def _looked_up(entry: str | dict[str, Any], curvature: Curvature) -> tuple[Method, frozenset[str]]:

@@ -18,6 +18,7 @@ from bmoe_lightning.methods.registry import get_method, method_names
 METHODS = [
     replace(method, **{"head": "head"} if hasattr(method, "head") else {}).with_defaults(RANK3)
     for method in map(get_method, method_names())
+    if not method.needs.lora  # another kind of model
 ]
 WITH_INPUTS = [method for method in METHODS if method.needs.calibration]
 WITH_LABELS = [method for method in METHODS if method.needs.calibration_labels]

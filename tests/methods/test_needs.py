@@ -7,6 +7,7 @@ import pytest
 from bmoe_lightning.methods import (
     MAP,
     Available,
+    BayesianLoRA,
     CheckpointEnsemble,
     DeepEnsemble,
     EvidenceTemperature,
@@ -16,8 +17,17 @@ from bmoe_lightning.methods import (
     check_needs,
 )
 
-ENOUGH = Available(calibration_inputs=100, snapshots=2, prior_mean=True, expert_dropout=0.1, runs=True)
-ALL = (MAP(), MCDropout(), CheckpointEnsemble(), DeepEnsemble(), LaplaceLPO(), LaplaceEvidence(), EvidenceTemperature())
+ENOUGH = Available(calibration_inputs=100, snapshots=2, prior_mean=True, expert_dropout=0.1, runs=True, lora=True)
+ALL = (
+    MAP(),
+    BayesianLoRA(),
+    MCDropout(),
+    CheckpointEnsemble(),
+    DeepEnsemble(),
+    LaplaceLPO(),
+    LaplaceEvidence(),
+    EvidenceTemperature(),
+)
 
 
 def test_what_is_enough_or_unknown_passes():
@@ -30,12 +40,16 @@ def test_what_is_enough_or_unknown_passes():
     [
         (
             Available(calibration_inputs=0, runs=True),
-            r"laplace_lpo, evidence_temperature are fitted on a validation split",
+            r"bayesian_lora, laplace_lpo, evidence_temperature are fitted on a validation split",
         ),
         (Available(calibration_inputs=99, runs=True), "evidence_temperature needs at least 100 inputs .* there are 99"),
         (Available(snapshots=1, runs=True), "checkpoint_ensemble needs the weights after at least 2 epochs, .*be 1"),
         (Available(prior_mean=False, runs=True), "laplace_evidence measures how far fine-tuning .*prior_mean='zero'"),
         (Available(expert_dropout=0.0, runs=True), "mc_dropout needs a model .*expert dropout, which is 0"),
+        (
+            Available(lora=False, runs=True),
+            "bayesian_lora has its posterior over the matrices of LoRA, .* with LoRA,",
+        ),
         (Available(), "deep_ensemble needs the weights of 2 further fine-tuning runs; pass runs="),
     ],
 )
@@ -53,5 +67,6 @@ def test_descriptions():
     assert DeepEnsemble().needs.describe() == "2 further fine-tuning runs"
     assert DeepEnsemble(size=2).needs.describe() == "1 further fine-tuning run"
     assert MCDropout().needs.describe() == "expert dropout in training"
+    assert BayesianLoRA().needs.describe().endswith("advised), a model fine-tuned with LoRA")
     assert LaplaceLPO().needs.calibration
     assert not LaplaceEvidence().needs.calibration

@@ -92,6 +92,52 @@ def check_lora_matrix(name: str, modules: dict[str, nn.Module]) -> None:
         )
 
 
+def lora_matrices(model: nn.Module, matrices: str = "AB") -> list[str]:
+    """The names of the LoRA matrices that run in a forward pass: of active adapters that are not merged.
+
+    Reads `merged`, `disable_adapters`, `active_adapters`, `lora_A`, `lora_B` and `lora_embedding_A` of a `LoraLayer`
+    (seen in PEFT 0.18.0 to 0.21.2).
+
+    Args:
+        model: Any module.
+        matrices: Which of them, `A`, `B` or both.
+
+    Raises:
+        ValueError: If LoRA adapts an embedding, whose matrices are no layers; the message names it.
+    """
+    found = []
+    for name, layer in _active_lora_layers(model):
+        for adapter in layer.active_adapters:
+            if adapter in layer.lora_embedding_A:
+                raise ValueError(
+                    f"LoRA adapts the embedding {name!r}, whose matrices do not run as layers; adapt linear layers only"
+                )
+            parts = [(f"lora_{matrix}", getattr(layer, f"lora_{matrix}")) for matrix in matrices]
+            found += [f"{name}.{part}.{adapter}" for part, owner in parts if adapter in owner]
+    return found
+
+
+def lora_dropouts(model: nn.Module) -> dict[str, float]:
+    """The dropout probability in front of each active LoRA matrix A, by the name of its layer; 0 for none.
+
+    Reads `lora_dropout` of a `LoraLayer` (seen in PEFT 0.18.0 to 0.21.2).
+    """
+    return {
+        name: float(getattr(layer.lora_dropout[adapter], "p", 0.0))
+        for name, layer in _active_lora_layers(model)
+        for adapter in layer.active_adapters
+        if adapter in layer.lora_dropout
+    }
+
+
+def _active_lora_layers(model: nn.Module) -> list[tuple[str, Any]]:
+    """Layers that LoRA adapts in a forward pass, by name, in order."""
+    layers: list[tuple[str, Any]] = [
+        (name, module) for name, module in model.named_modules() if hasattr(module, "lora_A") and is_adapter(module)
+    ]
+    return [(name, layer) for name, layer in layers if not layer.merged and not layer.disable_adapters]
+
+
 def is_adapter(module: nn.Module) -> bool:
     """Whether a module is an adapter around another one, whatever its kind.
 

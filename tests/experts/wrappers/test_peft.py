@@ -10,7 +10,7 @@ from oracles.own_models import (
     assert_exact,
 )
 
-from bmoe_lightning.curvature import collect_factors
+from bmoe_lightning.curvature import LoRALayers, collect_factors
 from bmoe_lightning.experts import (
     down_proj_parameters,
     down_proj_weights,
@@ -28,11 +28,15 @@ from bmoe_lightning.experts.wrappers.peft import (
     adapted_parameter,
     has_lora_variant,
     has_parameter_deltas,
+    lora_dropouts,
+    lora_matrices,
     parameter_deltas,
     saved_copy,
 )
 from bmoe_lightning.laplace import LaplacePosterior
 from recipes.supported_models.tiny import build
+
+peft = pytest.importorskip("peft")
 
 BATCH = toy_batch()
 
@@ -43,7 +47,6 @@ pytestmark = pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing.*:Fu
 
 def adapted(model, **options):
     """The model under randomly drawn adapters of PEFT."""
-    peft = pytest.importorskip("peft")
     kind = options.pop("kind", "LoraConfig")
     with torch.random.fork_rng():
         torch.manual_seed(5)
@@ -127,6 +130,54 @@ class TestAdaptersOfLinearLayers:
         model = adapted(toy_model(), target_modules=["query"], r=2, use_dora=True)
         with pytest.raises(ValueError, match="belongs to a variant of LoRA"):
             find_linear_layers(model, "*.lora_A.*")
+
+
+class TestMatricesOfLoRA:
+    """Those that run: of active adapters, not merged."""
+
+    NAMES = tuple(f"base_model.model.layers.{i}.query.lora_{m}.default" for i in (0, 1) for m in "AB")
+
+    def test_names_in_order(self):
+        model = adapted(toy_model(), target_modules=["query"], r=2)
+        assert tuple(lora_matrices(model)) == self.NAMES
+        assert tuple(lora_matrices(model, "A")) == self.NAMES[::2]
+        assert tuple(layer.name for layer in LoRALayers("B").find(model)) == self.NAMES[1::2]
+        assert lora_matrices(toy_model()) == []
+
+    def test_other_adapters_are_left_out(self):
+        model = adapted(toy_model(), target_modules=["query"], r=2)
+        model.add_adapter("other", peft.LoraConfig(target_modules=["key"], r=3))
+        assert tuple(lora_matrices(model)) == self.NAMES
+        model.set_adapter("other")
+        assert [layer.d_out for layer in LoRALayers("A").find(model)] == [3, 3]
+        with model.disable_adapter():
+            assert lora_matrices(model) == []
+
+    def test_merged_ones_are_part_of_the_weights(self):
+        model = adapted(toy_model(), target_modules=["query"], r=2)
+        model.merge_adapter()
+        with pytest.raises(ValueError, match="has no layer with an active, unmerged LoRA adapter"):
+            LoRALayers().find(model)
+
+    def test_those_that_are_no_layers_are_refused(self):
+        model = adapted(toy_model(), target_modules=["words", "query"], r=2)
+        with pytest.raises(ValueError, match=r"adapts the embedding 'base_model\.model\.words'"):
+            LoRALayers().find(model)
+        model = adapted(toy_model(), target_modules=["query"], r=2, use_dora=True)
+        with pytest.raises(ValueError, match="belongs to a variant of LoRA"):
+            LoRALayers().find(model)
+        model = adapted(tiny_qwen(), r=2, target_modules=[], target_parameters=["experts.down_proj"])
+        with pytest.raises(ValueError, match=r"adapts a parameter \(target_parameters\)"):
+            LoRALayers().find(model)
+        with pytest.raises(ValueError, match="unknown matrices 'C' of LoRA"):
+            LoRALayers("C")
+
+    def test_dropout(self):
+        model = adapted(toy_model(), target_modules=["query"], r=2, lora_dropout=0.3)
+        names = [f"base_model.model.layers.{i}.query" for i in (0, 1)]
+        assert lora_dropouts(model) == dict.fromkeys(names, 0.3)
+        assert set(lora_dropouts(adapted(toy_model(), target_modules=["query"], r=2)).values()) == {0.0}
+        assert lora_dropouts(toy_model()) == {}
 
 
 class TestAdaptersOfWholeParameters:
