@@ -16,7 +16,17 @@ from bmoe_lightning.metrics.inputs import check_predictions, top_label
 from bmoe_lightning.metrics.nll import NegativeLogLikelihood, negative_log_likelihood
 from bmoe_lightning.metrics.plotting import draw_reliability_curve, new_axes, new_figure
 from bmoe_lightning.metrics.reliability import ReliabilityCurve, ReliabilityDiagram, reliability_curve
-from bmoe_lightning.metrics.selective import selective_risk
+from bmoe_lightning.metrics.selective import (
+    AreaUnderGeneralisedRiskCoverage,
+    AreaUnderRiskCoverage,
+    CoverageAtRisk,
+    ExcessAreaUnderRiskCoverage,
+    area_under_generalised_risk_coverage,
+    area_under_risk_coverage,
+    coverage_at_risk,
+    excess_area_under_risk_coverage,
+    selective_risk,
+)
 from bmoe_lightning.metrics.spec import MetricSpec, Resamples
 
 __all__ = [
@@ -24,10 +34,14 @@ __all__ = [
     "METRICS",
     "METRIC_NAMES",
     "Accuracy",
+    "AreaUnderGeneralisedRiskCoverage",
+    "AreaUnderRiskCoverage",
     "BinConvention",
     "Binning",
     "BrierScore",
     "CalibrationNorm",
+    "CoverageAtRisk",
+    "ExcessAreaUnderRiskCoverage",
     "ExpectedCalibrationError",
     "Interval",
     "MetricSpec",
@@ -36,13 +50,17 @@ __all__ = [
     "ReliabilityDiagram",
     "Resamples",
     "accuracy",
+    "area_under_generalised_risk_coverage",
+    "area_under_risk_coverage",
     "brier_score",
     "calibration_metrics",
     "calibration_resamples",
     "calibration_values",
     "centred_interval",
     "check_predictions",
+    "coverage_at_risk",
     "draw_reliability_curve",
+    "excess_area_under_risk_coverage",
     "expected_calibration_error",
     "negative_log_likelihood",
     "new_axes",

@@ -9,13 +9,16 @@ from __future__ import annotations
 from torch import Tensor
 from torchmetrics import Metric, MetricCollection
 
-from bmoe_lightning.metrics import acc, brier, ece, nll
+from bmoe_lightning.metrics import acc, brier, ece, nll, selective
 from bmoe_lightning.metrics.binning import BinConvention, Binning
 from bmoe_lightning.metrics.inputs import check_predictions
 from bmoe_lightning.metrics.spec import MetricSpec
 
 HEADLINE_METRICS = (acc.SPEC, ece.SPEC, nll.SPEC, brier.SPEC)
-METRICS: tuple[MetricSpec, ...] = HEADLINE_METRICS
+METRICS: tuple[MetricSpec, ...] = (
+    *HEADLINE_METRICS,
+    *selective.SPECS,
+)
 METRIC_NAMES = tuple(metric.name for metric in HEADLINE_METRICS)
 
 

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torchmetrics import Metric
 
-from bmoe_lightning.metrics.base import MeanOverExamples
+from bmoe_lightning.metrics.base import MeanOverExamples, OverAllExamples, once
 from bmoe_lightning.metrics.binning import Binning
 
 
@@ -98,5 +98,45 @@ def mean_over_examples(
         value=value,
         resampled=resampled,
         torchmetric=lambda binning: metric(),  # noqa: ARG005
+        note=lambda binning: note,  # noqa: ARG005
+    )
+
+
+def over_all_examples(
+    name: str,
+    title: str,
+    metric: Callable[[Binning], OverAllExamples],
+    *,
+    definition: str,
+    lower: float = 0.0,
+    upper: float = 1.0,
+    note: str = "",
+) -> MetricSpec:
+    """Describe a metric that needs all examples at once.
+
+    Args:
+        name: Key in results and logged names.
+        title: Column title.
+        metric: Function `binning -> torchmetrics class instance`, which computes the value from multiplicities.
+        definition: Definition and convention in a phrase.
+        lower: Smallest possible value.
+        upper: Largest possible value.
+        note: Sentence for the caption of a table; empty for none.
+    """
+
+    def resampled(log_probs: Tensor, target: Tensor, binning: Binning) -> Callable[[Resamples], Tensor]:
+        weighted = metric(binning).weighted(log_probs, target)
+        return lambda resamples: weighted(resamples.counts)
+
+    return MetricSpec(
+        name=name,
+        title=title,
+        higher_is_better=bool(metric(Binning()).higher_is_better),
+        definition=definition,
+        lower=lower,
+        upper=upper,
+        value=lambda log_probs, target, binning: once(metric(binning).weighted, log_probs, target),
+        resampled=resampled,
+        torchmetric=metric,
         note=lambda binning: note,  # noqa: ARG005
     )
