@@ -1,65 +1,38 @@
-"""The stages of a run: model and data, fine-tuning, fits, evaluation, report.
-
-Each stage writes a file atomically; a stage whose file exists is not repeated. For a method that is added to a finished
-run, only that method is fitted and evaluated.
-"""
+"""The stages of a run: model and data, all stages of each seed, report."""
 
 from __future__ import annotations
 
 import contextlib
-import gc
-import hashlib
 import logging
 import shlex
-import shutil
 import time
 import warnings
-from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Any
 
 import huggingface_hub
-import lightning as L
 import transformers
-from lightning.pytorch.loggers import TensorBoardLogger
 
-from bmoe_lightning import BayesianMoECallback, ExpertFinetuner, MultipleChoiceDataModule
-from bmoe_lightning.curvature.checkpoint import FORMAT as PASS_FORMAT
-from bmoe_lightning.data.batches import PaddingSide
-from bmoe_lightning.laplace.posterior import WeightMismatchError
-from bmoe_lightning.methods import DataMismatchError, FitResult, Method, NeedsError
-from bmoe_lightning.methods.fit_index import INDEX_FILE, has_fit
-from bmoe_lightning.methods.storage import load_fit
-from bmoe_lightning.report import MethodResult
-from bmoe_lightning.trainer.progress import LoopProgressLines
-from bmoe_lightning.utils.distributed import barrier, is_rank_zero
+from bmoe_lightning.methods import Method, NeedsError
+from bmoe_lightning.utils.distributed import is_rank_zero
 from bmoe_lightning.utils.file_header import DamagedFileError
 from bmoe_lightning.utils.folder_lock import FolderInUseError, locked_folder
-from bmoe_lightning.utils.safetensors_io import remove_tensor_file
-from recipes.qwen_obqa.distributed import agreed, first_then_others, joined, trainer_options
-from recipes.qwen_obqa.exported_model import check_origin, export, export_folder, is_exported
-from recipes.qwen_obqa.methods import build_methods, run_curvature
+from recipes.qwen_obqa.distributed import first_then_others, joined
+from recipes.qwen_obqa.methods import build_methods
 from recipes.qwen_obqa.reporting import report
 from recipes.qwen_obqa.run_folder import (
-    FIT_FOLDER,
     begin,
     check_start,
-    fingerprint_of_test,
     make_folder,
     plain_notes,
     remove_leftovers_of_killed_runs,
     run_identity,
 )
+from recipes.qwen_obqa.seed_run import SeedRun
 from recipes.qwen_obqa.settings import ResolvedSettings
 from recipes.qwen_obqa.sources import RecipeError, Source, prepare_source
-from recipes.qwen_obqa.stored_predictions import StoredPredictions
-from recipes.qwen_obqa.stored_weights import LoadTrained, SaveTrained, StopAtSignal, has_weights
-from recipes.qwen_obqa.zero_shot import ZERO_SHOT, predict_zero_shot
 
-__all__ = ["RecipeError", "run"]
-
-_CURVES = "training_curves"
+__all__ = ["RecipeError", "completed_run", "quieten", "run"]
 
 
 def run(settings: ResolvedSettings) -> None:
@@ -75,50 +48,67 @@ def run(settings: ResolvedSettings) -> None:
         RecipeError: If the model or the data cannot be loaded, the earlier run had other settings, or a setting cannot
             be used here.
     """
-    with plain_notes(), joined(settings):
-        _quieten()
-        _run(settings, build_methods(settings))
-
-
-def _run(settings: ResolvedSettings, methods: tuple[Method, ...]) -> None:
-    output = Path(settings.output_dir)
-    with contextlib.ExitStack() as stack:
-        resumes, source = first_then_others(lambda: _begun(settings, methods, output, stack))
-        _stages(settings, methods, output, source, resumes=resumes)
-
-
-def _stages(
-    settings: ResolvedSettings, methods: tuple[Method, ...], output: Path, source: Source, *, resumes: bool
-) -> None:
     started = time.monotonic()
-    if is_rank_zero():
-        if resumes:
-            print(f"Resuming the run in {output}: finished stages are not repeated; --overwrite replaces the run.")
-        print(source.banner, flush=True)
-    runs = [
-        SeedRun(settings, source, methods, output, seed, run_identity(settings, source))
-        for seed in range(settings.first_seed, settings.first_seed + settings.seeds)
-    ]
+    with plain_notes(), joined(settings):
+        quieten()
+        with completed_run(settings) as runs:
+            if not is_rank_zero():
+                return
+            output = Path(settings.output_dir)
+            report(settings, runs[0].source, output, runs)
+            print(f"\nDone in {time.monotonic() - started:.0f} s. Everything is in {output}; compare the methods with")
+            print(f"  tensorboard --logdir {shlex.quote(str(output / 'tensorboard'))}", flush=True)
 
-    def check_exports() -> None:
-        for run_of_seed in runs if is_rank_zero() else ():
-            run_of_seed.check_export()
 
-    first_then_others(check_exports)
-    try:
-        for run_of_seed in runs:
-            run_of_seed.complete()
-    except (DamagedFileError, NeedsError) as error:
-        raise RecipeError(str(error)) from error
-    if not is_rank_zero():
-        return
-    report(settings, source, output, runs)
-    print(f"\nDone in {time.monotonic() - started:.0f} s. Everything is in {output}; compare the methods with")
-    print(f"  tensorboard --logdir {shlex.quote(str(output / 'tensorboard'))}", flush=True)
+Prepare = Callable[[ResolvedSettings, Sequence[Method]], Source]
+
+
+@contextlib.contextmanager
+def completed_run(settings: ResolvedSettings, prepare: Prepare | None = None) -> Iterator[list[SeedRun]]:
+    """Run all stages but the report; the output folder is locked until the context ends.
+
+    Args:
+        settings: Resolved settings.
+        prepare: Function that loads or creates model and questions; by default `prepare_source`.
+
+    Yields:
+        The completed runs of all seeds.
+
+    Raises:
+        UsageError: If a method cannot be built.
+        RecipeError: As `run`.
+    """
+    methods, output = build_methods(settings), Path(settings.output_dir)
+    with contextlib.ExitStack() as stack:
+        resumes, source = first_then_others(lambda: _begun(settings, methods, output, prepare or prepare_source, stack))
+        if is_rank_zero():
+            if resumes:
+                print(f"Resuming the run in {output}: finished stages are not repeated; --overwrite replaces the run.")
+            print(source.banner, flush=True)
+        runs = [
+            SeedRun(settings, source, methods, output, seed, run_identity(settings, source))
+            for seed in range(settings.first_seed, settings.first_seed + settings.seeds)
+        ]
+
+        def check_exports() -> None:
+            for run_of_seed in runs if is_rank_zero() else ():
+                run_of_seed.check_export()
+
+        first_then_others(check_exports)
+        try:
+            for run_of_seed in runs:
+                run_of_seed.complete()
+        except (DamagedFileError, NeedsError) as error:
+            raise RecipeError(str(error)) from error
+        yield runs
 
 
 def _begun(
-    settings: ResolvedSettings, methods: tuple[Method, ...], output: Path, stack: contextlib.ExitStack
+    settings: ResolvedSettings,
+    methods: tuple[Method, ...],
+    output: Path,
+    prepare: Prepare,
+    stack: contextlib.ExitStack,
 ) -> tuple[bool, Source]:
     """Whether an earlier run is resumed, and model and questions.
 
@@ -132,283 +122,13 @@ def _begun(
             raise RecipeError(f"{error}, or give another --output-dir") from None
         remove_leftovers_of_killed_runs(output)
     resumes = check_start(settings, methods, output)
-    source = prepare_source(settings, methods)
+    source = prepare(settings, methods)
     if is_rank_zero():
         begin(settings, output, source, resumes=resumes)
     return resumes, source
 
 
-@dataclass
-class SeedRun:
-    """All stages of one fine-tuning seed.
-
-    Attributes:
-        settings: Resolved settings.
-        source: Model and data.
-        methods: Methods of the run, in the order of the table.
-        output: Folder of the run.
-        seed: Fine-tuning seed.
-        identity: Digest of the settings and questions that trained weights and fits depend on.
-    """
-
-    settings: ResolvedSettings
-    source: Source
-    methods: tuple[Method, ...]
-    output: Path
-    seed: int
-    identity: str
-    _padding_side: PaddingSide | None = field(default=None, init=False, repr=False)
-
-    @property
-    def folder(self) -> Path:
-        """Folder of this seed's files."""
-        return self.output / f"seed-{self.seed}"
-
-    @property
-    def fit_folder(self) -> Path:
-        """Folder of this seed's fit."""
-        return self.folder / FIT_FOLDER
-
-    @property
-    def predictions(self) -> StoredPredictions:
-        """This seed's predictions of the test split."""
-        return self._stored(self.folder)
-
-    def results(self) -> list[MethodResult]:
-        """Predictions on the test split, in the order of the table: of every method, and those before fine-tuning."""
-        ids = tuple(question.id for question in self.source.test)
-        results = [self.predictions.read(method, self.seed, ids) for method in self.methods]
-        if self.settings.zero_shot:
-            results.append(self._zero_shot_predictions.read(ZERO_SHOT, self.seed, ids))
-        return results
-
-    @property
-    def _zero_shot_predictions(self) -> StoredPredictions:
-        """The predictions before fine-tuning: the first seed's, if all seeds start from the same model."""
-        if self.source.world is not None:
-            return self.predictions
-        return self._stored(self.output / f"seed-{self.settings.first_seed}")
-
-    def _stored(self, folder: Path) -> StoredPredictions:
-        return StoredPredictions(folder / "predictions", self.identity, fingerprint_of_test(self.source))
-
-    def complete(self) -> None:
-        """Run the stages that an earlier run has not finished."""
-        # Rank zero decides by the files for all ranks: files may appear while the others check.
-        missing = [method for method in self.methods if not agreed(self.predictions.has(method))]
-        if not missing and not agreed(is_rank_zero() and self._fitted() is not None):
-            missing = list(self.methods)  # the report reads the fit, which is damaged or lost
-        zero_shot = self.settings.zero_shot and not agreed(self._zero_shot_predictions.has(ZERO_SHOT))
-        if (missing or zero_shot) and (weights := self._model()[1]):
-            self._say(f"pre-trained weights {weights}")
-        if zero_shot:
-            self._evaluate_zero_shot()
-        if missing:
-            self._complete_methods(missing)
-        folder = export_folder(self.settings, self.seed)
-        if folder is not None:
-            self._save_model(folder)
-
-    def check_export(self) -> None:
-        """Refuse another run's model in the folder of this seed's; see `check_origin`."""
-        folder = export_folder(self.settings, self.seed)
-        if folder is not None:
-            check_origin(folder, self._trained, self._stage(0))
-
-    def _evaluate_zero_shot(self) -> None:
-        self._say("evaluating the model before fine-tuning")
-        module, data = self._fresh(0)
-        callback = BayesianMoECallback(methods=[ZERO_SHOT], seed=self.seed)
-        predictions = predict_zero_shot(callback, self._trainer([callback]), module, data)
-        self._detach(module, data)
-        if is_rank_zero():
-            self._zero_shot_predictions.write(ZERO_SHOT, FitResult(seed=self.seed), predictions)
-        barrier()
-
-    def _save_model(self, folder: Path) -> None:
-        """Write the fine-tuned model for transformers, unless an earlier run has."""
-        if not agreed(has_weights(self._trained, self._stage(0))):
-            self._train_and_fit(*self._fresh(0), [self._with_runs(method) for method in self.methods])
-        if agreed(first_then_others(lambda: is_rank_zero() and is_exported(folder, self._trained))):
-            return
-        self._say(f"saving the fine-tuned model in {folder}")
-        module, trainer = self._fresh(0)[0], self._trainer([])
-
-        def write() -> None:
-            if is_rank_zero():
-                export(folder, self._trained, module, trainer, self.source.tokenizer)
-
-        first_then_others(write)
-
-    def _complete_methods(self, missing: Sequence[Method]) -> None:
-        """Train and fit what an earlier run has not, and evaluate the methods without predictions."""
-        try:
-            self._fit_and_evaluate(missing)
-        except (WeightMismatchError, DataMismatchError) as error:
-            # All ranks compare the same weights and data, so the error is raised on all of them.
-            warnings.warn(f"{error} The methods are fitted again", stacklevel=2)
-            if is_rank_zero():
-                (self.fit_folder / INDEX_FILE).unlink()
-            barrier()
-            self._fit_and_evaluate(missing)
-
-    def _fit_and_evaluate(self, missing: Sequence[Method]) -> None:
-        ready = {method.name: self._with_runs(method) for method in self.methods}
-        module, data = self._fresh(0)
-        self._train_and_fit(module, data, list(ready.values()))
-        names = ", ".join(method.name for method in missing)
-        self._say("evaluating" if len(missing) == len(self.methods) else f"evaluating {names}")
-        # A new callback, so that the evaluation uses the files of the fit.
-        callback = self._callback([ready[method.name] for method in missing])
-        load = LoadTrained(self._trained)
-        self._trainer([load, callback]).test(module, datamodule=data, verbose=False)
-        self._detach(module, data)
-        if is_rank_zero():
-            assert callback.fitted is not None
-            for method in missing:
-                self.predictions.write(method, callback.fitted, callback.predictions["test"][method.name])
-        barrier()
-
-    def _model(self) -> tuple[str, str]:
-        """The model that this seed starts from, and the hash of its weights."""
-        return first_then_others(lambda: (self.source.model_of(self.seed), self.source.model_hash(self.seed)))
-
-    @property
-    def _trained(self) -> Path:
-        return self.folder / "trained.safetensors"
-
-    def _stage(self, member: int) -> str:
-        """Digest of everything that determines the weights of a fine-tuning run."""
-        return hashlib.sha256(f"{self.identity} {self.seed} {member}".encode()).hexdigest()
-
-    def _with_runs(self, method: Method) -> Method:
-        """The method with the files of the further fine-tuning runs that it needs; missing runs are trained now."""
-        count = method.needs.runs
-        if not count:
-            return method
-        paths = tuple(str(self._member(index, count + 1)) for index in range(1, count + 1))
-        return replace(method, runs=paths)  # type: ignore[call-arg]  # a method that needs runs takes them so
-
-    def _member(self, index: int, size: int) -> Path:
-        """The file with the weights of one further fine-tuning run, trained now if it is missing."""
-        path = self.folder / f"member-{index}.safetensors"
-        if not agreed(has_weights(path, self._stage(index))):
-            self._say(f"fine-tuning member {index + 1} of {size} of an ensemble")
-            module, data = self._fresh(index)
-            save = SaveTrained(path, self._stage(index))
-            self._trainer([save], f"member-{index}", limit_val_batches=0).fit(module, datamodule=data)
-            self._detach(module, data)
-        return path
-
-    def _callback(self, methods: Sequence[Method]) -> BayesianMoECallback:
-        return BayesianMoECallback(
-            methods=methods,
-            curvature=run_curvature(self.settings),
-            curvature_checkpoint_every=self.settings.curvature_checkpoint_every,
-            dirpath=str(self.fit_folder),
-            seed=self.seed,
-        )
-
-    def _train_and_fit(
-        self, module: ExpertFinetuner, data: MultipleChoiceDataModule, methods: Sequence[Method]
-    ) -> None:
-        """Fine-tune the module and fit the methods, unless an earlier run has."""
-        callback = self._callback(methods)
-        if not agreed(has_weights(self._trained, self._stage(0))):
-            if is_rank_zero() and self.fit_folder.is_dir():
-                shutil.rmtree(self.fit_folder)  # of a training that was killed, or of weights that are trained again
-            self._say("fine-tuning the experts, then curvature and calibration")
-            save = SaveTrained(self._trained, self._stage(0))
-            self._trainer([save, callback], "training").fit(module, datamodule=data)
-            self._detach(module, data)
-            return
-        fit = self._fitted() if is_rank_zero() else None
-        missing = [m.name for m in methods if not agreed(fit is not None and fit.is_finished(m))]
-        if missing:
-            self._say(f"fitting {', '.join(missing)} to the fine-tuned weights")
-            # The callback first captures the weights from before fine-tuning; then the fine-tuned ones are loaded.
-            trainer = self._trainer([callback, LoadTrained(self._trained)])
-            callback.fit_posterior(module, trainer=trainer, datamodule=data)
-            self._detach(module, data)
-        elif is_rank_zero():
-            for path in self.fit_folder.glob("curvature_state-*"):  # of a process that was killed after the fit
-                remove_tensor_file(path, format=PASS_FORMAT)
-
-    def _fitted(self) -> FitResult | None:
-        """The fit of an earlier run; the index of a damaged one is removed, so that everything is fitted again."""
-        if not has_fit(self.fit_folder):
-            return None
-        try:
-            return load_fit(self.fit_folder)[0]
-        except (ValueError, FileNotFoundError) as error:
-            warnings.warn(f"{error} The methods are fitted again", stacklevel=2)
-            (self.fit_folder / INDEX_FILE).unlink()
-            return None
-
-    def _fresh(self, member: int) -> tuple[ExpertFinetuner, MultipleChoiceDataModule]:
-        """A module before fine-tuning, and the DataModule with this member's training order."""
-        settings = self.settings
-        seed = 1000 * self.seed + member
-        L.seed_everything(seed, workers=True, verbose=False)
-        # All of these modules start from the same weights.
-        data = self.source.data(seed, self._padding_side)
-        module = ExpertFinetuner(
-            self._model()[0],
-            answer_token_ids=data.answer_token_ids.tolist(),
-            train=settings.train,
-            learning_rate=settings.learning_rate,
-            weight_decay=settings.weight_decay,
-            schedule=settings.schedule,
-            expert_dropout=settings.expert_dropout,
-            half_precision_updates=settings.half_precision_updates,
-        )
-        return module, data
-
-    def _detach(self, module: ExpertFinetuner, data: MultipleChoiceDataModule) -> None:
-        """Free what a finished trainer holds: gradients, and the optimizer with its moments and copies of weights.
-
-        Trainer, module and DataModule refer to one another, so without this they would be freed at any later time.
-        """
-        self._padding_side = data.measured_padding_side
-        module.trainer = None
-        data.trainer = None
-        module.zero_grad()
-        gc.collect()
-
-    def _trainer(self, callbacks: list[L.Callback], curves: str | None = None, **options: Any) -> L.Trainer:
-        """A trainer; `curves` names its training curves, without which nothing is logged."""
-        version = f"seed-{self.seed}-{curves}"
-        if curves is not None and is_rank_zero():
-            # TensorBoard would draw the events of a training that was killed beside those of this one.
-            shutil.rmtree(self.output / _CURVES / version, ignore_errors=True)
-        logger = curves is not None and TensorBoardLogger(
-            self.output, name=_CURVES, version=version, default_hp_metric=False
-        )
-        return L.Trainer(
-            max_epochs=self.settings.epochs,
-            accelerator=self.settings.accelerator,
-            precision=self.settings.precision,
-            gradient_clip_val=1.0,
-            callbacks=[StopAtSignal(), LoopProgressLines(), *callbacks],
-            logger=logger,
-            log_every_n_steps=10,
-            enable_checkpointing=False,
-            enable_model_summary=False,
-            enable_progress_bar=not self.settings.quiet,
-            # Nothing depends on the validation loss, so validate once, at the end.
-            check_val_every_n_epoch=self.settings.epochs,
-            num_sanity_val_steps=0,
-            default_root_dir=str(self.output),
-            **trainer_options(self.settings),
-            **options,
-        )
-
-    def _say(self, what: str) -> None:
-        if is_rank_zero():
-            print(f"[seed {self.seed}] {what}", flush=True)
-
-
-def _quieten() -> None:
+def quieten() -> None:
     """Silence log messages and warnings that would hide the progress bars and the table."""
     transformers.utils.logging.disable_progress_bar()
     # Not each retry: the final failure is reported as one error.

@@ -32,7 +32,7 @@ from recipes.qwen_obqa.sources import Source
 from recipes.qwen_obqa.zero_shot import ZERO_SHOT
 
 if TYPE_CHECKING:
-    from recipes.qwen_obqa.experiment import SeedRun
+    from recipes.qwen_obqa.seed_run import SeedRun
 
 
 def report(settings: ResolvedSettings, source: Source, output: Path, runs: Sequence[SeedRun]) -> None:

@@ -18,6 +18,7 @@ import lightning as L
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 
 from bmoe_lightning.curvature.sketch import check_linear
+from bmoe_lightning.data import Question
 from bmoe_lightning.methods import Method
 from bmoe_lightning.methods.fit_index import remove_leftover_files
 from bmoe_lightning.optim import check_half_precision_updates
@@ -125,7 +126,7 @@ def begin(settings: ResolvedSettings, output: Path, source: Source, *, resumes: 
         **_lasting(settings),
         _TEST_LIMIT: settings.limit_test,
         _QUESTIONS: questions_fingerprint(source),
-        _TEST_QUESTIONS: fingerprint_of_test(source),
+        _TEST_QUESTIONS: fingerprint_of(source.test),
     }
     earlier = _read_run(path) if resumes else content
     same_limit = earlier.get(_TEST_LIMIT) == settings.limit_test
@@ -213,7 +214,8 @@ def run_identity(settings: ResolvedSettings, source: Source) -> str:
 def remove_leftovers_of_killed_runs(output: Path) -> None:
     """Remove what killed processes left in the folder of a run, which this process has locked."""
     fits = [folder / FIT_FOLDER for folder in output.glob("seed-*")]
-    for folder in (output, *output.glob("seed-*"), *output.glob("seed-*/predictions"), output / "figures"):
+    predictions = output.glob("seed-*/predictions*")
+    for folder in (output, *output.glob("seed-*"), *predictions, output / "figures"):
         remove_all_leftovers(folder)
     for folder in fits:
         remove_leftover_files(folder)
@@ -228,9 +230,9 @@ def questions_fingerprint(source: Source) -> str:
     return hashlib.sha256(json.dumps([*parts, classes]).encode()).hexdigest()[:16]
 
 
-def fingerprint_of_test(source: Source) -> str:
-    """Digest of the test questions."""
-    return hashlib.sha256(json.dumps([asdict(question) for question in source.test]).encode()).hexdigest()[:16]
+def fingerprint_of(questions: Sequence[Question]) -> str:
+    """Digest of the questions of one split."""
+    return hashlib.sha256(json.dumps([asdict(question) for question in questions]).encode()).hexdigest()[:16]
 
 
 def _one_line(message: object) -> str:

@@ -5,9 +5,9 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 
 from transformers import AutoConfig
@@ -47,6 +47,7 @@ class Source:
         banner: Text that is printed first.
         world: Task on which the built-in model is pre-trained, once for each seed; None for a model that all
             seeds share.
+        others: Further test sets by name, of other tasks: predictions under a shift of the distribution.
     """
 
     settings: ResolvedSettings
@@ -57,6 +58,7 @@ class Source:
     test: Sequence[Question]
     banner: str
     world: World | None = None
+    others: Mapping[str, Sequence[Question]] = field(default_factory=dict)
 
     def model_of(self, seed: int) -> str:
         """Folder or hub id of the model that a seed starts from; pre-trains the built-in one if it is not cached."""
@@ -79,9 +81,22 @@ class Source:
             seed: Seed of the order.
             padding_side: Side on which the model's prompts are padded; None has it measured.
         """
+        return self._module(Splits(tuple(self.train), tuple(self.calibration), tuple(self.test)), seed, padding_side)
+
+    def data_of(self, other: str, padding_side: PaddingSide | None = None) -> MultipleChoiceDataModule:
+        """The DataModule of a further test set, whose number of choices and answer tokens are its own.
+
+        Args:
+            other: Name of the test set.
+            padding_side: As in `data`.
+        """
+        questions = tuple(self.others[other])
+        return self._module(Splits(questions, questions, questions), 0, padding_side)
+
+    def _module(self, splits: Splits, seed: int, padding_side: PaddingSide | None) -> MultipleChoiceDataModule:
         settings = self.settings
         data = MultipleChoiceDataModule(
-            Splits(tuple(self.train), tuple(self.calibration), tuple(self.test)),
+            splits,
             self.tokenizer,
             prompt=settings.prompt,
             batch_size=settings.batch_size,

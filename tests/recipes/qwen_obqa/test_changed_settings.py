@@ -7,7 +7,7 @@ import torch
 from recipe_runs import run
 
 from bmoe_lightning.utils.safetensors_io import read_tensor_file
-from recipes.qwen_obqa import experiment
+from recipes.qwen_obqa import experiment, seed_run
 
 METHODS = "map,temperature,laplace_lpo,mc_dropout"
 BASE = ("--methods", METHODS, "--limit-validation", "128", "--limit-test", "12", "--eval-batch-size", "8")
@@ -90,7 +90,7 @@ def test_a_smaller_batch_of_the_evaluation_resumes(tmp_path, capsys, monkeypatch
         def lacking(*_, **__):
             raise MemoryError
 
-        patch.setattr(experiment.StoredPredictions, "write", lacking)
+        patch.setattr(seed_run.StoredPredictions, "write", lacking)
         with pytest.raises(MemoryError):
             run(folder, *BASE)
     assert done_again(folder, capsys, *BASE, "--eval-batch-size", "2") == ["evaluating"]

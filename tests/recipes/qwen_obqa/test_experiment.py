@@ -24,7 +24,7 @@ from bmoe_lightning.methods import get_method, method_names
 from bmoe_lightning.methods.curvature_warnings import discarded_energy
 from bmoe_lightning.methods.storage import load_fit, save_fit
 from bmoe_lightning.report import matplotlib_available
-from recipes.qwen_obqa import experiment
+from recipes.qwen_obqa import experiment, seed_run
 
 METHODS = "map,checkpoint_ensemble,temperature,laplace_evidence,laplace_lpo"
 
@@ -174,7 +174,7 @@ class TestResume:
         written = trained.stat().st_mtime_ns
 
         with monkeypatch.context() as patch:
-            patch.setattr(experiment.StoredPredictions, "write", killed)
+            patch.setattr(seed_run.StoredPredictions, "write", killed)
             with pytest.raises(RuntimeError, match="killed"):
                 run(folder, "--methods", METHODS, "--resume")
         posterior = folder / "seed-0" / "bayesian_moe" / "posterior.safetensors"
