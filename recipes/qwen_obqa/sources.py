@@ -81,17 +81,20 @@ class Source:
             seed: Seed of the order.
             padding_side: Side on which the model's prompts are padded; None has it measured.
         """
-        return self._module(Splits(tuple(self.train), tuple(self.calibration), tuple(self.test)), seed, padding_side)
+        return self._module(self._splits, seed, padding_side)
 
     def data_of(self, other: str, padding_side: PaddingSide | None = None) -> MultipleChoiceDataModule:
-        """The DataModule of a further test set, whose number of choices and answer tokens are its own.
+        """The DataModule of a further test set, in place of the test split.
 
         Args:
             other: Name of the test set.
             padding_side: As in `data`.
         """
-        questions = tuple(self.others[other])
-        return self._module(Splits(questions, questions, questions), 0, padding_side)
+        return self._module(replace(self._splits, test=tuple(self.others[other])), 0, padding_side)
+
+    @property
+    def _splits(self) -> Splits:
+        return Splits(tuple(self.train), tuple(self.calibration), tuple(self.test))
 
     def _module(self, splits: Splits, seed: int, padding_side: PaddingSide | None) -> MultipleChoiceDataModule:
         settings = self.settings

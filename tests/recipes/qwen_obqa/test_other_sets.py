@@ -36,12 +36,13 @@ def finished(tmp_path_factory):
     return completed(tmp_path_factory.mktemp("run") / "run")
 
 
-def test_every_method_predicts_them_with_their_own_choices(finished):
+def test_every_method_predicts_them(finished):
     results = {result.method: result for result in finished.results_of("pairs")}
     assert tuple(results) == METHODS
     expected = pairs(finished.source)
     for result in results.values():
-        assert result.log_probs.shape == (5, 2)
+        assert result.log_probs.shape == (5, 4)
+        assert bool((result.log_probs[:, 2:] == -torch.inf).all())
         torch.testing.assert_close(result.log_probs.exp().sum(1), torch.ones(5, dtype=torch.float64))
         assert result.target.tolist() == [question.answer for question in expected]
         assert result.ids == tuple(question.id for question in expected)
