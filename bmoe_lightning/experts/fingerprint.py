@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -21,7 +20,6 @@ from bmoe_lightning.utils.distributed import gather_number, num_processes, sum_o
 _SAMPLES = 64
 # Steps of 2^32 divided by the golden ratio are spread evenly over a matrix, whatever its width.
 _STRIDE = 2654435761
-_PRECISIONS = (torch.float32, torch.bfloat16, torch.float16)
 
 
 def weight_fingerprint(model: nn.Module, layers: Sequence[ExpertLayer]) -> str:
@@ -51,49 +49,6 @@ def module_fingerprint(module: nn.Module) -> str:
     """Hash a sample of all parameters of a module, whichever part of it has the experts; see `weight_fingerprint`."""
     reshard(module)
     return _digest(module, sharded=has_shards(module))
-
-
-@dataclass(frozen=True)
-class CastDigests:
-    """Digests of a sample of weights, as they are and cast to each narrower dtype.
-
-    Pretrained weights are the same ones where they are loaded in another precision.
-
-    Attributes:
-        dtype: Dtype of the weights; float32 for wider ones.
-        digests: Sixteen hexadecimal digits by the dtype that the values are cast to.
-    """
-
-    dtype: str
-    digests: Mapping[str, str]
-
-    def same(self, other: CastDigests) -> bool:
-        """Whether the weights are equal, or those of one are those of the other cast to a narrower dtype."""
-        return any(
-            (own := self.digests.get(dtype)) is not None and own == other.digests.get(dtype)
-            for dtype in (self.dtype, other.dtype)
-        )
-
-
-def cast_digests(weights: Sequence[Tensor], *, sharded: bool) -> CastDigests:
-    """Hash a sample of weights in every precision that a model may be loaded in. A collective, if they are sharded.
-
-    Args:
-        weights: Weights of one dtype, detached; at least one.
-        sharded: Whether the model is sharded by FSDP2.
-
-    Raises:
-        ValueError: If ranks differ in weights that several of them hold.
-    """
-    values = joined_samples([sample(weight, sharded=sharded) for weight in weights], sharded=sharded)
-    casts = {_word(dtype): values.to(dtype).float() for dtype in _PRECISIONS}
-    digests = {name: hashlib.sha256(cast.numpy().tobytes()).hexdigest()[:16] for name, cast in casts.items()}
-    dtype = _word(weights[0].dtype)
-    return CastDigests(dtype if dtype in digests else _word(torch.float32), digests)
-
-
-def _word(dtype: torch.dtype) -> str:
-    return str(dtype).removeprefix("torch.")
 
 
 def _digest(module: nn.Module, *, sharded: bool) -> str:

@@ -20,7 +20,8 @@ from torch.utils._pytree import tree_leaves
 from bmoe_lightning.experts.fingerprint import fingerprinted_module
 from bmoe_lightning.experts.logits_contract import ClassLogits
 from bmoe_lightning.experts.types import ExpertLayer
-from bmoe_lightning.experts.weight_record import WeightRecord, compare_outside, outside_record
+from bmoe_lightning.experts.weight_comparison import compare_outside
+from bmoe_lightning.experts.weight_record import WeightRecord, outside_record
 from bmoe_lightning.experts.wrappers.compiled import eager_code
 from bmoe_lightning.experts.wrappers.names import plain_name
 from bmoe_lightning.utils.distributed import sum_over_processes

@@ -28,7 +28,7 @@ from bmoe_lightning.experts.discovery import locate_expert_layers
 from bmoe_lightning.experts.fsdp import reshard, runs_in_lockstep
 from bmoe_lightning.experts.logits_contract import ClassLogits
 from bmoe_lightning.experts.threads import model_lock
-from bmoe_lightning.experts.weight_record import same_weights
+from bmoe_lightning.experts.weight_comparison import same_weights
 from bmoe_lightning.laplace.attribution import Attribution, attributed
 from bmoe_lightning.laplace.binding import Binding
 from bmoe_lightning.laplace.covariance import BatchTerms, batch_terms, covariance

@@ -16,7 +16,8 @@ from bmoe_lightning.curvature.spec import Curvature
 from bmoe_lightning.experts import ExpertLayer
 from bmoe_lightning.experts.data_record import DataRecord
 from bmoe_lightning.experts.discovery import locate_expert_layers
-from bmoe_lightning.experts.weight_record import PresentWeights, WeightComparison, WeightRecord
+from bmoe_lightning.experts.weight_comparison import PresentWeights, WeightComparison
+from bmoe_lightning.experts.weight_record import WeightRecord
 from bmoe_lightning.laplace.posterior import LaplacePosterior, WeightMismatchError
 from bmoe_lightning.methods.base import PRIOR_PRECISION, Method, State
 from bmoe_lightning.utils.distributed import is_rank_zero

@@ -9,12 +9,13 @@ from contextlib import suppress
 from typing import Any
 
 import lightning as L
+import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from bmoe_lightning.experts import ExpertLayer, down_proj_parameters, down_proj_weights
-from bmoe_lightning.experts.fingerprint import CastDigests, cast_digests
 from bmoe_lightning.experts.fsdp import has_shards, local_part, reshard
+from bmoe_lightning.experts.sampled_values import SampledValues, sampled_values
 from bmoe_lightning.experts.wrappers.names import plain_name
 from bmoe_lightning.experts.wrappers.peft import is_adapter
 from bmoe_lightning.experts.wrappers.quantised import unusable
@@ -30,9 +31,9 @@ _KEY = "prior_mean"
 
 
 class PriorMean:
-    """CPU copies of the `down_proj` of every expert, captured once per module, and digests of them.
+    """CPU copies of the `down_proj` of every expert, captured once per module, and samples of them.
 
-    The copies are made if methods use them. The digests are made for any methods and go into the checkpoints of a
+    The copies are made if methods use them. The samples are taken for any methods and go into the checkpoints of a
     training: who resumes it, maybe with other methods, has to give a module that has the same weights to begin with.
 
     Args:
@@ -46,8 +47,8 @@ class PriorMean:
     def __init__(self, methods: Sequence[Method]) -> None:
         self.weights: dict[str, Tensor] | None = None
         self._methods = tuple(methods)
-        self._digests: dict[str, CastDigests] = {}
-        self._recorded: dict[str, CastDigests] | None = None  # in the checkpoint of this run; None if it loads none
+        self._samples: dict[str, SampledValues] = {}
+        self._recorded: dict[str, SampledValues] | None = None  # in the checkpoint of this run; None if it loads none
         self._of_training = False
         self._module: weakref.ref[nn.Module] | None = None
         self._hook: RemovableHandle | None = None
@@ -79,7 +80,7 @@ class PriorMean:
         """
         if self.is_of(module):
             return
-        self.weights, self._module, self._digests, self._of_training = None, None, {}, False
+        self.weights, self._module, self._samples, self._of_training = None, None, {}, False
         with suppress(ValueError):  # no experts yet: the model is created in configure_model
             used = prior_mean_layers(self._methods, module)
             layers = {layer.name: layer for layer in [*used, *fingerprinted_layers(self._methods, module)]}
@@ -93,7 +94,8 @@ class PriorMean:
                 if layer in used:
                     weights |= {name: local_part(w).values.to("cpu", copy=True) for name, w in found.items()}
                 with suppress(ValueError):  # ranks differ, which a fit refuses
-                    self._digests[plain_name(layer.name)] = cast_digests(list(found.values()), sharded=sharded)
+                    values = sampled_values(list(found.values()), _dtype_of(module, layer), sharded=sharded)
+                    self._samples[plain_name(layer.name)] = values
             self.weights = weights if used else None
             self._module = weakref.ref(module)
 
@@ -126,22 +128,23 @@ class PriorMean:
         self._recorded = {}
 
     def state_dict(self) -> dict[str, Any]:
-        """Digests of the weights from before training, for a checkpoint; empty if they are not known."""
-        digests = self._digests if self._recorded is None else self._recorded
-        return {_KEY: {name: [found.dtype, found.digests] for name, found in digests.items()}} if digests else {}
+        """Samples of the weights from before training, for a checkpoint; empty if they are not known."""
+        samples = self._samples if self._recorded is None else self._recorded
+        return {_KEY: {name: list(found.text()) for name, found in samples.items()}} if samples else {}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Restore the digests of a checkpoint.
+        """Restore the samples of a checkpoint; digests, which earlier versions wrote instead, are left out.
 
         Raises:
             ValueError: If they are damaged.
         """
         try:
-            self._recorded = (
-                {str(name): CastDigests(str(dtype), dict(digests)) for name, (dtype, digests) in state[_KEY].items()}
-                if _KEY in state
-                else {}
-            )
+            entries = {str(name): tuple(entry) for name, entry in state.get(_KEY, {}).items()}
+            self._recorded = {
+                name: SampledValues.from_text(dtype, values)
+                for name, (dtype, values) in entries.items()
+                if not isinstance(values, Mapping)
+            }
         except (AttributeError, TypeError, ValueError) as error:
             raise ValueError(
                 f"the checkpoint's record of the weights from before training is damaged ({state[_KEY]!r:.80}); load "
@@ -168,7 +171,7 @@ class PriorMean:
         self._of_training |= trains
         if self._recorded is None:
             if not self._of_training:
-                self._digests = {}
+                self._samples = {}
             return
         recorded, names = self._recorded, [method.name for method in methods if method.needs.prior_mean]
         layers = [plain_name(layer.name) for layer in prior_mean_layers(methods, module)]
@@ -179,7 +182,7 @@ class PriorMean:
             differing = [
                 name
                 for name in layers
-                if name in recorded and name in self._digests and not recorded[name].same(self._digests[name])
+                if name in recorded and name in self._samples and not recorded[name].same(self._samples[name])
             ]
             if differing:
                 raise NeedsError(
@@ -198,6 +201,11 @@ class PriorMean:
                 )
 
         together(compare, distributed=trainer.world_size > 1)
+
+
+def _dtype_of(module: nn.Module, layer: ExpertLayer) -> torch.dtype:
+    """The dtype of a layer's parameters, to which weights with merged adapters are rounded no more."""
+    return next(iter(down_proj_parameters(module, layer).values())).dtype
 
 
 def _is_plain(module: nn.Module, layer: ExpertLayer) -> bool:

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from torch import nn
 
-from bmoe_lightning.experts.weight_record import PresentWeights
+from bmoe_lightning.experts.weight_comparison import PresentWeights
 from bmoe_lightning.laplace.posterior import WeightMismatchError
 from bmoe_lightning.methods.fit_index import has_fit, unreadable
 from bmoe_lightning.methods.fit_result import FitResult

@@ -16,7 +16,8 @@ from torch.distributed.fsdp import fully_shard
 from bmoe_lightning.curvature import collect_factors
 from bmoe_lightning.experts import find_expert_layers
 from bmoe_lightning.experts.used_weights import UsedWeights
-from bmoe_lightning.experts.weight_record import compare_outside, outside_record
+from bmoe_lightning.experts.weight_comparison import compare_outside
+from bmoe_lightning.experts.weight_record import outside_record
 from bmoe_lightning.laplace import LaplacePosterior, WeightMismatchError
 from bmoe_lightning.methods import CheckpointEnsemble, TemperatureScaling, fit_methods, save_snapshot
 

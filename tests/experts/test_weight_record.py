@@ -15,13 +15,8 @@ from torch import nn
 
 from bmoe_lightning.curvature import collect_factors
 from bmoe_lightning.experts import expert_parameters, find_expert_layers
-from bmoe_lightning.experts.weight_record import (
-    WeightRecord,
-    compare_weights,
-    outside_record,
-    same_weights,
-    weight_record,
-)
+from bmoe_lightning.experts.weight_comparison import compare_weights, same_weights
+from bmoe_lightning.experts.weight_record import WeightRecord, outside_record, weight_record
 from bmoe_lightning.laplace import LaplacePosterior, WeightMismatchError
 
 LEARNING_RATE = 5e-5

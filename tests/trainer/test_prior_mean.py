@@ -98,6 +98,52 @@ def test_can_be_pickled_without_its_module():
     assert len(written) < 2 * sum(value.nbytes for value in prior_mean.weights.values()) + 10_000
 
 
+def checked(before, module):
+    """A record of one module, in a checkpoint of a run that resumes with another module."""
+    first, second = PriorMean([EVIDENCE]), PriorMean([EVIDENCE])
+    first.capture(before)
+    second.load_state_dict(first.state_dict())
+    second.capture(module)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        second.check(FakeTrainer(), module, [EVIDENCE], trains=True)
+
+
+@pytest.mark.parametrize(
+    ("dtype", "other"), [(torch.float16, torch.bfloat16), (torch.float32, torch.float16), (torch.bfloat16,) * 2]
+)
+def test_one_model_in_two_precisions(dtype, other):
+    for one, two in ((dtype, other), (other, dtype)):
+        checked(ToyModule().to(one), ToyModule().to(two))
+        moved = ToyModule()
+        with torch.no_grad():
+            for weight in moved.parameters():
+                weight.add_(5e-5 * torch.randn(weight.shape, generator=torch.Generator().manual_seed(1)).sign())
+        with pytest.raises(NeedsError, match=REFUSED):
+            checked(ToyModule().to(one), moved.to(two))
+
+
+def test_adapters_of_a_narrow_model():
+    """Merged in float32, with the rounding of the model's own precision."""
+    peft = pytest.importorskip("peft")
+    config = {"r": 2, "target_modules": [], "target_parameters": ["mlp.experts.down_proj"]}
+
+    def adapted(dtype):
+        module = ToyModule()
+        module.network.to(dtype)
+        module.network = peft.get_peft_model(module.network, peft.LoraConfig(**config))
+        return module
+
+    checked(adapted(torch.float32), adapted(torch.bfloat16))
+    checked(adapted(torch.bfloat16), adapted(torch.float16))
+    other = adapted(torch.bfloat16)
+    for name, parameter in other.named_parameters():
+        if "lora_B" in name:
+            parameter.data.normal_(0, 0.01)
+    with pytest.raises(NeedsError, match="other weights than before training in 2 of 2 expert layers"):
+        checked(adapted(torch.float32), other)
+
+
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory):
     """Checkpoints of trainings of one epoch."""
@@ -150,6 +196,27 @@ class TestResumed:
         assert callback.fitted is not None
         assert warned == []
         assert callback.state_dict()["prior_mean"] == self.record(path)
+
+    def test_the_same_weights_after_another_rounding_are_accepted(self, runs, tmp_path):
+        """As adapters that are merged on another machine."""
+        module = ToyModule()
+        with torch.no_grad():
+            for name, weight in module.named_parameters():
+                if "experts.down_proj" in name:
+                    weight.mul_(1 + 1e-7 * torch.randn(weight.shape, generator=torch.Generator().manual_seed(1)))
+        assert not torch.equal(module.get_parameter(DOWN), ToyModule().get_parameter(DOWN))
+        callback, warned = self.resumed(runs / "evidence.ckpt", tmp_path, module=module)
+        assert callback.fitted is not None
+        assert warned == []
+
+    def test_digests_of_an_earlier_version_are_no_record(self, runs):
+        prior_mean = PriorMean([EVIDENCE])
+        prior_mean.load_state_dict(
+            {"prior_mean": {DOWN.removesuffix(".down_proj"): ["float32", {"float32": "0" * 16}]}}
+        )
+        prior_mean.capture(ToyModule())
+        with pytest.warns(UserWarning, match="the checkpoint has no record of the weights from before training"):
+            prior_mean.check(FakeTrainer(), ToyModule(), [EVIDENCE], trains=True)
 
     def record(self, path):
         (state,) = [s for name, s in torch.load(path)["callbacks"].items() if name.startswith("BayesianMoECallback")]

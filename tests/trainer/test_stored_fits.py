@@ -99,10 +99,10 @@ class TestFindFit:
 
     def test_the_weights_are_read_once(self, folders, monkeypatch):
         reads = []
-        from bmoe_lightning.experts import weight_record
+        from bmoe_lightning.experts import weight_comparison
 
-        original = weight_record.weight_fingerprint
-        monkeypatch.setattr(weight_record, "weight_fingerprint", lambda *args: reads.append(1) or original(*args))
+        original = weight_comparison.weight_fingerprint
+        monkeypatch.setattr(weight_comparison, "weight_fingerprint", lambda *args: reads.append(1) or original(*args))
         find_fit(folders, model_of(7))
         assert len(reads) == 1
 
