@@ -305,8 +305,8 @@ def compared(one: tuple[Tensor, Tensor], other: tuple[Tensor, Tensor]) -> str | 
     return ""
 
 
-def compared_in_any_order(one: tuple[Tensor, Tensor], other: tuple[Tensor, Tensor]) -> str:
-    """How examples differ from others in any order; empty if they are the same.
+def compared_in_any_order(one: tuple[Tensor, Tensor], other: tuple[Tensor, Tensor]) -> str | None:
+    """How examples differ from others in any order; empty if they are the same, None if they are too many to tell.
 
     Args:
         one: Logits `[N, K]` and labels `[N]`; `NO_LABEL` where they are unknown.
@@ -330,6 +330,8 @@ def compared_in_any_order(one: tuple[Tensor, Tensor], other: tuple[Tensor, Tenso
     pairs = paired(expected, found, groups, other_groups, same_example=largest, spread=spread)
     if pairs.relabelled:
         return f"other labels (of {pairs.relabelled} of {len(groups)} examples)"
+    if not pairs.is_complete:
+        return None
     if pairs.unpaired > _REROUTED * len(groups) * (not pairs.is_exact):
         return f"other inputs (the model's logits differ for {pairs.unpaired} of {len(groups)} examples)"
     return ""

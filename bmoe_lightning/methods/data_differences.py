@@ -41,8 +41,8 @@ def training_difference(known: DataRecord, found: DataRecord) -> str:
     return f"{difference}, or another order, on which it depends what a pass with max_batches sees"
 
 
-def split_difference(one: Split, other: Split) -> str:
-    """How a data set differs from another, in the same order or in another one; empty if it is the same."""
+def split_difference(one: Split, other: Split) -> str | None:
+    """How a data set differs from another, in any order; empty if it is the same, None if it is too large to tell."""
     known, found = _with_labels(one), _with_labels(other)
     in_order = compared(known, found) if len(known[0]) == len(found[0]) else None
     if in_order == "":

@@ -8,27 +8,19 @@ from __future__ import annotations
 
 import math
 from collections.abc import Collection, Iterable, Sequence
-from dataclasses import dataclass, replace
-from itertools import islice
+from dataclasses import replace
 from typing import Any
 
-import torch
-from torch import Tensor, nn
+from torch import nn
 
 from bmoe_lightning.experts import ClassLogits
-from bmoe_lightning.experts.counted_batch import count_of, lockstep, plain_batch
 from bmoe_lightning.experts.data_record import (
     DataRecord,
-    DataRecorder,
-    integer_labels,
     record_of,
 )
-from bmoe_lightning.experts.logits_contract import NO_LABEL, checked_labels, joined_logits
 from bmoe_lightning.methods.base import Method
-from bmoe_lightning.methods.batch_view import BatchView
 from bmoe_lightning.methods.data_differences import (
     Split,
-    first_size,
     iterates_once,
     log_doubt,
     num_rows,
@@ -37,12 +29,12 @@ from bmoe_lightning.methods.data_differences import (
     training_difference,
 )
 from bmoe_lightning.methods.needs import Available, NeedsError, check_needs
+from bmoe_lightning.methods.plain_passes import NO_EXAMPLES, Counts, PlainPasses
 from bmoe_lightning.methods.training_data import TrainingData
-from bmoe_lightning.utils.distributed import failing_together, gather_examples, gather_number
+from bmoe_lightning.utils.distributed import gather_number
 from bmoe_lightning.utils.random_state import unchanged_global_random_states, unchanged_random_state
 
-_NO_EXAMPLES = "no calibration examples: the calibration split is empty; add examples"
-
+_TOO_MANY = "their order differs, and there are too many to be compared in any order"
 _VARYING = "they differ from one pass to the next (random augmentation, or a sampler with a random state of its own)"
 
 
@@ -80,8 +72,7 @@ class GivenData:
         self._is_checked = is_checked
         self.split = self._known_split = split
         self.training_record = self._known_training = training_record
-        self._model = model
-        self._class_logits = class_logits
+        self._passes = PlainPasses(model, class_logits, distributed=distributed)
         self._training = training
         self._calibration = calibration
         self._distributed = distributed
@@ -117,7 +108,7 @@ class GivenData:
         if found is None:
             return
         if not found.examples:
-            raise NeedsError(_NO_EXAMPLES)
+            raise NeedsError(NO_EXAMPLES)
         check_needs(needing, Available(calibration_inputs=max(found.examples, found.expected), runs=True))
         if known is not None and known.examples < needed:
             refuse("held-out", f"{needed} or more examples instead of {known.examples}")
@@ -143,7 +134,7 @@ class GivenData:
         if passed_over:
             if not collects or iterates_once(self._calibration):
                 return
-            if not record_of(*self._known_split).beginning(self._recorded(self._calibration, 1)):
+            if not record_of(*self._known_split).beginning(self._passes.record(self._calibration, 1)):
                 return
         self.plain_split()
 
@@ -170,19 +161,19 @@ class GivenData:
             return
         with unchanged_global_random_states():
             batches = self._training.batches(known.max_batches)
-            first = self._recorded(batches, 1)
+            first = self._passes.record(batches, 1)
             beginning = known.beginning(first) if first.num_examples else ""
             is_as_many = not first.num_examples or self._may_be_as_many(batches, first, known)
             if beginning == "" and is_as_many:
                 return
             if once:
                 self._warn_of_training("they can be read only once, and the first batch or their number differs")
-            elif first.beginning(self._recorded(self._training.batches(known.max_batches), 1)) != "":
+            elif first.beginning(self._passes.record(self._training.batches(known.max_batches), 1)) != "":
                 if known.max_batches not in passes:
                     self._warn_of_training(_VARYING)
             elif beginning is not None or known.max_batches not in passes or not is_as_many:
                 passed = self._passed_over_training()
-                difference = training_difference(known, passed.record)
+                difference = training_difference(known, passed[0])
                 self._refuse_training(difference and (beginning or difference), passed)
 
     def see_training(self, found: DataRecord | None) -> None:
@@ -212,7 +203,13 @@ class GivenData:
         if known is None:
             self.split = found
             return found
-        refuse("held-out", split_difference(known, found))
+        difference = split_difference(known, found)
+        refuse("held-out", difference)
+        if difference is None:
+            log_doubt(
+                f"it is unknown whether the held-out data are those of the existing fit: {_TOO_MANY}; if they are "
+                "others, fit all methods again in another folder"
+            )
         if known[1] is None:
             self.split = found  # the same inputs, now with labels
         return found
@@ -225,98 +222,45 @@ class GivenData:
             ValueError: If there are no examples.
         """
         assert self._calibration is not None
-        builder = _SplitBuilder()
-        with failing_together(distributed=self._distributed):
-            for batch in lockstep(self._model, self._calibration):
-                view = self._view(batch)
-                missing = torch.full((len(view.logits),), NO_LABEL)
-                labels = missing if view.labels is None else checked_labels(view.labels, view.logits, values=False)
-                builder.add(view.logits, labels, count_of(batch, len(labels)))
-        return self.seen_split(builder.finish(distributed=self._distributed))
+        return self.seen_split(self._passes.split(self._calibration))
 
-    def _counts_up_to(self, needed: int, *, labelled: bool) -> _Counts:
+    def _counts_up_to(self, needed: int, *, labelled: bool) -> Counts:
         """Count the first held-out examples: those of one batch, or as many as it takes to have the needed ones.
 
         One batch is enough where the number of entries or batches tells.
         """
         data: Any = self._calibration
         with unchanged_random_state(data):
-            limit, found = 1, self._counts(data, 1, labelled=labelled)
+            limit, found = 1, self._passes.counts(data, 1, labelled=labelled)
             entries = self._num_entries(data) if found.rows == found.examples else -1
             expected = max(entries, (min(self._num_batches(data)) - 1) * found.examples)
             if expected >= needed:
                 return replace(found, expected=expected)
             while 0 < found.examples < needed and found.batches == limit:
                 limit = math.ceil(limit * needed / found.examples)
-                found = self._counts(data, limit, labelled=labelled)
+                found = self._passes.counts(data, limit, labelled=labelled)
         return found
 
-    def _counts(self, batches: Iterable[Any], max_batches: int, *, labelled: bool) -> _Counts:
-        """Count the examples of the first batches of all ranks in plain forward passes. A collective."""
-        examples = unlabelled = rows = number = 0
-        with failing_together(distributed=self._distributed):
-            for batch in islice(lockstep(self._model, batches), max_batches):
-                number += 1
-                view = self._view(batch)
-                logits = view.logits[: count_of(batch, len(view.logits))]
-                examples, rows = examples + len(logits), rows + first_size(batch)
-                if view.labels is None:
-                    unlabelled += len(logits)
-                elif labelled:
-                    labels = checked_labels(view.labels, view.logits, values=False)[: len(logits)]
-                    checked_labels(labels, logits)
-        if self._distributed:
-            examples, unlabelled, rows = (sum(gather_number(count)) for count in (examples, unlabelled, rows))
-            number = max(gather_number(number))
-        return _Counts(examples, unlabelled, rows, number)
-
-    def _view(self, batch: Any) -> BatchView:
-        return BatchView(self._model, self._class_logits, plain_batch(batch))
-
-    def _recorded(self, batches: Iterable[Any], max_batches: int | None = None) -> DataRecord:
-        """Record data in plain forward passes. A collective, if distributed."""
-        recorder = DataRecorder(distributed=self._distributed)
-        with unchanged_random_state(batches), failing_together(distributed=self._distributed):
-            for batch in islice(lockstep(self._model, batches), max_batches):
-                view = self._view(batch)
-                recorder.add(view.logits, view.labels, count_of(batch, len(view.logits)))
-        record = recorder.finish()
-        assert record is not None
-        return record
-
-    def _passed_over_training(self, seed: int | None = None) -> _PassedOver:
-        """Record the training data, and return their logits too. A collective, if distributed.
-
-        Args:
-            seed: Seed of torch's random state, which orders and augments data that seed no random state of their own.
-        """
+    def _passed_over_training(self, seed: int | None = None) -> tuple[DataRecord, Split]:
+        """The record of the training data, and their logits too; see `PlainPasses.record_and_split`."""
         assert self._known_training is not None
-        batches = self._training.batches(limit := self._known_training.max_batches)
-        recorder, builder = DataRecorder(distributed=self._distributed, max_batches=limit), _SplitBuilder()
-        with unchanged_random_state(batches), failing_together(distributed=self._distributed):
-            if seed is not None:
-                torch.default_generator.manual_seed(seed)
-            for batch in lockstep(self._model, batches):
-                view = self._view(batch)
-                count = count_of(batch, len(view.logits))
-                recorder.add(view.logits, view.labels, count)
-                builder.add(view.logits, integer_labels(view.labels, len(view.logits)), count)
-        record = recorder.finish()
-        assert record is not None
-        return _PassedOver(record, builder.finish(distributed=self._distributed))
+        limit = self._known_training.max_batches
+        return self._passes.record_and_split(self._training.batches(limit), max_batches=limit, seed=seed)
 
-    def _refuse_training(self, difference: str, passed: _PassedOver | None = None) -> None:
+    def _refuse_training(self, difference: str, passed: tuple[DataRecord, Split] | None = None) -> None:
         """Refuse the training data, unless two passes over them differ as well. A collective, if distributed."""
         if not difference:
             return
+        reason = _VARYING  # once it was told
         if self._varies is None and not iterates_once(self._training):
             with unchanged_global_random_states():
                 one = self._passed_over_training() if passed is None else passed
-                other = self._passed_over_training(seed=one.record.num_examples)
-            self._varies = split_difference(one.split, other.split) != ""
+                other = self._passed_over_training(seed=one[0].num_examples)
+            found = split_difference(one[1], other[1])
+            self._varies, reason = found != "", _TOO_MANY if found is None else _VARYING
         if not self._varies:
             refuse("training", difference)
-        self._warn_of_training(_VARYING)
+        self._warn_of_training(reason)
 
     def _warn_of_training(self, reason: str) -> None:
         if not self._is_warned:
@@ -353,53 +297,5 @@ class GivenData:
         return gather_number(length) if self._distributed else [length]
 
 
-@dataclass(frozen=True)
-class _Counts:
-    """Numbers of examples, of those without labels, of rows of tensors (-1 for none) and of batches on a rank.
-
-    Attributes:
-        expected: Number of examples that there are expected to be in all.
-    """
-
-    examples: int
-    unlabelled: int
-    rows: int = -1
-    batches: int = 0
-    expected: int = 0
-
-
-class _SplitBuilder:
-    """Collects logits and labels of a pass without curvature."""
-
-    def __init__(self) -> None:
-        self._logits: list[Tensor] = []
-        self._labels = [torch.empty(0, dtype=torch.int64)]
-
-    def add(self, logits: Tensor, labels: Tensor, num_counted: int) -> None:
-        self._logits.append(logits[:num_counted].cpu())
-        self._labels.append(labels[:num_counted].cpu())
-
-    def finish(self, *, distributed: bool) -> Split:
-        num_classes = max((part.shape[1] for part in self._logits), default=0)
-        if distributed:
-            num_classes = max(gather_number(num_classes))
-        # A rank without a batch contributes no rows, of that many classes.
-        self._logits.append(torch.empty(0, num_classes, dtype=torch.float64))
-        logits, labels = joined_logits(self._logits, num_classes), torch.cat(self._labels)
-        if distributed:
-            logits, labels = gather_examples(logits), gather_examples(labels)
-        if not len(labels):
-            raise ValueError(_NO_EXAMPLES)
-        return logits, None if bool((labels == NO_LABEL).all()) else labels
-
-
-@dataclass(frozen=True)
-class _PassedOver:
-    """A plain pass over the training data."""
-
-    record: DataRecord
-    split: Split
-
-
-def _counts_of(split: Split) -> _Counts:
-    return _Counts(len(split[0]), len(split[0]) if split[1] is None else 0)
+def _counts_of(split: Split) -> Counts:
+    return Counts(len(split[0]), len(split[0]) if split[1] is None else 0)

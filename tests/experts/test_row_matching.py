@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
+from bmoe_lightning.experts import row_matching
 from bmoe_lightning.experts.row_matching import Pairing, paired
 
 
@@ -89,3 +90,48 @@ def test_pairs_are_nearest_first():
         distances[row], distances[:, column] = torch.inf, torch.inf
         left += 1
     assert found_pairs(known, found, labels, other_labels).unpaired == pytest.approx(60 - left, abs=3)
+
+
+class TestLimit:
+    """The work and the memory are limited whatever the number of examples, and it is said where that does not do."""
+
+    def test_beyond_it_nothing_is_claimed(self, monkeypatch):
+        known, labels = points(3000, 4)
+        same, same_labels = in_another_order(known, labels, 0.05)
+        others = points(3000, 4, seed=2)[0]
+        for found, its_labels in ((same, same_labels), (others, labels)):
+            enough = found_pairs(known, found, labels, its_labels)
+            assert enough.is_complete
+            monkeypatch.setattr(row_matching, "MAX_WORK", 1 << 21)
+            assert not found_pairs(known, found, labels, its_labels).is_complete
+            monkeypatch.undo()
+
+    def test_distances_are_within_it(self, monkeypatch):
+        cells, orig = [], torch.cdist
+        monkeypatch.setattr(torch, "cdist", lambda x, y, p: cells.append(len(x) * len(y)) or orig(x, y, p=p))
+        monkeypatch.setattr(row_matching, "MAX_WORK", 1 << 25)
+        monkeypatch.setattr(row_matching, "_CELLS", 1 << 16)
+        known, labels = points(20_000, 4)
+        assert not found_pairs(known, points(20_000, 4, seed=2)[0], labels, labels).is_complete
+        assert 0 < 4 * sum(cells) <= 1 << 25
+        assert max(cells) <= 1 << 16
+
+    def test_pieces_of_a_neighbourhood_are_the_whole(self, monkeypatch):
+        known, labels = points(2000, 4)
+        found, its_labels = in_another_order(known, labels, 0.05)
+        found[:100] = points(100, 4, seed=2)[0]
+        expected = found_pairs(known, found, labels, its_labels)
+        monkeypatch.setattr(row_matching, "_CELLS", 256 * 16)
+        assert found_pairs(known, found, labels, its_labels) == expected
+
+    @pytest.mark.slow
+    @pytest.mark.parametrize("kind", ["another order", "others"])
+    def test_a_million_examples(self, kind):
+        known, labels = points(1_000_000, 4)
+        found, its_labels = in_another_order(known, labels, 1e-7)
+        if kind == "others":
+            found = points(1_000_000, 4, seed=2)[0]
+        pairing = found_pairs(known, found, labels, its_labels)
+        assert pairing.is_complete == (kind == "another order")
+        if pairing.is_complete:
+            assert pairing == Pairing(0, 0, is_exact=True)

@@ -14,6 +14,7 @@ from oracles.models import answer_logits, split, taken, toy_batch, toy_model
 from torch.utils.data import DataLoader
 
 from bmoe_lightning.curvature import Curvature
+from bmoe_lightning.experts import row_matching
 from bmoe_lightning.methods import (
     MAP,
     EvidenceTemperature,
@@ -297,6 +298,22 @@ def test_other_data_are_refused_in_an_order_that_varies(existing):
             training=Loader(lambda: part_of(others, 80)),
             earlier=existing,
         )
+
+
+@pytest.mark.parametrize("added", [TemperatureScaling(), LaplaceEvidence(prior_mean="zero", curvature=OTHER)])
+@pytest.mark.parametrize("kind", ["held-out", "training"])
+def test_too_many_in_another_order_are_not_refused(existing, added, kind, caplog, monkeypatch):
+    """Nobody can tell whether they are the same, and it is said once."""
+    others = Loader(lambda: part_of(toy_batch(num_rows=80, seed=9), 80))
+    data = {"held_out": shuffled(HELD_OUT)} if kind == "held-out" else {"training": others}
+    monkeypatch.setattr(row_matching, "MAX_WORK", 0)
+    with caplog.at_level(logging.WARNING, "bmoe_lightning"):
+        found = fit([LaplaceLPO(num_samples=200), added], earlier=existing, **data)
+    assert added.name in found.methods
+    said = [r.getMessage() for r in caplog.records if f"whether the {kind} data are those of" in r.getMessage()]
+    if kind == "held-out" or added.curvatures:
+        assert "too many to be compared in any order" in said[0]
+    assert len(said) == 1
 
 
 def test_a_stream_that_only_a_comparison_would_read(existing, caplog):
