@@ -34,7 +34,8 @@ from bmoe_lightning.experts.fingerprint import weight_fingerprint
 from bmoe_lightning.experts.fsdp import check_collective
 from bmoe_lightning.experts.logits_contract import ClassLogits
 from bmoe_lightning.experts.ownership import slot_owners
-from bmoe_lightning.experts.taps import Slots, TappedBatch, tapped_batch
+from bmoe_lightning.experts.tapped_batches import TappedBatch, tapped_batch
+from bmoe_lightning.experts.taps import Slots
 from bmoe_lightning.experts.tied_weights import check_distinct
 from bmoe_lightning.experts.types import ExpertLayer
 from bmoe_lightning.experts.used_weights import UsedWeights

@@ -6,7 +6,7 @@ from bmoe_lightning.experts.dropout import expert_dropout
 from bmoe_lightning.experts.fingerprint import weight_fingerprint
 from bmoe_lightning.experts.layouts.registered import register_experts
 from bmoe_lightning.experts.logits_contract import ClassLogits
-from bmoe_lightning.experts.taps import tapped_batch
+from bmoe_lightning.experts.tapped_batches import tapped_batch
 from bmoe_lightning.experts.threads import model_lock
 from bmoe_lightning.experts.types import ExpertLayer
 from bmoe_lightning.experts.weights import (

@@ -12,7 +12,8 @@ from torch import Tensor, nn
 from bmoe_lightning.experts.logits_contract import ClassLogits, checked_labels, looks_masked, run_class_logits
 from bmoe_lightning.experts.model_state import evaluation_mode
 from bmoe_lightning.experts.ownership import slot_owners
-from bmoe_lightning.experts.taps import check_graph, tapped_batch
+from bmoe_lightning.experts.tapped_batches import tapped_batch
+from bmoe_lightning.experts.taps import check_graph
 from bmoe_lightning.experts.types import ExpertLayer
 from bmoe_lightning.utils.random_state import unchanged_global_random_states
 

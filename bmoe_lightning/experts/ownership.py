@@ -16,7 +16,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from bmoe_lightning.experts.taps import Slots, TappedBatch
+from bmoe_lightning.experts.tapped_batches import TappedBatch
+from bmoe_lightning.experts.taps import Slots
 from bmoe_lightning.utils.devices import to_cpu
 
 _UNKNOWN = -1

@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from bmoe_lightning.curvature.factors import LayerFactors, orthonormal
 from bmoe_lightning.experts.logits_contract import ClassLogits
 from bmoe_lightning.experts.ownership import slot_owners
-from bmoe_lightning.experts.taps import tapped_batch
+from bmoe_lightning.experts.tapped_batches import tapped_batch
 from bmoe_lightning.experts.types import ExpertLayer
 from bmoe_lightning.laplace.groups import SlotGroups, SlotKeys, group_slots, inner_products, on_device, padded_groups
 

@@ -19,7 +19,7 @@ from bmoe_lightning.curvature import collect_factors
 from bmoe_lightning.curvature.factors import KroneckerFactors
 from bmoe_lightning.data.batches import PaddingSide
 from bmoe_lightning.experts import ExpertLayer, find_expert_layers
-from bmoe_lightning.experts.taps import tapped_batch
+from bmoe_lightning.experts.tapped_batches import tapped_batch
 from bmoe_lightning.laplace import LaplacePosterior
 from recipes.supported_models.catalogue import is_own, uses_interface
 from recipes.supported_models.oracle import (

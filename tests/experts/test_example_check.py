@@ -19,7 +19,7 @@ from bmoe_lightning.data.batches import Collate, EncodedQuestion
 from bmoe_lightning.data.padding import shortened
 from bmoe_lightning.experts import find_expert_layers
 from bmoe_lightning.experts.example_check import check_examples
-from bmoe_lightning.experts.taps import tapped_batch
+from bmoe_lightning.experts.tapped_batches import tapped_batch
 from bmoe_lightning.models.last_logits import last_logits
 from recipes.supported_models.tiny import build
 
