@@ -6,6 +6,7 @@ import re
 import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, Literal
 
@@ -37,6 +38,10 @@ class ModelUnavailableError(RuntimeError):
     """A model, named by its folder or hub id, could not be loaded completely."""
 
 
+class MissingPackageError(ImportError):
+    """A package that a model's file format needs is not installed."""
+
+
 @contextmanager
 def model_source(source: str, *errors: type[Exception]) -> Iterator[None]:
     """Convert errors from reading the files of a model to a `ModelUnavailableError` of one sentence.
@@ -63,7 +68,7 @@ def model_source(source: str, *errors: type[Exception]) -> Iterator[None]:
         raise ModelUnavailableError(message) from None
 
 
-def load_causal_model(source: str, dtype: DtypeName = "auto") -> PreTrainedModel:
+def load_causal_model(source: str, dtype: DtypeName = "auto", *, gguf_file: str | None = None) -> PreTrainedModel:
     """Load a causal language model on the CPU, in evaluation mode. Remote code is never run.
 
     Families of `bmoe_lightning.models` load like those of transformers, even if config.json names remote code.
@@ -72,8 +77,10 @@ def load_causal_model(source: str, dtype: DtypeName = "auto") -> PreTrainedModel
     Args:
         source: Local folder or hub id.
         dtype: Dtype of the weights; `auto` is that of the files.
+        gguf_file: Name of a GGUF file in the folder or repository, whose weights are dequantised.
 
     Raises:
+        MissingPackageError: If packages that read GGUF files are missing.
         ModelUnavailableError: If there is no such folder, the hub does not have the model, files are missing or
             damaged, or they lack weights of the model (a single expert, say) or hold them in other shapes, which
             transformers would initialise at random.
@@ -81,6 +88,7 @@ def load_causal_model(source: str, dtype: DtypeName = "auto") -> PreTrainedModel
             not implemented.
     """
     register_models()
+    check_gguf_packages(gguf_file)
     try:
         # The trainer's device context would make transformers ask for accelerate; the strategy moves the model later.
         with model_source(source), torch.device("cpu"):
@@ -91,6 +99,7 @@ def load_causal_model(source: str, dtype: DtypeName = "auto") -> PreTrainedModel
                 output_loading_info=True,
                 # So that the report names them; `_check_complete` refuses them.
                 ignore_mismatched_sizes=True,
+                **_gguf_options(gguf_file),
             )
     except StrictDataclassError as error:
         reason = " ".join(str(error).split()).rstrip(".")
@@ -107,23 +116,45 @@ def load_causal_model(source: str, dtype: DtypeName = "auto") -> PreTrainedModel
     return model
 
 
-def load_tokenizer(source: str) -> PreTrainedTokenizerBase:
+def check_gguf_packages(gguf_file: str | None) -> None:
+    """Check that a GGUF file, if there is one, could be read.
+
+    Raises:
+        MissingPackageError: If packages that transformers needs for it are missing.
+    """
+    missing = [name for name in ("accelerate", "gguf") if gguf_file is not None and find_spec(name) is None]
+    if missing:
+        raise MissingPackageError(
+            f"transformers reads the GGUF file {gguf_file!r} with {' and '.join(missing)}, which cannot be imported; "
+            "install it with pip install 'bmoe-lightning[gguf]'"
+        )
+
+
+def _gguf_options(gguf_file: str | None) -> dict[str, Any]:
+    return {} if gguf_file is None else {"gguf_file": gguf_file}
+
+
+def load_tokenizer(source: str, *, gguf_file: str | None = None) -> PreTrainedTokenizerBase:
     """Load a tokenizer as its files describe it. Remote code is never run, without a prompt that asks to.
 
     Args:
         source: Local folder or hub id.
+        gguf_file: Name of a GGUF file in the folder or repository that holds the tokenizer.
 
     Raises:
+        MissingPackageError: If packages that read GGUF files are missing.
         OSError: If the tokenizer could not be loaded.
         ValueError: If it needs remote code.
     """
     register_models()
-    tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=False)
+    check_gguf_packages(gguf_file)
+    options = _gguf_options(gguf_file)
+    tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=False, **options)
     # DeepSeek's tokenizers name Llama's class but are byte-level. Transformers before 5.22 used that class, which
     # replaces the pre-tokenizer of tokenizer.json by Llama's: every space of a prompt is lost.
     vocabulary = tokenizer.get_vocab()
     if isinstance(tokenizer, LlamaTokenizer) and _BYTE_LEVEL_SPACE in vocabulary and _LLAMA_SPACE not in vocabulary:
-        return PreTrainedTokenizerFast.from_pretrained(source, trust_remote_code=False)
+        return PreTrainedTokenizerFast.from_pretrained(source, trust_remote_code=False, **options)
     return tokenizer
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import shutil
 import tempfile
 from pathlib import Path
 from typing import Any
@@ -14,7 +13,8 @@ from bmoe_lightning import ExpertFinetuner
 from bmoe_lightning.methods import apply_snapshot
 from bmoe_lightning.methods.snapshots import snapshot_info
 from bmoe_lightning.models.loading import load_tokenizer
-from recipes.qwen_obqa.saved_model import damaged_file, save_model, unfinished_folders
+from recipes.common.new_folder import remove_unfinished
+from recipes.qwen_obqa.saved_model import damaged_file, save_model
 from recipes.qwen_obqa.settings import ResolvedSettings
 from recipes.qwen_obqa.sources import RecipeError
 
@@ -53,8 +53,7 @@ def check_export(settings: ResolvedSettings, output: Path, *, resumes: bool) -> 
         try:
             folder.parent.mkdir(parents=True, exist_ok=True)
             tempfile.TemporaryFile(dir=folder.parent).close()
-            for unfinished in unfinished_folders(folder):
-                shutil.rmtree(unfinished)
+            remove_unfinished(folder)
             used = folder.exists() and (not folder.is_dir() or any(folder.iterdir()))
         except OSError as error:
             raise RecipeError(f"--save-model {folder} cannot be written ({error.strerror}); give another one") from None

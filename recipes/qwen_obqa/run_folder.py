@@ -25,9 +25,9 @@ from bmoe_lightning.optim import check_half_precision_updates
 from bmoe_lightning.utils.atomic_io import remove_all_leftovers, remove_leftovers
 from bmoe_lightning.utils.distributed import is_rank_zero, num_processes
 from bmoe_lightning.utils.json_io import read_json_file, write_json_file
+from recipes.common.new_folder import UNFINISHED
 from recipes.qwen_obqa.distributed import trainer_options
 from recipes.qwen_obqa.exported_model import check_export
-from recipes.qwen_obqa.saved_model import UNFINISHED
 from recipes.qwen_obqa.settings import ResolvedSettings
 from recipes.qwen_obqa.sources import RecipeError, Source
 

@@ -4,35 +4,18 @@ from __future__ import annotations
 
 import hashlib
 import json
-import re
 import shutil
-import uuid
 import warnings
 from collections.abc import Mapping
+from contextlib import suppress
 from pathlib import Path
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from recipes.common.new_folder import FolderFilledError, new_folder
+
 RECORD_FILE = "pretraining.json"
 """Statistics of the training of a small model, and a SHA-256 digest of every other file of the folder."""
-
-UNFINISHED = ".unfinished-"
-"""Prefix of folders that are being written."""
-
-
-def unfinished_folders(folder: Path) -> list[Path]:
-    """The folders, in the same parent, in which killed calls of `save_model` have written the content of a folder.
-
-    Raises:
-        OSError: If the parent cannot be read.
-    """
-    # In full: with `model` there may be one of `model-large`, which another process is writing.
-    name = re.compile(rf"{re.escape(_unfinished_prefix(folder))}[0-9a-f]{{32}}")
-    return [path for path in folder.parent.iterdir() if name.fullmatch(path.name) and path.is_dir()]
-
-
-def _unfinished_prefix(folder: Path) -> str:
-    return f"{UNFINISHED}{folder.name}-"
 
 
 def is_intact(folder: Path) -> bool:
@@ -88,20 +71,9 @@ def save_model(
     Raises:
         OSError: If it cannot be written.
     """
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    unfinished = folder.with_name(_unfinished_prefix(folder) + uuid.uuid4().hex)
-    unfinished.mkdir()
-    try:
+    with suppress(FolderFilledError), new_folder(folder) as unfinished:
         model.save_pretrained(unfinished)
         tokenizer.save_pretrained(unfinished)
         digests = {path.name: _digest(path) for path in sorted(unfinished.iterdir())}
         text = json.dumps({**record, "sha256": digests}, indent=2) + "\n"
         (unfinished / record_file).write_text(text, encoding="utf-8")
-        try:
-            unfinished.replace(folder)
-        except OSError:
-            # Another process has written the same model first.
-            if not folder.is_dir():
-                raise
-    finally:
-        shutil.rmtree(unfinished, ignore_errors=True)

@@ -13,8 +13,8 @@ from safetensors import safe_open
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from bmoe_lightning.utils.safetensors_io import read_tensor_file
+from recipes.common.new_folder import UNFINISHED
 from recipes.qwen_obqa import experiment, exported_model
-from recipes.qwen_obqa.saved_model import UNFINISHED
 
 
 @pytest.fixture(autouse=True)

@@ -1,0 +1,1 @@
+"""Make a mixture of experts from a dense language model, by sparse upcycling."""
