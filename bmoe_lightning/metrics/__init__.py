@@ -1,6 +1,7 @@
 """Calibration metrics from log-probabilities: functions, torchmetrics classes, and bootstrap intervals."""
 
 from bmoe_lightning.metrics.acc import Accuracy, accuracy
+from bmoe_lightning.metrics.adaptive_ece import AdaptiveCalibrationError, adaptive_calibration_error
 from bmoe_lightning.metrics.binning import BinConvention, Binning
 from bmoe_lightning.metrics.bootstrap import Interval, calibration_resamples, centred_interval
 from bmoe_lightning.metrics.brier import BrierScore, brier_score
@@ -11,10 +12,17 @@ from bmoe_lightning.metrics.calibration import (
     calibration_metrics,
     calibration_values,
 )
+from bmoe_lightning.metrics.classwise_ece import ClasswiseCalibrationError, classwise_calibration_error
 from bmoe_lightning.metrics.ece import CalibrationNorm, ExpectedCalibrationError, expected_calibration_error
 from bmoe_lightning.metrics.inputs import check_predictions, top_label
 from bmoe_lightning.metrics.nll import NegativeLogLikelihood, negative_log_likelihood
 from bmoe_lightning.metrics.plotting import draw_reliability_curve, new_axes, new_figure
+from bmoe_lightning.metrics.refinement import (
+    NLLCalibration,
+    NLLRefinement,
+    NLLSplit,
+    negative_log_likelihood_split,
+)
 from bmoe_lightning.metrics.reliability import ReliabilityCurve, ReliabilityDiagram, reliability_curve
 from bmoe_lightning.metrics.selective import (
     AreaUnderGeneralisedRiskCoverage,
@@ -27,6 +35,7 @@ from bmoe_lightning.metrics.selective import (
     excess_area_under_risk_coverage,
     selective_risk,
 )
+from bmoe_lightning.metrics.smooth_ece import SmoothCalibrationError, smooth_calibration_error
 from bmoe_lightning.metrics.spec import MetricSpec, Resamples
 
 __all__ = [
@@ -34,22 +43,29 @@ __all__ = [
     "METRICS",
     "METRIC_NAMES",
     "Accuracy",
+    "AdaptiveCalibrationError",
     "AreaUnderGeneralisedRiskCoverage",
     "AreaUnderRiskCoverage",
     "BinConvention",
     "Binning",
     "BrierScore",
     "CalibrationNorm",
+    "ClasswiseCalibrationError",
     "CoverageAtRisk",
     "ExcessAreaUnderRiskCoverage",
     "ExpectedCalibrationError",
     "Interval",
     "MetricSpec",
+    "NLLCalibration",
+    "NLLRefinement",
+    "NLLSplit",
     "NegativeLogLikelihood",
     "ReliabilityCurve",
     "ReliabilityDiagram",
     "Resamples",
+    "SmoothCalibrationError",
     "accuracy",
+    "adaptive_calibration_error",
     "area_under_generalised_risk_coverage",
     "area_under_risk_coverage",
     "brier_score",
@@ -58,14 +74,17 @@ __all__ = [
     "calibration_values",
     "centred_interval",
     "check_predictions",
+    "classwise_calibration_error",
     "coverage_at_risk",
     "draw_reliability_curve",
     "excess_area_under_risk_coverage",
     "expected_calibration_error",
     "negative_log_likelihood",
+    "negative_log_likelihood_split",
     "new_axes",
     "new_figure",
     "reliability_curve",
     "selective_risk",
+    "smooth_calibration_error",
     "top_label",
 ]

@@ -87,8 +87,8 @@ class OverAllExamples(Metric):
 
     is_differentiable = False
     full_state_update = False
-    plot_lower_bound = 0.0
-    plot_upper_bound = 1.0
+    plot_lower_bound: float | None = 0.0
+    plot_upper_bound: float | None = 1.0
 
     prefix: str
 

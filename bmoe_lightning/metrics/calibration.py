@@ -9,7 +9,7 @@ from __future__ import annotations
 from torch import Tensor
 from torchmetrics import Metric, MetricCollection
 
-from bmoe_lightning.metrics import acc, brier, ece, nll, selective
+from bmoe_lightning.metrics import acc, adaptive_ece, brier, classwise_ece, ece, nll, refinement, selective, smooth_ece
 from bmoe_lightning.metrics.binning import BinConvention, Binning
 from bmoe_lightning.metrics.inputs import check_predictions
 from bmoe_lightning.metrics.spec import MetricSpec
@@ -17,6 +17,10 @@ from bmoe_lightning.metrics.spec import MetricSpec
 HEADLINE_METRICS = (acc.SPEC, ece.SPEC, nll.SPEC, brier.SPEC)
 METRICS: tuple[MetricSpec, ...] = (
     *HEADLINE_METRICS,
+    *refinement.SPECS,
+    smooth_ece.SPEC,
+    adaptive_ece.SPEC,
+    classwise_ece.SPEC,
     *selective.SPECS,
 )
 METRIC_NAMES = tuple(metric.name for metric in HEADLINE_METRICS)

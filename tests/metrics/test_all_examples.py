@@ -56,13 +56,13 @@ def test_values_on_resamples_are_those_of_the_drawn_examples(metric, predictions
     assert found.shape == (12,)
     assert found.dtype == torch.float64
     if metric.name in CROSS_FITTED:
-        # Copies of an example stay in one fold, so a resample is not the data set of its rows.
+        # Copies of an example are left out together, so a resample is not the data set of its rows.
         return
     for s, row in enumerate(drawn.indices):
         assert float(found[s]) == pytest.approx(value(metric, log_probs[row], target[row]), abs=1e-9, nan_ok=True)
 
 
-CROSS_FITTED = {"nll_refined", "nll_calibration"}
+CROSS_FITTED = {"nll_refinement", "nll_calibration"}
 
 
 @METRIC
@@ -138,8 +138,8 @@ def test_a_module_moved_to_bfloat16_does_not_cost_precision(metric, predictions)
     log_probs, target = predictions(60)
     module = torch.nn.Module()
     module.metric = metric.torchmetric(BINNING)
-    module.metric.update(log_probs[:20], target[:20])
     module.to(torch.bfloat16)
+    module.metric.update(log_probs[:20], target[:20])
     module.metric.update(log_probs[20:], target[20:])
     assert float(module.metric.compute()) == pytest.approx(value(metric, log_probs, target), abs=1e-12)
 

@@ -92,13 +92,13 @@ def test_undefined_resamples_are_left_out_and_an_undefined_estimate_has_no_inter
 def test_the_interval_contains_the_estimate_and_lies_in_the_range(metric, predictions):
     """On small data sets, calibrated ones among them, where plain percentiles of an ECE lie above it."""
     outside = defined = 0
-    for seed in range(40):
+    for seed in range(24):
         log_probs, target = predictions(3 + 7 * (seed % 8), classes=2 + seed % 3, seed=seed)
         if seed % 2:
             log_probs = (log_probs / 2).log_softmax(1)
         estimate = float(metric.value(log_probs, target, Binning()))
         resampled = metric.resampled(log_probs, target, Binning())
-        samples = torch.cat([resampled(drawn) for drawn in B.draw_resamples(len(target), 100, seed)])
+        samples = torch.cat([resampled(drawn) for drawn in B.draw_resamples(len(target), 60, seed)])
         found = B.centred_interval(samples, estimate, lower=metric.lower, upper=metric.upper)
         if math.isnan(estimate):
             assert math.isnan(found.low)
@@ -106,9 +106,9 @@ def test_the_interval_contains_the_estimate_and_lies_in_the_range(metric, predic
         defined += 1
         assert metric.lower <= found.low <= estimate <= found.high <= metric.upper
         outside += not float(samples.nanquantile(0.025)) <= estimate <= float(samples.nanquantile(0.975))
-    assert defined > 20
+    assert defined > 12
     if metric.name == "ece":
-        assert outside > 2
+        assert outside > 0
 
 
 def test_infinite_losses_give_infinite_ends_and_no_nan(predictions):
