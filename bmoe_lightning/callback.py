@@ -16,26 +16,20 @@ from bmoe_lightning.experts import ClassLogits
 from bmoe_lightning.methods.base import Method, check_choice, check_method_names
 from bmoe_lightning.methods.evaluation import Predictions, Predictor
 from bmoe_lightning.methods.fit_result import FitResult
-from bmoe_lightning.methods.fitting import fingerprinted_layers, fit_methods
+from bmoe_lightning.methods.fitting import fingerprinted_layers
 from bmoe_lightning.methods.needs import Available, check_needs
 from bmoe_lightning.methods.registry import get_method
 from bmoe_lightning.trainer.checkpoints import check_best_so_far, weights_to_fit
 from bmoe_lightning.trainer.checks import (
-    check_callable,
-    check_data,
-    check_fit_at,
-    check_later_callbacks,
     check_loaders,
     check_prediction,
-    check_runs,
+    check_setup,
     check_shards,
-    check_sketch,
-    check_strategy,
     check_training,
     is_trial,
     with_enough_snapshots,
 )
-from bmoe_lightning.trainer.data_passes import TrainerTrainingData, as_list, validation_pass
+from bmoe_lightning.trainer.data_passes import as_list
 from bmoe_lightning.trainer.evaluation import EvaluationRun, log_scalars, replace_predict_step, without_fit
 from bmoe_lightning.trainer.first_batches import FirstBatches, no_logging
 from bmoe_lightning.trainer.fit_only import fit_only
@@ -43,6 +37,7 @@ from bmoe_lightning.trainer.lightning_internals import call_after_fit_loop, is_r
 from bmoe_lightning.trainer.loaders import evaluation_loaders
 from bmoe_lightning.trainer.moved_weights import watch_moved_weights
 from bmoe_lightning.trainer.prior_mean import PriorMean
+from bmoe_lightning.trainer.run_fit import check_completion, fit_run
 from bmoe_lightning.trainer.run_folder import RunFolder
 from bmoe_lightning.utils.distributed import failing_together
 
@@ -139,12 +134,7 @@ class BayesianMoECallback(L.Callback):
 
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
         """Check trainer and module before any work is done, and turn off `inference_mode` of the evaluation loops."""
-        check_strategy(trainer)
-        check_sketch(trainer, [curvature.sketch for curvature in self.curvatures.values() if curvature.collects])
-        check_fit_at(trainer, self.fit_at)
-        callbacks = trainer.callbacks  # type: ignore[attr-defined]
-        check_later_callbacks(callbacks[callbacks.index(self) + 1 :])
-        check_callable(pl_module, self._class_logits)
+        check_setup(trainer, pl_module, self, self.curvatures.values(), self.fit_at, self._class_logits)
         self._restore()
         self._undo.append(self._folder.release)
         # Inference tensors cannot enter a graph, and the linearised predictive needs one.
@@ -335,23 +325,9 @@ class BayesianMoECallback(L.Callback):
         methods: Sequence[Method],
         earlier: FitResult | None = None,
     ) -> None:
-        needs_calibration = any(method.needs.calibration for method in methods)
-        calibration = validation_pass(trainer, "Calibration") if needs_calibration else None
-        self.fitted = fit_methods(
-            methods or self.methods,
-            module,
-            self._logits,
-            TrainerTrainingData(trainer),
-            calibration,
-            prior_mean=self._prior_mean.weights if self._given_prior_mean is None else self._given_prior_mean,
-            snapshots=self._folder.snapshots,
-            earlier=earlier,
-            seed=self.seed,
-            distributed=trainer.world_size > 1,
-            pass_files=self._folder.pass_files(),
-            fit_id=self._folder.fit_id,
-            is_checked=earlier is None,  # by `FirstBatches`
-        )
+        prior_mean = self._prior_mean.weights if self._given_prior_mean is None else self._given_prior_mean
+        options: dict[str, Any] = {"prior_mean": prior_mean, "earlier": earlier, "seed": self.seed}
+        self.fitted = fit_run(trainer, module, methods or self.methods, self._logits, self._folder, **options)
         self._folder.save(trainer, self.fitted)
         self._folder.remove_pass_files()
         log_scalars(trainer, self.fitted.scalars(self.methods), self.name)
@@ -362,12 +338,8 @@ class BayesianMoECallback(L.Callback):
             earlier = self._found(trainer, module)
             self._folder.begin_completion(trainer, module, earlier, self._num_snapshots)
             missing = [method for method in self.methods if earlier is None or not earlier.is_finished(method)]
-            check_needs(missing, Available(snapshots=len(self._folder.snapshots)))
             self._prior_mean.check(trainer, module, missing if self._given_prior_mean is None else [], trains=False)
-            check_data(trainer, missing, trains=False)
-            check_runs(trainer, missing, module, self._folder.folder)
-            if earlier is None:  # otherwise few or no batches are needed
-                FirstBatches(missing, self._logits).check_fit(trainer, module, trains=False)
+            check_completion(trainer, module, missing, self._logits, self._folder, is_new=earlier is None)
             self._fit(trainer, module, self.methods, earlier)
 
     def _complete_resumed(self, trainer: L.Trainer, module: L.LightningModule) -> None:

@@ -13,6 +13,7 @@ from lightning.pytorch.callbacks import BaseFinetuning, ModelPruning, Stochastic
 from torch import nn
 
 from bmoe_lightning.curvature.sketch import SketchName, check_linear
+from bmoe_lightning.curvature.spec import Curvature
 from bmoe_lightning.experts import ClassLogits
 from bmoe_lightning.experts.fsdp import is_sharded, reshard
 from bmoe_lightning.methods.base import Method
@@ -28,6 +29,36 @@ if TYPE_CHECKING:
     from torch.distributed.device_mesh import DeviceMesh
 
 _SHARDED = ("FSDPStrategy", "DeepSpeedStrategy", "XLAFSDPStrategy")
+
+
+def check_setup(
+    trainer: L.Trainer,
+    module: L.LightningModule,
+    callback: L.Callback,
+    curvatures: Iterable[Curvature],
+    fit_at: str,
+    class_logits: ClassLogits | None,
+) -> None:
+    """Check what is known of trainer and module before any work is done.
+
+    Args:
+        trainer: The trainer.
+        module: The module.
+        callback: `BayesianMoECallback`, one of the trainer's callbacks.
+        curvatures: Curvatures of its methods.
+        fit_at: Weights that they are fitted to, `last` or `best`.
+        class_logits: The callback's argument.
+
+    Raises:
+        ValueError: If the strategy, or a later callback, does not allow a fit.
+        TypeError: If there is no function `class_logits`.
+    """
+    check_strategy(trainer)
+    check_sketch(trainer, [curvature.sketch for curvature in curvatures if curvature.collects])
+    check_fit_at(trainer, fit_at)
+    callbacks = trainer.callbacks  # type: ignore[attr-defined]
+    check_later_callbacks(callbacks[callbacks.index(callback) + 1 :])
+    check_callable(module, class_logits)
 
 
 def check_strategy(trainer: L.Trainer) -> None:

@@ -34,6 +34,20 @@ def default_folder(trainer: L.Trainer, name: str = "") -> Path:
     return _log_folder(trainer) / FOLDER / name
 
 
+def check_name(name: str) -> None:
+    """Check the name of a callback, which is that of a subfolder.
+
+    Raises:
+        ValueError: If it has other characters than a folder may have, or ends like a version.
+    """
+    if name and not re.fullmatch(r"[\w.-]*\w", name):
+        raise ValueError(
+            f"name becomes a folder and a part of logged keys; use letters, digits, '.', '_' and '-', got {name!r}"
+        )
+    if _VERSION.search(name):
+        raise ValueError(f"name {name!r} ends like the version of another run's folder; leave out the end '-v...'")
+
+
 def is_version(folder: Path, default: Path) -> bool:
     """Whether a folder is a default folder, or a version of it."""
     return folder.parent == default.parent and _first_version(folder) == _first_version(default)

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
 from bmoe_lightning.laplace.posterior import WeightMismatchError
-from bmoe_lightning.methods.fit_index import stored_fit_id
+from bmoe_lightning.methods.fit_index import INDEX_FILE, stored_fit_id
 from bmoe_lightning.methods.snapshots import snapshot_info
 from bmoe_lightning.trainer.earlier_run import pass_files
 from bmoe_lightning.trainer.folders import marked_weights, training_id
@@ -72,6 +72,37 @@ def ended_without_fit(folders: Iterable[Path], fit_id: str, weights: str) -> boo
     if any(stored_fit_id(folder) == fit_id for folder in places):
         return False
     return all(marked_weights(folder) in ("", weights) for folder in places if training_id(folder) == fit_id)
+
+
+def check_replaceable(folder: Path, weights: str, known: Collection[str], *, resumes_pass: bool) -> None:
+    """Check that a run was killed that would have replaced the fit in a folder, and that a model has its weights.
+
+    Args:
+        folder: Output folder.
+        weights: Fingerprint of all weights of the model.
+        known: Ids of the fits whose runs are known to have led to these weights.
+        resumes_pass: Whether a killed curvature pass is resumed, which itself refuses other weights.
+
+    Raises:
+        WeightMismatchError: If not: the fit is one to other weights than the model's.
+    """
+    if not _was_replacing(folder, weights, known, resumes_pass=resumes_pass):
+        raise WeightMismatchError(
+            f"{folder} has a fit to other weights than the model's, which is not overwritten. Load the checkpoint that "
+            f"it was fitted to, pass another dirpath=, or remove its {INDEX_FILE}."
+        )
+
+
+def _was_replacing(folder: Path, weights: str, known: Collection[str], *, resumes_pass: bool) -> bool:
+    killed = training_id(folder)
+    if not killed or killed == stored_fit_id(folder):
+        return False
+    if killed in known:
+        return True
+    run = killed_run(folder)
+    if run is not None and run.snapshots_for(weights) is not None:
+        return True
+    return resumes_pass and bool(pass_files(folder, killed))
 
 
 def run_of_weights(

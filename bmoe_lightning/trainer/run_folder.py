@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import itertools
-import re
 import uuid
 from collections.abc import Callable, Collection, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar, cast
 
@@ -15,8 +15,7 @@ from torch import nn
 from bmoe_lightning.curvature.checkpoint import remove_checkpoint
 from bmoe_lightning.experts.fingerprint import module_fingerprint
 from bmoe_lightning.experts.fsdp import gathered, has_shards, reshard
-from bmoe_lightning.laplace.posterior import WeightMismatchError
-from bmoe_lightning.methods.fit_index import INDEX_FILE, has_fit, stored_fit_id, stored_snapshots, unreadable
+from bmoe_lightning.methods.fit_index import has_fit, stored_snapshots
 from bmoe_lightning.methods.fit_result import FitResult
 from bmoe_lightning.methods.snapshots import remove_snapshot, save_snapshot
 from bmoe_lightning.methods.storage import load_fit, save_fit
@@ -24,6 +23,7 @@ from bmoe_lightning.methods.training_data import PassFiles
 from bmoe_lightning.trainer.checks import is_trial
 from bmoe_lightning.trainer.earlier_run import EarlierRun, pass_files, possible_homes
 from bmoe_lightning.trainer.folders import (
+    check_name,
     claim,
     claimed_version,
     default_folder,
@@ -31,14 +31,13 @@ from bmoe_lightning.trainer.folders import (
     is_version,
     killed_versions,
     mark_weights,
-    training_id,
     unmark_training,
     versions_with_fit,
 )
-from bmoe_lightning.trainer.killed_runs import ended_without_fit, killed_run, run_of_weights
+from bmoe_lightning.trainer.killed_runs import check_replaceable, ended_without_fit, run_of_weights
 from bmoe_lightning.trainer.signals import report_stop
 from bmoe_lightning.trainer.snapshot_files import copied, epoch_of, new_snapshot
-from bmoe_lightning.trainer.stored_fits import Search, find_fit
+from bmoe_lightning.trainer.stored_fits import Search, find_fit, places_of_fit
 from bmoe_lightning.utils.distributed import together
 from bmoe_lightning.utils.folder_lock import FolderLock
 
@@ -64,12 +63,7 @@ class RunFolder:
     """
 
     def __init__(self, given: str | None, pass_every: int | None, name: str = "") -> None:
-        if name and not re.fullmatch(r"[\w.-]*\w", name):
-            raise ValueError(
-                f"name becomes a folder and a part of logged keys; use letters, digits, '.', '_' and '-', got {name!r}"
-            )
-        if re.search(r"-v\d+$", name):
-            raise ValueError(f"name {name!r} ends like the version of another run's folder; leave out the end '-v...'")
+        check_name(name)
         # Absolute: a process that resumes from a checkpoint may run in another directory.
         self.given = Path(given, name).absolute() if given is not None else None
         self.folder = self.given
@@ -192,11 +186,11 @@ class RunFolder:
                 return self._claimed(folder), self.fit_id, self.snapshots
             if self._earlier is not None and self._pass_every is not None:
                 self._earlier.warn_of_pass(folder)
-            if self.given is not None and has_fit(folder) and not self._was_replacing(folder, weights):
-                raise WeightMismatchError(
-                    f"{folder} has a fit to other weights than the model's, which is not overwritten. Load the "
-                    f"checkpoint that it was fitted to, pass another dirpath=, or remove its {INDEX_FILE}."
-                )
+            if self.given is not None and has_fit(folder):
+                known = {self.fit_id} if weights == self._weights else set()  # of this process, or of the checkpoint
+                if self.resumes and self._earlier is not None:
+                    known.add(self._earlier.fit_id)
+                check_replaceable(folder, weights, known, resumes_pass=self._pass_every is not None)
             if self._is_of_fit:  # to other weights
                 self.fit_id, self.snapshots, self._weights = uuid.uuid4().hex, [], ""
             if self._earlier is not None and self.resumes and self._earlier.fit_id:
@@ -317,8 +311,7 @@ class RunFolder:
 
         A fit to other weights is none: a script that validates before it trains may be run a second time.
         """
-        refused = (self._search.refused.get(folder) for folder in self._named)
-        return any(error is not None and not isinstance(error, WeightMismatchError) for error in refused)
+        return self._search.has_unreadable(self._named)
 
     def release(self) -> None:
         """Release the folder for other processes."""
@@ -338,12 +331,9 @@ class RunFolder:
 
     def state_dict(self) -> dict[str, Any]:
         """Folder, fit id and snapshot names, for a checkpoint; those of the resumed run until training begins."""
-        if self.resumes:
-            found = EarlierRun.state(self._earlier)
-        else:
-            folder = None if self.folder is None else str(self.folder)
-            found = {"folder": folder, "fit": self.fit_id, "snapshots": [path.name for path in self.snapshots]}
-        return found | {"run": self._run}
+        names = tuple(path.name for path in self.snapshots)
+        present = None if self.folder is None else EarlierRun(self.folder, self.fit_id, names)
+        return EarlierRun.state(self._earlier if self.resumes else present) | {"run": self._run}
 
     def has_saved(self, state: object) -> bool:
         """Whether a state is of this very run, which Lightning's tuners restore after their trials."""
@@ -377,17 +367,8 @@ class RunFolder:
         return folder
 
     def _places(self, trainer: L.Trainer) -> tuple[list[Path], list[Path]]:
-        """Folders that may have a fit: those that the user or the checkpoint names, and others."""
-        if self.given is not None and (has_fit(self.given) or unreadable(self.given)):
-            return [self.given], []
-        named = [*([] if self.given is None else [self.given]), *self._homes(trainer)]
-        if self.given is not None or self.folder is None:
-            return named, []
-        default = self.folder
-        return named, [
-            *(versions_with_fit(default) or [default]),
-            *folders_of_other_runs(trainer, self._name),
-        ]
+        others = partial(folders_of_other_runs, trainer, self._name)
+        return places_of_fit(self.given, self._homes(trainer), self.folder, others)
 
     def _from_rank_zero(self, trainer: L.Trainer, action: Callable[[], T]) -> T:
         """Call a function on rank 0 and broadcast its result; all ranks raise if it fails. A collective."""
@@ -407,20 +388,6 @@ class RunFolder:
 
     def _homes_and_versions(self, trainer: L.Trainer) -> list[Path]:
         return [*self._homes(trainer), *([] if self.folder is None else versions_with_fit(self.folder))]
-
-    def _was_replacing(self, folder: Path, weights: str) -> bool:
-        """Whether a run was killed that would have replaced the fit in a folder, and the model's weights are its."""
-        killed = training_id(folder)
-        if not killed or killed == stored_fit_id(folder):
-            return False
-        if killed == self.fit_id and weights == self._weights:  # by this process
-            return True
-        run = killed_run(folder)
-        if run is not None and run.snapshots_for(weights) is not None:
-            return True
-        # The pass itself checks that its checkpoint is of these weights.
-        resumes_pass = self._pass_every is not None and bool(pass_files(folder, killed))
-        return resumes_pass or (self.resumes and self._earlier is not None and self._earlier.fit_id == killed)
 
 
 def _checkpoint_of(trainer: L.Trainer) -> Path | None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import zlib
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -15,6 +15,7 @@ from bmoe_lightning.methods.fit_index import has_fit, unreadable
 from bmoe_lightning.methods.fit_result import FitResult
 from bmoe_lightning.methods.storage import load_identity
 from bmoe_lightning.trainer.earlier_run import has_stored_sums
+from bmoe_lightning.trainer.folders import versions_with_fit
 from bmoe_lightning.utils.distributed import gather_number, together
 from bmoe_lightning.utils.messages import shown_path
 
@@ -54,6 +55,11 @@ class Search:
             f"checkpoint that one of them was fitted to, or {_REMEDY}"
         )
 
+    def has_unreadable(self, folders: Iterable[Path]) -> bool:
+        """Whether the fit in one of some folders could not be read; one to other weights could."""
+        refused = (self.refused.get(folder) for folder in folders)
+        return any(error is not None and not isinstance(error, WeightMismatchError) for error in refused)
+
     def reasons(self) -> str:
         """Why the folders were refused, in sentences."""
         reasons = [str(error) for error in self.refused.values()]
@@ -64,6 +70,24 @@ class Search:
 def _listed(folders: Sequence[Path]) -> str:
     more = [f"{len(folders) - _MAX_NAMED} more folders"] if len(folders) > _MAX_NAMED else []
     return ", ".join([*map(shown_path, folders[:_MAX_NAMED]), *more]) or "any folder"
+
+
+def places_of_fit(
+    given: Path | None, homes: Sequence[Path], default: Path | None, others: Callable[[], Sequence[Path]]
+) -> tuple[list[Path], list[Path]]:
+    """Folders that may have a fit: those that the user or the checkpoint names, and others.
+
+    Args:
+        given: Folder that the user specified; if it has a fit, no other is searched.
+        homes: Folders that may be that of the checkpoint's run.
+        default: Default folder of the run, or None.
+        others: Function that returns the folders of other runs.
+    """
+    if given is not None and (has_fit(given) or unreadable(given)):
+        return [given], []
+    if given is not None or default is None:
+        return [*([] if given is None else [given]), *homes], []
+    return list(homes), [*(versions_with_fit(default) or [default]), *others()]
 
 
 def find_fit(folders: Sequence[Path], model: nn.Module, *, distributed: bool = False) -> Search:

@@ -175,7 +175,7 @@ def failing_on_rank_zero(rank, world_size):
         "run_of_weights": lambda: folder.begin_completion(run, module, None),
         "save_snapshot": lambda: folder.save_snapshot(run, module, 2),
         "save_fit": lambda: folder.save(run, FitResult()),
-        "has_fit": lambda: folder.load(run, module),
+        "places_of_fit": lambda: folder.load(run, module),
     }.items():
         with mock.patch.object(run_folder, name, full if rank == 0 else lambda *_, **__: []):
             with pytest.raises(expected, match=said):
