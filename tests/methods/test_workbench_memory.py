@@ -7,16 +7,12 @@ from dataclasses import replace
 import pytest
 import torch
 from methods_cases import RANK3
-from oracles.models import answer_logits, toy_model
+from oracles.models import answer_logits
 from workbench_cases import (
-    EVERYTHING,
     Counted,
-    calibration_batches,
     methods_of,
-    moved_weights,
     precision,
     state,
-    train_batches,
 )
 
 from bmoe_lightning.methods import (
@@ -29,37 +25,12 @@ from bmoe_lightning.methods import (
 from bmoe_lightning.methods.storage import load_fit, save_fit
 
 
-@pytest.fixture(scope="module")
-def model():
-    return toy_model()
-
-
-@pytest.fixture(scope="module")
-def prior_mean(model):
-    return moved_weights(model)
-
-
-@pytest.fixture(scope="module")
-def train():
-    return train_batches()
-
-
-@pytest.fixture(scope="module")
-def calibration(model):
-    return calibration_batches(model)
-
-
-@pytest.fixture(scope="module")
-def everything(model, train, calibration, prior_mean):
-    return fit_methods(EVERYTHING, model, answer_logits, train, calibration, prior_mean=prior_mean)
-
-
-def test_a_fit_keeps_to_the_memory_of_the_terms(model, train, calibration, prior_mean, everything):
+def test_a_fit_keeps_to_the_memory_of_the_terms(tuned, train, calibration, prior_mean, everything):
     """Compact terms; the temperatures see all labels, and no method sees terms and labels of different examples."""
     methods = methods_of(TemperatureScaling, LaplaceLPO, LaplaceTemperature, EvidenceTemperature, num_samples=500)
     options = {"prior_mean": prior_mean}
     given = [with_memory(method, 1_000_000) for method in methods[1:]]
-    small = fit_methods([methods[0], *given], model, answer_logits, train, calibration, **options)
+    small = fit_methods([methods[0], *given], tuned, answer_logits, train, calibration, **options)
     assert all(small.is_fitted(method) for method in methods)  # they can predict with it
     assert len(small.calibration[0]) == 112
     assert torch.equal(state(small, "temperature")["temperature"], state(everything, "temperature")["temperature"])
@@ -85,21 +56,21 @@ class TestTermsThatDoNotFit:
     LITTLE, COMPACT, EXACT = 100_000, 1_500_000, 3_000_000
     methods = methods_of(LaplaceLPO, num_samples=100)
 
-    def fit(self, model, train, calibration, methods, earlier=None):
-        return fit_methods(methods, model, answer_logits, train, calibration, earlier=earlier)
+    def fit(self, tuned, train, calibration, methods, earlier=None):
+        return fit_methods(methods, tuned, answer_logits, train, calibration, earlier=earlier)
 
     @pytest.mark.parametrize("memory", [LITTLE, COMPACT])
-    def test_are_exact_once_there_is_more_memory(self, model, train, calibration, memory, tmp_path):
+    def test_are_exact_once_there_is_more_memory(self, tuned, train, calibration, memory, tmp_path):
         little, much = ([with_memory(m, n) for m in self.methods] for n in (memory, self.EXACT))
-        save_fit(tmp_path, self.fit(model, train, calibration, [*little, TemperatureScaling()]))
+        save_fit(tmp_path, self.fit(tuned, train, calibration, [*little, TemperatureScaling()]))
         first, _ = load_fit(tmp_path)
         assert [first.is_finished(method) for method in (*little, *much)] == [True, False]
         assert all(first.is_fitted(method) for method in much)  # it predicts what it always did
         seen = Counted()
-        completed = fit_methods([*much, TemperatureScaling()], model, seen, train, calibration, earlier=first)
+        completed = fit_methods([*much, TemperatureScaling()], tuned, seen, train, calibration, earlier=first)
         # The first batches, which are compared, and the held-out data; no curvature is collected again.
         assert len(seen.seen) == len(calibration) + 1
-        expected = self.fit(model, train, calibration, much)
+        expected = self.fit(tuned, train, calibration, much)
         for method in much:
             assert same_state(completed, expected, method.name)
             assert completed.warnings_of(method) == expected.warnings_of(method)
@@ -107,22 +78,22 @@ class TestTermsThatDoNotFit:
         assert completed.methods["temperature"] is first.methods["temperature"]
         assert all(completed.is_finished(method) for method in little)
 
-    def test_are_said_to_be_those_of_a_subset_for_each_method(self, model, train, calibration):
+    def test_are_said_to_be_those_of_a_subset_for_each_method(self, tuned, train, calibration):
         of_all = replace(self.methods[0], name="of_all_layers", scope="global")
         methods = [with_memory(method, self.LITTLE) for method in (*self.methods, of_all)]
-        fit = self.fit(model, train, calibration, methods)
+        fit = self.fit(tuned, train, calibration, methods)
         for method in methods:
             assert any("held-out examples take more than" in sentence for sentence in fit.warnings_of(method))
         assert fit.warnings_of(TemperatureScaling()) == ()
 
-    def test_depend_on_no_other_method(self, model, train, calibration):
+    def test_depend_on_no_other_method(self, tuned, train, calibration):
         """Neither on the number of curvatures nor on their memory."""
         lpo = with_memory(self.methods[0], self.EXACT)
         others = [
             replace(lpo, name="of_rank_2", curvature=replace(RANK3, rank=2)),
             replace(with_memory(lpo, self.LITTLE), name="with_little_memory"),
         ]
-        alone, beside = (self.fit(model, train, calibration, table) for table in ([lpo], [*others, lpo]))
+        alone, beside = (self.fit(tuned, train, calibration, table) for table in ([lpo], [*others, lpo]))
         assert same_state(alone, beside, "laplace_lpo")
-        little = self.fit(model, train, calibration, others[1:])
+        little = self.fit(tuned, train, calibration, others[1:])
         assert same_state(little, beside, "with_little_memory")

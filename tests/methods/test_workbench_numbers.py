@@ -7,18 +7,14 @@ from dataclasses import replace
 import pytest
 import torch
 from methods_cases import RANK3
-from oracles.models import answer_logits, toy_model
+from oracles.models import answer_logits
 from workbench_cases import (
     DOWN,
-    EVERYTHING,
     FITTED,
     Untouchable,
-    calibration_batches,
     methods_of,
-    moved_weights,
     precision,
     state,
-    train_batches,
     whole,
 )
 
@@ -30,38 +26,13 @@ from bmoe_lightning.methods import (
 from bmoe_lightning.methods.training_data import Batches
 
 
-@pytest.fixture(scope="module")
-def model():
-    return toy_model()
-
-
-@pytest.fixture(scope="module")
-def prior_mean(model):
-    return moved_weights(model)
-
-
-@pytest.fixture(scope="module")
-def train():
-    return train_batches()
-
-
-@pytest.fixture(scope="module")
-def calibration(model):
-    return calibration_batches(model)
-
-
-@pytest.fixture(scope="module")
-def everything(model, train, calibration, prior_mean):
-    return fit_methods(EVERYTHING, model, answer_logits, train, calibration, prior_mean=prior_mean)
-
-
 def nll(log_probs, labels):
     return float(-log_probs.gather(1, labels.unsqueeze(1)).sum())
 
 
-def distances(model, reference):
+def distances(tuned, reference):
     return [
-        float((model.get_parameter(name).detach() - (0 if reference is None else reference[name])).square().sum())
+        float((tuned.get_parameter(name).detach() - (0 if reference is None else reference[name])).square().sum())
         for name in DOWN
     ]
 
@@ -73,32 +44,32 @@ def assert_stationary(posterior, precisions, squared_distances):
 
 
 class TestNumbers:
-    def test_temperature_is_where_the_nll_is_least(self, model, calibration, everything):
-        logits, labels = whole(model, calibration)
+    def test_temperature_is_where_the_nll_is_least(self, tuned, calibration, everything):
+        logits, labels = whole(tuned, calibration)
         found = float(state(everything, "temperature")["temperature"])
         least = nll((logits / found).log_softmax(-1), labels)
         for other in (found * 1.01, found / 1.01):
             assert nll((logits / other).log_softmax(-1), labels) > least
         assert 1.3 < found < 3
 
-    def test_evidence_precision_is_stationary(self, model, prior_mean, everything):
+    def test_evidence_precision_is_stationary(self, tuned, prior_mean, everything):
         posterior = everything.posteriors[RANK3.digest]
-        assert_stationary(posterior, precision(everything, "laplace_evidence"), distances(model, prior_mean))
+        assert_stationary(posterior, precision(everything, "laplace_evidence"), distances(tuned, prior_mean))
 
-    def test_evidence_with_a_prior_mean_of_zero_needs_no_weights_from_before(self, model, train, prior_mean):
+    def test_evidence_with_a_prior_mean_of_zero_needs_no_weights_from_before(self, tuned, train, prior_mean):
         methods = methods_of(LaplaceEvidence, prior_mean="zero")
-        fit = fit_methods(methods, model, answer_logits, train, None)
-        assert_stationary(fit.posteriors[RANK3.digest], precision(fit, "laplace_evidence"), distances(model, None))
-        given = fit_methods(methods, model, answer_logits, train, None, prior_mean=prior_mean)
+        fit = fit_methods(methods, tuned, answer_logits, train, None)
+        assert_stationary(fit.posteriors[RANK3.digest], precision(fit, "laplace_evidence"), distances(tuned, None))
+        given = fit_methods(methods, tuned, answer_logits, train, None, prior_mean=prior_mean)
         assert precision(given, "laplace_evidence") == precision(fit, "laplace_evidence")
 
-    def test_a_global_scope_has_one_precision(self, model, train, calibration, prior_mean):
+    def test_a_global_scope_has_one_precision(self, tuned, train, calibration, prior_mean):
         methods = methods_of(LaplaceEvidence, LaplaceLPO, scope="global")
-        fit = fit_methods(methods, model, answer_logits, train, calibration, prior_mean=prior_mean)
+        fit = fit_methods(methods, tuned, answer_logits, train, calibration, prior_mean=prior_mean)
         assert all(len(set(precision(fit, method.name))) == 1 for method in methods)
 
-    def test_shrunk_temperature_is_where_its_objective_is_least(self, model, calibration, everything):
-        logits, labels = whole(model, calibration)
+    def test_shrunk_temperature_is_where_its_objective_is_least(self, tuned, calibration, everything):
+        logits, labels = whole(tuned, calibration)
 
         def objective(temperature):
             penalty = (1 / temperature - 0.4) ** 2 / (2 * 0.2**2)
@@ -107,31 +78,31 @@ class TestNumbers:
         found = float(state(everything, "shrunk_temperature")["temperature"])
         assert objective(found) < min(objective(found * 1.01), objective(found / 1.01))
 
-    def test_laplace_temperature_is_where_the_nll_is_least(self, model, calibration, everything):
+    def test_laplace_temperature_is_where_the_nll_is_least(self, tuned, calibration, everything):
         found = state(everything, "laplace_temperature")
         posterior = everything.posteriors[RANK3.digest].with_prior_precision(found["prior_precision"])
         log_probs = torch.cat(
-            [posterior.predict(model, answer_logits, batch, num_samples=500) for batch in calibration]
+            [posterior.predict(tuned, answer_logits, batch, num_samples=500) for batch in calibration]
         )
-        labels = whole(model, calibration)[1]
+        labels = whole(tuned, calibration)[1]
         values = [
             nll((log_probs / (found["temperature"] * factor)).log_softmax(-1), labels) for factor in (1, 1.02, 1 / 1.02)
         ]
         assert values[0] == min(values)
 
-    def test_a_part_stands_for_the_whole(self, model, train, prior_mean):
+    def test_a_part_stands_for_the_whole(self, tuned, train, prior_mean):
         fit = fit_methods(
-            methods_of(LaplaceEvidence), model, answer_logits, Batches(train, size=600), None, prior_mean=prior_mean
+            methods_of(LaplaceEvidence), tuned, answer_logits, Batches(train, size=600), None, prior_mean=prior_mean
         )
         posterior = fit.posteriors[RANK3.digest]
         assert (posterior.factors.num_examples, posterior.factors.num_examples_used) == (600, 60)
-        assert_stationary(posterior, precision(fit, "laplace_evidence"), distances(model, prior_mean))
+        assert_stationary(posterior, precision(fit, "laplace_evidence"), distances(tuned, prior_mean))
 
-    def test_a_capped_pass_takes_as_many_batches(self, model, train, prior_mean):
+    def test_a_capped_pass_takes_as_many_batches(self, tuned, train, prior_mean):
         curvature = replace(RANK3, max_batches=2)
         fit = fit_methods(
             methods_of(LaplaceEvidence, curvature=curvature),
-            model, answer_logits, Batches(train, size=60), None, prior_mean=prior_mean,
+            tuned, answer_logits, Batches(train, size=60), None, prior_mean=prior_mean,
         )  # fmt: skip
         factors = fit.posteriors[curvature.digest].factors
         assert (factors.num_examples, factors.num_examples_used) == (60, 40)
@@ -149,48 +120,48 @@ class Counting:
 
 
 class TestSkippedLayers:
-    def test_stay_out_of_the_posterior_and_of_the_distances(self, model, train, calibration, prior_mean, everything):
+    def test_stay_out_of_the_posterior_and_of_the_distances(self, tuned, train, calibration, prior_mean, everything):
         curvature = replace(RANK3, skip_layers=(0,))
         methods = methods_of(LaplaceEvidence, LaplaceLPO, curvature=curvature)
-        fit = fit_methods(methods, model, answer_logits, train, calibration, prior_mean=prior_mean)
+        fit = fit_methods(methods, tuned, answer_logits, train, calibration, prior_mean=prior_mean)
         assert [layer.index for layer in fit.posteriors[curvature.digest].factors.layers] == [1]
         assert precision(fit, "laplace_evidence") == pytest.approx(precision(everything, "laplace_evidence")[1:])
         assert len(precision(fit, "laplace_lpo")) == 1
 
-    def test_share_one_pass_with_every_other_choice_of_layers(self, model, train, calibration, prior_mean):
+    def test_share_one_pass_with_every_other_choice_of_layers(self, tuned, train, calibration, prior_mean):
         curvatures = [replace(RANK3, skip_layers=skipped) for skipped in ((0,), (1,), ())]
         methods = [LaplaceLPO(name=f"skip_{i}", curvature=c) for i, c in enumerate(curvatures)]
         passes = Counting(train)
-        fit = fit_methods(methods, model, answer_logits, passes, calibration)
+        fit = fit_methods(methods, tuned, answer_logits, passes, calibration)
         assert passes.count == 1
         for method in methods:
-            alone = fit_methods([method], model, answer_logits, train, calibration)
+            alone = fit_methods([method], tuned, answer_logits, train, calibration)
             assert precision(fit, method.name) == precision(alone, method.name)
             (digest,) = fit.methods[method.name].curvatures
             layers = zip(fit.posteriors[digest].factors.layers, alone.posteriors[digest].factors.layers, strict=True)
             assert all(one.equals(other) for one, other in layers)
 
-    def test_are_added_to_a_fit_of_all_layers_without_a_pass(self, model, train, calibration):
-        whole = fit_methods([LaplaceLPO(curvature=RANK3)], model, answer_logits, train, calibration)
+    def test_are_added_to_a_fit_of_all_layers_without_a_pass(self, tuned, train, calibration):
+        whole = fit_methods([LaplaceLPO(curvature=RANK3)], tuned, answer_logits, train, calibration)
         passes = Counting(train)
         part = LaplaceLPO(name="part", curvature=replace(RANK3, skip_layers=(0,)))
-        fit = fit_methods([part], model, answer_logits, passes, calibration, earlier=whole)
+        fit = fit_methods([part], tuned, answer_logits, passes, calibration, earlier=whole)
         assert fit.is_fitted(part)
         assert passes.count == 1  # the data are compared with those of the fit
         layer = fit.posteriors[part.curvature.digest].factors.layers[0]
         assert layer is whole.posteriors[RANK3.digest].factors.layers[1]
 
     @pytest.mark.parametrize(("skipped", "message"), [((1, 7), r"\[7\].*2 such layers"), ((1, 0), "all 2")])
-    def test_what_cannot_be_skipped_is_refused_before_the_data_are_looked_at(self, model, skipped, message):
+    def test_what_cannot_be_skipped_is_refused_before_the_data_are_looked_at(self, tuned, skipped, message):
         methods = methods_of(LaplaceLPO, curvature=replace(RANK3, skip_layers=skipped))
         with pytest.raises(ValueError, match=message):
-            fit_methods(methods, model, answer_logits, Untouchable(), Untouchable())
+            fit_methods(methods, tuned, answer_logits, Untouchable(), Untouchable())
 
 
-def test_factors_in_half_precision_and_on_the_cpu(model, everything, train, calibration, prior_mean):
+def test_factors_in_half_precision_and_on_the_cpu(tuned, everything, train, calibration, prior_mean):
     curvature = replace(RANK3, factor_dtype="bfloat16", offload=True)
     methods = methods_of(*FITTED, curvature=curvature, num_samples=500)
-    fit = fit_methods(methods, model, answer_logits, train, calibration, prior_mean=prior_mean)
+    fit = fit_methods(methods, tuned, answer_logits, train, calibration, prior_mean=prior_mean)
     posterior = fit.posteriors[curvature.digest]
     assert posterior.offload
     assert {layer.g_basis.dtype for layer in posterior.factors.layers} == {torch.bfloat16}
