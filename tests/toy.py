@@ -113,3 +113,9 @@ def test_loader():
 
 
 test_loader.__test__ = False  # a loader, not a test
+
+
+def fit_posterior(callback, run, module, data=None, **options):
+    """Fit the methods of a callback to a model that is trained, with the data of the tests."""
+    loaders = {"train_dataloaders": data or train_loader(), "val_dataloaders": calibration_loader()}
+    callback.fit_posterior(module, trainer=run, **loaders, **options)
