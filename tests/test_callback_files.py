@@ -62,7 +62,10 @@ class TestProcesses:
         path = tmp_path / "state.ckpt"
         trained.run.save_checkpoint(path)
         state = torch.load(path, weights_only=True)["callbacks"][trained.callback.state_key]
+        samples = state.pop("prior_mean")  # from before training: 64 values of each of 4 experts, however large
         assert len(json.dumps(state)) < 1000
+        assert len(samples) == 2
+        assert all(len(json.dumps(found)) < 1500 for found in samples.values())
 
     def test_a_fit_with_other_settings_is_refused(self, trained):
         callback = BayesianMoECallback(("map", LaplaceLPO(scope="global")), dirpath=str(trained.folder / "bayesian"))
