@@ -1,8 +1,9 @@
-"""Which parameters outside of the fingerprinted module `class_logits` computes with.
+"""Which parameters and buffers outside of the fingerprinted module `class_logits` computes with.
 
 A LightningModule may hold a head, and also a teacher, a metric or an average of the weights, which cannot affect the
-logits and may differ from one process to the next. So calls of `class_logits` are observed: a parameter is used if an
-operation that reads values gets it.
+logits and may differ from one process to the next. So calls of `class_logits` are observed: a parameter or buffer is
+used if an operation that reads values gets it. A buffer that `class_logits` writes to, such as a counter, is left out:
+it differs from one call to the next.
 """
 
 from __future__ import annotations
@@ -21,9 +22,10 @@ from bmoe_lightning.experts.fingerprint import fingerprinted_module
 from bmoe_lightning.experts.logits_contract import ClassLogits
 from bmoe_lightning.experts.types import ExpertLayer
 from bmoe_lightning.experts.weight_comparison import compare_outside
-from bmoe_lightning.experts.weight_record import WeightRecord, outside_record
+from bmoe_lightning.experts.weight_record import WeightRecord, outside_record, recorded_buffers
 from bmoe_lightning.experts.wrappers.compiled import eager_code
 from bmoe_lightning.experts.wrappers.names import plain_name
+from bmoe_lightning.experts.write_counts import write_count
 from bmoe_lightning.utils.distributed import sum_over_processes
 
 # Methods of a tensor that read or write no values.
@@ -55,6 +57,9 @@ class UsedWeights:
             for key, _ in module.named_parameters(recurse=False, remove_duplicate=False)
             if (name := plain_name(f"{prefix}.{key}")) in self._record.samples
         ]
+        buffers = [place for place in recorded_buffers(model, layers) if place[0] in self._record.samples]
+        self._buffers = [(*place, *_content(*place[1:])) for place in buffers]
+        self._places += buffers
         # Operations of TorchScript are not seen.
         self._used = {name for name, module, _ in self._places if isinstance(module, torch.jit.ScriptModule)}
         self._calls = 0
@@ -103,16 +108,18 @@ class UsedWeights:
 
     def _used_by_calls(self, *, distributed: bool) -> set[str] | None:
         """The names of the used weights; None where no call has been observed. A collective, if distributed."""
-        names = list(self._record.samples)
+        names, written = list(self._record.samples), self._written()
         counts = torch.tensor([self._calls, *(int(name in self._used) for name in names)])
+        writes = torch.tensor([int(name in written) for name in names])
         if distributed and names:
-            sum_over_processes([counts])
-        used = {name for name, count in zip(names, counts[1:].tolist(), strict=True) if count}
+            sum_over_processes([counts, writes])
+        found = zip(names, counts[1:].tolist(), writes.tolist(), strict=True)
+        used = {name for name, count, writing in found if count and not writing}
         return used if counts[0] else None
 
     def state(self) -> dict[str, Tensor]:
         """The weights that were used so far, to resume a pass."""
-        return self._record.part(self._used).tensors()
+        return self._record.part(self._used - self._written()).tensors()
 
     def load_state(self, state: Mapping[str, Tensor]) -> None:
         """Add those of a `state`; raises `ValueError` if they are others than the model's. Nothing without a state."""
@@ -125,15 +132,19 @@ class UsedWeights:
         self._used |= before.samples.keys()
         self._calls = max(self._calls, 1)
 
+    def _written(self) -> set[str]:
+        """Names of the buffers that were written to, or replaced, since they were recorded."""
+        return {name for name, module, key, *before in self._buffers if list(_content(module, key)) != before}
+
     def _mode(self) -> _Observer:
         return _Observer(self._places, self._used)
 
 
 class _Observer(TorchFunctionMode):
-    """Adds to a set the names of the parameters that operations of this thread read.
+    """Adds to a set the names of the parameters and buffers that operations of this thread read.
 
     Args:
-        places: Name, module and key of each parameter. FSDP2 and accelerate replace it there while the module runs.
+        places: Name, module and key of each. FSDP2 and accelerate replace it there while the module runs.
         used: The set.
     """
 
@@ -148,9 +159,19 @@ class _Observer(TorchFunctionMode):
         result = func(*args, **(kwargs or {}))
         if self._places and _reads_values(func, result):
             given = {id(value) for value in tree_leaves((args, kwargs)) if isinstance(value, Tensor)}
-            self._used |= {name for name, module, key in self._places if id(module._parameters.get(key)) in given}
+            self._used |= {name for name, module, key in self._places if id(_tensor(module, key)) in given}
             self._places = [place for place in self._places if place[0] not in self._used]
         return result
+
+
+def _tensor(module: nn.Module, key: str) -> Tensor | None:
+    return module._parameters.get(key, module._buffers.get(key))
+
+
+def _content(module: nn.Module, key: str) -> tuple[int, int]:
+    """What changes where a buffer is written to, or replaced; no value is read."""
+    buffer = module._buffers.get(key)
+    return (0, 0) if buffer is None else (buffer.data_ptr(), write_count(buffer))
 
 
 def _reads_values(func: Any, result: Any) -> bool:

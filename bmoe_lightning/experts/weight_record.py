@@ -4,7 +4,7 @@
 its adapters merged, 64 for each parameter, each expert's part of a fused one, or each row of a larger matrix one. So it
 can be compared with a model whose adapters were merged since, that lies under another attribute, or that was cast.
 
-A head or an adapter outside of the transformers model shapes the logits too. Those parameters outside of it that
+A head or an adapter outside of the transformers model shapes the logits too. Those parameters and buffers of it that
 `class_logits` uses (see `UsedWeights`) have a record of their own, and are compared if the model at hand has them: a
 posterior may be served with the transformers model alone.
 """
@@ -14,6 +14,7 @@ from __future__ import annotations
 import json
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from itertools import chain
 
 import torch
 from torch import Tensor, nn
@@ -27,6 +28,7 @@ from bmoe_lightning.experts.wrappers.accelerate import materialized, offloaded_w
 from bmoe_lightning.experts.wrappers.names import inner_name, plain_name, unwrapped
 from bmoe_lightning.experts.wrappers.peft import MODULES_TO_SAVE, is_adapter, merged_copy
 from bmoe_lightning.experts.wrappers.quantised import unusable
+from bmoe_lightning.experts.wrappers.transformers import outermost_pretrained
 
 _VALUES, _DESCRIPTION, _OUTSIDE = "values", "description", "outside."
 
@@ -126,9 +128,10 @@ def weight_record(model: nn.Module, layers: Sequence[ExpertLayer]) -> WeightReco
 
 
 def outside_record(model: nn.Module, layers: Sequence[ExpertLayer]) -> WeightRecord:
-    """Record a model's effective weights outside of `fingerprinted_module`. A collective, if they are sharded.
+    """Record a model's effective weights outside of `fingerprinted_module`, and buffers. A collective, if sharded.
 
     Those that lie on the meta device or are not initialised, which no forward pass can use, are recorded by name alone.
+    The buffers are those of `recorded_buffers`.
 
     Args:
         model: The model.
@@ -141,9 +144,32 @@ def outside_record(model: nn.Module, layers: Sequence[ExpertLayer]) -> WeightRec
     tied = {plain_name(n) for n, p in model.named_parameters(remove_duplicate=False) if id(p) in inside}
     found = _effective_parameters(model, "", skipped=root, merged=not sharded)
     parameters = ((name, weight, dtype) for name, weight, dtype in found if name not in tied)
+    buffers = ((name, module._buffers[key]) for name, module, key in recorded_buffers(model, layers))
+    values = ((name, torch.view_as_real(b) if b.is_complex() else b, b.dtype) for name, b in buffers if b is not None)
     return WeightRecord(
-        (plain_name(_name_of(root, model)),), *_sampled(parameters, sharded=sharded, replicas_agree=False)
+        (plain_name(_name_of(root, model)),),
+        *_sampled(chain(parameters, values), sharded=sharded, replicas_agree=False),
     )
+
+
+def recorded_buffers(model: nn.Module, layers: Sequence[ExpertLayer]) -> Iterator[tuple[str, nn.Module, str]]:
+    """Plain name, module and key of the buffers that are recorded, such as the running statistics of a normalisation.
+
+    These are the ones of a checkpoint that have values, outside of the transformers model: its own buffers follow from
+    its configuration or are packed weights, with few exceptions.
+
+    Args:
+        model: The model.
+        layers: Its expert layers.
+    """
+    root = fingerprinted_module(model, layers)
+    pretrained = any(root is candidate for candidate in outermost_pretrained(model))
+    inside = set(root.modules()) if pretrained else set()
+    for prefix, module in model.named_modules():
+        for key, buffer in module.named_buffers(recurse=False):
+            is_stored = module not in inside and key not in module._non_persistent_buffers_set
+            if is_stored and buffer.numel() and buffer.device.type != "meta":
+                yield plain_name(f"{prefix}.{key}" if prefix else key), module, key
 
 
 def _name_of(part: nn.Module, model: nn.Module) -> str:

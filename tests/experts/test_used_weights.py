@@ -9,6 +9,7 @@ import pytest
 import torch
 from forked_processes import run as run_in_processes
 from oracles.models import tiny_qwen
+from oracles.own_models import OwnMixture
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
@@ -105,6 +106,31 @@ def test_however_the_head_is_computed(build, classify, frozen):
     model.classify = lambda states: classify(model.head, states)
     head = {name.replace("._orig_mod", "") for name, _ in model.named_parameters() if name.startswith("head.")}
     assert used_by(model) == head
+
+
+class Normalised(nn.Module):
+    """A head with running statistics, a counter of its calls, and buffers that it does not use."""
+
+    def __init__(self):
+        super().__init__()
+        self.norm, self.linear = nn.BatchNorm1d(16), nn.Linear(16, 3)
+        self.norm.running_mean.normal_(generator=torch.Generator().manual_seed(3))
+        self.register_buffer("shift", torch.zeros(3))
+        self.register_buffer("calls", torch.zeros(()))
+        self.register_buffer("replaced", torch.zeros(()))
+        self.register_buffer("unused", torch.zeros(3))
+        self.register_buffer("derived", torch.zeros(3), persistent=False)
+
+    def forward(self, states):
+        self.calls += 1
+        self.replaced = self.replaced + 1
+        return self.linear(self.norm(states)) + self.shift + self.derived + 0 * (self.calls + self.replaced)
+
+
+def test_buffers_that_it_reads_and_does_not_write():
+    model = Classifier(Normalised).eval()
+    expected = {"norm.running_mean", "norm.running_var", "norm.weight", "norm.bias", "linear.weight", "linear.bias"}
+    assert used_by(model) == {f"head.{name}" for name in (*expected, "shift")}
 
 
 @pytest.mark.filterwarnings("ignore:.*torch.jit.*:DeprecationWarning")
@@ -212,6 +238,23 @@ class TestComparison:
             found = compare_outside(used.record(), outside_record(there, find_expert_layers(there)))
             assert (found.same, found.compared) == (same, 2)
 
+    def test_buffers_of_a_model_that_is_not_from_transformers(self):
+        class Own(nn.Module):
+            def __init__(self):
+                super().__init__()
+                with torch.random.fork_rng():
+                    torch.manual_seed(0)
+                    self.block, self.head = OwnMixture(), nn.BatchNorm1d(6)
+
+        model, other = Own().eval(), Own().eval()
+        used = UsedWeights(model, find_expert_layers(model))
+        used.observed(lambda model, x: (model.head(model.block(x)), None))(model, torch.ones(2, 6))
+        assert set(used.record().samples) == {"head.running_mean", "head.running_var"}
+        assert compare_outside(used.record(), outside_record(other, find_expert_layers(other))).same
+        other.head.running_mean += 0.1
+        found = compare_outside(used.record(), outside_record(other, find_expert_layers(other)))
+        assert found.differing == ("head.running_mean",)
+
 
 class TestPosterior:
     def fit(self, model, **options):
@@ -233,6 +276,20 @@ class TestPosterior:
             model.head.weight[0, 0] += 1e-3  # in this process, after it was bound
         with pytest.raises(WeightMismatchError, match=r"1 parameters differ.*head\.weight"):
             posterior.predict(model, class_logits, BATCH)
+
+    @pytest.mark.parametrize("buffer", ["norm.running_mean", "norm.running_var", "shift"])
+    def test_another_buffer_of_the_head_is_refused(self, tmp_path, buffer):
+        model = Classifier(Normalised).eval()
+        self.fit(model).save(tmp_path / "posterior.safetensors")
+        posterior = LaplacePosterior.load(tmp_path / "posterior.safetensors")
+        same = Classifier(Normalised).eval()
+        same.head.unused += 1
+        expected = posterior.predict(model, class_logits, BATCH)
+        torch.testing.assert_close(posterior.predict(same, class_logits, BATCH), expected)
+        other = Classifier(Normalised).eval()
+        other.head.get_buffer(buffer).add_(0.1)
+        with pytest.raises(WeightMismatchError, match=rf"1 parameters differ.*head\.{buffer}"):
+            posterior.predict(other, class_logits, BATCH)
 
     def test_served_with_the_transformers_model_alone(self, tmp_path, caplog):
         model = Classifier()
