@@ -1,6 +1,6 @@
-"""What MkDocs builds from the code and the repository: the page of methods, the changelog, the figures.
+"""What MkDocs builds from the code and the repository: tables of methods, tasks and protocols, changelog, figures.
 
-Nothing here is written by hand twice: the page of methods comes from the registry each time the site is built.
+Nothing here is written by hand twice: the tables come from the registries each time the site is built.
 """
 
 from __future__ import annotations
@@ -50,16 +50,16 @@ def on_page_markdown(
     config: MkDocsConfig,  # noqa: ARG001
     files: Files,  # noqa: ARG001
 ) -> str:
-    """Put the registry's methods into the page that has a place for them."""
-    if page.file.src_uri != "methods.md":
-        return markdown
-    pattern = re.compile(r"<!-- methods -->.*?<!-- end of methods -->", re.DOTALL)
-    text, count = pattern.subn(lambda _: methods_page(), markdown)
-    if count != 1:
-        raise ValueError(
-            f"docs/methods.md must have one place marked 'methods', found {count}"
-        )
-    return text
+    """Put what the registries say into the pages that have places for it."""
+    for place, make in PLACES.get(page.file.src_uri, {}).items():
+        pattern = re.compile(rf"<!-- {place} -->.*?<!-- end of {place} -->", re.DOTALL)
+        markdown, count = pattern.subn(lambda _, make=make: make(), markdown)
+        if count != 1:
+            raise ValueError(
+                f"docs/{page.file.src_uri} must have one place marked {place!r}, "
+                f"found {count}"
+            )
+    return markdown
 
 
 def methods_page() -> str:
@@ -76,6 +76,90 @@ def methods_page() -> str:
         for method in methods
     ]
     return "\n\n".join(["\n".join(overview), *(_section(method) for method in methods)])
+
+
+def tasks_table() -> str:
+    """All registered tasks with their hub id, configurations and splits."""
+    from bmoe_lightning.data.tasks import get_task, task_names
+
+    rows = []
+    for task in map(get_task, task_names()):
+        configs = [task.default_config] if task.default_config else task.configs
+        validation = task.validation_splits[:1] or ("a part of train",)
+        rows.append(
+            [
+                f"[{task.label}]({task.url})",
+                f"`{task.name}`",
+                f"`{task.hub_id}`",
+                ", ".join(f"`{config}`" for config in configs),
+                task.train_splits[0],
+                validation[0],
+                task.test_splits[0],
+            ]
+        )
+    head = "data set | task | hub id | configurations | train | validation | reported"
+    return _table(head, rows)
+
+
+def prompts_table() -> str:
+    """All prompt formats with an example."""
+    from bmoe_lightning.data import Question
+    from bmoe_lightning.data.prompts import PROMPT_NAMES, get_prompt_format
+
+    lettered = Question("q", "Which floats?", ("a nail", "a cork"), 1)
+    boolean = Question("q", "do corks float", ("False", "True"), 1, "Cork is light.")
+    rows = []
+    for name in PROMPT_NAMES:
+        prompt = get_prompt_format(name)
+        question = next(q for q in (lettered, boolean) if prompt.applies(q))
+        lines = prompt.render(question).replace("\n", "` `")
+        answers = ", ".join(f"`{answer}`" for answer in prompt.answers(question))
+        rows.append([f"`{name}`", f"`{lines}`", answers])
+    return _table("format | a prompt | answers", rows)
+
+
+def protocols_table() -> str:
+    """All registered protocols with what they do."""
+    from bmoe_lightning.data.protocols import get_protocol, protocol_names
+
+    rows = []
+    for protocol in map(get_protocol, protocol_names()):
+        kind = type(protocol)
+        label = (
+            f"[{protocol.label}]({protocol.url})" if protocol.url else protocol.label
+        )
+        text = re.split(r"\n\nAttributes:", inspect.getdoc(kind) or "")[0]
+        rows.append([f"`{protocol.name}`", label, _cell(text.replace("\n\n", " "))])
+    return _table("protocol | of | what it does", rows)
+
+
+def parts_table() -> str:
+    """The parts of each task under each protocol, by the names of the data's splits."""
+    from bmoe_lightning.data.protocols import get_protocol, protocol_names
+    from bmoe_lightning.data.tasks import get_task, task_names
+
+    rows = []
+    for task in map(get_task, task_names()):
+        for protocol in map(get_protocol, protocol_names()):
+            parts = protocol.parts(task)
+            calibration = parts.describe_calibration()
+            if parts.otherwise is not None and not task.validation_splits:
+                calibration = parts.otherwise.describe()
+            rows.append(
+                [
+                    task.label,
+                    f"`{protocol.name}`",
+                    task.split_names(parts.train)[0],
+                    calibration,
+                    task.split_names(parts.test)[0],
+                ]
+            )
+    return _table("data set | protocol | train | calibration | reported", rows)
+
+
+def _table(head: str, rows: list[list[str]]) -> str:
+    lines = [f"| {head} |", "|" + " --- |" * len(rows[0])]
+    return "\n".join([*lines, *(f"| {' | '.join(row)} |" for row in rows)])
 
 
 def _section(method: Method) -> str:
@@ -142,3 +226,15 @@ def _default_curvature() -> object:
 
 def _cell(text: str) -> str:
     return text.replace("|", "\\|").replace("\n", " ")
+
+
+# What goes into the places of each page, which are marked by name.
+PLACES = {
+    "methods.md": {"methods": methods_page},
+    "tasks.md": {
+        "tasks": tasks_table,
+        "prompts": prompts_table,
+        "protocols": protocols_table,
+        "parts": parts_table,
+    },
+}

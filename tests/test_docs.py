@@ -124,11 +124,13 @@ def class_logits(model, batch):
 @pytest.fixture
 def page_module(tmp_path, monkeypatch):
     """An empty module in which the blocks of a page run, in an empty folder."""
+    from bmoe_lightning.data.protocols import registry as protocols
     from bmoe_lightning.methods import registry
 
     monkeypatch.chdir(tmp_path)
     # A page registers its method, for as long as it runs.
     monkeypatch.setattr(registry._METHODS, "_registered", dict(registry._METHODS._registered))
+    monkeypatch.setattr(protocols._PROTOCOLS, "_registered", dict(protocols._PROTOCOLS._registered))
     page = types.ModuleType("page_of_the_docs")
     monkeypatch.setitem(sys.modules, page.__name__, page)
     model, data = toy_model(), Data()
@@ -246,6 +248,45 @@ def test_page_of_methods_has_every_method_with_its_options():
         assert all(f"| `{option}` |" in section for option in method.options() if option != "label")
         assert method.source in section
         assert method.needs.describe() in section
+
+
+def test_every_place_for_what_the_registries_say_is_in_its_page_once():
+    for page, places in hooks().PLACES.items():
+        text = text_of(f"docs/{page}")
+        for place, make in places.items():
+            assert text.count(f"<!-- {place} -->") == text.count(f"<!-- end of {place} -->") == 1
+            assert make().strip()
+        built = hooks().on_page_markdown(text, page_of(page), None, None)
+        assert "<!-- end of" not in built
+        assert all(make() in built for make in places.values())
+    with pytest.raises(ValueError, match="must have one place marked 'methods', found 0"):
+        hooks().on_page_markdown("", page_of("methods.md"), None, None)
+    assert hooks().on_page_markdown("as it is", page_of("index.md"), None, None) == "as it is"
+
+
+def page_of(uri):
+    return types.SimpleNamespace(file=types.SimpleNamespace(src_uri=uri))
+
+
+def test_page_of_tasks_has_every_task_prompt_and_protocol_with_its_parts():
+    from bmoe_lightning.data.prompts import PROMPT_NAMES
+    from bmoe_lightning.data.protocols import get_protocol, protocol_names
+    from bmoe_lightning.data.tasks import get_task, task_names
+
+    tasks, parts = hooks().tasks_table().splitlines(), hooks().parts_table().splitlines()
+    for task in map(get_task, task_names()):
+        [row] = [line for line in tasks if f"| `{task.name}` |" in line]
+        assert f"`{task.hub_id}`" in row
+        assert all(f"`{config}`" in row for config in task.configs)
+        for protocol in map(get_protocol, protocol_names()):
+            [row] = [line for line in parts if line.startswith(f"| {task.label} | `{protocol.name}` |")]
+            found = protocol.parts(task)
+            assert row.endswith(f"| {task.split_names(found.test)[0]} |")
+    assert all(f"| `{name}` |" in hooks().protocols_table() for name in protocol_names())
+    assert all(f"| `{name}` |" in hooks().prompts_table() for name in PROMPT_NAMES)
+    assert "Winogrande | `bayesadapt` | train | train of winogrande_xl that is not in winogrande_l | validation |" in (
+        hooks().parts_table()
+    )
 
 
 def test_what_the_site_takes_from_the_repository_is_there():

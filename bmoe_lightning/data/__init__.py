@@ -9,7 +9,9 @@ if TYPE_CHECKING:
     from bmoe_lightning.data.files import DataUnavailableError
     from bmoe_lightning.data.hub import load_questions
     from bmoe_lightning.data.prompts import PromptFormat, answer_token_ids, get_prompt_format
+    from bmoe_lightning.data.protocols import Protocol, get_protocol, protocol_names, register_protocol
     from bmoe_lightning.data.questions import LETTERS, Question, Splits, split_train
+    from bmoe_lightning.data.splits import load_splits
     from bmoe_lightning.data.tasks import Task, get_task, register_task, task_names
     from bmoe_lightning.data.tokenizer import train_word_tokenizer
 
@@ -18,13 +20,18 @@ __all__ = [
     "DataUnavailableError",
     "MultipleChoiceDataModule",
     "PromptFormat",
+    "Protocol",
     "Question",
     "Splits",
     "Task",
     "answer_token_ids",
     "get_prompt_format",
+    "get_protocol",
     "get_task",
     "load_questions",
+    "load_splits",
+    "protocol_names",
+    "register_protocol",
     "register_task",
     "split_train",
     "task_names",
@@ -36,7 +43,9 @@ _MODULES = {
     "files": ("DataUnavailableError",),
     "hub": ("load_questions",),
     "prompts": ("PromptFormat", "answer_token_ids", "get_prompt_format"),
+    "protocols": ("Protocol", "get_protocol", "protocol_names", "register_protocol"),
     "questions": ("LETTERS", "Question", "Splits", "split_train"),
+    "splits": ("load_splits",),
     "tasks": ("Task", "get_task", "register_task", "task_names"),
     "tokenizer": ("train_word_tokenizer",),
 }

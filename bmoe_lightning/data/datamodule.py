@@ -15,11 +15,15 @@ from torch.utils.data import DataLoader, Sampler
 from transformers import PreTrainedTokenizerBase
 
 from bmoe_lightning.data.batches import Collate, EncodedQuestion, EncodedQuestions, PaddingSide, SeededShuffle
+from bmoe_lightning.data.duplicates import make_disjoint
 from bmoe_lightning.data.files import DataUnavailableError
-from bmoe_lightning.data.hub import is_hub_id, load_questions
 from bmoe_lightning.data.padding import measured_padding_side
 from bmoe_lightning.data.prompts import answer_token_ids, fit_prompts, get_prompt_format
-from bmoe_lightning.data.questions import Question, Splits, draw, drop_overlap, split_train
+from bmoe_lightning.data.protocols.base import Protocol
+from bmoe_lightning.data.protocols.holdout import Holdout
+from bmoe_lightning.data.protocols.registry import get_protocol
+from bmoe_lightning.data.questions import Question, Splits, draw
+from bmoe_lightning.data.splits import download_splits, load_splits
 from bmoe_lightning.data.tasks.base import Task
 from bmoe_lightning.data.tasks.registry import get_task
 from bmoe_lightning.models.loading import load_tokenizer
@@ -30,14 +34,16 @@ _logger = logging.getLogger(__name__)
 
 # Enough prompts to detect answer tokens that depend on the prompt.
 _PROMPTS_FOR_ANSWER_TOKENS = 8
+_CALIBRATION_FRACTION = 0.2
 
 
 class MultipleChoiceDataModule(LightningDataModule):
     """Questions from a folder, from the hub or from memory, as batches that end right before the answer.
 
-    The data's validation split is the calibration part; without one, a seeded share of train is set aside. Prior and
-    temperature are tuned on that part and never on test. A question that is also asked in a later part (train <
-    calibration < test) is dropped from the earlier one, with a warning. Prompts are encoded once, in `setup`.
+    The data's validation split is the calibration part, and without one a seeded share of train is set aside, unless a
+    protocol says otherwise. Prior and temperature are tuned on that part and never on test. A question that is also
+    asked in a later part (train < calibration < test) is left out of the earlier one, with a warning. Prompts are
+    encoded once, in `setup`.
 
     After `setup`, `num_choices` is K_max over all parts, `answer_token_ids` `[K_max]` int64 are the answer tokens, and
     `questions(part)` are the questions that `index` refers to.
@@ -49,6 +55,9 @@ class MultipleChoiceDataModule(LightningDataModule):
         task: Task that turns rows into questions: registered name, instance or `package.module:Class`; None recognises
             the task by hub id or by columns.
         revision: Revision of a hub data set.
+        protocol: Which questions train, calibrate and are reported: registered name, instance or
+            `package.module:Class`. None is `holdout` with `calibration_fraction` and `seed`; the seed of any other is
+            its own.
         prompt: Name of a prompt format.
         batch_size: Batch size of `train_dataloader`.
         eval_batch_size: Batch size of all other loaders; None for `batch_size`.
@@ -65,7 +74,7 @@ class MultipleChoiceDataModule(LightningDataModule):
     Raises:
         TypeError: If `data`, `tokenizer` or `task` has the wrong type.
         ValueError: If a number is out of range, prompt or task is unknown, `task` or `revision` is given with `Splits`,
-            or a part is empty.
+            `protocol` is given with `Splits` or `calibration_fraction`, or a part is empty.
     """
 
     def __init__(
@@ -74,11 +83,12 @@ class MultipleChoiceDataModule(LightningDataModule):
         tokenizer: PreTrainedTokenizerBase | str,
         task: str | Task | None = None,
         revision: str | None = None,
+        protocol: str | Protocol | None = None,
         prompt: str = "instruction",
         batch_size: int = 8,
         eval_batch_size: int | None = None,
         max_length: int = 256,
-        calibration_fraction: float = 0.2,
+        calibration_fraction: float = _CALIBRATION_FRACTION,
         limit: int | None = None,
         seed: int = 0,
         num_workers: int = 0,
@@ -103,12 +113,17 @@ class MultipleChoiceDataModule(LightningDataModule):
         _check_type("tokenizer", tokenizer, (str, PreTrainedTokenizerBase), "a tokenizer, or the folder or id of one")
         if isinstance(data, Splits):
             _check_not_empty(data)
-            if task is not None or revision is not None:
-                raise ValueError("task and revision apply to a folder or hub id, but data are Splits; leave both out")
+            if any(option is not None for option in (task, revision, protocol)):
+                raise ValueError(
+                    "task, revision and protocol apply to a folder or hub id, but data are Splits; leave them out"
+                )
+        if protocol is not None and calibration_fraction != _CALIBRATION_FRACTION:
+            raise ValueError("calibration_fraction applies without a protocol only; give the protocol's own options")
         self.data = data
         self.tokenizer = tokenizer
         self.task = None if task is None else get_task(task)
         self.revision = revision
+        self.protocol = None if protocol is None else get_protocol(protocol)
         self.prompt_format = get_prompt_format(prompt)
         self.batch_size = batch_size
         self.eval_batch_size = batch_size if eval_batch_size is None else eval_batch_size
@@ -131,8 +146,8 @@ class MultipleChoiceDataModule(LightningDataModule):
         Raises:
             DataUnavailableError: If the hub cannot be reached or does not have the data set.
         """
-        if isinstance(self.data, str) and is_hub_id(self.data):
-            load_questions(self.data, "test", task=self.task, revision=self.revision)
+        if isinstance(self.data, str):
+            download_splits(self.data, self._used_protocol(), task=self.task, revision=self.revision)
 
     def setup(self, stage: str | None = None) -> None:  # noqa: ARG002
         """Load, split and encode all questions on the first call; later calls do nothing.
@@ -142,7 +157,7 @@ class MultipleChoiceDataModule(LightningDataModule):
 
         Raises:
             DataUnavailableError: If data or tokenizer cannot be loaded.
-            FileNotFoundError: If the train or test split is missing.
+            FileNotFoundError: If a split or configuration of the protocol is missing.
             ValueError: If the data are malformed, the tokenizer has no answer tokens, or prompts do not fit.
         """
         if self._prepared is None:
@@ -180,18 +195,11 @@ class MultipleChoiceDataModule(LightningDataModule):
 
     def _read_splits(self) -> Splits:
         if isinstance(self.data, Splits):
-            train, calibration, test = self.data.train, self.data.calibration, self.data.test
-        else:
-            train = load_questions(self.data, "train", task=self.task, revision=self.revision)
-            test = load_questions(self.data, "test", task=self.task, revision=self.revision)
-            validation = load_questions(self.data, "validation", task=self.task, revision=self.revision)
-            if validation is None:
-                fit, calibration = split_train(drop_overlap(train, test), self.calibration_fraction, seed=self.seed)
-                return Splits(train=fit, calibration=calibration, test=test)
-            calibration = validation
-        calibration = drop_overlap(calibration, test, name="calibration")
-        train = drop_overlap(train, (*calibration, *test), held_out_name="calibration or test")
-        return Splits(train=train, calibration=calibration, test=test)
+            return make_disjoint(self.data)
+        return load_splits(self.data, self._used_protocol(), task=self.task, revision=self.revision)
+
+    def _used_protocol(self) -> Protocol:
+        return self.protocol or Holdout(fraction=self.calibration_fraction, seed=self.seed)
 
     def _encode(
         self, tokenizer: PreTrainedTokenizerBase, part: Part, questions: Sequence[Question]

@@ -93,6 +93,32 @@ def load_questions(
     )
 
 
+def task_of_source(
+    source: str | os.PathLike[str], *, task: str | Task | None = None, revision: str | None = None
+) -> Task | None:
+    """The task of a data set; its first row is read only where neither name nor hub id tells.
+
+    Args:
+        source: As in `load_questions`.
+        task: As in `load_questions`.
+        revision: As in `load_questions`.
+
+    Returns:
+        The task; None if the data have no row.
+
+    Raises:
+        DataUnavailableError: As `load_questions`.
+        ValueError: If source or task is malformed, or no task fits the columns.
+        TypeError: If `task` is no task.
+    """
+    if task is not None:
+        return get_task(task)
+    folder = _local_folder(str(source))
+    if folder is not None:
+        return _recognised(_folder_rows(folder, None))
+    return task_of_hub_id(str(source).partition(":")[0]) or _recognised(_hub_rows(str(source), None, revision))
+
+
 def is_hub_id(source: str) -> bool:
     """Whether `source` is a hub id: of the form `owner/name[:config]`, and no local folder.
 

@@ -7,9 +7,8 @@ nor reported on, and a question is never in two splits, whatever its spelling.
 import random
 import re
 import unicodedata
-import warnings
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, field
 
 LETTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
 _INVISIBLE = ("Zs", "Zl", "Zp", "Cc", "Cf")
@@ -114,11 +113,13 @@ class Splits:
         train: Questions that the weights are trained on.
         calibration: Questions that prior precisions and temperatures are tuned on.
         test: Questions that are reported, and used for nothing else.
+        calibration_in_train: Whether calibration questions are trained on too, by intent.
     """
 
     train: tuple[Question, ...]
     calibration: tuple[Question, ...]
     test: tuple[Question, ...]
+    calibration_in_train: bool = field(default=False, kw_only=True)
 
 
 def question_key(question: Question) -> str:
@@ -141,32 +142,13 @@ def _levelled(text: str) -> str:
     return re.sub(r"\s+", " ", folded).strip().rstrip(" .,:;?!") or folded.strip()
 
 
-def drop_overlap(
-    questions: Iterable[Question], held_out: Iterable[Question], *, name: str = "train", held_out_name: str = "test"
-) -> tuple[Question, ...]:
-    """Drop every question that is also asked in the held-out part, and warn with the count.
+def choices_key(question: Question) -> frozenset[str]:
+    """The normalised texts of a question's choices, without their order.
 
     Args:
-        questions: Part that questions are dropped from.
-        held_out: Part that does not change.
-        name: Name of the first part in the warning.
-        held_out_name: Name of the second part in the warning.
-
-    Returns:
-        The questions that remain, in their order.
+        question: Any question.
     """
-    questions = tuple(questions)
-    keys = {question_key(question) for question in held_out}
-    remaining = tuple(question for question in questions if question_key(question) not in keys)
-    dropped = len(questions) - len(remaining)
-    if dropped:
-        warnings.warn(
-            f"{dropped} of {len(questions)} {name} questions are also asked in the {held_out_name} split; "
-            f"they were dropped from {name}",
-            UserWarning,
-            stacklevel=2,
-        )
-    return remaining
+    return frozenset(_levelled(choice) for choice in question.choices)
 
 
 def split_train(

@@ -20,7 +20,8 @@ from torch import Tensor
 from bmoe_lightning import ExpertFinetuner, MultipleChoiceDataModule
 from bmoe_lightning.curvature import Curvature
 from bmoe_lightning.data import Question, load_questions
-from bmoe_lightning.data.questions import Splits, draw, drop_overlap
+from bmoe_lightning.data.duplicates import make_disjoint
+from bmoe_lightning.data.questions import Splits, draw
 from bmoe_lightning.experts.discovery import find_expert_layers
 from bmoe_lightning.experts.model_state import evaluation_mode
 from bmoe_lightning.experts.weights import down_proj_weights
@@ -197,7 +198,7 @@ def _with_random_labels(questions: Sequence[Question], share: float, rng: random
 def _real(source: str, seed: int, settings: StudySettings) -> _Plan:
     test = load_questions(source, "test")
     assert test is not None  # load_questions raises without a test split
-    train = drop_overlap(load_questions(source, "train"), test)
+    train = make_disjoint(Splits(load_questions(source, "train"), (), test)).train
     drawn = draw(train, _REAL_ITEMS + _REAL_CALIBRATION_ITEMS, seed=seed)
     splits = Splits(drawn[:_REAL_ITEMS], drawn[_REAL_ITEMS:], draw(test, _REAL_TEST_ITEMS, seed=0))
     folder = Path(settings.output_dir) / "model" / f"{Path(source).name}-{seed}"

@@ -52,6 +52,10 @@ _FREE = (
 )  # fmt: skip
 
 
+# Settings that were added later, with the value that all earlier runs had: a run with it is the same run.
+_ADDED = {"protocol": None}
+
+
 def check_start(settings: ResolvedSettings, methods: Sequence[Method], output: Path) -> bool:
     """Check before training what would otherwise fail after hours; files of an earlier run are not changed.
 
@@ -175,7 +179,7 @@ def _earlier_run(settings: ResolvedSettings, output: Path) -> bool:
     found, wanted = _read_run(path), _lasting(settings)
     if found.get(_REPLACED):
         return False
-    differing = sorted(name for name in wanted if found.get(name) != wanted[name])
+    differing = sorted(name for name in {*wanted, *_ADDED} if found.get(name) != wanted.get(name))
     if differing:
         had = ", ".join(f"{name}={found.get(name)!r}" for name in differing)
         raise RecipeError(
@@ -202,6 +206,7 @@ def _write_run(path: Path, description: Mapping[str, Any]) -> None:
 def _lasting(settings: ResolvedSettings) -> dict[str, Any]:
     """The settings that a resumed run must share with the earlier one."""
     lasting = {name: value for name, value in asdict(settings).items() if name not in _FREE}
+    lasting = {name: value for name, value in lasting.items() if name not in _ADDED or value != _ADDED[name]}
     return lasting | {"processes": num_processes()}
 
 

@@ -55,6 +55,12 @@ class _Common:
     )
     task: str | None = option(None, "task that reads the rows of --data, such as openbookqa; default: by its columns")
     revision: str | None = option(None, "branch, tag or commit of --data on the hub")
+    protocol: str | None = option(
+        None,
+        "what the splits of --data are for, by the protocol of a publication: paper, blob, bayesadapt, or "
+        "package.module:Class; default: holdout, in which validation (or a fifth of train) calibrates and test is "
+        "reported",
+    )
     output_dir: str = option("runs/qwen_obqa", "output folder")
     methods: tuple[str | dict[str, Any], ...] = option(
         ("all",),
@@ -183,9 +189,10 @@ class ResolvedSettings(_Common):
     def __post_init__(self) -> None:
         if self.resume and self.overwrite:
             raise UsageError("--resume and --overwrite exclude each other; give one of the two")
-        if self.kind == "builtin" and (self.task or self.revision):
+        if self.kind == "builtin" and (self.task or self.revision or self.protocol):
             raise UsageError(
-                "--task and --revision apply to --data alone, which is not given; add --data, or leave them out"
+                "--task, --revision and --protocol apply to --data alone, which is not given; add --data, or leave "
+                "them out"
             )
         if self.kind == "builtin" and self.prompt == "true_false":
             raise UsageError(

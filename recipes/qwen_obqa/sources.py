@@ -13,9 +13,9 @@ from pathlib import Path
 from transformers import AutoConfig
 
 from bmoe_lightning import MultipleChoiceDataModule
-from bmoe_lightning.data import DataUnavailableError, Question, load_questions
+from bmoe_lightning.data import DataUnavailableError, Question, load_splits
 from bmoe_lightning.data.batches import PaddingSide
-from bmoe_lightning.data.questions import Splits, draw, drop_overlap, split_train
+from bmoe_lightning.data.questions import Splits, draw
 from bmoe_lightning.methods import Available, Method, check_needs
 from bmoe_lightning.models import register_models
 from bmoe_lightning.models.loading import ModelUnavailableError, model_source
@@ -27,6 +27,7 @@ from recipes.qwen_obqa.settings import ResolvedSettings
 
 _DRY_RUN_BATCHES = 2  # of each split; of calibration more if a method needs more inputs even in a dry run
 _DRY_RUN_TEST = 8
+_DEFAULT_PROTOCOL = "holdout"
 
 
 class RecipeError(RuntimeError):
@@ -48,6 +49,7 @@ class Source:
         world: Task on which the built-in model is pre-trained, once for each seed; None for a model that all
             seeds share.
         others: Further test sets by name, of other tasks: predictions under a shift of the distribution.
+        calibration_in_train: Whether calibration questions are trained on too, as some protocols have it.
     """
 
     settings: ResolvedSettings
@@ -59,6 +61,7 @@ class Source:
     banner: str
     world: World | None = None
     others: Mapping[str, Sequence[Question]] = field(default_factory=dict)
+    calibration_in_train: bool = False
 
     def model_of(self, seed: int) -> str:
         """Folder or hub id of the model that a seed starts from; pre-trains the built-in one if it is not cached."""
@@ -94,7 +97,8 @@ class Source:
 
     @property
     def _splits(self) -> Splits:
-        return Splits(tuple(self.train), tuple(self.calibration), tuple(self.test))
+        parts = (tuple(self.train), tuple(self.calibration), tuple(self.test))
+        return Splits(*parts, calibration_in_train=self.calibration_in_train)
 
     def _module(self, splits: Splits, seed: int, padding_side: PaddingSide | None) -> MultipleChoiceDataModule:
         settings = self.settings
@@ -169,13 +173,10 @@ def _real(settings: ResolvedSettings, methods: Sequence[Method]) -> Source:
     assert settings.data is not None
     if settings.model is not None:
         check_model(settings.model)
-    options = {"task": settings.task, "revision": settings.revision}
-    with _files_read() as files:
-        splits = _disjoint(
-            load_questions(settings.data, "train", **options),
-            load_questions(settings.data, "validation", **options),
-            load_questions(settings.data, "test", **options),
-        )
+    protocol = settings.protocol or _DEFAULT_PROTOCOL
+    logs = ("files",) if settings.protocol is None else ("files", "splits")
+    with _logged(*(f"bmoe_lightning.data.{name}" for name in logs)) as lines:
+        splits = load_splits(settings.data, protocol, task=settings.task, revision=settings.revision)
     drawn = _limited(settings, splits, methods)
     if settings.model is not None:
         model = settings.model
@@ -186,14 +187,15 @@ def _real(settings: ResolvedSettings, methods: Sequence[Method]) -> Source:
             f"The small built-in model on {settings.data}: pre-trained on the training questions alone, so its accuracy"
             "\nis near chance. For a real language model add --model Qwen/Qwen1.5-MoE-A2.7B (on a GPU)."
         )
-    banner = "\n".join([banner, *files])
+    banner = "\n".join([banner, *lines])
     source = Source(settings, model, model, drawn.train, drawn.calibration, drawn.test, banner)
+    source = replace(source, calibration_in_train=drawn.calibration_in_train)
     source.data(seed=0)  # raises now if the tokenizer or the prompts do not fit
     return source
 
 
 class _Lines(logging.Handler):
-    """Collects the messages of a logger."""
+    """Collects the messages of loggers."""
 
     def __init__(self) -> None:
         super().__init__(logging.INFO)
@@ -205,26 +207,19 @@ class _Lines(logging.Handler):
 
 
 @contextmanager
-def _files_read() -> Iterator[list[str]]:
-    """Collect what is logged about the files that are read within the context."""
-    log, handler = logging.getLogger("bmoe_lightning.data.files"), _Lines()
-    level = log.level
-    log.addHandler(handler)
-    log.setLevel(logging.INFO)
+def _logged(*names: str) -> Iterator[list[str]]:
+    """Collect what some loggers log within the context."""
+    logs, handler = [logging.getLogger(name) for name in names], _Lines()
+    levels = [log.level for log in logs]
+    for log in logs:
+        log.addHandler(handler)
+        log.setLevel(logging.INFO)
     try:
         yield handler.lines
     finally:
-        log.removeHandler(handler)
-        log.setLevel(level)
-
-
-def _disjoint(train: Sequence[Question], validation: Sequence[Question] | None, test: Sequence[Question]) -> Splits:
-    """Make disjoint splits once, for all seeds and for the pre-training of the small model."""
-    train = drop_overlap(train, test)
-    if validation is None:
-        return Splits(*split_train(train), tuple(test))
-    validation = drop_overlap(validation, test, name="calibration")
-    return Splits(drop_overlap(train, validation, held_out_name="calibration"), validation, tuple(test))
+        for log, level in zip(logs, levels, strict=True):
+            log.removeHandler(handler)
+            log.setLevel(level)
 
 
 def _limited(settings: ResolvedSettings, splits: Splits, methods: Sequence[Method]) -> Splits:
@@ -240,7 +235,7 @@ def _limited(settings: ResolvedSettings, splits: Splits, methods: Sequence[Metho
         raise ValueError(
             f"{error} (--limit and --limit-validation bound the questions, --methods names the methods)"
         ) from None
-    return Splits(train, calibration, test)
+    return replace(splits, train=train, calibration=calibration, test=test)
 
 
 def _limits(settings: ResolvedSettings, methods: Sequence[Method]) -> tuple[int | None, ...]:

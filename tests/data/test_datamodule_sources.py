@@ -49,14 +49,16 @@ def test_no_question_is_on_two_sides_and_test_stays_whole(tokenizer, tmp_path, v
         again = Question("again", CALIBRATION[2].question, ("x", "y"), 0)
         splits |= {"train": (*TRAIN, *leaks, again), "validation": (*CALIBRATION, leaks[0])}
     data = MultipleChoiceDataModule(write(tmp_path, **splits), tokenizer)
-    with pytest.warns(UserWarning, match="were dropped from") as caught:
+    with pytest.warns(UserWarning, match="were left out") as caught:
         data.setup()
-    messages = [str(warning.message) for warning in caught]
+    expected = "2 of 25 train questions are also asked in the test split (2 with the same choices); they were left out"
     if validation:
-        assert any("1 of 8 calibration questions are also asked in the test split" in m for m in messages)
-        assert any("3 of 26 train questions are also asked in the calibration or test split" in m for m in messages)
-    else:
-        assert any("2 of 25 train questions are also asked in the test split" in m for m in messages)
+        expected = (
+            "3 of 26 train questions are also asked in the calibration or test split (2 with the same choices), and "
+            "1 of 8 calibration questions are also asked in the test split (1 with the same choices); they were left "
+            "out"
+        )
+    assert [str(warning.message) for warning in caught] == [expected]
     keys = [{question_key(q) for q in data.questions(part)} for part in ("train", "calibration", "test")]
     assert len(keys[0] | keys[1] | keys[2]) == sum(len(part) for part in keys)
     assert data.questions("test") == TEST
@@ -142,7 +144,7 @@ def test_task_and_revision_reach_the_hub(tokenizer, monkeypatch):
         calls.append((source, split, options))
         return {"train": TRAIN, "validation": CALIBRATION, "test": TEST}[split]
 
-    monkeypatch.setattr("bmoe_lightning.data.datamodule.load_questions", load)
+    monkeypatch.setattr("bmoe_lightning.data.splits.load_questions", load)
     data = MultipleChoiceDataModule("someone/copy", tokenizer, task="arc", revision="r1")
     data.prepare_data()
     data.setup()
@@ -160,9 +162,9 @@ def test_task_of_a_folder(tokenizer, tmp_path, task):
         other.setup()
 
 
-@pytest.mark.parametrize("options", [{"task": "arc"}, {"revision": "main"}])
+@pytest.mark.parametrize("options", [{"task": "arc"}, {"revision": "main"}, {"protocol": "paper"}])
 def test_splits_need_no_task(tokenizer, options):
-    with pytest.raises(ValueError, match="task and revision apply to a folder or hub id, but data are Splits"):
+    with pytest.raises(ValueError, match="task, revision and protocol apply to a folder or hub id, but data are Spl"):
         module(tokenizer, **options)
 
 

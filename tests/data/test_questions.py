@@ -1,5 +1,4 @@
 import random
-import warnings
 from collections import Counter
 
 import pytest
@@ -9,7 +8,6 @@ from bmoe_lightning.data.questions import (
     Question,
     Splits,
     draw,
-    drop_overlap,
     has_ambiguous_answer,
     question_key,
     split_train,
@@ -143,20 +141,6 @@ def test_fraction_out_of_range_is_refused(fraction):
 def test_split_with_an_empty_side_is_refused(questions):
     with pytest.raises(ValueError, match="leaves one side empty"):
         split_train(questions, 0.2)
-
-
-def test_overlap_is_dropped_from_the_first_part_and_counted():
-    train = [make(i) for i in range(10)]
-    test = [make(100, text="WHAT follows  3"), make(101, text="What follows 7?"), make(102)]
-    with pytest.warns(UserWarning, match="2 of 10 train questions are also asked in the test split"):
-        kept = drop_overlap(train, test)
-    assert [q.id for q in kept] == [f"item-{i}" for i in range(10) if i not in (3, 7)]
-
-
-def test_no_overlap_no_warning():
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")
-        assert drop_overlap([make(1)], [make(2)]) == (make(1),)
 
 
 def test_draw_is_seeded_ordered_and_bounded():

@@ -83,6 +83,18 @@ class TestEarlierRun:
                 start(earlier, epochs=3, resume=resume)
         assert content(earlier) == before
 
+    def test_a_run_without_a_protocol_goes_on_and_one_with_another_is_refused(self, tmp_path):
+        data = {"data": "a folder"}
+        start(tmp_path, **data)
+        described = json.loads((tmp_path / "run.json").read_text())["description"]
+        assert "protocol" not in described  # as in the runs of before
+        assert start(tmp_path, **data) is True
+        with pytest.raises(RecipeError, match=r"had other settings \(protocol=None\)"):
+            start(tmp_path, protocol="paper", **data)
+        start(tmp_path, protocol="paper", overwrite=True, **data)
+        with pytest.raises(RecipeError, match=r"had other settings \(protocol='paper'\)"):
+            start(tmp_path, **data)
+
     def test_other_questions_are_refused(self, earlier):
         before = content(earlier)
         with pytest.raises(RecipeError, match=r"questions are not those.*--overwrite"):

@@ -53,9 +53,10 @@ def test_a_file_wins_over_defaults_and_flags_over_the_file(tmp_path):
         ({"curvature": CurvatureSettings(rank=-1)}, "--curvature.rank must be at least 0, got -1"),
         ({"curvature_checkpoint_every": 0}, "--curvature-checkpoint-every must be at least 1, got 0"),
         ({"resume": True, "overwrite": True}, "--resume and --overwrite exclude each other; give one of the two"),
-        ({"task": "openbookqa"}, "--task and --revision apply to --data alone"),
+        ({"task": "openbookqa"}, "--task, --revision and --protocol apply to --data alone"),
+        ({"protocol": "paper"}, "--task, --revision and --protocol apply to --data alone"),
         ({"prompt": "true_false"}, "--prompt true_false is for questions that True or False answers"),
-        ({"revision": "main"}, "--task and --revision apply to --data alone"),
+        ({"revision": "main"}, "--task, --revision and --protocol apply to --data alone"),
         ({"learning_rate": 0.0}, "--learning-rate must be a number above 0"),
         ({"learning_rate": math.nan}, "--learning-rate must be a number above 0"),
         ({"weight_decay": -1.0}, "--weight-decay must be a number of at least 0"),
@@ -103,7 +104,7 @@ def test_nothing_is_left_open():
     hints = get_type_hints(ResolvedSettings)
     opened = {name for name, hint in hints.items() if type(None) in get_args(hint)}
     limits = {"limit", "limit_train", "limit_validation", "limit_test"}
-    assert opened == {"model", "data", "task", "revision", "save_model", *limits}
+    assert opened == {"model", "data", "task", "revision", "protocol", "save_model", *limits}
     assert {entry.name for entry in fields(ResolvedSettings)} == {entry.name for entry in fields(Settings)}
 
 

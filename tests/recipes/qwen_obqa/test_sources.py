@@ -137,6 +137,22 @@ class TestSplits:
         assert not calibration & test
         assert len(test) == 8
 
+    def test_a_protocol_says_what_the_splits_are_for(self, tmp_path, data):
+        write(tmp_path / "data", validation=rows("validation", 50))
+        sizes = {"limit_train": 400, "limit_validation": 400, "limit_test": 400, "methods": ("map",)}
+        source = prepare_source(settings(tmp_path, data=data, protocol="paper", **sizes))
+        assert [len(part) for part in (source.train, source.calibration, source.test)] == [160, 40, 50]
+        assert ids(source.test) == {f"validation-{i}" for i in range(50)}
+        assert source.banner.splitlines()[-1] == (
+            "Protocol paper: 160 questions of train to train on, 40 to calibrate (20 % of train), "
+            "50 of validation to report."
+        )
+        anchored = prepare_source(settings(tmp_path, data=data, protocol="blob", **sizes))
+        assert [len(part) for part in (anchored.train, anchored.calibration, anchored.test)] == [200, 200, 50]
+        assert ids(anchored.data(0).questions("train")) == ids(anchored.train)  # the anchors are not left out
+        with pytest.raises(RecipeError, match="unknown protocol 'papers', did you mean 'paper'"):
+            prepare_source(settings(tmp_path, data=data, protocol="papers"))
+
     def test_data_of_a_given_model_are_split_the_same_way(self, tmp_path, data):
         tokenizer = str(read_questions(World().questions("fit"), tmp_path / "tokenizer", steps=0, progress=False))
         sizes = {"batch_size": 8, "eval_batch_size": 8}
@@ -325,7 +341,7 @@ class TestModelFirst:
         def never(*_):
             raise AssertionError("the data were asked for")
 
-        monkeypatch.setattr(sources, "load_questions", never)
+        monkeypatch.setattr(sources, "load_splits", never)
 
     @pytest.mark.parametrize("model", ["/no/such/folder", "./model", "~/model", "a/b/c", "models/"])
     def test_a_folder_that_is_not_there(self, tmp_path, model):

@@ -1,0 +1,63 @@
+"""Questions that are asked in two splits, which are found and left out of the earlier one.
+
+A test question that was trained on, or that a temperature was tuned on, makes the reported numbers too good. The test
+part never changes.
+"""
+
+from __future__ import annotations
+
+import logging
+import warnings
+from collections.abc import Iterable
+from dataclasses import replace
+
+from bmoe_lightning.data.questions import Question, Splits, choices_key, question_key
+
+_logger = logging.getLogger(__name__)
+
+
+def make_disjoint(splits: Splits) -> Splits:
+    """Leave out of each part the questions that a later one asks too (train < calibration < test).
+
+    Two questions are the same if their texts are (`question_key`), whatever their choices: data sets repeat questions
+    with the choices in another order. How many have the same choices too is reported beside.
+
+    Args:
+        splits: Any splits; train and calibration may be empty.
+
+    Returns:
+        The disjoint splits, but for calibration questions that are trained on by intent
+        (`Splits.calibration_in_train`).
+
+    Warns:
+        UserWarning: If there are such questions: one sentence with their numbers, which is logged too.
+    """
+    calibration, again = _without(splits.calibration, splits.test, "calibration", "test")
+    if splits.calibration_in_train or not calibration:
+        train, trained = _without(splits.train, splits.test, "train", "test")
+    else:
+        train, trained = _without(splits.train, (*calibration, *splits.test), "train", "calibration or test")
+    found = [sentence for sentence in (trained, again) if sentence]
+    if found:
+        message = f"{', and '.join(found)}; they were left out"
+        _logger.info(message)
+        warnings.warn(message, UserWarning, stacklevel=2)
+    return replace(splits, train=train, calibration=calibration)
+
+
+def _without(
+    questions: tuple[Question, ...], held_out: Iterable[Question], name: str, held_out_name: str
+) -> tuple[tuple[Question, ...], str]:
+    """The questions that are not held out, and a sentence about the others, empty if there are none."""
+    choices: dict[str, set[frozenset[str]]] = {}
+    for question in held_out:
+        choices.setdefault(question_key(question), set()).add(choices_key(question))
+    repeated = [question for question in questions if question_key(question) in choices]
+    if not repeated:
+        return questions, ""
+    same = sum(choices_key(question) in choices[question_key(question)] for question in repeated)
+    remaining = tuple(question for question in questions if question_key(question) not in choices)
+    return remaining, (
+        f"{len(repeated)} of {len(questions)} {name} questions are also asked in the {held_out_name} split "
+        f"({same} with the same choices)"
+    )
