@@ -5,8 +5,9 @@ A model may arrange its tokens in any way: one row for each example, K rows, sor
 depends on n, and the ratio of that gradient to the unweighted one gives n. Powers of two scale floating-point numbers
 without rounding, so the ratio is exact.
 
-If the row of each token is known, the last layer is enough to find the example of each row, and its gradients are
-cheap. Otherwise the gradients of all layers are needed, at the cost of two backward passes.
+Where the rows of a layer's tokens are known, the last such layer is enough to find the example of each row, and its
+gradients are cheap. The other layers need their own gradients: a head that runs on chosen positions is cheap too, and
+layers in the depth of the model take two backward passes.
 """
 
 from __future__ import annotations
@@ -45,13 +46,22 @@ def slot_owners(batch: TappedBatch, slots: Sequence[Slots], *, thorough: bool = 
     if most == 1:
         return [torch.zeros_like(layer_slots.experts) for layer_slots in slots]
     thorough = batch.taps.agreed_maximum(int(thorough)) == 1
-    if batch.taps.agreed(all(layer_slots.rows is not None for layer_slots in slots)):
-        examples = _examples_of_rows(batch, slots, most)
+    positions = range(len(slots))
+    in_rows = _in_rows(batch, slots)
+    if in_rows:
+        examples = _examples_of_rows(batch, slots, in_rows, most)
         if batch.taps.agreed(examples is not None) and examples is not None:
-            believed = not thorough or batch.taps.agreed(not _contradicted(batch, slots, examples, most))
+            believed = not thorough or batch.taps.agreed(not _contradicted(batch, slots, in_rows, examples, most))
             if believed:
-                return [_at_rows(examples, layer_slots) for layer_slots in slots]
-    owners = _owners_by_gradient(batch, range(len(slots)), most)
+                others = [position for position in positions if position not in in_rows]
+                owners = dict(zip(others, _unmixed_owners(batch, others, most), strict=True)) if others else {}
+                return [owners[p] if p in owners else _at_rows(examples, slots[p]) for p in positions]
+    return _unmixed_owners(batch, positions, most)
+
+
+def _unmixed_owners(batch: TappedBatch, positions: Sequence[int], most: int) -> list[Tensor]:
+    """Owners by gradients; raises `RuntimeError` if a slot affects the logits of several examples."""
+    owners = _owners_by_gradient(batch, positions, most)
     if any(map(bool, to_cpu([(layer_owners == _MIXED).any().view(1) for layer_owners in owners]))):
         raise RuntimeError(
             "a token moves the logits of several examples (examples that share a sequence, or a layer that mixes the "
@@ -60,9 +70,17 @@ def slot_owners(batch: TappedBatch, slots: Sequence[Slots], *, thorough: bool = 
     return owners
 
 
-def _examples_of_rows(batch: TappedBatch, slots: Sequence[Slots], most: int) -> Tensor | None:
+def _in_rows(batch: TappedBatch, slots: Sequence[Slots]) -> list[int]:
+    """The positions of the layers whose tokens are in known rows, on all ranks in lockstep."""
+    known = [layer_slots.rows is not None for layer_slots in slots]
+    if batch.taps.agreed(all(known)):
+        return list(range(len(slots)))
+    return [position for position, here in enumerate(known) if batch.taps.agreed(here)]
+
+
+def _examples_of_rows(batch: TappedBatch, slots: Sequence[Slots], in_rows: Sequence[int], most: int) -> Tensor | None:
     """The example of each row `[R]`, or None if it is ambiguous in the last layer that was reached."""
-    last = max(position for position, layer_slots in enumerate(slots) if len(layer_slots.inputs))
+    last = max((position for position in in_rows if len(slots[position].inputs)), default=in_rows[-1])
     owners = _owners_by_gradient(batch, [last], most)[0]
     if bool((owners == _MIXED).any()):
         return None
@@ -75,10 +93,12 @@ def _examples_of_rows(batch: TappedBatch, slots: Sequence[Slots], most: int) -> 
     return highest if torch.equal(lowest, highest) else None
 
 
-def _contradicted(batch: TappedBatch, slots: Sequence[Slots], examples: Tensor, most: int) -> bool:
+def _contradicted(
+    batch: TappedBatch, slots: Sequence[Slots], in_rows: Sequence[int], examples: Tensor, most: int
+) -> bool:
     """Whether the gradients at any layer contradict the examples of the rows."""
-    for layer_slots, owners in zip(slots, _owners_by_gradient(batch, range(len(slots)), most), strict=True):
-        if bool(((owners != _UNKNOWN) & (owners != _at_rows(examples, layer_slots))).any()):
+    for position, owners in zip(in_rows, _owners_by_gradient(batch, in_rows, most), strict=True):
+        if bool(((owners != _UNKNOWN) & (owners != _at_rows(examples, slots[position]))).any()):
             return True
     return False
 

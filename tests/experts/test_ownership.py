@@ -10,7 +10,7 @@ from oracles.models import (
     toy_model,
 )
 
-from bmoe_lightning.experts import ownership, tapped_batch
+from bmoe_lightning.experts import find_linear_layers, ownership, tapped_batch
 from bmoe_lightning.experts.ownership import slot_owners
 
 
@@ -68,6 +68,25 @@ def test_hidden_rows_ask_all_layers(asked):
     _, model, layers = built("modules", num_layers=3)
     owners_and_moves(model, layers, answer_logits, toy_batch())
     assert asked == [3]
+
+
+def test_a_head_on_chosen_positions_asks_no_other_layer(asked):
+    """The rows of its inputs are not known, and its own gradients are cheap."""
+    model, batch = toy_model(num_layers=3), toy_batch()
+    layers = [*find_linear_layers(model, "*.query"), *find_linear_layers(model, "head", first_index=3)]
+
+    def class_logits(m, b):
+        with m.head.register_forward_pre_hook(lambda _, args: (args[0][:, -1:],)):
+            output = m(input_ids=b["ids"], attention_mask=b["mask"])
+        return output[:, 0, [3, 5, 7]], b["labels"]
+
+    found = owners_and_moves(model, layers, class_logits, batch)
+    assert asked == [1, 1]
+    assert torch.equal(found[-1][1], torch.arange(5))
+    expected = owners_and_moves(model, layers[:-1], class_logits, batch)
+    for (_, owners, moves), (_, alone, _) in zip(found, expected, strict=False):
+        assert moves.any()
+        assert torch.equal(owners, alone)
 
 
 @layouts
