@@ -9,15 +9,24 @@ if TYPE_CHECKING:
     from bmoe_lightning.data import MultipleChoiceDataModule
     from bmoe_lightning.finetuner import ExpertFinetuner
     from bmoe_lightning.laplace import LaplacePosterior
+    from bmoe_lightning.lora_finetuner import LoRAFinetuner
 
 __version__ = "0.1.0"
 
-__all__ = ["BayesianMoECallback", "ExpertFinetuner", "LaplacePosterior", "MultipleChoiceDataModule", "__version__"]
+__all__ = [
+    "BayesianMoECallback",
+    "ExpertFinetuner",
+    "LaplacePosterior",
+    "LoRAFinetuner",
+    "MultipleChoiceDataModule",
+    "__version__",
+]
 
 _HOMES = {
     "BayesianMoECallback": "bmoe_lightning.callback",
     "ExpertFinetuner": "bmoe_lightning.finetuner",
     "LaplacePosterior": "bmoe_lightning.laplace",
+    "LoRAFinetuner": "bmoe_lightning.lora_finetuner",
     "MultipleChoiceDataModule": "bmoe_lightning.data",
 }
 

@@ -2,42 +2,26 @@
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import ExitStack, nullcontext
-from typing import TYPE_CHECKING, Any, Literal, Self, get_args
+from collections.abc import Sequence
+from typing import Literal, get_args
 
-import torch
-from lightning import LightningModule, Trainer
-from lightning.pytorch.callbacks import Callback
-from lightning.pytorch.utilities.types import OptimizerLRScheduler
-from torch import Tensor, nn
+from torch import nn
 from transformers import PreTrainedModel
 
+from bmoe_lightning.base_finetuner import Finetuner
 from bmoe_lightning.experts.discovery import find_expert_layers
 from bmoe_lightning.experts.dropout import expert_dropout as dropout_in_experts
-from bmoe_lightning.experts.fsdp import is_sharded, shard_blocks
+from bmoe_lightning.experts.types import ExpertLayer
 from bmoe_lightning.experts.weights import down_proj_parameters, expert_parameters
 from bmoe_lightning.methods.base import check_choice
-from bmoe_lightning.models.answer_logits import answer_logits, checked_answer_ids
-from bmoe_lightning.models.buffers import unrounded_buffers
-from bmoe_lightning.models.loading import DtypeName, load_causal_model
-from bmoe_lightning.optim import HalfPrecisionUpdates, check_half_precision_updates, make_adamw
-from bmoe_lightning.trainer.checks import check_tensor_parallel
-from bmoe_lightning.trainer.learning_rate import Schedule, make_scheduler
-from bmoe_lightning.trainer.moved_weights import watch_moved_weights
-from bmoe_lightning.utils.distributed import sequential_per_node
-from bmoe_lightning.utils.messages import first_names
-
-if TYPE_CHECKING:
-    from torch.distributed.device_mesh import DeviceMesh
+from bmoe_lightning.models.loading import DtypeName
+from bmoe_lightning.optim import HalfPrecisionUpdates
+from bmoe_lightning.trainer.learning_rate import Schedule
 
 TrainedPart = Literal["down_proj", "experts"]
 
-_ANSWERS_KEY = "answer_token_ids"
 
-
-class ExpertFinetuner(LightningModule):
+class ExpertFinetuner(Finetuner):
     """Fine-tunes the experts of a mixture-of-experts causal language model; everything else stays frozen.
 
     The defaults are those of the paper (https://arxiv.org/abs/2511.08968, Table 8). Its gradient clipping is the
@@ -78,6 +62,8 @@ class ExpertFinetuner(LightningModule):
         ImportError: If `half_precision_updates` needs torchao and it is not installed.
     """
 
+    decisive = ("train",)
+
     def __init__(
         self,
         model: PreTrainedModel | str,
@@ -92,112 +78,30 @@ class ExpertFinetuner(LightningModule):
         dtype: DtypeName = "auto",
         half_precision_updates: HalfPrecisionUpdates = "master_weights",
     ) -> None:
-        super().__init__()
-        if not isinstance(model, (PreTrainedModel, str)):
-            raise TypeError(f"model is a {type(model).__name__}; pass a transformers model, or its folder or hub id")
         check_choice("train", train, get_args(TrainedPart))
-        check_choice("schedule", schedule, get_args(Schedule))
-        check_choice("dtype", dtype, get_args(DtypeName))
-        check_half_precision_updates(half_precision_updates)
-        _check_numbers(learning_rate, weight_decay, betas, warmup_fraction, expert_dropout)
+        super().__init__(
+            model,
+            answer_token_ids,
+            learning_rate=learning_rate,
+            weight_decay=weight_decay,
+            betas=betas,
+            schedule=schedule,
+            warmup_fraction=warmup_fraction,
+            dropout=("expert_dropout", expert_dropout),
+            dtype=dtype,
+            half_precision_updates=half_precision_updates,
+        )
         # Plain values: hyperparameters go into checkpoints and to loggers.
-        answer_token_ids = None if answer_token_ids is None else checked_answer_ids(answer_token_ids)
-        betas = (float(betas[0]), float(betas[1]))
+        answer_token_ids, betas = self._plain_answers(), self.betas
         self.save_hyperparameters(ignore=[] if isinstance(model, str) else ["model"])
-        # A checkpoint lacks frozen weights; `on_load_checkpoint` checks that it has the trained ones.
-        self.strict_loading = False
         self.train_part: TrainedPart = train
-        self.learning_rate = learning_rate
-        self.weight_decay = weight_decay
-        self.betas = betas
-        self.schedule: Schedule = schedule
-        self.warmup_fraction = warmup_fraction
         self.expert_dropout = expert_dropout
-        self.dtype_name: DtypeName = dtype
-        self.half_precision_updates: HalfPrecisionUpdates = half_precision_updates
-        self._source = model if isinstance(model, str) else None
-        self._undo = ExitStack()
-        self._answer_ids: Tensor | None
-        self.register_buffer("_answer_ids", None, persistent=False)
-        if answer_token_ids is not None:
-            self._answer_ids = torch.tensor(answer_token_ids)
-        self.model: PreTrainedModel | None = None
-        if isinstance(model, PreTrainedModel):
-            find_expert_layers(model)
-            self.model = model
 
-    def setup(self, stage: str) -> None:
-        """Read the answer tokens from the trainer's datamodule, unless they were passed as an argument.
+    def _check_model(self, model: PreTrainedModel) -> None:
+        find_expert_layers(model)
 
-        Raises:
-            ValueError: If neither has them.
-        """
-        if self.hparams[_ANSWERS_KEY] is not None:
-            return
-        datamodule = getattr(self.trainer, "datamodule", None)
-        found = getattr(datamodule, _ANSWERS_KEY, None)
-        if found is not None:
-            self._answer_ids = torch.tensor(checked_answer_ids(found))
-        elif self._answer_ids is None:
-            raise ValueError(
-                "the answer tokens are unknown; pass ExpertFinetuner(answer_token_ids=[...]), or a datamodule with the "
-                "attribute answer_token_ids, such as MultipleChoiceDataModule, to the trainer"
-            )
-
-    def configure_model(self) -> None:
-        """Load the model if it was given as a string, and freeze all but the experts. Idempotent.
-
-        Under `ModelParallelStrategy` its blocks are sharded with FSDP2; see `load`.
-
-        Raises:
-            ModelUnavailableError: If the model cannot be loaded; see `load_causal_model`.
-            RuntimeError: If another rank of `ModelParallelStrategy` failed to load the model.
-            ValueError: If the model has no experts, or the strategy uses tensor parallelism.
-        """
-        if self.device_mesh is None:
-            self.load()
-            return
-        check_tensor_parallel(self.device_mesh)
-        self.load(self.device_mesh["data_parallel"])
-
-    def load(self, mesh: DeviceMesh | None = None) -> None:
-        """Load the model if it was given as a string, freeze all but the experts, and shard its blocks with FSDP2.
-
-        Before it is sharded, each rank loads the unsharded model into CPU memory. The ranks of a node load it
-        sequentially, so all of them must call this, and the timeout of their process group must be longer than the
-        loading takes (`ModelParallelStrategy(timeout=...)`, 30 minutes by default).
-
-        Args:
-            mesh: One-dimensional device mesh over which the weights are sharded; None shards nothing.
-
-        Raises:
-            ModelUnavailableError: If the model cannot be loaded; see `load_causal_model`.
-            RuntimeError: If there is a mesh, and another rank failed to load the model.
-            ValueError: If the model has no experts.
-        """
-        if mesh is not None and self.model is None:
-            sequential_per_node(lambda: self._load(mesh))
-        else:
-            self._load(mesh)
-
-    def _load(self, mesh: DeviceMesh | None) -> None:
-        model = self.model
-        if model is None:
-            assert self._source is not None
-            model = load_causal_model(self._source, self.dtype_name)
-        layers = find_expert_layers(model)
-        self.model = model
-        model.requires_grad_(False)
-        for parameter in self.trained_parameters().values():
-            parameter.requires_grad_(True)
-        if mesh is not None:
-            shard_blocks(model, layers, mesh)
-
-    def configure_callbacks(self) -> list[Callback]:
-        """Add a callback that removes expert dropout after an exception, for which a LightningModule has no hook."""
-        # A reused trainer has the callback already, and would warn that it is replaced.
-        known = any(isinstance(callback, _ReleaseOnException) for callback in self.trainer.callbacks)  # type: ignore[attr-defined]
-        return [] if known else [_ReleaseOnException()]
+    def _prepare(self, model: PreTrainedModel) -> Sequence[ExpertLayer]:
+        return find_expert_layers(model)
 
     def trained_parameters(self) -> dict[str, nn.Parameter]:
         """The trained parameters by name, as in `self.named_parameters()`."""
@@ -208,188 +112,9 @@ class ExpertFinetuner(LightningModule):
             trained |= of_layer(model, layer)
         return {f"model.{name}": parameter for name, parameter in trained.items()}
 
-    def class_logits(self, batch: Mapping[str, Tensor]) -> tuple[Tensor, Tensor | None]:
-        """Logits of the answer tokens at the last non-padding position of each prompt.
-
-        Args:
-            batch: Batch as described in the class docstring.
-
-        Returns:
-            Logits `[B, K]`, at least float32, `-inf` where `choice_mask` is False; labels `[B]`, or None.
-
-        Raises:
-            RuntimeError: If the model is not loaded or the answer tokens are not known yet.
-            ValueError: If the number of choices in `choice_mask` differs from the number of answer tokens.
-        """
-        model = self._ready()
-        if self._answer_ids is None:
-            raise RuntimeError(
-                "the answer tokens are not known yet; pass ExpertFinetuner(answer_token_ids=[...]), or let a trainer "
-                "set up the module with a datamodule that has answer_token_ids"
-            )
-        return answer_logits(model, batch, self._answer_ids), batch.get("label")
-
-    def training_step(self, batch: Mapping[str, Tensor], batch_idx: int) -> Tensor:
-        """Cross entropy over the choices of each question, averaged; logs `train/loss`.
-
-        Raises:
-            ValueError: If the batch has no labels.
-        """
-        logits, labels = self._labelled(batch)
-        loss = nn.functional.cross_entropy(logits, labels)
-        self.log("train/loss", loss, prog_bar=True, batch_size=len(labels))
-        return loss
-
-    def validation_step(self, batch: Mapping[str, Tensor], batch_idx: int) -> None:
-        """Log `val/loss` and `val/acc`."""
-        self._evaluate(batch, "val")
-
-    def test_step(self, batch: Mapping[str, Tensor], batch_idx: int) -> None:
-        """Log `test/loss` and `test/acc`."""
-        self._evaluate(batch, "test")
-
-    def predict_step(self, batch: Mapping[str, Tensor], batch_idx: int) -> dict[str, Tensor]:
-        """Predict a batch: `log_probs [B, K]` float32 and, where the batch has it, `index [B]`, both on the CPU."""
-        logits, _ = self.class_logits(batch)
-        prediction = {"log_probs": logits.log_softmax(-1).float().cpu()}
-        if "index" in batch:
-            prediction["index"] = batch["index"].cpu()
-        return prediction
-
-    def configure_optimizers(self) -> OptimizerLRScheduler:
-        """AdamW over the trained parameters, with a learning-rate scheduler that steps after every optimizer step.
-
-        Raises:
-            ValueError: If the schedule needs the number of training steps and the trainer does not know it, or weights
-                in float16 shall be rounded stochastically.
-        """
-        optimizer = make_adamw(
-            self.trained_parameters().values(),
-            self.half_precision_updates,
-            lr=self.learning_rate,
-            betas=self.betas,
-            weight_decay=self.weight_decay,
-        )
-        total = self.trainer.estimated_stepping_batches
-        scheduler = make_scheduler(optimizer, self.schedule, total, self.warmup_fraction)
-        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
-
-    def on_fit_start(self) -> None:
-        """Set training mode: `from_pretrained` returns the model in evaluation mode, and Lightning preserves modes."""
-        self.train()
-
     def on_train_start(self) -> None:
         """Add expert dropout, which is active in training mode, and watch whether the weights move."""
-        self._undo.callback(watch_moved_weights(self.trainer))
+        super().on_train_start()
         if self.expert_dropout > 0:
             model = self._ready()
             self._undo.enter_context(dropout_in_experts(model, find_expert_layers(model), self.expert_dropout))
-
-    def on_train_end(self) -> None:
-        """Remove expert dropout."""
-        self.release()
-
-    def teardown(self, stage: str) -> None:
-        """Remove expert dropout if training was interrupted."""
-        self.release()
-
-    def release(self) -> None:
-        """Remove expert dropout and restore the model's experts implementation. Idempotent."""
-        self._undo.close()
-
-    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Store only the trained tensors, and the answer tokens.
-
-        A sharded checkpoint, of which each rank writes its shards, stores all tensors: Lightning loads all of them.
-        """
-        state = checkpoint["state_dict"]
-        if not any(isinstance(value, Tensor) and is_sharded(value) for value in state.values()):
-            # Under ModelParallelStrategy only rank zero has the full state dict.
-            checkpoint["state_dict"] = {name: state[name] for name in self.trained_parameters() if name in state}
-        if self._answer_ids is not None:
-            checkpoint[_ANSWERS_KEY] = self._answer_ids.tolist()
-
-    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Check that the checkpoint contains exactly the tensors that this module trains.
-
-        Raises:
-            RuntimeError: If tensors are missing or unexpected; the message names them.
-        """
-        trained_then = checkpoint.get(self.CHECKPOINT_HYPER_PARAMS_KEY, {}).get("train")
-        expected = set(self.trained_parameters())
-        if "state_dict" in checkpoint:
-            found = set(checkpoint["state_dict"])
-        else:  # ModelParallelStrategy has loaded the state dict, and does not pass it on
-            found = expected if trained_then == self.train_part else set()
-        if expected != found:
-            raise RuntimeError(
-                f"the checkpoint does not contain the tensors that this module trains (train={self.train_part!r}; the "
-                f"checkpoint says {trained_then!r}): missing are {first_names(expected - found)}, unexpected are "
-                f"{first_names(found - expected)}. Pass the model and the value of train with which it was saved."
-            )
-        if self._answer_ids is None and _ANSWERS_KEY in checkpoint:
-            self._answer_ids = torch.tensor(checked_answer_ids(checkpoint[_ANSWERS_KEY]))
-
-    def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False) -> Any:
-        """Load a state dict; frozen tensors may be missing and are not reported.
-
-        Raises:
-            RuntimeError: If shapes differ, or, with `strict`, a trained tensor is missing or a name is unknown.
-        """
-        found = super().load_state_dict(state_dict, strict=False, assign=assign)
-        trained = self.trained_parameters()
-        missing = [name for name in found.missing_keys if name in trained]
-        if strict and (missing or found.unexpected_keys):
-            raise RuntimeError(
-                f"missing are {first_names(missing)}, unexpected are {first_names(found.unexpected_keys)}: these "
-                "tensors belong to another model, or to another value of train; pass those with which they were saved"
-            )
-        return type(found)(missing, found.unexpected_keys)
-
-    def _apply(self, fn: Callable[[Any], Any], recurse: bool = True) -> Self:
-        # Precision "bf16-true" casts the module as a whole.
-        with nullcontext() if self.model is None else unrounded_buffers(self.model):
-            return super()._apply(fn, recurse)
-
-    def _evaluate(self, batch: Mapping[str, Tensor], stage: Literal["val", "test"]) -> None:
-        logits, labels = self._labelled(batch)
-        values = {
-            f"{stage}/loss": nn.functional.cross_entropy(logits, labels),
-            f"{stage}/acc": (logits.argmax(-1) == labels).float().mean(),
-        }
-        self.log_dict(values, batch_size=len(labels), on_step=False, on_epoch=True, sync_dist=True)
-
-    def _labelled(self, batch: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:
-        logits, labels = self.class_logits(batch)
-        if labels is None:
-            raise ValueError(f"this step needs labels, and the batch has no 'label' (it has {sorted(batch)}); add one")
-        return logits, labels
-
-    def _ready(self) -> PreTrainedModel:
-        if self.model is None:
-            raise RuntimeError(f"the model {self._source!r} is not loaded yet; call configure_model() first")
-        return self.model
-
-
-class _ReleaseOnException(Callback):
-    """Removes a module's expert dropout after an exception."""
-
-    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
-        # The trainer may be used with a module of another class by now.
-        if isinstance(pl_module, ExpertFinetuner):
-            pl_module.release()
-
-
-def _check_numbers(
-    learning_rate: float, weight_decay: float, betas: Sequence[float], warmup_fraction: float, expert_dropout: float
-) -> None:
-    checks = (
-        ("learning_rate", learning_rate, 0 < learning_rate < math.inf, "positive"),
-        ("weight_decay", weight_decay, 0 <= weight_decay < math.inf, "0 or more"),
-        ("betas", betas, len(betas) == 2 and all(0 <= beta < 1 for beta in betas), "two numbers in [0, 1)"),
-        ("warmup_fraction", warmup_fraction, 0 <= warmup_fraction < 1, "in [0, 1)"),
-        ("expert_dropout", expert_dropout, 0 <= expert_dropout < 1, "in [0, 1)"),
-    )
-    for name, value, holds, valid in checks:
-        if not holds:
-            raise ValueError(f"{name} must be {valid}, got {value}")

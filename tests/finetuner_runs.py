@@ -20,7 +20,7 @@ from sharded_runs import rank, strategy
 from torch.utils.data import DataLoader, Dataset
 from toy import ToyData, toy_model, trainer
 
-import bmoe_lightning.finetuner as module_file
+import bmoe_lightning.base_finetuner as module_file
 from bmoe_lightning import BayesianMoECallback, ExpertFinetuner
 from bmoe_lightning.experts import find_expert_layers, weight_fingerprint
 from bmoe_lightning.experts.fsdp import full_tensor, has_shards

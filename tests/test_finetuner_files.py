@@ -61,7 +61,9 @@ def test_resume_goes_on_where_training_stopped(data, tmp_path):
 def test_refuses_a_checkpoint_of_other_parameters(data, tmp_path):
     module, saver = finetuner(train="down_proj"), ModelCheckpoint(tmp_path, save_last=True)
     trainer(tmp_path, saver).fit(module, datamodule=data)
-    with pytest.raises(RuntimeError, match=r"says 'down_proj'\): missing are .*gate_up_proj.*, unexpected are none"):
+    with pytest.raises(
+        RuntimeError, match=r"says train='down_proj'\): missing are .*gate_up_proj.*, unexpected are none"
+    ):
         trainer(tmp_path).test(finetuner(), datamodule=data, ckpt_path=saver.last_model_path, verbose=False)
     with pytest.raises(RuntimeError, match=r"missing are none, unexpected are .*layers\.1"):
         ExpertFinetuner.load_from_checkpoint(saver.last_model_path, model=qwen(num_hidden_layers=1))

@@ -115,7 +115,7 @@ class LoRALayers(LayerSelection):
         if not names:
             raise ValueError(
                 f"{type(model).__name__} has no layer with an active, unmerged LoRA adapter of PEFT; fine-tune it with "
-                "LoRA, or put the posterior on other layers"
+                "LoRAFinetuner, or put the posterior on other layers"
             )
         return find_linear_layers(model, names)
 

@@ -132,7 +132,7 @@ def check_needs(methods: Sequence[Method], available: Available) -> None:
         if needs.lora and found.lora is False:
             raise NeedsError(
                 f"{method.name} has its posterior over the matrices of LoRA, and this run trains other weights; "
-                "fine-tune with LoRA, or remove the method"
+                "fine-tune with LoRAFinetuner, or remove the method"
             )
         if needs.runs and not found.runs:
             raise NeedsError(

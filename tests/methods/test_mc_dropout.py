@@ -3,7 +3,8 @@ import torch
 from methods_cases import predict, predictions
 from oracles.models import answer_logits, as_modules, toy_model
 
-from bmoe_lightning.experts import expert_dropout, find_expert_layers
+from bmoe_lightning.curvature import ExpertLayers, LoRALayers
+from bmoe_lightning.experts import expert_dropout, find_expert_layers, find_linear_layers
 from bmoe_lightning.methods import MAP, BatchView, MCDropout
 
 
@@ -66,6 +67,54 @@ def test_other_methods_of_the_same_batch_see_no_dropout(model, batches):
 def test_refuses_a_probability_that_drops_nothing_or_all(p):
     with pytest.raises(ValueError, match=r"in \(0, 1\)"):
         MCDropout(p=p)
+
+
+def adapted(p, seed=0):
+    """The model under LoRA whose B is not zero."""
+    peft = pytest.importorskip("peft")
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        config = peft.LoraConfig(r=2, lora_dropout=p, target_modules=["query", "head"])
+        model = peft.inject_adapter_in_model(config, toy_model()).double().eval()
+        for name, parameter in model.named_parameters():
+            if ".lora_B." in name:
+                parameter.data = torch.randn_like(parameter)
+    return model
+
+
+def test_a_model_under_lora_drops_what_lora_dropped_in_training(batches):
+    """In front of A, and nothing in the experts."""
+    model = adapted(0.3)
+    with expert_dropout(model, find_linear_layers(model, "*.lora_A.*"), 0.3, seed=5), torch.no_grad():
+        passes = [answer_logits(model, batches[0])[0].softmax(-1) for _ in range(4)]
+    log_probs = predict(MCDropout(num_samples=4, p=0.3), model, batches[0], seed=5)
+    torch.testing.assert_close(log_probs.exp(), torch.stack(passes).mean(0), rtol=1e-12, atol=1e-15)
+    assert (passes[0] - passes[1]).abs().max() > 1e-3
+    # As many passes in training mode have the same mean.
+    many = predict(MCDropout(num_samples=200, p=0.3), model, batches[0]).exp()
+    with torch.random.fork_rng(), torch.no_grad():
+        torch.manual_seed(0)
+        model.train()
+        trained = torch.stack([answer_logits(model, batches[0])[0].softmax(-1) for _ in range(200)]).mean(0)
+    torch.testing.assert_close(many, trained, rtol=0, atol=0.08)
+
+
+def test_layers_of_ones_own_drop_whatever_lora_did(batches):
+    model = adapted(0.0)
+    experts = predict(MCDropout(num_samples=4, layers=ExpertLayers()), model, batches[0])
+    matrices = predict(MCDropout(num_samples=4, layers=LoRALayers("A")), model, batches[0])
+    assert not torch.allclose(experts, matrices)
+
+
+@pytest.mark.parametrize(("p", "found"), [(0.3, "trained with 0.3"), (0.0, "trained with 0.0")])
+def test_refuses_another_dropout_than_that_of_lora(p, found, batches):
+    model = adapted(p)
+    with pytest.raises(ValueError, match=f"a dropout probability of 0.1, and the LoRA of this model is {found}"):
+        MCDropout().check_run(model, None)
+    with pytest.raises(ValueError, match=found):
+        predict(MCDropout(), model, batches[0])
+    MCDropout(p=0.3).check_run(adapted(0.3), None)
+    MCDropout().check_run(toy_model(), None)
 
 
 def test_refuses_no_passes():

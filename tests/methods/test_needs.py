@@ -48,7 +48,7 @@ def test_what_is_enough_or_unknown_passes():
         (Available(expert_dropout=0.0, runs=True), "mc_dropout needs a model .*expert dropout, which is 0"),
         (
             Available(lora=False, runs=True),
-            "bayesian_lora has its posterior over the matrices of LoRA, .* with LoRA,",
+            "bayesian_lora has its posterior over the matrices of LoRA, .* with LoRAFinetuner,",
         ),
         (Available(), "deep_ensemble needs the weights of 2 further fine-tuning runs; pass runs="),
     ],

@@ -120,13 +120,15 @@ def lora_matrices(model: nn.Module, matrices: str = "AB") -> list[str]:
 def lora_dropouts(model: nn.Module) -> dict[str, float]:
     """The dropout probability in front of each active LoRA matrix A, by the name of its layer; 0 for none.
 
+    Adapters of parameters (`target_parameters`), which have no dropout, are left out.
+
     Reads `lora_dropout` of a `LoraLayer` (seen in PEFT 0.18.0 to 0.21.2).
     """
     return {
         name: float(getattr(layer.lora_dropout[adapter], "p", 0.0))
         for name, layer in _active_lora_layers(model)
         for adapter in layer.active_adapters
-        if adapter in layer.lora_dropout
+        if adapter in layer.lora_dropout and adapted_parameter(layer) is None
     }
 
 
