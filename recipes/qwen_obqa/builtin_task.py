@@ -78,6 +78,16 @@ class Fact:
     usual: str
 
     @property
+    def identifier(self) -> str:
+        """Text that identifies the fact, and the id of its questions."""
+        return f"{self.season}-{self.feature}-{self.creature}"
+
+    @property
+    def is_exception(self) -> bool:
+        """Whether the creature's value is not that of its kind."""
+        return self.value != self.usual
+
+    @property
     def stem(self) -> str:
         """The fact as a sentence without its last word, the value."""
         return _STEM.format(season=self.season, feature=self.feature, creature=self.creature)
@@ -218,7 +228,7 @@ class World:
         choices = [fact.value, *temptation, *rng.sample(others, self.choices - 1 - len(temptation))]
         rng.shuffle(choices)
         return Question(
-            id=f"{fact.season}-{fact.feature}-{fact.creature}",
+            id=fact.identifier,
             question=fact.stem,
             choices=tuple(choices),
             answer=choices.index(fact.value),
