@@ -1,0 +1,68 @@
+"""What the runs of a study leave for its report: predictions of trained models on test sets."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+from bmoe_lightning.report import MethodResult
+
+Mode = Literal["experts", "lora"]
+"""What is fine-tuned: the experts, or LoRA's matrices."""
+MODES: tuple[Mode, ...] = ("experts", "lora")
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """The predictions of models that were trained on one data set, on one test set.
+
+    Attributes:
+        trained_on: Name of the data set of the training.
+        mode: What was fine-tuned.
+        tested_on: Name of the data set whose test questions were answered.
+        results: Predictions of every method and seed, on the same questions in the same order.
+    """
+
+    trained_on: str
+    mode: Mode
+    tested_on: str
+    results: tuple[MethodResult, ...]
+
+
+@dataclass(frozen=True)
+class Study:
+    """All outcomes of a study.
+
+    Attributes:
+        preset: Name of the preset.
+        model: Model, in words.
+        home: Data set on which the models are trained that are tested on the others.
+        labels: Display name of each data set, in the order of columns.
+        tables: Numbers of the tables that were asked for.
+        figures: Numbers of the figures that were asked for.
+        outcomes: The predictions.
+    """
+
+    preset: str
+    model: str
+    home: str
+    labels: dict[str, str]
+    tables: tuple[int, ...]
+    figures: tuple[int, ...]
+    outcomes: tuple[Outcome, ...]
+
+    def results(self, trained_on: str, tested_on: str, mode: Mode = "experts") -> tuple[MethodResult, ...]:
+        """The predictions of models trained on one data set, on the test questions of another or the same.
+
+        Args:
+            trained_on: Data set of the training.
+            tested_on: Data set of the test questions.
+            mode: What was fine-tuned.
+
+        Raises:
+            KeyError: If the study has no such outcome.
+        """
+        for outcome in self.outcomes:
+            if (outcome.trained_on, outcome.tested_on, outcome.mode) == (trained_on, tested_on, mode):
+                return outcome.results
+        raise KeyError(f"no models trained on {trained_on} ({mode}) were tested on {tested_on}")
