@@ -36,7 +36,7 @@ def test_the_answer_is_the_value_of_the_fact(entry):
                 assert (claimed == fact.value) == (question.choices[question.answer] == "yes")
             else:
                 assert question.choices[question.answer] == fact.value
-                assert (fact.usual in question.choices) or entry.name == "pairs"
+                assert fact.usual in question.choices
 
 
 @by_name
