@@ -19,6 +19,7 @@ from bmoe_lightning.experts.types import ExpertLayer
 from bmoe_lightning.methods.base import check_choice
 from bmoe_lightning.models.answer_logits import answer_logits, checked_answer_ids
 from bmoe_lightning.models.buffers import unrounded_buffers
+from bmoe_lightning.models.choice_logits import choice_logits, has_choice_tokens
 from bmoe_lightning.models.loading import DtypeName, load_causal_model
 from bmoe_lightning.optim import HalfPrecisionUpdates, check_half_precision_updates, make_adamw
 from bmoe_lightning.trainer.checks import check_tensor_parallel
@@ -48,7 +49,7 @@ class Finetuner(LightningModule):
     def __init__(
         self,
         model: PreTrainedModel | str,
-        answer_token_ids: Sequence[int] | None,
+        answer_token_ids: Sequence[int] | Tensor | None,
         *,
         learning_rate: float,
         weight_decay: float,
@@ -107,9 +108,9 @@ class Finetuner(LightningModule):
         if self.hparams[_ANSWERS_KEY] is not None:
             return
         datamodule = getattr(self.trainer, "datamodule", None)
-        found = getattr(datamodule, _ANSWERS_KEY, None)
-        if found is not None:
-            self._answer_ids = torch.tensor(checked_answer_ids(found))
+        if hasattr(datamodule, _ANSWERS_KEY):
+            found = getattr(datamodule, _ANSWERS_KEY)
+            self._answer_ids = None if found is None else torch.tensor(checked_answer_ids(found))
         elif self._answer_ids is None:
             raise ValueError(
                 f"the answer tokens are unknown; pass {type(self).__name__}(answer_token_ids=[...]), or a datamodule "
@@ -173,7 +174,7 @@ class Finetuner(LightningModule):
         return [] if known else [_ReleaseOnException()]
 
     def class_logits(self, batch: Mapping[str, Tensor]) -> tuple[Tensor, Tensor | None]:
-        """Logits of the answer tokens at the last non-padding position of each prompt.
+        """Logits of the answer tokens at the last non-padding position of each prompt, or of the texts of the choices.
 
         Args:
             batch: Batch as described in the class docstring.
@@ -186,6 +187,8 @@ class Finetuner(LightningModule):
             ValueError: If the number of choices in `choice_mask` differs from the number of answer tokens.
         """
         model = self._ready()
+        if has_choice_tokens(batch):
+            return choice_logits(model, batch), batch.get("label")
         if self._answer_ids is None:
             raise RuntimeError(
                 f"the answer tokens are not known yet; pass {type(self).__name__}(answer_token_ids=[...]), or let a "

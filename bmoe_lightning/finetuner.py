@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Literal, get_args
 
-from torch import nn
+from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from bmoe_lightning.base_finetuner import Finetuner
@@ -30,7 +30,8 @@ class ExpertFinetuner(Finetuner):
     these.
 
     A batch is a mapping with `input_ids` and `attention_mask` `[B, T]`, padded on either side, and optionally
-    `choice_mask [B, K]`, `label [B]` and `index [B]`; see `MultipleChoiceDataModule`.
+    `choice_mask [B, K]`, `label [B]` and `index [B]`; see `MultipleChoiceDataModule`. A batch with the tokens of its
+    choices (`choice_index`, see `bmoe_lightning.data.cloze.ClozeBatch`) is answered by their texts instead of letters.
 
     Checkpoints contain only the trained tensors; sharded checkpoints, of which each rank writes its shards, contain
     all. `load_from_checkpoint(path)` loads the frozen weights from `model`; if that was an object, pass it again:
@@ -39,7 +40,8 @@ class ExpertFinetuner(Finetuner):
     Args:
         model: Causal language model with experts, or its local folder or hub id, which is loaded when the trainer (or
             `load_from_checkpoint`) calls `configure_model`. Code from the hub is never run.
-        answer_token_ids: Token id of each of the K choices; by default `answer_token_ids` of the trainer's datamodule.
+        answer_token_ids: Token id of each of the K choices; by default `answer_token_ids` of the trainer's datamodule,
+            which is None where batches have the tokens of their choices.
         train: Trained part: `experts` (all weights of the experts) or `down_proj` (only their second linear layers).
             Routers and shared experts are always frozen.
         learning_rate: Peak learning rate of AdamW (https://arxiv.org/abs/1711.05101).
@@ -67,7 +69,7 @@ class ExpertFinetuner(Finetuner):
     def __init__(
         self,
         model: PreTrainedModel | str,
-        answer_token_ids: Sequence[int] | None = None,
+        answer_token_ids: Sequence[int] | Tensor | None = None,
         train: TrainedPart = "experts",
         learning_rate: float = 5e-5,
         weight_decay: float = 0.0,

@@ -13,7 +13,15 @@ from torch.utils.data import Dataset, Sampler
 PaddingSide = Literal["left", "right"]
 
 
-class Batch(TypedDict):
+class Targets(TypedDict):
+    """What a batch holds besides tokens; see `Batch`."""
+
+    choice_mask: Tensor
+    label: Tensor
+    index: Tensor
+
+
+class Batch(Targets):
     """One batch: B questions, T tokens in the longest one, K_max choices in the widest question of all splits.
 
     `input_ids` `[B, T]` int64 and `attention_mask` `[B, T]` int64 are padded on one side: the end of a prompt is the
@@ -24,9 +32,6 @@ class Batch(TypedDict):
 
     input_ids: Tensor
     attention_mask: Tensor
-    choice_mask: Tensor
-    label: Tensor
-    index: Tensor
 
 
 @dataclass(frozen=True)
@@ -38,12 +43,21 @@ class EncodedQuestion:
         num_choices: Number of choices.
         label: Position of the right choice.
         index: Position in its split.
+        choices: Token ids of each choice after the prompt; empty where a choice is answered by a letter.
+        lengths: What the log-probability of each choice is divided by; empty likewise.
     """
 
     token_ids: tuple[int, ...]
     num_choices: int
     label: int
     index: int
+    choices: tuple[tuple[int, ...], ...] = ()
+    lengths: tuple[float, ...] = ()
+
+    @property
+    def num_tokens(self) -> int:
+        """Number of tokens of the prompt and of all choices."""
+        return len(self.token_ids) + sum(map(len, self.choices))
 
 
 class EncodedQuestions(Dataset[EncodedQuestion]):
@@ -60,7 +74,7 @@ class EncodedQuestions(Dataset[EncodedQuestion]):
 
     def longest(self) -> EncodedQuestion:
         """The question with the most tokens."""
-        return max(self._items, key=lambda item: len(item.token_ids))
+        return max(self._items, key=lambda item: item.num_tokens)
 
 
 class SeededShuffle(Sampler[int]):
@@ -120,14 +134,28 @@ class Collate:
         input_ids = torch.full((len(items), width), self.pad_id, dtype=torch.int64)
         attention_mask = torch.zeros((len(items), width), dtype=torch.int64)
         for row, item in enumerate(items):
-            length = len(item.token_ids)
-            place = slice(width - length, width) if self.side == "left" else slice(length)
+            place = self.place(len(item.token_ids), width)
             input_ids[row, place] = torch.tensor(item.token_ids, dtype=torch.int64)
             attention_mask[row, place] = 1
+        return Batch(input_ids=input_ids, attention_mask=attention_mask, **self.targets(items))
+
+    def place(self, length: int, width: int) -> slice:
+        """The positions of a row's tokens.
+
+        Args:
+            length: Number of its tokens.
+            width: Number of all positions.
+        """
+        return slice(width - length, width) if self.side == "left" else slice(length)
+
+    def targets(self, items: Sequence[EncodedQuestion]) -> Targets:
+        """What a batch holds besides tokens.
+
+        Args:
+            items: Questions of one split.
+        """
         counts = torch.tensor([item.num_choices for item in items])
-        return Batch(
-            input_ids=input_ids,
-            attention_mask=attention_mask,
+        return Targets(
             choice_mask=torch.arange(self.num_choices)[None, :] < counts[:, None],
             label=torch.tensor([item.label for item in items], dtype=torch.int64),
             index=torch.tensor([item.index for item in items], dtype=torch.int64),

@@ -5,7 +5,7 @@ import warnings
 import weakref
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import torch
 from lightning import LightningDataModule, LightningModule
@@ -15,10 +15,11 @@ from torch.utils.data import DataLoader, Sampler
 from transformers import PreTrainedTokenizerBase
 
 from bmoe_lightning.data.batches import Collate, EncodedQuestion, EncodedQuestions, PaddingSide, SeededShuffle
+from bmoe_lightning.data.cloze import ClozeCollate, Normalisation, fit_cloze, indistinct
 from bmoe_lightning.data.duplicates import make_disjoint
 from bmoe_lightning.data.files import DataUnavailableError
-from bmoe_lightning.data.padding import measured_padding_side
-from bmoe_lightning.data.prompts import answer_token_ids, fit_prompts, get_prompt_format
+from bmoe_lightning.data.padding import measured_padding_side, shares_prompts
+from bmoe_lightning.data.prompts import PromptFormat, answer_token_ids, fit_prompts, get_prompt_format
 from bmoe_lightning.data.protocols.base import Protocol
 from bmoe_lightning.data.protocols.holdout import Holdout
 from bmoe_lightning.data.protocols.registry import get_protocol
@@ -45,8 +46,9 @@ class MultipleChoiceDataModule(LightningDataModule):
     asked in a later part (train < calibration < test) is left out of the earlier one, with a warning. Prompts are
     encoded once, in `setup`.
 
-    After `setup`, `num_choices` is K_max over all parts, `answer_token_ids` `[K_max]` int64 are the answer tokens, and
-    `questions(part)` are the questions that `index` refers to.
+    After `setup`, `num_choices` is K_max over all parts, `answer_token_ids` `[K_max]` int64 are the answer tokens (None
+    with the prompt `cloze`, whose batches have the tokens of their choices), and `questions(part)` are the questions
+    that `index` refers to.
 
     Args:
         data: Folder or hub id as in `load_questions`, or the questions as `Splits`, with a calibration part such as
@@ -58,11 +60,13 @@ class MultipleChoiceDataModule(LightningDataModule):
         protocol: Which questions train, calibrate and are reported: registered name, instance or
             `package.module:Class`. None is `holdout` with `calibration_fraction` and `seed`; the seed of any other is
             its own.
-        prompt: Name of a prompt format.
+        prompt: Name of a prompt format: `instruction` or `letters`, whose answers are letters, `true_false`, or `cloze`,
+            in which the text of each choice is scored after the question (batches as
+            `bmoe_lightning.data.cloze.ClozeBatch`).
         batch_size: Batch size of `train_dataloader`.
         eval_batch_size: Batch size of all other loaders; None for `batch_size`.
-        max_length: Maximum number of tokens of a prompt. Longer ones lose words of the passage, or, without a passage,
-            from the front of the question.
+        max_length: Maximum number of tokens of a prompt, with `cloze` and its longest choice. Longer ones lose words of
+            the passage, or, without a passage, from the front of the question.
         calibration_fraction: Share of train that is set aside if the data have no validation split.
         limit: Maximum number of questions of each part, a seeded sample for a quick trial; None for all.
         seed: Seed of the calibration split, of `limit` and of the training order.
@@ -70,6 +74,11 @@ class MultipleChoiceDataModule(LightningDataModule):
         padding_side: Side on which shorter prompts of a batch are padded. `auto` is the left, unless padding there
             changes the logits of the trainer's module, which is measured when the first loader is made: a few forward
             passes of the longest prompt. Without a trainer, or a module without `class_logits`, it is the left.
+        normalise: With the prompt `cloze`, what the log-probability of a choice is divided by: `sum` for nothing,
+            `characters` or `bytes` for the length of its text.
+        shared_prompts: With the prompt `cloze`, whether all choices of a question follow its prompt in one row, which
+            takes fewer tokens than a row for each. `auto` does so where it leaves the logits of the trainer's module as
+            they are, which is measured when the first loader is made; without a trainer, each choice has a row.
 
     Raises:
         TypeError: If `data`, `tokenizer` or `task` has the wrong type.
@@ -93,6 +102,8 @@ class MultipleChoiceDataModule(LightningDataModule):
         seed: int = 0,
         num_workers: int = 0,
         padding_side: Literal["auto", "left", "right"] = "auto",
+        normalise: Normalisation = "sum",
+        shared_prompts: Literal["auto"] | bool = "auto",
     ) -> None:
         super().__init__()
         for name, value in {
@@ -109,6 +120,8 @@ class MultipleChoiceDataModule(LightningDataModule):
             raise ValueError(f"calibration_fraction is {calibration_fraction}; it must lie strictly between 0 and 1")
         if padding_side not in ("auto", "left", "right"):
             raise ValueError(f"padding_side is {padding_side!r}; it must be auto, left or right")
+        prompt_format = get_prompt_format(prompt)
+        _check_cloze(prompt_format, normalise, shared_prompts)
         _check_type("data", data, (str, Splits), "a folder, a hub id or Splits")
         _check_type("tokenizer", tokenizer, (str, PreTrainedTokenizerBase), "a tokenizer, or the folder or id of one")
         if isinstance(data, Splits):
@@ -124,7 +137,7 @@ class MultipleChoiceDataModule(LightningDataModule):
         self.task = None if task is None else get_task(task)
         self.revision = revision
         self.protocol = None if protocol is None else get_protocol(protocol)
-        self.prompt_format = get_prompt_format(prompt)
+        self.prompt_format = prompt_format
         self.batch_size = batch_size
         self.eval_batch_size = batch_size if eval_batch_size is None else eval_batch_size
         self.max_length = max_length
@@ -133,6 +146,8 @@ class MultipleChoiceDataModule(LightningDataModule):
         self.seed = seed
         self.num_workers = num_workers
         self.padding_side: Literal["auto", "left", "right"] = padding_side
+        self.normalise: Normalisation = normalise
+        self.shared_prompts: Literal["auto"] | bool = shared_prompts
         self._prepared: _Prepared | None = None
         self._measured: _Measured | None = None
 
@@ -178,20 +193,22 @@ class MultipleChoiceDataModule(LightningDataModule):
         # From all questions of the splits, so that `limit` does not change the number of classes.
         unlimited = (*splits.train, *splits.calibration, *splits.test)
         num_choices = max(len(question.choices) for question in unlimited)
-        # Spread over all parts, the first and the last question included.
-        step = max(1, (len(every_question) - 1) // (_PROMPTS_FOR_ANSWER_TOKENS - 1))
-        prompts = [self.prompt_format.render(question) for question in every_question[::step]]
-        words = self.prompt_format.answers_of_all(unlimited)
-        answers = answer_token_ids(tokenizer, prompts, num_choices, words=words)
         encoded = {part: self._encode(tokenizer, part, questions) for part, questions in parts.items()}
         pad_id = tokenizer.pad_token_id
-        return _Prepared(
-            questions=parts,
-            encoded=encoded,
-            answer_token_ids=answers,
-            # Padding is masked out, so any id will do for a tokenizer without a padding token.
-            collate=Collate(pad_id=0 if pad_id is None else pad_id, num_choices=num_choices),
-        )
+        # Padding is masked out, so any id will do for a tokenizer without a padding token.
+        pad_id = 0 if pad_id is None else pad_id
+        answers = None
+        if not self.prompt_format.cloze:
+            # Spread over all parts, the first and the last question included.
+            step = max(1, (len(every_question) - 1) // (_PROMPTS_FOR_ANSWER_TOKENS - 1))
+            prompts = [self.prompt_format.render(question) for question in every_question[::step]]
+            words = self.prompt_format.answers_of_all(unlimited)
+            answers = answer_token_ids(tokenizer, prompts, num_choices, words=words)
+        side: PaddingSide = "left" if self.padding_side == "auto" else self.padding_side
+        collate = Collate(pad_id, num_choices, side)
+        if self.prompt_format.cloze:
+            collate = ClozeCollate(pad_id, num_choices, side, shared=self.shared_prompts is True)
+        return _Prepared(parts, encoded, answers, collate)
 
     def _read_splits(self) -> Splits:
         if isinstance(self.data, Splits):
@@ -204,7 +221,14 @@ class MultipleChoiceDataModule(LightningDataModule):
     def _encode(
         self, tokenizer: PreTrainedTokenizerBase, part: Part, questions: Sequence[Question]
     ) -> EncodedQuestions:
-        rows, cut = fit_prompts(tokenizer, self.prompt_format, questions, self.max_length)
+        if not self.prompt_format.cloze:
+            rows, cut = fit_prompts(tokenizer, self.prompt_format, questions, self.max_length)
+            items = [
+                EncodedQuestion(tuple(ids), len(question.choices), question.answer, index)
+                for index, (ids, question) in enumerate(zip(rows, questions, strict=True))
+            ]
+        else:
+            items, cut = fit_cloze(tokenizer, self.prompt_format, questions, self.max_length, self.normalise)
         if cut:
             warnings.warn(
                 f"{cut} of {len(questions)} {part} prompts were longer than max_length={self.max_length}; "
@@ -212,12 +236,15 @@ class MultipleChoiceDataModule(LightningDataModule):
                 UserWarning,
                 stacklevel=2,
             )
-        return EncodedQuestions(
-            [
-                EncodedQuestion(tuple(ids), len(question.choices), question.answer, index)
-                for index, (ids, question) in enumerate(zip(rows, questions, strict=True))
-            ]
-        )
+        alike = indistinct(items)
+        if alike:
+            warnings.warn(
+                f"{alike} of {len(questions)} {part} questions have two choices with the same tokens, whose scores are "
+                "equal: the texts are the same, or differ in words that the tokenizer does not know",
+                UserWarning,
+                stacklevel=2,
+            )
+        return EncodedQuestions(items)
 
     @property
     def num_choices(self) -> int:
@@ -225,8 +252,8 @@ class MultipleChoiceDataModule(LightningDataModule):
         return self._ready().collate.num_choices
 
     @property
-    def answer_token_ids(self) -> Tensor:
-        """The answer token of each class, `[K_max]` int64."""
+    def answer_token_ids(self) -> Tensor | None:
+        """The answer token of each class, `[K_max]` int64; None where the texts of the choices are scored."""
         return self._ready().answer_token_ids
 
     def questions(self, split: Part) -> tuple[Question, ...]:
@@ -276,7 +303,7 @@ class MultipleChoiceDataModule(LightningDataModule):
             sampler=sampler,
             # Even without shuffling a loader draws a base seed, by default from the global generator.
             generator=torch.Generator().manual_seed(self.seed),
-            collate_fn=replace(prepared.collate, side=self._side()),
+            collate_fn=self._collate(),
             num_workers=self.num_workers,
             drop_last=False,
         )
@@ -284,27 +311,42 @@ class MultipleChoiceDataModule(LightningDataModule):
     @property
     def measured_padding_side(self) -> PaddingSide | None:
         """The side that `padding_side="auto"` has chosen for the trainer's module; None until it is measured."""
-        return None if self._measured is None else self._measured.side
+        return None if self._measured is None or self.padding_side != "auto" else self._measured.collate.side
 
-    def _side(self) -> PaddingSide:
-        if self.padding_side != "auto":
-            return self.padding_side
+    @property
+    def measured_shared_prompts(self) -> bool | None:
+        """What `shared_prompts="auto"` has found for the trainer's module; None until it is measured."""
+        collate = None if self._measured is None else self._measured.collate
+        return collate.shared if isinstance(collate, ClozeCollate) and self.shared_prompts == "auto" else None
+
+    def _collate(self) -> Collate:
+        prepared = self._ready()
+        is_cloze = isinstance(prepared.collate, ClozeCollate)
+        sides, sharing = self.padding_side == "auto", is_cloze and self.shared_prompts == "auto"
         rows = max(self.batch_size, self.eval_batch_size)
         trainer: Any = self.trainer
         module = getattr(trainer, "lightning_module", None)
         class_logits: Any = getattr(module, "class_logits", None)
+        # Batches of one prompt have no padding, unless its choices have rows of different lengths.
+        measures = sharing or (sides and (rows > 1 or is_cloze))
         # These strategies run a module as a whole only, in their own forward.
-        if module is None or class_logits is None or isinstance(trainer.strategy, (FSDPStrategy, DeepSpeedStrategy)):
-            return "left" if self._measured is None else self._measured.side
-        if rows > 1 and (self._measured is None or self._measured.module() is not module):
-            prepared = self._ready()
-            parts = prepared.encoded.values()
-            longest = max((part.longest() for part in parts), key=lambda question: len(question.token_ids))
-            side = measured_padding_side(module, class_logits, longest, prepared.collate, rows)
-            self._measured = _Measured(weakref.ref(module), side)
-            if side == "right":
-                _logger.info("prompts are padded on the right: on the left, padding changes the model's logits")
-        return "left" if self._measured is None else self._measured.side
+        whole = isinstance(getattr(trainer, "strategy", None), (FSDPStrategy, DeepSpeedStrategy))
+        if module is None or class_logits is None or whole or not measures:
+            return prepared.collate if self._measured is None else self._measured.collate
+        if self._measured is None or self._measured.module() is not module:
+            longest = max((part.longest() for part in prepared.encoded.values()), key=lambda item: item.num_tokens)
+            collate = prepared.collate
+            if sides:
+                side = measured_padding_side(module, class_logits, longest, collate, max(rows, 2))
+                if side == "right":
+                    _logger.info("prompts are padded on the right: on the left, padding changes the model's logits")
+                collate = replace(collate, side=side)
+            if sharing and isinstance(collate, ClozeCollate):
+                shared = shares_prompts(module, class_logits, longest, collate, rows)
+                _logger.info("the choices of a question have %s", "one row" if shared else "a row each")
+                collate = replace(collate, shared=shared)
+            self._measured = _Measured(weakref.ref(module), collate)
+        return self._measured.collate
 
     def _ready(self) -> "_Prepared":
         if self._prepared is None:
@@ -316,16 +358,28 @@ class MultipleChoiceDataModule(LightningDataModule):
 class _Prepared:
     questions: dict[Part, tuple[Question, ...]]
     encoded: dict[Part, EncodedQuestions]
-    answer_token_ids: Tensor
+    answer_token_ids: Tensor | None
     collate: Collate
 
 
 @dataclass(frozen=True)
 class _Measured:
-    """The padding side of a module."""
+    """How prompts are padded for a module, and whether choices share their prompt's row."""
 
     module: weakref.ref[LightningModule]
-    side: PaddingSide
+    collate: Collate
+
+
+def _check_cloze(prompt_format: PromptFormat, normalise: str, shared_prompts: object) -> None:
+    if normalise not in get_args(Normalisation):
+        raise ValueError(f"normalise is {normalise!r}; it must be one of {', '.join(get_args(Normalisation))}")
+    if shared_prompts not in ("auto", True, False):
+        raise ValueError(f"shared_prompts is {shared_prompts!r}; it must be 'auto', True or False")
+    if not prompt_format.cloze and (normalise != "sum" or shared_prompts != "auto"):
+        raise ValueError(
+            "normalise and shared_prompts are for choices that are scored by their text, and the answers of the prompt "
+            f"{prompt_format.name!r} are single tokens; use prompt='cloze', or leave both out"
+        )
 
 
 def _check_type(name: str, value: object, types: tuple[type, ...], expected: str) -> None:

@@ -1,12 +1,14 @@
-"""The side on which a model's rows may be padded, measured on the model itself.
+"""The side on which a model's rows may be padded, and whether choices may share a row, measured on the model itself.
 
 Attention over single positions ignores padding on either side. Attention over blocks of neighbouring positions mixes
 padding on the left into them, and experts of a limited capacity that are filled in the order of positions drop tokens
-for padding on the left.
+for padding on the left. Choices that share the row of their prompt need a model that passes on a mask of pairs of
+tokens, and looks at no order of tokens but that of their positions.
 """
 
 from __future__ import annotations
 
+import logging
 import math
 from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
@@ -18,8 +20,11 @@ from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
 
 from bmoe_lightning.data.batches import Batch, Collate, EncodedQuestion, PaddingSide
+from bmoe_lightning.data.cloze import ClozeCollate
 from bmoe_lightning.utils.distributed import gather_number
 from bmoe_lightning.utils.random_state import forked_random_state
+
+_logger = logging.getLogger(__name__)
 
 # Numbers of padded tokens of the rows; a multiple of a block's length may do no harm.
 _PADS = (0, 1, 3, 2, 5, 7)
@@ -28,6 +33,8 @@ _PADS = (0, 1, 3, 2, 5, 7)
 _FULL_PRECISION = (1e-3, 1e-3)
 _HALF_PRECISION = (0.02, 0.5)
 _CLEARLY_LESS = 1 / 3
+# Of the median question, whose choices share a row or do not. Rounding may send single tokens to other experts.
+_SHARED = (1e-3, 0.1)
 _RESOLUTION = 1e-9
 
 
@@ -49,13 +56,8 @@ def measured_padding_side(
     Raises:
         ValueError: If padding changes the logits on both sides.
     """
-    device = next((parameter.device for parameter in module.parameters()), torch.device("cpu"))
-
-    def logits_of(batch: Batch) -> Tensor:
-        on_device = {name: value.to(device) for name, value in batch.items() if isinstance(value, Tensor)}
-        return class_logits(on_device)[0].detach().cpu()
-
-    questions = shortened(question, rows)
+    questions = shortened(_of_equal_length(question), rows)
+    logits_of = _Logits(module, class_logits)
     with _evaluated(module):
         found = [logits_of(collate([item])) for item in questions]
         negligible, wrong = _FULL_PRECISION if is_full_precision(module, {found[0].dtype}) else _HALF_PRECISION
@@ -74,6 +76,54 @@ def measured_padding_side(
         "does, with attention_mask and position_ids; if they still change, the model mixes padding into a row, and "
         "batch_size=1 with eval_batch_size=1, which pads nothing, is right."
     )
+
+
+def shares_prompts(
+    module: nn.Module, class_logits: Callable[[Any], Any], question: EncodedQuestion, collate: ClozeCollate, rows: int
+) -> bool:
+    """Whether the logits of a module stay the same where the choices of a question share the row of its prompt.
+
+    A collective, if there are several ranks: all of them get the same answer.
+
+    Args:
+        module: The module, on its device; as in `measured_padding_side`.
+        class_logits: Function `batch -> (logits [B, K], labels)`.
+        question: Question to measure with; a long one shows most.
+        collate: Collates questions into batches, padded on the module's side.
+        rows: Largest number of rows of a batch.
+    """
+    questions = shortened(question, rows)
+    logits_of = _Logits(module, class_logits)
+    with _evaluated(module):
+        apart = logits_of(replace(collate, shared=False)(questions))
+        try:
+            together = logits_of(replace(collate, shared=True)(questions))
+        except Exception as error:  # noqa: BLE001  (what takes rows of one choice only may fail in any way)
+            _logger.info("each choice has its own row: the model cannot run them in one (%s)", error)
+            error_of_median = math.inf
+        else:
+            error_of_median = float(row_errors(together, apart).median())
+        full, half = _SHARED
+        tolerance = full if is_full_precision(module, {apart.dtype}) else half
+    return _largest(error_of_median) <= tolerance
+
+
+class _Logits:
+    """Logits `[B, K]` of a batch, on the CPU."""
+
+    def __init__(self, module: nn.Module, class_logits: Callable[[Any], Any]) -> None:
+        self._class_logits = class_logits
+        self._device = next((parameter.device for parameter in module.parameters()), torch.device("cpu"))
+
+    def __call__(self, batch: Batch) -> Tensor:
+        on_device = {name: value.to(self._device) for name, value in batch.items() if isinstance(value, Tensor)}
+        return self._class_logits(on_device)[0].detach().cpu()
+
+
+def _of_equal_length(question: EncodedQuestion) -> EncodedQuestion:
+    """A question whose choices are cut to the shortest, so that a batch of it alone has no padding."""
+    shortest = min(map(len, question.choices), default=0)
+    return replace(question, choices=tuple(choice[:shortest] for choice in question.choices))
 
 
 def shortened(question: EncodedQuestion, rows: int) -> list[EncodedQuestion]:

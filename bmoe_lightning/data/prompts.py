@@ -1,14 +1,16 @@
 """Prompts that end right before the answer, and the tokens that answer them.
 
-A question is answered by the next token after `Answer:`, among the letters of its choices, or among True and False. The
+A question is answered by the next token after `Answer:`, among the letters of its choices, or among True and False (or
+by the text of a choice, in the format `cloze`: see `bmoe_lightning.data.cloze`). The
 answer token is the letter or word *with* its leading space (` A`), because that is what a model generates; scoring the
 bare letter costs accuracy and calibration. The formats follow the styles named in appendix C of
 https://arxiv.org/abs/2511.08968, reworded: there the prompt with True and False ends in its passage, here, as all
 others, in `Answer:`.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import TypeVar
 
 import torch
 from torch import Tensor
@@ -16,12 +18,15 @@ from transformers import PreTrainedTokenizerBase
 
 from bmoe_lightning.data.questions import LETTERS, Question
 
+T = TypeVar("T")
+
 
 @dataclass(frozen=True)
 class PromptFormat:
     """A prompt template: `head`, passage if any, question, `before_choices`, lettered choices, `tail`.
 
-    With `words`, the prompt lists no choices, and one of these words is the answer in place of a letter.
+    With `words`, the prompt lists no choices, and one of these words is the answer in place of a letter. With `cloze`, it
+    lists none either, and the text of a choice is the answer.
 
     Args:
         name: Name of the format.
@@ -32,9 +37,10 @@ class PromptFormat:
         after_passage: Text between the passage and the question, where there is a passage.
         before_passage: Text between the question and a passage that follows it; None puts the passage first.
         words: Words that are the answers to all questions of this format; empty for letters.
+        cloze: Whether the text of a choice is the answer.
 
     Raises:
-        ValueError: If `tail` is empty or ends in white space.
+        ValueError: If `tail` ends in white space, or is empty and the answer is a letter or word.
     """
 
     name: str
@@ -45,9 +51,10 @@ class PromptFormat:
     after_passage: str = "\n"
     before_passage: str | None = None
     words: tuple[str, ...] = ()
+    cloze: bool = False
 
     def __post_init__(self) -> None:
-        if not self.tail or self.tail != self.tail.rstrip():
+        if not (self.tail or self.cloze) or self.tail != self.tail.rstrip():
             raise ValueError(
                 f"prompt {self.name!r} ends in {self.tail!r}; end it without white space, which is part of the answer"
             )
@@ -55,7 +62,7 @@ class PromptFormat:
     @property
     def lettered(self) -> bool:
         """Whether the prompt lists the choices by letter, and a letter is the answer."""
-        return not self.words
+        return not self.words and not self.cloze
 
     def compose(self, question: Question, passage: str | None, text: str) -> str:
         """The prompt of a question with another passage or text, such as shorter ones.
@@ -90,10 +97,10 @@ class PromptFormat:
         Args:
             question: Any question.
         """
-        return self.lettered or sorted(map(_folded, question.choices)) == sorted(map(_folded, self.words))
+        return not self.words or sorted(map(_folded, question.choices)) == sorted(map(_folded, self.words))
 
     def answers(self, question: Question) -> tuple[str, ...]:
-        """The letter or word that answers with each choice.
+        """The letter, word or text that answers with each choice; a space stands before it.
 
         Args:
             question: Question with the choices.
@@ -103,6 +110,8 @@ class PromptFormat:
         """
         if self.lettered:
             return tuple(LETTERS[: len(question.choices)])
+        if self.cloze:
+            return tuple(choice.strip() for choice in question.choices)
         if not self.applies(question):
             raise ValueError(
                 f"question {question.id!r} has the choices {list(question.choices)}, and the prompt {self.name!r} is "
@@ -159,6 +168,9 @@ _FORMATS = {
             before_passage=" Context: ",
             words=("False", "True"),
         ),
+        # As lm-evaluation-harness asks OpenBookQA. Its format for ARC, `Question: ...` and `Answer:`, was worse on both
+        # with SmolLM2-135M-Instruct: zero-shot accuracy .19 against .23 and .40 against .45, 150 test questions each.
+        PromptFormat(name="cloze", head="", before_choices="", separator="", tail="", cloze=True),
     )
 }
 PROMPT_NAMES = tuple(_FORMATS)
@@ -326,41 +338,60 @@ def fit_prompts(
     encoded = encode_prompts(tokenizer, [prompt_format.render(question) for question in questions])
     long = [row for row, ids in enumerate(encoded) if len(ids) > max_length]
     for row in long:
-        encoded[row] = _cut(tokenizer, prompt_format, questions[row], max_length)
+        encoded[row] = longest_cut(
+            prompt_format, questions[row], max_length, lambda prompt: encode_prompts(tokenizer, [prompt])[0], len
+        )
     return encoded, len(long)
 
 
-def _cut(
-    tokenizer: PreTrainedTokenizerBase, prompt_format: PromptFormat, question: Question, max_length: int
-) -> list[int]:
+def longest_cut(
+    prompt_format: PromptFormat,
+    question: Question,
+    max_length: int,
+    encode: Callable[[str], T],
+    length: Callable[[T], int],
+) -> T:
+    """Encode a question without words of its passage, or else of its text, as few as it takes; see `fit_prompts`.
+
+    Args:
+        prompt_format: Prompt format.
+        question: Question whose prompt is too long.
+        max_length: Maximum number of tokens.
+        encode: Function of a prompt.
+        length: Number of tokens of what `encode` returns.
+
+    Returns:
+        What `encode` returned for the longest prompt that fits.
+
+    Raises:
+        ValueError: If none fits; see `fit_prompts`.
+    """
     # What is cut, a passage or else the question, and the least number of its words.
     words = (question.question if question.passage is None else question.passage).split()
     least = 1 if question.passage is None else 0
     from_the_end = question.passage is not None and prompt_format.before_passage is not None
 
-    def encode(length: int) -> list[int]:
-        """The prompt with `length` words of what is cut."""
-        text = " ".join(words[:length] if from_the_end else words[len(words) - length :])
+    def cut(count: int) -> T:
+        """The prompt with some words of what is cut."""
+        text = " ".join(words[:count] if from_the_end else words[len(words) - count :])
         if question.passage is None:
-            prompt = prompt_format.compose(question, None, text)
-        else:
-            prompt = prompt_format.compose(question, text or None, question.question)
-        return encode_prompts(tokenizer, [prompt])[0]
+            return encode(prompt_format.compose(question, None, text))
+        return encode(prompt_format.compose(question, text or None, question.question))
 
-    best = encode(least)
-    if len(best) > max_length:
+    best = cut(least)
+    if length(best) > max_length:
         what = "cut to the last word of its text" if least else "without its passage"
         raise ValueError(
-            f"question {question.id!r}: {what}, the prompt still has {len(best)} tokens, and "
+            f"question {question.id!r}: {what}, the prompt still has {length(best)} tokens, and "
             f"max_length is {max_length}; raise max_length or drop the item"
         )
     # Bisection for the largest number of words that fit; `low` words always do.
     low, high = least, len(words)
     while high - low > 1:
         middle = (low + high) // 2
-        ids = encode(middle)
-        if len(ids) <= max_length:
-            low, best = middle, ids
+        found = cut(middle)
+        if length(found) <= max_length:
+            low, best = middle, found
         else:
             high = middle
     return best

@@ -68,7 +68,8 @@ def check_examples(
 
     Without gradients, half of the batch is run once more, and a padded row; more where they differ. Rows are not
     compared where the batch has no row for each example, or where `class_logits` does not take a part of it.
-    Padding is looked for in mutable mappings with an `attention_mask` `[B, T]` on models whose weights are not sharded.
+    Padding is looked for in mutable mappings with an `attention_mask` `[B, T]`, or `[B, M, T]` with M rows for each
+    example, on models whose weights are not sharded.
 
     Modes and random states are unchanged. A collective, if the weights are sharded: all ranks run the model equally
     often.
@@ -107,10 +108,10 @@ class _ExampleCheck:
         self._has_quantised = has_quantised_linear(model)
         mask = batch.get("attention_mask") if isinstance(batch, MutableMapping) else None
         self._mask = None
-        if isinstance(mask, Tensor) and mask.dim() == 2 and len(mask) == size > 0:
+        if isinstance(mask, Tensor) and len(mask) == size > 0 and (mask.dim() == 2 or _has_rows(batch, mask)):
             self._mask = mask.ne(0)
         self._whole: Tensor | None = None
-        self._row = 0 if self._mask is None else int(self._mask.sum(1).argmin())
+        self._row = 0 if self._mask is None else int(self._positions(self._mask).sum(1).argmin())
 
     def is_half_alike(self, first: Tensor) -> bool:
         """Whether half of the batch has the same logits again."""
@@ -207,7 +208,7 @@ class _ExampleCheck:
         assert self._mask is not None
         error = self._largest(row_errors(alone, found))
         if error > self._tolerance.refused:
-            side = "left" if bool(self._mask[self._row, -1]) else "right"
+            side = "left" if bool(self._positions(self._mask)[self._row, -1]) else "right"
             _warn(
                 f"padding changes the logits of row {self._row} of a batch, by {error:.2g} of their spread: the model "
                 f"does not ignore padding on the {side}. Pad on the other side, as MultipleChoiceDataModule does where "
@@ -215,16 +216,21 @@ class _ExampleCheck:
             )
 
     def _is_padded(self) -> bool:
-        return self._mask is not None and not bool(self._mask[self._row].all())
+        return self._mask is not None and not bool(self._positions(self._mask)[self._row].all())
+
+    @staticmethod
+    def _positions(mask: Tensor) -> Tensor:
+        """The positions `[B, T]` at which any row of an example has a token."""
+        return mask.flatten(1, -2).any(1) if mask.dim() > 2 else mask
 
     def _unpadded_row(self) -> Tensor | None:
         """Logits `[1, K]` of the most padded row without its padding; None if the batch has no such row."""
         assert self._mask is not None
-        kept = self._mask[self._row]
+        kept, shape = self._positions(self._mask)[self._row], self._mask.shape[1:]
 
         def cut(value: Any) -> Any:
-            is_padded = isinstance(value, Tensor) and value.shape[:2] == (1, len(kept))
-            return value[:, kept] if is_padded else value
+            is_padded = isinstance(value, Tensor) and value.shape[: 1 + len(shape)] == (1, *shape)
+            return value[(slice(None),) * len(shape) + (kept,)] if is_padded else value
 
         single = self._rows([self._row])
         if single is None:
@@ -290,6 +296,12 @@ class _ExampleCheck:
 
     def _smallest(self, number: int) -> int:
         return min(gather_number(number)) if self._lockstep else number
+
+
+def _has_rows(batch: Any, mask: Tensor) -> bool:
+    """Whether a mask `[B, M, T]` is one of M rows for each example, and not of pairs of tokens."""
+    ids = batch.get("input_ids")
+    return mask.dim() == 3 and isinstance(ids, Tensor) and ids.shape == mask.shape
 
 
 def _warn(sentence: str) -> None:

@@ -228,7 +228,7 @@ def _fine_tune(path: Path, plan: _Plan, seed: int, title: str) -> None:
     data.setup()
     module = ExpertFinetuner(
         plan.model,
-        answer_token_ids=data.answer_token_ids.tolist(),
+        answer_token_ids=data.answer_token_ids,
         learning_rate=plan.learning_rate,
         expert_dropout=0.2,
     )

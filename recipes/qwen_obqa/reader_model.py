@@ -40,7 +40,7 @@ def read_questions(
         steps: Number of optimiser steps; 0 leaves the weights random.
         batch_size: Number of texts in a batch.
         learning_rate: Initial learning rate of AdamW, with a linear decay to zero.
-        prompt: Prompt format whose words are in the tokenizer's vocabulary.
+        prompt: Prompt format whose words, and those of its answers, are in the tokenizer's vocabulary.
         seed: Seed of the initialisation and of the order of the texts.
         progress: Whether to show a progress bar, if there are steps.
 
@@ -51,7 +51,10 @@ def read_questions(
     if is_intact(folder):
         return folder
     form = get_prompt_format(prompt)
-    tokenizer = train_word_tokenizer([form.render(question) for question in questions], max_vocab=MAX_VOCABULARY)
+    known = [form.render(question) for question in questions]
+    if form.cloze:
+        known += [answer for question in questions for answer in form.answers(question)]
+    tokenizer = train_word_tokenizer(known, max_vocab=MAX_VOCABULARY)
     texts = [f"{question.question} {question.choices[question.answer]}" for question in questions]
     rows = [torch.tensor(ids) for ids in tokenizer(texts, add_special_tokens=False)["input_ids"]]
     with torch.random.fork_rng(devices=[]):

@@ -63,6 +63,7 @@ class SeedRun:
     seed: int
     identity: str
     _padding_side: PaddingSide | None = field(default=None, init=False, repr=False)
+    _shared_prompts: bool | None = field(default=None, init=False, repr=False)
 
     @property
     def folder(self) -> Path:
@@ -183,7 +184,7 @@ class SeedRun:
 
     def _evaluate_other(self, missing: Sequence[Method], other: str) -> None:
         self._say(f"evaluating on {other}")
-        data = self.source.data_of(other, self._padding_side)
+        data = self.source.data_of(other, self._padding_side, self._shared_prompts)
         self._evaluate(missing, self._module(data), data, self.predictions_of(other))
 
     def _evaluate(
@@ -291,14 +292,14 @@ class SeedRun:
         return 1000 * self.seed + member
 
     def _data(self, member: int) -> MultipleChoiceDataModule:
-        return self.source.data(self._seed_of(member), self._padding_side)
+        return self.source.data(self._seed_of(member), self._padding_side, self._shared_prompts)
 
     def _module(self, data: MultipleChoiceDataModule) -> ExpertFinetuner:
         """A module before fine-tuning; all of them start from the same weights."""
         settings = self.settings
         return ExpertFinetuner(
             self._model()[0],
-            answer_token_ids=data.answer_token_ids.tolist(),
+            answer_token_ids=data.answer_token_ids,
             train=settings.train,
             learning_rate=settings.learning_rate,
             weight_decay=settings.weight_decay,
@@ -313,6 +314,7 @@ class SeedRun:
         Trainer, module and DataModule refer to one another, so without this they would be freed at any later time.
         """
         self._padding_side = data.measured_padding_side
+        self._shared_prompts = data.measured_shared_prompts
         module.trainer = None
         data.trainer = None
         module.zero_grad()

@@ -13,7 +13,8 @@ from typing import Any, Literal
 from recipes.common.cli import UsageError, check_bounds, option
 
 Kind = Literal["builtin", "small", "full"]
-Prompt = Literal["instruction", "letters", "true_false"]
+Prompt = Literal["instruction", "letters", "true_false", "cloze"]
+Normalise = Literal["sum", "characters", "bytes"]
 Precision = Literal["32-true", "bf16-true", "16-true", "bf16-mixed", "16-mixed", "64-true"]
 FisherName = Literal["exact", "mc", "empirical"]
 SketchName = Literal["auto", "nystrom", "rsvd", "exact"]
@@ -105,6 +106,11 @@ class _Common:
         "torchao), or rounded to nearest, which loses most updates",
     )
     max_length: int = option(256, "longest prompt in tokens", least=1)
+    normalise: Normalise = option(
+        "sum",
+        "with --prompt cloze, what the log-probability of a choice is divided by: nothing, or the number of characters "
+        "or bytes of its text",
+    )
     curvature_checkpoint_every: int = option(
         100, "batches between checkpoints of the curvature pass, from which an interrupted pass resumes", least=1
     )
@@ -138,7 +144,11 @@ class Settings(_Common):
     expert_dropout: float | None = option(
         None, "dropout probability in the experts, in fine-tuning and in methods that predict with dropout"
     )
-    prompt: Prompt | None = option(None, "prompt format; default: the one that the model was trained on")
+    prompt: Prompt | None = option(
+        None,
+        "prompt format: the answers of instruction and letters are letters, cloze scores the text of each choice; "
+        "default: the one that the model was trained on",
+    )
     precision: Precision | None = option(None, "Lightning precision")
     zero_shot: bool | None = option(
         None,
@@ -198,6 +208,11 @@ class ResolvedSettings(_Common):
             raise UsageError(
                 "--prompt true_false is for questions that True or False answers, such as google/boolq's, and the "
                 "built-in task has none; add --data, or choose another prompt"
+            )
+        if self.normalise != "sum" and self.prompt != "cloze":
+            raise UsageError(
+                f"--normalise {self.normalise} is for choices that are scored by their text, and the answers of "
+                f"--prompt {self.prompt} are single tokens; add --prompt cloze, or leave it out"
             )
         if self.half_precision_updates == "stochastic_rounding" and self.precision == "16-true":
             raise UsageError(

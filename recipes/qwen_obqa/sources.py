@@ -77,30 +77,39 @@ class Source:
         """
         return "" if self.settings.kind == "full" else weights_hash(Path(self.model_of(seed)))
 
-    def data(self, seed: int, padding_side: PaddingSide | None = None) -> MultipleChoiceDataModule:
+    def data(
+        self, seed: int, padding_side: PaddingSide | None = None, shared_prompts: bool | None = None
+    ) -> MultipleChoiceDataModule:
         """The DataModule of a seed, which sets the training order; the splits do not depend on it.
 
         Args:
             seed: Seed of the order.
             padding_side: Side on which the model's prompts are padded; None has it measured.
+            shared_prompts: Whether choices share the row of their prompt; None has it measured.
         """
-        return self._module(self._splits, seed, padding_side)
+        return self._module(self._splits, seed, padding_side, shared_prompts)
 
-    def data_of(self, other: str, padding_side: PaddingSide | None = None) -> MultipleChoiceDataModule:
+    def data_of(
+        self, other: str, padding_side: PaddingSide | None = None, shared_prompts: bool | None = None
+    ) -> MultipleChoiceDataModule:
         """The DataModule of a further test set, in place of the test split.
 
         Args:
             other: Name of the test set.
             padding_side: As in `data`.
+            shared_prompts: As in `data`.
         """
-        return self._module(replace(self._splits, test=tuple(self.others[other])), 0, padding_side)
+        splits = replace(self._splits, test=tuple(self.others[other]))
+        return self._module(splits, 0, padding_side, shared_prompts)
 
     @property
     def _splits(self) -> Splits:
         parts = (tuple(self.train), tuple(self.calibration), tuple(self.test))
         return Splits(*parts, calibration_in_train=self.calibration_in_train)
 
-    def _module(self, splits: Splits, seed: int, padding_side: PaddingSide | None) -> MultipleChoiceDataModule:
+    def _module(
+        self, splits: Splits, seed: int, padding_side: PaddingSide | None, shared_prompts: bool | None
+    ) -> MultipleChoiceDataModule:
         settings = self.settings
         data = MultipleChoiceDataModule(
             splits,
@@ -111,6 +120,8 @@ class Source:
             max_length=settings.max_length,
             seed=seed,
             padding_side=padding_side or "auto",
+            normalise=settings.normalise,
+            shared_prompts="auto" if shared_prompts is None else shared_prompts,
         )
         data.setup()
         return data
