@@ -16,10 +16,12 @@ from torch.nn.functional import batch_norm, dropout
 from transformers import BatchEncoding
 
 from bmoe_lightning.data.batches import Collate, EncodedQuestion
+from bmoe_lightning.data.cloze import ClozeCollate
 from bmoe_lightning.data.padding import shortened
 from bmoe_lightning.experts import find_expert_layers
 from bmoe_lightning.experts.example_check import check_examples
 from bmoe_lightning.experts.tapped_batches import tapped_batch
+from bmoe_lightning.models.choice_logits import choice_logits
 from bmoe_lightning.models.last_logits import last_logits
 from recipes.supported_models.tiny import build
 
@@ -316,6 +318,42 @@ def test_a_batch_of_one_padded_row():
     checked_silently(tiny_qwen(), causal, batch)
     with pytest.warns(UserWarning, match="padding changes the logits of row 0"):
         check(tiny_qwen(), lambda m, b: (causal(m, b)[0] * b["attention_mask"].shape[1], None), batch)
+
+
+def several_rows(side="left"):
+    """Four questions of two rows each, the first of which is the longer one."""
+    questions = [
+        replace(question, num_choices=2, choices=((5, 6, 7), (8,)), lengths=(1.0, 1.0))
+        for question in shortened(QUESTION, 4)
+    ]
+    return dict(ClozeCollate(0, 2, side)(questions))
+
+
+@pytest.mark.parametrize("side", ["left", "right"])
+def test_padding_of_examples_of_several_rows(side):
+    def scores(model, batch):
+        return choice_logits(model, batch), batch["label"]
+
+    def padding_matters(model, batch):
+        return choice_logits(model, batch) * batch["attention_mask"].shape[2], batch["label"]
+
+    calls = []
+    checked_silently(tiny_qwen(), counting(scores, calls), several_rows(side))
+    assert calls[1:] == [2, 1]
+    with pytest.warns(UserWarning, match=f"padding changes the logits of row 2 .* on the {side}"):
+        check(tiny_qwen(), padding_matters, several_rows(side))
+
+
+def test_a_mask_of_pairs_of_tokens_is_none_of_several_rows():
+    batch = padded_batch()
+    pairs = batch["attention_mask"].unsqueeze(1) * batch["attention_mask"].unsqueeze(2)
+
+    def class_logits(model, batch):
+        return causal(model, {**batch, "attention_mask": batch["attention_mask"].amax(1)})
+
+    calls = []
+    checked_silently(tiny_qwen(), counting(class_logits, calls), {**batch, "attention_mask": pairs})
+    assert calls[1:] == [2]
 
 
 def test_modes_and_random_states_are_restored():

@@ -14,7 +14,7 @@ from bmoe_lightning.data.batches import EncodedQuestion
 from bmoe_lightning.data.cloze import ClozeCollate
 from bmoe_lightning.experts import find_expert_layers
 from bmoe_lightning.experts.ownership import slot_owners
-from bmoe_lightning.experts.taps import tapped_batch
+from bmoe_lightning.experts.tapped_batches import tapped_batch
 from bmoe_lightning.laplace import LaplacePosterior
 from bmoe_lightning.models.choice_logits import choice_logits
 

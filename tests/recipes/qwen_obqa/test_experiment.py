@@ -375,7 +375,8 @@ class TestRefusals:
         assert "at least 100" in capsys.readouterr().err
 
 
-def test_real_questions_with_a_small_model(tmp_path):
+@pytest.mark.parametrize("prompt", [(), ("--prompt", "cloze", "--normalise", "characters", "--zero-shot")])
+def test_real_questions_with_a_small_model(tmp_path, prompt):
     data = tmp_path / "data"
     data.mkdir()
     for split, size in (("train", 80), ("test", 20)):
@@ -390,6 +391,9 @@ def test_real_questions_with_a_small_model(tmp_path):
         ]
         (data / f"{split}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     folder = tmp_path / "run"
-    assert run(folder, "--data", str(data), "--methods", "map,temperature,laplace_lpo", "--limit-test", "20") == 0
+    methods = ("map", "deep_ensemble") if prompt else ("map", "temperature", "laplace_lpo")
+    arguments = ("--data", str(data), "--methods", ",".join(methods), "--limit-test", "20", *prompt)
+    assert run(folder, *arguments) == 0
     lines = [json.loads(line) for line in (folder / "predictions.jsonl").read_text().splitlines()]
-    assert sum(line["log_probs"][3] is None for line in lines) == 3 * 10  # three choices have no fourth
+    rows = len(methods) + ("--zero-shot" in prompt)
+    assert sum(line["log_probs"][3] is None for line in lines) == rows * 10  # three choices have no fourth

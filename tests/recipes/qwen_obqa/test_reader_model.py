@@ -59,10 +59,11 @@ def test_loads_like_any_checkpoint(tmp_path):
     assert [tuple(p.shape) for p in experts] == [(8, 64, 64)] * 3
 
 
-@pytest.mark.parametrize(("prompt", "words"), [("instruction", "meow"), ("letters", "hoot")])
+@pytest.mark.parametrize(("prompt", "words"), [("instruction", "meow"), ("letters", "hoot"), ("cloze", "meow")])
 def test_tokenizer_knows_the_words_of_prompt_and_choices(tmp_path, prompt, words):
     tokenizer = AutoTokenizer.from_pretrained(read(tmp_path / "model", prompt=prompt))
-    text = text_model.get_prompt_format(prompt).render(questions()[0])
+    form = text_model.get_prompt_format(prompt)
+    text = " ".join([form.render(questions()[0]), *form.answers(questions()[0])])
     assert words in text
     assert tokenizer.unk_token_id not in tokenizer(text)["input_ids"]
 

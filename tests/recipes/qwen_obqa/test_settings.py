@@ -59,6 +59,7 @@ def test_a_file_wins_over_defaults_and_flags_over_the_file(tmp_path):
         ({"revision": "main"}, "--task, --revision and --protocol apply to --data alone"),
         ({"learning_rate": 0.0}, "--learning-rate must be a number above 0"),
         ({"learning_rate": math.nan}, "--learning-rate must be a number above 0"),
+        ({"normalise": "characters"}, "--normalise characters is for choices that are scored by their text, and the"),
         ({"weight_decay": -1.0}, "--weight-decay must be a number of at least 0"),
         ({"weight_decay": math.inf}, "--weight-decay must be a number of at least 0"),
         ({"expert_dropout": 1.0}, "--expert-dropout must be at least 0 and below 1"),
@@ -93,6 +94,11 @@ def test_a_dry_run_of_a_given_model_has_small_batches_unless_sizes_are_given():
     assert (settings.epochs, settings.batch_size, settings.eval_batch_size) == (2, 8, 2)
 
 
+def test_choices_may_be_scored_by_their_text():
+    settings = Settings(prompt="cloze", normalise="bytes").resolved()
+    assert (settings.kind, settings.prompt, settings.normalise) == ("builtin", "cloze", "bytes")
+
+
 def test_what_was_given_stays():
     curvature = CurvatureSettings(rank=0, fisher="mc", sketch="nystrom")
     settings = Settings(learning_rate=1.0, dry_run=True, epochs=5, curvature=curvature, data="d", model="m").resolved()
@@ -113,9 +119,11 @@ def test_choices_are_the_library_s():
 
     from bmoe_lightning.curvature.fisher import FisherName
     from bmoe_lightning.curvature.sketch import SketchName
+    from bmoe_lightning.data.cloze import Normalisation
     from bmoe_lightning.data.prompts import PROMPT_NAMES
 
     assert set(get_args(settings_module.Prompt)) == set(PROMPT_NAMES)
     assert set(get_args(settings_module.FisherName)) == set(get_args(FisherName))
     assert set(get_args(settings_module.SketchName)) == set(get_args(SketchName))
+    assert set(get_args(settings_module.Normalise)) == set(get_args(Normalisation))
     assert set(get_args(settings_module.Precision)) <= set(get_args(_PRECISION_INPUT_STR))
