@@ -16,7 +16,8 @@ from bmoe_lightning.methods import method_names
 from bmoe_lightning.models.choice_logits import choice_logits
 
 WORDS = ("red wax", "honey", "a long thread of silk", "bread and butter")
-METHODS = [name for name in method_names() if name != "deep_ensemble"]  # which needs several trainings
+# The others need several trainings, and the training of other weights.
+METHODS = [name for name in method_names() if name not in ("deep_ensemble", "bayesian_lora")]
 
 
 def worded(question):

@@ -25,8 +25,8 @@ T = TypeVar("T")
 class PromptFormat:
     """A prompt template: `head`, passage if any, question, `before_choices`, lettered choices, `tail`.
 
-    With `words`, the prompt lists no choices, and one of these words is the answer in place of a letter. With `cloze`, it
-    lists none either, and the text of a choice is the answer.
+    With `words`, the prompt lists no choices, and one of these words is the answer in place of a letter. With `cloze`,
+    it lists none either, and the text of a choice is the answer.
 
     Args:
         name: Name of the format.
