@@ -9,7 +9,7 @@ from importlib.util import find_spec
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from bmoe_lightning.base_finetuner import Finetuner
@@ -41,7 +41,8 @@ class LoRAFinetuner(Finetuner):
 
     Args:
         model: Causal language model, or its local folder or hub id; see `ExpertFinetuner`.
-        answer_token_ids: Token id of each of the K choices; by default `answer_token_ids` of the trainer's datamodule.
+        answer_token_ids: Token id of each of the K choices; by default `answer_token_ids` of the trainer's datamodule,
+            which is None where batches have the tokens of their choices.
         rank: Rank r of the updates.
         alpha: Scale of the updates, which are multiplied by `alpha / rank`.
         dropout: Probability that an input of A is dropped, in training only.
@@ -68,7 +69,7 @@ class LoRAFinetuner(Finetuner):
     def __init__(
         self,
         model: PreTrainedModel | str,
-        answer_token_ids: Sequence[int] | None = None,
+        answer_token_ids: Sequence[int] | Tensor | None = None,
         rank: int = 8,
         alpha: float = 16,
         dropout: float = 0.1,

@@ -31,6 +31,28 @@ _LENGTHS: dict[Normalisation, Callable[[str], int]] = {
 }
 
 
+def check_cloze(prompt_format: PromptFormat, normalise: str, shared_prompts: object) -> None:
+    """Check the options of choices that are scored by their text.
+
+    Args:
+        prompt_format: The prompt format, which may be another one.
+        normalise: What log-probabilities are divided by.
+        shared_prompts: Whether choices share the row of their prompt: a bool, or `auto`.
+
+    Raises:
+        ValueError: If one is unknown, or is given though the prompt format is another one.
+    """
+    if normalise not in _LENGTHS:
+        raise ValueError(f"normalise is {normalise!r}; it must be one of {', '.join(_LENGTHS)}")
+    if shared_prompts not in ("auto", True, False):
+        raise ValueError(f"shared_prompts is {shared_prompts!r}; it must be 'auto', True or False")
+    if not prompt_format.cloze and (normalise != "sum" or shared_prompts != "auto"):
+        raise ValueError(
+            "normalise and shared_prompts are for choices that are scored by their text, and the answers of the prompt "
+            f"{prompt_format.name!r} are single tokens; use prompt='cloze', or leave both out"
+        )
+
+
 class ClozeBatch(Batch):
     """One batch of questions with the tokens of their choices.
 

@@ -5,7 +5,7 @@ import warnings
 import weakref
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Any, Literal, get_args
+from typing import Any, Literal
 
 import torch
 from lightning import LightningDataModule, LightningModule
@@ -15,11 +15,11 @@ from torch.utils.data import DataLoader, Sampler
 from transformers import PreTrainedTokenizerBase
 
 from bmoe_lightning.data.batches import Collate, EncodedQuestion, EncodedQuestions, PaddingSide, SeededShuffle
-from bmoe_lightning.data.cloze import ClozeCollate, Normalisation, fit_cloze, indistinct
+from bmoe_lightning.data.cloze import ClozeCollate, Normalisation, check_cloze, fit_cloze, indistinct
 from bmoe_lightning.data.duplicates import make_disjoint
 from bmoe_lightning.data.files import DataUnavailableError
 from bmoe_lightning.data.padding import measured_padding_side, shares_prompts
-from bmoe_lightning.data.prompts import PromptFormat, answer_token_ids, fit_prompts, get_prompt_format
+from bmoe_lightning.data.prompts import answer_token_ids, fit_prompts, get_prompt_format
 from bmoe_lightning.data.protocols.base import Protocol
 from bmoe_lightning.data.protocols.holdout import Holdout
 from bmoe_lightning.data.protocols.registry import get_protocol
@@ -60,8 +60,8 @@ class MultipleChoiceDataModule(LightningDataModule):
         protocol: Which questions train, calibrate and are reported: registered name, instance or
             `package.module:Class`. None is `holdout` with `calibration_fraction` and `seed`; the seed of any other is
             its own.
-        prompt: Name of a prompt format: `instruction` or `letters`, whose answers are letters, `true_false`, or `cloze`,
-            in which the text of each choice is scored after the question (batches as
+        prompt: Name of a prompt format, in which letters answer (`instruction`, `letters`) or words (`true_false`), or
+            the text of each choice is scored after the question (`cloze`, with batches as
             `bmoe_lightning.data.cloze.ClozeBatch`).
         batch_size: Batch size of `train_dataloader`.
         eval_batch_size: Batch size of all other loaders; None for `batch_size`.
@@ -121,7 +121,7 @@ class MultipleChoiceDataModule(LightningDataModule):
         if padding_side not in ("auto", "left", "right"):
             raise ValueError(f"padding_side is {padding_side!r}; it must be auto, left or right")
         prompt_format = get_prompt_format(prompt)
-        _check_cloze(prompt_format, normalise, shared_prompts)
+        check_cloze(prompt_format, normalise, shared_prompts)
         _check_type("data", data, (str, Splits), "a folder, a hub id or Splits")
         _check_type("tokenizer", tokenizer, (str, PreTrainedTokenizerBase), "a tokenizer, or the folder or id of one")
         if isinstance(data, Splits):
@@ -368,18 +368,6 @@ class _Measured:
 
     module: weakref.ref[LightningModule]
     collate: Collate
-
-
-def _check_cloze(prompt_format: PromptFormat, normalise: str, shared_prompts: object) -> None:
-    if normalise not in get_args(Normalisation):
-        raise ValueError(f"normalise is {normalise!r}; it must be one of {', '.join(get_args(Normalisation))}")
-    if shared_prompts not in ("auto", True, False):
-        raise ValueError(f"shared_prompts is {shared_prompts!r}; it must be 'auto', True or False")
-    if not prompt_format.cloze and (normalise != "sum" or shared_prompts != "auto"):
-        raise ValueError(
-            "normalise and shared_prompts are for choices that are scored by their text, and the answers of the prompt "
-            f"{prompt_format.name!r} are single tokens; use prompt='cloze', or leave both out"
-        )
 
 
 def _check_type(name: str, value: object, types: tuple[type, ...], expected: str) -> None:
