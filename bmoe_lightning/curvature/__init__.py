@@ -2,12 +2,14 @@
 
 from bmoe_lightning.curvature.checkpoint import remove_checkpoint
 from bmoe_lightning.curvature.factors import KroneckerFactors, LayerFactors
+from bmoe_lightning.curvature.gradient_share import GradientShare
 from bmoe_lightning.curvature.kfac import collect_factors
 from bmoe_lightning.curvature.spec import Curvature, ExpertLayers, LayerSelection, LinearLayers, LoRALayers
 
 __all__ = [
     "Curvature",
     "ExpertLayers",
+    "GradientShare",
     "KroneckerFactors",
     "LayerFactors",
     "LayerSelection",

@@ -34,7 +34,7 @@ from bmoe_lightning.utils.safetensors_io import (
 FORMAT = "curvature checkpoint"
 VERSION = 1
 _GENERATOR = "generator"
-_RECORD, _USED = "data.", "weights."
+_RECORD, _USED, _SHARE = "data.", "weights.", "share."
 _DONE, _RUNNING, _STOPPED = range(3)  # states of a rank, all-gathered before each write
 _PREVIOUS = ".before"  # suffix of the previous file of each of several ranks
 _RESTART = "delete the file to start the curvature pass from the beginning"
@@ -91,6 +91,7 @@ class PassCheckpoint:
         distributed: Whether all ranks of torch.distributed's default group take part.
         record: Record of the data, which is written and restored with the sums.
         used: Record of the weights outside of the fingerprinted module, likewise.
+        share: Record of the share of the trained weights' gradient, likewise.
 
     Raises:
         ValueError: If `every` is below 1, or this rank's file is damaged, has another format or version, or is from a
@@ -113,13 +114,14 @@ class PassCheckpoint:
         distributed: bool,
         record: Stateful | None = None,
         used: Stateful | None = None,
+        share: Stateful | None = None,
     ) -> None:
         if every < 1:
             raise ValueError(f"checkpoint_every must be at least 1, got {every}")
         self.progress = Progress()
         self._distributed = distributed
         self._every = every
-        self._records = {_RECORD: record, _USED: used}
+        self._records = {_RECORD: record, _USED: used, _SHARE: share}
         self._fingerprint = fingerprint
         self._options = json.loads(json.dumps(options))
         self._tensors: dict[str, Tensor] = {}

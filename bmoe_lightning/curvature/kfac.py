@@ -24,6 +24,7 @@ from torch import Tensor, nn
 from bmoe_lightning.curvature.checkpoint import PassCheckpoint
 from bmoe_lightning.curvature.factors import KroneckerFactors, LayerFactors
 from bmoe_lightning.curvature.fisher import FisherName, fisher_weights
+from bmoe_lightning.curvature.gradient_share import GradientShareRecorder
 from bmoe_lightning.curvature.layer_sums import LayerBatch, LayerSums
 from bmoe_lightning.curvature.sketch import SketchName, check_linear
 from bmoe_lightning.curvature.spec import ApproximationName, Curvature
@@ -71,6 +72,7 @@ def collect_factors(
     checkpoint_every: int = 100,
     device: torch.device | str | None = None,
     record: DataRecorder | None = None,
+    share: GradientShareRecorder | None = None,
 ) -> KroneckerFactors:
     """Collect the curvature of every expert's second linear layer.
 
@@ -102,6 +104,8 @@ def collect_factors(
         checkpoint_every: Number of batches (of each rank) between two checkpoints; a shorter pass writes none.
         device: Device to which the factors of each finished layer are moved; by default that of the layer.
         record: Recorder of the data, which resumes with the pass.
+        share: Recorder of the share of the trained weights' gradient that `layers` have, which resumes with the pass.
+            On the batches that it wants the graph reaches the trained weights; the factors are the same.
 
     Returns:
         The factors, in float32 or, for a float64 model, float64.
@@ -134,6 +138,7 @@ def collect_factors(
     outside = UsedWeights(model, layers)
     class_logits = outside.observed(class_logits)
     record = record or DataRecorder(distributed=distributed)
+    share = share or GradientShareRecorder.unused()
     kept = PassCheckpoint(
         checkpoint,
         checkpoint_every,
@@ -151,12 +156,14 @@ def collect_factors(
         distributed=distributed,
         record=record,
         used=outside,
+        share=share,
     )
     sums: list[LayerSums] = []
     used, checked = kept.progress.examples, kept.progress.checked
     with forked_random_state(), failing_together(distributed=distributed):
         for batch in kept.remaining(lockstep(model, batches)):
-            with tapped_batch(model, layers, class_logits, batch) as tapped, torch.no_grad():
+            frozen = not share.wants_next
+            with tapped_batch(model, layers, class_logits, batch, frozen=frozen) as tapped, torch.no_grad():
                 slots = [tapped.taps.slots(position) for position in range(len(layers))]
                 if not sums:
                     sums = [
@@ -169,6 +176,7 @@ def collect_factors(
                 # Once per model: whether it mixes examples depends on its code, not on the batch.
                 thorough, checked = not checked, checked or len(tapped.logits) > 1
                 _add_batch(sums, tapped, slots, weights, approximation, thorough=thorough)
+                share.add(tapped, len(weights))
                 used += tapped.num_counted
                 record.add(torch.where(tapped.present, tapped.logits, -torch.inf), tapped.labels, tapped.num_counted)
             del tapped, slots  # frees this batch's graph before the next forward pass

@@ -64,9 +64,9 @@ class TappedBatch:
 
 @contextmanager
 def tapped_batch(
-    model: nn.Module, layers: Sequence[ExpertLayer], class_logits: ClassLogits, batch: Any
+    model: nn.Module, layers: Sequence[ExpertLayer], class_logits: ClassLogits, batch: Any, *, frozen: bool = True
 ) -> Iterator[TappedBatch]:
-    """Run a batch with tapped expert layers, in evaluation mode, with frozen parameters.
+    """Run a batch with tapped expert layers, in evaluation mode, by default with frozen parameters.
 
     Modes, `requires_grad` flags, the experts implementation and `.grad` are restored afterwards, also after an
     exception. The model's lock is held meanwhile, and only this thread's calls of the model are tapped.
@@ -79,6 +79,8 @@ def tapped_batch(
         layers: The expert layers to tap.
         class_logits: Function `(model, batch) -> (logits [B, K], labels [B] or None)`.
         batch: Batch as `class_logits` takes it, or a `CountedBatch`.
+        frozen: Whether no parameter requires gradients meanwhile. Otherwise the graph reaches those that do, for which
+            more activations are stored.
 
     Raises:
         ValueError: If `class_logits` does not return logits (wrong shape, NaN, probabilities).
@@ -91,7 +93,8 @@ def tapped_batch(
         stack.enter_context(torch.inference_mode(False))
         stack.enter_context(torch.enable_grad())
         stack.enter_context(evaluation_mode(model))
-        stack.enter_context(frozen_parameters(model))
+        if frozen:
+            stack.enter_context(frozen_parameters(model))
         stack.enter_context(unsharded_roots(model))
         passes = BackwardPasses() if runs_in_lockstep(model) else None
         taps = Taps(layers, passes)

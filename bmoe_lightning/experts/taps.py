@@ -256,10 +256,12 @@ class Taps:
                     consume(position, gradient)
             return
         collectors = [Collector(position, tap.outputs, consume) for position, tap in enumerate(self._layer_taps)]
-        flat = [output for tap in self._layer_taps for output in tap.outputs]
+        outputs_of_layers = [tap.outputs for tap in self._layer_taps]
+        flat = [output for of_layer in outputs_of_layers for output in of_layer]
         weights = weights.to(outputs.dtype)
-        # The graph begins at the leaves, so their gradients pass through all other outputs.
-        leaves = [output for output in flat if output.is_leaf]
+        # The graph begins at the leaves, so their gradients pass through all other outputs; or below the first layer,
+        # where parameters are not frozen.
+        leaves = [output for output in flat if output.is_leaf] or next(filter(None, outputs_of_layers), [])
         with ExitStack() as stack:
             for collector in collectors:
                 collector.listen(stack)

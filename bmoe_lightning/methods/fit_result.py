@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 import uuid
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
@@ -11,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from bmoe_lightning.curvature.gradient_share import GradientShare
 from bmoe_lightning.curvature.kfac import prior_factors
 from bmoe_lightning.curvature.spec import Curvature
 from bmoe_lightning.experts import ExpertLayer
@@ -69,6 +71,8 @@ class FitResult:
         warnings: What makes the predictions of every method doubtful, one sentence each.
         training: Record of the training data, if a curvature was collected from them; None in files of an earlier
             version.
+        shares: Shares of the trained weights' gradient that the curvatures cover, by digest; none in files of an
+            earlier version.
     """
 
     fit_id: str = field(default_factory=lambda: uuid.uuid4().hex)
@@ -81,6 +85,7 @@ class FitResult:
     weights: WeightRecord | None = field(default=None, repr=False)
     warnings: tuple[str, ...] = ()
     training: DataRecord | None = field(default=None, repr=False)
+    shares: Mapping[str, GradientShare] = field(default_factory=dict)
 
     def differences(self, method: Method) -> list[str]:
         """Fit options of a method that differ from those of the stored fit of that name.
@@ -208,7 +213,7 @@ class FitResult:
             _logger.warning("%s", sentence)
 
     def scalars(self, methods: Iterable[Method]) -> dict[str, float]:
-        """Scalars to log: the fitted hyperparameters, and the energy that each curvature's low rank discards.
+        """Scalars to log: the fitted hyperparameters, and what each curvature's low rank discards, and its `kappa`.
 
         Args:
             methods: Methods to log; those that are not fitted are skipped. See `Method.hyperparameters`.
@@ -218,9 +223,12 @@ class FitResult:
             if method.name in self.methods:
                 numbers = method.hyperparameters(self.methods[method.name].state)
                 flat |= {f"posterior/{method.name}/{key}": value for key, value in numbers.items()}
-        for position, posterior in enumerate(self.posteriors.values()):
+        for position, (digest, posterior) in enumerate(self.posteriors.items()):
             prefix = f"curvature_{position}" if position else "curvature"
             flat |= {f"{prefix}/{key}": value for key, value in curvature_scalars(posterior).items()}
+            kappa = self.shares[digest].kappa if digest in self.shares else None
+            if kappa is not None and math.isfinite(kappa):
+                flat[f"{prefix}/kappa"] = kappa
         return flat
 
     def served_posterior(self, digest: str) -> LaplacePosterior:

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +23,7 @@ from bmoe_lightning.methods.curvature_warnings import warn_of_discarded_energy
 from bmoe_lightning.methods.data_differences import Split
 from bmoe_lightning.methods.fit_result import FitResult, FittedMethod
 from bmoe_lightning.methods.label_warnings import warn_of_chance, warn_of_few_labels
+from bmoe_lightning.methods.posterior_summary import posterior_summary
 from bmoe_lightning.methods.snapshots import check_snapshots, fit_of
 from bmoe_lightning.methods.training_data import Batches, PassFiles, TrainingData
 from bmoe_lightning.methods.workbench import Workbench
@@ -46,6 +48,7 @@ def fit_methods(
     pass_files: PassFiles | None = None,
     fit_id: str | None = None,
     is_checked: bool = False,
+    tell: Callable[[str], None] | None = None,
 ) -> FitResult:
     """Fit methods in one pass over the training data per curvature and one shared pass over the held-out data.
 
@@ -71,6 +74,8 @@ def fit_methods(
         fit_id: Identifier of a new fit; by default that of the snapshots, if methods use them, or a random one.
         is_checked: Whether the caller has checked that there are as many held-out inputs as methods need, and labels,
             which is otherwise done before the passes; see `GivenData.check_needs`.
+        tell: Function that gets one line on each new curvature (see `posterior_summary`), on rank zero; by default the
+            lines are logged at level INFO.
 
     Returns:
         The fit; with `earlier`, that one completed by the missing methods.
@@ -106,6 +111,7 @@ def fit_methods(
         prior_mean=prior_mean,
         snapshots=snapshots,
         posteriors=earlier.posteriors,
+        shares=earlier.shares,
         calibration_logits=earlier.calibration,
         training_record=earlier.training,
         seed=earlier.seed,
@@ -115,9 +121,7 @@ def fit_methods(
     )
     work.check_before_passes()
     work.check_given_data(methods)
-    for method in missing:
-        for curvature in method.curvatures:
-            work.posterior(curvature)
+    _collect(missing, work, tell or partial(_logger.info, "%s"))
     fitted = {}
     for method in missing:
         with collected_fit_warnings() as doubts:
@@ -137,11 +141,21 @@ def fit_methods(
     if is_rank_zero():
         _log_warnings(fitted, [sentence for sentence in doubts_of_model if sentence not in earlier.warnings])
     warnings = tuple(dict.fromkeys([*earlier.warnings, *doubts_of_model]))
-    completed = earlier.with_methods(fitted, collected)
+    completed = replace(earlier.with_methods(fitted, collected), shares=work.shares)
     if missing and (earlier.weights is None or earlier.weights.outside is None):
         weights = used.added_to(earlier.weights, distributed=distributed, all_without_calls=is_new)
         completed = replace(completed, weights=weights)
     return replace(completed, calibration=calibration, training=work.given.training_record, warnings=warnings)
+
+
+def _collect(methods: Sequence[Method], work: Workbench, tell: Callable[[str], None]) -> None:
+    """Collect the curvatures that are missing, and tell one line on each."""
+    for method in methods:
+        for curvature in method.curvatures:
+            is_new = curvature.collects and curvature.digest not in work.posteriors
+            posterior = work.posterior(curvature)
+            if is_new and is_rank_zero():
+                tell(posterior_summary(posterior, work.shares.get(curvature.digest)))
 
 
 def _doubts_of_model(methods: Sequence[Method], calibration: Split | None) -> list[str]:

@@ -48,7 +48,13 @@ from bmoe_lightning.methods.fit_index import (
 )
 from bmoe_lightning.methods.fit_result import FitResult, FittedMethod
 from bmoe_lightning.methods.snapshots import snapshot_info
-from bmoe_lightning.methods.stored_values import stored_calibration, stored_options, stored_sizes, stored_texts
+from bmoe_lightning.methods.stored_values import (
+    stored_calibration,
+    stored_options,
+    stored_shares,
+    stored_sizes,
+    stored_texts,
+)
 from bmoe_lightning.utils.file_header import DamagedFileError, FileHeader, damaged
 from bmoe_lightning.utils.safetensors_io import (
     SealedTensors,
@@ -111,6 +117,7 @@ def save_fit(folder: Path, fit: FitResult, snapshots: Sequence[Path] = ()) -> No
         },
         "states": write("methods", seal_tensors(tensors, format=METHODS_FORMAT, **_common(fit))),
         "posteriors": {digest: _write_curvature(write, fit, digest) for digest in fit.posteriors},
+        "gradient_shares": {digest: asdict(share) for digest, share in fit.shares.items()},
         "snapshots": [
             {"file": path.relative_to(folder).as_posix(), "sha256": snapshot_info(path).digest} for path in snapshots
         ],
@@ -162,6 +169,7 @@ def load_fit(folder: Path, *, offload: Collection[str] = ()) -> tuple[FitResult,
         weights = WeightRecord.from_tensors(states.get(_WEIGHTS, {}))
         fingerprint, seed = content["fingerprint"], content["seed"]
         warnings = stored_texts(content.get("warnings", []))
+        shares = stored_shares(content.get("gradient_shares", {}))
         if not isinstance(fingerprint, str) or type(seed) is not int or seed < 0:
             raise TypeError(f"fingerprint {fingerprint!r}, seed {seed!r}")
     try:
@@ -169,7 +177,7 @@ def load_fit(folder: Path, *, offload: Collection[str] = ()) -> tuple[FitResult,
         training = DataRecord.from_tensors(states[_TRAINING]) if _TRAINING in states else None
     except ValueError as error:
         raise damaged(path_of(folder, content["states"]), METHODS_FORMAT, str(error), REMEDY) from error
-    parts = (methods, posteriors, seed, calibration, weights, warnings, training)
+    parts = (methods, posteriors, seed, calibration, weights, warnings, training, shares)
     return FitResult(header.fit, fingerprint, layers, *parts), snapshots
 
 

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from typing import Any
 
 import torch
 from torch import Tensor
+
+from bmoe_lightning.curvature.gradient_share import GradientShare
 
 
 def stored_options(entry: Mapping[str, Any]) -> dict[str, Any]:
@@ -41,6 +44,28 @@ def stored_sizes(value: Any) -> dict[str, int]:
     if not isinstance(value, dict) or any(type(size) is not int or size < 1 for size in value.values()):
         raise TypeError(f"expected a mapping of names to sizes in bytes, got {value!r}")
     return value
+
+
+def stored_shares(value: Any) -> dict[str, GradientShare]:
+    """The shares of the trained weights' gradient that curvatures cover, by digest; unknown keys are left alone.
+
+    Raises:
+        TypeError: If it is anything else.
+        KeyError: If an entry lacks a field.
+    """
+    if not isinstance(value, dict):
+        raise TypeError(f"expected a mapping of curvatures to shares, got {value!r}")
+    found = {}
+    for digest, entry in value.items():
+        share = GradientShare(*(entry[name] for name in ("share", "standard_error", "num_passes", "reason")))
+        numbers = [number for number in (share.share, share.standard_error) if number is not None]
+        valid = all(type(number) in (int, float) and 0 <= number < math.inf for number in numbers)
+        if not valid or type(share.num_passes) is not int or not isinstance(share.reason, str):
+            raise TypeError(f"expected a share of a gradient, got {entry!r}")
+        if share.share is not None and share.share > 1:
+            raise TypeError(f"expected a share of a gradient of at most 1, got {entry!r}")
+        found[digest] = share
+    return found
 
 
 def stored_calibration(held_out: Mapping[str, Tensor] | None) -> tuple[Tensor, Tensor | None] | None:

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from bmoe_lightning.curvature.factors import KroneckerFactors
+from bmoe_lightning.curvature.gradient_share import GradientShare, GradientShareRecorder, GradientShares
 from bmoe_lightning.curvature.kfac import collect_factors, prior_factors
 from bmoe_lightning.curvature.spec import Curvature
 from bmoe_lightning.experts import ClassLogits, squared_distances
@@ -40,6 +41,7 @@ from bmoe_lightning.utils.fit_warnings import collected_fit_warnings, warn_of_fi
 _logger = logging.getLogger(__name__)
 
 PriorMeanName = Literal["pretrained", "zero"]
+_OF_EARLIER_PASS = GradientShare(None, reason="its layers were chosen after the pass over the training data")
 PRIOR_MEANS: tuple[PriorMeanName, ...] = ("pretrained", "zero")
 
 
@@ -55,6 +57,7 @@ class Workbench:
         prior_mean: Weights from before fine-tuning by qualified parameter name (see `down_proj_weights`).
         snapshots: Snapshots of the trained weights after the last epochs, latest last.
         posteriors: Curvatures that are already collected, by digest.
+        shares: Shares of the trained weights' gradient that they cover, by digest.
         calibration_logits: Logits and labels of the held-out data of the existing fit, with which the given ones are
             compared; without `calibration` they are used in their place, except for covariances.
         training_record: Record of the training data of the existing fit, with which the given ones are compared.
@@ -65,6 +68,7 @@ class Workbench:
 
     Attributes:
         given: The data, compared with those of the existing fit.
+        shares: Shares of the trained weights' gradient that the curvatures cover, by digest, as far as they are known.
     """
 
     def __init__(
@@ -78,6 +82,7 @@ class Workbench:
         prior_mean: Mapping[str, Tensor] | None = None,
         snapshots: Sequence[Path] = (),
         posteriors: Mapping[str, LaplacePosterior] | None = None,
+        shares: Mapping[str, GradientShare] | None = None,
         calibration_logits: Split | None = None,
         training_record: DataRecord | None = None,
         seed: int = 0,
@@ -89,6 +94,8 @@ class Workbench:
         self.snapshots = tuple(snapshots)
         self.seed = seed
         self.posteriors = dict(posteriors or {})
+        self.shares = dict(shares or {})
+        self._shares: dict[str, GradientShares] = {}
         self._class_logits = class_logits
         self._methods = tuple(methods)
         self._training = training
@@ -162,6 +169,10 @@ class Workbench:
             if curvature.skip_layers:
                 factors = factors.without(curvature.skip_layers)
             self.posteriors[curvature.digest] = LaplacePosterior(factors, offload=curvature.offload)
+            if curvature.collects:
+                of_pass = self._shares.get(curvature.of_all_layers().digest)
+                names = [layer.name for layer in factors.layers]
+                self.shares[curvature.digest] = _OF_EARLIER_PASS if of_pass is None else of_pass.of(names)
         return self.posteriors[curvature.digest]
 
     def calibration_logits(self) -> Split:
@@ -252,6 +263,12 @@ class Workbench:
         """Whether a curvature needs a pass."""
         return not {curvature.digest, curvature.of_all_layers().digest} & self.posteriors.keys()
 
+    def _choices(self, curvature: Curvature) -> list[set[str]]:
+        """The names of the layers of each posterior whose factors are those of a curvature that skips no layer."""
+        asked = [c for method in self._methods for c in method.curvatures]
+        found = {c.digest: c for c in asked if c.of_all_layers().digest == curvature.digest}
+        return [{layer.name for layer in c.posterior_layers(self.model)} for c in found.values()]
+
     def _collected(self, curvature: Curvature) -> KroneckerFactors:
         """The factors of a curvature that skips no layer."""
         if curvature.digest in self.posteriors:
@@ -266,6 +283,10 @@ class Workbench:
         else:
             files, limit = self._pass_files, curvature.max_batches
             recorder = DataRecorder(distributed=self._distributed, max_batches=limit)
+            layers = curvature.find_layers(self.model)
+            share = GradientShareRecorder(
+                self.model, layers, choices=self._choices(curvature), seed=self.seed, distributed=self._distributed
+            )
             factors = collect_factors(
                 self.model,
                 self._class_logits,
@@ -274,7 +295,7 @@ class Workbench:
                 fisher=curvature.fisher,
                 approximation=curvature.approximation,
                 sketch=curvature.sketch,
-                layers=curvature.find_layers(self.model),
+                layers=layers,
                 num_examples=partial(self._training.num_examples, limit),
                 seed=self.seed,
                 distributed=self._distributed,
@@ -282,7 +303,9 @@ class Workbench:
                 checkpoint_every=1 if files is None else files.every,
                 device="cpu" if curvature.offload else None,
                 record=recorder,
+                share=share,
             )
+            self._shares[curvature.digest] = share.finish()
             self.given.see_training(recorder.finish())
         if curvature.factor_dtype == "bfloat16":
             factors = factors.to(dtype=torch.bfloat16)

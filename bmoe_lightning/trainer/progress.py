@@ -105,6 +105,26 @@ def _is_shown(trainer: L.Trainer) -> bool:
     return bar is not None and trainer.is_global_zero and bool(getattr(bar, "is_enabled", True))
 
 
+def print_line(trainer: L.Trainer, line: str) -> None:
+    """Print a line on stderr, above the trainer's progress bar; not with `enable_progress_bar=False`, or other ranks.
+
+    Args:
+        trainer: The trainer.
+        line: One line of text.
+    """
+    if not _is_shown(trainer):
+        return
+    bar = trainer.progress_bar_callback
+    if isinstance(bar, RichProgressBar) and bar.progress is not None and sys.stderr.isatty():
+        bar.progress.console.print(line, markup=False, highlight=False)
+    elif isinstance(bar, TQDMProgressBar) and sys.stderr.isatty():
+        from lightning.pytorch.callbacks.progress.tqdm_progress import Tqdm
+
+        Tqdm.write(line, file=sys.stderr)
+    else:
+        print(line, file=sys.stderr, flush=True)
+
+
 def _minutes(seconds: float) -> str:
     return f"{int(seconds) // 60}:{int(seconds) % 60:02d}"
 

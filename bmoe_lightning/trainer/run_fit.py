@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from functools import partial
 
 import lightning as L
 from torch import Tensor
@@ -15,6 +16,7 @@ from bmoe_lightning.methods.needs import Available, check_needs
 from bmoe_lightning.trainer.checks import check_data, check_runs
 from bmoe_lightning.trainer.data_passes import TrainerTrainingData, validation_pass
 from bmoe_lightning.trainer.first_batches import FirstBatches
+from bmoe_lightning.trainer.progress import print_line
 from bmoe_lightning.trainer.run_folder import RunFolder
 
 
@@ -90,4 +92,5 @@ def fit_run(
         pass_files=folder.pass_files(),
         fit_id=folder.fit_id,
         is_checked=earlier is None,
+        tell=partial(print_line, trainer),
     )

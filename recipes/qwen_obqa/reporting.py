@@ -10,6 +10,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from bmoe_lightning.curvature import GradientShare
 from bmoe_lightning.methods import FitResult
 from bmoe_lightning.methods.curvature_warnings import discarded_energy
 from bmoe_lightning.methods.storage import load_fit
@@ -86,7 +87,7 @@ def accuracy_notes(rows: Sequence[Row]) -> list[str]:
 
 
 def curvature_entries(seed: int, fit: FitResult) -> list[dict[str, Any]]:
-    """The energy that each curvature of a fit discards, as JSON values.
+    """What each curvature of a fit discards, and what it covers of the trained weights' gradient, as JSON values.
 
     Args:
         seed: Seed of the fit.
@@ -97,13 +98,19 @@ def curvature_entries(seed: int, fit: FitResult) -> list[dict[str, Any]]:
             "seed": seed,
             "methods": [name for name, fitted in fit.methods.items() if digest in fitted.curvatures],
             **asdict(discarded_energy(posterior)),
+            **_share_entry(fit.shares.get(digest)),
         }
         for digest, posterior in fit.posteriors.items()
     ]
 
 
+def _share_entry(share: GradientShare | None) -> dict[str, float | None]:
+    known = share or GradientShare(None)
+    return {"gradient_share": known.share, "kappa": known.kappa, "kappa_standard_error": known.kappa_error}
+
+
 def curvature_notes(entries: Sequence[Mapping[str, Any]]) -> list[str]:
-    """One sentence for each curvature, for the seed that discards most.
+    """What each curvature discards and covers, for the seed that discards most.
 
     Args:
         entries: From `curvature_entries`, of all seeds.
@@ -115,6 +122,13 @@ def curvature_notes(entries: Sequence[Mapping[str, Any]]) -> list[str]:
             most[key] = entry
     return [
         f"Rank {entry['rank']} discards {entry['total']:.1%} of the curvature's energy, at most {entry['worst']:.1%} "
-        f"in a layer ({entry['worst_layer']}; seed {entry['seed']}): {', '.join(methods)}."
+        f"in a layer ({entry['worst_layer']}; seed {entry['seed']}): {', '.join(methods)}.{_covered(entry)}"
         for methods, entry in most.items()
     ]
+
+
+def _covered(entry: Mapping[str, Any]) -> str:
+    share, kappa = entry.get("gradient_share"), entry.get("kappa")
+    if not share or not kappa:
+        return ""
+    return f" The posterior covers {share:.0%} of the trained weights' gradient (kappa {kappa:.3g})."

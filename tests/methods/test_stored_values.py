@@ -7,7 +7,14 @@ import math
 import pytest
 import torch
 
-from bmoe_lightning.methods.stored_values import stored_calibration, stored_options, stored_sizes, stored_texts
+from bmoe_lightning.curvature import GradientShare
+from bmoe_lightning.methods.stored_values import (
+    stored_calibration,
+    stored_options,
+    stored_shares,
+    stored_sizes,
+    stored_texts,
+)
 
 LOGITS = torch.tensor([[1.0, -torch.inf, 2.0], [0.0, 1.0, 2.0]], dtype=torch.float64)
 LABELS = torch.tensor([2, -1])  # -1: no label
@@ -45,6 +52,30 @@ def test_types_of_the_index():
             stored_texts(wrong)
         with pytest.raises(TypeError):
             stored_options({"options": wrong if not isinstance(wrong, dict) else [wrong]})
+
+
+SHARE = {"share": 0.25, "standard_error": None, "num_passes": 3, "reason": ""}
+
+
+def test_shares():
+    assert stored_shares({}) == {}
+    found = stored_shares({"a": {**SHARE, "of a later version": 1}, "b": {**SHARE, "share": None, "reason": "why"}})
+    assert found == {"a": GradientShare(0.25, None, 3), "b": GradientShare(None, None, 3, "why")}
+    for wrong in ([], None, {"a": 1}, *({"a": {**SHARE, **change}} for change in CHANGES)):
+        with pytest.raises(TypeError):
+            stored_shares(wrong)
+    with pytest.raises(KeyError):
+        stored_shares({"a": {"share": 0.25}})
+
+
+CHANGES = (
+    {"share": 1.5},
+    {"share": -0.1},
+    {"share": "1"},
+    {"standard_error": math.nan},
+    {"num_passes": 1.5},
+    {"reason": 1},
+)
 
 
 def test_sizes():

@@ -9,7 +9,7 @@ from plain_runs import AtTheEnd, Plain, at_the_end, loader
 from toy import trainer
 
 from bmoe_lightning.trainer.data_passes import training_pass
-from bmoe_lightning.trainer.progress import LoopProgressLines, ProgressLines, progress
+from bmoe_lightning.trainer.progress import LoopProgressLines, ProgressLines, print_line, progress
 
 
 class TestProgress:
@@ -54,6 +54,24 @@ class TestProgress:
         with progress(run, 3, "Looking around") as advance:
             advance()
         assert "".join(capsys.readouterr()) == ""
+
+    @pytest.mark.parametrize("is_terminal", [True, False])
+    @pytest.mark.parametrize("bar", [TQDMProgressBar, ProgressBar, None])
+    def test_lines(self, capsys, monkeypatch, bar, is_terminal):
+        monkeypatch.setattr("sys.stderr.isatty", lambda: is_terminal, raising=False)
+        run = self.fake(None if bar is None else bar())
+        print_line(run, "100 % of [it]")
+        run.is_global_zero = False
+        print_line(run, "again")
+        captured = capsys.readouterr()
+        assert captured.out == ""
+        assert captured.err.splitlines() == ([] if bar is None else ["100 % of [it]"])
+
+    def test_lines_above_a_rich_bar(self, tmp_path, capsys, monkeypatch):
+        monkeypatch.setattr("sys.stderr.isatty", lambda: True, raising=False)
+        probe = AtTheEnd(lambda t: print_line(t, "100 % of [it]"))
+        trainer(tmp_path, [probe, RichProgressBar()], max_epochs=1, enable_progress_bar=True).fit(Plain(), loader())
+        assert "100 % of [it]" in "".join(capsys.readouterr())
 
     def test_pass_is_silent_without_a_bar(self, tmp_path, capsys):
         at_the_end(tmp_path, lambda t: capsys.readouterr() and list(training_pass(t, "Looking around")))
