@@ -63,7 +63,7 @@ def assert_same_factors(found, expected):
 
 
 def assert_same_scalars(all_found, all_expected):
-    """`kappa` to a factor: its random contrasts are others on each rank, and it is unknown where weights are sharded."""
+    """`kappa` to a factor: each rank has its own random contrasts, and where weights are sharded it is unknown."""
     found, expected = ({key: x for key, x in y.items() if "/kappa" not in key} for y in (all_found, all_expected))
     assert found.keys() == expected.keys()
     for name, value in expected.items():
