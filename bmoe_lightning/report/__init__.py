@@ -1,5 +1,6 @@
 """Comparison of several methods: table, files, figures and TensorBoard."""
 
+from bmoe_lightning.report.differences import Difference, Paired, paired_difference
 from bmoe_lightning.report.figures import (
     LabelBudgetPoint,
     comparison_figure,
@@ -17,10 +18,12 @@ from bmoe_lightning.report.table import results_markdown, results_table
 from bmoe_lightning.report.tensorboard import has_comparison, write_tensorboard
 
 __all__ = [
+    "Difference",
     "LabelBudgetPoint",
     "MethodResult",
     "MethodStyle",
     "MetricSummary",
+    "Paired",
     "Row",
     "SummarySettings",
     "comparison_figure",
@@ -29,6 +32,7 @@ __all__ = [
     "library_versions",
     "matplotlib_available",
     "method_styles",
+    "paired_difference",
     "reliability_figure",
     "reliability_panels",
     "results_markdown",
