@@ -3,7 +3,7 @@
 from bmoe_lightning.metrics.acc import Accuracy, accuracy
 from bmoe_lightning.metrics.adaptive_ece import AdaptiveCalibrationError, adaptive_calibration_error
 from bmoe_lightning.metrics.binning import BinConvention, Binning
-from bmoe_lightning.metrics.bootstrap import Interval, calibration_resamples, centred_interval
+from bmoe_lightning.metrics.bootstrap import Estimate, Interval, calibration_resamples, centred_interval
 from bmoe_lightning.metrics.brier import BrierScore, brier_score
 from bmoe_lightning.metrics.calibration import (
     HEADLINE_METRICS,
@@ -11,11 +11,23 @@ from bmoe_lightning.metrics.calibration import (
     METRICS,
     calibration_metrics,
     calibration_values,
+    get_metric,
 )
 from bmoe_lightning.metrics.classwise_ece import ClasswiseCalibrationError, classwise_calibration_error
+from bmoe_lightning.metrics.detection import (
+    ErrorAUPR,
+    ErrorAUROC,
+    ErrorFPR95,
+    FalsePositiveRateAt95,
+    detection_metrics,
+    detection_values,
+    unit_ranks,
+)
 from bmoe_lightning.metrics.ece import CalibrationNorm, ExpectedCalibrationError, expected_calibration_error
 from bmoe_lightning.metrics.inputs import check_predictions, top_label
 from bmoe_lightning.metrics.nll import NegativeLogLikelihood, negative_log_likelihood
+from bmoe_lightning.metrics.out_of_distribution import detect_errors, detect_out_of_distribution
+from bmoe_lightning.metrics.paired import paired_difference
 from bmoe_lightning.metrics.plotting import draw_reliability_curve, new_axes, new_figure
 from bmoe_lightning.metrics.refinement import (
     NLLCalibration,
@@ -52,8 +64,13 @@ __all__ = [
     "CalibrationNorm",
     "ClasswiseCalibrationError",
     "CoverageAtRisk",
+    "ErrorAUPR",
+    "ErrorAUROC",
+    "ErrorFPR95",
+    "Estimate",
     "ExcessAreaUnderRiskCoverage",
     "ExpectedCalibrationError",
+    "FalsePositiveRateAt95",
     "Interval",
     "MetricSpec",
     "NLLCalibration",
@@ -76,15 +93,22 @@ __all__ = [
     "check_predictions",
     "classwise_calibration_error",
     "coverage_at_risk",
+    "detect_errors",
+    "detect_out_of_distribution",
+    "detection_metrics",
+    "detection_values",
     "draw_reliability_curve",
     "excess_area_under_risk_coverage",
     "expected_calibration_error",
+    "get_metric",
     "negative_log_likelihood",
     "negative_log_likelihood_split",
     "new_axes",
     "new_figure",
+    "paired_difference",
     "reliability_curve",
     "selective_risk",
     "smooth_calibration_error",
     "top_label",
+    "unit_ranks",
 ]

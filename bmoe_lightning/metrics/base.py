@@ -109,6 +109,15 @@ class OverAllExamples(Metric):
         """
         raise NotImplementedError
 
+    def value(self, log_probs: Tensor, target: Tensor) -> Tensor:
+        """The metric with each example counted once, a float64 scalar.
+
+        Args:
+            log_probs: Log-probabilities `[N, K]`, checked.
+            target: Class indices `[N]`, checked.
+        """
+        return once(self.weighted, log_probs, target)
+
     def update(self, log_probs: Tensor, target: Tensor) -> None:
         """Add a batch.
 
@@ -142,7 +151,7 @@ class OverAllExamples(Metric):
             raise ValueError(
                 f"batches had different numbers of classes, {classes} at most; add columns of -inf for absent ones"
             )
-        return once(self.weighted, log_probs.view(-1, classes), target)
+        return self.value(log_probs.view(-1, classes), target)
 
     def plot(self, val: Any = None, ax: Axes | None = None) -> Any:
         """Plot with `torchmetrics`, which needs matplotlib.

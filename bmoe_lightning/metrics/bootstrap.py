@@ -36,6 +36,20 @@ class Interval:
     high: float
 
 
+@dataclass(frozen=True)
+class Estimate:
+    """A value with its confidence interval, which contains it."""
+
+    value: float
+    low: float
+    high: float
+
+    @property
+    def excludes_zero(self) -> bool:
+        """Whether 0 lies outside of the interval."""
+        return self.low > 0 or self.high < 0
+
+
 def calibration_resamples(
     log_probs: Tensor,
     target: Tensor,

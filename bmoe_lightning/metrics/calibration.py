@@ -9,7 +9,18 @@ from __future__ import annotations
 from torch import Tensor
 from torchmetrics import Metric, MetricCollection
 
-from bmoe_lightning.metrics import acc, adaptive_ece, brier, classwise_ece, ece, nll, refinement, selective, smooth_ece
+from bmoe_lightning.metrics import (
+    acc,
+    adaptive_ece,
+    brier,
+    classwise_ece,
+    detection,
+    ece,
+    nll,
+    refinement,
+    selective,
+    smooth_ece,
+)
 from bmoe_lightning.metrics.binning import BinConvention, Binning
 from bmoe_lightning.metrics.inputs import check_predictions
 from bmoe_lightning.metrics.spec import MetricSpec
@@ -22,8 +33,24 @@ METRICS: tuple[MetricSpec, ...] = (
     adaptive_ece.SPEC,
     classwise_ece.SPEC,
     *selective.SPECS,
+    *detection.SPECS,
 )
 METRIC_NAMES = tuple(metric.name for metric in HEADLINE_METRICS)
+
+
+def get_metric(name: str) -> MetricSpec:
+    """A metric of the registry.
+
+    Args:
+        name: Its name.
+
+    Raises:
+        ValueError: If there is none of that name.
+    """
+    found = {metric.name: metric for metric in METRICS}.get(name)
+    if found is None:
+        raise ValueError(f"there is no metric {name!r}; take one of {', '.join(metric.name for metric in METRICS)}")
+    return found
 
 
 def calibration_values(

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torchmetrics import Metric
 
-from bmoe_lightning.metrics.base import MeanOverExamples, OverAllExamples, once
+from bmoe_lightning.metrics.base import MeanOverExamples, OverAllExamples
 from bmoe_lightning.metrics.binning import Binning
 
 
@@ -135,7 +135,7 @@ def over_all_examples(
         definition=definition,
         lower=lower,
         upper=upper,
-        value=lambda log_probs, target, binning: once(metric(binning).weighted, log_probs, target),
+        value=lambda log_probs, target, binning: metric(binning).value(log_probs, target),
         resampled=resampled,
         torchmetric=metric,
         note=lambda binning: note,  # noqa: ARG005
