@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+import warnings
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -36,7 +37,8 @@ def load_splits(
         The parts, without questions that a later part asks too; sizes and origin are logged.
 
     Warns:
-        UserWarning: If questions were left out of train or calibration; see `make_disjoint`.
+        UserWarning: If questions were left out of train or calibration (see `make_disjoint`), or those that calibrate
+            are trained on too.
 
     Raises:
         ValueError: If the data are malformed, or a calibration part of the protocol is trained on.
@@ -70,6 +72,14 @@ def load_splits(
     elif isinstance(calibration, Remainder):
         held_out = _remainder(*(required("train", other) for other in others))
     splits = _divided(train, calibration, held_out, required(parts.test), protocol.seed)
+    if splits.calibration_in_train:
+        warnings.warn(
+            f"the protocol {protocol.name} trains on the {len(splits.calibration)} calibration questions too: the "
+            "model is surer of them than of new ones, so temperatures and prior precisions tuned on them are biased; "
+            "compare with a protocol that holds them out",
+            UserWarning,
+            stacklevel=2,
+        )
     _logger.info(
         "protocol %s: %d questions of %s to train on, %d to calibrate (%s), %d of %s to report",
         protocol.name,

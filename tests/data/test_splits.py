@@ -84,13 +84,15 @@ def test_the_paper_s_reports_validation_and_calibrates_on_a_fifth_of_train(data,
 
 
 def test_blob_s_trains_on_all_of_train_and_on_its_anchors(data):
-    splits = load_splits(data, BLoB(anchors=30))
+    with pytest.warns(UserWarning, match="the protocol blob trains on the 30 calibration questions too: the model is"):
+        splits = load_splits(data, BLoB(anchors=30))
     assert [q.id for q in splits.train] == [f"train-{i}" for i in range(100)]
     assert ids(splits.calibration) < ids(splits.train)
     assert len(splits.calibration) == 30
     assert splits.calibration_in_train
     assert {q.id.split("-")[0] for q in splits.test} == {"validation"}
-    assert len(load_splits(data, "blob").calibration) == 100  # fewer than 500
+    with pytest.warns(UserWarning, match="on the 100 calibration questions"):
+        assert len(load_splits(data, "blob").calibration) == 100  # fewer than 500
 
 
 def test_bayesadapt_s_reports_test_and_calibrates_on_validation(data):
@@ -142,6 +144,7 @@ def test_bayesadapt_s_cannot_train_on_what_it_calibrates_on(nested, tmp_path):
         load_splits(alone, "bayesadapt")
 
 
+@pytest.mark.filterwarnings("ignore:the protocol blob trains on:UserWarning")
 def test_duplicates_leave_train_and_calibration_under_every_protocol(tmp_path):
     again = [{**row, "id": f"again-{row['id']}"} for row in (*science("test", 3), *science("validation", 4))]
     data = write(
@@ -171,7 +174,8 @@ def test_the_data_module_takes_a_protocol_by_name_or_instance(data):
         assert made.questions("calibration") == splits.calibration
         assert made.questions("test") == splits.test
     anchored = MultipleChoiceDataModule(data, tokenizer, protocol=BLoB(anchors=10))
-    anchored.setup()
+    with pytest.warns(UserWarning, match="on the 10 calibration questions"):
+        anchored.setup()
     assert len(anchored.questions("train")) == 100
     assert set(anchored.questions("calibration")) <= set(anchored.questions("train"))
     with pytest.raises(ValueError, match="calibration_fraction applies without a protocol only"):

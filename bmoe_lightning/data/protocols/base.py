@@ -35,7 +35,7 @@ class TrainingSample:
 
     def describe(self) -> str:
         """The part in words."""
-        return f"{self.count} of train, trained on too"
+        return f"up to {self.count} of train, trained on too"
 
 
 @dataclass(frozen=True)

@@ -147,7 +147,8 @@ class TestSplits:
             "Protocol paper: 160 questions of train to train on, 40 to calibrate (20 % of train), "
             "50 of validation to report."
         )
-        anchored = prepare_source(settings(tmp_path, data=data, protocol="blob", **sizes))
+        with pytest.warns(UserWarning, match="the protocol blob trains on the 200 calibration questions too"):
+            anchored = prepare_source(settings(tmp_path, data=data, protocol="blob", **sizes))
         assert [len(part) for part in (anchored.train, anchored.calibration, anchored.test)] == [200, 200, 50]
         assert ids(anchored.data(0).questions("train")) == ids(anchored.train)  # the anchors are not left out
         with pytest.raises(RecipeError, match="unknown protocol 'papers', did you mean 'paper'"):
