@@ -12,21 +12,31 @@ from bmoe_lightning.report.figures import (
     write_figures,
 )
 from bmoe_lightning.report.files import library_versions, write_results
+from bmoe_lightning.report.grid import Cell, Grid, GridBlock, GridRow, NumberFormat, grid_json, grid_markdown
+from bmoe_lightning.report.latex import grid_latex
 from bmoe_lightning.report.results import MethodResult, MetricSummary, Row, SummarySettings, summarise
 from bmoe_lightning.report.styles import MethodStyle, method_styles
 from bmoe_lightning.report.table import results_markdown, results_table
 from bmoe_lightning.report.tensorboard import has_comparison, write_tensorboard
 
 __all__ = [
+    "Cell",
     "Difference",
+    "Grid",
+    "GridBlock",
+    "GridRow",
     "LabelBudgetPoint",
     "MethodResult",
     "MethodStyle",
     "MetricSummary",
+    "NumberFormat",
     "Paired",
     "Row",
     "SummarySettings",
     "comparison_figure",
+    "grid_json",
+    "grid_latex",
+    "grid_markdown",
     "has_comparison",
     "label_budget_figure",
     "library_versions",

@@ -107,11 +107,11 @@ def _results_json(
 ) -> str:
     settings = rows[0].settings
     content = {
-        **_jsonable(details),
+        **jsonable(details),
         "ece_convention": settings.ece_convention(),
         "interval": settings.interval(),
         "num_examples": rows[0].num_examples,
-        "config": _jsonable(config),
+        "config": jsonable(config),
         "versions": dict(versions),
         "rows": [
             {
@@ -119,11 +119,11 @@ def _results_json(
                 "label": row.label,
                 "seeds": list(row.seeds),
                 **{
-                    name: _jsonable({"mean": m.mean, "std": m.std, "low": m.low, "high": m.high})
+                    name: jsonable({"mean": m.mean, "std": m.std, "low": m.low, "high": m.high})
                     for name, m in row.metrics.items()
                 },
-                "extra": _jsonable(row.extra),
-                "hyperparameters": _jsonable(row.hyperparameters),
+                "extra": jsonable(row.extra),
+                "hyperparameters": jsonable(row.hyperparameters),
                 "warnings": list(row.warnings),
             }
             for row in rows
@@ -132,8 +132,8 @@ def _results_json(
             {
                 "method": result.method,
                 "seed": result.seed,
-                **_jsonable(seed_values(result, settings)),
-                "extra": _jsonable(result.extra),
+                **jsonable(seed_values(result, settings)),
+                "extra": jsonable(result.extra),
                 "warnings": list(result.warnings),
             }
             for result in results
@@ -142,11 +142,16 @@ def _results_json(
     return json.dumps(content, indent=2, allow_nan=False, ensure_ascii=False) + "\n"
 
 
-def _jsonable(value: Any) -> Any:
+def jsonable(value: Any) -> Any:
+    """A value as JSON has it: numbers that are not finite as the strings `inf`, `-inf` and `nan`, paths as text.
+
+    Args:
+        value: Nested mappings, lists and tuples of plain values.
+    """
     if isinstance(value, Mapping):
-        return {str(key): _jsonable(inner) for key, inner in value.items()}
+        return {str(key): jsonable(inner) for key, inner in value.items()}
     if isinstance(value, list | tuple):
-        return [_jsonable(inner) for inner in value]
+        return [jsonable(inner) for inner in value]
     if isinstance(value, Path):
         return str(value)
     if isinstance(value, float) and not math.isfinite(value):
