@@ -89,6 +89,11 @@ class Method(ABC):
         return self.curvatures
 
     @property
+    def calibration_curvatures(self) -> tuple[Curvature, ...]:
+        """The subset of `curvatures` whose covariances of the held-out data the fit uses; by default all, or none."""
+        return self.curvatures if self.needs.calibration else ()
+
+    @property
     def is_ensemble(self) -> bool:
         """Whether the model has to be prepared for each of several members."""
         return type(self).members is not Method.members

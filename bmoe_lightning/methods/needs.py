@@ -21,6 +21,7 @@ class Needs:
         calibration_labels: Whether the labels of the held-out inputs are used.
         advised_labels: Number of held-out labels below which the fit carries a warning: with fewer, the method was
             measured to be worse than simpler ones (see docs/reading_the_results.md).
+        training_labels: Whether the labels of training examples are used.
         prior_mean: Whether the weights from before fine-tuning are used.
         snapshots: Minimum number of snapshots of the trained weights, one per epoch; 0 for none.
         max_snapshots: Maximum number of snapshots, the latest ones.
@@ -32,6 +33,7 @@ class Needs:
     calibration_inputs: int = 0
     calibration_labels: bool = False
     advised_labels: int = 0
+    training_labels: bool = False
     prior_mean: bool = False
     snapshots: int = 0
     max_snapshots: int = 0
@@ -52,6 +54,8 @@ class Needs:
             parts.append(f"held-out labels{advised}")
         if self.calibration_inputs > 1:
             parts.append(f"{self.calibration_inputs} held-out inputs")
+        if self.training_labels:
+            parts.append("labels of training examples")
         if self.prior_mean:
             parts.append("the weights from before fine-tuning")
         if self.snapshots:

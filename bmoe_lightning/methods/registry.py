@@ -27,6 +27,7 @@ _BUILT_IN = {
     "laplace_temperature": "laplace_temperature:LaplaceTemperature",
     "evidence_temperature": "evidence_temperature:EvidenceTemperature",
     "shrunk_temperature": "shrunk_temperature:ShrunkTemperature",
+    "leave_one_out_temperature": "leave_one_out_temperature:LeaveOneOutTemperature",
     "isotropic": "isotropic:Isotropic",
     "laplace_last_layer": "laplace_last_layer:LaplaceLastLayer",
     "bayesian_lora": "bayesian_lora:BayesianLoRA",

@@ -31,9 +31,10 @@ from bmoe_lightning.laplace.prior import (
 )
 from bmoe_lightning.laplace.validation_cache import CacheBuilder
 from bmoe_lightning.methods.base import Method
-from bmoe_lightning.methods.data_differences import Split
+from bmoe_lightning.methods.data_differences import Split, iterates_once
 from bmoe_lightning.methods.given_data import GivenData
 from bmoe_lightning.methods.temperature_search import check_labelled
+from bmoe_lightning.methods.training_covariances import training_terms
 from bmoe_lightning.methods.training_data import PassFiles, TrainingData
 from bmoe_lightning.utils.distributed import broadcast_, failing_together, num_processes
 from bmoe_lightning.utils.fit_warnings import collected_fit_warnings, warn_of_fit
@@ -41,6 +42,7 @@ from bmoe_lightning.utils.fit_warnings import collected_fit_warnings, warn_of_fi
 _logger = logging.getLogger(__name__)
 
 PriorMeanName = Literal["pretrained", "zero"]
+_OF_EARLIER_VERSION = GradientShare(None, reason="the fit was written by an earlier version")
 _OF_EARLIER_PASS = GradientShare(None, reason="its layers were chosen after the pass over the training data")
 PRIOR_MEANS: tuple[PriorMeanName, ...] = ("pretrained", "zero")
 
@@ -105,6 +107,7 @@ class Workbench:
         self._pass_files = pass_files
         self._factors: dict[str, KroneckerFactors] = {}
         self._caches: dict[tuple[str, int], _Cached] = {}
+        self._training_caches: dict[tuple[str, int], dict[int, _Cached]] = {}
         self.given = GivenData(
             model,
             class_logits,
@@ -115,7 +118,7 @@ class Workbench:
             distributed=distributed,
             is_checked=is_checked,
         )
-        needs_covariances = any(method.needs.calibration and method.curvatures for method in self._methods)
+        needs_covariances = any(method.calibration_curvatures for method in self._methods)
         self._logits = None if needs_covariances or calibration is not None else calibration_logits
         self._distances: dict[tuple[str, str], list[Tensor]] = {}
 
@@ -210,17 +213,61 @@ class Workbench:
         if _key(curvature) not in self._caches:
             raise ValueError(
                 "the pass over the held-out data did not include this curvature; a method that uses its covariances "
-                "must name it in `curvatures` and held-out data in `needs`"
+                "must name it in `calibration_curvatures` and held-out data in `needs`"
             )
         cached = self._caches[_key(curvature)]
         for sentence in cached.doubts:
             warn_of_fit(sentence)
         return cached.cache
 
+    def share(self, curvature: Curvature) -> GradientShare:
+        """The share of the trained weights' gradient that a curvature covers; its `reason` says why it is unknown."""
+        self.posterior(curvature)
+        return self.shares.get(curvature.digest, _OF_EARLIER_VERSION)
+
+    def training_covariances(self, curvature: Curvature, num_inputs: int) -> CovarianceCache:
+        """Covariance terms of the first training examples under a curvature, for any prior precision, with labels.
+
+        It takes a pass over as many whole batches as it takes to have them: a forward and K - 1 backward passes each,
+        K the number of classes. A collective, if distributed.
+
+        Args:
+            curvature: The curvature.
+            num_inputs: Number of training examples of all ranks; more to the end of a batch, and at most all.
+
+        Raises:
+            ValueError: If the data can be iterated over only once, are empty or have no labels.
+        """
+        caches = self._training_caches.setdefault(_key(curvature), {})
+        if num_inputs not in caches:
+            posterior = self.posterior(curvature)
+            if iterates_once(self._training):
+                raise ValueError(
+                    "a method takes a further pass over the training data, which can be iterated over only once; pass "
+                    "a list of batches or a loader"
+                )
+            with collected_fit_warnings() as doubts:
+                cache = training_terms(
+                    posterior,
+                    self.model,
+                    self._class_logits,
+                    self._training.batches(curvature.max_batches),
+                    num_inputs,
+                    max_bytes=curvature.cache_bytes,
+                    distributed=self._distributed,
+                )
+            caches[num_inputs] = _Cached(cache, tuple(doubts))
+        for sentence in caches[num_inputs].doubts:
+            warn_of_fit(sentence)
+        return caches[num_inputs].cache
+
     def limited_terms(self, method: Method) -> dict[str, int]:
         """The memory in bytes of the covariance terms that are not exact, for want of it, by the curvature's digest."""
-        found = [c for c in method.curvatures if method.needs.calibration and _key(c) in self._caches]
-        return {c.digest: c.cache_bytes for c in found if not self._caches[_key(c)].cache.is_exact}
+        keys = {c: _key(c) for c in method.curvatures}
+        found = {c: self._caches[keys[c]] for c in method.calibration_curvatures if keys[c] in self._caches}
+        limited = [c for c, cached in found.items() if not cached.cache.is_exact]
+        limited += [c for c, key in keys.items() if key in self._training_caches and not self._is_exact(key)]
+        return {c.digest: c.cache_bytes for c in limited}
 
     def squared_distances(self, curvature: Curvature, prior_mean: PriorMeanName) -> list[Tensor]:
         """Squared distances `||W_e - M_e||^2` for each layer of a posterior, `[E]` float64 on the CPU.
@@ -311,13 +358,16 @@ class Workbench:
             factors = factors.to(dtype=torch.bfloat16)
         return factors
 
+    def _is_exact(self, key: tuple[str, int]) -> bool:
+        return all(cached.cache.is_exact for cached in self._training_caches[key].values())
+
     def _pass_over_calibration(self) -> None:
         """One pass for all methods: logits, labels and the covariance terms under every curvature."""
         if self._calibration is None:
             raise ValueError(
                 "a method uses held-out data, and there are none; declare them in `needs`, and pass a calibration split"
             )
-        collected = [c for method in self._methods if method.needs.calibration for c in method.curvatures]
+        collected = [c for method in self._methods for c in method.calibration_curvatures]
         posteriors = {curvature.digest: self.posterior(curvature) for curvature in collected}
         shards = num_processes() if self._distributed else 1
         # Each has its own memory, so that a method is fitted to the same terms whatever else is in the table.

@@ -166,7 +166,8 @@ class FirstBatches:
             empirical = [
                 m.name for m in self._methods if any(c.collects and c.fisher == "empirical" for c in m.curvatures)
             ]
-            return [f"the empirical Fisher of {', '.join(empirical)}"] if empirical else []
+            using = [method.name for method in self._methods if method.needs.training_labels]
+            return [f"the empirical Fisher of {', '.join(empirical)}", *using] if empirical else using
         if stage == "validation":
             return [method.name for method in self._methods if method.needs.calibration_labels]
         return ["metrics"]

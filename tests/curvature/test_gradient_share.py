@@ -11,6 +11,7 @@ import pytest
 import torch
 from forked_processes import run
 from oracles.models import answer_logits, split, taken, tiny_qwen, toy_batch, toy_model
+from oracles.training import train_only
 
 from bmoe_lightning.curvature import collect_factors
 from bmoe_lightning.curvature.gradient_share import (
@@ -26,13 +27,6 @@ from bmoe_lightning.experts.tapped_batches import tapped_batch
 
 MODULE = "bmoe_lightning.curvature.gradient_share"
 DOWN = "down_proj"
-
-
-def train_only(model, *parts):
-    """Freeze all weights but those whose names contain one of some parts."""
-    for name, parameter in model.named_parameters():
-        parameter.requires_grad_(any(part in name for part in parts))
-    return model
 
 
 def batches(count=30, rows=2):

@@ -19,7 +19,7 @@ from toy import ToyData, ToyModule, calibration_loader, loader, test_loader, tra
 
 from bmoe_lightning.callback import BayesianMoECallback
 from bmoe_lightning.curvature import Curvature
-from bmoe_lightning.methods import LaplaceEvidence, get_method
+from bmoe_lightning.methods import LaplaceEvidence, LeaveOneOutTemperature, get_method
 from bmoe_lightning.trainer import first_batches
 from bmoe_lightning.trainer.first_batches import FirstBatches, no_logging
 from bmoe_lightning.utils.distributed import OtherRankError, gather_number
@@ -149,6 +149,14 @@ def test_labels_of_the_empirical_fisher(tmp_path):
     )
     with pytest.raises(ValueError, match="the empirical Fisher of laplace_evidence need labels"):
         trainer(tmp_path, [callback], max_epochs=1).fit(module, loader(32, 1))
+    assert module.steps == 0
+
+
+def test_labels_of_methods_that_are_fitted_on_those_of_training_examples(tmp_path):
+    module = Wrong(lambda m, f, y, b: (f, None))
+    callback = BayesianMoECallback([LeaveOneOutTemperature(prior_mean="zero", min_inputs=1)], dirpath=str(tmp_path))
+    with pytest.raises(ValueError, match="leave_one_out_temperature need labels"):
+        trainer(tmp_path, [callback], max_epochs=1).fit(module, loader(32, 1), loader(16, 2))
     assert module.steps == 0
 
 
