@@ -12,11 +12,13 @@ from oracles.models import tiny_qwen
 from bmoe_lightning.curvature import collect_factors
 from bmoe_lightning.data.batches import EncodedQuestion
 from bmoe_lightning.data.cloze import ClozeCollate
+from bmoe_lightning.data.padding import measured_padding_side, padding_error, shares_prompts, shortened
 from bmoe_lightning.experts import find_expert_layers
 from bmoe_lightning.experts.ownership import slot_owners
 from bmoe_lightning.experts.tapped_batches import tapped_batch
 from bmoe_lightning.laplace import LaplacePosterior
 from bmoe_lightning.models.choice_logits import choice_logits
+from recipes.supported_models.tiny import build
 
 FULL = 100  # a rank beyond every width
 layouts = pytest.mark.parametrize("shared", [False, True], ids=["a row a choice", "one row"])
@@ -213,3 +215,37 @@ def test_a_token_of_another_choice_has_no_effect(model):
         before, after = (choice_logits(model, collated([item], shared=True))[0] for item in (items[0], changed))
     assert torch.equal(before[[0, 2]], after[[0, 2]])
     assert before[1] != after[1]
+
+
+# Attention in windows and in blocks, recurrent layers, convolutions; and attention over all positions.
+FAMILIES = {
+    "mixtral": False,
+    "minimax_m3_vl": False,
+    "jamba": False,
+    "lfm2_moe": False,
+    "qwen3_moe": True,
+    "gemma4": False,
+    "granitemoe": True,
+    "bmoe_lightning.deepseek_moe": True,
+}
+
+
+@pytest.mark.parametrize(("family", "expected"), FAMILIES.items())
+def test_rows_are_those_of_single_sequences_and_shared_where_that_leaves_the_logits_as_they_are(family, expected):
+    model = torch.nn.Module.to(build(family).model, torch.float32)
+    generator = torch.Generator().manual_seed(1)
+    prompt, *choices = (tuple(torch.randint(12, 30, (n,), generator=generator).tolist()) for n in (14, 3, 1, 5))
+    question = EncodedQuestion(prompt, 3, 0, 0, tuple(choices), (1.0, 1.0, 1.0))
+
+    def scores(batch):
+        return choice_logits(model, batch), batch["label"]
+
+    side = measured_padding_side(model, scores, question, ClozeCollate(0, 3), 4)
+    collate = ClozeCollate(0, 3, side)
+    assert shares_prompts(model, scores, question, collate, 4) is expected
+    items = shortened(question, 4)
+    with torch.no_grad():
+        alone = one_by_one(model, items)
+        assert padding_error(scores(collate(items))[0], alone) < 1e-5
+        if expected:
+            assert padding_error(scores(replace(collate, shared=True)(items))[0], alone) < 1e-5
