@@ -5,7 +5,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
 
-from bmoe_lightning.data.tasks.base import SplitName, Task
+from bmoe_lightning.data.tasks.base import SPLIT_NAMES, SplitName, Task
 
 
 @dataclass(frozen=True)
@@ -14,9 +14,16 @@ class HeldOutShare:
 
     Attributes:
         fraction: Share of the training questions, strictly between 0 and 1.
+
+    Raises:
+        ValueError: If it is not.
     """
 
     fraction: float
+
+    def __post_init__(self) -> None:
+        if not 0.0 < self.fraction < 1.0:
+            raise ValueError(f"fraction is {self.fraction}; it must lie strictly between 0 and 1")
 
     def describe(self) -> str:
         """The part in words."""
@@ -28,10 +35,17 @@ class TrainingSample:
     """A seeded sample of the training questions, which are trained on too.
 
     Attributes:
-        count: Number of questions; all of them if there are fewer.
+        count: Number of questions, at least 1; all of them if there are fewer.
+
+    Raises:
+        ValueError: If it is below 1.
     """
 
     count: int
+
+    def __post_init__(self) -> None:
+        if self.count < 1:
+            raise ValueError(f"count is {self.count}; it must be at least 1")
 
     def describe(self) -> str:
         """The part in words."""
@@ -67,12 +81,30 @@ class Parts:
         test: Split that is reported.
         train: Split that is trained on.
         otherwise: Calibration questions of data without the split `calibration`; None where the data have to have it.
+
+    Raises:
+        ValueError: If the split that is reported is trained or calibrated on, one split is for both of these,
+            `otherwise` is given without a split, or there is no split of a name.
     """
 
     calibration: Calibration
     test: SplitName
     train: SplitName = "train"
     otherwise: HeldOutShare | None = None
+
+    def __post_init__(self) -> None:
+        named = [self.train, self.test, *([self.calibration] if isinstance(self.calibration, str) else [])]
+        for name in named:
+            if name not in SPLIT_NAMES:
+                raise ValueError(f"unknown split {name!r}; choose from {', '.join(SPLIT_NAMES)}")
+        if len(set(named)) != len(named):
+            raise ValueError(
+                f"one split has two purposes: train is {self.train!r}, calibration {self.calibration!r}, test "
+                f"{self.test!r}; nothing may be tuned on what is reported, and questions that are trained on too are a "
+                "TrainingSample"
+            )
+        if self.otherwise is not None and not isinstance(self.calibration, str):
+            raise ValueError("otherwise replaces a calibration split that the data lack; calibration names none")
 
     def describe_calibration(self) -> str:
         """The calibration part in words."""
