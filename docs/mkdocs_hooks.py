@@ -78,6 +78,30 @@ def methods_page() -> str:
     return "\n\n".join(["\n".join(overview), *(_section(method) for method in methods)])
 
 
+def metrics_table() -> str:
+    """All metrics of the registry with range, direction, class and definition."""
+    from bmoe_lightning.metrics import METRICS, Binning
+
+    rows = [
+        "| metric | `name` | range | better | definition | class |",
+        "| --- | --- | --- | --- | --- | --- |",
+    ]
+    for metric in METRICS:
+        better = "higher" if metric.higher_is_better else "lower"
+        kind = type(metric.torchmetric(Binning())).__name__
+        span = f"{_bound(metric.lower)} to {_bound(metric.upper)}"
+        definition = _cell(metric.definition)
+        rows.append(
+            f"| {metric.title} | `{metric.name}` | {span} | {better} "
+            f"| {definition} | `{kind}` |"
+        )
+    return "\n".join(rows)
+
+
+def _bound(value: float) -> str:
+    return f"{value:g}".replace("inf", "∞")
+
+
 def tasks_table() -> str:
     """All registered tasks with their hub id, configurations and splits."""
     from bmoe_lightning.data.tasks import get_task, task_names
@@ -230,6 +254,7 @@ def _cell(text: str) -> str:
 
 # What goes into the places of each page, which are marked by name.
 PLACES = {
+    "metrics.md": {"metrics": metrics_table},
     "methods.md": {"methods": methods_page},
     "tasks.md": {
         "tasks": tasks_table,

@@ -3,5 +3,14 @@
 from bmoe_lightning.laplace.attribution import Attribution, LayerAttribution
 from bmoe_lightning.laplace.posterior import LaplacePosterior, WeightMismatchError
 from bmoe_lightning.laplace.predictive import Prediction
+from bmoe_lightning.laplace.uncertainty_scores import relative_variance, uncertainty_scores
 
-__all__ = ["Attribution", "LaplacePosterior", "LayerAttribution", "Prediction", "WeightMismatchError"]
+__all__ = [
+    "Attribution",
+    "LaplacePosterior",
+    "LayerAttribution",
+    "Prediction",
+    "WeightMismatchError",
+    "relative_variance",
+    "uncertainty_scores",
+]
