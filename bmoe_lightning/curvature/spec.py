@@ -16,6 +16,7 @@ from torch import nn
 from bmoe_lightning.curvature.fisher import FISHERS, FisherName
 from bmoe_lightning.curvature.sketch import SKETCHES, SketchName
 from bmoe_lightning.experts import ExpertLayer, find_expert_layers, find_linear_layers
+from bmoe_lightning.experts.discovery import DOWN_PROJ
 from bmoe_lightning.experts.wrappers.peft import lora_matrices
 
 ApproximationName = Literal["expand", "reduce"]
@@ -61,17 +62,35 @@ class ExpertLayers(LayerSelection):
             `find_expert_layers`.
         down_proj: Name of the second linear layer within one expert, for the same case.
         shared_experts: Whether shared experts, which process every token, get a posterior too.
+        projections: Projections of the experts that get a posterior: `down_proj`, and `gate_up_proj` for those before
+            the activation; see `find_expert_layers`.
     """
 
     experts: str | None = None
     down_proj: str | None = None
     shared_experts: bool = False
+    projections: tuple[str, ...] = (DOWN_PROJ,)
+
+    def __post_init__(self) -> None:
+        # A command line or a YAML file gives a list, which is not hashable.
+        object.__setattr__(self, "projections", tuple(self.projections))
 
     def find(self, model: nn.Module) -> list[ExpertLayer]:
         """Find the expert layers; see `find_expert_layers`."""
         return find_expert_layers(
-            model, experts=self.experts, down_proj=self.down_proj, shared_experts=self.shared_experts
+            model,
+            experts=self.experts,
+            down_proj=self.down_proj,
+            shared_experts=self.shared_experts,
+            projections=self.projections,
         )
+
+    def description(self) -> dict[str, Any]:
+        """Class and options as JSON values; those of earlier versions, which had `down_proj` alone, are the same."""
+        found = super().description()
+        if self.projections == (DOWN_PROJ,):
+            del found["projections"]
+        return found
 
 
 @dataclass(frozen=True)

@@ -18,9 +18,17 @@ from bmoe_lightning.experts.wrappers.peft import check_lora_matrix
 from bmoe_lightning.experts.wrappers.quantised import is_linear
 from bmoe_lightning.utils.messages import first_names
 
+DOWN_PROJ, GATE_UP_PROJ = "down_proj", "gate_up_proj"
+PROJECTIONS = (DOWN_PROJ, GATE_UP_PROJ)
+
 
 def find_expert_layers(
-    model: nn.Module, *, experts: str | None = None, down_proj: str | None = None, shared_experts: bool = False
+    model: nn.Module,
+    *,
+    experts: str | None = None,
+    down_proj: str | None = None,
+    shared_experts: bool = False,
+    projections: Sequence[str] = (DOWN_PROJ,),
 ) -> list[ExpertLayer]:
     """Find the expert layers of any model.
 
@@ -38,9 +46,11 @@ def find_expert_layers(
         shared_experts: Whether experts that see every token are included, as layers with one expert each; in the paper
             (https://arxiv.org/abs/2511.08968) they are not. They are found beside the routed ones by `shared_expert` or
             `shared_mlp` in their names.
+        projections: Projections of the experts that are layers: `down_proj`, and `gate_up_proj` for those before the
+            activation, whatever their names, which are one layer where one parameter holds them and several otherwise.
 
     Returns:
-        The layers in the order of `model.named_modules()`.
+        The layers in the order of `model.named_modules()`, of each module those before the activation first.
 
     Raises:
         ValueError: If no expert layer is found, the `down_proj` of an expert is ambiguous, shared experts are requested
@@ -61,6 +71,8 @@ def find_expert_layers(
     if not found:
         raise ValueError(_nothing_found(model, modules, experts))
     check_tied_weights(model, found.values())
+    if tuple(projections) != (DOWN_PROJ,):
+        return _projected(model, found, projections, shared_experts=shared_experts)
     if shared_experts:
         shared = {name for layer in found.values() for name in _shared_experts(layer, modules)}
         if not shared:
@@ -71,6 +83,29 @@ def find_expert_layers(
         found |= {name: PLAIN_LINEAR.layer(name, 0, modules[name], "") for name in shared}
     ordered = [found[name] for name in modules if name in found]
     return [replace(layer, index=index) for index, layer in enumerate(ordered)]
+
+
+def _projected(
+    model: nn.Module, found: Mapping[str, ExpertLayer], projections: Sequence[str], *, shared_experts: bool
+) -> list[ExpertLayer]:
+    """The layers of the chosen projections of expert layers."""
+    unknown = set(projections) - set(PROJECTIONS)
+    if unknown or not projections:
+        raise ValueError(f"projections must be some of {', '.join(PROJECTIONS)}, got {list(projections)}")
+    if shared_experts:
+        raise ValueError(
+            "shared experts are found with projections=('down_proj',) alone; name their linear layers with LinearLayers"
+        )
+    layers = []
+    for name, layer in found.items():
+        module, layout = model.get_submodule(name), LAYOUTS[layer.layout]
+        if GATE_UP_PROJ in projections:
+            first = [layout.layer(name, 0, module, part) for part in layout.first_projections(module, layer)]
+            layers += [part.as_first() for part in first]
+        if DOWN_PROJ in projections:
+            layers.append(layer)
+    check_tied_weights(model, layers)
+    return [replace(layer, index=index) for index, layer in enumerate(layers)]
 
 
 def find_linear_layers(
@@ -138,7 +173,7 @@ def locate_expert_layers(model: nn.Module, layers: Sequence[ExpertLayer]) -> lis
     modules: dict[str, list[str]] = {}
     for name in dict(model.named_modules()):
         modules.setdefault(plain_name(name), []).append(name)
-    wanted = [plain_name(layer.name) for layer in layers]
+    wanted = [plain_name(layer.module_name) for layer in layers]
     names = _corresponding(model, modules, wanted)
     return [_located(model, modules[name], layer) for name, layer in zip(names, layers, strict=True)]
 
@@ -179,7 +214,8 @@ def _located(model: nn.Module, names: Sequence[str], layer: ExpertLayer) -> Expe
     reasons = []
     for name in names:  # a module and its wrappers, outermost first
         try:
-            return LAYOUTS[layer.layout].layer(name, layer.index, model.get_submodule(name), layer.down_proj)
+            found = LAYOUTS[layer.layout].layer(name, layer.index, model.get_submodule(name), layer.down_proj)
+            return found.as_first() if layer.is_first else found
         except ValueError as error:
             reasons.append(str(error))
     raise ValueError(

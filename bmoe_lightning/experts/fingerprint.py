@@ -109,7 +109,7 @@ def fingerprinted_module(model: nn.Module, layers: Sequence[ExpertLayer]) -> nn.
     Of other models it is the smallest module that has all parameters, and so the same inside a LightningModule and
     outside.
     """
-    experts = {id(model.get_submodule(layer.name)) for layer in layers}
+    experts = {id(model.get_submodule(layer.module_name)) for layer in layers}
     for candidate in outermost_pretrained(model):
         if experts <= {id(module) for module in candidate.modules()}:
             return candidate

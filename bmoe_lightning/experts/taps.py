@@ -285,7 +285,7 @@ class Taps:
     def attach(self, model: nn.Module) -> ExitStack:
         """Register hooks in a model; closing the returned stack removes them."""
         stack = ExitStack()
-        self._modules = [model.get_submodule(layer.name) for layer in self.layers]
+        self._modules = [model.get_submodule(layer.module_name) for layer in self.layers]
         try:
             for owner in outermost_pretrained(model):
                 hook = in_this_thread(self._see_call)

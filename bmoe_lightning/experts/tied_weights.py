@@ -24,7 +24,7 @@ def tied_modules(model: nn.Module, layer: ExpertLayer, owners: Counter[int]) -> 
         layer: One of its expert layers.
         owners: The counts of `parameter_owners(model)`.
     """
-    module = model.get_submodule(layer.name)
+    module = model.get_submodule(layer.module_name)
     if all(owners[id(parameter)] == 1 for parameter in module.parameters()):
         return [module]
     ids = weight_ids(module, layer)
@@ -50,7 +50,7 @@ def check_tied_weights(model: nn.Module, layers: Iterable[ExpertLayer]) -> None:
     owners = parameter_owners(model)
     for layer in layers:
         alike = len(tied_modules(model, layer, owners))
-        if any(owners[weight] != alike for weight in weight_ids(model.get_submodule(layer.name), layer)):
+        if any(owners[weight] != alike for weight in weight_ids(model.get_submodule(layer.module_name), layer)):
             raise ValueError(
                 f"the weight of {layer.name!r} is tied to another module (a head to the embeddings, or experts to "
                 "others), whose use of it the curvature would miss; leave this layer out, or untie the weights"
@@ -63,7 +63,7 @@ def check_distinct(model: nn.Module, layers: Sequence[ExpertLayer]) -> None:
     Raises:
         ValueError: If two have the same name, index or `down_proj` weight.
     """
-    weights = [weight_ids(model.get_submodule(layer.name), layer) for layer in layers]
+    weights = [weight_ids(model.get_submodule(layer.module_name), layer) for layer in layers]
     for what, values in (
         ("name", [layer.name for layer in layers]),
         ("index", [layer.index for layer in layers]),

@@ -5,18 +5,23 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import ClassVar, Protocol
 
 from torch import Tensor, nn
+
+_FIRST = ":"  # no name of a module has one
 
 
 @dataclass(frozen=True)
 class ExpertLayer:
     """The `down_proj` of all experts of one MoE layer, or a plain linear layer as its only expert.
 
+    Or another projection of all experts (see `find_expert_layers`), whose name then stands in place of `down_proj`.
+
     Attributes:
-        name: Qualified name of the module that holds the experts, as in `model.named_modules()`.
+        name: Qualified name of the module that holds the experts, as in `model.named_modules()`; for another projection
+            than `down_proj` followed by a colon and the projection's name.
         index: Position among the expert layers of the model, from 0, in the order of `named_modules()`.
         num_experts: Number of experts E.
         d_in: Width of the input of `down_proj`.
@@ -35,6 +40,20 @@ class ExpertLayer:
     layout: str
     down_proj: str
     transposed: bool = False
+
+    @property
+    def module_name(self) -> str:
+        """Qualified name of the module that holds the experts."""
+        return self.name.partition(_FIRST)[0]
+
+    @property
+    def is_first(self) -> bool:
+        """Whether this is a projection before the activation, rather than `down_proj`."""
+        return _FIRST in self.name
+
+    def as_first(self) -> ExpertLayer:
+        """The same layer, which describes a projection before the activation, under a name of its own."""
+        return replace(self, name=f"{self.name}{_FIRST}{self.down_proj}")
 
 
 class Tap(Protocol):
@@ -122,6 +141,17 @@ class Layout(ABC):
         self, module: nn.Module, layer: ExpertLayer, tap: Tap | None, dropout: Dropout | None
     ) -> AbstractContextManager[None]:
         """Apply dropout to the inputs of `down_proj`, and pass its slots to a tap; both may be None."""
+
+    def first_projections(self, module: nn.Module, layer: ExpertLayer) -> list[str]:  # noqa: ARG002
+        """The names of the projections before the activation, each in place of `down_proj` in an `ExpertLayer`.
+
+        Raises:
+            ValueError: If they cannot be tapped in this layout.
+        """
+        raise ValueError(
+            f"the experts of {layer.name!r} ({self.description}) run their gate and up projections where they cannot "
+            "be tapped; use projections=('down_proj',)"
+        )
 
     def prepared(self, model: nn.Module) -> AbstractContextManager[None]:  # noqa: ARG002  (the default needs no model)
         """A context for the model in which its modules can be `intercepted`; does nothing by default."""

@@ -15,14 +15,14 @@ from bmoe_lightning.utils.distributed import sum_over_processes
 
 def down_proj_parameters(model: nn.Module, layer: ExpertLayer) -> dict[str, nn.Parameter]:
     """The parameters that hold a layer's `down_proj` weights: qualified name to parameter."""
-    module = model.get_submodule(layer.name)
-    return {f"{layer.name}.{name}": p for name, p in LAYOUTS[layer.layout].parameters(module, layer).items()}
+    module = model.get_submodule(layer.module_name)
+    return {f"{layer.module_name}.{name}": p for name, p in LAYOUTS[layer.layout].parameters(module, layer).items()}
 
 
 def expert_parameters(model: nn.Module, layer: ExpertLayer) -> dict[str, nn.Parameter]:
     """All weights of a layer's experts, without router and shared experts: qualified name to parameter."""
-    module = model.get_submodule(layer.name)
-    return {f"{layer.name}.{name}": p for name, p in LAYOUTS[layer.layout].expert_parameters(module).items()}
+    module = model.get_submodule(layer.module_name)
+    return {f"{layer.module_name}.{name}": p for name, p in LAYOUTS[layer.layout].expert_parameters(module).items()}
 
 
 def down_proj_weights(model: nn.Module, layer: ExpertLayer) -> dict[str, Tensor]:
@@ -30,7 +30,7 @@ def down_proj_weights(model: nn.Module, layer: ExpertLayer) -> dict[str, Tensor]
 
     These are the parameters, plus what adapters of PEFT add to them.
     """
-    return {f"{layer.name}.{name}": w for name, w in LAYOUTS[layer.layout].weights(model, layer).items()}
+    return {f"{layer.module_name}.{name}": w for name, w in LAYOUTS[layer.layout].weights(model, layer).items()}
 
 
 def squared_distances(

@@ -51,7 +51,7 @@ class Binding:
         layers = _match_layers(model, factors)
         moved = factors.layers
         if not offload:
-            places = [execution_device(model.get_submodule(layer.name)) for layer in layers]
+            places = [execution_device(model.get_submodule(layer.module_name)) for layer in layers]
             moved = tuple(
                 layer.to(device if place.type == "meta" else place) for layer, place in zip(moved, places, strict=True)
             )

@@ -272,7 +272,7 @@ def check_optimised(trainer: L.Trainer, module: L.LightningModule, methods: Sequ
     if not groups or unfreezes:
         return
     for layer in prior_mean_layers(methods, module):
-        if not any(id(p) in optimised for p in module.get_submodule(layer.name).parameters()):
+        if not any(id(p) in optimised for p in module.get_submodule(layer.module_name).parameters()):
             needing = ", ".join(method.name for method in methods if method.needs.prior_mean)
             raise ValueError(
                 f"{needing} measure how far training moved the weights of {layer.name!r}, and no optimizer has a "

@@ -210,6 +210,6 @@ def _dtype_of(module: nn.Module, layer: ExpertLayer) -> torch.dtype:
 
 def _is_plain(module: nn.Module, layer: ExpertLayer) -> bool:
     """Whether the weights of a layer are in its parameters, and can be read at no cost."""
-    if any(is_adapter(part) for part in module.get_submodule(layer.name).modules()):
+    if any(is_adapter(part) for part in module.get_submodule(layer.module_name).modules()):
         return False
     return not any(p.device.type == "meta" or unusable(p) for p in down_proj_parameters(module, layer).values())

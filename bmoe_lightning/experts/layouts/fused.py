@@ -15,7 +15,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from bmoe_lightning.experts.grouped_matmul import ExpertGroups
-from bmoe_lightning.experts.layouts.intercept import attached_state, combine, down_proj_product
+from bmoe_lightning.experts.layouts.intercept import attached_state, combine, down_proj_product, expert_state
 from bmoe_lightning.experts.threads import applies, scope
 from bmoe_lightning.experts.types import Dropout, ExpertLayer, Layout, Tap
 from bmoe_lightning.experts.wrappers.linear import effective_parameter
@@ -76,7 +76,7 @@ class FusedExperts(Layout):
 
     def weights(self, model: nn.Module, layer: ExpertLayer) -> dict[str, Tensor]:
         """The effective value of that parameter, including PEFT's `target_parameters` adapters."""
-        return {layer.down_proj: effective_parameter(model, layer.name, layer.down_proj)}
+        return {layer.down_proj: effective_parameter(model, layer.module_name, layer.down_proj)}
 
     def expert_parameters(self, module: nn.Module) -> dict[str, nn.Parameter]:
         """All parameters of the module."""
@@ -86,7 +86,11 @@ class FusedExperts(Layout):
         self, module: nn.Module, layer: ExpertLayer, tap: Tap | None, dropout: Dropout | None
     ) -> AbstractContextManager[None]:
         """Attach tap and dropout to the module; they apply while the model is `prepared`."""
-        return attached_state(module, tap, dropout)
+        return attached_state(module, tap, dropout, first=layer.down_proj if layer.is_first else None)
+
+    def first_projections(self, module: nn.Module, layer: ExpertLayer) -> list[str]:
+        """The parameter with gate and up projection, or with the up projection of experts without a gate."""
+        return ["gate_up_proj" if getattr(module, "has_gate", True) else "up_proj"]
 
     def prepared(self, model: nn.Module) -> AbstractContextManager[None]:
         """Run the model's fused experts through `tapped_experts_forward`."""
@@ -209,9 +213,9 @@ def tapped_experts_forward(self: Any, hidden_states: Tensor, top_k_index: Tensor
     tokens = groups.order // top_k_index.shape[1]
 
     if self.has_gate:
-        hidden = self._apply_gate(_linear(self, groups, hidden_states[tokens], "gate_up_proj"))
+        hidden = self._apply_gate(_linear(self, groups, hidden_states, tokens, "gate_up_proj"))
     else:
-        hidden = self.act_fn(_linear(self, groups, hidden_states[tokens], "up_proj"))
+        hidden = self.act_fn(_linear(self, groups, hidden_states, tokens, "up_proj"))
     weight = self.down_proj if self.is_transposed else self.down_proj.mT
     output = down_proj_product(self, groups, hidden, weight, tokens, len(top_k_index))
     if self.has_bias:
@@ -222,8 +226,11 @@ def tapped_experts_forward(self: Any, hidden_states: Tensor, top_k_index: Tensor
     return combine(groups, output, top_k_weights).to(hidden_states.dtype)
 
 
-def _linear(module: Any, groups: ExpertGroups, x: Tensor, name: str) -> Tensor:
-    weight = getattr(module, name)
+def _linear(module: Any, groups: ExpertGroups, hidden_states: Tensor, tokens: Tensor, name: str) -> Tensor:
+    weight, x = getattr(module, name), hidden_states[tokens]
     # Grouped products ignore autocast; like transformers, the weights' dtype decides.
     output = groups.matmul(x.to(weight.dtype), weight if module.is_transposed else weight.mT)
+    state = expert_state(module)
+    if state is not None and name in state.first:
+        output = state.first[name].record(x, groups.experts, output, tokens, len(hidden_states))
     return output + getattr(module, f"{name}_bias")[groups.experts] if module.has_bias else output

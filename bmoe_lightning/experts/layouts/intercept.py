@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from torch import Tensor, nn
@@ -25,12 +25,14 @@ class ExpertState:
         dropout: Dropout of the inputs of `down_proj` (see `bmoe_lightning.experts.dropout`), or None.
         thread: The thread in which it applies (see `bmoe_lightning.experts.threads.scope`).
         outer: The state of the module before, which applies in other threads.
+        first: Taps of the first projections, by the name of their parameter.
     """
 
     tap: Tap | None = None
     dropout: Dropout | None = None
     thread: int | None = None
     outer: ExpertState | None = None
+    first: Mapping[str, Tap] = field(default_factory=dict)
 
     def __reduce__(self) -> tuple[Any, ...]:
         # A copy of the module, made meanwhile by another thread, has no state.
@@ -50,15 +52,25 @@ def expert_state(module: nn.Module) -> ExpertState | None:
 
 
 @contextmanager
-def attached_state(module: nn.Module, tap: Tap | None = None, dropout: Dropout | None = None) -> Iterator[None]:
+def attached_state(
+    module: nn.Module, tap: Tap | None = None, dropout: Dropout | None = None, *, first: str | None = None
+) -> Iterator[None]:
     """Attach a tap or dropout to a module, in addition to its state so far, which is restored afterwards.
 
     They apply in this thread alone, unless within `bmoe_lightning.experts.threads.in_all_threads`.
+
+    Args:
+        module: The module.
+        tap: Tap of the slots, or None.
+        dropout: Dropout of the inputs of `down_proj`, or None.
+        first: Name of the parameter of the first projection that the tap is for; None for that of `down_proj`.
     """
     before: ExpertState | None = module.__dict__.get(_STATE)
     seen = expert_state(module) or ExpertState()
     # Directly in __dict__, so that nn.Module does not register the state.
-    module.__dict__[_STATE] = ExpertState(tap or seen.tap, dropout or seen.dropout, scope(), before)
+    taps = {**seen.first, first: tap} if first is not None and tap is not None else seen.first
+    own = tap if first is None else None
+    module.__dict__[_STATE] = ExpertState(own or seen.tap, dropout or seen.dropout, scope(), before, taps)
     try:
         yield
     finally:

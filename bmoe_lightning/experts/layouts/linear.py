@@ -41,7 +41,7 @@ class LinearLayer(Layout):
 
     def weights(self, model: nn.Module, layer: ExpertLayer) -> dict[str, Tensor]:
         """The effective weight of the layer, adapters included."""
-        module = model.get_submodule(layer.name)
+        module = model.get_submodule(layer.module_name)
         return {linear_weight_name(module): effective_weight(module)}
 
     def expert_parameters(self, module: nn.Module) -> dict[str, nn.Parameter]:

@@ -57,7 +57,7 @@ class ModuleExperts(Layout):
 
     def weights(self, model: nn.Module, layer: ExpertLayer) -> dict[str, Tensor]:
         """The effective weight of each expert's `down_proj`, adapters included."""
-        linears = self._linears(model.get_submodule(layer.name), layer)
+        linears = self._linears(model.get_submodule(layer.module_name), layer)
         return {f"{name}.{linear_weight_name(x)}": effective_weight(x) for name, x in linears.items()}
 
     def expert_parameters(self, module: nn.Module) -> dict[str, nn.Parameter]:
@@ -73,6 +73,12 @@ class ModuleExperts(Layout):
             for expert, linear in enumerate(self._linears(module, layer).values()):
                 intercept_linear(stack, linear, tap, dropout, expert, knows_tokens=False)
             yield
+
+    def first_projections(self, module: nn.Module, layer: ExpertLayer) -> list[str]:
+        """The names of an expert's other linear layers, by which it is entered."""
+        expert = next(iter(experts_of(module).values()))
+        down = _down_proj_of(expert, layer.down_proj)
+        return [plain_name(name) for name, linear in linears_of(expert).items() if linear is not down]
 
     def _linears(self, module: nn.Module, layer: ExpertLayer) -> dict[str, nn.Module]:
         found = {}
