@@ -1,0 +1,192 @@
+"""Which differences are real: the claims of `compared.yaml`, each with the interval of a paired bootstrap."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from bmoe_lightning.metrics import get_metric
+from bmoe_lightning.report import Difference, Paired, paired_difference
+from recipes.paper.report.compared import Bar
+from recipes.paper.report.section import ReportInput, Section
+
+_TITLE = "Is the difference real?"
+MET, MISSED, UNDECIDED = "met", "missed", "not decided"
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """A claim about two methods, and what was found.
+
+    Attributes:
+        bar: The claim.
+        labels: Display names of the two methods.
+        overall: Difference of the means over data sets.
+        by_set: Difference on each data set.
+        data: Names of the data sets that both methods were tested on.
+        lacking: Names of those that one was not.
+    """
+
+    bar: Bar
+    labels: tuple[str, str]
+    overall: Difference
+    by_set: Mapping[str, Difference]
+    data: tuple[str, ...]
+    lacking: tuple[str, ...]
+
+    @property
+    def verdict(self) -> str:
+        """What the interval of the mean over data sets says about the claim."""
+        return verdict(self.bar, self.overall, self.labels)
+
+
+def section(report: ReportInput) -> Section | None:
+    """All claims whose methods the study has, and what is lacking for the others.
+
+    Args:
+        report: What the report is made from.
+    """
+    found, lacking = [], []
+    for bar in report.compared.bars:
+        for other in bar.others:
+            comparison = compare(report, bar, other)
+            if comparison is None:
+                lacking.append(f"{bar.title}: no results of both {bar.method} and {other} ({_words(bar.data)})")
+            else:
+                found.append(comparison)
+    text = [_table(found), _sets_table(report, found), _how(found)] if found else []
+    if lacking:
+        text.append("Not compared. " + "; ".join(lacking) + ".")
+    return Section(_TITLE, text=tuple(text), details={"bars": [_details(comparison) for comparison in found]})
+
+
+def compare(report: ReportInput, bar: Bar, other: str) -> Comparison | None:
+    """One comparison; None if no data set has results of both methods with a common seed.
+
+    Args:
+        report: What the report is made from.
+        bar: The claim.
+        other: Row of the method that its method is compared with.
+    """
+    trained = {name: name if bar.data == "in_distribution" else report.study.home for name in report.study.labels}
+    names = list(trained) if bar.data == "in_distribution" else list(report.shifted)
+    pairs: dict[str, Paired] = {}
+    for name in names:
+        groups = report.all_groups(trained[name], name)
+        if bar.method in groups and other in groups:
+            pairs[name] = Paired(groups[bar.method], groups[other])
+    seeds = [{result.seed for result in group} for pair in pairs.values() for group in (pair.ours, pair.others)]
+    if not pairs or not set.intersection(*seeds):
+        return None
+
+    def difference(chosen: Sequence[Paired]) -> Difference:
+        return paired_difference(chosen, get_metric(bar.metric), report.settings, relative=bar.relative)
+
+    first = next(iter(pairs.values()))
+    return Comparison(
+        bar=bar,
+        labels=(first.ours[0].label, first.others[0].label),
+        overall=difference(list(pairs.values())),
+        by_set={name: difference([pair]) for name, pair in pairs.items()},
+        data=tuple(pairs),
+        lacking=tuple(name for name in names if name not in pairs),
+    )
+
+
+def verdict(bar: Bar, found: Difference, labels: tuple[str, str]) -> str:
+    """Met or missed if the whole interval is on one side of the margin, otherwise not decided.
+
+    Args:
+        bar: The claim; where it claims nothing, the method with the better value is named.
+        found: Difference with its interval.
+        labels: Display names of the method and the other.
+    """
+    below, above = found.high < bar.margin, found.low > bar.margin
+    if not (below or above):
+        return UNDECIDED
+    if bar.claim == "none":
+        return f"{labels[0] if below != get_metric(bar.metric).higher_is_better else labels[1]} is better"
+    return MET if below == (bar.claim == "lower") else MISSED
+
+
+def _table(found: Sequence[Comparison]) -> str:
+    rows = [
+        [
+            comparison.bar.title,
+            _pair(comparison),
+            _data(comparison),
+            _number(comparison.bar, comparison.overall.estimate),
+            _interval(comparison.bar, comparison.overall),
+            comparison.verdict,
+        ]
+        for comparison in found
+    ]
+    head = ["claim", "difference", "mean over", "value", f"{100 * found[0].overall.level:g} % interval", "verdict"]
+    return _markdown(head, rows)
+
+
+def _sets_table(report: ReportInput, found: Sequence[Comparison]) -> str:
+    names = [name for name in report.study.labels if any(name in comparison.by_set for comparison in found)]
+    rows = []
+    for comparison in found:
+        cells = [
+            f"{_number(comparison.bar, comparison.by_set[name].estimate)} "
+            f"{_interval(comparison.bar, comparison.by_set[name])}"
+            if name in comparison.by_set
+            else ""
+            for name in names
+        ]
+        rows.append([_pair(comparison), _words(comparison.bar.data), *cells])
+    return "By data set:\n\n" + _markdown(["difference", "data", *map(report.label, names)], rows)
+
+
+def _how(found: Sequence[Comparison]) -> str:
+    counts = sorted({len(comparison.overall.seeds) for comparison in found})
+    sentences = [
+        "Paired bootstrap over test items and seeds; a seed is a pre-training, where the model is pre-trained, and a "
+        "fine-tuning. Items that several data sets share are drawn together. A claim is met or missed where the whole "
+        "interval is on one side of its margin.",
+    ]
+    if counts[0] == 1:
+        sentences.append("With one seed the interval does not have the spread over trainings.")
+    return " ".join(sentences)
+
+
+def _details(comparison: Comparison) -> dict[str, Any]:
+    return {
+        **asdict(comparison.bar),
+        "labels": comparison.labels,
+        "verdict": comparison.verdict,
+        "overall": asdict(comparison.overall),
+        "by_set": {name: asdict(found) for name, found in comparison.by_set.items()},
+        "lacking": comparison.lacking,
+    }
+
+
+def _pair(comparison: Comparison) -> str:
+    metric = get_metric(comparison.bar.metric).title
+    return f"{metric}, {comparison.labels[0]} {'over' if comparison.bar.relative else 'less'} {comparison.labels[1]}"
+
+
+def _data(comparison: Comparison) -> str:
+    number = len(comparison.data)
+    total = number + len(comparison.lacking)
+    return f"{number} of {total} data sets, {_words(comparison.bar.data)}"
+
+
+def _words(data: str) -> str:
+    return data.replace("_", " ")
+
+
+def _number(bar: Bar, value: float) -> str:
+    return f"{100 * value:+.2f} %" if bar.relative else f"{value:+.4f}"
+
+
+def _interval(bar: Bar, found: Difference) -> str:
+    return f"[{_number(bar, found.low)}, {_number(bar, found.high)}]"
+
+
+def _markdown(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    lines = [head, ["---"] * len(head), *rows]
+    return "\n".join("| " + " | ".join(cell.replace("|", "\\|") for cell in line) + " |" for line in lines)

@@ -1,0 +1,91 @@
+"""The methods that the report knows by name, and what is claimed of them: read from `compared.yaml`."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal, get_args
+
+import yaml
+
+Claim = Literal["lower", "higher", "none"]
+DataChoice = Literal["in_distribution", "shift"]
+_FILE = Path(__file__).with_name("compared.yaml")
+
+
+@dataclass(frozen=True)
+class Bar:
+    """A claim about a method.
+
+    Attributes:
+        title: Claim in words.
+        claim: Where the difference is claimed to be, relative to the margin.
+        method: Row of the one method.
+        others: Rows of the methods that it is compared with.
+        data: Data sets of the comparison.
+        metric: Name of the metric.
+        relative: Whether the difference is divided by the metric of the other method.
+        margin: Margin.
+
+    Raises:
+        ValueError: If the claim or the data are not among the choices.
+    """
+
+    title: str
+    claim: Claim
+    method: str
+    others: tuple[str, ...]
+    data: DataChoice
+    metric: str = "nll"
+    relative: bool = False
+    margin: float = 0.0
+
+    def __post_init__(self) -> None:
+        for name, found, choices in (("claim", self.claim, Claim), ("data", self.data, DataChoice)):
+            if found not in get_args(choices):
+                raise ValueError(f"{name} of the bar {self.title!r} is {found!r}; take one of {get_args(choices)}")
+
+
+@dataclass(frozen=True)
+class Compared:
+    """The methods that the report knows by name.
+
+    Attributes:
+        reference: Row that costs are relative to.
+        order: Order of rows; others follow as they come.
+        layers: Method of which quarters of the layers are left out.
+        prior: Labels of the posteriors that differ in how the prior precision is found.
+        bars: What is claimed.
+    """
+
+    reference: str
+    order: tuple[str, ...]
+    layers: str
+    prior: Mapping[str, str]
+    bars: tuple[Bar, ...] = field(default=())
+
+    def without_quarter(self, method: str) -> int | None:
+        """Number of the quarter of the layers that a method leaves out, from 1; None if it is not of that kind.
+
+        Args:
+            method: Row.
+        """
+        found = re.fullmatch(rf"{re.escape(self.layers)}_without_(\d+)", method)
+        return int(found[1]) if found else None
+
+
+def read_compared(path: Path = _FILE) -> Compared:
+    """Read the file.
+
+    Args:
+        path: YAML file.
+
+    Raises:
+        ValueError: If a choice is unknown.
+        TypeError: If an entry is missing or unknown.
+    """
+    content: dict[str, Any] = yaml.safe_load(path.read_text())
+    bars = tuple(Bar(**{**entry, "others": tuple(entry["others"])}) for entry in content.pop("bars"))
+    return Compared(**{**content, "order": tuple(content["order"])}, bars=bars)

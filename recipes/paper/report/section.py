@@ -1,0 +1,238 @@
+"""The parts of a report, and what they are made from."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from functools import cached_property
+from typing import TYPE_CHECKING, Any
+
+from bmoe_lightning.methods import get_method
+from bmoe_lightning.metrics import MetricSpec, check_predictions, get_metric
+from bmoe_lightning.report import Cell, Grid, GridBlock, GridRow, MethodResult, NumberFormat, SummarySettings
+from recipes.paper.outcomes import MODES, Study
+from recipes.paper.report.compared import Compared
+from recipes.paper.report.published import Published
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+    from recipes.paper.report.costs import Cost
+
+Groups = Mapping[str, Sequence[MethodResult]]
+"""Results of each row, by ascending seed, in the order of rows."""
+
+LAYOUT = ("acc", "ece", "nll")
+"""The metrics of the paper's tables."""
+_PERCENT = ("acc", "ece")
+
+
+@dataclass(frozen=True)
+class NamedFigure:
+    """A figure of a report.
+
+    Attributes:
+        name: Name of its file, without the extension.
+        caption: Caption.
+        draw: Draws it; needs matplotlib.
+    """
+
+    name: str
+    caption: str
+    draw: Callable[[], Figure]
+
+
+@dataclass(frozen=True)
+class Section:
+    """A part of a report.
+
+    Attributes:
+        title: Title.
+        grids: Tables, in Markdown and LaTeX files too.
+        figures: Figures.
+        text: Paragraphs below, in Markdown.
+        details: Further content of `results.json`, plain values; empty for none.
+        is_appendix: Whether the report only links its tables and figures.
+    """
+
+    title: str
+    grids: tuple[Grid, ...] = ()
+    figures: tuple[NamedFigure, ...] = ()
+    text: tuple[str, ...] = ()
+    details: Mapping[str, Any] = field(default_factory=dict)
+    is_appendix: bool = False
+
+
+@dataclass(frozen=True)
+class ReportInput:
+    """What a report is made from.
+
+    Attributes:
+        study: Outcomes.
+        compared: Methods that are known by name, and claims.
+        published: Numbers of a publication.
+        costs: Costs of each row.
+        settings: ECE convention and bootstrap.
+    """
+
+    study: Study
+    compared: Compared
+    published: Published
+    costs: Mapping[str, Cost] = field(default_factory=dict)
+    settings: SummarySettings = field(default_factory=SummarySettings)
+
+    @property
+    def shifted(self) -> tuple[str, ...]:
+        """The data sets other than that of the training under shift."""
+        return tuple(name for name in self.study.labels if name != self.study.home)
+
+    @cached_property
+    def _groups(self) -> dict[tuple[str, str], Groups]:
+        found: dict[tuple[str, str], dict[str, list[MethodResult]]] = {}
+        # Rows of the experts first, so that those of LoRA follow where no order is given.
+        for outcome in sorted(self.study.outcomes, key=lambda outcome: MODES.index(outcome.mode)):
+            rows = found.setdefault((outcome.trained_on, outcome.tested_on), {})
+            for result in outcome.results:
+                named = _named_for_lora(result) if outcome.mode == "lora" else result
+                rows.setdefault(named.method, []).append(named)
+        return {key: self._ordered(rows) for key, rows in found.items()}
+
+    def _ordered(self, rows: Mapping[str, list[MethodResult]]) -> Groups:
+        names = [*(name for name in self.compared.order if name in rows), *rows]
+        return {name: sorted(rows[name], key=lambda result: result.seed) for name in dict.fromkeys(names)}
+
+    def all_groups(self, trained_on: str, tested_on: str) -> Groups:
+        """Results of all rows, those without a quarter of the layers too; empty if there are none.
+
+        Args:
+            trained_on: Data set of the training.
+            tested_on: Data set of the test questions.
+        """
+        return self._groups.get((trained_on, tested_on), {})
+
+    def groups(self, trained_on: str, tested_on: str) -> Groups:
+        """Results of the rows of a table; empty if there are none.
+
+        Args:
+            trained_on: Data set of the training.
+            tested_on: Data set of the test questions.
+        """
+        found = self.all_groups(trained_on, tested_on)
+        return {name: group for name, group in found.items() if self.compared.without_quarter(name) is None}
+
+    def label(self, name: str) -> str:
+        """Display name of a data set."""
+        return self.study.labels.get(name, name)
+
+    def missing(self, runs: Sequence[tuple[str, str]]) -> str | None:
+        """A sentence on the runs that there are no results of; None if there are none missing.
+
+        Args:
+            runs: Data sets of training and test.
+        """
+        found = {(entry.trained_on, entry.tested_on) for entry in self.study.outcomes if entry.mode == "experts"}
+        lacking = [
+            f"trained on {self.label(trained)} and tested on {self.label(tested)}"
+            for trained, tested in runs
+            if (trained, tested) not in found
+        ]
+        if not lacking:
+            return None
+        return f"Left out, since the study has no models {'; '.join(lacking)}."
+
+
+def _named_for_lora(result: MethodResult) -> MethodResult:
+    """A result of a LoRA run under a name of its own, unless the method is of such runs only."""
+    try:
+        is_of_lora = get_method(result.method).needs.lora
+    except ValueError:  # an instance under another name
+        is_of_lora = False
+    if is_of_lora:
+        return result
+    return replace(result, method=f"{result.method}_lora", label=f"{result.label} (LoRA)")
+
+
+def cell_of(group: Sequence[MethodResult], metric: MetricSpec, settings: SummarySettings) -> Cell:
+    """A metric of one row.
+
+    Args:
+        group: Results over seeds.
+        metric: Metric.
+        settings: ECE convention.
+    """
+    values = [
+        float(metric.value(*check_predictions(result.log_probs, result.target), settings.binning)) for result in group
+    ]
+    return Cell.of(values, [result.seed for result in group])
+
+
+def layout_format(metric: MetricSpec) -> NumberFormat:
+    """The format of a metric in the paper's tables: percent with a digit, or three digits."""
+    if metric.name in _PERCENT:
+        return NumberFormat(metric.higher_is_better, digits=1, scale=100)
+    return NumberFormat(metric.higher_is_better)
+
+
+def layout_title(metric: MetricSpec) -> str:
+    """The title of a metric in the paper's tables, with unit and direction."""
+    return metric.header.replace(metric.title, f"{metric.title} (%)", 1) if metric.name in _PERCENT else metric.header
+
+
+def metric_grid(
+    report: ReportInput,
+    name: str,
+    caption: str,
+    runs: Sequence[tuple[str, str]],
+    labels: Mapping[str, str] | None = None,
+) -> Grid | None:
+    """A table in the paper's layout: a block a metric, a row a method, a column a data set.
+
+    Args:
+        report: What the report is made from.
+        name: Identifier of the table.
+        caption: Caption; numbers of items and seeds are added.
+        runs: Data sets of training and test of each column.
+        labels: Rows to show and their labels; None for all.
+
+    Returns:
+        The table; None if there is no row.
+    """
+    columns = [report.groups(*run) for run in runs]
+    if labels is None:
+        shown = {name: group[0].label for groups in columns for name, group in groups.items()}
+    else:
+        shown = {name: label for name, label in labels.items() if any(name in groups for groups in columns)}
+    if not shown:
+        return None
+    tested = [tested for _, tested in runs]
+    blocks = []
+    for metric in map(get_metric, LAYOUT):
+        rows = [
+            GridRow(
+                row,
+                label,
+                tuple(cell_of(groups[row], metric, report.settings) if row in groups else None for groups in columns),
+            )
+            for row, label in shown.items()
+        ]
+        rows += report.published.rows(report.study.preset, name, metric.name, tested)
+        blocks.append(GridBlock(layout_title(metric), (layout_format(metric),) * len(runs), tuple(rows)))
+    titles = tuple(report.label(name) for name in tested)
+    return Grid(name, f"{caption} {counts(titles, columns)}", "method", titles, tuple(blocks))
+
+
+def counts(titles: Sequence[str], columns: Sequence[Groups]) -> str:
+    """Sentences on the numbers of test items and seeds.
+
+    Args:
+        titles: Display names of the data sets.
+        columns: Results on each of them.
+    """
+    groups = [group for rows in columns for group in rows.values()]
+    seeds = {tuple(result.seed for result in group) for group in groups}
+    sizes = [len(next(iter(rows.values()))[0].ids) for rows in columns if rows]
+    listed = ", ".join(f"{title} {size}" for title, size in zip(titles, sizes, strict=True))
+    if len(seeds) > 1:
+        return f"Test items: {listed}. The seeds are not the same for every number; results.json has them."
+    number = len(next(iter(seeds)))
+    return f"Test items: {listed}. {number} seed{'s: mean ± standard deviation' if number > 1 else ''}."

@@ -1,0 +1,123 @@
+"""Claims: met, missed or not decided."""
+
+from __future__ import annotations
+
+import statistics
+from dataclasses import replace
+
+import pytest
+
+from bmoe_lightning.metrics import negative_log_likelihood
+from bmoe_lightning.report import Difference
+from recipes.paper.report import bars
+from recipes.paper.report.bars import compare, verdict
+from recipes.paper.report.compared import Bar, read_compared
+
+BAR = Bar("A title", "lower", "laplace_lpo", ("map",), "in_distribution")
+LABELS = ("One", "Two")
+
+
+def found(low, high):
+    return Difference("one", "two", "nll", False, (low + high) / 2, low, high, 0.95, (0,), (10,))
+
+
+@pytest.mark.parametrize(
+    ("claim", "margin", "interval", "expected"),
+    [
+        ("lower", 0.0, (-0.2, -0.1), "met"),
+        ("lower", 0.0, (-0.2, 0.1), "not decided"),
+        ("lower", 0.0, (0.1, 0.2), "missed"),
+        ("lower", 0.03, (-0.1, 0.02), "met"),
+        ("lower", 0.03, (0.01, 0.05), "not decided"),
+        ("lower", 0.03, (0.04, 0.05), "missed"),
+        ("lower", 0.0, (0.0, 0.0), "not decided"),
+        ("higher", 0.0, (0.1, 0.2), "met"),
+        ("higher", 0.0, (-0.2, -0.1), "missed"),
+        ("higher", 0.0, (-0.2, 0.1), "not decided"),
+        ("none", 0.0, (-0.2, -0.1), "One is better"),
+        ("none", 0.0, (0.1, 0.2), "Two is better"),
+        ("none", 0.0, (-0.1, 0.2), "not decided"),
+        ("lower", 0.0, (float("nan"), float("nan")), "not decided"),
+    ],
+)
+def test_verdicts(claim, margin, interval, expected):
+    assert verdict(replace(BAR, claim=claim, margin=margin), found(*interval), LABELS) == expected
+
+
+def test_the_better_one_of_a_metric_that_should_be_high():
+    assert verdict(replace(BAR, claim="none", metric="acc"), found(0.1, 0.2), LABELS) == "One is better"
+
+
+def test_the_difference_is_a_mean_over_data_sets(study, report):
+    comparison = compare(report, BAR, "map")
+    expected = []
+    for name in study.labels:
+        results = study.results(name, name)
+        nlls = {
+            method: statistics.fmean(
+                float(negative_log_likelihood(r.log_probs, r.target)) for r in results if r.method == method
+            )
+            for method in ("laplace_lpo", "map")
+        }
+        expected.append(nlls["laplace_lpo"] - nlls["map"])
+        assert comparison.by_set[name].estimate == pytest.approx(expected[-1], abs=1e-12)
+    assert comparison.overall.estimate == pytest.approx(statistics.fmean(expected), abs=1e-12)
+    assert comparison.overall.seeds == (0, 1, 2, 3, 4)
+    assert comparison.overall.num_examples == (60, 40, 50)
+
+
+def test_under_shift_the_models_are_those_of_the_first_data_set(study, report):
+    comparison = compare(report, replace(BAR, data="shift"), "map")
+    assert comparison.data == ("other", "judged")
+    expected = statistics.fmean(
+        (1 if r.method == "laplace_lpo" else -1) * float(negative_log_likelihood(r.log_probs, r.target))
+        for r in study.results("home", "judged")
+        if r.method in ("laplace_lpo", "map")
+    )
+    assert comparison.by_set["judged"].estimate == pytest.approx(2 * expected, abs=1e-12)
+
+
+def test_a_lora_run_is_compared_by_seed(report):
+    assert compare(report, BAR, "bayesian_lora").overall.seeds == (0, 1, 2, 3, 4)
+
+
+def test_data_sets_that_lack_a_method_are_told(make_study, report_of):
+    whole = make_study(seeds=(0, 1), lora={})
+    first = whole.outcomes[0]
+    fewer = type(first)("home", "experts", "home", tuple(r for r in first.results if r.method != "isotropic"))
+    report = report_of(type(whole)(**{**vars(whole), "outcomes": (fewer, *whole.outcomes[1:])}))
+    comparison = compare(report, BAR, "isotropic")
+    assert (comparison.data, comparison.lacking) == (("other", "judged"), ("home",))
+    text = "\n".join(bars.section(report).text)
+    assert "2 of 3 data sets, in distribution" in text
+    assert "no results of both laplace_lpo and bayesian_lora (in distribution)" in text
+
+
+def test_the_section_says_what_is_met(report):
+    section = bars.section(report)
+    (table, by_set, how, lacking) = section.text
+    line = next(line for line in table.splitlines() if "less MAP |" in line)
+    assert line.startswith("| Ahead of the baselines | NLL, Bayesian-MoE (LPO) less MAP | 3 of 3 data sets")
+    assert line.endswith("| met |")
+    assert "By data set" in by_set
+    assert "pre-training" in how
+    assert "deep_ensemble" in lacking
+    details = section.details["bars"]
+    assert details[0]["verdict"] == "met"
+    assert details[0]["overall"]["high"] < 0
+
+
+def test_one_seed_is_told(make_study, report_of):
+    section = bars.section(report_of(make_study(seeds=(3,), lora={})))
+    assert any("With one seed the interval does not have the spread over trainings." in text for text in section.text)
+
+
+def test_the_file_of_claims_is_read_and_unknown_choices_are_refused(tmp_path):
+    compared = read_compared()
+    assert compared.without_quarter("laplace_lpo_without_3") == 3
+    assert compared.without_quarter("laplace_lpo") is None
+    assert {bar.metric for bar in compared.bars} == {"nll"}
+    with pytest.raises(ValueError, match="claim of the bar 'A title' is 'lowest'"):
+        replace(BAR, claim="lowest")
+    with pytest.raises(ValueError, match="data of the bar 'A title' is 'all'"):
+        replace(BAR, data="all")

@@ -1,0 +1,144 @@
+"""The files of a report."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+
+import pytest
+
+from bmoe_lightning.metrics import METRICS
+from bmoe_lightning.report import SummarySettings
+from recipes.paper.report import Cost, write, write_report
+from recipes.paper.report.sections import SECTIONS
+
+SETTINGS = SummarySettings(num_samples=50)
+METHODS = {
+    "map": ("MAP", 3.0),
+    "laplace_evidence": ("Bayesian-MoE (evidence)", 1.6),
+    "laplace_lpo": ("Bayesian-MoE (LPO)", 1.1),
+    "laplace_lpo_without_1": ("Without layers 1", 2.4),
+    "laplace_lpo_without_2": ("Without layers 2", 1.3),
+}
+
+
+@pytest.fixture
+def few(monkeypatch):
+    """Only the sections that are made quickly, and no figures."""
+    quick = [
+        make
+        for make in SECTIONS
+        if make.__module__.rpartition(".")[2] in ("in_distribution", "shift", "layers", "warned")
+    ]
+    monkeypatch.setattr(write, "SECTIONS", quick)
+    monkeypatch.setattr(write, "matplotlib_available", lambda: False)
+
+
+@pytest.fixture(scope="module")
+def small(make_study):
+    return make_study(METHODS, seeds=(0, 1), labels={"home": "Home", "judged": "Judged"})
+
+
+@pytest.fixture(scope="module")
+def written(small, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("report")
+    return folder, write_report(folder, small, settings=SETTINGS)
+
+
+def contents(folder):
+    return {path.relative_to(folder).as_posix(): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+def test_every_file_is_listed_and_written(written):
+    folder, paths = written
+    assert paths[0] == folder / "report.md"
+    assert paths[-1] == folder / "results.json"
+    assert {path.relative_to(folder).as_posix() for path in paths} == set(contents(folder))
+    names = {path.name for path in paths}
+    assert {
+        "in_distribution.md",
+        "in_distribution.tex",
+        "shift.tex",
+        "layers.png",
+        "reliability_home_judged.png",
+    } <= names
+
+
+def test_the_same_study_gives_the_same_bytes(written, small, tmp_path):
+    folder, _ = written
+    write_report(tmp_path, small, settings=SETTINGS)
+    assert contents(tmp_path) == contents(folder)
+
+
+def test_the_report_has_every_section_and_every_link_leads_somewhere(written):
+    folder, _ = written
+    text = (folder / "report.md").read_text()
+    for title in ("In distribution", "Under distribution shift", "Is the difference real?", "Cost", "Reliability"):
+        assert f"\n## {title}" in text
+    links = [part.partition(")")[0] for part in text.split("](")[1:]]
+    assert len(links) > 5
+    assert all((folder / link).is_file() for link in links)
+
+
+def test_the_numbers_are_in_json_unrounded_with_seeds_and_conventions(written):
+    results = json.loads((written[0] / "results.json").read_text())
+    table = next(table for table in results["tables"] if table["name"] == "in_distribution")
+    cell = table["blocks"][2]["rows"][0]["cells"]["Home"]
+    assert cell["n"] == 2
+    assert cell["seeds"] == [0, 1]
+    assert cell["mean"] == sum(cell["values"]) / 2
+    assert results["ece_convention"].startswith("top-label confidence, 15 equal-width bins")
+    assert results["bars"][0]["verdict"] in ("met", "missed", "not decided")
+    everything = next(table for table in results["tables"] if table["name"] == "all_metrics_home_home")
+    assert list(everything["blocks"][0]["rows"][0]["cells"]) == [metric.header for metric in METRICS]
+
+
+def test_tables_that_a_later_report_lacks_are_removed_and_other_files_are_not(small, tmp_path, few):
+    write_report(tmp_path, small, settings=SETTINGS)
+    for name in ("tables/mine.md", "notes.md"):
+        (tmp_path / name).write_text("mine")
+    write_report(tmp_path, replace(small, tables=(3,), figures=()), settings=SETTINGS)
+    assert not (tmp_path / "tables/in_distribution.md").exists()
+    assert (tmp_path / "tables/shift.md").is_file()
+    assert (tmp_path / "tables/mine.md").read_text() == (tmp_path / "notes.md").read_text() == "mine"
+
+
+def test_without_matplotlib_the_figures_are_left_out_and_it_is_told(small, tmp_path, few):
+    paths = write_report(tmp_path, small, settings=SETTINGS)
+    assert not any(path.suffix == ".png" for path in paths)
+    assert "matplotlib is not installed" in paths[0].read_text()
+
+
+def test_costs_are_relative_to_the_reference(small, report_of):
+    costs = {
+        "map": Cost(0.0, 2.0, None, 100.0),
+        "laplace_lpo": Cost(30.0, 7.0, 250.0, 150.0),
+        "bayesian_lora": Cost(predict_seconds=6.0),
+    }
+    section = next(found for make in SECTIONS if (found := make(report_of(small, costs=costs))).title == "Cost")
+    rows = {row.key: [cell and cell.mean for cell in row.cells] for row in section.grids[0].blocks[0].rows}
+    assert rows == {
+        "map": [0.0, 1.0, None, 1.0],
+        "bayesian_lora": [None, 3.0, None, None],
+        "laplace_lpo": [15.0, 3.5, 2.5, 1.5],
+    }
+    assert "predictions of MAP on the test split (2 s, 0 MiB)" in section.grids[0].caption
+
+
+def test_costs_that_were_not_measured_are_not_made_up(written):
+    assert "\n## Cost\n\nNot measured.\n" in (written[0] / "report.md").read_text()
+
+
+def test_warnings_of_results_are_told(small, tmp_path, few):
+    first = small.outcomes[0]
+    doubtful = tuple(replace(r, warnings=("it learned nothing",)) if r.method == "map" else r for r in first.results)
+    study = replace(small, outcomes=(replace(first, results=doubtful), *small.outcomes[1:]))
+    text = write_report(tmp_path, study, settings=SETTINGS)[0].read_text()
+    assert "- it learned nothing\n    - MAP, trained on Home, tested on Home: seeds 0, 1\n" in text
+    assert json.loads((tmp_path / "results.json").read_text())["warnings"]
+
+
+def test_a_study_without_outcomes_is_refused(small, tmp_path):
+    with pytest.raises(ValueError, match="no outcomes to report; run it first"):
+        write_report(tmp_path / "report", replace(small, outcomes=()))
+    assert not (tmp_path / "report").exists()
