@@ -33,13 +33,15 @@ def choice_logits(model: PreTrainedModel, batch: Mapping[str, Tensor]) -> Tensor
         model: Causal language model. For M = 1 one that passes an attention mask `[R, 1, T, T]` on, which those with
             eager or SDPA attention over all positions do.
         batch: `input_ids`, `attention_mask` and `choice_index` `[B, M, T]`, `choice_mask` `[B, K]` bool and
-            `choice_length` `[B, K]`; see `bmoe_lightning.data.cloze.ClozeBatch`.
+            `choice_length` `[B, K]`; see `bmoe_lightning.data.cloze.ClozeBatch`. In each row the prompt comes first,
+            and the tokens of a choice follow one another.
 
     Returns:
         `[B, K]`, at least float32, `-inf` where `choice_mask` is False.
 
     Raises:
-        ValueError: If M is neither 1 nor K, or the model cannot share a row among choices.
+        ValueError: If M is neither 1 nor K, a choice has no token or follows no prompt, or the model cannot share a row
+            among choices.
     """
     ids, mask, present = batch["input_ids"], batch["attention_mask"].ne(0), batch["choice_mask"]
     num_choices = present.shape[1]
@@ -49,11 +51,27 @@ def choice_logits(model: PreTrainedModel, batch: Mapping[str, Tensor]) -> Tensor
             "for each choice, or [B, 1, T]"
         )
     used = mask.any(-1)
+    _check_tokens(batch["choice_index"], mask, present)
     rows = _Rows(ids[used], mask[used], batch["choice_index"][used])
     scores = rows.scores(model, num_choices, shared=ids.shape[1] == 1)
     of_rows = scores.new_zeros(*used.shape, num_choices)
     of_rows[used] = scores
     return (of_rows.sum(1) / batch["choice_length"].to(scores.dtype)).masked_fill(~present, -torch.inf)
+
+
+def _check_tokens(choices: Tensor, mask: Tensor, present: Tensor) -> None:
+    scored = choices != PROMPT
+    numbers = torch.arange(present.shape[1], device=choices.device)
+    has_tokens = (choices.unsqueeze(3) == numbers).flatten(1, 2).any(1)
+    prompts = (mask & ~scored).any(2) | ~scored.any(2)
+    first = (mask.cumsum(2) == 1) & mask & scored
+    lacking, first_in_row = (present & ~has_tokens).any(1), (~prompts | first.any(2)).any(1)
+    for found, what in (
+        (lacking, "has a choice without tokens, whose score would be that of certainty; mask it in choice_mask"),
+        (first_in_row, "has a row that begins with a choice; put the tokens of its prompt first"),
+    ):
+        if bool(found.any()):
+            raise ValueError(f"example {int(found.nonzero()[0])} of the batch {what}")
 
 
 class _Rows:

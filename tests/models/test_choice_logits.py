@@ -120,6 +120,16 @@ def test_rows_that_are_neither_one_nor_one_a_choice_are_refused(model):
         choice_logits(model, batch)
 
 
+@layouts
+def test_a_choice_without_tokens_and_a_row_without_a_prompt_are_refused(model, shared):
+    items = questions()
+    emptied = replace(items[1], choices=(items[1].choices[0], ()))
+    with pytest.raises(ValueError, match=r"example 1 of the batch has a choice without tokens.*mask it in choice_mask"):
+        choice_logits(model, collated([items[0], emptied], shared=shared))
+    with pytest.raises(ValueError, match="example 0 of the batch has a row that begins with a choice"):
+        choice_logits(model, collated([replace(items[0], token_ids=()), items[1]], shared=shared))
+
+
 def test_attention_without_a_mask_of_pairs_shares_no_row(model):
     other = tiny_qwen()
     other.config._attn_implementation = "flash_attention_2"
@@ -127,10 +137,11 @@ def test_attention_without_a_mask_of_pairs_shares_no_row(model):
         choice_logits(other, collated(shared=True))
 
 
-def dense_of(model, batch):
+def dense_of(model, batch, approximation="expand"):
     """Logits with graph, and factors of each layer, by definition."""
     logits, layers = dense.observe(model, class_logits, batch)
-    factors = [dense.dense_kfac(layer, dense.softmax_hessian(logits), layer.owners, 4) for layer in layers]
+    hessians = dense.softmax_hessian(logits)
+    factors = [dense.dense_kfac(layer, hessians, layer.owners, 4, approximation) for layer in layers]
     return logits, layers, factors
 
 
@@ -161,10 +172,11 @@ def test_owners_are_those_of_the_oracle(model, shared, side):
 
 @layouts
 @sides
-def test_factors_are_the_dense_sums(model, shared, side):
+@pytest.mark.parametrize("approximation", ["expand", "reduce"])
+def test_factors_are_the_dense_sums(model, shared, side, approximation):
     batch = collated(shared=shared, side=side)
-    factors = collect_factors(model, class_logits, [batch], rank=FULL, sketch="exact")
-    _, _, expected = dense_of(model, batch)
+    factors = collect_factors(model, class_logits, [batch], rank=FULL, sketch="exact", approximation=approximation)
+    _, _, expected = dense_of(model, batch, approximation)
     for layer, of_layer in zip(factors.layers, expected, strict=True):
         torch.testing.assert_close(layer.slots, of_layer.slots)
         found = dense.low_rank_blocks(layer)
