@@ -27,7 +27,6 @@ from bmoe_lightning.metrics.ece import CalibrationNorm, ExpectedCalibrationError
 from bmoe_lightning.metrics.inputs import check_predictions, top_label
 from bmoe_lightning.metrics.nll import NegativeLogLikelihood, negative_log_likelihood
 from bmoe_lightning.metrics.out_of_distribution import detect_errors, detect_out_of_distribution
-from bmoe_lightning.metrics.paired import paired_difference
 from bmoe_lightning.metrics.plotting import draw_reliability_curve, new_axes, new_figure
 from bmoe_lightning.metrics.refinement import (
     NLLCalibration,
@@ -105,7 +104,6 @@ __all__ = [
     "negative_log_likelihood_split",
     "new_axes",
     "new_figure",
-    "paired_difference",
     "reliability_curve",
     "selective_risk",
     "smooth_calibration_error",

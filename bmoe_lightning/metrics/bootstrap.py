@@ -13,7 +13,7 @@ percentiles.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -22,7 +22,7 @@ from torch import Tensor
 from bmoe_lightning.metrics.binning import BinConvention, Binning
 from bmoe_lightning.metrics.calibration import HEADLINE_METRICS
 from bmoe_lightning.metrics.inputs import check_predictions
-from bmoe_lightning.metrics.spec import Resamples
+from bmoe_lightning.metrics.spec import MetricSpec, Resamples
 
 # Indices drawn at a time: bounds the memory at some tens of MB for any number of examples.
 _DRAWS_PER_CHUNK = 4_000_000
@@ -44,11 +44,6 @@ class Estimate:
     low: float
     high: float
 
-    @property
-    def excludes_zero(self) -> bool:
-        """Whether 0 lies outside of the interval."""
-        return self.low > 0 or self.high < 0
-
 
 def calibration_resamples(
     log_probs: Tensor,
@@ -58,8 +53,9 @@ def calibration_resamples(
     seed: int = 0,
     num_bins: int = 15,
     convention: BinConvention = "right",
+    metrics: Sequence[MetricSpec] = HEADLINE_METRICS,
 ) -> dict[str, Tensor]:
-    """All headline metrics on resamples of the examples, each drawn with replacement and as large as the data.
+    """Metrics on resamples of the examples, each drawn with replacement and as large as the data.
 
     Calls with the same `seed`, `num_samples` and number of examples draw the same examples, so results for several
     methods or training seeds on one test set are paired.
@@ -71,6 +67,7 @@ def calibration_resamples(
         seed: Seed of the draws; the global generator is not used.
         num_bins: Number of ECE bins.
         convention: Closed side of the ECE bins.
+        metrics: The metrics.
 
     Returns:
         For each metric, its value on every resample: `[S]` float64 on the CPU.
@@ -82,7 +79,7 @@ def calibration_resamples(
     """
     binning = Binning(num_bins, convention)
     log_probs, target = check_predictions(log_probs.detach().cpu(), target.cpu())
-    functions = {metric.name: metric.resampled(log_probs, target, binning) for metric in HEADLINE_METRICS}
+    functions = {metric.name: metric.resampled(log_probs, target, binning) for metric in metrics}
     parts: dict[str, list[Tensor]] = {name: [] for name in functions}
     for resamples in draw_resamples(len(target), num_samples, seed):
         for name, function in functions.items():

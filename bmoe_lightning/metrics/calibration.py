@@ -6,6 +6,8 @@ table follow from that list. The torchmetrics collection, TensorBoard and the lo
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from torch import Tensor
 from torchmetrics import Metric, MetricCollection
 
@@ -54,15 +56,21 @@ def get_metric(name: str) -> MetricSpec:
 
 
 def calibration_values(
-    log_probs: Tensor, target: Tensor, *, num_bins: int = 15, convention: BinConvention = "right"
+    log_probs: Tensor,
+    target: Tensor,
+    *,
+    num_bins: int = 15,
+    convention: BinConvention = "right",
+    metrics: Sequence[MetricSpec] = HEADLINE_METRICS,
 ) -> dict[str, float]:
-    """All headline metrics in one pass, by name: accuracy, ECE, NLL (nats) and Brier score.
+    """Metrics in one pass, by name; unless others are given accuracy, ECE, NLL (nats) and Brier score.
 
     Args:
         log_probs: Normalised natural log-probabilities, `[N, K]`.
         target: Class indices, `[N]`.
         num_bins: Number of ECE bins.
         convention: Closed side of the ECE bins.
+        metrics: The metrics.
 
     Raises:
         TypeError: If a tensor has the wrong dtype; see `check_predictions`.
@@ -70,7 +78,7 @@ def calibration_values(
     """
     binning = Binning(num_bins, convention)
     log_probs, target = check_predictions(log_probs, target)
-    return {metric.name: float(metric.value(log_probs, target, binning)) for metric in HEADLINE_METRICS}
+    return {metric.name: float(metric.value(log_probs, target, binning)) for metric in metrics}
 
 
 def calibration_metrics(num_bins: int = 15, convention: BinConvention = "right") -> MetricCollection:

@@ -12,7 +12,6 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-from bmoe_lightning.metrics import METRIC_NAMES
 from bmoe_lightning.report.results import MethodResult, Row, by_method, seed_values
 from bmoe_lightning.report.table import results_markdown
 from bmoe_lightning.utils.atomic_io import write_text
@@ -164,10 +163,11 @@ def _results_csv(rows: Sequence[Row]) -> str:
     parts = ("mean", "std", "low", "high")
     text = io.StringIO()
     writer = csv.writer(text, lineterminator="\n")
-    columns = [f"{name}_{part}" for name in METRIC_NAMES for part in parts]
+    names = [metric.name for metric in rows[0].settings.metrics]
+    columns = [f"{name}_{part}" for name in names for part in parts]
     writer.writerow(["method", "label", "num_seeds", "num_examples", *columns, *extra_names])
     for row in rows:
-        numbers = [getattr(row.metrics[name], part) for name in METRIC_NAMES for part in parts]
+        numbers = [getattr(row.metrics[name], part) for name in names for part in parts]
         extra = [row.extra.get(name) for name in extra_names]
         writer.writerow([row.method, row.label, len(row.seeds), row.num_examples, *numbers, *extra])
     return text.getvalue()

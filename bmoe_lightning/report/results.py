@@ -13,10 +13,12 @@ from bmoe_lightning.metrics import (
     HEADLINE_METRICS,
     BinConvention,
     Binning,
+    MetricSpec,
     calibration_resamples,
     calibration_values,
     centred_interval,
     check_predictions,
+    get_metric,
 )
 from bmoe_lightning.metrics.ece import convention_text
 
@@ -82,6 +84,10 @@ class SummarySettings:
         num_samples: Number of bootstrap resamples.
         level: Coverage of the bootstrap intervals.
         bootstrap_seed: Seed of the bootstrap.
+        further: Names of metrics of the registry beside the headline metrics, for a second table.
+
+    Raises:
+        ValueError: If a further metric is not known, is a headline metric or is named twice.
     """
 
     num_bins: int = 15
@@ -89,6 +95,17 @@ class SummarySettings:
     num_samples: int = 1000
     level: float = 0.95
     bootstrap_seed: int = 0
+    further: tuple[str, ...] = ()
+
+    def __post_init__(self) -> None:
+        names = [metric.name for metric in self.metrics]
+        if len(set(names)) < len(names):
+            raise ValueError(f"further metrics {self.further} repeat one of {names}; name others, each once")
+
+    @property
+    def metrics(self) -> tuple[MetricSpec, ...]:
+        """The headline metrics, then the further ones."""
+        return (*HEADLINE_METRICS, *map(get_metric, self.further))
 
     @property
     def binning(self) -> Binning:
@@ -130,7 +147,7 @@ class Row:
         label: Display name.
         seeds: Training seeds, ascending.
         num_examples: Number of test items N.
-        metrics: The headline metrics by name.
+        metrics: The headline metrics by name, then the further ones.
         extra: Means over seeds of the further numbers.
         settings: Settings of the summary.
         hyperparameters: Options of the method.
@@ -186,14 +203,18 @@ def _check_same_items(first: MethodResult, other: MethodResult) -> None:
 
 
 def seed_values(result: MethodResult, settings: SummarySettings) -> dict[str, float]:
-    """The headline metrics of one method and seed.
+    """The metrics of one method and seed.
 
     Args:
         result: Predictions.
-        settings: ECE convention.
+        settings: ECE convention, and further metrics.
     """
     return calibration_values(
-        result.log_probs, result.target, num_bins=settings.num_bins, convention=settings.convention
+        result.log_probs,
+        result.target,
+        num_bins=settings.num_bins,
+        convention=settings.convention,
+        metrics=settings.metrics,
     )
 
 
@@ -224,11 +245,12 @@ def _row(group: list[MethodResult], settings: SummarySettings) -> Row:
             seed=settings.bootstrap_seed,
             num_bins=settings.num_bins,
             convention=settings.convention,
+            metrics=settings.metrics,
         )
         for result in group
     ]
     metrics: dict[str, MetricSummary] = {}
-    for metric in HEADLINE_METRICS:
+    for metric in settings.metrics:
         per_seed = torch.tensor([value[metric.name] for value in values], dtype=torch.float64)
         mean = float(per_seed.mean())
         samples = torch.stack([sample[metric.name] for sample in resamples]).mean(dim=0)

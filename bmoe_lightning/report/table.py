@@ -87,7 +87,7 @@ def results_table(rows: Sequence[Row], *, width: int = 120) -> str:
 def results_markdown(rows: Sequence[Row], notes: Sequence[str] = ()) -> str:
     """Markdown table of the headline metrics, the best mean of each in bold, with its caption and footnotes.
 
-    Further numbers are in a second table below it; the footnotes are the warnings.
+    Further metrics are in a second table below it, and further numbers in a third; the footnotes are the warnings.
 
     Args:
         rows: From `summarise`.
@@ -107,18 +107,33 @@ def results_markdown(rows: Sequence[Row], notes: Sequence[str] = ()) -> str:
             mean = f"**{_mean(metric)}**" if len(rows) > 1 and _number(metric.mean) == best[name] else _mean(metric)
             cells.append(f"{mean} {_interval(metric)}")
         lines.append([_escaped(_marked(row.label, row, marks)), *cells])
+    further = _further_metrics(rows)
     blocks = [_markdown_table(lines), note + (" Bold: best mean." if len(rows) > 1 else "")]
     extra_names = list(dict.fromkeys(name for row in rows for name in row.extra))
     if extra_names:
-        further = [["method", *map(_escaped, extra_names)]]
+        numbers = [["method", *map(_escaped, extra_names)]]
         for row in rows:
-            further.append(
+            numbers.append(
                 [_escaped(row.label), *(f"{row.extra[n]:.4g}" if n in row.extra else "" for n in extra_names)]
             )
+        blocks.insert(1, _markdown_table(numbers))
+    if further:
         blocks.insert(1, _markdown_table(further))
     blocks += [f"{mark} {_escaped(sentence)}" for sentence, mark in marks.items()]
     blocks += map(_escaped, notes)
     return "\n\n".join(blocks) + "\n"
+
+
+def _further_metrics(rows: Sequence[Row]) -> list[list[str]]:
+    """Lines of the table of metrics beside the headline ones; none if there are no such metrics."""
+    metrics = rows[0].settings.metrics[len(HEADLINE_METRICS) :]
+    if not metrics:
+        return []
+    lines = [["method", *(metric.header for metric in metrics)]]
+    for row in rows:
+        found = [row.metrics[metric.name] for metric in metrics]
+        lines.append([_escaped(row.label), *(f"{_mean(m)} {_interval(m)}" for m in found)])
+    return lines
 
 
 def _best(rows: Sequence[Row], metric: MetricSpec) -> str:

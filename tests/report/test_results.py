@@ -118,3 +118,24 @@ def test_no_results():
 def test_result_refuses(make_result, changes, error, message):
     with pytest.raises(error, match=message):
         dataclasses.replace(make_result("map", 0), **changes)
+
+
+def test_further_metrics_have_the_values_of_their_functions_and_intervals(results):
+    from bmoe_lightning.metrics import METRICS
+
+    further = tuple(metric.name for metric in METRICS[len(METRIC_NAMES) :])
+    row = summarise(results, SummarySettings(num_samples=20, further=further))[0]
+    assert tuple(row.metrics) == (*METRIC_NAMES, *further)
+    own = [result for result in results if result.method == "map"]
+    for metric in METRICS:
+        values = [float(metric.value(r.log_probs, r.target, row.settings.binning)) for r in own]
+        assert row.metrics[metric.name].mean == pytest.approx(statistics.mean(values), abs=1e-9)
+        assert row.metrics[metric.name].low <= row.metrics[metric.name].mean <= row.metrics[metric.name].high
+
+
+@pytest.mark.parametrize(
+    ("further", "message"), [(("wer",), "no metric 'wer'"), (("nll",), "repeat"), (("aurc", "aurc"), "repeat")]
+)
+def test_further_metrics_are_checked(further, message):
+    with pytest.raises(ValueError, match=message):
+        SummarySettings(further=further)

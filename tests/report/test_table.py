@@ -131,3 +131,14 @@ def test_a_label_that_is_cut_keeps_its_mark_and_footnotes_are_wrapped(one_seed):
     assert max(map(len, text.splitlines())) <= 80
     assert "… ¹ " in text
     assert text.splitlines()[-3].startswith("¹ the fitted")
+
+
+def test_further_metrics_are_a_second_table(results):
+    settings = SummarySettings(num_samples=50, further=("nll_refinement", "aurc"))
+    rows = summarise(results, settings)
+    lines = results_markdown(rows).splitlines()
+    at = lines.index("| method | NLL refinement ↓ | AURC ↓ |")
+    found = rows[0].metrics["nll_refinement"]
+    assert f"| MAP | {found.mean:.3f} ± {found.std:.3f} [{found.low:.3f}, {found.high:.3f}] |" in lines[at + 2]
+    assert lines[0] == "| method | ACC ↑ | ECE ↓ | NLL ↓ | Brier ↓ |"
+    assert results_table(rows) == results_table(summarise(results, SummarySettings(num_samples=50)))
