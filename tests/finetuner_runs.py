@@ -1,7 +1,7 @@
-"""`ExpertFinetuner` with weights that FSDP2 shards; each process writes down what it has to say.
+"""The fine-tuners with weights that FSDP2 shards; each process writes down what it has to say.
 
-Lightning runs this script once more for every other process: `python finetuner_runs.py FOLDER finetuner|loading|half
-WORLD_SIZE`.
+Lightning runs this script once more for every other process: `python finetuner_runs.py FOLDER
+finetuner|loading|half|lora WORLD_SIZE`.
 """
 
 from __future__ import annotations
@@ -21,9 +21,11 @@ from torch.utils.data import DataLoader, Dataset
 from toy import ToyData, toy_model, trainer
 
 import bmoe_lightning.base_finetuner as module_file
-from bmoe_lightning import BayesianMoECallback, ExpertFinetuner
+from bmoe_lightning import BayesianMoECallback, ExpertFinetuner, LoRAFinetuner
+from bmoe_lightning.curvature import Curvature, LoRALayers
 from bmoe_lightning.experts import find_expert_layers, weight_fingerprint
 from bmoe_lightning.experts.fsdp import full_tensor, has_shards
+from bmoe_lightning.methods import LaplaceEvidence, fit_methods
 from bmoe_lightning.methods.needs import NeedsError
 from bmoe_lightning.utils.distributed import OtherRankError
 
@@ -170,6 +172,38 @@ def half(world_size: int, folder: Path) -> None:
     (folder / f"half-{rank()}.json").write_text(json.dumps(said))
 
 
+def lora(world_size: int, folder: Path) -> None:
+    """`LoRAFinetuner` with sharded weights and under DDP, and the fit of one process to the same weights."""
+    training, calibration = (DataLoader(Questions(*drawn), batch_size=8) for drawn in ((40, 1), (120, 2)))
+    methods = ("map", "bayesian_lora", LaplaceEvidence(name="evidence", curvature=Curvature(layers=LoRALayers())))
+    said = {}
+
+    def fresh():
+        return LoRAFinetuner(toy_model(), answer_token_ids=[1, 2, 3], learning_rate=1e-2)
+
+    for kind, chosen in (("sharded", {"strategy": strategy(world_size), "precision": "32-true"}), ("replicated", {"strategy": "ddp"})):
+        callback = BayesianMoECallback(methods, dirpath=str(folder / kind))
+        run = trainer(folder / kind, [callback], **options(world_size, **{"precision": "32-true", **chosen}))
+        module = fresh()
+        run.fit(module, training, calibration)
+        assert has_shards(module) == (kind == "sharded")
+        trained = {name: full_tensor(parameter) for name, parameter in module.trained_parameters().items()}
+        said[kind] = {"test": run.test(module, calibration, verbose=False)[0]}
+        whole = fresh()
+        whole.configure_model()
+        mean = {name: parameter.detach().clone() for name, parameter in whole.trained_parameters().items()}
+        whole.load_state_dict(trained)
+        alone = fit_methods(
+            callback.methods, whole, lambda m, batch: m.class_logits(batch), training, calibration, prior_mean=mean
+        )
+        said[kind] |= {
+            "moved": [name for name in trained if torch.equal(trained[name], mean[name])] == [],
+            "fit": callback.fitted.scalars(callback.methods),
+            "alone": alone.scalars(callback.methods),
+        }
+    (folder / f"lora-{rank()}.json").write_text(json.dumps(said))
+
+
 def fingerprint_of(module) -> str:
     return weight_fingerprint(module, find_expert_layers(module))
 
@@ -178,5 +212,5 @@ if __name__ == "__main__":
     warnings.simplefilter("ignore")
     torch.set_num_threads(1)
     where, kind, size = Path(sys.argv[1]), sys.argv[2], int(sys.argv[3])
-    {"finetuner": finetuner, "loading": loading, "half": half}[kind](size, where)
+    {"finetuner": finetuner, "loading": loading, "half": half, "lora": lora}[kind](size, where)
     leave()

@@ -110,6 +110,20 @@ def test_a_finetuner_shards_itself_and_its_checkpoints_are_read_back(tmp_path):
 
 
 @pytest.mark.slow
+def test_low_rank_updates_are_sharded_too(tmp_path):
+    pytest.importorskip("peft")
+    run_script(tmp_path, "lora", 2, script="finetuner_runs.py")
+    first, second = (json.loads((tmp_path / f"lora-{rank}.json").read_text()) for rank in range(2))
+    assert first == second
+    for said in first.values():
+        assert said["moved"]
+        assert said["test"]["bayesian_lora/test/nll"] != said["test"]["map/test/nll"]
+        for name, value in said["alone"].items():
+            if "kappa" not in name:  # each rank has its own random contrasts
+                assert said["fit"][name] == pytest.approx(value, rel=1e-4), name  # in float32
+
+
+@pytest.mark.slow
 def test_a_float32_copy_of_shards_resumes_bit_for_bit(tmp_path):
     run_script(tmp_path, "half", 2, script="finetuner_runs.py")
     first, second = (json.loads((tmp_path / f"half-{rank}.json").read_text()) for rank in range(2))
