@@ -101,7 +101,7 @@ def finetuner(world_size: int, folder: Path) -> None:
         try:
             fourth.fit(other, training, calibration, ckpt_path=str(own / "last.ckpt"), weights_only=False)
         except (NeedsError, OtherRankError) as error:
-            said[kind]["refused"] = "other weights than before training in 2 of 2 expert layers" in str(error)
+            said[kind]["refused"] = "other weights than before training in 2 of 2 layers" in str(error)
         found = {n: p for n, p in resumed.named_parameters() if n in fitting._prior_mean.weights}
         said[kind]["trained"] = [float(full_tensor(found[name]).square().sum()) for name in sorted(found)]
     (folder / f"finetuner-{rank()}.json").write_text(json.dumps(said))
@@ -181,7 +181,10 @@ def lora(world_size: int, folder: Path) -> None:
     def fresh():
         return LoRAFinetuner(toy_model(), answer_token_ids=[1, 2, 3], learning_rate=1e-2)
 
-    for kind, chosen in (("sharded", {"strategy": strategy(world_size), "precision": "32-true"}), ("replicated", {"strategy": "ddp"})):
+    for kind, chosen in (
+        ("sharded", {"strategy": strategy(world_size), "precision": "32-true"}),
+        ("replicated", {"strategy": "ddp"}),
+    ):
         callback = BayesianMoECallback(methods, dirpath=str(folder / kind))
         run = trainer(folder / kind, [callback], **options(world_size, **{"precision": "32-true", **chosen}))
         module = fresh()

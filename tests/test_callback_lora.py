@@ -120,6 +120,11 @@ class TestTable:
         assert all(torch.equal(mean[name], p.detach()) for name, p in began.trained_parameters().items())
         assert all(mean[name].any() == (".lora_A." in name) for name in mean)
 
+    def test_the_posterior_covers_all_that_is_trained(self, run):
+        fit = run.callback.fitted
+        shares = {p.factors.expert_layers[0].layout: fit.shares[digest].share for digest, p in fit.posteriors.items()}
+        assert shares == {"linear": 1.0, "fused": 0.0}
+
     def test_nothing_stays_in_the_model(self, run):
         assert all(torch.equal(p.detach(), run.weights[name]) for name, p in run.module.trained_parameters().items())
         assert {name for name, p in run.module.named_parameters() if p.requires_grad} == run.weights.keys()

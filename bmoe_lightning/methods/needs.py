@@ -26,7 +26,8 @@ class Needs:
         snapshots: Minimum number of snapshots of the trained weights, one per epoch; 0 for none.
         max_snapshots: Maximum number of snapshots, the latest ones.
         runs: Number of further fine-tuning runs with other seeds, whose snapshots go into the option `runs`.
-        expert_dropout: Whether the model should be fine-tuned with dropout inside the experts.
+        expert_dropout: Whether the model should be fine-tuned with dropout inside the experts, or in front of LoRA's
+            matrices.
         lora: Whether the model has to be fine-tuned with LoRA.
     """
 
@@ -77,7 +78,7 @@ class Available:
         calibration_inputs: Number of held-out inputs; 0 without a calibration split.
         snapshots: Number of snapshots at the end of training, one per epoch.
         prior_mean: Whether the weights from before fine-tuning are known.
-        expert_dropout: Dropout probability inside the experts during fine-tuning.
+        expert_dropout: Dropout probability inside the experts, or of LoRA, during fine-tuning.
         runs: Whether the caller trains the further fine-tuning runs itself.
         lora: Whether the model is fine-tuned with LoRA.
     """
@@ -124,7 +125,7 @@ def check_needs(methods: Sequence[Method], available: Available) -> None:
             )
         if needs.prior_mean and found.prior_mean is False:
             raise NeedsError(
-                f"{method.name} measures how far fine-tuning moved the experts, and the checkpoint has overwritten the "
+                f"{method.name} measures how far fine-tuning moved the weights, and the checkpoint has overwritten the "
                 "weights from before (a load_state_dict that does not call that of torch.nn.Module runs no hook). "
                 "Build the model in the module's __init__, use prior_mean='zero', or remove the method."
             )

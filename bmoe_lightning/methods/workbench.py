@@ -301,7 +301,7 @@ class Workbench:
     def _pretrained(self) -> dict[str, Tensor]:
         if self._prior_mean is None:
             raise ValueError(
-                "the evidence measures how far fine-tuning moved the experts, so it needs the weights from before; "
+                "the evidence measures how far fine-tuning moved the weights, so it needs the weights from before; "
                 "pass prior_mean={parameter name: tensor}, or use prior_mean='zero'"
             )
         return dict(self._prior_mean)

@@ -187,7 +187,7 @@ class PriorMean:
             if differing:
                 raise NeedsError(
                     f"before the checkpoint was loaded, the module had other weights than before training in "
-                    f"{len(differing)} of {len(layers)} expert layers ({first_names(differing)}), and "
+                    f"{len(differing)} of {len(layers)} layers ({first_names(differing)}), and "
                     f"{', '.join(names)} measure how far training moved them. Build the module as it was built for "
                     "training, with the pretrained weights rather than with load_from_checkpoint; or use "
                     "prior_mean='zero', or fit these methods later with fit_posterior(prior_mean=...)."

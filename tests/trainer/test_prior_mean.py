@@ -21,7 +21,7 @@ from bmoe_lightning.trainer.prior_mean import PriorMean
 DOWN = "network.model.layers.0.mlp.experts.down_proj"
 EVIDENCE = LaplaceEvidence(curvature=Curvature())
 REFUSED = (
-    r"other weights than before training in 2 of 2 expert layers \(network.*laplace_evidence measure how far.*"
+    r"other weights than before training in 2 of 2 layers \(network.*laplace_evidence measure how far.*"
     r"rather than with load_from_checkpoint; or use prior_mean='zero'"
 )
 
@@ -140,7 +140,7 @@ def test_adapters_of_a_narrow_model():
     for name, parameter in other.named_parameters():
         if "lora_B" in name:
             parameter.data.normal_(0, 0.01)
-    with pytest.raises(NeedsError, match="other weights than before training in 2 of 2 expert layers"):
+    with pytest.raises(NeedsError, match="other weights than before training in 2 of 2 layers"):
         checked(adapted(torch.float32), other)
 
 
