@@ -118,6 +118,7 @@ def save_fit(folder: Path, fit: FitResult, snapshots: Sequence[Path] = ()) -> No
         "states": write("methods", seal_tensors(tensors, format=METHODS_FORMAT, **_common(fit))),
         "posteriors": {digest: _write_curvature(write, fit, digest) for digest in fit.posteriors},
         "gradient_shares": {digest: asdict(share) for digest, share in fit.shares.items()},
+        "num_gradient_shares": len(fit.shares),
         "snapshots": [
             {"file": path.relative_to(folder).as_posix(), "sha256": snapshot_info(path).digest} for path in snapshots
         ],
@@ -170,6 +171,8 @@ def load_fit(folder: Path, *, offload: Collection[str] = ()) -> tuple[FitResult,
         fingerprint, seed = content["fingerprint"], content["seed"]
         warnings = stored_texts(content.get("warnings", []))
         shares = stored_shares(content.get("gradient_shares", {}))
+        if content.get("num_gradient_shares", 0) != len(shares) or not shares.keys() <= posteriors.keys():
+            raise TypeError(f"gradient shares of {sorted(shares)}, and {content.get('num_gradient_shares')!r} of them")
         if not isinstance(fingerprint, str) or type(seed) is not int or seed < 0:
             raise TypeError(f"fingerprint {fingerprint!r}, seed {seed!r}")
     try:

@@ -15,8 +15,10 @@ from bmoe_lightning.curvature import Curvature, GradientShare, LinearLayers, col
 from bmoe_lightning.experts import find_linear_layers
 from bmoe_lightning.laplace import LaplacePosterior
 from bmoe_lightning.methods import LaplaceLPO, TemperatureScaling, fit_methods
+from bmoe_lightning.methods.fit_index import INDEX_FILE, INDEX_FORMAT, VERSION, write_index
 from bmoe_lightning.methods.posterior_summary import posterior_summary, share_phrase
 from bmoe_lightning.methods.storage import load_fit, save_fit
+from bmoe_lightning.utils.json_io import read_json_file
 
 
 def posterior_with(slots, **changes):
@@ -108,13 +110,25 @@ class TestFit:
         assert 0 < share.share < 0.5
         assert fit.scalars([method])["curvature/kappa"] == share.kappa
 
-    def test_only_down_proj_is_trained(self, tmp_path):
+    def test_only_down_proj_is_trained(self):
         model = toy_model()
         for name, parameter in model.named_parameters():
             parameter.requires_grad_("down_proj" in name)
         fit = self.fit(LaplaceLPO(curvature=RANK3), model=model)
         assert fit.scalars([])["curvature/kappa"] == 1
-        save_fit(tmp_path, replace(fit, shares={}))  # as an earlier version has written it
+
+    @pytest.mark.parametrize("number", [None, 0, 2])
+    @pytest.mark.parametrize("name", ["gradient_shares", "num_gradient_shares"])
+    def test_a_share_that_is_missing_in_the_file_is_noticed(self, tmp_path, name, number):
+        save_fit(tmp_path, self.fit(LaplaceLPO(curvature=RANK3)))
+        header = read_json_file(tmp_path / INDEX_FILE, format=INDEX_FORMAT, version=VERSION, remedy="none")
+        content = dict(header.description)
+        earlier = {key: value for key, value in content.items() if not key.endswith("gradient_shares")}
+        changed = {**content, name: number} if number is not None else {k: x for k, x in content.items() if k != name}
+        write_index(tmp_path, changed, header.fit)
+        with pytest.raises(ValueError, match=r"index\.json"):
+            load_fit(tmp_path)
+        write_index(tmp_path, earlier, header.fit)  # as an earlier version has written it
         assert load_fit(tmp_path)[0].shares == {}
 
     def test_layers_that_are_skipped_are_not_covered(self):
