@@ -1,5 +1,6 @@
 """Comparison of several methods: table, files, figures and TensorBoard."""
 
+from bmoe_lightning.report.attribution import AttributionMap, attribution_figure, attribution_map
 from bmoe_lightning.report.differences import Difference, Paired, paired_difference
 from bmoe_lightning.report.figures import (
     LabelBudgetPoint,
@@ -20,6 +21,7 @@ from bmoe_lightning.report.table import results_markdown, results_table
 from bmoe_lightning.report.tensorboard import has_comparison, write_tensorboard
 
 __all__ = [
+    "AttributionMap",
     "Cell",
     "Difference",
     "Grid",
@@ -33,6 +35,8 @@ __all__ = [
     "Paired",
     "Row",
     "SummarySettings",
+    "attribution_figure",
+    "attribution_map",
     "comparison_figure",
     "grid_json",
     "grid_latex",

@@ -149,6 +149,8 @@ def student_quantile(probability: float, degrees: float) -> float:
         probability: Probability in (0, 1).
         degrees: Degrees of freedom nu, at least 1.
     """
+    # Above, where cos(u) is rounded to 1, it is the normal distribution's to six digits.
+    degrees = min(degrees, 1e6)
     # With many degrees of freedom the density is narrow, and outside of this interval below e^-72.
     width = min(math.pi / 2, 12 / math.sqrt(degrees))
     angle = torch.linspace(-width, width, _GRID, dtype=torch.float64)
@@ -213,8 +215,8 @@ def _seed_weights(number: int, num_samples: int, seed: int) -> Tensor:
     """Weights of S seeds in each resample, `[R, S]`: they add up to one, with variances that estimate without bias."""
     if number == 1:
         return torch.ones(num_samples, 1, dtype=torch.float64)
-    # Not the generator of the items, whose draws it would repeat.
-    generator = torch.Generator().manual_seed(seed + 1)
+    # Another stream than that of the items, which a seed of theirs must not repeat.
+    generator = torch.Generator().manual_seed(2**32 + seed)
     drawn = Resamples(torch.randint(number, (num_samples, number), generator=generator))
     return 1 / number + math.sqrt(number / (number - 1)) * (drawn.counts / number - 1 / number)
 

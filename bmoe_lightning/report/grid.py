@@ -122,7 +122,7 @@ class Grid:
         blocks: Its blocks.
 
     Raises:
-        ValueError: If there are no rows, or a row has not one cell for each column.
+        ValueError: If there are no rows, a column or row stands twice, or a row has not one cell for each column.
     """
 
     name: str
@@ -134,6 +134,9 @@ class Grid:
     def __post_init__(self) -> None:
         if not any(block.rows for block in self.blocks):
             raise ValueError(f"the table {self.name} has no rows; give it at least one")
+        for kind, names in (("column", self.columns), *(("row", [row.key for row in b.rows]) for b in self.blocks)):
+            if len(set(names)) < len(names):
+                raise ValueError(f"the table {self.name} has a {kind} twice: {', '.join(names)}; name each differently")
         for block in self.blocks:
             for row in block.rows:
                 if not len(row.cells) == len(block.formats) == len(self.columns):

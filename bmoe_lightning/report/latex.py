@@ -34,9 +34,6 @@ def grid_latex(grid: Grid) -> str:
 
     Args:
         grid: Table.
-
-    Raises:
-        ValueError: If a label, title or caption has a character that plain LaTeX does not know.
     """
     header = " & ".join(map(latex_escaped, [grid.stub, *grid.columns]))
     lines = [
@@ -55,18 +52,14 @@ def grid_latex(grid: Grid) -> str:
 
 
 def latex_escaped(text: str) -> str:
-    """Text with what LaTeX would read as a command, or not read at all, replaced.
+    """Text with characters that LaTeX would read as commands, and symbols that this package writes, replaced.
+
+    Letters beyond Latin-1 are left as they are, and need XeLaTeX or LuaLaTeX with a font that has them.
 
     Args:
         text: Plain text.
-
-    Raises:
-        ValueError: If a character is neither ASCII nor one that this package writes.
     """
-    escaped = "".join(_SPECIAL.get(character, character) for character in text)
-    if foreign := sorted({character for character in escaped if ord(character) > 0xFF or not character.isprintable()}):
-        raise ValueError(f"LaTeX without further packages has no {foreign[0]!r}, in {text!r}; use another label")
-    return escaped
+    return "".join(_SPECIAL.get(character, character) for character in text)
 
 
 def _block(block: GridBlock, columns: int) -> list[str]:

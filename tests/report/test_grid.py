@@ -125,3 +125,8 @@ def test_a_table_whose_rows_do_not_fit_is_refused():
         Grid("x", "", "", ("a", "b"), (column(LOWER, 0.3),))
     with pytest.raises(ValueError, match="has no rows"):
         Grid("x", "", "", ("a",), (GridBlock("", (LOWER,), ()),))
+    with pytest.raises(ValueError, match="has a column twice: a, a; name each differently"):
+        Grid("x", "", "", ("a", "a"), (column(LOWER, 0.3),))
+    twice = GridBlock("", (LOWER,), column(LOWER, 0.3).rows * 2)
+    with pytest.raises(ValueError, match="has a row twice: r0, r0"):
+        Grid("x", "", "", ("a",), (twice,))
