@@ -5,7 +5,7 @@ A fact belongs to one split, whatever the data set, so that no test fact is trai
 
     recall       four choices, any fact                             (in the place of OpenBookQA)
     regular      four choices, facts that are usual for the kind    (ARC-Easy)
-    exceptions   four choices, as many exceptions as usual facts    (ARC-Challenge)
+    exceptions   four choices, two usual facts for each exception   (ARC-Challenge)
     pairs_small  two choices, few training questions                (Winogrande-S)
     pairs        two choices                                        (Winogrande-M)
     judged       is a statement true or false?                      (BoolQ)
@@ -83,7 +83,7 @@ def _regular(world: World, facts: Sequence[Fact], rng: random.Random) -> list[Qu
 def _exceptions(world: World, facts: Sequence[Fact], rng: random.Random) -> list[Question]:
     exceptions = [fact for fact in facts if fact.is_exception]
     usual = [fact for fact in facts if not fact.is_exception]
-    return [world.ask(fact, rng) for fact in (*exceptions, *rng.sample(usual, len(exceptions)))]
+    return [world.ask(fact, rng) for fact in (*exceptions, *rng.sample(usual, 2 * len(exceptions)))]
 
 
 def _pairs(world: World, facts: Sequence[Fact], rng: random.Random) -> list[Question]:  # noqa: ARG001

@@ -201,6 +201,31 @@ def pretrain(
     return folder
 
 
+@dataclass(frozen=True)
+class SmallModel:
+    """The small model of a world, pre-trained once for each seed.
+
+    Attributes:
+        world: World that the model knows.
+        cache_dir: Parent of the checkpoint folders.
+        layers: Number of MoE layers.
+    """
+
+    world: World
+    cache_dir: Path
+    layers: int = 3
+
+    def folder(self, seed: int, *, progress: bool = True) -> Path:
+        """The checkpoint of a seed; see `pretrain`.
+
+        Args:
+            seed: Seed of the pre-training.
+            progress: Whether to show a progress bar.
+        """
+        config = small_moe_config(len(self.world.tokenizer()), layers=self.layers)
+        return pretrain(self.world, config, cache_dir=self.cache_dir, seed=seed, progress=progress)
+
+
 @contextmanager
 def _one_thread() -> Iterator[None]:
     # On a busy machine a second thread made a step seven to nine times as long. Sums also round differently for each

@@ -9,7 +9,7 @@ from typing import Any
 
 import lightning as L
 
-from bmoe_lightning import ExpertFinetuner
+from bmoe_lightning.base_finetuner import Finetuner
 from bmoe_lightning.methods import apply_snapshot
 from bmoe_lightning.methods.snapshots import snapshot_info
 from bmoe_lightning.models.loading import load_tokenizer
@@ -102,7 +102,7 @@ def is_exported(folder: Path, trained: Path) -> bool:
     return True
 
 
-def export(folder: Path, trained: Path, module: ExpertFinetuner, trainer: L.Trainer, tokenizer: str) -> None:
+def export(folder: Path, trained: Path, module: Finetuner, trainer: L.Trainer, tokenizer: str) -> None:
     """Write the fine-tuned model, in the precision of the run, and its tokenizer.
 
     Args:

@@ -8,7 +8,7 @@ from dataclasses import dataclass, fields, is_dataclass, replace
 from typing import Any
 
 from bmoe_lightning.curvature.spec import Curvature
-from bmoe_lightning.methods.base import Method, check_method_names, trial_options
+from bmoe_lightning.methods.base import CurvatureMethod, Method, check_method_names, trial_options
 from bmoe_lightning.methods.needs import Available, check_needs
 from bmoe_lightning.methods.registry import get_method
 from recipes.common.cli import UsageError, convert, nearest
@@ -50,7 +50,7 @@ def build_methods(settings: ResolvedSettings) -> tuple[Method, ...]:
         UsageError: If there is no such method or option, a value is invalid, or the run lacks what a method needs.
     """
     curvature = run_curvature(settings)
-    chosen = [_looked_up(entry, curvature) for entry in _applicable(settings.methods)]
+    chosen = [_looked_up(entry, curvature) for entry in _applicable(settings)]
     given = _assignments(settings.set, [method.name for method, _ in chosen])
     methods = [
         _with_options(method, given.get(method.name, {}), f"--set {method.name}", {"curvature": curvature})
@@ -59,7 +59,12 @@ def build_methods(settings: ResolvedSettings) -> tuple[Method, ...]:
     try:
         check_method_names([*methods, *([ZERO_SHOT] if settings.zero_shot else [])])
         # Further fine-tuning runs are made by the recipe.
-        available = Available(snapshots=settings.epochs, expert_dropout=settings.expert_dropout, runs=True, lora=False)
+        available = Available(
+            snapshots=settings.epochs,
+            expert_dropout=settings.expert_dropout,
+            runs=True,
+            lora=settings.train == "lora",
+        )
         check_needs(methods, available)
     except ValueError as error:
         raise UsageError(f"--methods: {error}") from None
@@ -69,12 +74,21 @@ def build_methods(settings: ResolvedSettings) -> tuple[Method, ...]:
     )
 
 
-def _applicable(methods: Sequence[str | dict[str, Any]]) -> Iterator[str | dict[str, Any]]:
-    """The entries of `--methods`; `all` stands for the registered methods of a run that trains experts."""
-    for entry in methods:
+def _applicable(settings: ResolvedSettings) -> Iterator[str | dict[str, Any]]:
+    """The entries of `--methods`; `all` stands for the registered methods that suit what is trained.
+
+    A posterior over experts suits a run that trains experts, and one over LoRA's matrices a run that trains these.
+    """
+    for entry in settings.methods:
         for name in listed_methods([entry]):
-            if entry != ALL or not _found(str(name)).needs.lora:
+            if entry != ALL or _suits(_found(str(name)), settings):
                 yield name
+
+
+def _suits(method: Method, settings: ResolvedSettings) -> bool:
+    if settings.train == "lora":
+        return method.needs.lora or not isinstance(method, CurvatureMethod)
+    return not method.needs.lora
 
 
 def _looked_up(entry: str | dict[str, Any], curvature: Curvature) -> tuple[Method, frozenset[str]]:

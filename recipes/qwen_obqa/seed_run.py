@@ -18,7 +18,8 @@ from typing import Any
 import lightning as L
 from lightning.pytorch.loggers import TensorBoardLogger
 
-from bmoe_lightning import BayesianMoECallback, ExpertFinetuner, MultipleChoiceDataModule
+from bmoe_lightning import BayesianMoECallback, ExpertFinetuner, LoRAFinetuner, MultipleChoiceDataModule
+from bmoe_lightning.base_finetuner import Finetuner
 from bmoe_lightning.curvature.checkpoint import FORMAT as PASS_FORMAT
 from bmoe_lightning.data import Question
 from bmoe_lightning.data.batches import PaddingSide
@@ -81,8 +82,8 @@ class SeedRun:
         return self._stored(self.folder)
 
     def predictions_of(self, other: str) -> StoredPredictions:
-        """This seed's predictions of a further test set."""
-        folder, questions = self.folder / f"predictions-{other}", self.source.others[other]
+        """This seed's predictions of the test split of another data set."""
+        folder, questions = self.folder / f"predictions-{other}", self.source.others[other].splits.test
         return StoredPredictions(folder, self.identity, fingerprint_of(questions))
 
     def results(self) -> list[MethodResult]:
@@ -94,8 +95,8 @@ class SeedRun:
         return results
 
     def results_of(self, other: str) -> list[MethodResult]:
-        """Predictions of every method on a further test set, in the order of the table."""
-        return self._read(self.predictions_of(other), self.source.others[other])
+        """Predictions of every method on another data set, in the order of the table."""
+        return self._read(self.predictions_of(other), self.source.others[other].splits.test)
 
     def _read(self, predictions: StoredPredictions, questions: Sequence[Question]) -> list[MethodResult]:
         ids = tuple(question.id for question in questions)
@@ -104,7 +105,7 @@ class SeedRun:
     @property
     def _zero_shot_predictions(self) -> StoredPredictions:
         """The predictions before fine-tuning: the first seed's, if all seeds start from the same model."""
-        if self.source.world is not None:
+        if self.source.small_model is not None:
             return self.predictions
         return self._stored(self.output / f"seed-{self.settings.first_seed}")
 
@@ -190,7 +191,7 @@ class SeedRun:
     def _evaluate(
         self,
         missing: Sequence[Method],
-        module: ExpertFinetuner,
+        module: Finetuner,
         data: MultipleChoiceDataModule,
         stored: StoredPredictions,
     ) -> None:
@@ -246,15 +247,14 @@ class SeedRun:
             seed=self.seed,
         )
 
-    def _train_and_fit(
-        self, module: ExpertFinetuner, data: MultipleChoiceDataModule, methods: Sequence[Method]
-    ) -> None:
+    def _train_and_fit(self, module: Finetuner, data: MultipleChoiceDataModule, methods: Sequence[Method]) -> None:
         """Fine-tune the module and fit the methods, unless an earlier run has."""
         callback = self._callback(methods)
         if not agreed(has_weights(self._trained, self._stage(0))):
             if is_rank_zero() and self.fit_folder.is_dir():
                 shutil.rmtree(self.fit_folder)  # of a training that was killed, or of weights that are trained again
-            self._say("fine-tuning the experts, then curvature and calibration")
+            trained = "LoRA's matrices" if self.settings.train == "lora" else "the experts"
+            self._say(f"fine-tuning {trained}, then curvature and calibration")
             save = SaveTrained(self._trained, self._stage(0))
             self._trainer([save, callback], "training").fit(module, datamodule=data)
             self._detach(module, data)
@@ -282,7 +282,7 @@ class SeedRun:
             (self.fit_folder / INDEX_FILE).unlink()
             return None
 
-    def _fresh(self, member: int) -> tuple[ExpertFinetuner, MultipleChoiceDataModule]:
+    def _fresh(self, member: int) -> tuple[Finetuner, MultipleChoiceDataModule]:
         """A module before fine-tuning, and the DataModule with this member's training order."""
         L.seed_everything(self._seed_of(member), workers=True, verbose=False)
         data = self._data(member)
@@ -294,21 +294,21 @@ class SeedRun:
     def _data(self, member: int) -> MultipleChoiceDataModule:
         return self.source.data(self._seed_of(member), self._padding_side, self._shared_prompts)
 
-    def _module(self, data: MultipleChoiceDataModule) -> ExpertFinetuner:
+    def _module(self, data: MultipleChoiceDataModule) -> Finetuner:
         """A module before fine-tuning; all of them start from the same weights."""
-        settings = self.settings
-        return ExpertFinetuner(
-            self._model()[0],
-            answer_token_ids=data.answer_token_ids,
-            train=settings.train,
-            learning_rate=settings.learning_rate,
-            weight_decay=settings.weight_decay,
-            schedule=settings.schedule,
-            expert_dropout=settings.expert_dropout,
-            half_precision_updates=settings.half_precision_updates,
-        )
+        settings, model = self.settings, self._model()[0]
+        common: dict[str, Any] = {
+            "answer_token_ids": data.answer_token_ids,
+            "learning_rate": settings.learning_rate,
+            "weight_decay": settings.weight_decay,
+            "schedule": settings.schedule,
+            "half_precision_updates": settings.half_precision_updates,
+        }
+        if settings.train == "lora":
+            return LoRAFinetuner(model, dropout=settings.expert_dropout, seed=self.seed, **common)
+        return ExpertFinetuner(model, train=settings.train, expert_dropout=settings.expert_dropout, **common)
 
-    def _detach(self, module: ExpertFinetuner, data: MultipleChoiceDataModule) -> None:
+    def _detach(self, module: Finetuner, data: MultipleChoiceDataModule) -> None:
         """Free what a finished trainer holds: gradients, and the optimizer with its moments and copies of weights.
 
         Trainer, module and DataModule refer to one another, so without this they would be freed at any later time.

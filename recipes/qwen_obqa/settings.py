@@ -16,6 +16,7 @@ Kind = Literal["builtin", "small", "full"]
 Prompt = Literal["instruction", "letters", "true_false", "cloze"]
 Normalise = Literal["sum", "characters", "bytes"]
 Precision = Literal["32-true", "bf16-true", "16-true", "bf16-mixed", "16-mixed", "64-true"]
+TrainedPart = Literal["experts", "down_proj", "lora"]
 FisherName = Literal["exact", "mc", "empirical"]
 SketchName = Literal["auto", "nystrom", "rsvd", "exact"]
 
@@ -97,8 +98,10 @@ class _Common:
     quiet: bool = option(False, "no progress bars")
     weight_decay: float = option(0.0, "weight decay of AdamW")
     schedule: Literal["linear", "cosine", "constant"] = option("linear", "learning rate schedule")
-    train: Literal["experts", "down_proj"] = option(
-        "experts", "weights that are fine-tuned: all of the experts, or their second linear layers alone"
+    train: TrainedPart = option(
+        "experts",
+        "weights that are fine-tuned: all of the experts, their second linear layers alone, or LoRA's matrices at "
+        "q_proj, v_proj and the head (needs peft)",
     )
     half_precision_updates: Literal["master_weights", "stochastic_rounding", "nearest"] = option(
         "master_weights",
@@ -142,7 +145,9 @@ class Settings(_Common):
     eval_batch_size: int | None = option(None, "batch size of curvature and prediction", least=1)
     learning_rate: float | None = option(None, "peak learning rate of AdamW")
     expert_dropout: float | None = option(
-        None, "dropout probability in the experts, in fine-tuning and in methods that predict with dropout"
+        None,
+        "dropout probability in the experts (or of LoRA's inputs), in fine-tuning and in methods that predict with "
+        "dropout",
     )
     prompt: Prompt | None = option(
         None,
@@ -213,6 +218,11 @@ class ResolvedSettings(_Common):
             raise UsageError(
                 f"--normalise {self.normalise} is for choices that are scored by their text, and the answers of "
                 f"--prompt {self.prompt} are single tokens; add --prompt cloze, or leave it out"
+            )
+        if self.train == "lora" and self.save_model is not None:
+            raise UsageError(
+                "--save-model writes a model for transformers, and with --train lora the trained weights are adapters; "
+                "leave one of the two out"
             )
         if self.half_precision_updates == "stochastic_rounding" and self.precision == "16-true":
             raise UsageError(

@@ -19,7 +19,7 @@ from bmoe_lightning.data.questions import Splits, draw
 from bmoe_lightning.methods import Available, Method, check_needs
 from bmoe_lightning.models import register_models
 from bmoe_lightning.models.loading import ModelUnavailableError, model_source
-from recipes.qwen_obqa.builtin_model import pretrain
+from recipes.qwen_obqa.builtin_model import SmallModel
 from recipes.qwen_obqa.builtin_task import World
 from recipes.qwen_obqa.methods import build_methods
 from recipes.qwen_obqa.reader_model import read_questions
@@ -35,6 +35,19 @@ class RecipeError(RuntimeError):
 
 
 @dataclass(frozen=True)
+class OtherSet:
+    """A data set that a run is tested on and not trained on.
+
+    Attributes:
+        splits: Its splits, of which the test split is used.
+        prompt: Prompt format; None for that of the run.
+    """
+
+    splits: Splits
+    prompt: str | None = None
+
+
+@dataclass(frozen=True)
 class Source:
     """Model and questions of a run.
 
@@ -46,9 +59,8 @@ class Source:
         calibration: Held-out questions for prior precisions and temperatures.
         test: Questions on which nothing is tuned.
         banner: Text that is printed first.
-        world: Task on which the built-in model is pre-trained, once for each seed; None for a model that all
-            seeds share.
-        others: Further test sets by name, of other tasks: predictions under a shift of the distribution.
+        small_model: The built-in model, pre-trained once for each seed; None for a model that all seeds share.
+        others: Further data sets by name, on whose test splits the methods predict under a shift of the distribution.
         calibration_in_train: Whether calibration questions are trained on too, as some protocols have it.
     """
 
@@ -59,16 +71,15 @@ class Source:
     calibration: Sequence[Question]
     test: Sequence[Question]
     banner: str
-    world: World | None = None
-    others: Mapping[str, Sequence[Question]] = field(default_factory=dict)
+    small_model: SmallModel | None = None
+    others: Mapping[str, OtherSet] = field(default_factory=dict)
     calibration_in_train: bool = False
 
     def model_of(self, seed: int) -> str:
         """Folder or hub id of the model that a seed starts from; pre-trains the built-in one if it is not cached."""
-        if self.world is None:
+        if self.small_model is None:
             return self.model
-        folder, progress = _model_folder(self.settings), not self.settings.quiet
-        return str(pretrain(self.world, cache_dir=folder, seed=seed, progress=progress))
+        return str(self.small_model.folder(seed, progress=not self.settings.quiet))
 
     def model_hash(self, seed: int) -> str:
         """Hash of the weights that a seed starts from, which tells apart small models pre-trained on two machines.
@@ -92,15 +103,15 @@ class Source:
     def data_of(
         self, other: str, padding_side: PaddingSide | None = None, shared_prompts: bool | None = None
     ) -> MultipleChoiceDataModule:
-        """The DataModule of a further test set, in place of the test split.
+        """The DataModule of another data set, whose prompts, answers and number of choices are its own.
 
         Args:
             other: Name of the test set.
             padding_side: As in `data`.
             shared_prompts: As in `data`.
         """
-        splits = replace(self._splits, test=tuple(self.others[other]))
-        return self._module(splits, 0, padding_side, shared_prompts)
+        found = self.others[other]
+        return self._module(found.splits, 0, padding_side, shared_prompts, found.prompt)
 
     @property
     def _splits(self) -> Splits:
@@ -108,19 +119,24 @@ class Source:
         return Splits(*parts, calibration_in_train=self.calibration_in_train)
 
     def _module(
-        self, splits: Splits, seed: int, padding_side: PaddingSide | None, shared_prompts: bool | None
+        self,
+        splits: Splits,
+        seed: int,
+        padding_side: PaddingSide | None,
+        shared_prompts: bool | None,
+        prompt: str | None = None,
     ) -> MultipleChoiceDataModule:
         settings = self.settings
         data = MultipleChoiceDataModule(
             splits,
             self.tokenizer,
-            prompt=settings.prompt,
+            prompt=prompt or settings.prompt,
             batch_size=settings.batch_size,
             eval_batch_size=settings.eval_batch_size,
             max_length=settings.max_length,
             seed=seed,
             padding_side=padding_side or "auto",
-            normalise=settings.normalise,
+            normalise=settings.normalise if prompt in (None, settings.prompt) else "sum",
             shared_prompts="auto" if shared_prompts is None else shared_prompts,
         )
         data.setup()
@@ -166,16 +182,17 @@ def check_model(source: str) -> None:
 def _builtin(settings: ResolvedSettings, methods: Sequence[Method]) -> Source:
     world = World()
     splits = Splits(world.questions("fit"), world.questions("calibration"), world.questions("test"))
-    drawn = _limited(settings, splits, methods)
+    drawn = limited(settings, splits, methods)
     banner = (
         "This is the small built-in model (3 layers of 8 experts) on a generated open-book task: a demonstration, not\n"
         "the paper's experiment. The paper's set-up, on a GPU:\n"
         "  python -m recipes.qwen_obqa --model Qwen/Qwen1.5-MoE-A2.7B --data allenai/openbookqa"
     )
     if settings.dry_run:
-        model = _reader(settings, splits.train)
+        model = reader(settings, splits.train, _model_folder(settings))
         return Source(settings, model, model, drawn.train, drawn.calibration, drawn.test, banner)
-    first = Source(settings, "", "", drawn.train, drawn.calibration, drawn.test, banner, world)
+    small = SmallModel(world, _model_folder(settings))
+    first = Source(settings, "", "", drawn.train, drawn.calibration, drawn.test, banner, small)
     model = first.model_of(settings.first_seed)
     return replace(first, model=model, tokenizer=model)
 
@@ -188,12 +205,12 @@ def _real(settings: ResolvedSettings, methods: Sequence[Method]) -> Source:
     logs = ("files",) if settings.protocol is None else ("files", "splits")
     with _logged(*(f"bmoe_lightning.data.{name}" for name in logs)) as lines:
         splits = load_splits(settings.data, protocol, task=settings.task, revision=settings.revision)
-    drawn = _limited(settings, splits, methods)
+    drawn = limited(settings, splits, methods)
     if settings.model is not None:
         model = settings.model
         banner = f"Model {model} on {settings.data}."
     else:
-        model = _reader(settings, splits.train)
+        model = reader(settings, splits.train, _model_folder(settings))
         banner = (
             f"The small built-in model on {settings.data}: pre-trained on the training questions alone, so its accuracy"
             "\nis near chance. For a real language model add --model Qwen/Qwen1.5-MoE-A2.7B (on a GPU)."
@@ -233,10 +250,20 @@ def _logged(*names: str) -> Iterator[list[str]]:
             log.setLevel(level)
 
 
-def _limited(settings: ResolvedSettings, splits: Splits, methods: Sequence[Method]) -> Splits:
+def limited(settings: ResolvedSettings, splits: Splits, methods: Sequence[Method]) -> Splits:
+    """The splits of a run, with no more questions than its settings allow.
+
+    Args:
+        settings: Resolved settings.
+        splits: All questions.
+        methods: Methods of the run.
+
+    Raises:
+        ValueError: If too few questions are left for a method.
+    """
     if settings.dry_run:  # what the full run would refuse, the dry run refuses
         full = replace(settings, dry_run=False)
-        _limited(full, splits, build_methods(full))
+        limited(full, splits, build_methods(full))
     limits = _limits(settings, methods)
     parts = (splits.train, splits.calibration, splits.test)
     train, calibration, test = (draw(part, limit, seed=0) for part, limit in zip(parts, limits, strict=True))
@@ -262,12 +289,18 @@ def _limits(settings: ResolvedSettings, methods: Sequence[Method]) -> tuple[int 
     return tuple(own or shared for own, shared in zip(given, common, strict=True))
 
 
-def _reader(settings: ResolvedSettings, train: Sequence[Question]) -> str:
-    """The folder of a small model pre-trained on these questions, or in a dry run with random weights."""
+def reader(settings: ResolvedSettings, train: Sequence[Question], parent: Path) -> str:
+    """The folder of a small model pre-trained on these questions, or in a dry run with random weights.
+
+    Args:
+        settings: Resolved settings.
+        train: Questions whose text is learnt.
+        parent: Folder in which that of the model is created.
+    """
     kind, steps = ("random", {"steps": 0}) if settings.dry_run else ("small", {})
     # The questions are part of the name: a later run in the same folder may have other ones.
     content = json.dumps([settings.prompt, [asdict(question) for question in train]])
-    folder = _model_folder(settings) / f"{kind}-{hashlib.sha256(content.encode()).hexdigest()[:16]}"
+    folder = parent / f"{kind}-{hashlib.sha256(content.encode()).hexdigest()[:16]}"
     return str(read_questions(train, folder, prompt=settings.prompt, progress=not settings.quiet, **steps))
 
 

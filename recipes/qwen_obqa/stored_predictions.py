@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import warnings
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -86,18 +86,8 @@ class StoredPredictions:
         Raises:
             ValueError: If the file is damaged.
         """
-        file = _read(self._path(method))
-        return MethodResult(
-            method=method.name,
-            label=method.label,
-            seed=seed,
-            log_probs=file.tensors["log_probs"],
-            target=file.tensors["labels"],
-            ids=ids,
-            extra=file.description["numbers"],
-            hyperparameters=option_columns(method),
-            warnings=tuple(file.description.get("warnings", ())),
-        )
+        found = read_predictions(self._path(method), method.name, method.label, seed, ids)
+        return replace(found, hyperparameters=option_columns(method))
 
     def logits(self, method: Method) -> torch.Tensor:
         """The logits of the model itself on the test split, `[N, K]` float64."""
@@ -106,6 +96,33 @@ class StoredPredictions:
 
     def _path(self, method: Method) -> Path:
         return self.folder / f"{method.name}.safetensors"
+
+
+def read_predictions(path: Path, name: str, label: str, seed: int, ids: tuple[str, ...]) -> MethodResult:
+    """Read the predictions of a method from their file, without its options.
+
+    Args:
+        path: Path of the file.
+        name: Name of the method.
+        label: Its display name.
+        seed: Fine-tuning seed.
+        ids: Ids of the questions, in order.
+
+    Raises:
+        FileNotFoundError: If there is no such file.
+        ValueError: If the file is damaged.
+    """
+    file = _read(path)
+    return MethodResult(
+        method=name,
+        label=label,
+        seed=seed,
+        log_probs=file.tensors["log_probs"],
+        target=file.tensors["labels"],
+        ids=ids,
+        extra=file.description["numbers"],
+        warnings=tuple(file.description.get("warnings", ())),
+    )
 
 
 def _read(path: Path) -> TensorFile:

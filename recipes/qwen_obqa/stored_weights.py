@@ -7,7 +7,7 @@ from pathlib import Path
 
 import lightning as L
 
-from bmoe_lightning import ExpertFinetuner
+from bmoe_lightning.base_finetuner import Finetuner
 from bmoe_lightning.experts.fsdp import gathered
 from bmoe_lightning.methods import apply_snapshot, save_snapshot
 from bmoe_lightning.methods.snapshots import snapshot_info, verify_snapshot
@@ -46,7 +46,7 @@ class SaveTrained(L.Callback):
 
     def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Write the weights; only rank zero does."""
-        assert isinstance(pl_module, ExpertFinetuner)
+        assert isinstance(pl_module, Finetuner)
         weights = gathered(pl_module.trained_parameters(), keep=trainer.is_global_zero)
         if trainer.is_global_zero:
             save_snapshot(self._path, weights, fit=self._stage)

@@ -7,7 +7,8 @@ from dataclasses import dataclass
 import lightning as L
 from torch import Tensor
 
-from bmoe_lightning import BayesianMoECallback, ExpertFinetuner, MultipleChoiceDataModule
+from bmoe_lightning import BayesianMoECallback, MultipleChoiceDataModule
+from bmoe_lightning.base_finetuner import Finetuner
 from bmoe_lightning.methods import BatchView, Method, Predictions
 from bmoe_lightning.methods.base import State
 
@@ -28,7 +29,7 @@ ZERO_SHOT = ZeroShot()
 
 
 def predict_zero_shot(
-    callback: BayesianMoECallback, trainer: L.Trainer, module: ExpertFinetuner, data: MultipleChoiceDataModule
+    callback: BayesianMoECallback, trainer: L.Trainer, module: Finetuner, data: MultipleChoiceDataModule
 ) -> Predictions:
     """Predict the test split with a model that was not fine-tuned. A collective.
 

@@ -21,6 +21,7 @@ RECIPES = {
     "recipes.plan": ("recipes.plan.settings", "PlanSettings"),
     "recipes.calibration_study": ("recipes.calibration_study.settings", "StudySettings"),
     "recipes.supported_models": ("recipes.supported_models.settings", "SurveySettings"),
+    "recipes.paper": ("recipes.paper.settings", "PaperSettings"),
     "recipes.upcycle": ("recipes.upcycle.settings", "UpcycleSettings"),
     "recipes.common.readme": ("recipes.common.readme", "ReadmeSettings"),
 }

@@ -8,17 +8,22 @@ import pytest
 import torch
 
 from bmoe_lightning.data import Question
+from bmoe_lightning.data.questions import Splits
 from recipes.qwen_obqa.experiment import completed_run
 from recipes.qwen_obqa.seed_run import SeedRun
 from recipes.qwen_obqa.settings import Settings
-from recipes.qwen_obqa.sources import prepare_source
+from recipes.qwen_obqa.sources import OtherSet, prepare_source
 
 METHODS = ("map", "temperature", "laplace_lpo")
 
 
 def pairs(source):
-    """The test questions of a source with two of their choices."""
-    return tuple(Question(f"pair-{q.id}", q.question, q.choices[:2], min(q.answer, 1)) for q in source.test[:5])
+    """Questions of a source with two of their choices."""
+
+    def two(questions):
+        return tuple(Question(f"pair-{q.id}", q.question, q.choices[:2], min(q.answer, 1)) for q in questions[:5])
+
+    return OtherSet(Splits(two(source.train), two(source.calibration), two(source.test)))
 
 
 def completed(folder, *, methods=METHODS, with_pairs=True):
@@ -39,10 +44,9 @@ def finished(tmp_path_factory):
 def test_every_method_predicts_them(finished):
     results = {result.method: result for result in finished.results_of("pairs")}
     assert tuple(results) == METHODS
-    expected = pairs(finished.source)
+    expected = pairs(finished.source).splits.test
     for result in results.values():
-        assert result.log_probs.shape == (5, 4)
-        assert bool((result.log_probs[:, 2:] == -torch.inf).all())
+        assert result.log_probs.shape == (5, 2)
         torch.testing.assert_close(result.log_probs.exp().sum(1), torch.ones(5, dtype=torch.float64))
         assert result.target.tolist() == [question.answer for question in expected]
         assert result.ids == tuple(question.id for question in expected)

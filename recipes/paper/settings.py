@@ -1,0 +1,72 @@
+"""Settings of the paper's experiments; torch and transformers are not imported here, so that `--help` is fast."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+from recipes.common.cli import UsageError, option
+
+PresetName = Literal["small", "qwen", "deepseek"]
+TABLES = (1, 2, 3, 4, 5, 6, 7)
+FIGURES = (1,)
+
+
+@dataclass(frozen=True, kw_only=True)
+class PaperSettings:
+    """Settings of `python -m recipes.paper`.
+
+    Raises:
+        UsageError: If nothing is asked for, there is no such table or figure, or two flags exclude each other.
+    """
+
+    table: tuple[int, ...] = option((), "tables to make, separated by commas: 1 to 7")
+    figure: tuple[int, ...] = option((), "figures to make: 1")
+    all: bool = option(False, "all tables and figures")
+    preset: PresetName = option(
+        "small",
+        "model, data sets and hyper-parameters: small (generated data, CPU), qwen (Qwen1.5-MoE-A2.7B) or deepseek "
+        "(DeepSeek-MoE-16B) on the paper's data sets",
+    )
+    model: str | None = option(None, "hub id or local folder of another mixture-of-experts causal LM")
+    data: tuple[str, ...] = option(
+        (),
+        "data sets as NAME=FOLDER_OR_ID, separated by commas, in place of the preset's; the first one is that of the "
+        "tables under distribution shift",
+    )
+    output_dir: str = option("runs/paper", "output folder; runs found there are resumed")
+    report: str | None = option(None, "only make the report of a finished study in this folder again")
+    seeds: int | None = option(None, "number of seeds; default: 5 for the small model, 3 otherwise", least=1)
+    first_seed: int = option(0, "first seed", least=0)
+    epochs: int | None = option(None, "fine-tuning epochs; default: those of the preset", least=1)
+    limit: int | None = option(None, "largest number of questions of each split", least=1)
+    limit_test: int | None = option(None, "largest number of test questions, instead of --limit", least=1)
+    batch_size: int | None = option(None, "fine-tuning batch size", least=1)
+    eval_batch_size: int | None = option(None, "batch size of curvature and prediction", least=1)
+    accelerator: Literal["auto", "cpu", "gpu"] = option("auto", "Lightning accelerator")
+    strategy: Literal["auto", "sharded"] = option("auto", "strategy on several processes under torchrun")
+    dry_run: bool = option(False, "checks that everything runs, with meaningless numbers")
+    quiet: bool = option(False, "no progress bars")
+
+    def __post_init__(self) -> None:
+        for flag, chosen, known in (("--table", self.table, TABLES), ("--figure", self.figure, FIGURES)):
+            if unknown := sorted(set(chosen) - set(known)):
+                raise UsageError(f"{flag}: the paper has no {unknown[0]}; there are {', '.join(map(str, known))}")
+        if self.report is None and not (self.all or self.table or self.figure):
+            raise UsageError("give --table, --figure or --all to say what to make, or --report DIR")
+        names = [entry.partition("=")[0] for entry in self.data]
+        for entry, name in zip(self.data, names, strict=True):
+            if "=" not in entry or not name.isidentifier() or not entry.partition("=")[2]:
+                raise UsageError(f"--data must be NAME=FOLDER_OR_ID, got {entry!r}; names are letters, digits and _")
+        if len(set(names)) < len(names):
+            raise UsageError(f"--data has a name twice: {', '.join(names)}; give each data set another name")
+
+    @property
+    def tables(self) -> tuple[int, ...]:
+        """The tables to make, in ascending order."""
+        return TABLES if self.all else tuple(sorted(set(self.table)))
+
+    @property
+    def figures(self) -> tuple[int, ...]:
+        """The figures to make, in ascending order."""
+        return FIGURES if self.all else tuple(sorted(set(self.figure)))

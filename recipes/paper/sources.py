@@ -1,0 +1,137 @@
+"""Model and questions of each run of a study."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from bmoe_lightning.data import DataUnavailableError
+from bmoe_lightning.data.questions import Question, Splits
+from bmoe_lightning.data.splits import load_splits
+from bmoe_lightning.methods import Method
+from bmoe_lightning.models.loading import ModelUnavailableError
+from recipes.paper.generated import WORLD, generated_set
+from recipes.paper.plan import PlannedRun
+from recipes.paper.presets import DataSet, Preset
+from recipes.plan.architecture import build, load_configuration
+from recipes.qwen_obqa.builtin_model import SmallModel, small_moe_config
+from recipes.qwen_obqa.settings import ResolvedSettings
+from recipes.qwen_obqa.sources import OtherSet, RecipeError, Source, check_model, limited, reader
+
+_LAYERS = 4
+"""Expert layers of the small model: quarters of them are whole layers."""
+
+
+@dataclass(frozen=True)
+class Questions:
+    """The questions of all data sets of a study.
+
+    Attributes:
+        data: The data sets by name.
+        splits: Their splits by name.
+    """
+
+    data: Mapping[str, DataSet]
+    splits: Mapping[str, Splits]
+
+    @property
+    def train(self) -> tuple[Question, ...]:
+        """The training questions of all data sets, on which the small model is pre-trained for real data."""
+        return tuple(question for splits in self.splits.values() for question in splits.train)
+
+
+def load_study_questions(preset: Preset) -> Questions:
+    """Generate or load the questions of all data sets.
+
+    Args:
+        preset: Preset with its data sets.
+
+    Raises:
+        RecipeError: If a data set cannot be loaded or is malformed.
+    """
+    try:
+        splits = {entry.name: _splits(entry) for entry in preset.data}
+    except (DataUnavailableError, FileNotFoundError, ValueError) as error:
+        raise RecipeError(str(error)) from error
+    return Questions({entry.name: entry for entry in preset.data}, splits)
+
+
+def _splits(entry: DataSet) -> Splits:
+    if entry.source is None:
+        return generated_set(entry.name).splits()
+    return load_splits(entry.source, entry.protocol or "paper")
+
+
+def num_expert_layers(preset: Preset, *, dry_run: bool) -> int:
+    """The number of expert layers of a preset's model, from its configuration alone.
+
+    Args:
+        preset: Preset.
+        dry_run: Whether the small model is replaced by one with random weights.
+
+    Raises:
+        RecipeError: If the model cannot be loaded, or has no experts.
+    """
+    # Imported here: the module reads the catalogue of transformers' models.
+    from bmoe_lightning.experts import find_expert_layers
+
+    if preset.model is None:
+        generated = all(entry.source is None for entry in preset.data) and not dry_run
+        return _LAYERS if generated else small_moe_config(1).num_hidden_layers
+    import torch
+
+    try:
+        check_model(preset.model)
+        return len(find_expert_layers(build(load_configuration(preset.model), torch.float32)))
+    except (ModelUnavailableError, ValueError) as error:
+        raise RecipeError(str(error)) from error
+
+
+def source_of(
+    run: PlannedRun, questions: Questions, model_folder: Path, settings: ResolvedSettings, methods: Sequence[Method]
+) -> Source:
+    """Model and questions of one run.
+
+    Args:
+        run: The run.
+        questions: Questions of all data sets.
+        model_folder: Folder of the small models, which all runs share.
+        settings: Settings of the run.
+        methods: Methods of the run.
+
+    Raises:
+        RecipeError: If the questions are too few for a method, or model and questions do not fit.
+    """
+    splits = questions.splits[run.data]
+    try:
+        drawn = limited(settings, splits, methods)
+        small, model = None, settings.model
+        if model is None and settings.data is None and not settings.dry_run:
+            small = SmallModel(WORLD, model_folder, _LAYERS)
+            model = str(small.folder(settings.first_seed, progress=not settings.quiet))
+        elif model is None:
+            model = reader(settings, questions.train, model_folder)
+        source = Source(
+            settings,
+            model,
+            model,
+            drawn.train,
+            drawn.calibration,
+            drawn.test,
+            banner=f"{run.name}: {len(drawn.train)} training, {len(drawn.calibration)} calibration and "
+            f"{len(drawn.test)} test questions",
+            small_model=small,
+            others={name: _other(questions, name, settings, methods) for name in run.others},
+            calibration_in_train=drawn.calibration_in_train,
+        )
+        source.data(seed=0)  # raises now if the tokenizer or the prompts do not fit
+    except (DataUnavailableError, ModelUnavailableError, ValueError, RuntimeError) as error:
+        raise RecipeError(str(error)) from error
+    return source
+
+
+def _other(questions: Questions, name: str, settings: ResolvedSettings, methods: Sequence[Method]) -> OtherSet:
+    splits = questions.splits[name]
+    drawn = limited(settings, splits, methods)
+    return OtherSet(replace(splits, test=drawn.test), questions.data[name].prompt)

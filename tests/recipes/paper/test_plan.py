@@ -1,0 +1,95 @@
+"""Which runs the tables need, from which settings."""
+
+from __future__ import annotations
+
+import pytest
+
+from recipes.common.cli import UsageError
+from recipes.paper.plan import EXPERT_METHODS, PRIOR_METHODS, Columns, layer_parts, planned_runs
+from recipes.paper.presets import PRESETS, chosen_preset
+from recipes.paper.settings import PaperSettings
+
+COLUMNS = Columns(("recall", "pairs", "judged"), 8)
+
+
+def planned(**options):
+    return {run.name: run for run in planned_runs(PaperSettings(**options), COLUMNS)}
+
+
+def names(run):
+    return [entry if isinstance(entry, str) else entry["init_args"]["name"] for entry in run.methods]
+
+
+def test_a_table_in_distribution_trains_each_model_once():
+    runs = planned(table=(1,))
+    assert set(runs) == {f"{data}-{mode}" for data in COLUMNS.names for mode in ("experts", "lora")}
+    assert all(run.others == () for run in runs.values())
+    assert runs == planned(table=(2,))  # of another model
+    assert runs["pairs-experts"].methods == EXPERT_METHODS
+
+
+def test_tables_share_their_runs():
+    everything = planned(all=True)
+    assert set(everything) == set(planned(table=(1,)))
+    assert next(iter(everything)) == "recall-experts"
+    home = everything["recall-experts"]
+    assert home.others == ("pairs", "judged")
+    assert names(home) == [*EXPERT_METHODS, *(f"laplace_lpo_without_{number}" for number in (1, 2, 3, 4))]
+    assert everything["pairs-experts"].others == ()
+
+
+def test_tables_alone_need_less():
+    assert set(planned(table=(3,))) == {"recall-experts", "recall-lora"}
+    assert set(planned(table=(5,))) == set(planned(figure=(1,))) == {"recall-experts"}
+    assert [run.methods for run in planned(table=(6,)).values()] == [PRIOR_METHODS] * 3
+
+
+@pytest.mark.parametrize(
+    ("layers", "parts"),
+    [
+        (4, [[0], [1], [2], [3]]),
+        (3, [[0], [1], [2]]),
+        (6, [[0, 1], [2], [3], [4, 5]]),
+        (24, [list(range(6 * part, 6 * part + 6)) for part in range(4)]),
+        (27, [list(range(7)), list(range(7, 14)), list(range(14, 20)), list(range(20, 27))]),
+    ],
+)
+def test_parts_cover_all_layers_in_order(layers, parts):
+    assert layer_parts(layers) == parts
+
+
+def test_each_part_is_left_out_by_its_indices():
+    run = planned(table=(5,))["recall-experts"]
+    skipped = [entry["init_args"]["curvature"]["skip_layers"] for entry in run.methods if isinstance(entry, dict)]
+    assert skipped == [[0, 1], [2, 3], [4, 5], [6, 7]]
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({}, "give --table, --figure or --all"),
+        ({"table": (8,)}, "--table: the paper has no 8"),
+        ({"figure": (2,)}, "--figure: the paper has no 2"),
+        ({"all": True, "data": ("openbookqa",)}, "NAME=FOLDER_OR_ID, got 'openbookqa'"),
+        ({"all": True, "data": ("a-b=x",)}, "names are letters"),
+        ({"all": True, "data": ("a=x", "a=y")}, "a name twice"),
+    ],
+)
+def test_what_cannot_be_made_is_refused(options, message):
+    with pytest.raises(UsageError, match=message):
+        PaperSettings(**options)
+
+
+def test_a_model_needs_real_questions():
+    with pytest.raises(UsageError, match="cannot answer the generated questions"):
+        chosen_preset(PaperSettings(all=True, model="somebody/model"))
+
+
+def test_given_data_keep_what_is_known_of_them():
+    preset = chosen_preset(PaperSettings(all=True, data=("boolq=/folder", "mine=/other")))
+    boolq, mine = preset.data
+    assert (boolq.label, boolq.source, boolq.prompt, boolq.protocol) == ("BoolQ", "/folder", "true_false", "paper")
+    assert (mine.label, mine.source, mine.prompt) == ("mine", "/other", None)
+    assert preset.model is None
+    other = chosen_preset(PaperSettings(all=True, preset="qwen", model="somebody/model"))
+    assert (other.model, other.data) == ("somebody/model", PRESETS["qwen"].data)

@@ -1,0 +1,83 @@
+"""The command, on a model with random weights."""
+
+from __future__ import annotations
+
+import json
+import shutil
+
+import pytest
+import torch
+
+from recipes.paper.__main__ import main
+from recipes.paper.stored_study import STUDY_FILE, read_study
+from recipes.qwen_obqa.seed_run import SeedRun
+
+pytestmark = pytest.mark.slow
+
+
+def make(folder, *arguments):
+    return main(
+        ["--dry-run", "--quiet", "--accelerator", "cpu", "--seeds", "1", "--output-dir", str(folder), *arguments]
+    )
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    pytest.importorskip("peft")
+    folder = tmp_path_factory.mktemp("paper") / "study"
+    assert make(folder, "--table", "3,5") == 0
+    return folder
+
+
+def test_the_study_has_every_outcome(finished):
+    study = read_study(finished)
+    tested = {(o.trained_on, o.mode, o.tested_on) for o in study.outcomes}
+    assert tested == {("recall", mode, other) for mode in ("experts", "lora") for other in study.labels}
+    judged = {result.method: result for result in study.results("recall", "judged")}
+    assert judged["map"].log_probs.shape == (8, 2)
+    assert "laplace_lpo_without_3" in judged
+    assert [result.method for result in study.results("recall", "judged", "lora")] == ["map", "bayesian_lora"]
+
+
+def test_a_finished_study_is_not_repeated_and_another_table_adds_its_runs(finished, monkeypatch, capsys):
+    trained, train = [], SeedRun._train_and_fit
+
+    def recorded(self, *args):
+        trained.append(self.output.name)
+        train(self, *args)
+
+    monkeypatch.setattr(SeedRun, "_train_and_fit", recorded)
+    before = read_study(finished)
+    assert make(finished, "--table", "3,5") == 0
+    assert trained == []
+    for one, other in zip(before.outcomes, read_study(finished).outcomes, strict=True):
+        assert all(torch.equal(a.log_probs, b.log_probs) for a, b in zip(one.results, other.results, strict=True))
+    capsys.readouterr()
+    assert make(finished, "--table", "6", "--limit-test", "8") == 0
+    assert set(trained) == {f"{name}-experts" for name in before.labels if name != "recall"}
+
+
+def test_the_report_needs_no_model(finished, tmp_path, capsys):
+    folder = tmp_path / "copy"
+    shutil.copytree(finished, folder)
+    shutil.rmtree(folder / "model")
+    for weights in folder.rglob("trained.safetensors"):
+        weights.unlink()
+    shutil.rmtree(folder / "report")
+    assert main(["--report", str(folder)]) == 0
+    assert (folder / "report" / "report.md").read_text() in capsys.readouterr().out
+    assert json.loads((folder / "report" / "results.json").read_text())
+
+
+def test_no_study_is_one_line(tmp_path, capsys):
+    assert main(["--report", str(tmp_path)]) == 1
+    assert "holds no finished study" in capsys.readouterr().err
+
+
+def test_a_damaged_index_is_named(finished, tmp_path, capsys):
+    folder = tmp_path / "copy"
+    shutil.copytree(finished, folder)
+    path = folder / STUDY_FILE
+    path.write_text(path.read_text().replace('"recall"', '"recal"', 1))
+    assert main(["--report", str(folder)]) == 1
+    assert STUDY_FILE in capsys.readouterr().err
