@@ -167,7 +167,7 @@ class TestResume:
             def killed(*_, **__):
                 raise RuntimeError("killed")
 
-            patch.setattr("bmoe_lightning.callback.fit_methods", killed)
+            patch.setattr("bmoe_lightning.trainer.run_fit.fit_methods", killed)
             with pytest.raises(RuntimeError, match="killed"):
                 run(folder, "--methods", METHODS)
         trained = folder / "seed-0" / "trained.safetensors"
