@@ -31,6 +31,9 @@ GRADIENT_BYTES = 1 << 33
 """Memory of the gradients of one batch in bytes: 8 GiB, or what those of five contrasts take; see `num_sweeps`."""
 
 _FEW_CONTRASTS = 5
+# Negative eigenvalues that are rounding, relative to the trace of the prior's covariance and to the terms of its sums.
+_MISMATCH = 1e-4
+_ROUNDING = 64 * torch.finfo(torch.float32).eps
 
 
 @dataclass(frozen=True)
@@ -56,6 +59,9 @@ class LayerTerms:
         examples: Example of each group, `[N]` int64.
         experts: Expert of each group, `[N]` int64.
         by_group: What is only needed to attribute the variance to experts, if it was asked for.
+        uncancelled: Sum of `|a_s|^2 |g_s|^2` over the slots of each example, for its largest contrast, `[B]` float64.
+            Inner products are sums of such terms, whose rounding errors stay where the terms cancel. None for terms
+            whose covariance is not checked.
     """
 
     prior: Tensor
@@ -63,6 +69,7 @@ class LayerTerms:
     examples: Tensor
     experts: Tensor
     by_group: GroupTerms | None = None
+    uncancelled: Tensor | None = None
 
 
 @dataclass(frozen=True)
@@ -187,7 +194,14 @@ def num_sweeps(num_contrasts: int, num_layers: int, gradient_bytes: int) -> int:
 
 def _first(terms: BatchTerms, count: int) -> BatchTerms:
     """The terms of the first examples, if only these have slots."""
-    layers = tuple(replace(layer, prior=layer.prior[:count]) for layer in terms.layers)
+    layers = tuple(
+        replace(
+            layer,
+            prior=layer.prior[:count],
+            uncancelled=None if layer.uncancelled is None else layer.uncancelled[:count],
+        )
+        for layer in terms.layers
+    )
     labels = None if terms.labels is None else terms.labels[:count]
     return BatchTerms(terms.logits[:count], labels, terms.embedding[:count], layers)
 
@@ -257,6 +271,7 @@ def layer_terms(
     keys = on_device(groups.keys, inputs.device)
     experts = keys // num_examples
     prior = inputs.new_zeros(num_examples, num_contrasts, num_contrasts, dtype=torch.float64)
+    uncancelled = inputs.new_zeros(num_examples, dtype=torch.float64)
     kept = None
     if by_group:
         products_of_group = prior.new_zeros(len(keys), num_contrasts, num_contrasts)
@@ -271,6 +286,8 @@ def layer_terms(
         g = _gathered(gradients, slots, dtype)  # [P, n, h, d_out]
         products = inner_products(a, g).double()
         prior.index_add_(0, keys[chosen] % num_examples, products)
+        norms = torch.linalg.vector_norm(a, dim=2) * torch.linalg.vector_norm(g, dim=3).amax(0)  # [n, h]
+        uncancelled.index_add_(0, keys[chosen] % num_examples, norms.double().square().sum(1))
         if kept is not None:
             kept.prior[chosen] = products
         of_groups = experts[chosen]
@@ -279,7 +296,7 @@ def layer_terms(
                 projected = (g @ g_basis[of_groups]).mT @ (a @ a_basis[of_groups])
                 projection[chosen] = projected.transpose(0, 1)
     examples = keys % num_examples
-    return [LayerTerms(prior, projection, examples, experts, kept) for projection in projections]
+    return [LayerTerms(prior, projection, examples, experts, kept, uncancelled) for projection in projections]
 
 
 def _gathered(gradients: Sequence[Tensor], slots: Tensor, dtype: torch.dtype) -> Tensor:
@@ -313,14 +330,15 @@ def covariance(terms: BatchTerms, curvature: Sequence[Tensor], prior_precision: 
         layer_covariance(layer, s, precision).to(terms.embedding.device)
         for layer, s, precision in zip(terms.layers, curvature, prior_precision, strict=True)
     )
-    scale = sum(
-        layer.prior.to(terms.embedding) / precision
+    # The covariance is the prior's minus the explained part, so its rounding error is relative to the prior's; where
+    # the logits of an example are equal, as those of equal texts are, all of that is rounding.
+    allowed = sum(
+        _rounding(layer).to(terms.embedding) / precision
         for layer, precision in zip(terms.layers, prior_precision.to(terms.embedding), strict=True)
     )
     assert isinstance(contrast, Tensor)
-    assert isinstance(scale, Tensor)
-    _check_definite(contrast, scale)
-    return terms.embedding @ contrast @ terms.embedding.mT
+    assert isinstance(allowed, Tensor)
+    return terms.embedding @ _semidefinite(contrast, allowed) @ terms.embedding.mT
 
 
 def layer_covariance(terms: LayerTerms, curvature: Tensor, prior_precision: Tensor) -> Tensor:
@@ -351,12 +369,20 @@ def _explained(terms: LayerTerms, curvature: Tensor, prior_precision: Tensor) ->
     return weighted.flatten(2) @ projections.flatten(2).mT
 
 
-def _check_definite(contrast: Tensor, scale: Tensor) -> None:
-    lowest = torch.linalg.eigvalsh(contrast)[:, 0]
-    # The covariance is the prior's minus the explained part, so its rounding error is relative to the prior's.
-    allowed = 1e-4 * scale.diagonal(dim1=1, dim2=2).sum(1)
+def _rounding(terms: LayerTerms) -> Tensor:
+    """The most by which rounding lowers an eigenvalue at prior precision 1, `[B]` float64."""
+    of_prior = _MISMATCH * terms.prior.diagonal(dim1=1, dim2=2).sum(1)
+    return of_prior if terms.uncancelled is None else of_prior + _ROUNDING * terms.uncancelled
+
+
+def _semidefinite(contrast: Tensor, allowed: Tensor) -> Tensor:
+    """The covariances `[B, P, P]`, those with negative eigenvalues of a size that is allowed `[B]` without these."""
+    values, vectors = torch.linalg.eigh(contrast.nan_to_num())
+    lowest = values[:, 0]
     if bool((lowest < -allowed).any()) or not bool(torch.isfinite(contrast).all()):
         raise ValueError(
             f"the logit covariance has an eigenvalue of {lowest.min().item():.3g}, beyond rounding error: the factors "
             "and the model do not match, or a value overflowed; check that the posterior was fitted to these weights"
         )
+    clipped = (vectors * values.clamp(min=0).unsqueeze(1)) @ vectors.mT
+    return torch.where((lowest < 0)[:, None, None], clipped, contrast)

@@ -220,6 +220,21 @@ def test_batches_may_be_split(model, shared):
     torch.testing.assert_close(torch.cat(parts), whole)
 
 
+@layouts
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("precision", [1.0, 1e-4])
+def test_choices_of_the_same_tokens_are_equally_probable(shared, dtype, precision):
+    """Their logits are equal for all weights: all of the covariance of their differences is rounding."""
+    model = tiny_qwen(dtype=dtype)
+    items = questions()
+    alike = [items[0], replace(items[0], choices=((4, 5, 6),) * 3), items[2]]
+    factors = collect_factors(model, class_logits, [collated(shared=shared)], rank=3)
+    posterior = LaplacePosterior(factors, precision)
+    for link in ("mc", "isotropic", "probit"):
+        log_probs = posterior.predict(model, class_logits, collated(alike, shared=shared), link, num_samples=20)
+        torch.testing.assert_close(log_probs[1].exp().double(), torch.full((3,), 1 / 3).double(), rtol=1e-2, atol=0)
+
+
 def test_a_token_of_another_choice_has_no_effect(model):
     items = questions()
     changed = replace(items[0], choices=(items[0].choices[0], (1, 2, 3), items[0].choices[2]))
