@@ -59,7 +59,7 @@ class LayerTerms:
         examples: Example of each group, `[N]` int64.
         experts: Expert of each group, `[N]` int64.
         by_group: What is only needed to attribute the variance to experts, if it was asked for.
-        uncancelled: Sum of `|a_s|^2 |g_s|^2` over the slots of each example, for its largest contrast, `[B]` float64.
+        uncancelled: Sum of `|a_s|^2 |g_s|^2` over the slots of each example, for its first contrast, `[B]` float64.
             Inner products are sums of such terms, whose rounding errors stay where the terms cancel. None for terms
             whose covariance is not checked.
     """
@@ -286,8 +286,8 @@ def layer_terms(
         g = _gathered(gradients, slots, dtype)  # [P, n, h, d_out]
         products = inner_products(a, g).double()
         prior.index_add_(0, keys[chosen] % num_examples, products)
-        norms = torch.linalg.vector_norm(a, dim=2) * torch.linalg.vector_norm(g, dim=3).amax(0)  # [n, h]
-        uncancelled.index_add_(0, keys[chosen] % num_examples, norms.double().square().sum(1))
+        norms = a.square().sum(2) * g[0].square().sum(2)  # [n, h]
+        uncancelled.index_add_(0, keys[chosen] % num_examples, norms.double().sum(1))
         if kept is not None:
             kept.prior[chosen] = products
         of_groups = experts[chosen]
