@@ -12,15 +12,17 @@ unbiased for their sum, since the z of different examples are independent.
 from __future__ import annotations
 
 import math
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
-from typing import Self
+from typing import Any, Self
 
 import torch
 from torch import Tensor, nn
 
+from bmoe_lightning.experts import ClassLogits
 from bmoe_lightning.experts.fsdp import is_sharded
-from bmoe_lightning.experts.tapped_batches import TappedBatch
+from bmoe_lightning.experts.tapped_batches import TappedBatch, tapped_batch
 from bmoe_lightning.experts.types import ExpertLayer
 from bmoe_lightning.experts.weight_gradients import squared_gradients
 from bmoe_lightning.experts.weights import down_proj_parameters
@@ -29,6 +31,7 @@ from bmoe_lightning.utils.distributed import gather_number, num_processes, proce
 MAX_PASSES = 40
 """Maximum number of backward passes to the weights, over all ranks."""
 
+_NO_MEMORY = "there is not enough memory for gradients of the trained weights"
 _FIRST_BATCHES = 4  # so that small data sets have a standard error
 _COST = 0.07  # of the curvature pass: what is left of a tenth covers the first batches
 _PASS_COST = 2  # of a backward pass to the weights; a forward pass, or a backward pass to the activations, costs 1
@@ -188,8 +191,28 @@ class GradientShareRecorder:
         is_in_turn = self._batches < _FIRST_BATCHES or self._batches % self._spacing == 0
         return is_in_turn and len(self._result.squares) < self._most and not self._is_unused
 
+    @contextmanager
+    def tapped(
+        self, model: nn.Module, layers: Sequence[ExpertLayer], class_logits: ClassLogits, batch: Any
+    ) -> Iterator[TappedBatch]:
+        """Run a batch as `tapped_batch` does, with a graph to the trained weights if it is wanted.
+
+        Without enough memory for that graph it runs again with frozen weights. Arguments are those of `tapped_batch`.
+        """
+        with ExitStack() as stack:
+            found = None
+            if self.wants_next:
+                try:
+                    found = stack.enter_context(tapped_batch(model, layers, class_logits, batch, frozen=False))
+                except torch.cuda.OutOfMemoryError:
+                    self._give_up(_NO_MEMORY)
+            yield found or stack.enter_context(tapped_batch(model, layers, class_logits, batch))
+
+    def _give_up(self, reason: str) -> None:
+        self._result = replace(self._result, reason=reason)
+
     def add(self, tapped: TappedBatch, num_passes: int) -> None:
-        """Count a batch, and take the squared gradients of one that was wanted.
+        """Count a batch, and take its squared gradients, if it is wanted.
 
         Args:
             tapped: The batch, with a graph to the trained weights if `wants_next` was true.
@@ -202,11 +225,14 @@ class GradientShareRecorder:
         if not wanted:
             return
         if tapped.taps.scale is not None:
-            reason = "the backward pass runs in float16, in which gradients underflow"
-            self._result = replace(self._result, reason=reason)
+            self._give_up("the backward pass runs in float16, in which gradients underflow")
             return
         weights = random_contrasts(tapped, seed=self._seed + 7_368_787 * self._rank + 1_000_003 * position)
-        squares = squared_gradients(tapped.logits, weights, self._trained)
+        try:
+            squares = squared_gradients(tapped.logits, weights, self._trained)
+        except torch.cuda.OutOfMemoryError:
+            self._give_up(_NO_MEMORY)
+            return
         row = squares.new_zeros(self._result.squares.shape[1]).index_add_(0, self._columns, squares)
         row[0] = squares.sum()
         self._result = replace(self._result, squares=torch.cat([self._result.squares, row.unsqueeze(0)]))

@@ -35,7 +35,7 @@ from bmoe_lightning.experts.fingerprint import weight_fingerprint
 from bmoe_lightning.experts.fsdp import check_collective
 from bmoe_lightning.experts.logits_contract import ClassLogits
 from bmoe_lightning.experts.ownership import slot_owners
-from bmoe_lightning.experts.tapped_batches import TappedBatch, tapped_batch
+from bmoe_lightning.experts.tapped_batches import TappedBatch
 from bmoe_lightning.experts.taps import Slots
 from bmoe_lightning.experts.tied_weights import check_distinct
 from bmoe_lightning.experts.types import ExpertLayer
@@ -162,8 +162,7 @@ def collect_factors(
     used, checked = kept.progress.examples, kept.progress.checked
     with forked_random_state(), failing_together(distributed=distributed):
         for batch in kept.remaining(lockstep(model, batches)):
-            frozen = not share.wants_next
-            with tapped_batch(model, layers, class_logits, batch, frozen=frozen) as tapped, torch.no_grad():
+            with share.tapped(model, layers, class_logits, batch) as tapped, torch.no_grad():
                 slots = [tapped.taps.slots(position) for position in range(len(layers))]
                 if not sums:
                     sums = [

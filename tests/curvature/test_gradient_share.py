@@ -163,6 +163,31 @@ class TestPass:
         for one, other in zip(found.layers, expected.layers, strict=True):
             assert all(torch.equal(value, other.tensors()[name]) for name, value in one.tensors().items())
 
+    @pytest.mark.parametrize("place", ["forward", "backward"])
+    def test_is_unknown_without_enough_memory_and_the_factors_are_the_same(self, monkeypatch, place):
+        model, calls = toy_model(), []
+        expected = collect_factors(model, answer_logits, batches(3), rank=3, fisher="mc")
+
+        def class_logits(model, batch):
+            calls.append(batch)
+            if place == "forward" and any(p.requires_grad for p in model.parameters()):
+                raise torch.cuda.OutOfMemoryError("CUDA out of memory")
+            return answer_logits(model, batch)
+
+        def refuse(*_):
+            raise torch.cuda.OutOfMemoryError("CUDA out of memory")
+
+        if place == "backward":
+            monkeypatch.setattr(f"{MODULE}.squared_gradients", refuse)
+        layers = find_expert_layers(model)
+        recorder = GradientShareRecorder(model, layers)
+        found = collect_factors(model, class_logits, batches(3), rank=3, fisher="mc", share=recorder)
+        assert recorder.finish().of([layer.name for layer in layers]).reason.startswith("there is not enough memory")
+        assert len(calls) == 3 + (place == "forward")  # the first batch again, and no other
+        assert all(p.requires_grad and p._backward_hooks is None for p in model.parameters())
+        for one, other in zip(found.layers, expected.layers, strict=True):
+            assert all(torch.equal(value, other.tensors()[name]) for name, value in one.tensors().items())
+
     def test_leaves_the_model_as_it_was(self):
         model = train_only(toy_model(), DOWN, "head").train()
         model.head.weight.grad = torch.ones_like(model.head.weight)
