@@ -119,6 +119,7 @@ def _check_behaviour(method: Method, folder: Path, atol: float) -> None:
     result = _predicted(method, fit, model, _batches(seed=2, count=3), snapshots)
     _check_log_probs(method, result)
     _check_cuts(method, fit, model, snapshots, atol)
+    _check_uncertainty(method, fit, model, snapshots, atol)
     _check_absent_columns(method, fit, model, snapshots, atol)
     _check_files(method, fit, model, folder / "fit", snapshots, result)
     _check_exception(method, fit, model, snapshots)
@@ -162,15 +163,37 @@ def _check_cuts(method: Method, fit: FitResult, model: nn.Module, snapshots: Seq
     assert torch.equal(whole, again), f"{method.name} predicts the same batch differently the second time"
     if method.needs.expert_dropout:
         return
-    halves = [
-        {"ids": part, "hide": first == 0} for batch in batches for first, part in enumerate(batch["ids"].split(2))
-    ]
-    cut = _predicted(method, fit, model, halves, snapshots)
+    cut = _predicted(method, fit, model, _halves(batches), snapshots)
     both = whole == cut
     difference = torch.where(both, 0, whole - cut).abs().max()
     assert bool(difference <= atol), (
         f"{method.name}: with another batch size, log_probs differ by {float(difference):.3g}"
     )
+
+
+def _halves(batches: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Batches of two from those of four."""
+    return [{"ids": part, "hide": first == 0} for batch in batches for first, part in enumerate(batch["ids"].split(2))]
+
+
+def _check_uncertainty(
+    method: Method, fit: FitResult, model: nn.Module, snapshots: Sequence[Path], atol: float
+) -> None:
+    """Scores are one finite number for each prediction, however the data are cut into batches."""
+    batches = _batches(seed=4, count=2)
+    whole, cut = (
+        evaluate([method], fit, model, _class_logits, data, snapshots)[method.name].uncertainty
+        for data in (batches, _halves(batches))
+    )
+    number = sum(len(batch["ids"]) for batch in batches)
+    for name, scores in whole.items():
+        assert scores.shape == (number,), f"{method.name}: {name} has shape {list(scores.shape)}, not [{number}]"
+        assert scores.dtype == torch.float64, f"{method.name}: {name} is {scores.dtype}, not float64"
+        assert bool(scores.isfinite().all()), f"{method.name}: {name} is not finite"
+        difference = float((scores - cut[name]).abs().max())
+        assert method.needs.expert_dropout or difference <= atol, (
+            f"{method.name}: with another batch size, {name} differs by {difference:.3g}"
+        )
 
 
 def _check_absent_columns(

@@ -109,6 +109,23 @@ def test_a_faulty_prediction_is_noticed(log_probs, message):
         check_method(faulty(log_probs=log_probs))
 
 
+@pytest.mark.parametrize(
+    ("score", "message"),
+    [
+        (lambda logits: logits, r"has shape \[8, 4\], not \[8\]"),
+        (lambda logits: logits.amax(1).float(), "float32, not float64"),
+        (lambda logits: logits.amin(1), "is not finite"),
+        (lambda logits: logits.amax(1) - logits.amax(), "with another batch size, score differs"),
+    ],
+)
+def test_a_faulty_score_of_uncertainty_is_noticed(score, message):
+    def uncertainty(self, batch, state):
+        return {"score": score(batch.logits)}
+
+    with pytest.raises(AssertionError, match=message):
+        check_method(faulty(log_probs=lambda self, batch, state: plain(batch), uncertainty=uncertainty))
+
+
 def test_a_faulty_declaration_is_noticed():
     class Mutable(MAP):
         """Not a dataclass of its own, but MAP's."""

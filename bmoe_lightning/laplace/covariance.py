@@ -341,6 +341,21 @@ def covariance(terms: BatchTerms, curvature: Sequence[Tensor], prior_precision: 
     return terms.embedding @ _semidefinite(contrast, allowed) @ terms.embedding.mT
 
 
+def prior_covariance(terms: BatchTerms, prior_precision: Tensor) -> Tensor:
+    """The logit covariance of a batch under the prior, before any data: `[B, K, K]` float64.
+
+    Args:
+        terms: Terms of the batch.
+        prior_precision: Prior precision `[L]` float64, one value per layer.
+    """
+    contrast = sum(
+        layer.prior.to(terms.embedding) / precision
+        for layer, precision in zip(terms.layers, prior_precision.to(terms.embedding), strict=True)
+    )
+    assert isinstance(contrast, Tensor)
+    return terms.embedding @ contrast @ terms.embedding.mT
+
+
 def layer_covariance(terms: LayerTerms, curvature: Tensor, prior_precision: Tensor) -> Tensor:
     """Contribution of one layer to the covariance of the contrasts: `[B, P, P]` float64."""
     explained = _explained(terms, curvature, prior_precision)

@@ -126,6 +126,18 @@ class Method(ABC):
             state: State from `fit`.
         """
 
+    def uncertainty(self, batch: BatchView, state: State) -> dict[str, Tensor]:
+        """Scores of how uncertain each prediction is, beyond those of its probabilities; none by default.
+
+        Args:
+            batch: View of the batch.
+            state: State from `fit`.
+
+        Returns:
+            Scores by name, each `[B]` float64, higher where a prediction is more uncertain. Not asked of ensembles.
+        """
+        return {}
+
     def members(
         self, model: nn.Module, state: State, snapshots: Sequence[Path]
     ) -> Sequence[AbstractContextManager[None]]:

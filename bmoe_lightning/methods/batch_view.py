@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from bmoe_lightning.curvature.spec import Curvature
 from bmoe_lightning.experts.logits_contract import ClassLogits, masked_logits, run_class_logits
 from bmoe_lightning.experts.model_state import evaluation_mode
-from bmoe_lightning.laplace.covariance import BatchTerms
+from bmoe_lightning.laplace.covariance import BatchTerms, prior_covariance
 from bmoe_lightning.laplace.posterior import LaplacePosterior, posterior_terms
 
 
@@ -91,6 +91,10 @@ class BatchView:
         """
         terms = self.terms(curvature)
         return terms.logits, self._posteriors[curvature.digest].covariance_of(terms, prior_precision)
+
+    def prior_covariance(self, curvature: Curvature, prior_precision: Tensor) -> Tensor:
+        """The covariance `[B, K, K]` of the centred logits under the prior, before any data; as `covariance`."""
+        return prior_covariance(self.terms(curvature), prior_precision)
 
     def forward(self) -> tuple[Tensor, Tensor | None]:
         """Run another forward pass in evaluation mode: logits `[B, K]` float64 and labels as returned."""

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -32,11 +32,13 @@ class Predictions:
         log_probs: Log-probabilities `[N, K]` float64.
         labels: Labels `[N]` int64.
         logits: Logits `[N, K]` float64 of the model (MAP), whatever the method.
+        uncertainty: Scores `[N]` float64 of a method with a posterior by name, see `Method.uncertainty`.
     """
 
     log_probs: Tensor
     labels: Tensor
     logits: Tensor
+    uncertainty: Mapping[str, Tensor] = field(default_factory=dict)
 
 
 class Evaluation:
@@ -60,6 +62,7 @@ class Evaluation:
         self._single = [method for method in methods if not method.is_ensemble]
         self._posteriors: dict[str, LaplacePosterior] | None = None
         self._log_probs: dict[str, list[Tensor]] = {method.name: [] for method in self._single}
+        self._uncertainty: dict[str, list[dict[str, Tensor]]] = {method.name: [] for method in self._single}
         self._labels: list[Tensor] = []
         self._logits: list[Tensor] = []
 
@@ -80,7 +83,10 @@ class Evaluation:
             view = self.view(model, class_logits, batch)
             labels = _labels(view)
             for method in self._single:
-                self._log_probs[method.name].append(method.log_probs(view, self._states[method.name]).cpu())
+                state = self._states[method.name]
+                self._log_probs[method.name].append(method.log_probs(view, state).cpu())
+                scores = method.uncertainty(view, state)
+                self._uncertainty[method.name].append({name: score.cpu() for name, score in scores.items()})
             self._labels.append(labels)
             self._logits.append(view.logits.cpu())
 
@@ -101,10 +107,14 @@ class Evaluation:
         result = {}
         for method in self.methods:
             if method.is_ensemble:
-                log_probs = self._ensemble(method, model, class_logits, batches, labels)
-            else:
-                log_probs = joined_logits(self._log_probs[method.name])
-            result[method.name] = Predictions(log_probs, labels, logits)
+                result[method.name] = Predictions(
+                    self._ensemble(method, model, class_logits, batches, labels), labels, logits
+                )
+                continue
+            parts = self._uncertainty[method.name]
+            uncertainty = {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
+            log_probs = joined_logits(self._log_probs[method.name])
+            result[method.name] = Predictions(log_probs, labels, logits, uncertainty)
         return result
 
     def _ensemble(

@@ -13,6 +13,7 @@ from bmoe_lightning.laplace.prior import SCOPES, LogNormalPrior, Scope, fit_lpo
 from bmoe_lightning.methods.base import PRIOR_PRECISION, CurvatureMethod, State, check_choice, option
 from bmoe_lightning.methods.batch_view import BatchView
 from bmoe_lightning.methods.needs import Needs
+from bmoe_lightning.methods.uncertainty import posterior_uncertainty
 from bmoe_lightning.methods.workbench import PRIOR_MEANS, PriorMeanName, Workbench
 
 _ADVISED_LABELS = 64
@@ -75,3 +76,6 @@ class LaplaceLPO(CurvatureMethod):
     def log_probs(self, batch: BatchView, state: State) -> Tensor:
         logits, covariance = batch.covariance(self.spec, state[PRIOR_PRECISION])
         return class_probabilities(logits, covariance, self.link, num_samples=self.num_samples, seed=batch.seed)
+
+    def uncertainty(self, batch: BatchView, state: State) -> dict[str, Tensor]:
+        return posterior_uncertainty(batch, self.spec, state[PRIOR_PRECISION])

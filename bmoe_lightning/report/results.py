@@ -41,6 +41,7 @@ class MethodResult:
         extra: Further numbers for the table, such as a fitted temperature.
         hyperparameters: Options of the method, the same for all seeds.
         warnings: What makes the result doubtful, one sentence each: footnotes of the table.
+        uncertainty: Scores `[N]` by name, higher where a prediction is more uncertain, beyond those of `log_probs`.
 
     Raises:
         TypeError: If the tensors have the wrong dtype.
@@ -56,6 +57,7 @@ class MethodResult:
     extra: Mapping[str, float] = field(default_factory=dict)
     hyperparameters: Mapping[str, HyperparameterValue] = field(default_factory=dict)
     warnings: tuple[str, ...] = ()
+    uncertainty: Mapping[str, Tensor] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         if not _SLUG.fullmatch(self.method):
@@ -71,6 +73,11 @@ class MethodResult:
             raise ValueError(
                 f"{self.method} (seed {self.seed}) has {len(self.target)} predictions, but {len(self.ids)} ids, "
                 f"{len(set(self.ids))} of them different; give every item an id"
+            )
+        if wrong := [name for name, scores in self.uncertainty.items() if scores.shape != self.target.shape]:
+            raise ValueError(
+                f"{self.method} (seed {self.seed}) has {len(self.target)} predictions, but scores of "
+                f"{', '.join(wrong)} in other shapes; give one score for each"
             )
 
 

@@ -284,7 +284,8 @@ def _gathered(predictions: Predictions, shard: SamplerShard) -> Predictions:
     log_probs, logits = (
         shard.gather(joined_logits([values], width)) for values in (predictions.log_probs, predictions.logits)
     )
-    return Predictions(log_probs, shard.gather(predictions.labels), logits)
+    uncertainty = {name: shard.gather(scores) for name, scores in predictions.uncertainty.items()}
+    return Predictions(log_probs, shard.gather(predictions.labels), logits, uncertainty)
 
 
 def predicted(predictor: Predictor, module: nn.Module, class_logits: ClassLogits, batch: Any) -> dict[str, Any]:

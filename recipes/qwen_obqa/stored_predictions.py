@@ -19,6 +19,7 @@ from bmoe_lightning.utils.safetensors_io import TensorFile, opened_tensor_file, 
 _FORMAT = "predictions"
 _VERSION = 1
 _REMEDY = "delete it, and run the same command again"
+_UNCERTAINTY = "uncertainty/"
 
 
 @dataclass(frozen=True)
@@ -70,7 +71,12 @@ class StoredPredictions:
             "numbers": method.hyperparameters(fit.state_of(method)),
             "warnings": list(fit.warnings_of(method)),
         }
-        tensors = {"log_probs": predictions.log_probs, "labels": predictions.labels, "logits": predictions.logits}
+        tensors = {
+            "log_probs": predictions.log_probs,
+            "labels": predictions.labels,
+            "logits": predictions.logits,
+            **{f"{_UNCERTAINTY}{name}": scores for name, scores in predictions.uncertainty.items()},
+        }
         write_tensor_file(
             self._path(method), tensors, format=_FORMAT, version=_VERSION, description=description, fit=fit.fit_id
         )
@@ -122,6 +128,7 @@ def read_predictions(path: Path, name: str, label: str, seed: int, ids: tuple[st
         ids=ids,
         extra=file.description["numbers"],
         warnings=tuple(file.description.get("warnings", ())),
+        uncertainty=_uncertainty(file),
     )
 
 
@@ -138,12 +145,20 @@ def _read(path: Path) -> TensorFile:
         raise damaged(path, _FORMAT, "its tensors have other dtypes", _REMEDY)
     if bool(log_probs.isnan().any()) or not torch.allclose(log_probs.exp().sum(-1), torch.ones(()).to(log_probs)):
         raise damaged(path, _FORMAT, "its probabilities do not sum to one", _REMEDY)
+    if any(scores.shape != labels.shape or bool(scores.isnan().any()) for scores in _uncertainty(file).values()):
+        raise damaged(path, _FORMAT, "its scores of uncertainty are not one number a prediction", _REMEDY)
     numbers, warned = file.description.get("numbers"), file.description.get("warnings", [])
     if not isinstance(numbers, dict) or not all(isinstance(value, int | float) for value in numbers.values()):
         raise damaged(path, _FORMAT, "it lacks the numbers of the method", _REMEDY)
     if not isinstance(warned, list) or not all(isinstance(line, str) for line in warned):
         raise damaged(path, _FORMAT, "its warnings are no list of sentences", _REMEDY)
     return file
+
+
+def _uncertainty(file: TensorFile) -> dict[str, torch.Tensor]:
+    """Scores of uncertainty by name; none in files of methods without a posterior."""
+    tensors = file.tensors.items()
+    return {key.removeprefix(_UNCERTAINTY): value for key, value in tensors if key.startswith(_UNCERTAINTY)}
 
 
 def _options(method: Method) -> dict[str, Any]:

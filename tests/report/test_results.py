@@ -139,3 +139,10 @@ def test_further_metrics_have_the_values_of_their_functions_and_intervals(result
 def test_further_metrics_are_checked(further, message):
     with pytest.raises(ValueError, match=message):
         SummarySettings(further=further)
+
+
+def test_scores_of_uncertainty_are_one_for_each_item(make_result):
+    scores = torch.zeros(60)
+    assert make_result("map", 0, uncertainty={"mutual_information": scores}).uncertainty["mutual_information"] is scores
+    with pytest.raises(ValueError, match=r"has 60 predictions, but scores of spread in other shapes"):
+        make_result("map", 0, uncertainty={"mutual_information": scores, "spread": scores[:5]})

@@ -24,7 +24,7 @@ from bmoe_lightning.methods import (
     get_method,
     save_snapshot,
 )
-from bmoe_lightning.trainer.evaluation import EvaluationRun
+from bmoe_lightning.trainer.evaluation import EvaluationRun, _gathered
 
 DOWN = "layers.0.mixture.crew.down_proj"
 METHODS = ("deep_ensemble", "map", "temperature", "laplace_evidence", "checkpoint_ensemble")
@@ -92,6 +92,21 @@ class TestPredictions:
             for method in METHODS:
                 torch.testing.assert_close(two[1][name][method].log_probs, expected[method].log_probs)
                 assert torch.equal(two[1][name][method].labels, torch.cat([batch["labels"] for batch in batches]))
+            for key, scores in expected["laplace_evidence"].uncertainty.items():
+                assert torch.equal(two[1][name]["laplace_evidence"].uncertainty[key], scores)
+
+    def test_all_of_a_method_s_predictions_are_gathered_from_all_ranks(self, two):
+        class Reversed:
+            def gather(self, values):
+                return values.flip(0)
+
+        found = two[1]["test_0"]["laplace_evidence"]
+        gathered = _gathered(found, Reversed())
+        for name in ("log_probs", "labels", "logits"):
+            assert torch.equal(getattr(gathered, name), getattr(found, name).flip(0))
+        assert list(gathered.uncertainty) == ["mutual_information", "logit_variance", "relative_variance"]
+        for key, scores in found.uncertainty.items():
+            assert torch.equal(gathered.uncertainty[key], scores.flip(0))
 
     @pytest.mark.parametrize(
         ("method", "scales"), [("checkpoint_ensemble", (0.5, 2.0)), ("deep_ensemble", (1.0, -1.0))]

@@ -14,11 +14,15 @@ from bmoe_lightning.report import Cell, Grid, GridBlock, GridRow, MethodResult, 
 from recipes.paper.report.section import Groups, ReportInput, Section
 
 _TITLE = "Out of distribution"
-SCORES: Mapping[str, tuple[str, Callable[[Tensor], Tensor]]] = {
-    "max_probability": ("1 - maximum probability", one_minus_max_probability),
-    "entropy": ("entropy", entropy),
+_OF_LOG_PROBS: Mapping[str, Callable[[Tensor], Tensor]] = {
+    "max_probability": one_minus_max_probability,
+    "entropy": entropy,
 }
-"""Scores of log-probabilities, higher where a prediction is more uncertain, with their names in words."""
+_WORDS = {
+    "max_probability": "1 - maximum probability",
+    "logit_variance": "the mean variance of the centred logits",
+    "relative_variance": "the variance of the logits over that under the prior",
+}
 _VALUES = {
     "auroc": ("AUROC ↑", NumberFormat(higher_is_better=True)),
     "aupr": ("AUPR ↑", NumberFormat(higher_is_better=True)),
@@ -37,11 +41,12 @@ def section(report: ReportInput) -> Section | None:
     outside = {name: groups for name in report.shifted if (groups := report.groups(home, name))}
     if not inside:
         return None
-    grids = []
-    for score in SCORES:
+    tested = {home: inside, **outside}
+    grids: list[Grid | None] = []
+    for score in _names(tested):
         if outside:
             grids.append(_distribution_grid(report, score, inside, outside))
-        grids.append(_error_grid(report, score, {home: inside, **outside}))
+        grids.append(_error_grid(report, score, tested))
     text = [
         "Higher scores are more uncertain, and the positive class, of which AUPR and the 95 % of FPR95 are, is what "
         "should be: an out-of-distribution question, or a wrong answer. A score that knows nothing has an AUROC of .5 "
@@ -52,48 +57,68 @@ def section(report: ReportInput) -> Section | None:
         listed = ", ".join(map(report.label, other))
         text.append(
             f"Questions of {listed} have another number of choices than those of {report.label(home)}, which moves "
-            "both scores by itself: fewer choices look more certain."
+            "these scores by itself: fewer choices look more certain."
         )
-    return Section(_TITLE, grids=tuple(grids), text=tuple(text))
+    return Section(_TITLE, grids=tuple(grid for grid in grids if grid is not None), text=tuple(text))
 
 
-def _distribution_grid(report: ReportInput, score: str, inside: Groups, outside: Mapping[str, Groups]) -> Grid:
-    words, of_score = SCORES[score]
+def score_of(result: MethodResult, name: str) -> Tensor | None:
+    """A score `[N]`, higher where a prediction is more uncertain; None if the result does not have it.
+
+    Args:
+        result: Predictions.
+        name: Name of a score of log-probabilities, or of `MethodResult.uncertainty`.
+    """
+    if name in _OF_LOG_PROBS:
+        return _OF_LOG_PROBS[name](result.log_probs)
+    return result.uncertainty.get(name)
+
+
+def _names(tested: Mapping[str, Groups]) -> list[str]:
+    """All scores that some result has."""
+    results = (result for groups in tested.values() for group in groups.values() for result in group)
+    return list(dict.fromkeys([*_OF_LOG_PROBS, *(name for result in results for name in result.uncertainty)]))
+
+
+_Found = dict[tuple[str, str], dict[int, dict[str, float]]]
+
+
+def _distribution_grid(report: ReportInput, score: str, inside: Groups, outside: Mapping[str, Groups]) -> Grid | None:
     found: _Found = {}
-    shown = {row: group for row, group in inside.items() if any(row in groups for groups in outside.values())}
-    for row, group in shown.items():
+    for row, group in inside.items():
         for name, groups in outside.items():
-            others = {result.seed: of_score(result.log_probs) for result in groups.get(row, ())}
+            others = {result.seed: score_of(result, score) for result in groups.get(row, ())}
+            pairs = {result.seed: (score_of(result, score), others.get(result.seed)) for result in group}
             found[row, name] = {
-                result.seed: _told_apart(of_score(result.log_probs), others[result.seed])
-                for result in group
-                if result.seed in others
+                seed: _told_apart(one, other)
+                for seed, (one, other) in pairs.items()
+                if one is not None and other is not None
             }
     sizes = {name: len(next(iter(groups.values()))[0].ids) for name, groups in {"": inside, **outside}.items()}
     listed = ", ".join(f"{report.label(name)} {sizes[name]}" for name in outside)
     caption = (
         f"{report.study.model}: test questions of other data sets (positive; {listed}) against the {sizes['']} of "
-        f"{report.label(report.study.home)}, by {words}."
+        f"{report.label(report.study.home)}, by {_words(score)}."
     )
-    return _grid(report, f"out_of_distribution_{score}", caption, shown, tuple(outside), found)
+    return _grid(report, f"out_of_distribution_{score}", caption, inside, tuple(outside), found)
 
 
-def _error_grid(report: ReportInput, score: str, tested: Mapping[str, Groups]) -> Grid:
-    words, of_score = SCORES[score]
-    labels = {row: group for groups in tested.values() for row, group in groups.items()}
+def _error_grid(report: ReportInput, score: str, tested: Mapping[str, Groups]) -> Grid | None:
+    rows = {row: group for groups in tested.values() for row, group in groups.items()}
     found: _Found = {
-        (row, name): {result.seed: _wrong_told(of_score, result) for result in groups.get(row, ())}
+        (row, name): {
+            result.seed: detection_values(scores, result.log_probs.argmax(1) != result.target)
+            for result in groups.get(row, ())
+            if (scores := score_of(result, score)) is not None
+        }
         for name, groups in tested.items()
-        for row in labels
+        for row in rows
     }
     caption = (
         f"{report.study.model}, trained on {report.label(report.study.home)}: wrong answers (positive) against right "
-        f"ones, by {words}."
+        f"ones, by {_words(score)}."
     )
-    return _grid(report, f"errors_{score}", caption, labels, tuple(tested), found)
-
-
-_Found = dict[tuple[str, str], dict[int, dict[str, float]]]
+    return _grid(report, f"errors_{score}", caption, rows, tuple(tested), found)
 
 
 def _told_apart(inside: Tensor, outside: Tensor) -> dict[str, float]:
@@ -101,18 +126,23 @@ def _told_apart(inside: Tensor, outside: Tensor) -> dict[str, float]:
     return detection_values(torch.cat([inside, outside]), positive)
 
 
-def _wrong_told(of_score: Callable[[Tensor], Tensor], result: MethodResult) -> dict[str, float]:
-    return detection_values(of_score(result.log_probs), result.log_probs.argmax(1) != result.target)
+def _words(score: str) -> str:
+    return _WORDS.get(score, score.replace("_", " "))
 
 
-def _grid(report: ReportInput, name: str, caption: str, rows: Groups, columns: Sequence[str], found: _Found) -> Grid:
+def _grid(
+    report: ReportInput, name: str, caption: str, rows: Groups, columns: Sequence[str], found: _Found
+) -> Grid | None:
+    shown = {row: group for row, group in rows.items() if any(found[row, column] for column in columns)}
+    if not shown:
+        return None
     blocks = [
         GridBlock(
             title,
             (format,) * len(columns),
             tuple(
                 GridRow(row, group[0].label, tuple(_cell(found[row, column], value) for column in columns))
-                for row, group in rows.items()
+                for row, group in shown.items()
             ),
         )
         for value, (title, format) in _VALUES.items()

@@ -38,9 +38,21 @@ def test_are_read_as_they_were_written(stored):
     assert torch.equal(stored.logits(METHOD), LOGITS)
 
 
+def test_scores_of_uncertainty_are_read_as_they_were_written(tmp_path):
+    found = StoredPredictions(tmp_path, "run", "questions")
+    scores = {"mutual_information": torch.tensor([0.1, 0.0, 0.3]).double()}
+    found.write(METHOD, FitResult(seed=0), Predictions(LOGITS.log_softmax(-1), LABELS, LOGITS, scores))
+    assert found.has(METHOD)
+    read = found.read(METHOD, 3, ("a", "b", "c")).uncertainty
+    assert list(read) == ["mutual_information"]
+    assert torch.equal(read["mutual_information"], scores["mutual_information"])
+
+
 @pytest.mark.parametrize(
     ("change", "reason"),
     [
+        ({"tensors": {"uncertainty/entropy": LABELS[:2].double()}}, "scores of uncertainty"),
+        ({"tensors": {"uncertainty/entropy": LABELS * torch.nan}}, "scores of uncertainty"),
         ({"tensors": {"labels": None}}, "lacks a tensor"),
         ({"tensors": {"logits": None}}, "lacks a tensor"),
         ({"tensors": {"labels": LABELS[:2]}}, "shapes that do not fit together"),

@@ -44,7 +44,8 @@ def results(tested, methods, seeds, offset=0):
         noise = torch.randn(number, choices, generator=generator, dtype=torch.float64)
         for name, (label, sharpness) in methods.items():
             log_probs = (sharpness * (logits + 0.3 * noise)).log_softmax(1)
-            found.append(MethodResult(name, label, seed, log_probs, target, ids))
+            scores = {"mutual_information": noise.abs().sum(1)} if name.startswith("laplace") else {}
+            found.append(MethodResult(name, label, seed, log_probs, target, ids, uncertainty=scores))
     return tuple(found)
 
 

@@ -64,6 +64,22 @@ def test_wrong_answers_are_positive(study, section, kind):
     assert found.values == pytest.approx(expected, abs=1e-6)
 
 
+def test_scores_of_a_posterior_have_tables_of_the_methods_that_have_them(study, section):
+    grid = next(grid for grid in section.grids if grid.name == "out_of_distribution_mutual_information")
+    assert [row.key for row in grid.blocks[0].rows] == ["laplace_evidence", "laplace_lpo"]
+    inside, outside = (
+        {
+            result.seed: result.uncertainty["mutual_information"].tolist()
+            for result in study.results("home", name)
+            if result.method == "laplace_lpo"
+        }
+        for name in ("home", "judged")
+    )
+    found = cell(section, grid.name, "AUROC ↑", "laplace_lpo", "Judged")
+    assert found.values == pytest.approx([auroc(inside[seed], outside[seed]) for seed in range(5)], abs=1e-6)
+    assert "by mutual information." in grid.caption
+
+
 def test_other_numbers_of_choices_are_told(section):
     text = "\n".join(section.text)
     assert "Questions of Other & more, Judged have another number of choices than those of Home" in text
@@ -77,4 +93,8 @@ def test_without_the_first_data_set_there_is_no_section(make_study, report_of):
 
 def test_alone_there_are_errors_only(make_study, report_of):
     section = detection.section(report_of(make_study(labels={"home": "Home"}, seeds=(0,), lora={})))
-    assert [grid.name for grid in section.grids] == ["errors_max_probability", "errors_entropy"]
+    assert [grid.name for grid in section.grids] == [
+        "errors_max_probability",
+        "errors_entropy",
+        "errors_mutual_information",
+    ]
