@@ -36,9 +36,8 @@ class LeaveOneOutTemperature(CurvatureMethod):
     The estimate is the share of training labels that the model would predict if the example had been left out, to first
     order and under the posterior whose prior precision maximises the evidence, divided by `kappa` (the weights that
     were trained beside those of the posterior; see `GradientShare`). Memory perturbation: Nickl et al. 2023
-    (https://arxiv.org/abs/2310.19273); the temperature is particular to this library. It was worth about ten labels on
-    generated cases, sometimes far off, and no better than the evidence temperature on real ones: an option, not a
-    default.
+    (https://arxiv.org/abs/2310.19273); the temperature is particular to this library. It was sometimes far off, and no
+    better than the evidence temperature on real questions: an option, not a default.
 
     The fit takes a further pass over `train_inputs` training examples with K - 1 backward passes, K the number of
     classes: `train_inputs / N` of a curvature pass over N examples.
