@@ -127,17 +127,20 @@ class Source:
         prompt: str | None = None,
     ) -> MultipleChoiceDataModule:
         settings = self.settings
+        prompt = prompt or settings.prompt
+        # What is given for the run's prompt, or was measured with it, is no option of another one.
+        of_run = prompt == settings.prompt
         data = MultipleChoiceDataModule(
             splits,
             self.tokenizer,
-            prompt=prompt or settings.prompt,
+            prompt=prompt,
             batch_size=settings.batch_size,
             eval_batch_size=settings.eval_batch_size,
             max_length=settings.max_length,
             seed=seed,
             padding_side=padding_side or "auto",
-            normalise=settings.normalise if prompt in (None, settings.prompt) else "sum",
-            shared_prompts="auto" if shared_prompts is None else shared_prompts,
+            normalise=settings.normalise if of_run else "sum",
+            shared_prompts=shared_prompts if of_run and shared_prompts is not None else "auto",
         )
         data.setup()
         return data

@@ -4,18 +4,19 @@ from __future__ import annotations
 
 import json
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 from transformers import AutoTokenizer
 
 from bmoe_lightning.data.questions import Splits, question_key
-from recipes.qwen_obqa import sources
+from recipes.qwen_obqa import builtin_model, sources
 from recipes.qwen_obqa.builtin_task import World
 from recipes.qwen_obqa.methods import build_methods
 from recipes.qwen_obqa.reader_model import read_questions
 from recipes.qwen_obqa.settings import Settings
-from recipes.qwen_obqa.sources import RecipeError, _limited
+from recipes.qwen_obqa.sources import OtherSet, RecipeError, limited
 from recipes.qwen_obqa.sources import prepare_source as prepared
 
 PLAIN = ("map", "temperature", "laplace_lpo")
@@ -199,7 +200,7 @@ class TestLimit:
     )
     def test_of_each_split(self, tmp_path, options, expected):
         chosen = settings(tmp_path, **options)
-        splits = _limited(chosen, WHOLE, build_methods(chosen))
+        splits = limited(chosen, WHOLE, build_methods(chosen))
         assert [len(part) for part in (splits.train, splits.calibration, splits.test)] == expected
 
     def test_too_few_calibration_questions_for_a_method(self, tmp_path, data):
@@ -286,11 +287,11 @@ class TestBuiltIn:
     def test_a_full_run_pretrains_in_the_output_folder(self, tmp_path, monkeypatch):
         calls = []
 
-        def pretrain(world, *, cache_dir, seed, progress):
+        def pretrain(world, _config, *, cache_dir, seed, progress):
             calls.append((world, cache_dir, seed, progress))
             return read_questions(world.questions("fit"), tmp_path / "pretrained", steps=0, progress=False)
 
-        monkeypatch.setattr(sources, "pretrain", pretrain)
+        monkeypatch.setattr(builtin_model, "pretrain", pretrain)
         source = prepare_source(settings(tmp_path, dry_run=False))
         assert calls == [(World(), tmp_path / "run" / "model", 0, False)]
         source.model_of(3)
@@ -368,3 +369,17 @@ class TestModelFirst:
         ) as caught:
             prepare_source(settings(tmp_path, model=str(folder)))
         assert len(str(caught.value).splitlines()) == 1
+
+
+def test_how_choices_are_scored_and_laid_out_is_of_the_run_s_prompt_alone(tmp_path, data):
+    """What was measured before training must not refuse another data set after it."""
+    source = prepare_source(settings(tmp_path, data=data, prompt="cloze", normalise="characters"))
+    splits = Splits(tuple(source.train), tuple(source.calibration), tuple(source.test))
+    source = replace(source, others={"letters": OtherSet(splits, "letters"), "same": OtherSet(splits)})
+    run = source.data(0, shared_prompts=True)
+    same, letters = (source.data_of(name, shared_prompts=True) for name in ("same", "letters"))
+    for module in (run, same):
+        assert (module.prompt_format.name, module.normalise, module.shared_prompts) == ("cloze", "characters", True)
+        assert module.answer_token_ids is None
+    assert (letters.prompt_format.name, letters.normalise, letters.shared_prompts) == ("letters", "sum", "auto")
+    assert len(letters.answer_token_ids) == 4
