@@ -5,7 +5,10 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
+from pathlib import Path
 from typing import Any
+
+import yaml
 
 from recipes.paper.outcomes import Mode
 from recipes.paper.settings import PaperSettings
@@ -13,22 +16,11 @@ from recipes.paper.settings import PaperSettings
 Entry = str | dict[str, Any]
 """An item of `--methods`: a name, or a class with its options."""
 
-EXPERT_METHODS: tuple[str, ...] = (
-    "map",
-    "mc_dropout",
-    "checkpoint_ensemble",
-    "deep_ensemble",
-    "temperature",
-    "laplace_evidence",
-    "laplace_lpo",
-    "isotropic",
-    "laplace_last_layer",
-    "evidence_temperature",
-    "laplace_temperature",
-)
+_METHODS: dict[str, list[str]] = yaml.safe_load(Path(__file__).with_name("methods.yaml").read_text())
+EXPERT_METHODS = tuple(_METHODS["experts"])
 """The paper's methods on a model whose experts were trained, and the controls."""
-LORA_METHODS: tuple[str, ...] = ("map", "bayesian_lora")
-PRIOR_METHODS: tuple[str, ...] = ("map", "laplace_evidence", "laplace_lpo")
+LORA_METHODS = tuple(_METHODS["lora"])
+PRIOR_METHODS = tuple(_METHODS["prior"])
 NUM_PARTS = 4
 """Number of parts of the layers, one of which at a time is left out of the posterior."""
 
@@ -90,7 +82,7 @@ def layer_parts(num_layers: int) -> list[list[int]]:
 
 
 def without_part(number: int, parts: Sequence[Sequence[int]]) -> Entry:
-    """The method `laplace_lpo` with a posterior that leaves out some layers.
+    """The posterior with LPO that leaves out some layers.
 
     Args:
         number: Number of the part, counted from 1.
@@ -121,7 +113,7 @@ def _shifted(columns: Columns) -> list[PlannedRun]:
 
 def _layers(columns: Columns) -> list[PlannedRun]:
     parts = layer_parts(columns.num_layers)
-    methods = ("map", "laplace_lpo", *(without_part(number, parts) for number in range(1, len(parts) + 1)))
+    methods = (*_METHODS["layers"], *(without_part(number, parts) for number in range(1, len(parts) + 1)))
     return [PlannedRun(columns.home, "experts", methods)]
 
 
