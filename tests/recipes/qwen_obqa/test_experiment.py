@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import io
 import json
+import math
 import os
 import shutil
 import signal
@@ -107,6 +108,11 @@ class TestOutput:
             sentence = f"Rank 32 discards {found.total:.1%} of the curvature's energy, at most {found.worst:.1%} in a"
             assert sentence in shown
             assert sentence in markdown
+        for entry, share in zip(entries, fit.shares.values(), strict=True):
+            kappa = share.kappa if math.isfinite(share.kappa) else "inf"
+            assert (entry["gradient_share"], entry["kappa"]) == (share.share, kappa)
+            if share.share:
+                assert f"covers {share.share:.0%} of the trained weights' gradient (kappa {share.kappa:.3g})." in shown
 
     def test_tensorboard_has_a_run_for_each_method(self, finished):
         runs = {path.name for path in (finished / "tensorboard").iterdir() if path.is_dir()}
