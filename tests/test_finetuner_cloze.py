@@ -10,7 +10,7 @@ import pytest
 import torch
 from finetuner_cases import CALIBRATION, TEST, TRAIN, finetuner, qwen, trainer
 
-from bmoe_lightning import BayesianMoECallback, LaplacePosterior
+from bmoe_lightning import BayesianMoECallback, LaplacePosterior, LoRAFinetuner
 from bmoe_lightning.data import MultipleChoiceDataModule, Question, Splits, get_prompt_format, train_word_tokenizer
 from bmoe_lightning.methods import method_names
 from bmoe_lightning.models.choice_logits import choice_logits
@@ -188,3 +188,15 @@ def test_early_checks_compare_examples_of_several_rows(tokenizer, tmp_path):
         trainer(tmp_path, callback).fit(
             module, datamodule=data_of(tokenizer, shared_prompts=False, padding_side="left")
         )
+
+
+def test_low_rank_updates_are_trained_and_predicted_with_them_too(tokenizer, tmp_path):
+    pytest.importorskip("peft")
+    data = data_of(tokenizer)
+    callback = BayesianMoECallback(methods=("map", "bayesian_lora"), dirpath=str(tmp_path / "fit"))
+    module, run = LoRAFinetuner(qwen(), learning_rate=0.01), trainer(tmp_path, callback)
+    run.fit(module, datamodule=data)
+    run.test(module, datamodule=data, verbose=False)
+    plain, averaged = (callback.predictions["test"][name].log_probs for name in ("map", "bayesian_lora"))
+    torch.testing.assert_close(averaged.exp().sum(1), torch.ones(7, dtype=averaged.dtype))
+    assert not torch.allclose(averaged.exp(), plain.exp(), atol=1e-4)
