@@ -1,27 +1,36 @@
-"""All runs of a study, one after another, and its report."""
+"""All runs of a study, several at a time where that is faster, and its report."""
 
 from __future__ import annotations
 
 import contextlib
 import time
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from bmoe_lightning.methods import Method
-from bmoe_lightning.utils.distributed import is_rank_zero
+from bmoe_lightning.utils.distributed import is_rank_zero, num_processes
 from bmoe_lightning.utils.folder_lock import FolderInUseError, locked_folder
+from recipes.paper.jobs import Job, JobError, default_jobs, run_jobs
 from recipes.paper.outcomes import Study
 from recipes.paper.plan import Columns, PlannedRun, planned_runs
 from recipes.paper.presets import Preset, chosen_preset
+from recipes.paper.report import write_report
 from recipes.paper.settings import PaperSettings
-from recipes.paper.sources import Questions, load_study_questions, num_expert_layers, source_of
+from recipes.paper.sources import Questions, load_study_questions, num_expert_layers, small_model, source_of
 from recipes.paper.stored_study import StoredOutcome, read_study, stored_outcomes, write_study
+from recipes.paper.worker import worker_arguments
 from recipes.qwen_obqa.distributed import joined
 from recipes.qwen_obqa.experiment import completed_run, quieten
 from recipes.qwen_obqa.run_folder import make_folder, plain_notes
+from recipes.qwen_obqa.seed_run import SeedRun
 from recipes.qwen_obqa.settings import ResolvedSettings, Settings
 from recipes.qwen_obqa.sources import RecipeError, Source
+
+_MODELS = "model"
 
 
 def run(settings: PaperSettings) -> None:
@@ -37,27 +46,115 @@ def run(settings: PaperSettings) -> None:
         RecipeError: If model or data cannot be loaded, or a folder holds another study.
     """
     started, output = time.monotonic(), Path(settings.output_dir)
-    preset = chosen_preset(settings)
     with plain_notes(), joined(Settings(accelerator=settings.accelerator, strategy=settings.strategy).resolved()):
         quieten()
-        questions = load_study_questions(preset)
-        columns = Columns(tuple(questions.data), num_expert_layers(preset, dry_run=settings.dry_run))
-        planned = planned_runs(settings, columns)
-        runs = {entry.name: run_settings(entry, preset, settings, questions) for entry in planned}
+        study = _planned(settings)
         with _locked(output):
+            at_a_time = _jobs(settings, study.preset)
+            if at_a_time > 1:
+                _run_in_processes(settings, study, at_a_time)
             outcomes: list[StoredOutcome] = []
-            for number, entry in enumerate(planned, 1):
-                if is_rank_zero():
-                    print(f"\n[{number} of {len(planned)}] {entry.name}", flush=True)
-                outcomes += _completed(entry, runs[entry.name], questions, output)
+            announce = at_a_time == 1
+            for number, entry in enumerate(study.runs, 1):
+                if is_rank_zero() and announce:
+                    print(f"\n[{number} of {len(study.runs)}] {entry.name}", flush=True)
+                with study.completed(entry, announce=announce) as seeds:
+                    outcomes += stored_outcomes(output, entry.data, entry.mode, seeds)
             if not is_rank_zero():
                 return
-            labels = {entry.name: entry.label for entry in preset.data}
-            asked = (settings.tables, settings.figures)
-            study = Study(settings.preset, preset.label, columns.home, labels, *asked, outcomes=())
-            write_study(output, study, outcomes)
+            write_study(output, study.described(settings), outcomes)
             report(output)
             print(f"\nDone in {time.monotonic() - started:.0f} s. Everything is in {output}.", flush=True)
+
+
+def complete_one(settings: PaperSettings, name: str) -> None:
+    """Complete one run of a study, without its report.
+
+    Args:
+        settings: Settings of the study.
+        name: Name of the run.
+
+    Raises:
+        RecipeError: As `run`.
+    """
+    with plain_notes():
+        quieten()
+        study = _planned(settings)
+        (entry,) = (entry for entry in study.runs if entry.name == name)
+        with study.completed(entry):
+            pass
+
+
+def pretrain_one(settings: PaperSettings, seed: int) -> None:
+    """Pre-train the small model of the generated data sets, unless it is there.
+
+    Args:
+        settings: Settings of the study.
+        seed: Seed of the pre-training.
+    """
+    small_model(Path(settings.output_dir) / _MODELS).folder(seed, progress=False)
+
+
+@dataclass(frozen=True)
+class _Planned:
+    """A study before it is run."""
+
+    preset: Preset
+    questions: Questions
+    runs: list[PlannedRun]
+    settings: dict[str, ResolvedSettings]
+    output: Path
+
+    @contextlib.contextmanager
+    def completed(self, entry: PlannedRun, *, announce: bool = True) -> Iterator[list[SeedRun]]:
+        """The completed runs of all seeds of one model."""
+
+        def prepare(settings: ResolvedSettings, methods: Sequence[Method]) -> Source:
+            return source_of(entry, self.questions, self.output / _MODELS, settings, methods)
+
+        with completed_run(self.settings[entry.name], prepare, announce=announce) as seeds:
+            yield seeds
+
+    def described(self, settings: PaperSettings) -> Study:
+        """The study without outcomes."""
+        labels = {entry.name: entry.label for entry in self.preset.data}
+        home, asked = next(iter(labels)), (settings.tables, settings.figures)
+        return Study(settings.preset, self.preset.label, home, labels, *asked, outcomes=())
+
+
+def _planned(settings: PaperSettings) -> _Planned:
+    preset = chosen_preset(settings)
+    questions = load_study_questions(preset)
+    columns = Columns(tuple(questions.data), num_expert_layers(preset, dry_run=settings.dry_run))
+    runs = planned_runs(settings, columns)
+    of_runs = {entry.name: run_settings(entry, preset, settings, questions) for entry in runs}
+    return _Planned(preset, questions, runs, of_runs, Path(settings.output_dir))
+
+
+def _jobs(settings: PaperSettings, preset: Preset) -> int:
+    """Number of runs at a time: several by default for the small model on the CPU alone."""
+    if num_processes() > 1:
+        return 1
+    on_gpu = settings.accelerator == "gpu" or (settings.accelerator == "auto" and torch.cuda.is_available())
+    return settings.jobs or (1 if preset.model is not None or on_gpu else default_jobs())
+
+
+def _run_in_processes(settings: PaperSettings, study: _Planned, at_a_time: int) -> None:
+    """Complete all runs, several at a time."""
+    logs, first = study.output / "logs", next(iter(study.settings.values()))
+    models, runs = [], []
+    if first.kind == "builtin" and not first.dry_run:
+        for seed in range(first.first_seed, first.first_seed + first.seeds):
+            arguments = worker_arguments(settings, seed=seed)
+            models.append(Job(f"pre-training, seed {seed}", arguments, logs / f"pretraining-{seed}.log"))
+    for entry in study.runs:
+        runs.append(Job(entry.name, worker_arguments(settings, run=entry.name), logs / f"{entry.name}.log"))
+    try:
+        # All runs need the models, of which two processes would train the same.
+        run_jobs(models, at_a_time)
+        run_jobs(runs, at_a_time)
+    except JobError as error:
+        raise RecipeError(str(error)) from None
 
 
 def report(output: Path) -> None:
@@ -69,8 +166,6 @@ def report(output: Path) -> None:
     Raises:
         RecipeError: If there is no study, or a file is missing or damaged.
     """
-    from recipes.paper.report import write_report
-
     try:
         study = read_study(output)
     except FileNotFoundError as error:
@@ -115,16 +210,6 @@ def run_settings(
         zero_shot=False,
         **options,
     ).resolved()
-
-
-def _completed(
-    planned: PlannedRun, settings: ResolvedSettings, questions: Questions, output: Path
-) -> list[StoredOutcome]:
-    def prepare(settings: ResolvedSettings, methods: Sequence[Method]) -> Source:
-        return source_of(planned, questions, output / "model", settings, methods)
-
-    with completed_run(settings, prepare) as runs:
-        return stored_outcomes(output, planned.data, planned.mode, runs)
 
 
 @contextlib.contextmanager

@@ -45,6 +45,11 @@ class PaperSettings:
     eval_batch_size: int | None = option(None, "batch size of curvature and prediction", least=1)
     accelerator: Literal["auto", "cpu", "gpu"] = option("auto", "Lightning accelerator")
     strategy: Literal["auto", "sharded"] = option("auto", "strategy on several processes under torchrun")
+    jobs: int | None = option(
+        None,
+        "runs at a time, each in a process of its own; default: one a core for the small model on the CPU, otherwise 1",
+        least=1,
+    )
     dry_run: bool = option(False, "checks that everything runs, with meaningless numbers")
     quiet: bool = option(False, "no progress bars")
 

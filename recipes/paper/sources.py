@@ -88,6 +88,15 @@ def num_expert_layers(preset: Preset, *, dry_run: bool) -> int:
         raise RecipeError(str(error)) from error
 
 
+def small_model(folder: Path) -> SmallModel:
+    """The small model that knows the world of the generated data sets.
+
+    Args:
+        folder: Parent of its checkpoints.
+    """
+    return SmallModel(WORLD, folder, _LAYERS)
+
+
 def source_of(
     run: PlannedRun, questions: Questions, model_folder: Path, settings: ResolvedSettings, methods: Sequence[Method]
 ) -> Source:
@@ -108,7 +117,7 @@ def source_of(
         drawn = limited(settings, splits, methods)
         small, model = None, settings.model
         if model is None and settings.data is None and not settings.dry_run:
-            small = SmallModel(WORLD, model_folder, _LAYERS)
+            small = small_model(model_folder)
             model = str(small.folder(settings.first_seed, progress=not settings.quiet))
         elif model is None:
             model = reader(settings, questions.train, model_folder)

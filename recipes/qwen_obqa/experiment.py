@@ -64,12 +64,15 @@ Prepare = Callable[[ResolvedSettings, Sequence[Method]], Source]
 
 
 @contextlib.contextmanager
-def completed_run(settings: ResolvedSettings, prepare: Prepare | None = None) -> Iterator[list[SeedRun]]:
+def completed_run(
+    settings: ResolvedSettings, prepare: Prepare | None = None, *, announce: bool = True
+) -> Iterator[list[SeedRun]]:
     """Run all stages but the report; the output folder is locked until the context ends.
 
     Args:
         settings: Resolved settings.
         prepare: Function that loads or creates model and questions; by default `prepare_source`.
+        announce: Whether to print what is run, and whether it is resumed.
 
     Yields:
         The completed runs of all seeds.
@@ -81,7 +84,7 @@ def completed_run(settings: ResolvedSettings, prepare: Prepare | None = None) ->
     methods, output = build_methods(settings), Path(settings.output_dir)
     with contextlib.ExitStack() as stack:
         resumes, source = first_then_others(lambda: _begun(settings, methods, output, prepare or prepare_source, stack))
-        if is_rank_zero():
+        if is_rank_zero() and announce:
             if resumes:
                 print(f"Resuming the run in {output}: finished stages are not repeated; --overwrite replaces the run.")
             print(source.banner, flush=True)

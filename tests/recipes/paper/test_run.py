@@ -3,7 +3,12 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
+import signal
+import subprocess
+import sys
+import time
 
 import pytest
 import torch
@@ -15,10 +20,11 @@ from recipes.qwen_obqa.seed_run import SeedRun
 pytestmark = pytest.mark.slow
 
 
-def make(folder, *arguments):
-    return main(
-        ["--dry-run", "--quiet", "--accelerator", "cpu", "--seeds", "1", "--output-dir", str(folder), *arguments]
-    )
+DRY = ("--dry-run", "--quiet", "--accelerator", "cpu", "--seeds", "1")
+
+
+def make(folder, *arguments, jobs=1):
+    return main([*DRY, "--jobs", str(jobs), "--output-dir", str(folder), *arguments])
 
 
 @pytest.fixture(scope="module")
@@ -53,7 +59,7 @@ def test_a_finished_study_is_not_repeated_and_another_table_adds_its_runs(finish
     for one, other in zip(before.outcomes, read_study(finished).outcomes, strict=True):
         assert all(torch.equal(a.log_probs, b.log_probs) for a, b in zip(one.results, other.results, strict=True))
     capsys.readouterr()
-    assert make(finished, "--table", "6", "--limit-test", "8") == 0
+    assert make(finished, "--table", "6") == 0
     assert set(trained) == {f"{name}-experts" for name in before.labels if name != "recall"}
 
 
@@ -81,3 +87,39 @@ def test_a_damaged_index_is_named(finished, tmp_path, capsys):
     path.write_text(path.read_text().replace('"recall"', '"recal"', 1))
     assert main(["--report", str(folder)]) == 1
     assert STUDY_FILE in capsys.readouterr().err
+
+
+def test_runs_in_processes_are_the_same_and_a_signal_stops_them_all(finished, tmp_path):
+    folder = tmp_path / "study"
+    command = [
+        sys.executable,
+        "-m",
+        "recipes.paper",
+        *DRY,
+        "--jobs",
+        "2",
+        "--output-dir",
+        str(folder),
+        "--table",
+        "3,5",
+    ]
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
+    process = subprocess.Popen(command, env=environment, stderr=subprocess.PIPE, text=True)
+    deadline = time.monotonic() + 120
+    while not (folder / "runs" / "recall-experts" / "run.json").exists() and time.monotonic() < deadline:
+        time.sleep(0.05)
+    process.send_signal(signal.SIGTERM)
+    _, errors = process.communicate(timeout=120)
+    assert process.returncode == 128 + signal.SIGTERM
+    assert "stopped by SIGTERM" in errors
+    assert make(folder, "--table", "3,5", jobs=2) == 0
+    found = {(o.mode, o.tested_on): o for o in read_study(folder).outcomes}
+    for mode in ("experts", "lora"):
+        one = read_study(finished).results("recall", "recall", mode)
+        for a, b in zip(one, found[mode, "recall"].results, strict=True):
+            torch.testing.assert_close(a.log_probs, b.log_probs, rtol=1e-4, atol=1e-4)  # other numbers of threads
+
+
+def test_data_that_cannot_be_loaded_are_named(tmp_path, capsys):
+    assert make(tmp_path / "study", "--table", "3", "--data", f"mine={tmp_path / 'nothing'}", jobs=2) == 1
+    assert "nothing" in capsys.readouterr().err

@@ -1,0 +1,92 @@
+"""Several runs at a time, each in a process of its own with its share of the cores."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+_POLL_SECONDS = 0.2
+_SECONDS_TO_STOP = 60
+
+
+@dataclass(frozen=True)
+class Job:
+    """A command of this Python whose output goes to a file.
+
+    Attributes:
+        name: Name for messages.
+        arguments: Arguments of the interpreter.
+        log: File of its output.
+    """
+
+    name: str
+    arguments: tuple[str, ...]
+    log: Path
+
+
+class JobError(RuntimeError):
+    """A job failed; the message names it and the end of its output."""
+
+
+def run_jobs(jobs: Sequence[Job], at_a_time: int) -> None:
+    """Run jobs, some at a time, and print a line when one begins and when it ends.
+
+    If one fails, or this process is stopped, the others are stopped too, as by SIGTERM: what they have finished is
+    stored.
+
+    Args:
+        jobs: The jobs, in the order in which they begin.
+        at_a_time: Number of processes.
+
+    Raises:
+        JobError: If a job fails.
+    """
+    waiting, running, total = list(jobs), dict[subprocess.Popen[bytes], tuple[Job, float]](), len(jobs)
+    environment = {**os.environ, **_threads(at_a_time)}
+    try:
+        while waiting or running:
+            while waiting and len(running) < at_a_time:
+                job = waiting.pop(0)
+                print(f"[{total - len(waiting)} of {total}] {job.name}", flush=True)
+                job.log.parent.mkdir(parents=True, exist_ok=True)
+                with job.log.open("wb") as log:
+                    command = [sys.executable, *job.arguments]
+                    process = subprocess.Popen(  # noqa: S603  # this interpreter, with arguments of ours
+                        command, stdout=log, stderr=subprocess.STDOUT, env=environment
+                    )
+                running[process] = (job, time.monotonic())
+            for process in [process for process in running if process.poll() is not None]:
+                job, started = running.pop(process)
+                if process.returncode:
+                    raise JobError(f"{job.name} failed with exit status {process.returncode}: {_end_of(job.log)}")
+                print(f"{job.name}: {time.monotonic() - started:.0f} s", flush=True)
+            time.sleep(_POLL_SECONDS)
+    finally:
+        for process in running:
+            process.terminate()
+        for process in running:
+            try:
+                process.wait(_SECONDS_TO_STOP)
+            except subprocess.TimeoutExpired:
+                process.kill()
+                process.wait()
+
+
+def default_jobs() -> int:
+    """The number of cores that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def _threads(at_a_time: int) -> dict[str, str]:
+    # Processes that spin for each other's cores are several times slower.
+    return {"OMP_NUM_THREADS": str(max(1, default_jobs() // at_a_time)), "OMP_WAIT_POLICY": "passive"}
+
+
+def _end_of(log: Path) -> str:
+    lines = log.read_text(encoding="utf-8", errors="replace").strip().splitlines()
+    return f"{lines[-1] if lines else 'no output'} (all of it is in {log})"
