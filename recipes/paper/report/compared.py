@@ -55,7 +55,7 @@ class Compared:
     Attributes:
         reference: Row that costs are relative to.
         order: Order of rows; others follow as they come.
-        layers: Method of which quarters of the layers are left out.
+        layers: Method of which parts of the layers are left out.
         prior: Labels of the posteriors that differ in how the prior precision is found.
         bars: What is claimed.
     """
@@ -66,8 +66,8 @@ class Compared:
     prior: Mapping[str, str]
     bars: tuple[Bar, ...] = field(default=())
 
-    def without_quarter(self, method: str) -> int | None:
-        """Number of the quarter of the layers that a method leaves out, from 1; None if it is not of that kind.
+    def without_part(self, method: str) -> int | None:
+        """Number of the part of the layers that a method leaves out, from 1; None if it is not of that kind.
 
         Args:
             method: Row.

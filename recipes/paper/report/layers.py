@@ -1,4 +1,4 @@
-"""Table 5 and Figure 1: the posterior without a quarter of the layers."""
+"""Table 5 and Figure 1: the posterior without a part of the layers, a quarter in models of at least four."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ _CHANGE = NumberFormat(digits=1, scale=100, signed=True)
 
 
 def section(report: ReportInput) -> Section | None:
-    """Metrics without each quarter of the layers, and their change relative to all layers; None if not asked for.
+    """Metrics without each part of the layers, and their change relative to all layers; None if not asked for.
 
     Args:
         report: What the report is made from.
@@ -36,22 +36,22 @@ def section(report: ReportInput) -> Section | None:
     with_table, with_figure = 5 in report.study.tables, 1 in report.study.figures
     if not (with_table or with_figure):
         return None
-    found = {name: quarters for name in report.study.labels if (quarters := _quarters(report, name))}
+    found = {name: parts for name in report.study.labels if (parts := _parts(report, name))}
     if not found:
-        return Section(_TITLE, text=("Left out, since the study has no results without a quarter of the layers.",))
+        return Section(_TITLE, text=("Left out, since the study has no results without a part of the layers.",))
     grid = Grid(
         "layers",
-        f"{report.study.model}: the posterior without a quarter of the layers, which then keep their trained weights, "
+        f"{report.study.model}: the posterior without a part of the layers, which then keep their trained weights, "
         "and the change relative to all layers. "
         + counts([report.label(name) for name in found], [report.groups(name, name) for name in found]),
         "layers",
         tuple(title for name in _METRICS for title in (layout_title(get_metric(name)), f"{_title(name)} change (%)")),
-        tuple(_block(report, name, quarters) for name, quarters in found.items()),
+        tuple(_block(report, name, parts) for name, parts in found.items()),
     )
-    changes = {report.label(name): _changes(report, name, quarters) for name, quarters in found.items()}
+    changes = {report.label(name): _changes(report, name, parts) for name, parts in found.items()}
     figure = NamedFigure(
         "layers",
-        "Relative change of test NLL and ECE without a quarter of the layers; bars: standard deviation over seeds.",
+        "Relative change of test NLL and ECE without a part of the layers; bars: standard deviation over seeds.",
         lambda: change_figure(changes),
     )
     return Section(_TITLE, grids=(grid,) if with_table else (), figures=(figure,) if with_figure else ())
@@ -72,10 +72,10 @@ def relative_change(without: Cell, whole: Cell) -> Cell | None:
 
 
 def change_figure(changes: Mapping[str, Mapping[str, Mapping[int, Cell]]]) -> Figure:
-    """The change of each metric over the quarter that is left out, a line a data set.
+    """The change of each metric over the part of the layers that is left out, a line a data set.
 
     Args:
-        changes: For each data set and metric, the relative change without each quarter.
+        changes: For each data set and metric, the relative change without each part.
 
     Raises:
         ModuleNotFoundError: If matplotlib is not installed.
@@ -97,31 +97,31 @@ def change_figure(changes: Mapping[str, Mapping[str, Mapping[int, Cell]]]) -> Fi
                 linewidth=1.2,
                 label=name if metric == _METRICS[0] else None,
             )
-        quarters = sorted({quarter for of_set in changes.values() for quarter in of_set[metric]})
-        ax.set_xticks(quarters)
-        ax.set(xlabel="quarter of the layers that is left out", ylabel=f"change of {_title(metric)} (%)")
+        parts = sorted({part for of_set in changes.values() for part in of_set[metric]})
+        ax.set_xticks(parts)
+        ax.set(xlabel="part of the layers that is left out", ylabel=f"change of {_title(metric)} (%)")
     figure.legend(loc="outside right upper", frameon=False, fontsize=9)
     return figure
 
 
-def _quarters(report: ReportInput, name: str) -> dict[int, str]:
-    """The rows without each quarter, of the models of one data set, if that with all layers is there too."""
+def _parts(report: ReportInput, name: str) -> dict[int, str]:
+    """The rows without each part, of the models of one data set, if that with all layers is there too."""
     groups = report.all_groups(name, name)
     if report.compared.layers not in groups:
         return {}
-    numbered = {number: row for row in groups if (number := report.compared.without_quarter(row)) is not None}
+    numbered = {number: row for row in groups if (number := report.compared.without_part(row)) is not None}
     return dict(sorted(numbered.items()))
 
 
-def _block(report: ReportInput, name: str, quarters: Mapping[int, str]) -> GridBlock:
+def _block(report: ReportInput, name: str, parts: Mapping[int, str]) -> GridBlock:
     groups = report.all_groups(name, name)
-    changes = _changes(report, name, quarters)
+    changes = _changes(report, name, parts)
     specs = [get_metric(metric) for metric in _METRICS]
     nothing: list[Cell | None] = [None] * len(specs)
     rows = [(report.compared.layers, "all layers", nothing)]
     rows += [
-        (row, f"without the {_ordinal(number)} quarter", [changes[metric].get(number) for metric in _METRICS])
-        for number, row in quarters.items()
+        (row, groups[row][0].label, [changes[metric].get(number) for metric in _METRICS])
+        for number, row in parts.items()
     ]
     formats = tuple(
         format for spec in specs for format in (replace(layout_format(spec), higher_is_better=None), _CHANGE)
@@ -144,14 +144,14 @@ def _block(report: ReportInput, name: str, quarters: Mapping[int, str]) -> GridB
     )
 
 
-def _changes(report: ReportInput, name: str, quarters: Mapping[int, str]) -> dict[str, dict[int, Cell]]:
-    """The relative change of each metric without each quarter."""
+def _changes(report: ReportInput, name: str, parts: Mapping[int, str]) -> dict[str, dict[int, Cell]]:
+    """The relative change of each metric without each part."""
     groups, settings = report.all_groups(name, name), report.settings
     found: dict[str, dict[int, Cell]] = {}
     for metric in map(get_metric, _METRICS):
         whole = cell_of(groups[report.compared.layers], metric, settings)
         cells = {
-            number: relative_change(cell_of(groups[row], metric, settings), whole) for number, row in quarters.items()
+            number: relative_change(cell_of(groups[row], metric, settings), whole) for number, row in parts.items()
         }
         found[metric.name] = {number: cell for number, cell in cells.items() if cell is not None}
     return found
@@ -159,7 +159,3 @@ def _changes(report: ReportInput, name: str, quarters: Mapping[int, str]) -> dic
 
 def _title(metric: str) -> str:
     return get_metric(metric).title
-
-
-def _ordinal(number: int) -> str:
-    return {1: "first", 2: "second", 3: "third"}.get(number, f"{number}th")

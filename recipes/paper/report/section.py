@@ -102,7 +102,7 @@ class ReportInput:
         return {name: sorted(rows[name], key=lambda result: result.seed) for name in dict.fromkeys(names)}
 
     def all_groups(self, trained_on: str, tested_on: str) -> Groups:
-        """Results of all rows, those without a quarter of the layers too; empty if there are none.
+        """Results of all rows, those without a part of the layers too; empty if there are none.
 
         Args:
             trained_on: Data set of the training.
@@ -118,7 +118,7 @@ class ReportInput:
             tested_on: Data set of the test questions.
         """
         found = self.all_groups(trained_on, tested_on)
-        return {name: group for name, group in found.items() if self.compared.without_quarter(name) is None}
+        return {name: group for name, group in found.items() if self.compared.without_part(name) is None}
 
     def label(self, name: str) -> str:
         """Display name of a data set."""

@@ -114,8 +114,8 @@ def test_one_seed_is_told(make_study, report_of):
 
 def test_the_file_of_claims_is_read_and_unknown_choices_are_refused(tmp_path):
     compared = read_compared()
-    assert compared.without_quarter("laplace_lpo_without_3") == 3
-    assert compared.without_quarter("laplace_lpo") is None
+    assert compared.without_part("laplace_lpo_without_3") == 3
+    assert compared.without_part("laplace_lpo") is None
     assert {bar.metric for bar in compared.bars} == {"nll"}
     with pytest.raises(ValueError, match="claim of the bar 'A title' is 'lowest'"):
         replace(BAR, claim="lowest")

@@ -164,7 +164,7 @@ class TestLayers:
 
     def test_without_such_results_it_is_left_out(self, make_study, report_of):
         found = layers.section(report_of(make_study(methods={"map": ("MAP", 2.0)}, seeds=(0,))))
-        assert found.text == ("Left out, since the study has no results without a quarter of the layers.",)
+        assert found.text == ("Left out, since the study has no results without a part of the layers.",)
 
 
 class TestPrior:
