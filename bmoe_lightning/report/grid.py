@@ -177,7 +177,7 @@ def marks(block: GridBlock) -> dict[tuple[str, int], Mark]:
 
 
 def cell_texts(cell: Cell | None, format: NumberFormat) -> tuple[str, str]:
-    """Mean and deviation of a cell as printed; the deviation of a single seed is empty.
+    """Mean and deviation of a cell as printed; that of a single seed, or of undefined numbers, is empty.
 
     Args:
         cell: Cell, or None.
@@ -186,7 +186,7 @@ def cell_texts(cell: Cell | None, format: NumberFormat) -> tuple[str, str]:
     if cell is None:
         return MISSING, ""
     spread = NumberFormat(digits=format.digits, scale=format.scale)
-    return format.text(cell.mean), "" if cell.std is None else spread.text(cell.std)
+    return format.text(cell.mean), "" if cell.std is None or math.isnan(cell.std) else spread.text(cell.std)
 
 
 def grid_markdown(grid: Grid) -> str:

@@ -105,6 +105,11 @@ def test_markdown():
     ]
 
 
+def test_an_undefined_number_has_no_deviation():
+    block = GridBlock("", (LOWER,), (GridRow("a", "A", (Cell.of([math.nan, 0.5], [0, 1]),)),))
+    assert grid_markdown(Grid("x", "", "", ("a",), (block,))).splitlines()[-1] == "| A | nan |"
+
+
 def test_json_has_every_digit_and_every_seed():
     content = grid_json(grid())
     row = content["blocks"][0]["rows"][0]

@@ -21,7 +21,7 @@ def section(report: ReportInput) -> Section | None:
     if not grids:
         return None
     definitions = "\n".join(f"- {metric.title}: {metric.definition}." for metric in METRICS)
-    return Section(_TITLE, grids=grids, text=(definitions,), is_appendix=True)
+    return Section(_TITLE, linked_grids=grids, text=(definitions,))
 
 
 def _grid(report: ReportInput, trained: str, tested: str) -> Grid | None:

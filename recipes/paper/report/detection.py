@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -17,9 +18,13 @@ _TITLE = "Out of distribution"
 _OF_LOG_PROBS: Mapping[str, Callable[[Tensor], Tensor]] = {
     "max_probability": one_minus_max_probability,
     "entropy": entropy,
+    "relative_entropy": lambda log_probs: (
+        entropy(log_probs) / (log_probs > -torch.inf).sum(1).clamp(min=2).double().log()
+    ),
 }
 _WORDS = {
     "max_probability": "1 - maximum probability",
+    "relative_entropy": "entropy over that of a uniform guess",
     "logit_variance": "the mean variance of the centred logits",
     "relative_variance": "the variance of the logits over that under the prior",
 }
@@ -42,24 +47,41 @@ def section(report: ReportInput) -> Section | None:
     if not inside:
         return None
     tested = {home: inside, **outside}
-    grids: list[Grid | None] = []
-    for score in _names(tested):
-        if outside:
-            grids.append(_distribution_grid(report, score, inside, outside))
-        grids.append(_error_grid(report, score, tested))
+    names = _names(tested)
+    by_score = {name: grid for name in names if (grid := _distribution_grid(report, name, inside, outside)) is not None}
+    errors = {name: grid for name in names if (grid := _error_grid(report, name, tested)) is not None}
     text = [
         "Higher scores are more uncertain, and the positive class, of which AUPR and the 95 % of FPR95 are, is what "
         "should be: an out-of-distribution question, or a wrong answer. A score that knows nothing has an AUROC of .5 "
         "and an AUPR of the share of positives."
+    ]
+    summaries = [
+        _summary(found, f"{report.study.model}, trained on {report.label(home)}: AUROC of {what}.")
+        for found, what in (
+            (by_score, f"test questions of other data sets (positive) against those of {report.label(home)}"),
+            (errors, "wrong answers (positive) against right ones"),
+        )
+        if found
     ]
     other = [name for name, groups in outside.items() if _num_choices(groups) != _num_choices(inside)]
     if other:
         listed = ", ".join(map(report.label, other))
         text.append(
             f"Questions of {listed} have another number of choices than those of {report.label(home)}, which moves "
-            "these scores by itself: fewer choices look more certain."
+            "probability and entropy by itself: fewer choices look more certain. The entropy over that of a uniform "
+            "guess does not depend on it in this way."
         )
-    return Section(_TITLE, grids=tuple(grid for grid in grids if grid is not None), text=tuple(text))
+    return Section(
+        _TITLE, grids=tuple(summaries), linked_grids=(*by_score.values(), *errors.values()), text=tuple(text)
+    )
+
+
+def _summary(by_score: Mapping[str, Grid], caption: str) -> Grid:
+    """The AUROC of all scores in one table."""
+    first = next(iter(by_score.values()))
+    blocks = (replace(grid.blocks[0], title=_words(score)) for score, grid in by_score.items())
+    kind = first.name.removesuffix(f"_{next(iter(by_score))}")
+    return Grid(kind, caption, "method", first.columns, tuple(blocks))
 
 
 def score_of(result: MethodResult, name: str) -> Tensor | None:
@@ -84,6 +106,8 @@ _Found = dict[tuple[str, str], dict[int, dict[str, float]]]
 
 
 def _distribution_grid(report: ReportInput, score: str, inside: Groups, outside: Mapping[str, Groups]) -> Grid | None:
+    if not outside:
+        return None
     found: _Found = {}
     for row, group in inside.items():
         for name, groups in outside.items():

@@ -29,7 +29,7 @@ def section(report: ReportInput) -> Section | None:
         if results:
             caption = f"Trained on {report.label(trained)}, tested on {report.label(tested)}."
             figures.append(_figure(f"reliability_{trained}_{tested}", caption, results, report.settings))
-    return Section(_TITLE, figures=tuple(figures), is_appendix=True) if figures else None
+    return Section(_TITLE, linked_figures=tuple(figures)) if figures else None
 
 
 def _figure(name: str, caption: str, results: Sequence[MethodResult], settings: SummarySettings) -> NamedFigure:

@@ -50,17 +50,29 @@ class Section:
         title: Title.
         grids: Tables, in Markdown and LaTeX files too.
         figures: Figures.
+        linked_grids: Tables in files of their own, which the report only links.
+        linked_figures: Figures that it only links.
         text: Paragraphs below, in Markdown.
         details: Further content of `results.json`, plain values; empty for none.
-        is_appendix: Whether the report only links its tables and figures.
     """
 
     title: str
     grids: tuple[Grid, ...] = ()
     figures: tuple[NamedFigure, ...] = ()
+    linked_grids: tuple[Grid, ...] = ()
+    linked_figures: tuple[NamedFigure, ...] = ()
     text: tuple[str, ...] = ()
     details: Mapping[str, Any] = field(default_factory=dict)
-    is_appendix: bool = False
+
+    @property
+    def all_grids(self) -> tuple[Grid, ...]:
+        """All tables."""
+        return self.grids + self.linked_grids
+
+    @property
+    def all_figures(self) -> tuple[NamedFigure, ...]:
+        """All figures."""
+        return self.figures + self.linked_figures
 
 
 @dataclass(frozen=True)

@@ -67,7 +67,7 @@ def write_report(
     )
     sections = [section for make in SECTIONS if (section := make(report)) is not None]
     files = _texts(report, sections)
-    figures = [figure for section in sections for figure in section.figures] if matplotlib_available() else []
+    figures = [figure for section in sections for figure in section.all_figures] if matplotlib_available() else []
     names = [*files, *(f"figures/{figure.name}.png" for figure in figures)]
     stale = _listed(output / RESULTS) - set(names)
     for folder in ("tables", "figures"):
@@ -85,7 +85,7 @@ def write_report(
 
 def _texts(report: ReportInput, sections: Sequence[Section]) -> dict[str, str]:
     files = {REPORT: _markdown(report, sections)}
-    for grid in (grid for section in sections for grid in section.grids):
+    for grid in (grid for section in sections for grid in section.all_grids):
         files[f"tables/{grid.name}.md"] = grid_markdown(grid)
         files[f"tables/{grid.name}.tex"] = grid_latex(grid)
     return files
@@ -94,34 +94,23 @@ def _texts(report: ReportInput, sections: Sequence[Section]) -> dict[str, str]:
 def _markdown(report: ReportInput, sections: Sequence[Section]) -> str:
     study = report.study
     parts = [
-        f"# {study.model}",
+        f"# Results: {study.model}",
         f"Preset `{study.preset}`. {_conventions(report)}",
     ]
     for section in sections:
-        parts += [
-            f"## {section.title}",
-            *(_links(section) if section.is_appendix else _contents(section)),
-            *section.text,
-        ]
+        parts += [f"## {section.title}", *_contents(section), *section.text]
     return "\n\n".join(parts) + "\n"
 
 
 def _contents(section: Section) -> list[str]:
     parts = [grid_markdown(grid).rstrip() for grid in section.grids]
+    links = [f"- [{grid.caption}](tables/{grid.name}.md)" for grid in section.linked_grids]
     if matplotlib_available():
         parts += [f"![{figure.caption}](figures/{figure.name}.png)\n\n{figure.caption}" for figure in section.figures]
-    elif section.figures:
+        links += [f"- [{figure.caption}](figures/{figure.name}.png)" for figure in section.linked_figures]
+    elif section.all_figures:
         parts.append(_NO_FIGURES)
-    return parts
-
-
-def _links(section: Section) -> list[str]:
-    links = [f"- [{grid.caption}](tables/{grid.name}.md)" for grid in section.grids]
-    if matplotlib_available():
-        links += [f"- [{figure.caption}](figures/{figure.name}.png)" for figure in section.figures]
-    elif section.figures:
-        return ["\n".join(links), _NO_FIGURES] if links else [_NO_FIGURES]
-    return ["\n".join(links)]
+    return [*parts, "\n".join(links)] if links else parts
 
 
 def _conventions(report: ReportInput) -> str:
@@ -145,7 +134,7 @@ def _results(report: ReportInput, sections: Sequence[Section]) -> dict[str, Any]
             "num_resamples": settings.num_samples,
             "level": settings.level,
             "bootstrap_seed": settings.bootstrap_seed,
-            "tables": [grid_json(grid) for section in sections for grid in section.grids],
+            "tables": [grid_json(grid) for section in sections for grid in section.all_grids],
             **details,
         }
     )

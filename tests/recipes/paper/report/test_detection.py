@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import math
 import statistics
+from dataclasses import replace
 
 import pytest
+import torch
 
 from recipes.paper.report import detection
 
@@ -35,7 +37,7 @@ def section(report):
 
 
 def cell(section, grid_name, block, row, column):
-    grid = next(grid for grid in section.grids if grid.name == grid_name)
+    grid = next(grid for grid in section.linked_grids if grid.name == grid_name)
     block = next(found for found in grid.blocks if found.title == block)
     row = next(found for found in block.rows if found.key == row)
     return row.cells[grid.columns.index(column)]
@@ -65,7 +67,7 @@ def test_wrong_answers_are_positive(study, section, kind):
 
 
 def test_scores_of_a_posterior_have_tables_of_the_methods_that_have_them(study, section):
-    grid = next(grid for grid in section.grids if grid.name == "out_of_distribution_mutual_information")
+    grid = next(grid for grid in section.linked_grids if grid.name == "out_of_distribution_mutual_information")
     assert [row.key for row in grid.blocks[0].rows] == ["laplace_evidence", "laplace_lpo"]
     inside, outside = (
         {
@@ -78,6 +80,23 @@ def test_scores_of_a_posterior_have_tables_of_the_methods_that_have_them(study, 
     found = cell(section, grid.name, "AUROC ↑", "laplace_lpo", "Judged")
     assert found.values == pytest.approx([auroc(inside[seed], outside[seed]) for seed in range(5)], abs=1e-6)
     assert "by mutual information." in grid.caption
+
+
+def test_the_report_shows_the_auroc_of_every_score(section):
+    summary = section.grids[0]
+    assert summary.name == "out_of_distribution"
+    titles = ["1 - maximum probability", "entropy", "entropy over that of a uniform guess", "mutual information"]
+    assert [block.title for block in summary.blocks] == titles
+    single = next(grid for grid in section.linked_grids if grid.name == "out_of_distribution_entropy")
+    assert summary.blocks[1].rows == single.blocks[0].rows
+
+
+def test_the_entropy_relative_to_a_uniform_guess_does_not_depend_on_the_number_of_choices(study):
+    result = study.results("home", "other")[0]
+    uniform = torch.where(result.log_probs > -torch.inf, 0.0, result.log_probs).log_softmax(1)
+    assert set((uniform > -torch.inf).sum(1).tolist()) == {4, 5}
+    scores = detection.score_of(replace(result, log_probs=uniform), "relative_entropy")
+    torch.testing.assert_close(scores, torch.ones(40, dtype=torch.float64))
 
 
 def test_other_numbers_of_choices_are_told(section):
@@ -93,8 +112,10 @@ def test_without_the_first_data_set_there_is_no_section(make_study, report_of):
 
 def test_alone_there_are_errors_only(make_study, report_of):
     section = detection.section(report_of(make_study(labels={"home": "Home"}, seeds=(0,), lora={})))
-    assert [grid.name for grid in section.grids] == [
+    assert [grid.name for grid in section.grids] == ["errors"]
+    assert [grid.name for grid in section.linked_grids] == [
         "errors_max_probability",
         "errors_entropy",
+        "errors_relative_entropy",
         "errors_mutual_information",
     ]
