@@ -68,8 +68,8 @@ def section(report: ReportInput) -> Section | None:
         listed = ", ".join(map(report.label, other))
         text.append(
             f"Questions of {listed} have another number of choices than those of {report.label(home)}, which moves "
-            "probability and entropy by itself: fewer choices look more certain. The entropy over that of a uniform "
-            "guess does not depend on it in this way."
+            "probability, entropy and mutual information by itself: fewer choices look more certain. The entropy over "
+            "that of a uniform guess does not depend on it in this way."
         )
     return Section(
         _TITLE, grids=tuple(summaries), linked_grids=(*by_score.values(), *errors.values()), text=tuple(text)

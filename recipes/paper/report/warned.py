@@ -8,29 +8,38 @@ _TITLE = "Warnings"
 
 
 def section(report: ReportInput) -> Section | None:
-    """Each distinct warning, with the results that it is about; None if there are none.
+    """Each distinct warning, with the models and methods that it is about; None if there are none.
 
     Args:
         report: What the report is made from.
     """
-    study = report.study
-    found: dict[str, dict[str, list[int]]] = {}
-    for outcome in study.outcomes:
+    found: dict[str, list[dict[str, str | int]]] = {}
+    methods: dict[str, set[str]] = {}
+    for outcome in report.study.outcomes:
+        model = f"trained on {report.label(outcome.trained_on)}{' (LoRA)' if outcome.mode == 'lora' else ''}"
         for result in outcome.results:
+            methods.setdefault(model, set()).add(result.label)
             for sentence in result.warnings:
-                where = (
-                    f"{result.label}{' (LoRA)' if outcome.mode == 'lora' else ''}, trained on "
-                    f"{report.label(outcome.trained_on)}, tested on {report.label(outcome.tested_on)}"
-                )
-                found.setdefault(sentence, {}).setdefault(where, []).append(result.seed)
+                place: dict[str, str | int] = {
+                    "model": model,
+                    "method": result.label,
+                    "seed": result.seed,
+                    "tested_on": outcome.tested_on,
+                }
+                found.setdefault(sentence, []).append(place)
     if not found:
         return None
-    lines = [
-        f"- {sentence}\n" + "\n".join(f"    - {where}: {_seeds(seeds)}" for where, seeds in places.items())
-        for sentence, places in found.items()
-    ]
-    return Section(_TITLE, text=("\n".join(lines),), details={"warnings": found})
+    text = "\n".join(f"- {sentence}\n{_places(places, methods)}" for sentence, places in found.items())
+    return Section(_TITLE, text=(text,), details={"warnings": found})
 
 
-def _seeds(seeds: list[int]) -> str:
-    return f"seed{'s' if len(seeds) > 1 else ''} {', '.join(map(str, sorted(seeds)))}"
+def _places(places: list[dict[str, str | int]], methods: dict[str, set[str]]) -> str:
+    """A line a model: seeds, and methods unless they are all that were fitted to it."""
+    lines = []
+    for model in dict.fromkeys(str(place["model"]) for place in places):
+        of_model = [place for place in places if place["model"] == model]
+        seeds = sorted({int(place["seed"]) for place in of_model})
+        names = list(dict.fromkeys(str(place["method"]) for place in of_model))
+        listed = "all methods" if set(names) == methods[model] else ", ".join(names)
+        lines.append(f"    - {model}, seed{'s' if len(seeds) > 1 else ''} {', '.join(map(str, seeds))}: {listed}")
+    return "\n".join(lines)

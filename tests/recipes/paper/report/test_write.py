@@ -9,7 +9,7 @@ import pytest
 
 from bmoe_lightning.metrics import METRICS
 from bmoe_lightning.report import SummarySettings
-from recipes.paper.report import Cost, write, write_report
+from recipes.paper.report import Cost, warned, write, write_report
 from recipes.paper.report.sections import SECTIONS
 
 SETTINGS = SummarySettings(num_samples=50)
@@ -134,8 +134,24 @@ def test_warnings_of_results_are_told(small, tmp_path, few):
     doubtful = tuple(replace(r, warnings=("it learned nothing",)) if r.method == "map" else r for r in first.results)
     study = replace(small, outcomes=(replace(first, results=doubtful), *small.outcomes[1:]))
     text = write_report(tmp_path, study, settings=SETTINGS)[0].read_text()
-    assert "- it learned nothing\n    - MAP, trained on Home, tested on Home: seeds 0, 1\n" in text
-    assert json.loads((tmp_path / "results.json").read_text())["warnings"]
+    assert "- it learned nothing\n    - trained on Home, seeds 0, 1: MAP\n" in text
+    places = json.loads((tmp_path / "results.json").read_text())["warnings"]["it learned nothing"]
+    assert places[1] == {"model": "trained on Home", "method": "MAP", "seed": 1, "tested_on": "home"}
+
+
+def test_a_warning_of_all_methods_does_not_list_them(small, report_of):
+    outcomes = tuple(
+        replace(outcome, results=tuple(replace(result, warnings=("doubtful",)) for result in outcome.results))
+        for outcome in small.outcomes
+    )
+    (text,) = warned.section(report_of(replace(small, outcomes=outcomes))).text
+    assert text.splitlines() == [
+        "- doubtful",
+        "    - trained on Home, seeds 0, 1: all methods",
+        "    - trained on Judged, seeds 0, 1: all methods",
+        "    - trained on Home (LoRA), seeds 0, 1: all methods",
+        "    - trained on Judged (LoRA), seeds 0, 1: all methods",
+    ]
 
 
 def test_a_study_without_outcomes_is_refused(small, tmp_path):
