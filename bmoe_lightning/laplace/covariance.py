@@ -129,7 +129,7 @@ def batch_terms(
     layers = list(union.values())
     if len(posteriors) > 1:  # in model order, as within each posterior: slot_owners reads the last layer
         position = {name: index for index, (name, _) in enumerate(model.named_modules())}
-        layers.sort(key=lambda layer: position[layer.name])
+        layers.sort(key=lambda layer: (position[layer.module_name], not layer.is_first))
     factors = {  # by identity: posteriors over parts of the same layers share them
         name: {id(f): f for posterior in posteriors for x, f in posterior if x.name == name} for name in union
     }

@@ -203,6 +203,26 @@ class TestFit:
         for name, predictions in found.items():
             assert torch.equal(predictions.log_probs, again[name].log_probs)
 
+    @pytest.mark.parametrize("layout", ["fused", "modules"])
+    def test_beside_a_posterior_of_other_projections(self, layout, tmp_path):
+        model = toy_model() if layout == "fused" else as_modules(toy_model())
+        train, held_out = split(toy_batch(num_rows=16, seed=3), 8, 8), [toy_batch(num_rows=12)]
+        before = {name: value + 0.1 for name, value in model.state_dict().items() if ".crew." in name}
+        plain = LaplaceEvidence(curvature=Curvature(rank=3))
+        both = LaplaceEvidence(name="both", curvature=self.CURVATURE)
+        alone = {}
+        for method in (plain, both):
+            fit = fit_methods([method], model, answer_logits, train, held_out, prior_mean=before)
+            alone |= evaluate([method], fit, model, answer_logits, held_out)
+        assert not torch.equal(alone[plain.name].log_probs, alone[both.name].log_probs)
+        for order in ([plain, both], [both, plain]):
+            fit = fit_methods(order, model, answer_logits, train, held_out, prior_mean=before)
+            save_fit(tmp_path / order[0].name, fit)
+            loaded, _ = load_fit(tmp_path / order[0].name)
+            for name, found in evaluate(order, loaded, model, answer_logits, held_out).items():
+                torch.testing.assert_close(found.log_probs, alone[name].log_probs, rtol=1e-12, atol=1e-14)
+                assert torch.equal(found.labels, alone[name].labels)
+
     def test_specifications_of_earlier_versions_are_the_same(self):
         assert Curvature().digest == "ffb2953d"
         assert "projections" not in ExpertLayers().description()
