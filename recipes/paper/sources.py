@@ -16,8 +16,8 @@ from recipes.paper.plan import PlannedRun
 from recipes.paper.presets import DataSet, Preset
 from recipes.plan.architecture import build, load_configuration
 from recipes.qwen_obqa.builtin_model import SmallModel, small_moe_config
-from recipes.qwen_obqa.settings import ResolvedSettings
-from recipes.qwen_obqa.sources import OtherSet, RecipeError, Source, check_model, limited, reader
+from recipes.qwen_obqa.settings import ResolvedSettings, default_prompt
+from recipes.qwen_obqa.sources import OtherSet, RecipeError, Source, check_model, limited, limited_test, reader
 
 _LAYERS = 4
 """Expert layers of the small model: quarters of them are whole layers."""
@@ -134,13 +134,17 @@ def source_of(
             others={name: _other(questions, name, settings, methods) for name in run.others},
             calibration_in_train=drawn.calibration_in_train,
         )
-        source.data(seed=0)  # raises now if the tokenizer or the prompts do not fit
+        # These raise now, and not after the training, if the tokenizer or the prompts do not fit.
+        source.data(seed=0)
+        for name in source.others:
+            source.data_of(name)
     except (DataUnavailableError, ModelUnavailableError, ValueError, RuntimeError) as error:
         raise RecipeError(str(error)) from error
     return source
 
 
 def _other(questions: Questions, name: str, settings: ResolvedSettings, methods: Sequence[Method]) -> OtherSet:
+    """A data set that the run is only tested on, asked as a run that is trained on it asks it."""
     splits = questions.splits[name]
-    drawn = limited(settings, splits, methods)
-    return OtherSet(replace(splits, test=drawn.test), questions.data[name].prompt)
+    test = limited_test(settings, splits.test, methods)
+    return OtherSet(replace(splits, test=test), questions.data[name].prompt or default_prompt(settings.kind))

@@ -271,6 +271,16 @@ _DEFAULTS: Mapping[Kind, dict[str, Any]] = {
     },
 }
 
+
+def default_prompt(kind: Kind) -> str:
+    """The prompt format of a kind of run, unless one is given.
+
+    Args:
+        kind: Kind of the run.
+    """
+    return str(_DEFAULTS[kind]["prompt"])
+
+
 _DRY_RUN: Mapping[Kind, dict[str, Any]] = {
     "builtin": {"epochs": 2},  # ensembles of checkpoints have at least two members
     "small": {"epochs": 2},

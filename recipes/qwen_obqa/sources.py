@@ -46,6 +46,18 @@ class OtherSet:
     splits: Splits
     prompt: str | None = None
 
+    @property
+    def tested(self) -> Splits:
+        """The test split, and of the others no more than a DataModule needs: the question with the shortest text."""
+        return replace(self.splits, train=_shortest(self.splits.train), calibration=_shortest(self.splits.calibration))
+
+
+def _shortest(questions: Sequence[Question]) -> tuple[Question, ...]:
+    def length(question: Question) -> int:
+        return sum(map(len, (question.question, *question.choices, question.passage or "")))
+
+    return tuple(sorted(questions, key=length)[:1])
+
 
 @dataclass(frozen=True)
 class Source:
@@ -103,7 +115,7 @@ class Source:
     def data_of(
         self, other: str, padding_side: PaddingSide | None = None, shared_prompts: bool | None = None
     ) -> MultipleChoiceDataModule:
-        """The DataModule of another data set, whose prompts, answers and number of choices are its own.
+        """The DataModule of another data set's test questions, whose prompts, answers and choices are its own.
 
         Args:
             other: Name of the test set.
@@ -111,7 +123,7 @@ class Source:
             shared_prompts: As in `data`.
         """
         found = self.others[other]
-        return self._module(found.splits, 0, padding_side, shared_prompts, found.prompt)
+        return self._module(found.tested, 0, padding_side, shared_prompts, found.prompt)
 
     @property
     def _splits(self) -> Splits:
@@ -277,6 +289,19 @@ def limited(settings: ResolvedSettings, splits: Splits, methods: Sequence[Method
             f"{error} (--limit and --limit-validation bound the questions, --methods names the methods)"
         ) from None
     return replace(splits, train=train, calibration=calibration, test=test)
+
+
+def limited_test(
+    settings: ResolvedSettings, test: Sequence[Question], methods: Sequence[Method]
+) -> tuple[Question, ...]:
+    """Test questions of a data set on which nothing is trained or tuned, no more than the settings allow.
+
+    Args:
+        settings: Resolved settings.
+        test: All test questions.
+        methods: Methods of the run.
+    """
+    return draw(test, _limits(settings, methods)[2], seed=0)
 
 
 def _limits(settings: ResolvedSettings, methods: Sequence[Method]) -> tuple[int | None, ...]:
