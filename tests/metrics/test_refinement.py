@@ -22,49 +22,78 @@ def losses(log_probs, target, inverse):
 
 
 def best_inverse(log_probs, target, weights):
-    """Ternary search of the penalised loss, which is convex in the inverse temperature."""
+    """Ternary search of the penalised loss, which is convex in the inverse temperature, in its logarithm."""
 
-    def objective(inverse):
+    def objective(place):
+        inverse = math.exp(place)
         return (weights * losses(log_probs, target, inverse)).sum() + (inverse - 1) ** 2 / 2
 
-    low, high = 0.01, 100.0
-    for _ in range(70):
+    found = ternary_minimum(objective, math.log(0.01), math.log(100.0))
+    return math.exp(found)
+
+
+def ternary_minimum(objective, low, high):
+    for _ in range(60):
         first, second = low + (high - low) / 3, high - (high - low) / 3
         low, high = (low, second) if objective(first) < objective(second) else (first, high)
     return (low + high) / 2
 
 
-def newton_step(log_probs, target, weights):
-    """The inverse temperatures without each example by finite differences of the losses."""
-    inverse, step = best_inverse(log_probs, target, weights), 1e-4
-    down, here, up = (losses(log_probs, target, inverse + h) for h in (-step, 0.0, step))
-    slopes, curvatures = weights * (up - down) / (2 * step), weights * (up - 2 * here + down) / step**2
-    return inverse + slopes / (curvatures.sum() - curvatures + 1)
+def brute_force(log_probs, target, counts=None):
+    """Refinement with a search of its own for every example that is left out."""
+    p, y = log_probs.numpy(), target.numpy()
+    counts = np.ones(len(y)) if counts is None else counts
+    total = 0.0
+    for n in np.flatnonzero(counts):
+        rest = np.where(np.arange(len(y)) == n, 0, counts)
+        total += counts[n] * losses(p[n : n + 1], y[n : n + 1], best_inverse(p, y, rest))[0]
+    return total / counts.sum()
 
 
-@pytest.mark.parametrize(("classes", "scale"), [(4, 1.0), (2, 3.0), (4, 0.2)])
-def test_against_numpy(classes, scale, predictions):
+def answers(number, wrong, gap):
+    """Two classes whose logits differ by `gap`, of which the label has the smaller one in `wrong` examples."""
+    logits = torch.zeros(number, 2, dtype=torch.float64)
+    logits[:, 0] = gap
+    target = torch.zeros(number, dtype=torch.int64)
+    target[:wrong] = 1
+    return logits.log_softmax(1), target
+
+
+@pytest.mark.parametrize(("classes", "scale"), [(4, 1.0), (2, 3.0), (4, 0.2), (4, 30.0)])
+def test_against_brute_force(classes, scale, predictions):
     log_probs, target = predictions(61, classes)
     log_probs = (scale * log_probs).log_softmax(1)
-    p, y = log_probs.numpy(), target.numpy()
-    inverse = newton_step(p, y, np.ones(61))
-    after = np.array([losses(p[n : n + 1], y[n : n + 1], inverse[n])[0] for n in range(61)])
     found = negative_log_likelihood_split(log_probs, target)
-    assert found.refinement.item() == pytest.approx(after.mean(), abs=1e-6)
+    assert found.refinement.item() == pytest.approx(brute_force(log_probs, target), abs=1e-6)
     total = negative_log_likelihood(log_probs, target)
     assert (found.calibration + found.refinement).item() == pytest.approx(total.item(), abs=1e-12)
 
 
-@pytest.mark.parametrize(("number", "tolerance"), [(30, 5e-3), (100, 5e-4), (200, 1e-4)])
-def test_close_to_exact_leave_one_out(number, tolerance, predictions):
-    log_probs, target = predictions(number)
-    p, y = log_probs.numpy(), target.numpy()
-    exact = []
-    for n in range(number):
-        inverse = best_inverse(p, y, np.arange(number) != n)
-        exact.append(losses(p[n : n + 1], y[n : n + 1], inverse)[0])
+@pytest.mark.parametrize(
+    ("number", "wrong", "gap"),
+    [(200, 1, 20.0), (500, 1, 15.0), (50, 1, 8.0), (200, 3, 20.0), (100, 2, 12.0), (30, 0, 5.0), (1, 1, 9.0)],
+)
+def test_few_errors_against_brute_force(number, wrong, gap):
+    """The temperature moves far where the one error is left out."""
+    log_probs, target = answers(number, wrong, gap)
     found = negative_log_likelihood_split(log_probs, target)
-    assert found.refinement.item() == pytest.approx(np.mean(exact), abs=tolerance)
+    p, y = log_probs.numpy(), target.numpy()
+    expected = 0.0
+    # All right answers are alike, as are all wrong ones.
+    for n in {0, number - 1} if 0 < wrong < number else {0}:
+        inverse = best_inverse(p, y, np.arange(number) != n)
+        expected += float((y == y[n]).sum()) * losses(p[n : n + 1], y[n : n + 1], inverse)[0] / number
+    assert found.refinement.item() == pytest.approx(expected, abs=1e-6)
+
+
+@pytest.mark.parametrize("wrong", [1, 2, 3])
+def test_few_errors_of_varied_confidence_against_brute_force(wrong, predictions):
+    log_probs, _ = predictions(80)
+    log_probs = (4 * log_probs).log_softmax(1)
+    target = log_probs.argmax(1)
+    target[:wrong] = log_probs[:wrong].argmin(1)
+    found = negative_log_likelihood_split(log_probs, target)
+    assert found.refinement.item() == pytest.approx(brute_force(log_probs, target), abs=1e-6)
 
 
 def test_a_temperature_changes_the_calibration_and_hardly_the_refinement(predictions):
@@ -82,11 +111,8 @@ def test_copies_of_an_example_are_left_out_together(predictions):
     log_probs, target = predictions(40)
     [drawn] = draw_resamples(40, 6, 0)
     found = _split(log_probs, target, drawn.counts).refinement
-    p, y = log_probs.numpy(), target.numpy()
-    for s, counts in enumerate(drawn.counts.numpy()):
-        inverse = newton_step(p, y, counts)
-        after = np.array([losses(p[n : n + 1], y[n : n + 1], inverse[n])[0] for n in range(40)])
-        assert found[s].item() == pytest.approx((counts * after).sum() / 40, abs=1e-6)
+    for value, counts in zip(found, drawn.counts.numpy(), strict=True):
+        assert value.item() == pytest.approx(brute_force(log_probs, target, counts), abs=1e-6)
 
 
 def test_limits(predictions):
