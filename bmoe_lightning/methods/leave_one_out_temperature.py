@@ -68,13 +68,18 @@ class LeaveOneOutTemperature(CurvatureMethod):
         for name, number in (("train_inputs", self.train_inputs), ("min_inputs", self.min_inputs)):
             if number < 1:
                 raise ValueError(f"{self.name} needs {name} of at least 1, got {number}")
+        if self.curvature is not None and not self.curvature.collects:
+            raise ValueError(f"{self.name} needs a curvature of rank 1 or more, got rank 0, which takes no pass")
         if self.curvature is not None and self.curvature.fisher != "exact":
             raise ValueError(f"{self.name} needs a curvature with fisher='exact', got {self.curvature.fisher!r}")
 
     @property
     def needs(self) -> Needs:
         return Needs(
-            calibration_inputs=self.min_inputs, training_labels=True, prior_mean=self.prior_mean == "pretrained"
+            calibration_inputs=self.min_inputs,
+            training_labels=True,
+            prior_mean=self.prior_mean == "pretrained",
+            gradient_share=True,
         )
 
     @property

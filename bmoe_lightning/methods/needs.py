@@ -29,6 +29,8 @@ class Needs:
         expert_dropout: Whether the model should be fine-tuned with dropout inside the experts, or in front of LoRA's
             matrices.
         lora: Whether the model has to be fine-tuned with LoRA.
+        gradient_share: Whether the share of the trained weights' gradient that its curvatures cover is used, which is
+            measured in their pass over the training data.
     """
 
     calibration_inputs: int = 0
@@ -41,6 +43,7 @@ class Needs:
     runs: int = 0
     expert_dropout: bool = False
     lora: bool = False
+    gradient_share: bool = False
 
     @property
     def calibration(self) -> bool:

@@ -10,10 +10,11 @@ from torch import nn
 
 from bmoe_lightning.experts import ClassLogits
 from bmoe_lightning.experts.counted_batch import CountedBatch, lockstep
+from bmoe_lightning.experts.fsdp import runs_in_lockstep
 from bmoe_lightning.laplace.covariance_cache import CovarianceCache
 from bmoe_lightning.laplace.posterior import LaplacePosterior, posterior_terms
 from bmoe_lightning.laplace.validation_cache import CacheBuilder
-from bmoe_lightning.utils.distributed import failing_together, num_processes
+from bmoe_lightning.utils.distributed import failing_together, gather_number, num_processes
 
 
 def training_terms(
@@ -47,8 +48,9 @@ def training_terms(
         for batch in lockstep(model, batches):
             (terms,) = posterior_terms([posterior], model, class_logits, batch)
             builder.add(terms)
-            # Examples that do not count too, so that ranks that run in lockstep end together.
-            left -= batch.size if isinstance(batch, CountedBatch) else len(terms.logits)
+            size = batch.size if isinstance(batch, CountedBatch) else len(terms.logits)
+            # Ranks in lockstep end together, though their batches may differ in size.
+            left -= min(gather_number(size)) if runs_in_lockstep(model) else size
             if left <= 0:
                 break
     cache = builder.finish(distributed=distributed)

@@ -127,7 +127,8 @@ class Workbench:
 
         Raises:
             ValueError: If a curvature's layers do not exist, held-out data, enough of them or their labels are missing,
-                or the prior mean is, or the weights equal it.
+                or the prior mean is, or the weights equal it, or an existing curvature has no share of the gradient
+                that a method uses.
         """
         needing = [method.name for method in self._methods if method.needs.calibration]
         if needing and self._calibration is None and self._logits is None:
@@ -138,6 +139,9 @@ class Workbench:
             if method.needs.prior_mean:
                 for curvature in method.curvatures:
                     check_distances(self.squared_distances(curvature, "pretrained"))
+            if method.needs.gradient_share:
+                for curvature in method.curvatures:
+                    self._check_share(method, curvature)
         self.given.check_needs(self._methods)
 
     def check_given_data(self, methods: Sequence[Method]) -> None:
@@ -224,6 +228,19 @@ class Workbench:
         """The share of the trained weights' gradient that a curvature covers; its `reason` says why it is unknown."""
         self.posterior(curvature)
         return self.shares.get(curvature.digest, _OF_EARLIER_VERSION)
+
+    def _check_share(self, method: Method, curvature: Curvature) -> None:
+        """Refuse a curvature of an existing fit whose pass did not measure what a method needs."""
+        if self._is_missing(curvature):
+            return  # its pass will
+        share = self.shares.get(curvature.digest, _OF_EARLIER_VERSION)
+        if curvature.digest not in self.posteriors:
+            share = _OF_EARLIER_PASS
+        if share.kappa is None:
+            raise ValueError(
+                f"{method.name} uses the share of the trained weights' gradient that its curvature covers, which the "
+                f"existing fit does not have: {share.reason}; fit into another folder, or remove the method"
+            )
 
     def training_covariances(self, curvature: Curvature, num_inputs: int) -> CovarianceCache:
         """Covariance terms of the first training examples under a curvature, for any prior precision, with labels.

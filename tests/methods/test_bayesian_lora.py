@@ -8,7 +8,7 @@ from oracles.dense import dense_ggn, low_rank_blocks, softmax_hessian
 from oracles.models import ANSWERS, answer_logits, split, toy_batch, toy_model
 from oracles.own_models import assert_exact
 
-from bmoe_lightning.curvature import Curvature, LoRALayers, collect_factors
+from bmoe_lightning.curvature import Curvature, LinearLayers, LoRALayers, collect_factors
 from bmoe_lightning.laplace import LaplacePosterior
 from bmoe_lightning.methods import BayesianLoRA, LaplaceEvidence, LaplaceLPO, evaluate, fit_methods
 
@@ -217,3 +217,10 @@ def test_the_posterior_is_of_a_and_b(tmp_path):
     torch.testing.assert_close(served.predict(model, answer_logits, BATCHES[0]), expected)
     with pytest.raises(RuntimeError, match="fitted to other weights"):
         served.predict(adapted(seed=6), answer_logits, BATCHES[0])
+
+
+def test_options_of_its_curvature_are_kept_and_other_layers_refused():
+    own = BayesianLoRA(curvature=Curvature(rank=5, skip_layers=(0, 1))).with_defaults(Curvature(rank=3))
+    assert own.spec == Curvature(rank=5, skip_layers=(0, 1), layers=LoRALayers())
+    with pytest.raises(ValueError, match=r"over the matrices of LoRA, and its curvature selects LinearLayers"):
+        BayesianLoRA(curvature=Curvature(layers=LinearLayers("lm_head")))

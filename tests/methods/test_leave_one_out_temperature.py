@@ -12,6 +12,7 @@ from forked_processes import run
 from methods_cases import RANK3, predict
 from oracles.models import answer_logits, split, taken, toy_batch, toy_model
 from oracles.training import train_only
+from workbench_cases import Untouchable
 
 from bmoe_lightning.curvature import Curvature, GradientShare
 from bmoe_lightning.experts import find_expert_layers
@@ -314,5 +315,15 @@ class TestRefused:
 
     def test_a_fit_of_an_earlier_version(self):
         fit = TestFit().fit(replace(METHOD, name="first", label="First"))
-        with pytest.raises(ValueError, match="unknown: the fit was written by an earlier version"):
-            TestFit().fit(earlier=replace(fit, shares={}))
+        with pytest.raises(ValueError, match="does not have: the fit was written by an earlier version; fit into"):
+            TestFit().fit(earlier=replace(fit, shares={}), train=Untouchable())
+
+    def test_layers_that_are_skipped_after_the_pass(self):
+        fit = TestFit().fit(replace(METHOD, name="first", label="First"))
+        part = replace(METHOD, curvature=replace(METHOD.spec, skip_layers=(0,)))
+        with pytest.raises(ValueError, match="its layers were chosen after the pass"):
+            TestFit().fit(part, earlier=fit, train=Untouchable())
+
+    def test_a_curvature_without_a_pass(self):
+        with pytest.raises(ValueError, match="rank 1 or more, got rank 0"):
+            replace(METHOD, curvature=replace(METHOD.spec, rank=0))
