@@ -396,8 +396,8 @@ def _semidefinite(contrast: Tensor, allowed: Tensor) -> Tensor:
     lowest = values[:, 0]
     if bool((lowest < -allowed).any()) or not bool(torch.isfinite(contrast).all()):
         raise ValueError(
-            f"the logit covariance has an eigenvalue of {lowest.min().item():.3g}, beyond rounding error: a value is not "
-            "finite or too large, or the factors are not those of a curvature pass; check the logits and the factors"
+            f"the logit covariance has an eigenvalue of {lowest.min().item():.3g}, beyond rounding error: a value is "
+            "not finite or too large, or the factors are not those of a curvature pass; check logits and factors"
         )
     clipped = (vectors * values.clamp(min=0).unsqueeze(1)) @ vectors.mT
     return torch.where((lowest < 0)[:, None, None], clipped, contrast)
