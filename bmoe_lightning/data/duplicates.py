@@ -32,11 +32,11 @@ def make_disjoint(splits: Splits) -> Splits:
     Warns:
         UserWarning: If there are such questions: one sentence with their numbers, which is logged too.
     """
-    calibration, again = _without(splits.calibration, splits.test, "calibration", "test")
+    calibration, again = leave_out(splits.calibration, splits.test, "calibration", "test split")
     if splits.calibration_in_train or not calibration:
-        train, trained = _without(splits.train, splits.test, "train", "test")
+        train, trained = leave_out(splits.train, splits.test, "train", "test split")
     else:
-        train, trained = _without(splits.train, (*calibration, *splits.test), "train", "calibration or test")
+        train, trained = leave_out(splits.train, (*calibration, *splits.test), "train", "calibration or test split")
     found = [sentence for sentence in (trained, again) if sentence]
     if found:
         message = f"{', and '.join(found)}; they were left out"
@@ -45,10 +45,20 @@ def make_disjoint(splits: Splits) -> Splits:
     return replace(splits, train=train, calibration=calibration)
 
 
-def _without(
+def leave_out(
     questions: tuple[Question, ...], held_out: Iterable[Question], name: str, held_out_name: str
 ) -> tuple[tuple[Question, ...], str]:
-    """The questions that are not held out, and a sentence about the others, empty if there are none."""
+    """The questions that are not held out, and a clause about the others.
+
+    Args:
+        questions: Questions of one part.
+        held_out: Questions that must not be among them; the same text is the same question (`question_key`).
+        name: Name of the part.
+        held_out_name: What the held-out questions are, in words.
+
+    Returns:
+        `(remaining questions, clause)`; the clause is empty if all remain.
+    """
     choices: dict[str, set[frozenset[str]]] = {}
     for question in held_out:
         choices.setdefault(question_key(question), set()).add(choices_key(question))
@@ -58,6 +68,6 @@ def _without(
     same = sum(choices_key(question) in choices[question_key(question)] for question in repeated)
     remaining = tuple(question for question in questions if question_key(question) not in choices)
     return remaining, (
-        f"{len(repeated)} of {len(questions)} {name} questions are also asked in the {held_out_name} split "
+        f"{len(repeated)} of {len(questions)} {name} questions are also asked in the {held_out_name} "
         f"({same} with the same choices)"
     )

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 from bmoe_lightning.data import DataUnavailableError
+from bmoe_lightning.data.duplicates import leave_out
 from bmoe_lightning.data.questions import Question, Splits
 from bmoe_lightning.data.splits import load_splits
 from bmoe_lightning.methods import Method
@@ -29,32 +31,72 @@ class Questions:
 
     Attributes:
         data: The data sets by name.
-        splits: Their splits by name.
+        splits: Their splits by name; a test question of one is in no other part of any.
+        pretraining: Training questions of all data sets that calibrate and test none, on which the small model is
+            pre-trained for real data.
     """
 
     data: Mapping[str, DataSet]
     splits: Mapping[str, Splits]
-
-    @property
-    def train(self) -> tuple[Question, ...]:
-        """The training questions of all data sets, on which the small model is pre-trained for real data."""
-        return tuple(question for splits in self.splits.values() for question in splits.train)
+    pretraining: tuple[Question, ...]
 
 
 def load_study_questions(preset: Preset) -> Questions:
     """Generate or load the questions of all data sets.
 
+    Data sets may share questions. A model that is trained on one is tested on others, so what any of them tests is left
+    out of the training and calibration parts of all. Generated data sets have each fact in one split already.
+
     Args:
         preset: Preset with its data sets.
 
     Raises:
-        RecipeError: If a data set cannot be loaded or is malformed.
+        RecipeError: If a data set cannot be loaded or is malformed, or nothing is left of a part.
+
+    Warns:
+        UserWarning: If questions were left out: one sentence with their numbers.
     """
     try:
         splits = {entry.name: _splits(entry) for entry in preset.data}
+        if all(entry.source is None for entry in preset.data):
+            pool = tuple(question for found in splits.values() for question in found.train)
+        else:
+            splits, pool = _disjoint(splits, pretrains=preset.model is None)
     except (DataUnavailableError, FileNotFoundError, ValueError) as error:
         raise RecipeError(str(error)) from error
-    return Questions({entry.name: entry for entry in preset.data}, splits)
+    return Questions({entry.name: entry for entry in preset.data}, splits, pool)
+
+
+def _disjoint(given: Mapping[str, Splits], *, pretrains: bool) -> tuple[dict[str, Splits], tuple[Question, ...]]:
+    """The splits without questions that another data set tests, and those of train that calibrate none either."""
+    splits, told, pool = dict[str, Splits](), list[str](), list[Question]()
+    for name, own in given.items():
+        tested = [question for other in given if other != name for question in given[other].test]
+        train, trained = leave_out(own.train, tested, f"{name} train", "test split of another data set")
+        calibration, calibrated = leave_out(
+            own.calibration, tested, f"{name} calibration", "test split of another data set"
+        )
+        for part, remaining in (("train", train), ("calibration", calibration)):
+            if not remaining:
+                raise ValueError(
+                    f"all {part} questions of {name} are test questions of another data set; leave one of them out"
+                )
+        splits[name] = replace(own, train=train, calibration=calibration)
+        told += [clause for clause in (trained, calibrated) if clause]
+    notes = [f"{', and '.join(told)}; they were left out"] if told else []
+    told = []
+    calibrating = [question for found in splits.values() for question in found.calibration]
+    for name, own in splits.items():
+        train, clause = leave_out(own.train, calibrating, f"{name} train", "calibration split of a data set")
+        pool += train
+        told += [clause] if clause else []
+    if pretrains and not pool:
+        raise ValueError("all train questions are calibration questions of a data set; leave one of them out")
+    if pretrains and told:
+        notes.append(f"{', and '.join(told)}; the small model is not pre-trained on them")
+    for note in notes:
+        warnings.warn(note, UserWarning, stacklevel=3)
+    return splits, tuple(pool)
 
 
 def _splits(entry: DataSet) -> Splits:
@@ -120,7 +162,7 @@ def source_of(
             small = small_model(model_folder)
             model = str(small.folder(settings.first_seed, progress=not settings.quiet))
         elif model is None:
-            model = reader(settings, questions.train, model_folder)
+            model = reader(settings, questions.pretraining, model_folder)
         source = Source(
             settings,
             model,

@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 import json
+import warnings
 
 import pytest
 
+from bmoe_lightning.data.questions import question_key
+from recipes.paper import sources
+from recipes.paper.generated import GENERATED_SETS
 from recipes.paper.plan import PlannedRun
 from recipes.paper.presets import chosen_preset
 from recipes.paper.run import run_settings
@@ -122,3 +126,72 @@ class TestOtherSets:
     def test_the_limit_of_test_questions_is_theirs_too(self, tmp_path, openbookqa, boolq):
         source = study(tmp_path, openbookqa, boolq, limit_test=3)[1]()
         assert len(source.others["boolq"].splits.test) == 3
+
+
+def keys(questions):
+    return {question_key(question) for question in questions}
+
+
+@pytest.mark.filterwarnings("ignore:.*also asked in the:UserWarning")
+class TestSharedQuestions:
+    """Of `one`, 20 training questions are tests of `two`; the rest of them are in both."""
+
+    @pytest.fixture
+    def folders(self, tmp_path):
+        tests = lettered("two test", 20)
+        one = write(tmp_path / "one", train=[*lettered("train", 200), *tests], validation=lettered("one test", 30))
+        two = write(tmp_path / "two", train=lettered("train", 150), validation=tests)
+        return one, two
+
+    def test_what_one_tests_trains_and_calibrates_none(self, tmp_path, folders):
+        with pytest.warns(UserWarning, match="test split of another data set") as caught:
+            questions, _ = study(tmp_path, *folders)
+        one, two = questions.splits.values()
+        for found in (one, two):
+            assert not keys((*found.train, *found.calibration)) & keys((*one.test, *two.test))
+            assert not keys(found.train) & keys(found.calibration)
+        assert len(one.train) + len(one.calibration) == 200
+        assert len(two.train) + len(two.calibration) == 150
+        assert (len(one.test), len(two.test)) == (30, 20)
+        (said,) = [str(entry.message) for entry in caught if "another data set" in str(entry.message)]
+        counts = [int(clause.split(" of ")[0].split()[-1]) for clause in said.split(", and ")]
+        assert sum(counts) == 20
+        assert "one train questions" in said
+        assert "two" not in said
+
+    def test_the_small_model_is_pretrained_on_what_calibrates_and_tests_none(self, tmp_path, folders, monkeypatch):
+        with pytest.warns(UserWarning, match="two train questions.* the small model is not pre-trained on them"):
+            questions, prepare = study(tmp_path, *folders)
+        held_out = [q for found in questions.splits.values() for q in (*found.calibration, *found.test)]
+        trained = [q for found in questions.splits.values() for q in found.train]
+        assert keys(trained) & keys(held_out)  # what calibrates one is in the training part of the other
+        read, reader = [], sources.reader
+        monkeypatch.setattr(sources, "reader", lambda s, given, *rest: read.extend(given) or reader(s, given, *rest))
+        prepare()
+        assert keys(read) == keys(trained) - keys(held_out)
+
+    def test_a_given_model_is_trained_on_what_calibrates_others(self, tmp_path, folders):
+        """It is not tested on those, and small data sets would lose what their larger versions calibrate with."""
+        with pytest.warns(UserWarning, match="test split of another data set") as caught:
+            one, two = study(tmp_path, *folders, model="some/model")[0].splits.values()
+        assert keys(one.train) & keys(two.calibration)
+        assert not any("pre-trained" in str(entry.message) for entry in caught)
+
+    def test_nothing_left_is_told(self, tmp_path):
+        one = write(tmp_path / "one", train=lettered("train", 50), validation=lettered("test", 30))
+        two = write(tmp_path / "two", train=lettered("more", 50), validation=lettered("train", 50))
+        with pytest.raises(RecipeError, match="all train questions of one are test questions of another data set"):
+            study(tmp_path, one, two)
+
+
+def test_generated_sets_keep_all_questions_and_share_none():
+    """Forms of the same fact have equal texts, but a fact is in one split of all of them."""
+    expected = {entry.name: entry.splits() for entry in GENERATED_SETS}
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        questions = load_study_questions(chosen_preset(PaperSettings(all=True)))
+        assert questions.splits == expected
+        disjoint, pool = sources._disjoint(expected, pretrains=True)
+    assert disjoint == expected
+    assert pool == questions.pretraining
+    assert keys(expected["recall"].train) & keys(expected["pairs"].train)
