@@ -30,27 +30,27 @@ class Job:
 
 
 class JobError(RuntimeError):
-    """A job failed; the message names it and the end of its output."""
+    """Jobs failed; the message names each and the end of its output."""
 
 
 def run_jobs(jobs: Sequence[Job], at_a_time: int) -> None:
     """Run jobs, some at a time, and print a line when one begins and when it ends.
 
-    If one fails, or this process is stopped, the others are stopped too, as by SIGTERM: what they have finished is
-    stored.
+    If one fails, no other begins, but those that run are waited for: a training that is stopped is lost. If this
+    process is stopped, they are stopped too, as by SIGTERM: what they have finished is stored.
 
     Args:
         jobs: The jobs, in the order in which they begin.
         at_a_time: Number of processes.
 
     Raises:
-        JobError: If a job fails.
+        JobError: If jobs fail; it names all of them.
     """
     waiting, running, total = list(jobs), dict[subprocess.Popen[bytes], tuple[Job, float]](), len(jobs)
-    environment = {**os.environ, **_threads(at_a_time)}
+    environment, failed = {**os.environ, **_threads(at_a_time)}, list[str]()
     try:
-        while waiting or running:
-            while waiting and len(running) < at_a_time:
+        while running or (waiting and not failed):
+            while waiting and not failed and len(running) < at_a_time:
                 job = waiting.pop(0)
                 print(f"[{total - len(waiting)} of {total}] {job.name}", flush=True)
                 job.log.parent.mkdir(parents=True, exist_ok=True)
@@ -63,8 +63,11 @@ def run_jobs(jobs: Sequence[Job], at_a_time: int) -> None:
             for process in [process for process in running if process.poll() is not None]:
                 job, started = running.pop(process)
                 if process.returncode:
-                    raise JobError(f"{job.name} failed with exit status {process.returncode}: {_end_of(job.log)}")
-                print(f"{job.name}: {time.monotonic() - started:.0f} s", flush=True)
+                    failed.append(f"{job.name} failed with exit status {process.returncode}: {_end_of(job.log)}")
+                    rest = f"; waiting for {', '.join(left.name for left, _ in running.values())}" if running else ""
+                    print(f"{job.name} failed{rest}", flush=True)
+                else:
+                    print(f"{job.name}: {time.monotonic() - started:.0f} s", flush=True)
             time.sleep(_POLL_SECONDS)
     finally:
         for process in running:
@@ -75,6 +78,8 @@ def run_jobs(jobs: Sequence[Job], at_a_time: int) -> None:
             except subprocess.TimeoutExpired:
                 process.kill()
                 process.wait()
+    if failed:
+        raise JobError("; ".join(failed))
 
 
 def default_jobs() -> int:

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import os
+import subprocess
+import sys
 import time
 
 import pytest
 
+from recipes.paper import jobs
 from recipes.paper.jobs import Job, JobError, run_jobs
 
 
@@ -32,24 +35,67 @@ def test_all_are_run_and_their_output_stored(tmp_path, capsys):
 
 def test_no_more_than_asked_for_run_at_a_time(tmp_path):
     code = "import time, pathlib; pathlib.Path(r'{}').touch(); time.sleep(0.6)"
-    jobs = [job(tmp_path, name, code.format(tmp_path / f"{name}.started")) for name in "ab"]
+    both = [job(tmp_path, name, code.format(tmp_path / f"{name}.started")) for name in "ab"]
     started = time.monotonic()
-    run_jobs(jobs, 1)
+    run_jobs(both, 1)
     assert time.monotonic() - started > 1.2
     times = [(tmp_path / f"{name}.started").stat().st_mtime for name in "ab"]
     assert times[1] - times[0] > 0.5
 
 
-def test_a_failure_is_named_and_stops_the_others(tmp_path):
-    waits = "import os, pathlib, time; pathlib.Path(r'{}').write_text(str(os.getpid())); time.sleep(60)"
-    slow = job(tmp_path, "slow", waits.format(tmp_path / "pid"))
-    path = str(tmp_path / "pid")
-    fails = job(
-        tmp_path,
-        "fails",
-        f"import os, sys, time\nwhile not os.path.exists({path!r}): time.sleep(.01)\nsys.exit('gone')",
+def waiting_for(path, then):
+    """Code that waits for a file, for a minute at most."""
+    return (
+        f"import os, pathlib, sys, time\nfor _ in range(6000): os.path.exists({str(path)!r}) or time.sleep(.01)\n{then}"
     )
-    with pytest.raises(JobError, match=r"fails failed with exit status 1: gone \(all of it is in .*fails\.log\)"):
+
+
+def test_a_failure_is_named_and_the_running_ones_are_waited_for(tmp_path, monkeypatch):
+    """A training that is stopped is lost, so it goes on after another run has failed; none begins."""
+    begun, told, done = (tmp_path / name for name in ("begun", "told", "done"))
+    shown = []
+
+    def recorded(line, **_):
+        shown.append(line)
+        if "fails failed" in line:
+            told.touch()
+
+    monkeypatch.setattr(jobs, "print", recorded, raising=False)
+    begins = f"import pathlib; pathlib.Path({str(begun)!r}).touch()\n"
+    slow = job(tmp_path, "slow", begins + waiting_for(told, f"pathlib.Path({str(done)!r}).touch()"))
+    fails = job(tmp_path, "fails", waiting_for(begun, "sys.exit('gone')"))
+    with pytest.raises(JobError, match=r"^fails failed with exit status 1: gone \(all of it is in .*fails\.log\)$"):
         run_jobs([slow, fails, job(tmp_path, "never", "")], 2)
-    assert not alive(int((tmp_path / "pid").read_text() or 0))
+    assert done.exists()
     assert not (tmp_path / "never.log").exists()
+    assert "fails failed; waiting for slow" in shown
+    assert any(line.startswith("slow: ") for line in shown)
+
+
+def test_all_that_failed_are_named(tmp_path):
+    failing = [job(tmp_path, "a", "import sys; sys.exit('gone')"), job(tmp_path, "b", "import sys; sys.exit(3)")]
+    with pytest.raises(JobError) as caught:
+        run_jobs(failing, 2)
+    assert "a failed with exit status 1: gone" in str(caught.value)
+    assert "b failed with exit status 3: no output" in str(caught.value)
+
+
+def test_they_are_stopped_when_this_process_is(tmp_path):
+    path = tmp_path / "pid"
+    waits = f"import os, pathlib, time; pathlib.Path({str(path)!r}).write_text(str(os.getpid())); time.sleep(60)"
+    code = f"""
+from pathlib import Path
+from recipes.common.signals import sigterm_exits
+from recipes.paper import jobs
+from recipes.paper.jobs import Job, run_jobs
+with sigterm_exits():
+    run_jobs([Job("waits", ("-c", {waits!r}), Path({str(tmp_path / "waits.log")!r}))], 1)
+"""
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
+    process = subprocess.Popen([sys.executable, "-c", code], env=environment)
+    deadline = time.monotonic() + 60
+    while not (path.exists() and path.read_text()) and time.monotonic() < deadline:
+        time.sleep(0.02)
+    process.terminate()
+    process.wait(60)
+    assert not alive(int(path.read_text()))
