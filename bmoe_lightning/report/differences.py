@@ -8,11 +8,16 @@ A few seeds resampled are too much alike: their mean varies by `(S - 1) / S` of 
 tails. So draws of seeds are spread by `sqrt(S / (S - 1))` around their mean, and the interval is widened from the
 normal distribution to Student's t, with Satterthwaite's degrees of freedom for the sum of both variances
 (https://doi.org/10.2307/3002019). `tests/report/test_differences.py` measures the coverage.
+
+A change relative to the other is linearised (delta method): with means a and b on the data, a resample with a' and b'
+has `a / b - 1 + (a' - (a / b) b') / b`. A ratio of resamples has no bounds, since the weights of spread seeds may be
+negative, so that its denominator crosses zero.
 """
 
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -23,6 +28,8 @@ from bmoe_lightning.metrics import MetricSpec, Resamples, centred_interval, chec
 from bmoe_lightning.report.results import MethodResult, SummarySettings, by_method
 
 _GRID = 20_001
+# The ids of questions whose data set has none: the split and the number of the row.
+_ROW_ID = re.compile(r"(train|validation|test)-\d+")
 
 
 @dataclass(frozen=True)
@@ -34,9 +41,10 @@ class Difference:
         other: Slug of the other.
         metric: Name of the metric.
         relative: Whether it is `method / other - 1` in place of `method - other`.
-        estimate: Difference of the means over data sets and seeds.
-        low: Lower end of the interval.
-        high: Upper end.
+        estimate: Difference of the means over data sets and seeds; NaN if both are infinite, or if it is relative to a
+            mean that is not positive.
+        low: Lower end of the interval; minus infinity if the estimate or the value of a seed is not finite.
+        high: Upper end; infinity in that case.
         level: Coverage of the interval.
         seeds: Seeds that both methods have, on all data sets.
         num_examples: Number of items of each data set.
@@ -73,6 +81,7 @@ def paired_difference(
     """The difference between two methods, a mean over data sets and the seeds that both have, with its interval.
 
     Items that several data sets share, by their ids, are drawn together, since a model that knows one knows the others.
+    Ids such as `test-17`, which a data set without ids of its own gets, are of that data set alone.
 
     Args:
         pairs: Results on each data set, at least one.
@@ -88,25 +97,24 @@ def paired_difference(
     chosen = settings or SummarySettings()
     seeds = _common_seeds(pairs)
     drawn_items = joint_resamples(
-        [pair.ours[0].ids for pair in pairs], num_samples=chosen.num_samples, seed=chosen.bootstrap_seed
+        [_told_apart(number, pair.ours[0].ids) for number, pair in enumerate(pairs)],
+        num_samples=chosen.num_samples,
+        seed=chosen.bootstrap_seed,
     )
     ours, others = (
         _Values.of([_in_order(group, seeds) for group in groups], drawn_items, metric, chosen)
         for groups in ([pair.ours for pair in pairs], [pair.others for pair in pairs])
     )
-    weights = _seed_weights(len(seeds), chosen.num_samples, chosen.bootstrap_seed)
-    estimate = float(_contrast(ours.on_data.mean(0), others.on_data.mean(0), relative))
-    samples = _contrast((ours.on_resamples * weights).sum(1), (others.on_resamples * weights).sum(1), relative)
-    interval = centred_interval(samples, estimate, chosen.level)
-    wider = _widening(ours, others, chosen.level, relative)
+    contrast = _Contrast.of(float(ours.on_data.mean()), float(others.on_data.mean()), relative)
+    low, high = _interval(ours, others, contrast, chosen)
     return Difference(
         method=pairs[0].ours[0].method,
         other=pairs[0].others[0].method,
         metric=metric.name,
         relative=relative,
-        estimate=estimate,
-        low=_moved(estimate, interval.low, wider),
-        high=_moved(estimate, interval.high, wider),
+        estimate=contrast.estimate,
+        low=low,
+        high=high,
         level=chosen.level,
         seeds=seeds,
         num_examples=tuple(len(pair.ours[0].ids) for pair in pairs),
@@ -191,8 +199,48 @@ class _Values:
         return cls(torch.stack(on_data).mean(0), torch.stack(on_resamples).mean(0))
 
 
-def _contrast(ours: Tensor, others: Tensor, relative: bool) -> Tensor:
-    return ours / others - 1 if relative else ours - others
+@dataclass(frozen=True)
+class _Contrast:
+    """The difference as a linear function of the values of both methods around those on the data.
+
+    Attributes:
+        estimate: Its value on the data.
+        slopes: Its derivatives by the value of the one method and by that of the other.
+    """
+
+    estimate: float
+    slopes: tuple[float, float]
+
+    @classmethod
+    def of(cls, ours: float, other: float, relative: bool) -> _Contrast:
+        if not relative:
+            return cls(ours - other, (1.0, -1.0))
+        if not other > 0:
+            return cls(math.nan, (math.nan, math.nan))
+        ratio = ours / other
+        return cls(ratio - 1, (1 / other, -ratio / other))
+
+    def of_samples(self, ours: Tensor, others: Tensor) -> Tensor:
+        """The contrast of samples, up to a constant, which neither a variance nor a centred interval depends on."""
+        return self.slopes[0] * ours + self.slopes[1] * others
+
+
+def _interval(ours: _Values, others: _Values, contrast: _Contrast, settings: SummarySettings) -> tuple[float, float]:
+    values = torch.cat([ours.on_data, others.on_data])
+    if not (math.isfinite(contrast.estimate) and bool(values.isfinite().all())):
+        # Infinite values have no spread over seeds, and weights of both signs would make NaN of them.
+        return -math.inf, math.inf
+    weights = _seed_weights(len(ours.on_data), settings.num_samples, settings.bootstrap_seed)
+    samples = contrast.of_samples((ours.on_resamples * weights).sum(1), (others.on_resamples * weights).sum(1))
+    interval = centred_interval(samples, contrast.estimate, settings.level)
+    wider = _widening(ours, others, settings.level, contrast)
+    low, high = (contrast.estimate + wider * (end - contrast.estimate) for end in (interval.low, interval.high))
+    return low, high
+
+
+def _told_apart(number: int, ids: tuple[str, ...]) -> tuple[str, ...]:
+    """The ids, with the number of the data set before those that only count its rows."""
+    return tuple(f"{number}/{name}" if _ROW_ID.fullmatch(name) else name for name in ids)
 
 
 def _common_seeds(pairs: Sequence[Paired]) -> tuple[int, ...]:
@@ -221,11 +269,11 @@ def _seed_weights(number: int, num_samples: int, seed: int) -> Tensor:
     return 1 / number + math.sqrt(number / (number - 1)) * (drawn.counts / number - 1 / number)
 
 
-def _widening(ours: _Values, others: _Values, level: float, relative: bool) -> float:
+def _widening(ours: _Values, others: _Values, level: float, contrast: _Contrast) -> float:
     """Student's t over the normal quantile, for the variance over seeds and that over items together."""
     number = len(ours.on_data)
-    per_seed = _contrast(ours.on_data, others.on_data, relative)
-    on_resamples = _contrast(ours.on_resamples.mean(1), others.on_resamples.mean(1), relative)
+    per_seed = contrast.of_samples(ours.on_data, others.on_data)
+    on_resamples = contrast.of_samples(ours.on_resamples.mean(1), others.on_resamples.mean(1))
     of_seeds = float(per_seed.var()) / number if number > 1 else 0.0
     of_items = float(on_resamples.var()) if len(on_resamples) > 1 else 0.0
     if not (math.isfinite(of_seeds + of_items) and of_seeds > 0):
@@ -233,7 +281,3 @@ def _widening(ours: _Values, others: _Values, level: float, relative: bool) -> f
     degrees = (of_seeds + of_items) ** 2 / (of_seeds**2 / (number - 1))
     upper = (1 + level) / 2
     return student_quantile(upper, degrees) / float(torch.special.ndtri(torch.tensor(upper, dtype=torch.float64)))
-
-
-def _moved(estimate: float, end: float, factor: float) -> float:
-    return estimate + factor * (end - estimate) if math.isfinite(end - estimate) else end

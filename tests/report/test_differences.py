@@ -8,6 +8,8 @@ from dataclasses import replace
 import pytest
 import torch
 
+from bmoe_lightning.data.hub import _questions
+from bmoe_lightning.data.tasks import get_task
 from bmoe_lightning.metrics import METRICS, negative_log_likelihood
 from bmoe_lightning.report import MethodResult, Paired, SummarySettings, paired_difference
 from bmoe_lightning.report.differences import joint_resamples, student_quantile
@@ -131,6 +133,27 @@ def test_questions_that_two_sets_share_are_drawn_together():
     assert same.num_examples == (200, 200)
 
 
+def test_questions_without_ids_of_their_own_are_not_shared():
+    """Row 17 of one data set is another question than row 17 of the next."""
+    rows = ({"question": f"is {n} odd", "answer": True, "passage": "A number."} for n in range(40))
+    read = _questions(get_task("boolq"), "test", ((f"row {n}", row) for n, row in enumerate(rows)))
+    names = tuple(question.id for question in read)
+    assert names == tuple(f"test-{n}" for n in range(1, 41))
+    generator = torch.Generator().manual_seed(8)
+    own, numbered = pair_of(random_differences(1, 40, 0.0, 0.05, 0.0, generator)), []
+    for prefix in ("one", "two"):
+        numbered.append(Paired(*([replace(r, ids=names) for r in group] for group in (own.ours, own.others))))
+        own_ids = Paired(
+            *(
+                [replace(r, ids=tuple(f"{prefix}-{n}" for n in names)) for r in group]
+                for group in (own.ours, own.others)
+            )
+        )
+        numbered.append(own_ids)
+    shared, apart = (paired_difference(pairs, NLL, SETTINGS) for pairs in (numbered[::2], numbered[1::2]))
+    assert (shared.low, shared.high) == (apart.low, apart.high)
+
+
 def test_joint_resamples_have_the_size_of_each_set():
     ids = (("a", "b", "c", "d"), ("c", "d", "e"), ("x",))
     drawn = joint_resamples(ids, num_samples=50, seed=1)
@@ -149,13 +172,79 @@ def test_any_metric_can_be_compared(results, name):
     assert found.low <= found.estimate <= found.high
 
 
-def test_an_infinite_loss_is_no_crash():
+def with_infinite_losses(*, ours, others):
+    """Three seeds of two methods, of which the named ones answer a question with probability zero."""
     losses = torch.full((30,), 0.7)
-    ours, others = with_losses("ours", 0, losses), with_losses("theirs", 0, losses)
-    others.log_probs[3] = torch.tensor([-torch.inf, 0.0])
-    found = paired_difference([Paired([ours], [others])], NLL, SETTINGS)
-    assert found.estimate == -math.inf
-    assert found.low == -math.inf
+    pair = Paired(*([with_losses(name, seed, losses) for seed in range(3)] for name in ("ours", "theirs")))
+    for group, seeds in ((pair.ours, ours), (pair.others, others)):
+        for seed in seeds:
+            group[seed].log_probs[3] = torch.tensor([-torch.inf, 0.0])
+    return pair
+
+
+@pytest.mark.parametrize("relative", [False, True])
+@pytest.mark.parametrize(
+    ("ours", "others", "sign"), [((), (1,), -1), ((0, 2), (), 1), ((0,), (0,), None), ((0,), (1,), None)]
+)
+def test_infinite_losses_decide_nothing(ours, others, sign, relative):
+    found = paired_difference([with_infinite_losses(ours=ours, others=others)], NLL, SETTINGS, relative=relative)
+    assert (found.low, found.high) == (-math.inf, math.inf)
+    if sign is None:
+        assert math.isnan(found.estimate)
+    elif not relative:
+        assert found.estimate == sign * math.inf
+
+
+def test_a_change_relative_to_seeds_that_differ_much_is_bounded():
+    """The means over resampled seeds cross zero, since weights of seeds are negative too."""
+    losses = torch.tensor([0.05, 0.06, 0.9], dtype=torch.float64)[:, None].expand(3, 100)
+    worse = losses + torch.tensor([0.0, 0.02, 0.0], dtype=torch.float64)[:, None]
+    pair = Paired(*([with_losses(n, s, row) for s, row in enumerate(v)] for n, v in (("ours", worse), ("b", losses))))
+    found = paired_difference([pair], NLL, SETTINGS, relative=True)
+    assert found.estimate == pytest.approx(0.02 / 1.01, abs=1e-9)
+    # Seeds contribute d_s - .0198 b_s over the mean of b, with Student's t of two degrees of freedom.
+    shares = (worse[:, 0] - (1 + found.estimate) * losses[:, 0]) / losses[:, 0].mean()
+    half = 4.303 * float(shares.std()) / math.sqrt(3)
+    assert found.low == pytest.approx(found.estimate - half, abs=0.5 * half)
+    assert found.high == pytest.approx(found.estimate + half, abs=0.5 * half)
+
+
+def test_a_relative_change_of_equal_methods_is_zero_and_scales_with_the_metric():
+    generator = torch.Generator().manual_seed(9)
+    pair = pair_of(random_differences(5, 100, 0.02, 0.05, 0.05, generator))
+    same = paired_difference(
+        [Paired(pair.others, [replace(r, method="copy") for r in pair.others])], NLL, relative=True
+    )
+    assert (same.low, same.estimate, same.high) == (0.0, 0.0, 0.0)
+    plain, change = (paired_difference([pair], NLL, SETTINGS, relative=relative) for relative in (False, True))
+    # The other method's losses are all .7.
+    for end in ("low", "estimate", "high"):
+        assert getattr(change, end) == pytest.approx(getattr(plain, end) / 0.7, rel=1e-9)
+
+
+def test_the_interval_of_a_relative_change_covers_the_truth_as_often_as_it_says():
+    generator = torch.Generator().manual_seed(10)
+    trials, covered = 150, 0
+    for trial in range(trials):
+        noise = random_differences(5, 60, 0.03, 0.02, 0.05, generator)
+        level = 0.7 + random_differences(5, 60, 0.15, 0.1, 0.0, generator)
+        ours, others = (
+            [with_losses(name, s, row.clamp(min=0.01)) for s, row in enumerate(values)]
+            for name, values in (("ours", 1.1 * level + noise), ("theirs", level))
+        )
+        settings = SummarySettings(num_samples=200, bootstrap_seed=trial)
+        found = paired_difference([Paired(ours, others)], NLL, settings, relative=True)
+        covered += found.low <= 0.1 <= found.high
+    assert covered / trials >= 0.90
+
+
+def test_a_change_relative_to_zero_is_undefined(results):
+    right = [replace(result, target=result.log_probs.argmax(1)) for result in results[:2]]
+    wrong = [replace(result, log_probs=result.log_probs.flip(1), target=result.log_probs.argmax(1)) for result in right]
+    wrong = [replace(result, method="wrong", label="Wrong") for result in wrong]
+    found = paired_difference([Paired(right[:1], wrong[:1])], SPECS["acc"], SETTINGS, relative=True)
+    assert math.isnan(found.estimate)
+    assert (found.low, found.high) == (-math.inf, math.inf)
 
 
 def test_the_same_bytes_twice_and_no_global_randomness(results):
