@@ -20,7 +20,7 @@ from recipes.paper.plan import Columns, PlannedRun, planned_runs
 from recipes.paper.presets import Preset, chosen_preset
 from recipes.paper.report import write_report
 from recipes.paper.settings import PaperSettings
-from recipes.paper.sources import Questions, load_study_questions, num_expert_layers, small_model, source_of
+from recipes.paper.sources import Questions, load_study_questions, num_expert_layers, pretrained_model, source_of
 from recipes.paper.stored_study import StoredOutcome, read_study, stored_outcomes, write_study
 from recipes.paper.worker import worker_arguments
 from recipes.qwen_obqa.distributed import joined
@@ -86,13 +86,20 @@ def complete_one(settings: PaperSettings, name: str) -> None:
 
 
 def pretrain_one(settings: PaperSettings, seed: int) -> None:
-    """Pre-train the small model of the generated data sets, unless it is there.
+    """Pre-train the small models of all runs, unless they are there.
 
     Args:
         settings: Settings of the study.
         seed: Seed of the pre-training.
+
+    Raises:
+        RecipeError: If the questions cannot be loaded.
     """
-    small_model(Path(settings.output_dir) / _MODELS).folder(seed, progress=False)
+    with plain_notes():
+        study = _planned(settings)
+        for of_run in study.settings.values():
+            if (model := pretrained_model(of_run, study.questions, study.output / _MODELS)) is not None:
+                model.folder(seed, progress=False)
 
 
 @dataclass(frozen=True)
@@ -143,7 +150,7 @@ def _run_in_processes(settings: PaperSettings, study: _Planned, at_a_time: int) 
     """Complete all runs, several at a time."""
     logs, first = study.output / "logs", next(iter(study.settings.values()))
     models, runs = [], []
-    if first.kind == "builtin" and not first.dry_run:
+    if first.kind != "full" and not first.dry_run:
         for seed in range(first.first_seed, first.first_seed + first.seeds):
             arguments = worker_arguments(settings, seed=seed)
             models.append(Job(f"pre-training, seed {seed}", arguments, logs / f"pretraining-{seed}.log"))

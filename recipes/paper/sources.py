@@ -19,7 +19,16 @@ from recipes.paper.presets import DataSet, Preset
 from recipes.plan.architecture import build, load_configuration
 from recipes.qwen_obqa.builtin_model import SmallModel, small_moe_config
 from recipes.qwen_obqa.settings import ResolvedSettings, default_prompt
-from recipes.qwen_obqa.sources import OtherSet, RecipeError, Source, check_model, limited, limited_test, reader
+from recipes.qwen_obqa.sources import (
+    OtherSet,
+    PretrainedBySeed,
+    RecipeError,
+    Source,
+    check_model,
+    limited,
+    limited_test,
+    reader,
+)
 
 _LAYERS = 4
 """Expert layers of the small model: quarters of them are whole layers."""
@@ -139,6 +148,45 @@ def small_model(folder: Path) -> SmallModel:
     return SmallModel(WORLD, folder, _LAYERS)
 
 
+@dataclass(frozen=True)
+class Reader:
+    """The small model for real data, pre-trained on questions once for each seed.
+
+    Attributes:
+        settings: Settings of a run.
+        questions: Questions whose text is learnt.
+        parent: Parent of its checkpoints.
+    """
+
+    settings: ResolvedSettings
+    questions: tuple[Question, ...]
+    parent: Path
+
+    def folder(self, seed: int, *, progress: bool = True) -> Path:
+        """The checkpoint of a seed; see `reader`.
+
+        Args:
+            seed: Seed of the pre-training.
+            progress: Whether to show a progress bar.
+        """
+        return Path(reader(replace(self.settings, quiet=not progress), self.questions, self.parent, seed=seed))
+
+
+def pretrained_model(settings: ResolvedSettings, questions: Questions, model_folder: Path) -> PretrainedBySeed | None:
+    """The small model that a run fine-tunes; None for a given one.
+
+    Args:
+        settings: Settings of the run.
+        questions: Questions of all data sets.
+        model_folder: Folder of the small models.
+    """
+    if settings.model is not None:
+        return None
+    if settings.data is None and not settings.dry_run:
+        return small_model(model_folder)
+    return Reader(settings, questions.pretraining, model_folder)
+
+
 def source_of(
     run: PlannedRun, questions: Questions, model_folder: Path, settings: ResolvedSettings, methods: Sequence[Method]
 ) -> Source:
@@ -157,12 +205,9 @@ def source_of(
     splits = questions.splits[run.data]
     try:
         drawn = limited(settings, splits, methods)
-        small, model = None, settings.model
-        if model is None and settings.data is None and not settings.dry_run:
-            small = small_model(model_folder)
+        small, model = pretrained_model(settings, questions, model_folder), settings.model or ""
+        if small is not None:
             model = str(small.folder(settings.first_seed, progress=not settings.quiet))
-        elif model is None:
-            model = reader(settings, questions.pretraining, model_folder)
         source = Source(
             settings,
             model,

@@ -9,6 +9,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
+from typing import Protocol
 
 from transformers import AutoConfig
 
@@ -59,6 +60,19 @@ def _shortest(questions: Sequence[Question]) -> tuple[Question, ...]:
     return tuple(sorted(questions, key=length)[:1])
 
 
+class PretrainedBySeed(Protocol):
+    """A small model with a pre-training for each seed, such as `SmallModel`."""
+
+    def folder(self, seed: int, *, progress: bool = True) -> Path:
+        """The checkpoint of a seed, pre-trained unless it is there.
+
+        Args:
+            seed: Seed of the pre-training.
+            progress: Whether to show a progress bar.
+        """
+        ...
+
+
 @dataclass(frozen=True)
 class Source:
     """Model and questions of a run.
@@ -71,7 +85,7 @@ class Source:
         calibration: Held-out questions for prior precisions and temperatures.
         test: Questions on which nothing is tuned.
         banner: Text that is printed first.
-        small_model: The built-in model, pre-trained once for each seed; None for a model that all seeds share.
+        small_model: A small model, pre-trained once for each seed; None for a model that all seeds share.
         others: Further data sets by name, on whose test splits the methods predict under a shift of the distribution.
         calibration_in_train: Whether calibration questions are trained on too, as some protocols have it.
     """
@@ -83,12 +97,12 @@ class Source:
     calibration: Sequence[Question]
     test: Sequence[Question]
     banner: str
-    small_model: SmallModel | None = None
+    small_model: PretrainedBySeed | None = None
     others: Mapping[str, OtherSet] = field(default_factory=dict)
     calibration_in_train: bool = False
 
     def model_of(self, seed: int) -> str:
-        """Folder or hub id of the model that a seed starts from; pre-trains the built-in one if it is not cached."""
+        """Folder or hub id of the model that a seed starts from; pre-trains a small one if it is not cached."""
         if self.small_model is None:
             return self.model
         return str(self.small_model.folder(seed, progress=not self.settings.quiet))
@@ -317,19 +331,22 @@ def _limits(settings: ResolvedSettings, methods: Sequence[Method]) -> tuple[int 
     return tuple(own or shared for own, shared in zip(given, common, strict=True))
 
 
-def reader(settings: ResolvedSettings, train: Sequence[Question], parent: Path) -> str:
+def reader(settings: ResolvedSettings, train: Sequence[Question], parent: Path, *, seed: int = 0) -> str:
     """The folder of a small model pre-trained on these questions, or in a dry run with random weights.
 
     Args:
         settings: Resolved settings.
         train: Questions whose text is learnt.
         parent: Folder in which that of the model is created.
+        seed: Seed of the pre-training.
     """
     kind, steps = ("random", {"steps": 0}) if settings.dry_run else ("small", {})
     # The questions are part of the name: a later run in the same folder may have other ones.
     content = json.dumps([settings.prompt, [asdict(question) for question in train]])
-    folder = parent / f"{kind}-{hashlib.sha256(content.encode()).hexdigest()[:16]}"
-    return str(read_questions(train, folder, prompt=settings.prompt, progress=not settings.quiet, **steps))
+    of_seed = f"-{seed}" if seed else ""
+    folder = parent / f"{kind}-{hashlib.sha256(content.encode()).hexdigest()[:16]}{of_seed}"
+    progress = not settings.quiet
+    return str(read_questions(train, folder, prompt=settings.prompt, seed=seed, progress=progress, **steps))
 
 
 def _model_folder(settings: ResolvedSettings) -> Path:

@@ -6,16 +6,20 @@ import json
 import warnings
 
 import pytest
+from transformers import AutoTokenizer
 
 from bmoe_lightning.data.questions import question_key
+from recipes.paper import run as paper_run
 from recipes.paper import sources
 from recipes.paper.generated import GENERATED_SETS
 from recipes.paper.plan import PlannedRun
 from recipes.paper.presets import chosen_preset
-from recipes.paper.run import run_settings
+from recipes.paper.run import pretrain_one, run_settings
 from recipes.paper.settings import PaperSettings
 from recipes.paper.sources import load_study_questions, source_of
+from recipes.qwen_obqa import sources as main_sources
 from recipes.qwen_obqa.methods import build_methods
+from recipes.qwen_obqa.reader_model import read_questions
 from recipes.qwen_obqa.sources import RecipeError
 
 METHODS = ("map", "laplace_lpo")
@@ -67,12 +71,12 @@ def study(tmp_path, *folders, **options):
     )
     preset = chosen_preset(settings)
     questions = load_study_questions(preset)
-    home, *others = questions.data
 
-    def prepare(methods=METHODS):
-        run = PlannedRun(home, "experts", methods, tuple(others))
+    def prepare(methods=METHODS, home=None):
+        home = home or next(iter(questions.data))
+        run = PlannedRun(home, "experts", methods, tuple(name for name in questions.data if name != home))
         resolved = run_settings(run, preset, settings, questions)
-        return source_of(run, questions, tmp_path / "model", resolved, build_methods(resolved))
+        return source_of(run, questions, tmp_path / "study" / "model", resolved, build_methods(resolved))
 
     return questions, prepare
 
@@ -166,7 +170,9 @@ class TestSharedQuestions:
         trained = [q for found in questions.splits.values() for q in found.train]
         assert keys(trained) & keys(held_out)  # what calibrates one is in the training part of the other
         read, reader = [], sources.reader
-        monkeypatch.setattr(sources, "reader", lambda s, given, *rest: read.extend(given) or reader(s, given, *rest))
+        monkeypatch.setattr(
+            sources, "reader", lambda s, given, *rest, **seed: read.extend(given) or reader(s, given, *rest, **seed)
+        )
         prepare()
         assert keys(read) == keys(trained) - keys(held_out)
 
@@ -195,3 +201,40 @@ def test_generated_sets_keep_all_questions_and_share_none():
     assert disjoint == expected
     assert pool == questions.pretraining
     assert keys(expected["recall"].train) & keys(expected["pairs"].train)
+
+
+def test_every_seed_of_a_small_model_has_its_own_pretraining(tmp_path, openbookqa, boolq):
+    """A report says that a seed is a pre-training, and its intervals have that spread."""
+    source = study(tmp_path, openbookqa, boolq, seeds=2, first_seed=1)[1]()
+    models = [source.model_of(seed) for seed in (1, 2)]
+    assert source.model == models[0]
+    assert source.model_hash(1) != source.model_hash(2)
+    one, other = (AutoTokenizer.from_pretrained(model).get_vocab() for model in models)
+    assert one == other
+
+
+def test_a_model_that_is_given_is_that_of_all_seeds(tmp_path, openbookqa):
+    model = study(tmp_path, openbookqa)[1]().model
+    source = study(tmp_path, openbookqa, model=model)[1]()
+    assert source.small_model is None
+    assert source.model_of(0) == source.model_of(1) == model
+
+
+def test_several_processes_pretrain_each_seed_first_for_all_prompts(tmp_path, openbookqa, boolq, monkeypatch):
+    """Otherwise two of them would pre-train the same model."""
+    monkeypatch.setattr(main_sources, "read_questions", lambda *args, **o: read_questions(*args, **{**o, "steps": 0}))
+    data = tuple(f"{folder.name}={folder}" for folder in (openbookqa, boolq))
+    settings = PaperSettings(
+        table=(6,), data=data, output_dir=str(tmp_path / "study"), quiet=True, seeds=2, first_seed=3
+    )
+    asked = []
+    monkeypatch.setattr(paper_run, "run_jobs", lambda jobs, at_a_time: asked.append([job.name for job in jobs]))
+    paper_run._run_in_processes(settings, paper_run._planned(settings), 2)
+    assert asked == [["pre-training, seed 3", "pre-training, seed 4"], ["openbookqa-experts", "boolq-experts"]]
+    pretrain_one(settings, 3)
+    made = {path.name for path in (tmp_path / "study" / "model").iterdir()}
+    prepare = study(tmp_path, openbookqa, boolq, dry_run=False, seeds=2, first_seed=3)[1]
+    for name in ("openbookqa", "boolq"):
+        prepare(home=name)
+    assert len(made) == 2
+    assert {path.name for path in (tmp_path / "study" / "model").iterdir()} == made
