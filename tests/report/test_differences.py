@@ -182,6 +182,7 @@ def with_infinite_losses(*, ours, others):
     return pair
 
 
+@pytest.mark.filterwarnings("ignore:.*target probability zero")
 @pytest.mark.parametrize("relative", [False, True])
 @pytest.mark.parametrize(
     ("ours", "others", "sign"), [((), (1,), -1), ((0, 2), (), 1), ((0,), (0,), None), ((0,), (1,), None)]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -41,6 +42,23 @@ class Comparison:
         return verdict(self.bar, self.overall, self.labels)
 
 
+@dataclass(frozen=True)
+class Joint:
+    """What was found of a claim about several other methods.
+
+    Attributes:
+        title: The claim in words.
+        compared: Number of others that were compared.
+        total: Number of others of the claim.
+        verdict: Met if it is met for all others of the claim, missed if it is missed for one, otherwise not decided.
+    """
+
+    title: str
+    compared: int
+    total: int
+    verdict: str
+
+
 def section(report: ReportInput) -> Section | None:
     """All claims whose methods the study has, and what is lacking for the others.
 
@@ -55,10 +73,12 @@ def section(report: ReportInput) -> Section | None:
                 lacking.append(f"{bar.title}: no results of both {bar.method} and {other} ({_words(bar.data)})")
             else:
                 found.append(comparison)
-    text = [_table(found), _sets_table(report, found), _how(found)] if found else []
+    joint = joint_verdicts(found)
+    text = [_table(found), *_joint_table(joint), _sets_table(report, found), _how(found)] if found else []
     if lacking:
         text.append("Not compared. " + "; ".join(lacking) + ".")
-    return Section(_TITLE, text=tuple(text), details={"bars": [_details(comparison) for comparison in found]})
+    details = {"bars": [_details(comparison) for comparison in found], "joint": [asdict(each) for each in joint]}
+    return Section(_TITLE, text=tuple(text), details=details)
 
 
 def compare(report: ReportInput, bar: Bar, other: str) -> Comparison | None:
@@ -110,6 +130,26 @@ def verdict(bar: Bar, found: Difference, labels: tuple[str, str]) -> str:
     return MET if below == (bar.claim == "lower") else MISSED
 
 
+def joint_verdicts(found: Sequence[Comparison]) -> list[Joint]:
+    """The verdicts on claims about several other methods, each on all of them together.
+
+    That all parts are met at a level is met at that level (intersection-union test, Berger 1982,
+    https://doi.org/10.1080/00401706.1982.10487790), so this direction needs no correction for their number.
+
+    Args:
+        found: All comparisons.
+    """
+    joint = []
+    for bar in dict.fromkeys(comparison.bar for comparison in found):
+        if len(bar.others) < 2 or bar.claim == "none":
+            continue
+        verdicts = [comparison.verdict for comparison in found if comparison.bar == bar]
+        all_met = verdicts == [MET] * len(bar.others)
+        together = MISSED if MISSED in verdicts else MET if all_met else UNDECIDED
+        joint.append(Joint(bar.title, len(verdicts), len(bar.others), together))
+    return joint
+
+
 def _table(found: Sequence[Comparison]) -> str:
     rows = [
         [
@@ -124,6 +164,12 @@ def _table(found: Sequence[Comparison]) -> str:
     ]
     head = ["claim", "difference", "mean over", "value", f"{100 * found[0].overall.level:g} % interval", "verdict"]
     return _markdown(head, rows)
+
+
+def _joint_table(joint: Sequence[Joint]) -> list[str]:
+    rows = [[each.title, f"{each.compared} of {each.total}", each.verdict] for each in joint]
+    head = ["claim about several methods", "compared", "verdict"]
+    return ["Met for all of them, or missed for one:\n\n" + _markdown(head, rows)] if rows else []
 
 
 def _sets_table(report: ReportInput, found: Sequence[Comparison]) -> str:
@@ -146,7 +192,8 @@ def _how(found: Sequence[Comparison]) -> str:
     sentences = [
         "Paired bootstrap over test items and seeds; a seed is a pre-training, where the model is pre-trained, and a "
         "fine-tuning. Items that several data sets share are drawn together. A claim is met or missed where the whole "
-        "interval is on one side of its margin.",
+        "interval is on one side of its margin. The intervals are not corrected for their number: among many "
+        "differences of zero some are called real by chance.",
     ]
     if counts[0] == 1:
         sentences.append("With one seed the interval does not have the spread over trainings.")
@@ -180,10 +227,14 @@ def _words(data: str) -> str:
 
 
 def _number(bar: Bar, value: float) -> str:
+    if not math.isfinite(value):
+        return "not finite"
     return f"{100 * value:+.2f} %" if bar.relative else f"{value:+.4f}"
 
 
 def _interval(bar: Bar, found: Difference) -> str:
+    if not (math.isfinite(found.low) or math.isfinite(found.high)):
+        return "no interval"
     return f"[{_number(bar, found.low)}, {_number(bar, found.high)}]"
 
 

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import re
 import statistics
 from dataclasses import replace
 
 import pytest
+import torch
 
 from bmoe_lightning.metrics import negative_log_likelihood
 from bmoe_lightning.report import Difference
 from recipes.paper.report import bars
-from recipes.paper.report.bars import compare, verdict
+from recipes.paper.report.bars import Comparison, compare, joint_verdicts, verdict
 from recipes.paper.report.compared import Bar, read_compared
 
 BAR = Bar("A title", "lower", "laplace_lpo", ("map",), "in_distribution")
@@ -95,16 +97,75 @@ def test_data_sets_that_lack_a_method_are_told(make_study, report_of):
 
 def test_the_section_says_what_is_met(report):
     section = bars.section(report)
-    (table, by_set, how, lacking) = section.text
+    (table, joint, by_set, how, lacking) = section.text
     line = next(line for line in table.splitlines() if "less MAP |" in line)
     assert line.startswith("| Ahead of the baselines | NLL, Bayesian-MoE (LPO) less MAP | 3 of 3 data sets")
     assert line.endswith("| met |")
     assert "By data set" in by_set
     assert "pre-training" in how
+    assert "not corrected for their number" in how
+    # No study of two checkpoints, so that not all baselines are there.
+    assert "| Ahead of the baselines | 2 of 5 | not decided |" in joint
     assert "deep_ensemble" in lacking
     details = section.details["bars"]
     assert details[0]["verdict"] == "met"
     assert details[0]["overall"]["high"] < 0
+    assert section.details["joint"][0]["verdict"] == "not decided"
+
+
+@pytest.mark.parametrize(
+    ("intervals", "expected"),
+    [
+        ([(-0.2, -0.1), (-0.3, -0.1)], "met"),
+        ([(-0.2, -0.1), (-0.3, 0.1)], "not decided"),
+        ([(-0.2, -0.1), (0.1, 0.3)], "missed"),
+        ([(-0.2, 0.1), (0.1, 0.3)], "missed"),
+        ([(-0.2, -0.1)], "not decided"),
+        ([(0.1, 0.2)], "missed"),
+    ],
+)
+def test_a_claim_about_several_methods_has_one_verdict(intervals, expected):
+    bar = replace(BAR, others=("map", "mc_dropout"))
+    comparisons = [Comparison(bar, LABELS, found(*interval), {}, ("home",), ()) for interval in intervals]
+    single = Comparison(BAR, LABELS, found(0.1, 0.2), {}, ("home",), ())
+    [joint] = joint_verdicts([*comparisons, single])
+    assert (joint.title, joint.compared, joint.total, joint.verdict) == ("A title", len(intervals), 2, expected)
+    unclaimed = [replace(comparison, bar=replace(bar, claim="none")) for comparison in comparisons]
+    assert joint_verdicts(unclaimed) == []
+
+
+def test_two_equal_methods_meet_every_claim_of_not_being_behind(make_study, report_of):
+    """At a margin of zero they could not."""
+    whole = make_study(seeds=(0, 1), lora={})
+    outcomes = tuple(
+        replace(
+            outcome,
+            results=(
+                *outcome.results,
+                *(replace(r, method="twin", label="Twin") for r in outcome.results if r.method == "map"),
+            ),
+        )
+        for outcome in whole.outcomes
+    )
+    report = report_of(replace(whole, outcomes=outcomes))
+    claims = [bar for bar in read_compared().bars if re.search("behind|within", bar.title)]
+    assert len(claims) == 2
+    for bar in claims:
+        assert bar.relative
+        assert f"{100 * bar.margin:g} %" in bar.title
+        assert compare(report, replace(bar, method="twin"), "map").verdict == "met"
+
+
+@pytest.mark.filterwarnings("ignore:.*target probability zero")
+def test_an_infinite_loss_is_told_in_the_report(make_study, report_of):
+    whole = make_study(seeds=(0, 1), lora={})
+    result = next(r for r in whole.outcomes[0].results if r.method == "map")
+    result.log_probs[0] = torch.where(
+        torch.arange(result.log_probs.shape[1]) == result.target[0], -torch.inf, result.log_probs[0]
+    ).log_softmax(0)
+    section = bars.section(report_of(whole))
+    line = next(line for line in section.text[0].splitlines() if "less MAP |" in line)
+    assert line.endswith("| not finite | no interval | not decided |")
 
 
 def test_one_seed_is_told(make_study, report_of):
