@@ -12,6 +12,9 @@ from torch import Tensor
 
 from bmoe_lightning.laplace.predictive import NUM_SAMPLES, entropy, mean_variance, predict_with_uncertainty
 
+# Variance of a few roundings of float32, relative to the square of what is rounded.
+_FLOAT32_ROUNDING = (4 * torch.finfo(torch.float32).eps) ** 2
+
 
 def one_minus_max_probability(log_probs: Tensor) -> Tensor:
     """One less the largest probability, `[B]` in [0, 1): maximum softmax probability, turned round.
@@ -29,7 +32,8 @@ def relative_variance(logits: Tensor, covariance: Tensor, prior_covariance: Tens
     """Mean variance of the centred logits over that under the prior, `[B]`: the share of it that data did not remove.
 
     Unlike the variance it does not grow with the gradients of the logits. In [0, 1] if the posterior has no direction
-    with more variance than the prior; 0 where the prior has no variance, since no weight matters there.
+    with more variance than the prior; 0 where the prior has no variance but that of rounding, since no weight matters
+    there. Rounding of gradients in float32 alone gives logits that only move together that variance when centred.
 
     Args:
         logits: Logits `[B, K]`.
@@ -37,7 +41,9 @@ def relative_variance(logits: Tensor, covariance: Tensor, prior_covariance: Tens
         prior_covariance: Covariance `[B, K, K]` under the prior.
     """
     prior = mean_variance(logits, prior_covariance)
-    return torch.where(prior > 0, mean_variance(logits, covariance) / prior, 0)
+    share = max(_FLOAT32_ROUNDING, logits.shape[1] * torch.finfo(prior_covariance.dtype).eps)
+    rounding = share * prior_covariance.diagonal(dim1=1, dim2=2).amax(1)
+    return torch.where(prior > rounding, mean_variance(logits, covariance) / prior, 0)
 
 
 def uncertainty_scores(

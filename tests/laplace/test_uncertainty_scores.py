@@ -77,6 +77,23 @@ def test_relative_variance_is_zero_where_no_weight_matters():
     assert relative_variance(logits, covariance, covariance).tolist() == pytest.approx([0.0, 1.0])
 
 
+@pytest.mark.parametrize("classes", [2, 3, 7])
+@pytest.mark.parametrize("scale", [1e-6, 1.0, 1e6])
+@pytest.mark.parametrize("rounded_to", [torch.float32, torch.float64])
+def test_relative_variance_is_zero_where_logits_only_move_together(classes, scale, rounded_to):
+    """Centring leaves rounding in both variances, whose ratio means nothing."""
+    generator = torch.Generator().manual_seed(0)
+    logits = torch.randn(20, classes, generator=generator, dtype=torch.float64)
+    common = torch.randn(20, 1, 5, generator=generator, dtype=torch.float64).expand(20, classes, 5)
+    noise = torch.finfo(rounded_to).eps * torch.randn(20, classes, 5, generator=generator, dtype=torch.float64)
+    gradients = common * (1 + noise / 2)
+    prior = scale * gradients @ gradients.mT
+    posterior = scale * gradients @ torch.diag(torch.linspace(0.1, 1, 5).double()) @ gradients.mT
+    assert relative_variance(logits, posterior, prior).tolist() == [0.0] * 20
+    apart = gradients + 1e-5 * torch.randn(20, classes, 5, generator=generator, dtype=torch.float64)
+    assert bool((relative_variance(logits, scale * apart @ apart.mT / 2, scale * apart @ apart.mT) > 0.4).all())
+
+
 def test_what_is_not_finite_is_refused():
     logits, covariance = gaussians()
     covariance[0, 0, 0] = torch.nan
