@@ -63,6 +63,10 @@ def section(report: ReportInput) -> Section | None:
         )
         if found
     ]
+    if fewer := _fewer_seeds({**by_score, **{f"{name} (errors)": grid for name, grid in errors.items()}}, tested):
+        text.append(
+            "Not all seeds have all scores, which predictions of an older version may lack: " + "; ".join(fewer) + "."
+        )
     other = [name for name, groups in outside.items() if _num_choices(groups) != _num_choices(inside)]
     if other:
         listed = ", ".join(map(report.label, other))
@@ -82,6 +86,21 @@ def _summary(by_score: Mapping[str, Grid], caption: str) -> Grid:
     blocks = (replace(grid.blocks[0], title=_words(score)) for score, grid in by_score.items())
     kind = first.name.removesuffix(f"_{next(iter(by_score))}")
     return Grid(kind, caption, "method", first.columns, tuple(blocks))
+
+
+def _fewer_seeds(grids: Mapping[str, Grid], tested: Mapping[str, Groups]) -> list[str]:
+    """The rows of which a table has fewer seeds than were tested, with the numbers."""
+    tested_seeds: dict[str, set[int]] = {}
+    for groups in tested.values():
+        for row, group in groups.items():
+            tested_seeds.setdefault(row, set()).update(result.seed for result in group)
+    found = []
+    for name, grid in grids.items():
+        for line in grid.blocks[0].rows:
+            fewest = min(len(cell.seeds) for cell in line.cells if cell is not None)
+            if fewest < (number := len(tested_seeds[line.key])):
+                found.append(f"{_words(name)} of {line.label}, {fewest} of {number} seeds")
+    return found
 
 
 def score_of(result: MethodResult, name: str) -> Tensor | None:

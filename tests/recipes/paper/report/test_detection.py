@@ -119,3 +119,25 @@ def test_alone_there_are_errors_only(make_study, report_of):
         "errors_relative_entropy",
         "errors_mutual_information",
     ]
+
+
+def test_seeds_without_scores_are_told(make_study, report_of):
+    """A study that was resumed has predictions that were stored before there were scores."""
+    whole = make_study(seeds=(0, 1, 2), lora={})
+    told = "Not all seeds have all scores"
+    assert not any(told in text for text in detection.section(report_of(whole)).text)
+    outcomes = tuple(
+        replace(
+            outcome,
+            results=tuple(
+                replace(r, uncertainty={}) if (r.method, r.seed) == ("laplace_lpo", 1) else r for r in outcome.results
+            ),
+        )
+        for outcome in whole.outcomes
+    )
+    section = detection.section(report_of(replace(whole, outcomes=outcomes)))
+    [text] = [text for text in section.text if told in text]
+    assert "mutual information of Bayesian-MoE (LPO), 2 of 3 seeds" in text
+    assert "mutual information (errors) of Bayesian-MoE (LPO), 2 of 3 seeds" in text
+    assert "evidence" not in text
+    assert "entropy" not in text
