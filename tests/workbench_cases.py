@@ -39,6 +39,11 @@ def identity(batch):
     return batch["ids"].data_ptr()
 
 
+def twice(batches):
+    """The first batches of a curvature pass run again for its share of the trained weights' gradient."""
+    return [batch for batch in batches for _ in range(2)]
+
+
 class Counted:
     """`answer_logits` that remembers the batches it was asked about."""
 

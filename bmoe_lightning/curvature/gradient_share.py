@@ -12,8 +12,7 @@ unbiased for their sum, since the z of different examples are independent.
 from __future__ import annotations
 
 import math
-from collections.abc import Collection, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Self
 
@@ -27,14 +26,15 @@ from bmoe_lightning.experts.types import ExpertLayer
 from bmoe_lightning.experts.weight_gradients import squared_gradients
 from bmoe_lightning.experts.weights import down_proj_parameters
 from bmoe_lightning.utils.distributed import gather_number, num_processes, process_rank, sum_over_processes
+from bmoe_lightning.utils.random_state import forked_random_state
 
 MAX_PASSES = 40
 """Maximum number of backward passes to the weights, over all ranks."""
 
 _NO_MEMORY = "there is not enough memory for gradients of the trained weights"
 _FIRST_BATCHES = 4  # so that small data sets have a standard error
-_COST = 0.07  # of the curvature pass: what is left of a tenth covers the first batches
-_PASS_COST = 2  # of a backward pass to the weights; a forward pass, or a backward pass to the activations, costs 1
+_COST = 0.07  # of the curvature pass, for the batches after the first
+_PASS_COST = 3  # a forward pass, or a backward pass to the activations, costs 1, and one to the weights 2
 
 
 @dataclass(frozen=True)
@@ -126,8 +126,10 @@ class GradientShares:
 class GradientShareRecorder:
     """Records the squared gradients of trained weights during a curvature pass, on some of its batches.
 
-    One backward pass for each of the first four batches, and then for every n-th one, n such that these cost about 7 %
-    of the curvature pass; at most `MAX_PASSES` in all. A second pass on the same batch would tell less.
+    One forward and backward pass for each of the first four batches, and then for every n-th one, n such that these
+    cost at most 7 % of the curvature pass; at most `MAX_PASSES` in all. A second pass on the same batch would tell
+    less. The first four cost as much as 12 forward passes, which is a large part of a pass over few batches: half of
+    one over 8 batches with two backward passes each, and a tenth of one over 40.
 
     Args:
         model: The model; its trained weights are those that require gradients now.
@@ -187,35 +189,23 @@ class GradientShareRecorder:
 
     @property
     def wants_next(self) -> bool:
-        """Whether the next batch should run with a graph to the trained weights."""
+        """Whether the squared gradients of the next batch are taken."""
         is_in_turn = self._batches < _FIRST_BATCHES or self._batches % self._spacing == 0
         return is_in_turn and len(self._result.squares) < self._most and not self._is_unused
 
-    @contextmanager
-    def tapped(
-        self, model: nn.Module, layers: Sequence[ExpertLayer], class_logits: ClassLogits, batch: Any
-    ) -> Iterator[TappedBatch]:
-        """Run a batch as `tapped_batch` does, with a graph to the trained weights if it is wanted.
-
-        Without enough memory for that graph it runs again with frozen weights. Arguments are those of `tapped_batch`.
-        """
-        with ExitStack() as stack:
-            found = None
-            if self.wants_next:
-                try:
-                    found = stack.enter_context(tapped_batch(model, layers, class_logits, batch, frozen=False))
-                except torch.cuda.OutOfMemoryError:
-                    self._give_up(_NO_MEMORY)
-            yield found or stack.enter_context(tapped_batch(model, layers, class_logits, batch))
-
-    def _give_up(self, reason: str) -> None:
-        self._result = replace(self._result, reason=reason)
-
-    def add(self, tapped: TappedBatch, num_passes: int) -> None:
+    def add(
+        self, model: nn.Module, layers: Sequence[ExpertLayer], class_logits: ClassLogits, batch: Any, num_passes: int
+    ) -> None:
         """Count a batch, and take its squared gradients, if it is wanted.
 
+        The batch runs again, with a graph to the trained weights that is freed before this returns, so that a lack of
+        memory for it affects nothing else. torch's random state is left alone.
+
         Args:
-            tapped: The batch, with a graph to the trained weights if `wants_next` was true.
+            model: The model.
+            layers: The layers of the curvature.
+            class_logits: Function `(model, batch) -> (logits [B, K], labels [B] or None)`.
+            batch: Batch as `class_logits` takes it, or a `CountedBatch`.
             num_passes: Number of backward passes that the curvature takes on it.
         """
         wanted, position = self.wants_next, self._batches
@@ -224,18 +214,22 @@ class GradientShareRecorder:
             self._spacing = math.ceil(_PASS_COST / (_COST * (1 + max(num_passes, 1))))
         if not wanted:
             return
-        if tapped.taps.scale is not None:
-            self._give_up("the backward pass runs in float16, in which gradients underflow")
-            return
-        weights = random_contrasts(tapped, seed=self._seed + 7_368_787 * self._rank + 1_000_003 * position)
+        seed = self._seed + 7_368_787 * self._rank + 1_000_003 * position
         try:
-            squares = squared_gradients(tapped.logits, weights, self._trained)
+            with forked_random_state(), tapped_batch(model, layers, class_logits, batch, frozen=False) as tapped:
+                if tapped.taps.scale is not None:
+                    self._give_up("the backward pass runs in float16, in which gradients underflow")
+                    return
+                squares = squared_gradients(tapped.logits, random_contrasts(tapped, seed=seed), self._trained)
         except torch.cuda.OutOfMemoryError:
             self._give_up(_NO_MEMORY)
             return
         row = squares.new_zeros(self._result.squares.shape[1]).index_add_(0, self._columns, squares)
         row[0] = squares.sum()
         self._result = replace(self._result, squares=torch.cat([self._result.squares, row.unsqueeze(0)]))
+
+    def _give_up(self, reason: str) -> None:
+        self._result = replace(self._result, reason=reason)
 
     def state(self) -> dict[str, Tensor]:
         """All tensors needed to resume, by name; none if nothing is recorded."""

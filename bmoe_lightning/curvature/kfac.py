@@ -35,7 +35,7 @@ from bmoe_lightning.experts.fingerprint import weight_fingerprint
 from bmoe_lightning.experts.fsdp import check_collective
 from bmoe_lightning.experts.logits_contract import ClassLogits
 from bmoe_lightning.experts.ownership import slot_owners
-from bmoe_lightning.experts.tapped_batches import TappedBatch
+from bmoe_lightning.experts.tapped_batches import TappedBatch, tapped_batch
 from bmoe_lightning.experts.taps import Slots
 from bmoe_lightning.experts.tied_weights import check_distinct
 from bmoe_lightning.experts.types import ExpertLayer
@@ -105,7 +105,7 @@ def collect_factors(
         device: Device to which the factors of each finished layer are moved; by default that of the layer.
         record: Recorder of the data, which resumes with the pass.
         share: Recorder of the share of the trained weights' gradient that `layers` have, which resumes with the pass.
-            On the batches that it wants the graph reaches the trained weights; the factors are the same.
+            It runs the batches that it wants once more; the factors are the same.
 
     Returns:
         The factors, in float32 or, for a float64 model, float64.
@@ -162,7 +162,7 @@ def collect_factors(
     used, checked = kept.progress.examples, kept.progress.checked
     with forked_random_state(), failing_together(distributed=distributed):
         for batch in kept.remaining(lockstep(model, batches)):
-            with share.tapped(model, layers, class_logits, batch) as tapped, torch.no_grad():
+            with tapped_batch(model, layers, class_logits, batch) as tapped, torch.no_grad():
                 slots = [tapped.taps.slots(position) for position in range(len(layers))]
                 if not sums:
                     sums = [
@@ -175,10 +175,10 @@ def collect_factors(
                 # Once per model: whether it mixes examples depends on its code, not on the batch.
                 thorough, checked = not checked, checked or len(tapped.logits) > 1
                 _add_batch(sums, tapped, slots, weights, approximation, thorough=thorough)
-                share.add(tapped, len(weights))
                 used += tapped.num_counted
                 record.add(torch.where(tapped.present, tapped.logits, -torch.inf), tapped.labels, tapped.num_counted)
             del tapped, slots  # frees this batch's graph before the next forward pass
+            share.add(model, layers, class_logits, batch, len(weights))
             kept.batch_done(sums, generator, used, checked=checked)
         if not sums and (distributed or kept.resumed):
             # A rank without a batch contributes zeros, or the sums of its checkpoint.

@@ -62,9 +62,11 @@ def test_shares_the_forward_with_a_posterior_over_the_same_layers():
 
     methods = [LaplaceLPO(curvature=RANK3), Isotropic(curvature=RANK3)]
     fit = fit_methods(methods, model, counted, BATCHES, BATCHES)
-    assert len(calls) == 2 * len(BATCHES) + 1  # a batch that is checked before the passes
+    # One batch is checked before the passes, and the first of the curvature's run again for its share of the gradient.
+    before = 1 + 2 * len(BATCHES) + min(len(BATCHES), 4)
+    assert len(calls) == before
     evaluate(methods, fit, model, counted, BATCHES)
-    assert len(calls) == 3 * len(BATCHES) + 1
+    assert len(calls) == before + len(BATCHES)
 
 
 def test_labels_choose_sigma_by_validation_nll():

@@ -250,11 +250,12 @@ class TestFit:
         train, inputs = self.data()
         few, all_of_them = replace(METHOD, train_inputs=30), replace(METHOD, train_inputs=60)
         fit_methods([few], toy_model(), class_logits, train, inputs)
-        # The check of the held-out inputs, the curvature, two training batches, and a plain pass over the former.
-        assert calls == [112, 20, 20, 20, 20, 20, 112]
+        # The check of the held-out inputs, the curvature and its share of the gradient, two training batches, and a
+        # plain pass over the held-out inputs.
+        assert calls == [112, *[20] * 8, 112]
         calls.clear()
         fit_methods([all_of_them], toy_model(), class_logits, train, inputs)
-        assert calls == [112, *[20] * 6, 112]
+        assert calls == [112, *[20] * 9, 112]
 
     def test_completes_a_fit_with_its_own_number(self):
         fit = self.fit(replace(METHOD, name="first", label="First"))

@@ -19,6 +19,7 @@ from workbench_cases import (
     methods_of,
     precision,
     state,
+    twice,
     whole,
 )
 
@@ -46,14 +47,14 @@ class TestWhatIsLookedAt:
         counted = Counted()
         # Iterators, which cannot be gone through twice.
         fit_methods(EVERYTHING, tuned, counted, iter(train), iter(calibration), prior_mean=prior_mean)
-        assert counted.seen == [identity(batch) for batch in (*train, *calibration)]
+        assert counted.seen == [identity(batch) for batch in (*twice(train), *calibration)]
 
     def test_two_curvatures_share_the_calibration_pass(self, tuned, train, calibration):
         counted = Counted()
         other = Curvature(rank=2, fisher="empirical")
         methods = [*methods_of(LaplaceLPO), LaplaceLPO(name="other", curvature=other)]
         fit = fit_methods(methods, tuned, counted, train, iter(calibration))
-        assert counted.seen == [identity(batch) for batch in (*train, *train, *calibration)]
+        assert counted.seen == [identity(batch) for batch in (*twice(train), *twice(train), *calibration)]
         assert set(fit.posteriors) == {RANK3.digest, other.digest}
         for method in methods:
             alone = fit_methods([method], tuned, answer_logits, train, calibration)
@@ -147,7 +148,7 @@ class TestResumedPasses:
             fit_methods(methods, tuned, answer_logits, killed(), calibration, **options)
         counted = Counted()
         found = fit_methods(methods, tuned, counted, train, calibration, **options)
-        assert counted.seen == [identity(batch) for batch in [calibration[0], train[2], *calibration]]
+        assert counted.seen == [identity(batch) for batch in [calibration[0], *twice(train[2:3]), *calibration]]
         for one, other in zip(
             expected.posteriors[curvature.digest].factors.layers,
             found.posteriors[curvature.digest].factors.layers,

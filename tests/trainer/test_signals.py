@@ -53,7 +53,8 @@ def undisturbed(tmp_path_factory):
 
 
 FIRST = 3  # calls in the checks of the first batches of both loaders
-VALIDATION, CURVATURE = 7, 10  # calls in the validation at the end of the epoch, and in the curvature pass
+# Calls in the validation at the end of the epoch, in the curvature pass, and in each of its first batches.
+VALIDATION, CURVATURE, BATCH = 7, 14, 2
 STATUS = {signal.SIGTERM: 143, signal.SIGINT: 1}  # Lightning itself exits with 1 after KeyboardInterrupt
 
 
@@ -65,7 +66,7 @@ class TestCurvature:
         with pytest.raises(SystemExit) as stop, caplog.at_level(logging.WARNING):
             fit(tmp_path, module)
         assert stop.value.code == STATUS[number]
-        assert module.calls == FIRST + VALIDATION + 1
+        assert module.calls == FIRST + VALIDATION + BATCH
         assert list(tmp_path.glob("curvature_state-*"))
         (said,) = [r.getMessage() for r in caplog.records if r.name == "bmoe_lightning.trainer.signals"]
         assert f"stopped by {signal.Signals(number).name}" in said
