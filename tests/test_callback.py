@@ -245,6 +245,20 @@ class TestTraining:
             torch.testing.assert_close(resumed[epoch], weights, rtol=0, atol=0)
 
 
+def test_kappa_is_of_the_weights_that_the_optimizer_has(tmp_path):
+    class OnlyExperts(ToyModule):
+        def configure_optimizers(self):
+            return torch.optim.SGD(
+                [p for name, p in self.named_parameters() if name.endswith("experts.down_proj")], lr=0.1
+            )
+
+    callback = BayesianMoECallback()
+    module = OnlyExperts()
+    assert all(p.requires_grad for p in module.parameters())
+    trainer(tmp_path, [callback], max_epochs=1).fit(module, train_loader(), calibration_loader())
+    assert [share.kappa for share in callback.fitted.shares.values()] == [1]
+
+
 class TestProgress:
     @pytest.mark.parametrize("enabled", [True, False])
     def test_shows_through_the_trainer_s_bar_only(self, tmp_path, capsys, enabled):

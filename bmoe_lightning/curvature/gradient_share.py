@@ -12,7 +12,7 @@ unbiased for their sum, since the z of different examples are independent.
 from __future__ import annotations
 
 import math
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Self
 
@@ -132,10 +132,11 @@ class GradientShareRecorder:
     one over 8 batches with two backward passes each, and a tenth of one over 40.
 
     Args:
-        model: The model; its trained weights are those that require gradients now.
+        model: The model.
         layers: The layers of the curvature.
         choices: Names of the layers of each posterior; by default one posterior, over all layers. Where all their
             shares follow without a pass, there is none.
+        trained: The parameters that were trained, of which those that require gradients count; by default all those.
         seed: Seed of z.
         distributed: Whether this is one of all ranks of torch.distributed's default group.
     """
@@ -146,11 +147,13 @@ class GradientShareRecorder:
         layers: Sequence[ExpertLayer],
         *,
         choices: Sequence[Collection[str]] | None = None,
+        trained: Iterable[nn.Parameter] | None = None,
         seed: int = 0,
         distributed: bool = False,
     ) -> None:
         of_layer = {id(p): at for at, layer in enumerate(layers) for p in down_proj_parameters(model, layer).values()}
-        self._trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+        chosen = {id(parameter) for parameter in (model.parameters() if trained is None else trained)}
+        self._trained = [p for p in model.parameters() if p.requires_grad and id(p) in chosen]
         found = {id(parameter) for parameter in self._trained}
         # Column 0 is that of the weights of no layer.
         self._columns = torch.tensor([1 + of_layer.get(id(p), -1) for p in self._trained], dtype=torch.int64)

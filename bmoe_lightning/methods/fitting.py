@@ -43,6 +43,7 @@ def fit_methods(
     prior_mean: Mapping[str, Tensor] | None = None,
     snapshots: Sequence[Path] = (),
     earlier: FitResult | None = None,
+    trained: Sequence[nn.Parameter] | None = None,
     seed: int = 0,
     distributed: bool = False,
     pass_files: PassFiles | None = None,
@@ -64,6 +65,8 @@ def fit_methods(
         snapshots: Snapshots of the trained weights after the last epochs, latest last, for methods that need them.
         earlier: Earlier fit to the same weights and data; its methods are fitted again only if their options differ, or
             if they had less memory for the covariance terms than they needed and now have more.
+        trained: The parameters that were trained, for the share of their gradient that a posterior covers; by default
+            those that require gradients, and the line on the curvature says so.
         seed: Seed for sampled labels, sketch matrices and Monte Carlo noise.
         distributed: Whether all ranks of torch.distributed's default group call this, each with its shard of the data:
             examples r, r + W, r + 2 W, ... for rank r of W, and, where weights are sharded, in equally many batches of
@@ -114,6 +117,7 @@ def fit_methods(
         shares=earlier.shares,
         calibration_logits=earlier.calibration,
         training_record=earlier.training,
+        trained=trained,
         seed=earlier.seed,
         distributed=distributed,
         pass_files=pass_files,
@@ -121,7 +125,8 @@ def fit_methods(
     )
     work.check_before_passes()
     work.check_given_data(methods)
-    _collect(missing, work, tell or partial(_logger.info, "%s"))
+    assumed = 0 if trained is not None else sum(p.numel() for p in model.parameters() if p.requires_grad)
+    _collect(missing, work, tell or partial(_logger.info, "%s"), assumed)
     fitted = {}
     for method in missing:
         with collected_fit_warnings() as doubts:
@@ -148,14 +153,14 @@ def fit_methods(
     return replace(completed, calibration=calibration, training=work.given.training_record, warnings=warnings)
 
 
-def _collect(methods: Sequence[Method], work: Workbench, tell: Callable[[str], None]) -> None:
+def _collect(methods: Sequence[Method], work: Workbench, tell: Callable[[str], None], assumed: int) -> None:
     """Collect the curvatures that are missing, and tell one line on each."""
     for method in methods:
         for curvature in method.curvatures:
             is_new = curvature.collects and curvature.digest not in work.posteriors
             posterior = work.posterior(curvature)
             if is_new and is_rank_zero():
-                tell(posterior_summary(posterior, work.shares.get(curvature.digest)))
+                tell(posterior_summary(posterior, work.shares.get(curvature.digest), assumed))
 
 
 def _doubts_of_model(methods: Sequence[Method], calibration: Split | None) -> list[str]:

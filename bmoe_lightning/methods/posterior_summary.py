@@ -11,7 +11,7 @@ from bmoe_lightning.experts.layouts.registry import PLAIN_LINEAR
 from bmoe_lightning.laplace.posterior import LaplacePosterior
 
 
-def posterior_summary(posterior: LaplacePosterior, share: GradientShare | None = None) -> str:
+def posterior_summary(posterior: LaplacePosterior, share: GradientShare | None = None, assumed: int = 0) -> str:
     """Describe a posterior in one line.
 
     For example: `posterior over 24 layers of 60 experts: 1440 of 1440 experts seen, 12 to 5310 routed tokens each
@@ -20,6 +20,7 @@ def posterior_summary(posterior: LaplacePosterior, share: GradientShare | None =
     Args:
         posterior: Posterior of any prior precision.
         share: Share of the trained weights' gradient that it covers; None leaves it out.
+        assumed: Number of parameters that count as trained only because they require gradients.
     """
     factors = posterior.factors
     slots = torch.cat([layer.slots.double().cpu() for layer in factors.layers])
@@ -39,7 +40,10 @@ def posterior_summary(posterior: LaplacePosterior, share: GradientShare | None =
         line += f", {low:.0f} to {high:.0f} routed tokens each (median {middle:.0f})"
         if factors.num_examples != factors.num_examples_used:
             line += f", scaled from {factors.num_examples_used} to {factors.num_examples} examples"
-    return line if share is None else f"{line}; {share_phrase(share)}"
+    if share is None:
+        return line
+    known = f", where all {assumed:,} parameters that require gradients count as trained" if assumed else ""
+    return f"{line}; {share_phrase(share)}{known}"
 
 
 def share_phrase(share: GradientShare) -> str:

@@ -63,6 +63,7 @@ class Workbench:
         calibration_logits: Logits and labels of the held-out data of the existing fit, with which the given ones are
             compared; without `calibration` they are used in their place, except for covariances.
         training_record: Record of the training data of the existing fit, with which the given ones are compared.
+        trained: The parameters that were trained; by default those that require gradients.
         seed: Seed for sampled labels, sketch matrices and Monte Carlo noise.
         distributed: Whether all ranks of torch.distributed's default group take part, each with its shard of the data.
         pass_files: Location of the checkpoints of curvature passes; None writes none.
@@ -87,6 +88,7 @@ class Workbench:
         shares: Mapping[str, GradientShare] | None = None,
         calibration_logits: Split | None = None,
         training_record: DataRecord | None = None,
+        trained: Sequence[nn.Parameter] | None = None,
         seed: int = 0,
         distributed: bool = False,
         pass_files: PassFiles | None = None,
@@ -95,6 +97,7 @@ class Workbench:
         self.model = model
         self.snapshots = tuple(snapshots)
         self.seed = seed
+        self._trained = trained
         self.posteriors = dict(posteriors or {})
         self.shares = dict(shares or {})
         self._shares: dict[str, GradientShares] = {}
@@ -349,7 +352,12 @@ class Workbench:
             recorder = DataRecorder(distributed=self._distributed, max_batches=limit)
             layers = curvature.find_layers(self.model)
             share = GradientShareRecorder(
-                self.model, layers, choices=self._choices(curvature), seed=self.seed, distributed=self._distributed
+                self.model,
+                layers,
+                choices=self._choices(curvature),
+                trained=self._trained,
+                seed=self.seed,
+                distributed=self._distributed,
             )
             factors = collect_factors(
                 self.model,

@@ -280,6 +280,13 @@ def check_optimised(trainer: L.Trainer, module: L.LightningModule, methods: Sequ
             )
 
 
+def optimised(trainer: L.Trainer, module: L.LightningModule) -> list[nn.Parameter] | None:
+    """The parameters of a module that the trainer's optimizers have; None if there are none, as without optimizers."""
+    groups = [group for optimizer in trainer.optimizers for group in optimizer.param_groups]
+    chosen = {id(parameter) for group in groups for parameter in group["params"]}
+    return [p for p in module.parameters() if p.requires_grad and id(p) in chosen] or None
+
+
 def check_training(
     trainer: L.Trainer,
     module: L.LightningModule,

@@ -13,7 +13,7 @@ from bmoe_lightning.methods.base import Method
 from bmoe_lightning.methods.fit_result import FitResult
 from bmoe_lightning.methods.fitting import fit_methods
 from bmoe_lightning.methods.needs import Available, check_needs
-from bmoe_lightning.trainer.checks import check_data, check_runs
+from bmoe_lightning.trainer.checks import check_data, check_runs, optimised
 from bmoe_lightning.trainer.data_passes import TrainerTrainingData, validation_pass
 from bmoe_lightning.trainer.first_batches import FirstBatches
 from bmoe_lightning.trainer.progress import print_line
@@ -87,6 +87,7 @@ def fit_run(
         prior_mean=prior_mean,
         snapshots=folder.snapshots,
         earlier=earlier,
+        trained=optimised(trainer, module),
         seed=seed,
         distributed=trainer.world_size > 1,
         pass_files=folder.pass_files(),

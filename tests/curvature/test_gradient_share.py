@@ -94,6 +94,12 @@ class TestShare:
         assert found == GradientShare(1.0, 0.0)
         assert (found.kappa, found.kappa_error) == (1, 0)
 
+    def test_weights_that_no_optimizer_has_are_not_trained(self):
+        model, layers = toy_model(), find_expert_layers(toy_model())
+        trained = [p for name, p in model.named_parameters() if DOWN in name]
+        recorder = GradientShareRecorder(model, layers, trained=trained)
+        assert recorder.finish().of([layer.name for layer in layers]) == GradientShare(1.0, 0.0)
+
     def test_of_some_of_the_layers(self):
         model, data = toy_model(), batches(8)
         first, second = find_expert_layers(model)

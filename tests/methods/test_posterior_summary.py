@@ -86,7 +86,11 @@ class TestFit:
         caplog.set_level(logging.INFO, "bmoe_lightning")
         fit = self.fit(TemperatureScaling(), LaplaceLPO(curvature=RANK3))
         (posterior,), (share,) = fit.posteriors.values(), fit.shares.values()
-        assert caplog.records[0].getMessage() == posterior_summary(posterior, share)
+        count = sum(parameter.numel() for parameter in toy_model().parameters())
+        assert caplog.records[0].getMessage() == posterior_summary(posterior, share, count)
+        assert posterior_summary(posterior, share, count).endswith(
+            f", where all {count:,} parameters that require gradients count as trained"
+        )
         assert caplog.records[0].levelno == logging.INFO
 
     def test_one_line_for_each_new_curvature(self):
