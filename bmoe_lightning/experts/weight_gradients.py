@@ -34,7 +34,7 @@ def squared_gradients(outputs: Tensor, weights: Tensor, parameters: Sequence[nn.
 
 @contextmanager
 def _squares_collected(parameters: Sequence[nn.Parameter], found: dict[int, Tensor]) -> Iterator[None]:
-    """Put squared norms into `found` in this thread's backward passes; the parameters are left without a trace."""
+    """Put squared norms into `found` in this thread's backward passes, in place of the parameters' own hooks."""
     thread = threading.get_ident()
 
     def collect(position: int, gradient: Tensor) -> Tensor | None:
@@ -48,14 +48,14 @@ def _squares_collected(parameters: Sequence[nn.Parameter], found: dict[int, Tens
     handles = []
     try:
         for position, parameter in enumerate(parameters):
+            parameter._backward_hooks = None  # those of a user, which may count or clip
             handles.append(parameter.register_hook(lambda gradient, position=position: collect(position, gradient)))
         yield
     finally:
         for handle in handles:
             handle.remove()
         for parameter, before in zip(parameters, hooks, strict=True):
-            if before is None:  # an empty dictionary would be left otherwise
-                parameter._backward_hooks = None
+            parameter._backward_hooks = before
 
 
 def _squared_norm(gradient: Tensor) -> Tensor:

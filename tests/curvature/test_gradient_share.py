@@ -215,6 +215,19 @@ class TestPass:
         for one, other in zip(found.layers, expected.layers, strict=True):
             assert all(torch.equal(value, other.tensors()[name]) for name, value in one.tensors().items())
 
+    def test_runs_no_hook_of_a_parameter(self):
+        model, seen = toy_model(), []
+        expected, _ = estimated(model, batches(3))
+        handle = model.head.weight.register_hook(lambda gradient: seen.append(1) or 1000 * gradient)
+        found, _ = estimated(model, batches(3))
+        assert (found, seen) == (expected, [])
+        model.head.weight.sum().backward()
+        assert seen == [1]
+        assert bool((model.head.weight.grad == 1000).all())
+        handle.remove()
+        model.head.weight.sum().backward()
+        assert seen == [1]
+
     def test_frees_the_graph_of_one_before_the_other(self):
         model, alive = toy_model(), []
 

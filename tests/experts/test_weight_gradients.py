@@ -50,13 +50,16 @@ def test_nothing_is_left_behind():
     stored.register_post_accumulate_grad_hook(accumulated.append)
     logits, _ = answer_logits(model, toy_batch())
     squared_gradients(logits, torch.ones_like(logits), parameters)
-    assert len(calls) == 1  # the user's own hook on the gradient
+    assert calls == []  # of the user's own hook on the gradient
     assert accumulated == []
     assert torch.equal(stored.grad, torch.ones_like(stored))
     assert [p.grad is None for p in parameters] == [p is not stored for p in parameters]
     assert [p._backward_hooks is None for p in parameters] == [p is not watched for p in parameters]
+    logits.sum().backward(retain_graph=True)
+    assert len(calls) == 1
     handle.remove()
     logits.sum().backward()
+    assert len(calls) == 1
     assert float(parameters[2].grad.abs().sum()) > 0
 
 
