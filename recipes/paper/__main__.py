@@ -25,7 +25,7 @@ trained once, and a command that was stopped resumes where it was.
 
   python -m recipes.paper --all
       the small model on generated questions, five seeds; no network
-  python -m recipes.paper --table 1,3 --data openbookqa=FOLDER,arc_easy=FOLDER
+  python -m recipes.paper --table 1,3 --data openbookqa=FOLDER,arc_easy=FOLDER --protocol holdout
       the small model on real questions
   python -m recipes.paper --all --preset qwen
       the paper's set-up, on a GPU

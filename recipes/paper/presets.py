@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from recipes.common.cli import UsageError
@@ -99,16 +99,18 @@ def chosen_preset(settings: PaperSettings) -> Preset:
     """
     preset = PRESETS[settings.preset]
     data = tuple(_given(entry, preset) for entry in settings.data) or preset.data
+    if settings.protocol is not None:
+        data = tuple(replace(entry, protocol=settings.protocol) for entry in data)
     if settings.model is not None and any(entry.source is None for entry in data):
         raise UsageError(
             f"--model {settings.model} cannot answer the generated questions of the small preset; add --data "
             "NAME=FOLDER_OR_ID, or --preset qwen"
         )
     if not settings.data and settings.model is None:
-        return preset
+        return replace(preset, data=data)
     model = settings.model or preset.model
-    label = model or "the small model, pre-trained on the training questions alone,"
-    return Preset(f"{label}", data, model, preset.seeds, {} if model or settings.data else preset.options, preset.lora)
+    label = model or "the small model (pre-trained on the training questions alone)"
+    return Preset(label, data, model, preset.seeds, {} if model or settings.data else preset.options, preset.lora)
 
 
 def _given(entry: str, preset: Preset) -> DataSet:

@@ -25,6 +25,7 @@ from recipes.paper.stored_study import StoredOutcome, read_study, stored_outcome
 from recipes.paper.worker import worker_arguments
 from recipes.qwen_obqa.distributed import joined
 from recipes.qwen_obqa.experiment import completed_run, quieten
+from recipes.qwen_obqa.methods import build_methods
 from recipes.qwen_obqa.run_folder import make_folder, plain_notes
 from recipes.qwen_obqa.seed_run import SeedRun
 from recipes.qwen_obqa.settings import ResolvedSettings, Settings
@@ -126,7 +127,8 @@ class _Planned:
         """The study without outcomes."""
         labels = {entry.name: entry.label for entry in self.preset.data}
         home, asked = next(iter(labels)), (settings.tables, settings.figures)
-        return Study(settings.preset, self.preset.label, home, labels, *asked, outcomes=())
+        model = f"DRY RUN, the numbers mean nothing: {self.preset.label}" if settings.dry_run else self.preset.label
+        return Study(settings.preset, model, home, labels, *asked, outcomes=())
 
 
 def _planned(settings: PaperSettings) -> _Planned:
@@ -135,6 +137,8 @@ def _planned(settings: PaperSettings) -> _Planned:
     columns = Columns(tuple(questions.data), num_expert_layers(preset, dry_run=settings.dry_run))
     runs = planned_runs(settings, columns)
     of_runs = {entry.name: run_settings(entry, preset, settings, questions) for entry in runs}
+    for of_run in of_runs.values():
+        build_methods(of_run)  # raises now what would stop a run later
     return _Planned(preset, questions, runs, of_runs, Path(settings.output_dir))
 
 
@@ -211,6 +215,7 @@ def run_settings(
         limit=settings.limit,
         limit_test=settings.limit_test,
         dry_run=settings.dry_run,
+        overwrite=settings.overwrite,
         quiet=settings.quiet,
         accelerator=settings.accelerator,
         strategy=settings.strategy,

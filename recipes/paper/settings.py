@@ -34,6 +34,11 @@ class PaperSettings:
         "data sets as NAME=FOLDER_OR_ID, separated by commas, in place of the preset's; the first one is that of the "
         "tables under distribution shift",
     )
+    protocol: str | None = option(
+        None,
+        "what the splits of the data sets are for, in place of the paper's protocol, such as holdout (validation "
+        "calibrates, test is reported)",
+    )
     output_dir: str = option("runs/paper", "output folder; runs found there are resumed")
     report: str | None = option(None, "only make the report of a finished study in this folder again")
     seeds: int | None = option(None, "number of seeds; default: 5 for the small model, 3 otherwise", least=1)
@@ -50,6 +55,7 @@ class PaperSettings:
         "runs at a time, each in a process of its own; default: one a core for the small model on the CPU, otherwise 1",
         least=1,
     )
+    overwrite: bool = option(False, "replace the runs in the output folder that had other settings")
     dry_run: bool = option(False, "checks that everything runs, with meaningless numbers")
     quiet: bool = option(False, "no progress bars")
 
@@ -57,8 +63,16 @@ class PaperSettings:
         for flag, chosen, known in (("--table", self.table, TABLES), ("--figure", self.figure, FIGURES)):
             if unknown := sorted(set(chosen) - set(known)):
                 raise UsageError(f"{flag}: the paper has no {unknown[0]}; there are {', '.join(map(str, known))}")
-        if self.report is None and not (self.all or self.table or self.figure):
+        asked = self.all or self.table or self.figure
+        if self.report is None and not asked:
             raise UsageError("give --table, --figure or --all to say what to make, or --report DIR")
+        if self.report is not None and (asked or self.data or self.model is not None):
+            raise UsageError(
+                "--report makes the report of a finished study again, with the tables, data and model that it has; "
+                "leave --table, --figure, --all, --data and --model out"
+            )
+        if self.protocol is not None and self.preset == "small" and not self.data:
+            raise UsageError("--protocol applies to --data or another --preset; the generated data sets have their own")
         names = [entry.partition("=")[0] for entry in self.data]
         for entry, name in zip(self.data, names, strict=True):
             if "=" not in entry or not name.isidentifier() or not entry.partition("=")[2]:

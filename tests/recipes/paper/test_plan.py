@@ -73,6 +73,8 @@ def test_each_part_is_left_out_by_its_indices():
         ({"all": True, "data": ("openbookqa",)}, "NAME=FOLDER_OR_ID, got 'openbookqa'"),
         ({"all": True, "data": ("a-b=x",)}, "names are letters"),
         ({"all": True, "data": ("a=x", "a=y")}, "a name twice"),
+        ({"report": "folder", "table": (1,)}, "leave --table, --figure, --all"),
+        ({"all": True, "protocol": "holdout"}, "--protocol applies to --data"),
     ],
 )
 def test_what_cannot_be_made_is_refused(options, message):
@@ -91,5 +93,7 @@ def test_given_data_keep_what_is_known_of_them():
     assert (boolq.label, boolq.source, boolq.prompt, boolq.protocol) == ("BoolQ", "/folder", "true_false", "paper")
     assert (mine.label, mine.source, mine.prompt) == ("mine", "/other", None)
     assert preset.model is None
+    other = chosen_preset(PaperSettings(all=True, data=("boolq=/folder",), protocol="holdout"))
+    assert [entry.protocol for entry in other.data] == ["holdout"]
     other = chosen_preset(PaperSettings(all=True, preset="qwen", model="somebody/model"))
     assert (other.model, other.data) == ("somebody/model", PRESETS["qwen"].data)

@@ -71,7 +71,9 @@ def test_the_report_needs_no_model(finished, tmp_path, capsys):
         weights.unlink()
     shutil.rmtree(folder / "report")
     assert main(["--report", str(folder)]) == 0
-    assert (folder / "report" / "report.md").read_text() in capsys.readouterr().out
+    printed = capsys.readouterr().out
+    assert (folder / "report" / "report.md").read_text() in printed
+    assert "DRY RUN, the numbers mean nothing" in printed.splitlines()[0]
     assert json.loads((folder / "report" / "results.json").read_text())
 
 
@@ -124,3 +126,9 @@ def test_runs_in_processes_are_the_same_and_a_signal_stops_them_all(finished, tm
 def test_data_that_cannot_be_loaded_are_named(tmp_path, capsys):
     assert make(tmp_path / "study", "--table", "3", "--data", f"mine={tmp_path / 'nothing'}", jobs=2) == 1
     assert "nothing" in capsys.readouterr().err
+
+
+def test_what_no_run_could_do_is_refused_before_the_first(tmp_path, capsys):
+    assert make(tmp_path / "study", "--table", "1", "--epochs", "1", jobs=2) == 2
+    assert "checkpoint_ensemble needs the weights after at least 2 epochs" in capsys.readouterr().err
+    assert not (tmp_path / "study" / "runs").exists()
