@@ -113,7 +113,7 @@ def budget_table(points: Sequence[dict[str, object]]) -> str:
 
 def in_short(table: str) -> str:
     """A table of metrics and its caption without the intervals."""
-    return re.sub(r" (In brackets|An ECE interval)[^.]*\.", "", re.sub(r" \[[-\d.]+, [-\d.]+\]", "", table))
+    return re.sub(r" In brackets[^.]*\.", "", re.sub(r" \[[-\d.]+, [-\d.]+\]", "", table))
 
 
 def models(run: Path) -> str:
