@@ -7,7 +7,7 @@ from dataclasses import fields
 
 import pytest
 
-from bmoe_lightning import finetuner
+from bmoe_lightning import base_finetuner as finetuner
 from bmoe_lightning.optim import MasterWeightAdamW, adamw
 from recipes.common.cli import UsageError
 from recipes.qwen_obqa.__main__ import main
