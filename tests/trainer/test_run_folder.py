@@ -154,8 +154,9 @@ def test_a_killed_pass_in_another_folder_is_named(runs):
         curvature_checkpoint_every=1, dirpath=str(folder_of(first)),
     )  # fmt: skip
     runs.complete(third)
-    # The first run was killed in the third batch of the pass, after the checks of first batches.
-    assert len(batches) == 3 + (10 - 2) + 7  # these again, what was left of the pass, and calibration
+    # The first run was killed in the second batch of the pass, after the checks of first batches and the first batch,
+    # which like the next three runs once more, for the gradients of the trained weights.
+    assert len(batches) == 3 + (10 - 1) + (4 - 1) + 7  # the checks again, what was left of the pass, and calibration
 
 
 def failing_on_rank_zero(rank, world_size):
