@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import os
 import signal
+import sys
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from types import FrameType
 
@@ -33,6 +35,26 @@ def sigterm_exits() -> Iterator[None]:
         yield
     finally:
         signal.signal(signal.SIGTERM, earlier)
+
+
+def run_until_stopped(action: Callable[[], int], told: str = "") -> int:
+    """Run a recipe; returns its exit status, or that of SIGTERM or SIGINT if one stops it.
+
+    Args:
+        action: The recipe, which returns its exit status.
+        told: What rank zero prints on stderr after the name of the signal: what is stored. Empty prints nothing.
+    """
+    try:
+        with sigterm_exits():
+            return action()
+    except (KeyboardInterrupt, SystemExit) as stop:
+        found = stopping_signal(stop)
+        if found is None:
+            raise
+        name, status = found
+        if told and os.environ.get("RANK", "0") == "0":
+            print(f"stopped by {name}: {told}", file=sys.stderr)
+        return status
 
 
 def stopping_signal(stop: KeyboardInterrupt | SystemExit) -> tuple[str, int] | None:

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 
 from recipes.common.cli import command, parse
-from recipes.common.signals import sigterm_exits, stopping_signal
+from recipes.common.signals import run_until_stopped
 from recipes.paper.settings import PaperSettings
 
 PROGRAM = "python -m recipes.paper"
@@ -38,21 +37,8 @@ trained once, and a command that was stopped resumes where it was.
 def main(arguments: Sequence[str]) -> int:
     """Run the experiments; returns the exit status as `recipes.qwen_obqa` does."""
     settings = parse(PaperSettings, arguments, program=PROGRAM, description=DESCRIPTION)
-    try:
-        with sigterm_exits():
-            return _run(settings)
-    except (KeyboardInterrupt, SystemExit) as stop:
-        found = stopping_signal(stop)
-        if found is None:
-            raise
-        name, status = found
-        if os.environ.get("RANK", "0") == "0":
-            print(
-                f"stopped by {name}: finished stages are stored in {settings.output_dir}; run the same command again "
-                "to resume",
-                file=sys.stderr,
-            )
-        return status
+    told = f"finished stages are stored in {settings.output_dir}; run the same command again to resume"
+    return run_until_stopped(lambda: _run(settings), told)
 
 
 def _run(settings: PaperSettings) -> int:

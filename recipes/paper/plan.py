@@ -16,7 +16,7 @@ from recipes.paper.settings import PaperSettings
 Entry = str | dict[str, Any]
 """An item of `--methods`: a name, or a class with its options."""
 
-_METHODS: dict[str, list[str]] = yaml.safe_load(Path(__file__).with_name("methods.yaml").read_text())
+_METHODS: dict[str, list[str]] = yaml.safe_load(Path(__file__).with_name("methods.yaml").read_text(encoding="utf-8"))
 EXPERT_METHODS = tuple(_METHODS["experts"])
 """The paper's methods on a model whose experts were trained, and the controls."""
 LORA_METHODS = tuple(_METHODS["lora"])

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import time
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +13,6 @@ import torch
 
 from bmoe_lightning.methods import Method
 from bmoe_lightning.utils.distributed import is_rank_zero, num_processes
-from bmoe_lightning.utils.folder_lock import FolderInUseError, locked_folder
 from recipes.paper.jobs import Job, JobError, default_jobs, run_jobs
 from recipes.paper.outcomes import Study
 from recipes.paper.plan import Columns, PlannedRun, planned_runs
@@ -26,7 +25,7 @@ from recipes.paper.worker import worker_arguments
 from recipes.qwen_obqa.distributed import joined
 from recipes.qwen_obqa.experiment import completed_run, quieten
 from recipes.qwen_obqa.methods import build_methods
-from recipes.qwen_obqa.run_folder import make_folder, plain_notes
+from recipes.qwen_obqa.run_folder import locked_output, plain_notes
 from recipes.qwen_obqa.seed_run import SeedRun
 from recipes.qwen_obqa.settings import ResolvedSettings, Settings
 from recipes.qwen_obqa.sources import RecipeError, Source
@@ -50,10 +49,11 @@ def run(settings: PaperSettings) -> None:
     with plain_notes(), joined(Settings(accelerator=settings.accelerator, strategy=settings.strategy).resolved()):
         quieten()
         study = _planned(settings)
-        with _locked(output):
+        with locked_output(output):
             at_a_time = _jobs(settings, study.preset)
             if at_a_time > 1:
                 _run_in_processes(settings, study, at_a_time)
+                study = study.resumed()  # what the processes have made is not replaced
             outcomes: list[StoredOutcome] = []
             announce = at_a_time == 1
             for number, entry in enumerate(study.runs, 1):
@@ -122,6 +122,10 @@ class _Planned:
 
         with completed_run(self.settings[entry.name], prepare, announce=announce) as seeds:
             yield seeds
+
+    def resumed(self) -> _Planned:
+        """The same study, whose runs are resumed where they are found."""
+        return replace(self, settings={name: replace(found, overwrite=False) for name, found in self.settings.items()})
 
     def described(self, settings: PaperSettings) -> Study:
         """The study without outcomes."""
@@ -222,15 +226,3 @@ def run_settings(
         zero_shot=False,
         **options,
     ).resolved()
-
-
-@contextlib.contextmanager
-def _locked(output: Path) -> Iterator[None]:
-    with contextlib.ExitStack() as stack:
-        if is_rank_zero():
-            make_folder(output)
-            try:
-                stack.enter_context(locked_folder(output))
-            except FolderInUseError as error:
-                raise RecipeError(f"{error}, or give another --output-dir") from None
-        yield

@@ -55,7 +55,7 @@ class PaperSettings:
         "runs at a time, each in a process of its own; default: one a core for the small model on the CPU, otherwise 1",
         least=1,
     )
-    overwrite: bool = option(False, "replace the runs in the output folder that had other settings")
+    overwrite: bool = option(False, "replace the runs in the output folder that are asked for")
     dry_run: bool = option(False, "checks that everything runs, with meaningless numbers")
     quiet: bool = option(False, "no progress bars")
 

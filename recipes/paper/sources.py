@@ -7,10 +7,13 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+import torch
+
 from bmoe_lightning.data import DataUnavailableError
 from bmoe_lightning.data.duplicates import leave_out
 from bmoe_lightning.data.questions import Question, Splits
 from bmoe_lightning.data.splits import load_splits
+from bmoe_lightning.experts import find_expert_layers
 from bmoe_lightning.methods import Method
 from bmoe_lightning.models.loading import ModelUnavailableError
 from recipes.paper.generated import WORLD, generated_set
@@ -124,28 +127,14 @@ def num_expert_layers(preset: Preset, *, dry_run: bool) -> int:
     Raises:
         RecipeError: If the model cannot be loaded, or has no experts.
     """
-    # Imported here: the module reads the catalogue of transformers' models.
-    from bmoe_lightning.experts import find_expert_layers
-
     if preset.model is None:
         generated = all(entry.source is None for entry in preset.data) and not dry_run
         return _LAYERS if generated else small_moe_config(1).num_hidden_layers
-    import torch
-
     try:
         check_model(preset.model)
         return len(find_expert_layers(build(load_configuration(preset.model), torch.float32)))
     except (ModelUnavailableError, ValueError) as error:
         raise RecipeError(str(error)) from error
-
-
-def small_model(folder: Path) -> SmallModel:
-    """The small model that knows the world of the generated data sets.
-
-    Args:
-        folder: Parent of its checkpoints.
-    """
-    return SmallModel(WORLD, folder, _LAYERS)
 
 
 @dataclass(frozen=True)
@@ -183,7 +172,7 @@ def pretrained_model(settings: ResolvedSettings, questions: Questions, model_fol
     if settings.model is not None:
         return None
     if settings.data is None and not settings.dry_run:
-        return small_model(model_folder)
+        return SmallModel(WORLD, model_folder, _LAYERS)
     return Reader(settings, questions.pretraining, model_folder)
 
 

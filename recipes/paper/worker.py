@@ -7,7 +7,7 @@ import sys
 from dataclasses import asdict, fields
 from typing import Any
 
-from recipes.common.signals import sigterm_exits, stopping_signal
+from recipes.common.signals import run_until_stopped
 from recipes.paper.settings import PaperSettings
 
 
@@ -34,23 +34,21 @@ def main(description: str) -> int:
         for entry in fields(PaperSettings)
     }
     settings = PaperSettings(**values)
+    return run_until_stopped(lambda: _run(settings, content["run"], content["seed"]))
+
+
+def _run(settings: PaperSettings, run: str | None, seed: int | None) -> int:
     from recipes.paper.run import complete_one, pretrain_one
     from recipes.qwen_obqa.sources import RecipeError
 
     try:
-        with sigterm_exits():
-            if content["run"] is None:
-                pretrain_one(settings, content["seed"])
-            else:
-                complete_one(settings, content["run"])
+        if run is not None:
+            complete_one(settings, run)
+        elif seed is not None:
+            pretrain_one(settings, seed)
     except RecipeError as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
-    except (KeyboardInterrupt, SystemExit) as stop:
-        found = stopping_signal(stop)
-        if found is None:
-            raise
-        return found[1]
     return 0
 
 

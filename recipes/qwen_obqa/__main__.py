@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import os
 import sys
 import textwrap
 from collections.abc import Sequence
 
 from bmoe_lightning.methods.registry import method_names
 from recipes.common.cli import command, parse
-from recipes.common.signals import sigterm_exits, stopping_signal
+from recipes.common.signals import run_until_stopped
 from recipes.qwen_obqa.method_names import check_names
 from recipes.qwen_obqa.settings import ResolvedSettings, Settings
 
@@ -41,21 +40,11 @@ def main(arguments: Sequence[str]) -> int:
     description = f"{DESCRIPTION}\n{registered}"
     settings = parse(Settings, arguments, program=PROGRAM, description=description).resolved()
     check_names(settings)
-    try:
-        with sigterm_exits():
-            return _run(settings)
-    except (KeyboardInterrupt, SystemExit) as stop:
-        found = stopping_signal(stop)
-        if found is None:
-            raise
-        name, status = found
-        if os.environ.get("RANK", "0") == "0":
-            print(
-                f"stopped by {name}: finished stages and the sums of a curvature pass are stored in "
-                f"{settings.output_dir}; run the same command again to resume",
-                file=sys.stderr,
-            )
-        return status
+    told = (
+        f"finished stages and the sums of a curvature pass are stored in {settings.output_dir}; run the same command "
+        "again to resume"
+    )
+    return run_until_stopped(lambda: _run(settings), told)
 
 
 def _run(settings: ResolvedSettings) -> int:

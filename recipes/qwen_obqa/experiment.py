@@ -16,14 +16,13 @@ import transformers
 from bmoe_lightning.methods import Method, NeedsError
 from bmoe_lightning.utils.distributed import is_rank_zero
 from bmoe_lightning.utils.file_header import DamagedFileError
-from bmoe_lightning.utils.folder_lock import FolderInUseError, locked_folder
 from recipes.qwen_obqa.distributed import first_then_others, joined
 from recipes.qwen_obqa.methods import build_methods
 from recipes.qwen_obqa.reporting import report
 from recipes.qwen_obqa.run_folder import (
     begin,
     check_start,
-    make_folder,
+    locked_output,
     plain_notes,
     remove_leftovers_of_killed_runs,
     run_identity,
@@ -117,12 +116,8 @@ def _begun(
 
     Rank zero locks the folder until the stack is closed, and writes the description of the run.
     """
+    stack.enter_context(locked_output(output))
     if is_rank_zero():
-        make_folder(output)
-        try:
-            stack.enter_context(locked_folder(output))
-        except FolderInUseError as error:
-            raise RecipeError(f"{error}, or give another --output-dir") from None
         remove_leftovers_of_killed_runs(output)
     resumes = check_start(settings, methods, output)
     source = prepare(settings, methods)

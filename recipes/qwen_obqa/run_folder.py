@@ -24,6 +24,7 @@ from bmoe_lightning.methods.fit_index import remove_leftover_files
 from bmoe_lightning.optim import check_half_precision_updates
 from bmoe_lightning.utils.atomic_io import remove_all_leftovers, remove_leftovers
 from bmoe_lightning.utils.distributed import is_rank_zero, num_processes
+from bmoe_lightning.utils.folder_lock import FolderInUseError, locked_folder
 from bmoe_lightning.utils.json_io import read_json_file, write_json_file
 from recipes.common.new_folder import UNFINISHED
 from recipes.qwen_obqa.distributed import trainer_options
@@ -111,6 +112,26 @@ def make_folder(output: Path) -> None:
     except OSError as error:
         reason = "it is a file" if output.is_file() else error.strerror
         raise RecipeError(f"--output-dir {output} cannot be written ({reason}); give another one") from None
+
+
+@contextlib.contextmanager
+def locked_output(output: Path) -> Iterator[None]:
+    """Create the folder of a run and lock it until the context ends; on rank zero alone.
+
+    Args:
+        output: The folder.
+
+    Raises:
+        RecipeError: If it cannot be written, or another process uses it.
+    """
+    with contextlib.ExitStack() as stack:
+        if is_rank_zero():
+            make_folder(output)
+            try:
+                stack.enter_context(locked_folder(output))
+            except FolderInUseError as error:
+                raise RecipeError(f"{error}, or give another --output-dir") from None
+        yield
 
 
 def begin(settings: ResolvedSettings, output: Path, source: Source, *, resumes: bool) -> None:

@@ -6,7 +6,7 @@ import sys
 from collections.abc import Sequence
 
 from recipes.common.cli import command, parse
-from recipes.common.signals import sigterm_exits, stopping_signal
+from recipes.common.signals import run_until_stopped
 from recipes.upcycle.settings import UpcycleSettings
 
 PROGRAM = "python -m recipes.upcycle"
@@ -32,16 +32,7 @@ def main(arguments: Sequence[str]) -> int:
     0, 1 (failed, with the reason on stderr), 2 (wrong usage), or 143 or 130 (stopped by SIGTERM or SIGINT).
     """
     settings = parse(UpcycleSettings, arguments, program=PROGRAM, description=DESCRIPTION)
-    try:
-        with sigterm_exits():
-            return _run(settings)
-    except (KeyboardInterrupt, SystemExit) as stop:
-        found = stopping_signal(stop)
-        if found is None:
-            raise
-        name, status = found
-        print(f"stopped by {name}: nothing has been saved", file=sys.stderr)
-        return status
+    return run_until_stopped(lambda: _run(settings), "nothing has been saved")
 
 
 def _run(settings: UpcycleSettings) -> int:

@@ -132,3 +132,12 @@ def test_what_no_run_could_do_is_refused_before_the_first(tmp_path, capsys):
     assert make(tmp_path / "study", "--table", "1", "--epochs", "1", jobs=2) == 2
     assert "checkpoint_ensemble needs the weights after at least 2 epochs" in capsys.readouterr().err
     assert not (tmp_path / "study" / "runs").exists()
+
+
+def test_runs_that_processes_have_replaced_are_not_made_again(finished, tmp_path, monkeypatch):
+    folder = tmp_path / "study"
+    shutil.copytree(finished, folder)
+    before = (folder / "runs" / "recall-lora" / "seed-0" / "trained.safetensors").stat().st_mtime_ns
+    monkeypatch.setattr(SeedRun, "_train_and_fit", lambda *_: pytest.fail("a run is made again in this process"))
+    assert make(folder, "--table", "3", "--overwrite", jobs=2) == 0
+    assert (folder / "runs" / "recall-lora" / "seed-0" / "trained.safetensors").stat().st_mtime_ns > before
