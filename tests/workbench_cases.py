@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pytest
 import torch
 from methods_cases import RANK3
 from oracles.models import answer_logits, split, toy_batch
@@ -95,3 +96,16 @@ def moved_weights(model):
         for name in DOWN
         for p in [model.get_parameter(name)]
     }
+
+
+def distances(tuned, reference):
+    return [
+        float((tuned.get_parameter(name).detach() - (0 if reference is None else reference[name])).square().sum())
+        for name in DOWN
+    ]
+
+
+def assert_stationary(posterior, precisions, squared_distances):
+    for layer, value, distance in zip(posterior.factors.layers, precisions, squared_distances, strict=True):
+        s = layer.curvature()
+        assert float((s / (value + s)).sum()) == pytest.approx(value * distance, rel=1e-6)

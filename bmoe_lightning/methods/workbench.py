@@ -5,32 +5,24 @@ The workbench runs the collectives and the resumable passes; a method's `fit` re
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
-import torch
 from torch import Tensor, nn
 
-from bmoe_lightning.curvature.factors import KroneckerFactors
-from bmoe_lightning.curvature.gradient_share import GradientShare, GradientShareRecorder, GradientShares
-from bmoe_lightning.curvature.kfac import collect_factors, prior_factors
+from bmoe_lightning.curvature.gradient_share import GradientShare
 from bmoe_lightning.curvature.spec import Curvature
 from bmoe_lightning.experts import ClassLogits, squared_distances
 from bmoe_lightning.experts.counted_batch import lockstep
-from bmoe_lightning.experts.data_record import DataRecord, DataRecorder
+from bmoe_lightning.experts.data_record import DataRecord
 from bmoe_lightning.laplace.covariance_cache import CovarianceCache
 from bmoe_lightning.laplace.posterior import LaplacePosterior, posterior_terms
-from bmoe_lightning.laplace.prior import (
-    Scope,
-    check_distances,
-    fit_evidence,
-)
+from bmoe_lightning.laplace.prior import Scope, check_distances, fit_evidence
 from bmoe_lightning.laplace.validation_cache import CacheBuilder
 from bmoe_lightning.methods.base import Method
+from bmoe_lightning.methods.curvature_passes import CurvaturePasses
 from bmoe_lightning.methods.data_differences import Split, iterates_once
 from bmoe_lightning.methods.given_data import GivenData
 from bmoe_lightning.methods.temperature_search import check_labelled
@@ -39,11 +31,7 @@ from bmoe_lightning.methods.training_data import PassFiles, TrainingData
 from bmoe_lightning.utils.distributed import broadcast_, failing_together, num_processes
 from bmoe_lightning.utils.fit_warnings import collected_fit_warnings, warn_of_fit
 
-_logger = logging.getLogger(__name__)
-
 PriorMeanName = Literal["pretrained", "zero"]
-_OF_EARLIER_VERSION = GradientShare(None, reason="the fit was written by an earlier version")
-_OF_EARLIER_PASS = GradientShare(None, reason="its layers were chosen after the pass over the training data")
 PRIOR_MEANS: tuple[PriorMeanName, ...] = ("pretrained", "zero")
 
 
@@ -71,7 +59,6 @@ class Workbench:
 
     Attributes:
         given: The data, compared with those of the existing fit.
-        shares: Shares of the trained weights' gradient that the curvatures cover, by digest, as far as they are known.
     """
 
     def __init__(
@@ -97,18 +84,12 @@ class Workbench:
         self.model = model
         self.snapshots = tuple(snapshots)
         self.seed = seed
-        self._trained = trained
-        self.posteriors = dict(posteriors or {})
-        self.shares = dict(shares or {})
-        self._shares: dict[str, GradientShares] = {}
         self._class_logits = class_logits
         self._methods = tuple(methods)
         self._training = training
         self._calibration = calibration
         self._prior_mean = prior_mean
         self._distributed = distributed
-        self._pass_files = pass_files
-        self._factors: dict[str, KroneckerFactors] = {}
         self._caches: dict[tuple[str, int], _Cached] = {}
         self._training_caches: dict[tuple[str, int], dict[int, _Cached]] = {}
         self.given = GivenData(
@@ -121,9 +102,32 @@ class Workbench:
             distributed=distributed,
             is_checked=is_checked,
         )
+        self._curvature_passes = CurvaturePasses(
+            model,
+            class_logits,
+            [curvature for method in self._methods for curvature in method.curvatures],
+            training,
+            self.given,
+            posteriors=posteriors,
+            shares=shares,
+            trained=trained,
+            seed=seed,
+            distributed=distributed,
+            pass_files=pass_files,
+        )
         needs_covariances = any(method.calibration_curvatures for method in self._methods)
         self._logits = None if needs_covariances or calibration is not None else calibration_logits
         self._distances: dict[tuple[str, str], list[Tensor]] = {}
+
+    @property
+    def posteriors(self) -> dict[str, LaplacePosterior]:
+        """The posteriors at prior precision 1, by the curvature's digest, as far as they are collected."""
+        return self._curvature_passes.posteriors
+
+    @property
+    def shares(self) -> dict[str, GradientShare]:
+        """Shares of the trained weights' gradient that the curvatures cover, by digest, as far as they are known."""
+        return self._curvature_passes.shares
 
     def check_before_passes(self) -> None:
         """Check everything that can be checked before the first pass over data.
@@ -144,7 +148,7 @@ class Workbench:
                     check_distances(self.squared_distances(curvature, "pretrained"))
             if method.needs.gradient_share:
                 for curvature in method.curvatures:
-                    self._check_share(method, curvature)
+                    self._curvature_passes.check_share(method, curvature)
         self.given.check_needs(self._methods)
 
     def check_given_data(self, methods: Sequence[Method]) -> None:
@@ -158,7 +162,7 @@ class Workbench:
             DataMismatchError: If the data differ.
         """
         collected = [curvature for method in methods for curvature in method.curvatures if curvature.collects]
-        passes = {curvature.max_batches for curvature in collected if self._is_missing(curvature)}
+        passes = {curvature.max_batches for curvature in collected if self._curvature_passes.is_missing(curvature)}
         has_curvature = any(posterior.factors.rank for posterior in self.posteriors.values())
         if collected and (has_curvature or self.given.training_record is not None):
             self.given.check_training(passes)
@@ -167,23 +171,12 @@ class Workbench:
             self.given.check_calibration(passed_over=passed_over, collects=bool(passes))
 
     def posterior(self, curvature: Curvature) -> LaplacePosterior:
-        """The posterior of a curvature at prior precision 1, collected in one pass over the training data and cached.
-
-        Curvatures that differ in nothing but `skip_layers` share one pass.
+        """The posterior of a curvature at prior precision 1; see `CurvaturePasses`.
 
         Raises:
             ValueError: If the data are empty or the model has no such layers; see `collect_factors`.
         """
-        if curvature.digest not in self.posteriors:
-            factors = self._collected(curvature.of_all_layers())
-            if curvature.skip_layers:
-                factors = factors.without(curvature.skip_layers)
-            self.posteriors[curvature.digest] = LaplacePosterior(factors, offload=curvature.offload)
-            if curvature.collects:
-                of_pass = self._shares.get(curvature.of_all_layers().digest)
-                names = [layer.name for layer in factors.layers]
-                self.shares[curvature.digest] = _OF_EARLIER_PASS if of_pass is None else of_pass.of(names)
-        return self.posteriors[curvature.digest]
+        return self._curvature_passes.posterior(curvature)
 
     def calibration_logits(self) -> Split:
         """Logits `[N, K]` float64 and labels `[N]` int64 (or None) of the held-out data, on the CPU.
@@ -229,21 +222,7 @@ class Workbench:
 
     def share(self, curvature: Curvature) -> GradientShare:
         """The share of the trained weights' gradient that a curvature covers; its `reason` says why it is unknown."""
-        self.posterior(curvature)
-        return self.shares.get(curvature.digest, _OF_EARLIER_VERSION)
-
-    def _check_share(self, method: Method, curvature: Curvature) -> None:
-        """Refuse a curvature of an existing fit whose pass did not measure what a method needs."""
-        if self._is_missing(curvature):
-            return  # its pass will
-        share = self.shares.get(curvature.digest, _OF_EARLIER_VERSION)
-        if curvature.digest not in self.posteriors:
-            share = _OF_EARLIER_PASS
-        if share.kappa is None:
-            raise ValueError(
-                f"{method.name} uses the share of the trained weights' gradient that its curvature covers, which the "
-                f"existing fit does not have: {share.reason}; fit into another folder, or remove the method"
-            )
+        return self._curvature_passes.share(curvature)
 
     def training_covariances(self, curvature: Curvature, num_inputs: int) -> CovarianceCache:
         """Covariance terms of the first training examples under a curvature, for any prior precision, with labels.
@@ -325,63 +304,6 @@ class Workbench:
                 "pass prior_mean={parameter name: tensor}, or use prior_mean='zero'"
             )
         return dict(self._prior_mean)
-
-    def _is_missing(self, curvature: Curvature) -> bool:
-        """Whether a curvature needs a pass."""
-        return not {curvature.digest, curvature.of_all_layers().digest} & self.posteriors.keys()
-
-    def _choices(self, curvature: Curvature) -> list[set[str]]:
-        """The names of the layers of each posterior whose factors are those of a curvature that skips no layer."""
-        asked = [c for method in self._methods for c in method.curvatures]
-        found = {c.digest: c for c in asked if c.of_all_layers().digest == curvature.digest}
-        return [{layer.name for layer in c.posterior_layers(self.model)} for c in found.values()]
-
-    def _collected(self, curvature: Curvature) -> KroneckerFactors:
-        """The factors of a curvature that skips no layer."""
-        if curvature.digest in self.posteriors:
-            return self.posteriors[curvature.digest].factors
-        if curvature.digest not in self._factors:
-            self._factors[curvature.digest] = self._pass_over_training(curvature)
-        return self._factors[curvature.digest]
-
-    def _pass_over_training(self, curvature: Curvature) -> KroneckerFactors:
-        if not curvature.collects:
-            factors = prior_factors(self.model, curvature.find_layers(self.model))
-        else:
-            files, limit = self._pass_files, curvature.max_batches
-            recorder = DataRecorder(distributed=self._distributed, max_batches=limit)
-            layers = curvature.find_layers(self.model)
-            share = GradientShareRecorder(
-                self.model,
-                layers,
-                choices=self._choices(curvature),
-                trained=self._trained,
-                seed=self.seed,
-                distributed=self._distributed,
-            )
-            factors = collect_factors(
-                self.model,
-                self._class_logits,
-                self._training.batches(limit),
-                rank=curvature.rank,
-                fisher=curvature.fisher,
-                approximation=curvature.approximation,
-                sketch=curvature.sketch,
-                layers=layers,
-                num_examples=partial(self._training.num_examples, limit),
-                seed=self.seed,
-                distributed=self._distributed,
-                checkpoint=None if files is None else files.path(curvature),
-                checkpoint_every=1 if files is None else files.every,
-                device="cpu" if curvature.offload else None,
-                record=recorder,
-                share=share,
-            )
-            self._shares[curvature.digest] = share.finish()
-            self.given.see_training(recorder.finish())
-        if curvature.factor_dtype == "bfloat16":
-            factors = factors.to(dtype=torch.bfloat16)
-        return factors
 
     def _is_exact(self, key: tuple[str, int]) -> bool:
         return all(cached.cache.is_exact for cached in self._training_caches[key].values())

@@ -224,7 +224,7 @@ class TestResume:
         def never(*_, **__):
             raise AssertionError("curvature that is there was collected again")
 
-        monkeypatch.setattr("bmoe_lightning.methods.workbench.collect_factors", never)
+        monkeypatch.setattr("bmoe_lightning.methods.curvature_passes.collect_factors", never)
         assert run(folder, "--methods", "map,laplace_lpo,temperature", "--set", "temperature.label=Scaled") == 0
         shown = capsys.readouterr().out
         assert "fitting temperature to the fine-tuned weights" in shown
