@@ -11,6 +11,7 @@ from torch import Tensor
 
 from bmoe_lightning.experts.types import ExpertLayer
 from bmoe_lightning.experts.weight_record import WeightRecord
+from bmoe_lightning.utils.messages import numbered
 
 BASIS_DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
@@ -151,6 +152,11 @@ class KroneckerFactors:
     fingerprint: str = field(default="")
     weights: WeightRecord | None = field(default=None, repr=False)
 
+    @property
+    def names(self) -> tuple[str, ...]:
+        """Names of the layers."""
+        return tuple(layer.name for layer in self.layers)
+
     def to(self, device: torch.device | str | None = None, dtype: torch.dtype | None = None) -> KroneckerFactors:
         """The same factors on another device, or with bases of another dtype.
 
@@ -179,7 +185,8 @@ class KroneckerFactors:
         unknown = set(indices) - {layer.index for layer in self.layers}
         if unknown:
             raise ValueError(
-                f"no expert layer with index {sorted(unknown)}; there are {[x.index for x in self.layers]}"
+                f"no expert layer has the index {sorted(unknown)}; use those of the layers "
+                f"({numbered({layer.index: layer.name for layer in self.layers})})"
             )
         kept = tuple(layer for layer in self.layers if layer.index not in set(indices))
         if not kept:

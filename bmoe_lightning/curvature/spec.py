@@ -18,6 +18,7 @@ from bmoe_lightning.curvature.sketch import SKETCHES, SketchName
 from bmoe_lightning.experts import ExpertLayer, find_expert_layers, find_linear_layers
 from bmoe_lightning.experts.discovery import DOWN_PROJ
 from bmoe_lightning.experts.wrappers.peft import lora_matrices
+from bmoe_lightning.utils.messages import numbered
 
 ApproximationName = Literal["expand", "reduce"]
 APPROXIMATIONS: tuple[ApproximationName, ...] = ("expand", "reduce")
@@ -232,7 +233,8 @@ class Curvature:
         unknown = set(self.skip_layers) - {layer.index for layer in layers}
         if unknown:
             raise ValueError(
-                f"skip_layers names {sorted(unknown)}, but the model has {len(layers)} such layers; use their indices"
+                f"skip_layers has {sorted(unknown)}, and no layer has such an index; use those of the layers "
+                f"({numbered({layer.index: layer.name for layer in layers})})"
             )
         if len(set(self.skip_layers)) == len(layers):
             raise ValueError(f"skip_layers names all {len(layers)} layers, which leaves no posterior; skip fewer")

@@ -142,7 +142,8 @@ class LaplacePosterior:
             squared_distances: Distances `||W_e - M_e||^2` from the prior mean, `[E]` for each layer.
             scope: Scope of the prior precision: `layer` (one per layer; measured to be better) or `global`.
         """
-        return self.with_prior_precision(fit_evidence(self.curvature, squared_distances, scope))
+        found = fit_evidence(self.curvature, squared_distances, scope, names=self.factors.names)
+        return self.with_prior_precision(found)
 
     def fit_prior_lpo(
         self,
@@ -170,7 +171,8 @@ class LaplacePosterior:
             ValueError: If there are no examples or no labels.
         """
         cache = self.validation_cache(model, class_logits, batches)
-        return self.with_prior_precision(fit_lpo(cache, scope, num_samples=num_samples, seed=seed))
+        found = fit_lpo(cache, scope, num_samples=num_samples, seed=seed, names=self.factors.names)
+        return self.with_prior_precision(found)
 
     def validation_cache(
         self,

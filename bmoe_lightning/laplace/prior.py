@@ -48,7 +48,13 @@ def log_evidence_penalty(curvature: Sequence[Tensor], squared_distances: Sequenc
     return total
 
 
-def fit_evidence(curvature: Sequence[Tensor], squared_distances: Sequence[Tensor], scope: Scope = "layer") -> Tensor:
+def fit_evidence(
+    curvature: Sequence[Tensor],
+    squared_distances: Sequence[Tensor],
+    scope: Scope = "layer",
+    *,
+    names: Sequence[str] = (),
+) -> Tensor:
     """The prior precision at which the evidence is stationary: `sum s / (lambda + s) = lambda ||W - M||^2`.
 
     The fixed point of MacKay 1992 (https://doi.org/10.1162/neco.1992.4.5.720). The left side decreases in lambda, the
@@ -58,6 +64,7 @@ def fit_evidence(curvature: Sequence[Tensor], squared_distances: Sequence[Tensor
         curvature: Eigenvalues `s_qp` of each layer, `[E, r_g, r_a]` float64.
         squared_distances: Distances `||W_e - M_e||^2` of each layer, `[E]`.
         scope: Scope of the prior precision: one per layer (`layer`), or a single one (`global`).
+        names: Names of the layers, for warnings.
 
     Returns:
         Prior precision `[L]` float64.
@@ -79,18 +86,18 @@ def fit_evidence(curvature: Sequence[Tensor], squared_distances: Sequence[Tensor
     distances = torch.stack([d.double().sum().cpu() for d in squared_distances])
     if scope == "layer":
         found = torch.stack([_stationary(s, distance) for s, distance in zip(spectra, distances, strict=True)])
-        _warn_of_evidence(spectra, found)
+        _warn_of_evidence(spectra, found, names)
         return found
     if scope == "global":
         single = _stationary(torch.cat(spectra), distances.sum())
-        _warn_of_evidence([torch.cat(spectra)], single.view(1))
+        _warn_of_evidence([torch.cat(spectra)], single.view(1), ())
         return single.expand(len(spectra)).clone()
     raise ValueError(f"unknown scope {scope!r}; valid are global, layer")
 
 
-def _warn_of_evidence(spectra: Sequence[Tensor], precision: Tensor) -> None:
+def _warn_of_evidence(spectra: Sequence[Tensor], precision: Tensor, names: Sequence[str]) -> None:
     """Warn of precisions at an end of the range, and of those that the data do not determine."""
-    if ended := _at_end(precision, LOG_PRECISION_RANGE):
+    if ended := _at_end(precision, LOG_PRECISION_RANGE, names):
         warn_of_fit(
             f"the prior precision from the evidence is at an end of its search range ({ended}): the curvature is "
             "nearly zero, or the weights nearly equal the prior mean; check training, the prior mean and the data",
@@ -98,7 +105,7 @@ def _warn_of_evidence(spectra: Sequence[Tensor], precision: Tensor) -> None:
         )
         return
     gammas = torch.stack([(s / (value + s)).sum() for s, value in zip(spectra, precision, strict=True)])
-    if unidentified := _listed(gammas, gammas < _MIN_GAMMA):
+    if unidentified := _listed(gammas, gammas < _MIN_GAMMA, names):
         warn_of_fit(
             "the evidence hardly depends on the prior precision, since the data determine fewer than "
             f"{_MIN_GAMMA} directions of the weights (gamma {unidentified}); use more training data, or scope='global'",
@@ -106,16 +113,17 @@ def _warn_of_evidence(spectra: Sequence[Tensor], precision: Tensor) -> None:
         )
 
 
-def _at_end(precision: Tensor, log_range: tuple[float, float]) -> str:
+def _at_end(precision: Tensor, log_range: tuple[float, float], names: Sequence[str]) -> str:
     """The precisions at an end of a range of their logarithm; empty for none."""
     logs = precision.log()
-    return _listed(precision, torch.stack([(logs - end).abs() < _AT_END for end in log_range]).any(0))
+    return _listed(precision, torch.stack([(logs - end).abs() < _AT_END for end in log_range]).any(0), names)
 
 
-def _listed(values: Tensor, chosen: Tensor) -> str:
-    """The chosen ones of the values of all layers, with their positions if there are several layers."""
+def _listed(values: Tensor, chosen: Tensor, names: Sequence[str]) -> str:
+    """The chosen ones of the values of all layers, with the names or positions of these if there are several layers."""
+    shown = names or [str(position) for position in range(len(values))]
     entries = [
-        f"{value:.3g} in layer {position}" if len(values) > 1 else f"{value:.3g}"
+        f"{value:.3g} in layer {shown[position]}" if len(values) > 1 else f"{value:.3g}"
         for position, value in enumerate(values.tolist())
         if chosen[position]
     ]
@@ -196,6 +204,7 @@ def fit_lpo(
     num_samples: int = 1000,
     seed: int = 0,
     max_iterations: int = 60,
+    names: Sequence[str] = (),
 ) -> Tensor:
     """Minimise the validation NLL of the MC predictive over the log prior precision.
 
@@ -211,6 +220,7 @@ def fit_lpo(
         num_samples: Number of Monte Carlo samples of the objective.
         seed: Seed for the Monte Carlo noise.
         max_iterations: Maximum number of L-BFGS iterations.
+        names: Names of the layers, for warnings.
 
     Returns:
         Prior precision `[L]` float64.
@@ -242,14 +252,18 @@ def fit_lpo(
     if not math.isfinite(reached):
         raise ValueError("the validation NLL is not finite; check labels and logits of the calibration split")
     if prior is None:  # with one, the precisions are determined
-        _warn_of_lpo(loss, log_precision, reached, by_layer=scope == "layer" and num_layers > 1)
+        _warn_of_lpo(loss, log_precision, reached, names, by_layer=scope == "layer" and num_layers > 1)
     return log_precision.exp()
 
 
-def _warn_of_lpo(objective: _Objective, log_precision: Tensor, reached: float, *, by_layer: bool) -> None:
+def _warn_of_lpo(
+    objective: _Objective, log_precision: Tensor, reached: float, names: Sequence[str], *, by_layer: bool
+) -> None:
     """Warn of precisions at an end of the range, and of an objective that is flat around all or some of them."""
     low, high = ((log_precision - end).abs() < _AT_END for end in _LPO_RANGE)
-    if ended := _at_end(log_precision.exp(), _LPO_RANGE):
+    # A single precision is listed once, and not for each layer.
+    listed = log_precision.exp() if by_layer else log_precision[:1].exp()
+    if ended := _at_end(listed, _LPO_RANGE, names):
         effects = ((high, "adds no uncertainty"), (low, "makes predictions nearly uniform"))
         effect = " or ".join(text for at, text in effects if bool(at.any()))
         warn_of_fit(
@@ -271,7 +285,7 @@ def _warn_of_lpo(objective: _Objective, log_precision: Tensor, reached: float, *
         inner[layer] and all(abs(change) < _FLAT for change in _changes(objective, log_precision, reached, layer))
         for layer in range(len(log_precision))
     ]
-    if unidentified := _listed(log_precision.exp(), torch.tensor(flat)):
+    if unidentified := _listed(log_precision.exp(), torch.tensor(flat), names):
         warn_of_fit(
             f"LPO's prior precision of some layers is not determined by the {objective.num_examples} labels "
             f"({unidentified}): one ten times as large or as small there changes their summed NLL by less than "

@@ -71,7 +71,8 @@ class LaplaceLPO(CurvatureMethod):
         if self.evidence_width is not None:
             centre = work.evidence_precision(self.spec, self.scope, self.prior_mean)
             prior = LogNormalPrior(centre, self.evidence_width)
-        return {PRIOR_PRECISION: fit_lpo(work.covariances(self.spec), self.scope, prior=prior, seed=work.seed)}
+        cache, names = work.covariances(self.spec), work.posterior(self.spec).factors.names
+        return {PRIOR_PRECISION: fit_lpo(cache, self.scope, prior=prior, seed=work.seed, names=names)}
 
     def log_probs(self, batch: BatchView, state: State) -> Tensor:
         logits, covariance = batch.covariance(self.spec, state[PRIOR_PRECISION])

@@ -287,7 +287,8 @@ class Workbench:
     def evidence_precision(self, curvature: Curvature, scope: Scope, prior_mean: PriorMeanName) -> Tensor:
         """The prior precision that maximises the evidence: `[L]` float64; see `fit_evidence`."""
         distances = self.squared_distances(curvature, prior_mean)
-        return fit_evidence(self.posterior(curvature).curvature, distances, scope)
+        posterior = self.posterior(curvature)
+        return fit_evidence(posterior.curvature, distances, scope, names=posterior.factors.names)
 
     def warn(self, sentence: str) -> None:
         """Warn that the number being fitted is doubtful (at a bound, say): logged, and a footnote of the results.

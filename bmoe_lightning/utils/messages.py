@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 
 
@@ -16,6 +16,19 @@ def first_names(names: Iterable[str], count: int = 3) -> str:
     ordered = sorted(names)
     more = f" and {len(ordered) - count} more" if len(ordered) > count else ""
     return (", ".join(ordered[:count]) or "none") + more
+
+
+def numbered(names: Mapping[int, str], count: int = 4) -> str:
+    """The first few of many names with their numbers and the last one, such as `0 is a, 1 is b ... 7 is h`.
+
+    Args:
+        names: Names by number, at least one.
+        count: Number of names to list.
+    """
+    entries = [f"{number} is {name}" for number, name in names.items()]
+    if len(entries) <= count:
+        return ", ".join(entries)
+    return f"{', '.join(entries[: count - 1])} ... {entries[-1]}"
 
 
 def shown_path(path: str | Path, limit: int = 300) -> str:

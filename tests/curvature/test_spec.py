@@ -76,6 +76,13 @@ def test_rank_zero_collects_nothing_over_the_same_layers():
     assert (prior.layers, prior.skip_layers) == (Named(), (1,))
 
 
+def test_indices_of_no_layer_are_refused_with_the_names_of_the_layers():
+    with pytest.raises(
+        ValueError, match=r"skip_layers has \[7\], and no layer has such an index; use .* \(0 is \S+, 1 is"
+    ):
+        Curvature(skip_layers=(0, 7)).find_layers(toy_model())
+
+
 def test_find_layers_is_the_selection_s():
     assert [layer.name for layer in Curvature(layers=Named()).find_layers(toy_model())] == ["head"]
 

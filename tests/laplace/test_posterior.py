@@ -130,7 +130,7 @@ def test_leaving_layers_out():
     torch.testing.assert_close(sum(covariances), whole, rtol=1e-10, atol=1e-12)
     _, two = posterior.without_layers([1]).logit_covariance(model, answer_logits, batch)
     torch.testing.assert_close(two, covariances[0] + covariances[2], rtol=1e-10, atol=1e-12)
-    with pytest.raises(ValueError, match="no expert layer with index"):
+    with pytest.raises(ValueError, match="no expert layer has the index"):
         posterior.without_layers([5])
     with pytest.raises(ValueError, match="leaves no posterior"):
         posterior.without_layers([0, 1, 2])

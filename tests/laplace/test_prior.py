@@ -87,6 +87,11 @@ def test_evidence_at_an_end_of_its_range_is_said():
     curvature, distances = spectra()
     with pytest.warns(FitWarning, match=r"end of its search range \(1e\+12 in layer 1\).*nearly equal the prior mean"):
         fit_evidence(curvature, [distances[0], torch.full((3,), 1e-30)])
+    names = ("model.layers.1.mlp", "model.layers.3.mlp")
+    with pytest.warns(FitWarning, match=r"\(1e\+12 in layer model\.layers\.3\.mlp\)"):
+        fit_evidence(curvature, [distances[0], torch.full((3,), 1e-30)], names=names)
+    with pytest.warns(FitWarning, match=r"end of its search range \(1e\+12\)"):
+        fit_evidence(curvature, [torch.full((3,), 1e-30)] * 2, "global", names=names)
     with pytest.warns(FitWarning, match=r"end of its search range \(1e\+12\)"):
         fit_evidence(curvature, [torch.full((3,), 1e-30)] * 2, "global")
     with pytest.warns(FitWarning, match="end of its search range"):

@@ -39,17 +39,16 @@ class Valley:
         return (self.steepness * log_precision.square()).sum() / self.num_examples
 
 
-def warnings_at(valley, *log_precision, by_layer=True):
+def warnings_at(valley, *log_precision, by_layer=True, names=()):
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         at = torch.tensor(log_precision, dtype=torch.float64)
-        _warn_of_lpo(valley, at, float(valley(at)), by_layer=by_layer)
+        _warn_of_lpo(valley, at, float(valley(at)), names, by_layer=by_layer)
     assert all(warning.category is FitWarning for warning in caught)
     return [str(warning.message) for warning in caught]
 
 
-@pytest.mark.parametrize("by_layer", [False, True])
-def test_one_layer_at_an_end_is_named(by_layer):
+def test_one_layer_at_an_end_is_named():
     lowest, highest = math.log(1e-4), math.log(1e8)
     for ends, effect in (
         ((0.0, highest), r"(prior precision 1e+08 in layer 1): no finite prior precision is optimal on this validation "
@@ -57,10 +56,18 @@ def test_one_layer_at_an_end_is_named(by_layer):
         ((lowest, 0.0), "of these layers makes predictions nearly uniform; add labels"),
         ((lowest, highest), "adds no uncertainty or makes predictions nearly uniform; add labels"),
     ):  # fmt: skip
-        (sentence,) = warnings_at(Valley(1, 1), *ends, by_layer=by_layer)
+        (sentence,) = warnings_at(Valley(1, 1), *ends)
         assert sentence.startswith("LPO ended at the limit of its search range")
         assert sentence.endswith(effect)
-    assert warnings_at(Valley(1, 1), 0.0, 0.0, by_layer=by_layer) == []
+    assert warnings_at(Valley(1, 1), 0.0, 0.0) == []
+    (sentence,) = warnings_at(Valley(1, 1), 0.0, highest, names=("model.layers.1.mlp", "model.layers.3.mlp"))
+    assert "(prior precision 1e+08 in layer model.layers.3.mlp)" in sentence
+
+
+def test_a_single_precision_at_an_end_is_listed_once():
+    (sentence,) = warnings_at(Valley(1, 1), *[math.log(1e8)] * 2, by_layer=False, names=("a", "b"))
+    assert "(prior precision 1e+08): no finite" in sentence
+    assert warnings_at(Valley(1, 1), 0.0, 0.0, by_layer=False) == []
 
 
 class TestFlatLayers:

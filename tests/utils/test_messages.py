@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from bmoe_lightning.utils.messages import first_line, first_names, shown_path
+from bmoe_lightning.utils.messages import first_line, first_names, numbered, shown_path
 
 
 def test_first_names():
@@ -10,6 +10,11 @@ def test_first_names():
     assert first_names({"b", "a"}) == "a, b"
     assert first_names("dcba") == "a, b, c and 1 more"
     assert first_names("dcba", count=1) == "a and 3 more"
+
+
+def test_names_with_numbers():
+    assert numbered({0: "a", 2: "c"}) == "0 is a, 2 is c"
+    assert numbered(dict(enumerate("abcdefg"))) == "0 is a, 1 is b, 2 is c ... 6 is g"
 
 
 def test_a_path_is_printable_and_short():
