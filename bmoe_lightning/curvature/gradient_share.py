@@ -26,6 +26,7 @@ from bmoe_lightning.experts.types import ExpertLayer
 from bmoe_lightning.experts.weight_gradients import squared_gradients
 from bmoe_lightning.experts.weights import down_proj_parameters
 from bmoe_lightning.utils.distributed import gather_number, num_processes, process_rank, sum_over_processes
+from bmoe_lightning.utils.memory import is_out_of_memory
 from bmoe_lightning.utils.random_state import forked_random_state
 
 MAX_PASSES = 40
@@ -46,12 +47,16 @@ class GradientShare:
         standard_error: Its standard error; None if there are fewer than two passes, and 0 if the share is exact.
         num_passes: Number of backward passes; 0 if the share is exact, or unknown.
         reason: Why it is unknown; empty if it is known.
+        num_trained: Number of weights that count as trained; None in files of an earlier version.
+        is_assumed: Whether these are all that require gradients, since it was not known which were trained.
     """
 
     share: float | None
     standard_error: float | None = None
     num_passes: int = 0
     reason: str = ""
+    num_trained: int | None = None
+    is_assumed: bool = False
 
     @property
     def kappa(self) -> float | None:
@@ -95,6 +100,8 @@ class GradientShares:
         untrained: Names of the layers none of whose weights was trained.
         is_all: Whether no weight was trained but those of `layers`, and all of these.
         reason: Why no share is known; empty if they are.
+        num_trained: Number of weights that count as trained.
+        is_assumed: Whether these are all that require gradients, since it was not known which were trained.
     """
 
     squares: Tensor
@@ -102,6 +109,8 @@ class GradientShares:
     untrained: frozenset[str] = frozenset()
     is_all: bool = False
     reason: str = ""
+    num_trained: int | None = None
+    is_assumed: bool = False
 
     def known(self, names: Collection[str]) -> GradientShare | None:
         """The share of some layers if it follows without a pass.
@@ -110,17 +119,21 @@ class GradientShares:
             names: Names of the layers.
         """
         if self.is_all and set(self.layers) <= set(names):
-            return GradientShare(1.0, 0.0)
+            return self._of_trained(GradientShare(1.0, 0.0))
         if self.layers and self.untrained >= set(names):
-            return GradientShare(0.0, 0.0)
-        return GradientShare(None, reason=self.reason) if self.reason else None
+            return self._of_trained(GradientShare(0.0, 0.0))
+        return self._of_trained(GradientShare(None, reason=self.reason)) if self.reason else None
 
     def of(self, names: Collection[str]) -> GradientShare:
         """The share of some layers; see `known` for the argument."""
         if (known := self.known(names)) is not None:
             return known
         chosen = [1 + position for position, name in enumerate(self.layers) if name in names]
-        return share_of_squares(torch.stack([self.squares[:, 0], self.squares[:, chosen].sum(1)], dim=1))
+        squares = torch.stack([self.squares[:, 0], self.squares[:, chosen].sum(1)], dim=1)
+        return self._of_trained(share_of_squares(squares))
+
+    def _of_trained(self, share: GradientShare) -> GradientShare:
+        return replace(share, num_trained=self.num_trained, is_assumed=self.is_assumed)
 
 
 class GradientShareRecorder:
@@ -165,6 +178,8 @@ class GradientShareRecorder:
             frozenset(names) - trained_layers if found else frozenset(),
             bool(found) and found == of_layer.keys(),
             self._obstacle(),
+            sum(parameter.numel() for parameter in self._trained),
+            trained is None,
         )
         self._choices = [names] if choices is None else list(choices)
         self._seed = seed
@@ -224,7 +239,9 @@ class GradientShareRecorder:
                     self._give_up("the backward pass runs in float16, in which gradients underflow")
                     return
                 squares = squared_gradients(tapped.logits, random_contrasts(tapped, seed=seed), self._trained)
-        except torch.cuda.OutOfMemoryError:
+        except (RuntimeError, MemoryError) as error:
+            if not is_out_of_memory(error):
+                raise
             self._give_up(_NO_MEMORY)
             return
         row = squares.new_zeros(self._result.squares.shape[1]).index_add_(0, self._columns, squares)

@@ -125,8 +125,7 @@ def fit_methods(
     )
     work.check_before_passes()
     work.check_given_data(methods)
-    assumed = 0 if trained is not None else sum(p.numel() for p in model.parameters() if p.requires_grad)
-    _collect(missing, work, tell or partial(_logger.info, "%s"), assumed)
+    _collect(missing, work, tell or partial(_logger.info, "%s"))
     fitted = {}
     for method in missing:
         with collected_fit_warnings() as doubts:
@@ -153,14 +152,14 @@ def fit_methods(
     return replace(completed, calibration=calibration, training=work.given.training_record, warnings=warnings)
 
 
-def _collect(methods: Sequence[Method], work: Workbench, tell: Callable[[str], None], assumed: int) -> None:
+def _collect(methods: Sequence[Method], work: Workbench, tell: Callable[[str], None]) -> None:
     """Collect the curvatures that are missing, and tell one line on each."""
     for method in methods:
         for curvature in method.curvatures:
             is_new = curvature.collects and curvature.digest not in work.posteriors
             posterior = work.posterior(curvature)
             if is_new and is_rank_zero():
-                tell(posterior_summary(posterior, work.shares.get(curvature.digest), assumed))
+                tell(posterior_summary(posterior, work.shares.get(curvature.digest)))
 
 
 def _doubts_of_model(methods: Sequence[Method], calibration: Split | None) -> list[str]:

@@ -57,11 +57,16 @@ def stored_shares(value: Any) -> dict[str, GradientShare]:
         raise TypeError(f"expected a mapping of curvatures to shares, got {value!r}")
     found = {}
     for digest, entry in value.items():
-        share = GradientShare(*(entry[name] for name in ("share", "standard_error", "num_passes", "reason")))
+        required = {name: entry[name] for name in ("share", "standard_error", "num_passes", "reason")}
+        added = {name: entry[name] for name in ("num_trained", "is_assumed") if name in entry}
+        share = GradientShare(**required, **added)
         numbers = [number for number in (share.share, share.standard_error) if number is not None]
         valid = all(type(number) in (int, float) and 0 <= number < math.inf for number in numbers)
         if not valid or type(share.num_passes) is not int or not isinstance(share.reason, str):
             raise TypeError(f"expected a share of a gradient, got {entry!r}")
+        count = share.num_trained
+        if not (count is None or (type(count) is int and count >= 0)) or type(share.is_assumed) is not bool:
+            raise TypeError(f"expected a share of a gradient and the number of trained weights, got {entry!r}")
         if share.share is not None and share.share > 1:
             raise TypeError(f"expected a share of a gradient of at most 1, got {entry!r}")
         found[digest] = share

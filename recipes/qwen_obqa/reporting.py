@@ -106,7 +106,12 @@ def curvature_entries(seed: int, fit: FitResult) -> list[dict[str, Any]]:
 
 def _share_entry(share: GradientShare | None) -> dict[str, float | None]:
     known = share or GradientShare(None)
-    return {"gradient_share": known.share, "kappa": known.kappa, "kappa_standard_error": known.kappa_error}
+    return {
+        "gradient_share": known.share,
+        "kappa": known.kappa,
+        "kappa_standard_error": known.kappa_error,
+        "trained_weights": known.num_trained,
+    }
 
 
 def curvature_notes(entries: Sequence[Mapping[str, Any]]) -> list[str]:

@@ -91,14 +91,15 @@ class TestShare:
 
     def test_is_known_where_exactly_the_covered_weights_are_trained(self):
         found, _ = estimated(train_only(toy_model(), DOWN), batches(2))
-        assert found == GradientShare(1.0, 0.0)
+        assert found == GradientShare(1.0, 0.0, num_trained=found.num_trained, is_assumed=True)
         assert (found.kappa, found.kappa_error) == (1, 0)
 
     def test_weights_that_no_optimizer_has_are_not_trained(self):
         model, layers = toy_model(), find_expert_layers(toy_model())
         trained = [p for name, p in model.named_parameters() if DOWN in name]
         recorder = GradientShareRecorder(model, layers, trained=trained)
-        assert recorder.finish().of([layer.name for layer in layers]) == GradientShare(1.0, 0.0)
+        expected = GradientShare(1.0, 0.0, num_trained=sum(p.numel() for p in trained))
+        assert recorder.finish().of([layer.name for layer in layers]) == expected
 
     def test_of_some_of_the_layers(self):
         model, data = toy_model(), batches(8)
@@ -121,7 +122,7 @@ class TestShare:
         )
         for recorder in (whole, part):
             collect_factors(model, answer_logits, data, rank=3, share=recorder)
-            assert recorder.finish().of(names) == GradientShare(1.0, 0.0)
+            assert recorder.finish().of(names).share == 1
         assert len(whole.finish().squares) == 0
         assert 0 < part.finish().of(names[:1]).share < 1
 
@@ -160,6 +161,9 @@ class TestShare:
         assert found.share == pytest.approx(expected.share, rel=1e-5)
 
 
+PLACES = ("forward", "ownership", "curvature", "backward")
+
+
 class TestPass:
     @pytest.mark.parametrize("fisher", ["exact", "mc"])
     @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
@@ -172,9 +176,15 @@ class TestPass:
         for one, other in zip(found.layers, expected.layers, strict=True):
             assert all(torch.equal(value, other.tensors()[name]) for name, value in one.tensors().items())
 
-    @pytest.mark.parametrize("place", ["forward", "ownership", "curvature", "backward"])
+    @pytest.mark.parametrize(
+        ("place", "error"),
+        [
+            *((place, torch.OutOfMemoryError("XPU out of memory")) for place in PLACES),
+            ("backward", RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 9 bytes.")),
+        ],
+    )
     @pytest.mark.parametrize("at", [0, 2])
-    def test_is_unknown_without_enough_memory_and_the_factors_are_the_same(self, monkeypatch, place, at):
+    def test_is_unknown_without_enough_memory_and_the_factors_are_the_same(self, monkeypatch, place, error, at):
         """Memory runs out wherever a part of the pass runs while the graph reaches the weights."""
         model, calls = toy_model(), []
         options = {"rank": 3, "fisher": "mc", "approximation": "reduce"}
@@ -189,7 +199,7 @@ class TestPass:
 
             def refusing(*args, **given):
                 if any(p.requires_grad for p in model.parameters()) and next(turns) == at:
-                    raise torch.cuda.OutOfMemoryError("CUDA out of memory")
+                    raise error
                 return function(*args, **given)
 
             return refusing
@@ -214,6 +224,14 @@ class TestPass:
         assert all(p.requires_grad and p._backward_hooks is None for p in model.parameters())
         for one, other in zip(found.layers, expected.layers, strict=True):
             assert all(torch.equal(value, other.tensors()[name]) for name, value in one.tensors().items())
+
+    def test_raises_any_other_error(self, monkeypatch):
+        def broken(*_):
+            raise RuntimeError("mat1 and mat2 have other shapes")
+
+        monkeypatch.setattr(f"{MODULE}.squared_gradients", broken)
+        with pytest.raises(RuntimeError, match="other shapes"):
+            estimated(toy_model(), batches(2))
 
     def test_runs_no_hook_of_a_parameter(self):
         model, seen = toy_model(), []

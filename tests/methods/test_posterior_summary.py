@@ -65,6 +65,15 @@ def test_plain_linear_layers():
         (GradientShare(0.3846, 0.0147, 9), "it covers 38.5 % of the trained weights' gradient (kappa 2.6 +- 0.099)"),
         (GradientShare(0.25, None, 1), "it covers 25 % of the trained weights' gradient (kappa 4)"),
         (GradientShare(1.0, 0.0), "it covers 100 % of the trained weights' gradient (kappa 1)"),
+        (
+            GradientShare(0.25, None, 1, num_trained=40960),
+            "it covers 25 % of the trained weights' gradient (kappa 4), where 40,960 weights were trained",
+        ),
+        (
+            GradientShare(0.25, None, 1, num_trained=40960, is_assumed=True),
+            "it covers 25 % of the trained weights' gradient (kappa 4), where all 40,960 weights that require "
+            "gradients count as trained",
+        ),
         (GradientShare(0.0, 0.0), "it covers none of the trained weights (kappa infinite)"),
         (
             GradientShare(None, reason="weights are offloaded"),
@@ -87,9 +96,9 @@ class TestFit:
         fit = self.fit(TemperatureScaling(), LaplaceLPO(curvature=RANK3))
         (posterior,), (share,) = fit.posteriors.values(), fit.shares.values()
         count = sum(parameter.numel() for parameter in toy_model().parameters())
-        assert caplog.records[0].getMessage() == posterior_summary(posterior, share, count)
-        assert posterior_summary(posterior, share, count).endswith(
-            f", where all {count:,} parameters that require gradients count as trained"
+        assert caplog.records[0].getMessage() == posterior_summary(posterior, share)
+        assert posterior_summary(posterior, share).endswith(
+            f", where all {count:,} weights that require gradients count as trained"
         )
         assert caplog.records[0].levelno == logging.INFO
 
@@ -113,6 +122,19 @@ class TestFit:
         (share,) = fit.shares.values()
         assert 0 < share.share < 0.5
         assert fit.scalars([method])["curvature/kappa"] == share.kappa
+
+    @pytest.mark.parametrize("given", [False, True])
+    def test_which_weights_count_as_trained_is_stored_with_the_share(self, tmp_path, given):
+        model, told = toy_model(), []
+        chosen = [p for name, p in model.named_parameters() if "down_proj" in name or "head" in name]
+        counted = chosen if given else list(model.parameters())
+        fit = self.fit(LaplaceLPO(curvature=RANK3), model=model, trained=chosen if given else None, tell=told.append)
+        save_fit(tmp_path, fit)
+        (share,) = load_fit(tmp_path)[0].shares.values()
+        count = sum(parameter.numel() for parameter in counted)
+        assert (share.num_trained, share.is_assumed) == (count, not given)
+        expected = f"{count:,} weights were trained" if given else f"all {count:,} weights that require gradients"
+        assert f", where {expected}" in told[0]
 
     def test_only_down_proj_is_trained(self):
         model = toy_model()

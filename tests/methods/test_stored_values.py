@@ -61,6 +61,8 @@ def test_shares():
     assert stored_shares({}) == {}
     found = stored_shares({"a": {**SHARE, "of a later version": 1}, "b": {**SHARE, "share": None, "reason": "why"}})
     assert found == {"a": GradientShare(0.25, None, 3), "b": GradientShare(None, None, 3, "why")}
+    found = stored_shares({"a": {**SHARE, "num_trained": 12, "is_assumed": True}})
+    assert found == {"a": GradientShare(0.25, None, 3, "", 12, True)}
     for wrong in ([], None, {"a": 1}, *({"a": {**SHARE, **change}} for change in CHANGES)):
         with pytest.raises(TypeError):
             stored_shares(wrong)
@@ -75,6 +77,9 @@ CHANGES = (
     {"standard_error": math.nan},
     {"num_passes": 1.5},
     {"reason": 1},
+    {"num_trained": -1},
+    {"num_trained": 1.5},
+    {"is_assumed": 1},
 )
 
 
