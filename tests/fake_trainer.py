@@ -24,6 +24,7 @@ DEFAULTS: dict[str, Any] = {
     "num_devices": 1,
     "num_training_batches": 0,
     "num_val_batches": [],
+    "optimizers": [],
     "progress_bar_callback": None,
     "received_sigterm": False,
     "strategy": None,

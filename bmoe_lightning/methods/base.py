@@ -151,7 +151,12 @@ class Method(ABC):
         return [nullcontext()]
 
     def check_run(  # noqa: B027  (most methods check nothing else)
-        self, model: nn.Module, folder: Path | None, *, ranks_per_node: int = 1
+        self,
+        model: nn.Module,
+        folder: Path | None,
+        *,
+        ranks_per_node: int = 1,
+        trained: Sequence[nn.Parameter] | None = None,
     ) -> None:
         """Check before training that the method can be fitted afterwards, in addition to `needs`.
 
@@ -159,6 +164,7 @@ class Method(ABC):
             model: The model that is about to be trained.
             folder: Folder to which the fit will be written, or None.
             ranks_per_node: Number of processes that share this machine's memory; each of them fits.
+            trained: The parameters that are trained, as in `fit_methods`; by default those that require gradients.
 
         Raises:
             ValueError: If the method could not be fitted.

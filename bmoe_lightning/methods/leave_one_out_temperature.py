@@ -90,9 +90,16 @@ class LeaveOneOutTemperature(CurvatureMethod):
     def calibration_curvatures(self) -> tuple[Curvature, ...]:
         return ()
 
-    def check_run(self, model: nn.Module, folder: Path | None, *, ranks_per_node: int = 1) -> None:
+    def check_run(
+        self,
+        model: nn.Module,
+        folder: Path | None,
+        *,
+        ranks_per_node: int = 1,
+        trained: Sequence[nn.Parameter] | None = None,
+    ) -> None:
         layers = self.spec.posterior_layers(model)
-        shares = GradientShareRecorder(model, layers).finish()
+        shares = GradientShareRecorder(model, layers, trained=trained).finish()
         if (known := shares.known([layer.name for layer in layers])) is not None:
             known_kappa(self.name, known)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -55,7 +56,14 @@ class MCDropout(Method):
     def needs(self) -> Needs:
         return Needs(expert_dropout=True)
 
-    def check_run(self, model: nn.Module, folder: Path | None, *, ranks_per_node: int = 1) -> None:
+    def check_run(
+        self,
+        model: nn.Module,
+        folder: Path | None,
+        *,
+        ranks_per_node: int = 1,
+        trained: Sequence[nn.Parameter] | None = None,
+    ) -> None:
         """Check that there are such layers, and that LoRA is trained with the same dropout.
 
         Raises:
@@ -75,12 +83,12 @@ class MCDropout(Method):
     def _dropped(self, model: nn.Module) -> list[ExpertLayer]:
         if self.layers is not None:
             return self.layers.find(model)
-        trained = set(lora_dropouts(model).values())
-        if not trained:
+        of_lora = set(lora_dropouts(model).values())
+        if not of_lora:
             return ExpertLayers().find(model)
-        if trained != {self.p}:
+        if of_lora != {self.p}:
             raise ValueError(
                 f"{self.name} predicts with a dropout probability of {self.p}, and the LoRA of this model is trained "
-                f"with {', '.join(map(str, sorted(trained)))}; use the same one, or remove the method"
+                f"with {', '.join(map(str, sorted(of_lora)))}; use the same one, or remove the method"
             )
         return LoRALayers("A").find(model)

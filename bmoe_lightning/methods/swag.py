@@ -53,7 +53,14 @@ class SWAG(Method):
     def needs(self) -> Needs:
         return Needs(snapshots=2, max_snapshots=self.num_snapshots)
 
-    def check_run(self, model: nn.Module, folder: Path | None, *, ranks_per_node: int = 1) -> None:
+    def check_run(
+        self,
+        model: nn.Module,
+        folder: Path | None,
+        *,
+        ranks_per_node: int = 1,
+        trained: Sequence[nn.Parameter] | None = None,
+    ) -> None:
         """Check that the state fits into the free memory and onto the folder's disk.
 
         Raises:

@@ -234,7 +234,7 @@ def check_data(trainer: L.Trainer, methods: Sequence[Method], *, trains: bool = 
             )
 
 
-def check_runs(trainer: L.Trainer, methods: Sequence[Method], module: nn.Module, folder: Path | None) -> None:
+def check_runs(trainer: L.Trainer, methods: Sequence[Method], module: L.LightningModule, folder: Path | None) -> None:
     """Check that methods can be fitted after the run; see `Method.check_run`. A collective.
 
     Args:
@@ -247,10 +247,11 @@ def check_runs(trainer: L.Trainer, methods: Sequence[Method], module: nn.Module,
         ValueError: If a method cannot be fitted on this rank.
         RuntimeError: If a method cannot be fitted on another rank.
     """
+    trained = optimised(trainer, module)
 
     def check() -> None:
         for method in methods:
-            method.check_run(module, folder, ranks_per_node=trainer.num_devices)
+            method.check_run(module, folder, ranks_per_node=trainer.num_devices, trained=trained)
 
     together(check, distributed=trainer.world_size > 1)
 

@@ -300,6 +300,13 @@ class TestRefused:
         with pytest.raises(ValueError, match="unknown: no weight requires gradients; remove the method"):
             METHOD.check_run(train_only(toy_model()), tmp_path)
 
+    def test_weights_that_no_optimizer_has_do_not_count_as_trained(self, tmp_path):
+        model = toy_model()
+        assert all(parameter.requires_grad for parameter in model.parameters())
+        METHOD.check_run(model, tmp_path, trained=list(model.parameters()))
+        with pytest.raises(ValueError, match="covers none of them"):
+            METHOD.check_run(model, tmp_path, trained=[model.head.weight])
+
     def test_unknown_kappa(self):
         assert known_kappa("it", GradientShare(0.25)) == 4
         with pytest.raises(ValueError, match=r"it scales .* is unknown: a gradient is not finite"):

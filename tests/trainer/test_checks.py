@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
+
 import lightning as L
 import pytest
+import torch
 from fake_trainer import FakeMesh, FakeTrainer, strategy_of
 from lightning.fabric.utilities.distributed import DistributedSamplerWrapper
 from lightning.pytorch.callbacks import EarlyStopping, ModelPruning, StochasticWeightAveraging
@@ -18,17 +21,34 @@ from lightning.pytorch.strategies import (
 from torch.utils.data import DataLoader, DistributedSampler, IterableDataset, SubsetRandomSampler
 from toy import ToyModule
 
+from bmoe_lightning.curvature import Curvature
+from bmoe_lightning.methods import LeaveOneOutTemperature
 from bmoe_lightning.trainer.checks import (
     check_fit_at,
     check_later_callbacks,
     check_loaders,
     check_prediction,
+    check_runs,
     check_shards,
     check_sketch,
     check_strategy,
     check_tensor_parallel,
     is_trial,
 )
+
+
+def test_methods_are_checked_with_the_weights_that_the_optimizers_have():
+    """The same weights as the fit counts as trained."""
+    module, method = ToyModule(), LeaveOneOutTemperature().with_defaults(Curvature())
+    others = [p for name, p in module.named_parameters() if "experts" not in name]
+    for optimizers, refused in (
+        ([torch.optim.SGD(others)], True),
+        ([torch.optim.SGD(module.parameters())], False),
+        ([], False),
+    ):
+        run = FakeTrainer(optimizers=optimizers, world_size=1, num_devices=1)
+        with pytest.raises(ValueError, match="covers none of them") if refused else nullcontext():
+            check_runs(run, [method], module, None)
 
 
 def mesh_strategy(world_size, tensor_parallel):
