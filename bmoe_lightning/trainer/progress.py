@@ -106,15 +106,15 @@ def _is_shown(trainer: L.Trainer) -> bool:
 
 
 def print_line(trainer: L.Trainer, line: str) -> None:
-    """Print a line on stderr, above the trainer's progress bar; not with `enable_progress_bar=False`, or other ranks.
+    """Print a line with a result on stderr, on rank 0; above the trainer's progress bar, if one is shown.
 
     Args:
         trainer: The trainer.
         line: One line of text.
     """
-    if not _is_shown(trainer):
+    if not trainer.is_global_zero:
         return
-    bar = trainer.progress_bar_callback
+    bar = trainer.progress_bar_callback if _is_shown(trainer) else None
     if isinstance(bar, RichProgressBar) and bar.progress is not None and sys.stderr.isatty():
         bar.progress.console.print(line, markup=False, highlight=False)
     elif isinstance(bar, TQDMProgressBar) and sys.stderr.isatty():

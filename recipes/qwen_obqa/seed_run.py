@@ -313,8 +313,10 @@ class SeedRun:
 
         Trainer, module and DataModule refer to one another, so without this they would be freed at any later time.
         """
-        self._padding_side = data.measured_padding_side
-        self._shared_prompts = data.measured_shared_prompts
+        # What was given is not measured again, and prompts of another format tell nothing about sharing.
+        self._padding_side = data.measured_padding_side or self._padding_side
+        if data.measured_shared_prompts is not None and data.prompt_format.name == self.settings.prompt:
+            self._shared_prompts = data.measured_shared_prompts
         module.trainer = None
         data.trainer = None
         module.zero_grad()

@@ -65,7 +65,7 @@ class TestProgress:
         print_line(run, "again")
         captured = capsys.readouterr()
         assert captured.out == ""
-        assert captured.err.splitlines() == ([] if bar is None else ["100 % of [it]"])
+        assert captured.err.splitlines() == ["100 % of [it]"]
 
     def test_lines_above_a_rich_bar(self, tmp_path, capsys, monkeypatch):
         monkeypatch.setattr("sys.stderr.isatty", lambda: True, raising=False)
