@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from dataclasses import dataclass
 from typing import Literal
 
@@ -62,7 +63,8 @@ class Study:
         Raises:
             KeyError: If the study has no such outcome.
         """
-        for outcome in self.outcomes:
-            if (outcome.trained_on, outcome.tested_on, outcome.mode) == (trained_on, tested_on, mode):
-                return outcome.results
-        raise KeyError(f"no models trained on {trained_on} ({mode}) were tested on {tested_on}")
+        key = (trained_on, tested_on, mode)
+        found = [entry.results for entry in self.outcomes if (entry.trained_on, entry.tested_on, entry.mode) == key]
+        if not found:
+            raise KeyError(f"no models trained on {trained_on} ({mode}) were tested on {tested_on}")
+        return tuple(itertools.chain.from_iterable(found))

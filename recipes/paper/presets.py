@@ -101,6 +101,8 @@ def chosen_preset(settings: PaperSettings) -> Preset:
     data = tuple(_given(entry, preset) for entry in settings.data) or preset.data
     if settings.protocol is not None:
         data = tuple(replace(entry, protocol=settings.protocol) for entry in data)
+    if settings.prompt is not None:
+        data = tuple(replace(entry, prompt=settings.prompt) for entry in data)
     if settings.model is not None and any(entry.source is None for entry in data):
         raise UsageError(
             f"--model {settings.model} cannot answer the generated questions of the small preset; add --data "
@@ -110,7 +112,9 @@ def chosen_preset(settings: PaperSettings) -> Preset:
         return replace(preset, data=data)
     model = settings.model or preset.model
     label = model or "the small model (pre-trained on the training questions alone)"
-    return Preset(label, data, model, preset.seeds, {} if model or settings.data else preset.options, preset.lora)
+    if model is not None:
+        return Preset(label, data, model)  # the preset's learning rates and seeds may be those of the small model
+    return Preset(label, data, model, preset.seeds, {} if settings.data else preset.options, preset.lora)
 
 
 def _given(entry: str, preset: Preset) -> DataSet:

@@ -202,12 +202,18 @@ def run_settings(
         questions: Questions of all data sets.
     """
     entry = questions.data[planned.data]
+    experts = planned.mode == "experts"
     given: dict[str, Any] = {
         "epochs": settings.epochs,
+        "learning_rate": settings.learning_rate if experts else settings.lora_learning_rate,
+        "precision": settings.precision,
         "batch_size": settings.batch_size,
         "eval_batch_size": settings.eval_batch_size,
     }
-    options = {**preset.run_options(planned.mode), **{name: value for name, value in given.items() if value}}
+    options = {
+        **preset.run_options(planned.mode),
+        **{name: value for name, value in given.items() if value is not None},
+    }
     return Settings(
         model=preset.model,
         data=entry.source,
@@ -216,13 +222,17 @@ def run_settings(
         output_dir=str(Path(settings.output_dir) / "runs" / planned.name),
         seeds=settings.seeds or preset.seeds,
         first_seed=settings.first_seed,
+        normalise=settings.normalise,
         limit=settings.limit,
+        limit_train=settings.limit_train,
+        limit_validation=settings.limit_validation,
         limit_test=settings.limit_test,
         dry_run=settings.dry_run,
         overwrite=settings.overwrite,
         quiet=settings.quiet,
         accelerator=settings.accelerator,
         strategy=settings.strategy,
-        zero_shot=False,
+        # LoRA's model is the same before fine-tuning.
+        zero_shot=settings.zero_shot if experts else False,
         **options,
     ).resolved()

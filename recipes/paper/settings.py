@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from recipes.common.cli import UsageError, option
+from recipes.qwen_obqa.settings import Normalise, Precision, Prompt
 
 PresetName = Literal["small", "qwen", "deepseek"]
 TABLES = (1, 2, 3, 4, 5, 6, 7)
@@ -39,15 +40,40 @@ class PaperSettings:
         "what the splits of the data sets are for, in place of the paper's protocol, such as holdout (validation "
         "calibrates, test is reported)",
     )
+    prompt: Prompt | None = option(
+        None,
+        "prompt format of all data sets, in place of their own: the answers of instruction and letters are letters, "
+        "cloze scores the text of each choice",
+    )
+    normalise: Normalise = option(
+        "sum",
+        "with --prompt cloze, what the log-probability of a choice is divided by: nothing, or the number of characters "
+        "or bytes of its text",
+    )
+    precision: Precision | None = option(None, "Lightning precision; default: that of the preset")
     output_dir: str = option("runs/paper", "output folder; runs found there are resumed")
     report: str | None = option(None, "only make the report of a finished study in this folder again")
     seeds: int | None = option(None, "number of seeds; default: 5 for the small model, 3 otherwise", least=1)
     first_seed: int = option(0, "first seed", least=0)
     epochs: int | None = option(None, "fine-tuning epochs; default: those of the preset", least=1)
+    learning_rate: float | None = option(
+        None, "peak learning rate of the models whose experts are trained; default: that of the preset"
+    )
+    lora_learning_rate: float | None = option(
+        None, "peak learning rate of the models with LoRA; default: that of the preset"
+    )
     limit: int | None = option(None, "largest number of questions of each split", least=1)
+    limit_train: int | None = option(None, "largest number of training questions, instead of --limit", least=1)
+    limit_validation: int | None = option(
+        None, "largest number of validation (calibration) questions, instead of --limit", least=1
+    )
     limit_test: int | None = option(None, "largest number of test questions, instead of --limit", least=1)
     batch_size: int | None = option(None, "fine-tuning batch size", least=1)
     eval_batch_size: int | None = option(None, "batch size of curvature and prediction", least=1)
+    zero_shot: bool | None = option(
+        None,
+        "whether Tables 1 and 2 have a row for the model before fine-tuning; default: unless the small model is used",
+    )
     accelerator: Literal["auto", "cpu", "gpu"] = option("auto", "Lightning accelerator")
     strategy: Literal["auto", "sharded"] = option("auto", "strategy on several processes under torchrun")
     jobs: int | None = option(
@@ -71,8 +97,11 @@ class PaperSettings:
                 "--report makes the report of a finished study again, with the tables, data and model that it has; "
                 "leave --table, --figure, --all, --data and --model out"
             )
-        if self.protocol is not None and self.preset == "small" and not self.data:
-            raise UsageError("--protocol applies to --data or another --preset; the generated data sets have their own")
+        for flag, value in (("--protocol", self.protocol), ("--prompt", self.prompt)):
+            if value is not None and self.preset == "small" and not self.data:
+                raise UsageError(
+                    f"{flag} applies to --data or another --preset; the generated data sets have their own"
+                )
         names = [entry.partition("=")[0] for entry in self.data]
         for entry, name in zip(self.data, names, strict=True):
             if "=" not in entry or not name.isidentifier() or not entry.partition("=")[2]:

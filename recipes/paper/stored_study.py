@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -12,6 +12,7 @@ from bmoe_lightning.utils.json_io import read_json_file, write_json_file
 from recipes.paper.outcomes import MODES, Outcome, Study
 from recipes.qwen_obqa.seed_run import SeedRun
 from recipes.qwen_obqa.stored_predictions import read_predictions
+from recipes.qwen_obqa.zero_shot import ZERO_SHOT
 
 STUDY_FILE = "study.json"
 _FORMAT = "study"
@@ -41,7 +42,7 @@ class StoredOutcome:
 
 
 def stored_outcomes(output: Path, trained_on: str, mode: str, runs: Sequence[SeedRun]) -> list[StoredOutcome]:
-    """Describe what the completed runs of one model have predicted.
+    """Describe what the completed runs of one model have predicted; last, if they have it, before fine-tuning.
 
     Args:
         output: Folder of the study.
@@ -55,17 +56,18 @@ def stored_outcomes(output: Path, trained_on: str, mode: str, runs: Sequence[See
     for name, other in source.others.items():
         folders[name] = {run.seed: run.predictions_of(name).folder for run in runs}
         tested[name] = other.splits.test
-    return [
-        StoredOutcome(
-            trained_on,
-            mode,
-            tested_on,
-            {str(seed): folder.relative_to(output).as_posix() for seed, folder in of_seeds.items()},
-            methods,
-            [question.id for question in tested[tested_on]],
+
+    def described(tested_on: str, of_seeds: Mapping[int, Path], labels: dict[str, str]) -> StoredOutcome:
+        found = {str(seed): folder.relative_to(output).as_posix() for seed, folder in of_seeds.items()}
+        return StoredOutcome(
+            trained_on, mode, tested_on, found, labels, [question.id for question in tested[tested_on]]
         )
-        for tested_on, of_seeds in folders.items()
-    ]
+
+    outcomes = [described(tested_on, of_seeds, methods) for tested_on, of_seeds in folders.items()]
+    if runs[0].settings.zero_shot:
+        before = {run.seed: run.zero_shot_predictions.folder for run in runs}
+        outcomes.append(described(trained_on, before, {ZERO_SHOT.name: ZERO_SHOT.label}))
+    return outcomes
 
 
 def write_study(output: Path, study: Study, outcomes: Sequence[StoredOutcome]) -> None:

@@ -91,7 +91,7 @@ class SeedRun:
         results = self._read(self.predictions, self.source.test)
         if self.settings.zero_shot:
             ids = tuple(question.id for question in self.source.test)
-            results.append(self._zero_shot_predictions.read(ZERO_SHOT, self.seed, ids))
+            results.append(self.zero_shot_predictions.read(ZERO_SHOT, self.seed, ids))
         return results
 
     def results_of(self, other: str) -> list[MethodResult]:
@@ -103,8 +103,8 @@ class SeedRun:
         return [predictions.read(method, self.seed, ids) for method in self.methods]
 
     @property
-    def _zero_shot_predictions(self) -> StoredPredictions:
-        """The predictions before fine-tuning: the first seed's, if all seeds start from the same model."""
+    def zero_shot_predictions(self) -> StoredPredictions:
+        """The test split's predictions before fine-tuning: the first seed's, if all seeds start from the same model."""
         if self.source.small_model is not None:
             return self.predictions
         return self._stored(self.output / f"seed-{self.settings.first_seed}")
@@ -118,7 +118,7 @@ class SeedRun:
         missing = [method for method in self.methods if not agreed(self.predictions.has(method))]
         if not missing and not agreed(is_rank_zero() and self._fitted() is not None):
             missing = list(self.methods)  # the report reads the fit, which is damaged or lost
-        zero_shot = self.settings.zero_shot and not agreed(self._zero_shot_predictions.has(ZERO_SHOT))
+        zero_shot = self.settings.zero_shot and not agreed(self.zero_shot_predictions.has(ZERO_SHOT))
         if (missing or zero_shot) and (weights := self._model()[1]):
             self._say(f"pre-trained weights {weights}")
         if zero_shot:
@@ -146,7 +146,7 @@ class SeedRun:
         predictions = predict_zero_shot(callback, self._trainer([callback]), module, data)
         self._detach(module, data)
         if is_rank_zero():
-            self._zero_shot_predictions.write(ZERO_SHOT, FitResult(seed=self.seed), predictions)
+            self.zero_shot_predictions.write(ZERO_SHOT, FitResult(seed=self.seed), predictions)
         barrier()
 
     def _save_model(self, folder: Path) -> None:

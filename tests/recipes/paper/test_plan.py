@@ -5,9 +5,11 @@ from __future__ import annotations
 import pytest
 
 from recipes.common.cli import UsageError
-from recipes.paper.plan import EXPERT_METHODS, PRIOR_METHODS, Columns, layer_parts, planned_runs
+from recipes.paper.plan import EXPERT_METHODS, PRIOR_METHODS, Columns, PlannedRun, layer_parts, planned_runs
 from recipes.paper.presets import PRESETS, chosen_preset
+from recipes.paper.run import run_settings
 from recipes.paper.settings import PaperSettings
+from recipes.paper.sources import Questions
 
 COLUMNS = Columns(("recall", "pairs", "judged"), 8)
 
@@ -75,6 +77,7 @@ def test_each_part_is_left_out_by_its_indices():
         ({"all": True, "data": ("a=x", "a=y")}, "a name twice"),
         ({"report": "folder", "table": (1,)}, "leave --table, --figure, --all"),
         ({"all": True, "protocol": "holdout"}, "--protocol applies to --data"),
+        ({"all": True, "prompt": "cloze"}, "--prompt applies to --data"),
     ],
 )
 def test_what_cannot_be_made_is_refused(options, message):
@@ -95,5 +98,52 @@ def test_given_data_keep_what_is_known_of_them():
     assert preset.model is None
     other = chosen_preset(PaperSettings(all=True, data=("boolq=/folder",), protocol="holdout"))
     assert [entry.protocol for entry in other.data] == ["holdout"]
+    other = chosen_preset(PaperSettings(all=True, data=("boolq=/folder", "mine=/other"), prompt="cloze"))
+    assert [entry.prompt for entry in other.data] == ["cloze", "cloze"]
     other = chosen_preset(PaperSettings(all=True, preset="qwen", model="somebody/model"))
     assert (other.model, other.data) == ("somebody/model", PRESETS["qwen"].data)
+
+
+def planned_settings(mode, **options):
+    settings = PaperSettings(table=(1,), data=("mine=/folder",), **options)
+    preset = chosen_preset(settings)
+    questions = Questions({entry.name: entry for entry in preset.data}, {}, ())
+    return run_settings(PlannedRun("mine", mode, ("map",)), preset, settings, questions)
+
+
+def test_options_reach_the_runs():
+    options = {
+        "prompt": "cloze",
+        "normalise": "characters",
+        "precision": "32-true",
+        "limit_train": 300,
+        "limit_validation": 100,
+        "limit_test": 150,
+        "epochs": 2,
+    }
+    given = {"model": "somebody/model", "learning_rate": 2e-4, "lora_learning_rate": 3e-4, **options}
+    experts, lora = (planned_settings(mode, **given) for mode in ("experts", "lora"))
+    for name, value in options.items():
+        assert getattr(experts, name) == getattr(lora, name) == value
+    assert (experts.learning_rate, lora.learning_rate) == (2e-4, 3e-4)
+    assert (experts.train, lora.train) == ("experts", "lora")
+
+
+def test_the_model_before_fine_tuning_is_tested_once_and_not_the_small_model():
+    assert planned_settings("experts", model="somebody/model").zero_shot
+    assert not planned_settings("lora", model="somebody/model").zero_shot
+    assert not planned_settings("experts").zero_shot
+    assert planned_settings("experts", zero_shot=True).zero_shot
+    assert not planned_settings("experts", model="somebody/model", zero_shot=False).zero_shot
+
+
+def test_another_model_has_neither_the_small_one_s_learning_rate_nor_its_seeds():
+    other = planned_settings("lora", model="somebody/model")
+    assert (other.learning_rate, other.seeds) == (5e-5, 3)
+    small = planned_settings("lora")
+    assert (small.learning_rate, small.seeds) == (1e-2, 5)
+
+
+def test_a_normalisation_without_scored_texts_is_refused():
+    with pytest.raises(UsageError, match="add --prompt cloze"):
+        planned_settings("experts", model="somebody/model", normalise="characters")

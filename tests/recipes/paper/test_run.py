@@ -63,6 +63,18 @@ def test_a_finished_study_is_not_repeated_and_another_table_adds_its_runs(finish
     assert set(trained) == {f"{name}-experts" for name in before.labels if name != "recall"}
 
 
+def test_the_model_before_fine_tuning_is_a_row_that_needs_no_training(finished, tmp_path, monkeypatch):
+    folder = tmp_path / "copy"
+    shutil.copytree(finished, folder)
+    monkeypatch.setattr(SeedRun, "_train_and_fit", lambda *_: pytest.fail("a run is made again"))
+    assert make(folder, "--table", "3,5", "--zero-shot") == 0
+    results = {result.method: result for result in read_study(folder).results("recall", "recall")}
+    before, after = results["zero_shot"], results["map"]
+    assert (before.ids, before.seed, before.label) == (after.ids, 0, "Zero-shot")
+    assert not torch.allclose(before.log_probs, after.log_probs)
+    assert "| Zero-shot |" in (folder / "report" / "tables" / "all_metrics_recall_recall.md").read_text()
+
+
 def test_the_report_needs_no_model(finished, tmp_path, capsys):
     folder = tmp_path / "copy"
     shutil.copytree(finished, folder)
