@@ -120,8 +120,8 @@ def test_low_rank_updates_are_sharded_too(tmp_path):
         assert said["test"]["bayesian_lora/test/nll"] != said["test"]["map/test/nll"]
         for name, value in said["alone"].items():
             if "kappa" not in name:  # each rank has its own random contrasts
-                # In float32, where rounding decides whether a first token, whose query moves nothing, is counted.
-                rel = 2e-2 if "prior_precision" in name or name.startswith("curvature") else 1e-3
+                # In float32; LPO's objective is flat at its minimum, which moves by more than the objective's rounding.
+                rel = 5e-3 if "prior_precision" in name else 1e-4
                 assert said["fit"][name] == pytest.approx(value, rel=rel), name
 
 

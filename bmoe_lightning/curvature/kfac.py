@@ -8,6 +8,7 @@ with n_e slots,
 and in its *reduce* form (Eschenhagen et al. 2023, https://arxiv.org/abs/2311.00636) first sums the deltas and averages
 the a's of each example and expert. A slot counts when its weight gradient `g a^T` is not exactly zero. This excludes
 padding, positions that do not affect a logit, and the zero inputs that some models pass to experts without a token.
+Where rounding decides that, in the query projection of a row's first token, see `LayerBatch`.
 """
 
 from __future__ import annotations
@@ -298,7 +299,7 @@ def _add_batch(
         owners = slot_owners(tapped, slots, thorough=thorough)
     num_examples = len(tapped.logits)
     batches = [
-        LayerBatch(x, layer_slots, owner, num_examples)
+        LayerBatch(x, layer_slots, owner, num_examples, tapped.taps.num_rows)
         for x, layer_slots, owner in zip(sums, slots, owners, strict=True)
     ]
     for pass_weights in weights:

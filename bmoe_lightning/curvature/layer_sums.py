@@ -10,24 +10,40 @@ from torch import Tensor
 from bmoe_lightning.curvature.factors import LayerFactors
 from bmoe_lightning.curvature.sketch import SketchName, check_state, check_sums, make_sketch
 from bmoe_lightning.experts.grouped_matmul import ExpertGroups
+from bmoe_lightning.experts.layouts.registry import PLAIN_LINEAR
 from bmoe_lightning.experts.taps import Slots
 from bmoe_lightning.experts.types import ExpertLayer
 from bmoe_lightning.utils import devices
 
+# Share of the largest gradient of a row. Measured on the queries of a language model with 30 layers, in rows of up to
+# 80 tokens: rounding errors of first tokens are at most 1.7e-6 in float32 and 9e-7 in bfloat16, gradients of other
+# tokens at least 1.7e-5.
+_ROUNDING = 2.0**-16
+
 
 class LayerBatch:
     """Adds the slots of one batch and layer to the running sums: first all gradients, then the inputs.
+
+    A slot counts when its weight gradient is not exactly zero. Of the first token in a row that affects a logit, in a
+    plain linear layer, it must be more than a rounding error besides: that token attends to itself alone, so its query
+    has a gradient of zero, which fused attention computes as a difference of two rounded sums. Rows are compared with
+    themselves alone, since one example may be far surer than another; later tokens count however small their gradient.
 
     Args:
         sums: The layer's sums.
         slots: The S slots of the batch.
         owners: Example of each slot `[S]` int64, -1 for none, for the reduce form; None for the expand form.
         num_examples: Number of examples B.
+        num_rows: Number of rows of the model's input, that `slots.rows` counts.
     """
 
-    def __init__(self, sums: LayerSums, slots: Slots, owners: Tensor | None, num_examples: int) -> None:
+    def __init__(
+        self, sums: LayerSums, slots: Slots, owners: Tensor | None, num_examples: int, num_rows: int = 0
+    ) -> None:
         self._sums = sums
         self._slots = slots
+        self._rows = slots.rows if sums.layer.layout == PLAIN_LINEAR.name else None
+        self._num_rows = num_rows
         self._merge = None if owners is None else _Merge(slots.experts, owners, sums.layer.num_experts, num_examples)
         self._live = _not_zero(slots.inputs)
         self._counted = torch.zeros_like(self._live)
@@ -40,11 +56,16 @@ class LayerBatch:
             gradients: Gradients `[S, d_out]` at the output of `down_proj`.
             smallest: The smallest gradient that float16 represents with full precision; 0 if it takes no part.
         """
-        moves = _not_zero(gradients) & self._live
+        peaks = _peaks(gradients)
+        moves = (peaks != 0) & self._live
+        if self._rows is not None:
+            largest = peaks.new_zeros(self._num_rows).scatter_reduce(0, self._rows, peaks, "amax")
+            is_rounding = peaks < _ROUNDING * largest[self._rows]
+            moves &= ~(is_rounding & first_tokens(moves, self._rows, self._num_rows))
         self._counted |= moves
         if smallest:
             # Zeros beside values that float16 represents with fewer digits were too small for it.
-            complete = (gradients.abs().amax(dim=1) >= smallest) | gradients.all(dim=1)
+            complete = (peaks >= smallest) | gradients.all(dim=1)
             self._complete = complete if self._complete is None else self._complete | complete
         experts = self._slots.experts
         if self._merge is not None:
@@ -64,9 +85,28 @@ class LayerBatch:
         self._sums.add_inputs(inputs, experts, counted)
 
 
+def first_tokens(moves: Tensor, rows: Tensor, num_rows: int) -> Tensor:
+    """Which slots `[S]` are the first of their row that affects a logit.
+
+    Args:
+        moves: Whether a slot affects a logit, `[S]`, in the order of the tokens.
+        rows: Row of each slot, `[S]` int64.
+        num_rows: Number of rows.
+    """
+    order = torch.arange(len(moves), device=moves.device)
+    first = order.new_full((num_rows,), len(moves))
+    first = first.scatter_reduce(0, rows, order.masked_fill(~moves, len(moves)), "amin")
+    return order == first[rows]
+
+
+def _peaks(slots: Tensor) -> Tensor:
+    """The largest absolute value of each row of `[S, d]`, `[S]`; NaN if it has one."""
+    return slots.abs().amax(dim=1)
+
+
 def _not_zero(slots: Tensor) -> Tensor:
     """Which rows of `[S, d]` have a value other than zero, `[S]`; NaN is one. Faster than `any` on the CPU."""
-    return slots.abs().amax(dim=1) != 0
+    return _peaks(slots) != 0
 
 
 def _grouped(

@@ -1,4 +1,5 @@
 import math
+from dataclasses import replace
 
 import pytest
 import torch
@@ -80,3 +81,51 @@ def test_a_state_gives_the_same_factors(slots):
         assert torch.equal(tensor, fresh.finish(2.0).tensors()[name])
     with pytest.raises(ValueError, match="negative"):
         fresh.load_state(sums.state() | {"slots": -sums.slots})
+
+
+class TestFirstTokens:
+    """The query of a row's first token attends to one key: its gradient is zero, and in floating point rounding."""
+
+    ROWS = torch.tensor([0, 0, 0, 1, 1, 1, 2, 2])
+
+    def counted(self, sizes, rows=ROWS, layout="linear", approximation="expand", passes=1):
+        inputs = torch.ones(len(sizes), 4, dtype=torch.float64)
+        gradients = [torch.tensor(sizes, dtype=torch.float64).unsqueeze(1).expand(-1, 5)] * passes
+        layer = replace(LAYER, num_experts=1, layout=layout)
+        sums = LayerSums(layer, inputs, rank=4, sketch="exact", seed=0)
+        experts = torch.zeros(len(sizes), dtype=torch.int64)
+        owners = rows if approximation == "reduce" else None
+        batch = LayerBatch(sums, Slots(inputs, experts, rows), owners, num_examples=3, num_rows=3)
+        for of_pass in gradients:
+            batch.add_gradients(of_pass, 0.0)
+        batch.add_inputs()
+        return sums
+
+    @pytest.mark.parametrize("passes", [1, 3])
+    def test_of_rounding_errors_do_not_count(self, passes):
+        sums = self.counted([1e-7, 1, 2, 0, 1e-6, 1, 1, 1e-9], passes=passes)
+        assert sums.slots.tolist() == [5]  # without two first tokens and the padding
+        assert float(sums.gradients.trace) == pytest.approx(5 * passes * (1 + 4 + 1 + 1 + 1e-18), rel=1e-9)
+
+    def test_of_an_example_far_surer_than_the_others_count_by_its_own_scale(self):
+        assert self.counted([1e-3, 1, 2, 1e-15, 1e-14, 1e-13, 1e-20, 1e-13]).slots.tolist() == [7]
+
+    def test_tokens_after_the_first_count_however_small(self):
+        assert self.counted([1, 1e-30, 1e-12, 1, 1, 0, 1, 1]).slots.tolist() == [7]
+
+    @pytest.mark.parametrize(("rows", "layout"), [(None, "linear"), (ROWS, "modules")])
+    def test_are_unknown_for_experts_and_without_rows(self, rows, layout):
+        assert self.counted([1e-7, 1, 2, 0, 1e-6, 1, 1, 1], rows, layout).slots.tolist() == [7]
+
+    def test_in_the_reduce_form(self):
+        sums = self.counted([1e-7, 1, 2, 0, 1e-6, 1, 1e-9, 0], approximation="reduce")
+        assert sums.slots.tolist() == [3]  # the last row has no other token
+        assert float(sums.gradients.trace) == pytest.approx(5 * (9 + 1))
+
+    @pytest.mark.parametrize("broken", [torch.nan, torch.inf])
+    @pytest.mark.parametrize("at", [0, 1])
+    def test_what_is_not_finite_is_told(self, broken, at):
+        sizes = [1.0] * 8
+        sizes[at] = broken
+        with pytest.raises(ValueError, match=r"g-factor .* is not finite"):
+            self.counted(sizes).finish(1)
