@@ -25,6 +25,7 @@ from bmoe_lightning.optim import HalfPrecisionUpdates, check_half_precision_upda
 from bmoe_lightning.trainer.checks import check_tensor_parallel
 from bmoe_lightning.trainer.learning_rate import Schedule, make_scheduler
 from bmoe_lightning.trainer.moved_weights import watch_moved_weights
+from bmoe_lightning.trainer.shared_logits import SharedLogits
 from bmoe_lightning.utils.distributed import sequential_per_node
 from bmoe_lightning.utils.messages import first_names
 
@@ -42,6 +43,7 @@ class Finetuner(LightningModule):
 
     Attributes:
         decisive: Arguments of the subclass that a checkpoint must share with the module that loads it.
+        shared_logits: Logits of a test or validation batch that `BayesianMoECallback` predicts anyway.
     """
 
     decisive: ClassVar[tuple[str, ...]] = ()
@@ -78,6 +80,7 @@ class Finetuner(LightningModule):
         self.half_precision_updates: HalfPrecisionUpdates = half_precision_updates
         self._source = model if isinstance(model, str) else None
         self._undo = ExitStack()
+        self.shared_logits = SharedLogits()
         self._answer_ids: Tensor | None
         self.register_buffer("_answer_ids", None, persistent=False)
         if answer_token_ids is not None:
@@ -207,11 +210,11 @@ class Finetuner(LightningModule):
         self.log("train/loss", loss, prog_bar=True, batch_size=len(labels))
         return loss
 
-    def validation_step(self, batch: Mapping[str, Tensor], batch_idx: int) -> None:
+    def validation_step(self, batch: Mapping[str, Tensor], batch_idx: int, dataloader_idx: int = 0) -> None:
         """Log `val/loss` and `val/acc`."""
         self._evaluate(batch, "val")
 
-    def test_step(self, batch: Mapping[str, Tensor], batch_idx: int) -> None:
+    def test_step(self, batch: Mapping[str, Tensor], batch_idx: int, dataloader_idx: int = 0) -> None:
         """Log `test/loss` and `test/acc`."""
         self._evaluate(batch, "test")
 
@@ -260,6 +263,7 @@ class Finetuner(LightningModule):
     def release(self) -> None:
         """Undo what training has added to the model, such as expert dropout. Idempotent."""
         self._undo.close()
+        self.shared_logits.withdraw()
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Store only the trained tensors, and the answer tokens.
@@ -316,12 +320,15 @@ class Finetuner(LightningModule):
             return super()._apply(fn, recurse)
 
     def _evaluate(self, batch: Mapping[str, Tensor], stage: Literal["val", "test"]) -> None:
-        logits, labels = self._labelled(batch)
-        values = {
-            f"{stage}/loss": nn.functional.cross_entropy(logits, labels),
-            f"{stage}/acc": (logits.argmax(-1) == labels).float().mean(),
-        }
-        self.log_dict(values, batch_size=len(labels), on_step=False, on_epoch=True, sync_dist=True)
+        def log(logits: Tensor, labels: Tensor) -> None:
+            values = {
+                f"{stage}/loss": nn.functional.cross_entropy(logits, labels),
+                f"{stage}/acc": (logits.argmax(-1) == labels).float().mean(),
+            }
+            self.log_dict(values, batch_size=len(labels), on_step=False, on_epoch=True, sync_dist=True)
+
+        if not self.shared_logits.ask(batch, log):
+            log(*self._labelled(batch))
 
     def _labelled(self, batch: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:
         logits, labels = self.class_logits(batch)

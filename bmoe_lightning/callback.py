@@ -259,7 +259,7 @@ class BayesianMoECallback(L.Callback):
     ) -> None:
         """Copy the batch's containers before the module's step consumes them."""
         if self._run is not None:
-            self._run.receive(batch)
+            self._run.receive(batch, pl_module if self._class_logits is None else None)
         elif self._first is not None and trainer.state.fn == "fit" and not trainer.sanity_checking:
             self._first.check(trainer, pl_module, batch, "validation", dataloader_idx)
 

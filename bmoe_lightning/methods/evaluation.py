@@ -73,8 +73,11 @@ class Evaluation:
             self._posteriors = self._fitted.posteriors_for(curvatures, model)
         return BatchView(model, class_logits, batch, self._posteriors, seed=self._fitted.seed)
 
-    def add(self, model: nn.Module, class_logits: ClassLogits, batch: Any) -> None:
+    def add(self, model: nn.Module, class_logits: ClassLogits, batch: Any) -> tuple[Tensor, Tensor]:
         """Predict one batch with every single-member method.
+
+        Returns:
+            Logits `[B, K]` float64 of the model, and labels `[B]` int64 on the CPU.
 
         Raises:
             ValueError: If the batch has no labels.
@@ -89,6 +92,7 @@ class Evaluation:
                 self._uncertainty[method.name].append({name: score.cpu() for name, score in scores.items()})
             self._labels.append(labels)
             self._logits.append(view.logits.cpu())
+            return view.logits, labels
 
     def finish(self, model: nn.Module, class_logits: ClassLogits, batches: Iterable[Any]) -> dict[str, Predictions]:
         """Predict the same data with the ensembles, and return the predictions of every method.

@@ -27,6 +27,7 @@ from bmoe_lightning.trainer.checks import is_trial
 from bmoe_lightning.trainer.data_passes import DataPass
 from bmoe_lightning.trainer.lightning_internals import logged_step
 from bmoe_lightning.trainer.sampler_shards import SamplerShard, find_sampler_shard
+from bmoe_lightning.trainer.shared_logits import shared_logits
 from bmoe_lightning.trainer.signals import check_sigterm
 from bmoe_lightning.utils.distributed import failing_together, gather_number
 
@@ -86,9 +87,17 @@ class EvaluationRun:
         self._names: dict[int, str] = {}  # of the loaders that had a batch
         self._received: tuple[Any, Any, WriteCheck] | None = None
 
-    def receive(self, batch: Any) -> None:
-        """Copy the containers of a batch before the module's step, which may consume them."""
+    def receive(self, batch: Any, sharing: nn.Module | None = None) -> None:
+        """Copy the containers of a batch before the module's step, which may consume them.
+
+        Args:
+            batch: The batch.
+            sharing: The module, if its step may take the logits of `add`, which are those of its own `class_logits`.
+        """
         self._received = batch, copied_containers(batch), WriteCheck(batch, synchronise=True)
+        shared = None if sharing is None else shared_logits(sharing)
+        if shared is not None:
+            shared.announce(batch)
 
     def add(self, module: nn.Module, class_logits: ClassLogits, batch: Any, loader: int) -> None:
         """Predict one batch of a loader with every single-member method.
@@ -112,7 +121,10 @@ class EvaluationRun:
             writes.check(f"the module's {'validation' if self.stage == 'val' else self.stage}_step")
         if loader not in self._evaluations:
             self._evaluations[loader] = Evaluation(self._methods, self._fitted, self._snapshots)
-        self._evaluations[loader].add(module, class_logits, batch)
+        logits, labels = self._evaluations[loader].add(module, class_logits, batch)
+        shared = shared_logits(module)
+        if shared is not None:
+            shared.give(logits, labels.to(logits.device))
 
     def finish(
         self,
