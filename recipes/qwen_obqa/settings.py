@@ -93,7 +93,7 @@ class _Common:
         False,
         "checks that everything runs, with meaningless numbers: two epochs of two batches, two calibration batches, at "
         "most eight test questions, ensembles of two, random weights for the small model; with --model, batches of 2 "
-        "unless sizes are given: under a minute for 135M parameters on 2 cores",
+        "unless sizes are given",
     )
     quiet: bool = option(False, "no progress bars")
     weight_decay: float = option(0.0, "weight decay of AdamW")
