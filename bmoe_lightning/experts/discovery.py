@@ -9,14 +9,14 @@ from dataclasses import replace
 from torch import nn
 from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 
+from bmoe_lightning.experts.correspondence import corresponding_modules
 from bmoe_lightning.experts.layouts.registry import LAYOUTS, PLAIN_LINEAR
 from bmoe_lightning.experts.layouts.structure import shared_experts_near
 from bmoe_lightning.experts.tied_weights import check_tied_weights, weight_ids
 from bmoe_lightning.experts.types import ExpertLayer
-from bmoe_lightning.experts.wrappers.names import is_wrapped_name, plain_name
+from bmoe_lightning.experts.wrappers.names import is_wrapped_name
 from bmoe_lightning.experts.wrappers.peft import check_lora_matrix
 from bmoe_lightning.experts.wrappers.quantised import is_linear
-from bmoe_lightning.utils.messages import first_names
 
 DOWN_PROJ, GATE_UP_PROJ = "down_proj", "gate_up_proj"
 PROJECTIONS = (DOWN_PROJ, GATE_UP_PROJ)
@@ -170,44 +170,8 @@ def locate_expert_layers(model: nn.Module, layers: Sequence[ExpertLayer]) -> lis
     Raises:
         ValueError: If a layer is missing, or the layers are found in several places.
     """
-    modules: dict[str, list[str]] = {}
-    for name in dict(model.named_modules()):
-        modules.setdefault(plain_name(name), []).append(name)
-    wanted = [plain_name(layer.module_name) for layer in layers]
-    names = _corresponding(model, modules, wanted)
-    return [_located(model, modules[name], layer) for name, layer in zip(names, layers, strict=True)]
-
-
-def _corresponding(model: nn.Module, modules: Mapping[str, list[str]], wanted: Sequence[str]) -> list[str]:
-    """The plain names of the model that correspond to other ones, which differ by one prefix."""
-    if not wanted or all(name in modules for name in wanted):
-        return list(wanted)
-    parts = wanted[0].split(".")
-    # The longest common end first. An index in a list of layers is never a part of what may differ.
-    for length in range(len(parts), 0, -1):
-        prefix, end = parts[:-length], ".".join(parts[-length:])
-        if any(part.isdigit() for part in prefix):
-            break
-        before = "".join(f"{part}." for part in prefix)
-        if not all(name.startswith(before) for name in wanted):
-            break
-        starts = [name.removesuffix(end) for name in modules if name == end or name.endswith(f".{end}")]
-        found = [[start + name.removeprefix(before) for name in wanted] for start in starts]
-        found = [names for names in found if all(name in modules for name in names)]
-        if len(found) == 1:
-            return found[0]
-        if found:
-            raise ValueError(
-                f"{type(model).__name__} has several expert layers called {wanted[0]!r}, with or without a prefix: "
-                f"{first_names(names[0] for names in found)}. Pass the module that holds one of them."
-            )
-    missing = next(name for name in wanted if name not in modules)
-    last = missing.rpartition(".")[2]
-    candidates = [name for name in modules if name.rpartition(".")[2] == last]
-    raise ValueError(
-        f"{type(model).__name__} has no expert layers called {missing!r}, with or without a prefix; modules that "
-        f"end in {last!r} are: {first_names(candidates)}. Pass the model that was fitted."
-    )
+    found = corresponding_modules(model, [layer.module_name for layer in layers], "expert layers")
+    return [_located(model, names, layer) for names, layer in zip(found, layers, strict=True)]
 
 
 def _located(model: nn.Module, names: Sequence[str], layer: ExpertLayer) -> ExpertLayer:

@@ -1,4 +1,4 @@
-"""Private attributes of transformers: parallel plans, the experts interface, gradient checkpointing.
+"""Private attributes of transformers: parallel plans, the experts interface, recorded routers, gradient checkpointing.
 
 Transformers takes longer to import than torch, and nothing here needs it for a model that is none of its own.
 """
@@ -11,6 +11,8 @@ from typing import TYPE_CHECKING, Any
 
 from torch import nn
 from torch.utils.checkpoint import checkpoint
+
+from bmoe_lightning.experts.wrappers.accelerate import forward_attribute
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -66,3 +68,30 @@ def checkpoint_function(layer: nn.Module) -> Callable[..., Any]:
     Reads `_gradient_checkpointing_func` (seen in transformers 5.16.0 to 5.23.0).
     """
     return getattr(layer, "_gradient_checkpointing_func", checkpoint)
+
+
+def recorded_router_classes(model: nn.Module) -> tuple[type[nn.Module], ...]:
+    """The classes of modules whose output holds router logits, as the model classes of transformers name them.
+
+    Reads `_can_record_outputs` and `OutputRecorder.target_class` (seen in transformers 5.16.0 to 5.23.0).
+    """
+    found: dict[type[nn.Module], None] = {}
+    for module in model.modules():
+        recorded = (getattr(module, "_can_record_outputs", None) or {}).get("router_logits", ())
+        for entry in recorded if isinstance(recorded, (list, tuple)) else (recorded,):
+            kind = getattr(entry, "target_class", entry)
+            if isinstance(kind, type):
+                found[kind] = None
+    return tuple(found)
+
+
+def is_kernel(module: nn.Module) -> bool:
+    """Whether the forward of a module was replaced by a kernel from the hub.
+
+    Reads `kernel_layer_name`, which `use_kernel_forward_from_hub` sets, and the forward that `kernelize` puts on the
+    instance (seen in kernels 0.17.2).
+    """
+    if not hasattr(type(module), "kernel_layer_name"):
+        return False
+    own = vars(module).get(forward_attribute(module))
+    return own is not None and getattr(own, "__func__", None) is not type(module).forward
