@@ -19,7 +19,7 @@ from unittest import mock
 import torch
 from torch import Tensor
 
-from recipes.common.live_bytes import LiveBytes
+from recipes.common.peak_memory import peak_memory
 
 Action = Callable[[], object]
 
@@ -326,14 +326,6 @@ def peak_megabytes(action: Action, device: torch.device, known: Iterable[Tensor]
         device: Device that it runs on.
         known: Tensors that were allocated before, left out of the memory.
     """
-    if device.type == "cuda":
-        synchronise(device)
-        before = torch.cuda.memory_allocated(device)
-        torch.cuda.reset_peak_memory_stats(device)
+    with peak_memory(device, known) as memory:
         action()
-        synchronise(device)
-        return (torch.cuda.max_memory_allocated(device) - before) / 1e6
-    with LiveBytes() as live:
-        live.known(known)
-        action()
-    return live.peak / 1e6
+        return memory.peak / 1e6

@@ -13,13 +13,15 @@ import torch
 
 from bmoe_lightning.methods import Method
 from bmoe_lightning.utils.distributed import is_rank_zero, num_processes
+from recipes.paper.costs import measure_costs
 from recipes.paper.jobs import Job, JobError, default_jobs, run_jobs
-from recipes.paper.outcomes import Study
+from recipes.paper.outcomes import Mode, Study
 from recipes.paper.plan import Columns, PlannedRun, planned_runs
 from recipes.paper.presets import Preset, chosen_preset
 from recipes.paper.report import write_report
 from recipes.paper.settings import PaperSettings
 from recipes.paper.sources import Questions, load_study_questions, num_expert_layers, pretrained_model, source_of
+from recipes.paper.stored_costs import read_costs
 from recipes.paper.stored_study import StoredOutcome, read_study, stored_outcomes, write_study
 from recipes.paper.worker import worker_arguments
 from recipes.qwen_obqa.distributed import joined
@@ -55,15 +57,19 @@ def run(settings: PaperSettings) -> None:
                 _run_in_processes(settings, study, at_a_time)
                 study = study.resumed()  # what the processes have made is not replaced
             outcomes: list[StoredOutcome] = []
+            measured: dict[Mode, SeedRun] = {}
             announce = at_a_time == 1
             for number, entry in enumerate(study.runs, 1):
                 if is_rank_zero() and announce:
                     print(f"\n[{number} of {len(study.runs)}] {entry.name}", flush=True)
                 with study.completed(entry, announce=announce) as seeds:
                     outcomes += stored_outcomes(output, entry.data, entry.mode, seeds)
+                    if entry.data == study.home:
+                        measured[entry.mode] = seeds[0]
             if not is_rank_zero():
                 return
             write_study(output, study.described(settings), outcomes)
+            measure_costs(output, measured)
             report(output)
             print(f"\nDone in {time.monotonic() - started:.0f} s. Everything is in {output}.", flush=True)
 
@@ -113,6 +119,11 @@ class _Planned:
     settings: dict[str, ResolvedSettings]
     output: Path
 
+    @property
+    def home(self) -> str:
+        """The data set whose models are tested on all others."""
+        return next(iter(self.questions.data))
+
     @contextlib.contextmanager
     def completed(self, entry: PlannedRun, *, announce: bool = True) -> Iterator[list[SeedRun]]:
         """The completed runs of all seeds of one model."""
@@ -130,9 +141,9 @@ class _Planned:
     def described(self, settings: PaperSettings) -> Study:
         """The study without outcomes."""
         labels = {entry.name: entry.label for entry in self.preset.data}
-        home, asked = next(iter(labels)), (settings.tables, settings.figures)
+        asked = (settings.tables, settings.figures)
         model = f"DRY RUN, the numbers mean nothing: {self.preset.label}" if settings.dry_run else self.preset.label
-        return Study(settings.preset, model, home, labels, *asked, outcomes=())
+        return Study(settings.preset, model, self.home, labels, *asked, outcomes=())
 
 
 def _planned(settings: PaperSettings) -> _Planned:
@@ -182,12 +193,12 @@ def report(output: Path) -> None:
         RecipeError: If there is no study, or a file is missing or damaged.
     """
     try:
-        study = read_study(output)
+        study, costs = read_study(output), read_costs(output).shown()
     except FileNotFoundError as error:
         raise RecipeError(f"{output} holds no finished study ({error}); make it first, without --report") from None
     except ValueError as error:
         raise RecipeError(str(error)) from error
-    print(write_report(output / "report", study)[0].read_text(encoding="utf-8"), flush=True)
+    print(write_report(output / "report", study, costs=costs)[0].read_text(encoding="utf-8"), flush=True)
 
 
 def run_settings(

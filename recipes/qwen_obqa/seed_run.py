@@ -10,13 +10,14 @@ import gc
 import hashlib
 import shutil
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import lightning as L
 from lightning.pytorch.loggers import TensorBoardLogger
+from torch import Tensor
 
 from bmoe_lightning import BayesianMoECallback, ExpertFinetuner, LoRAFinetuner, MultipleChoiceDataModule
 from bmoe_lightning.base_finetuner import Finetuner
@@ -28,6 +29,8 @@ from bmoe_lightning.methods import DataMismatchError, FitResult, Method
 from bmoe_lightning.methods.fit_index import INDEX_FILE, has_fit
 from bmoe_lightning.methods.storage import load_fit
 from bmoe_lightning.report import MethodResult
+from bmoe_lightning.trainer.fit_only import fit_only
+from bmoe_lightning.trainer.prior_mean import PriorMean
 from bmoe_lightning.trainer.progress import LoopProgressLines
 from bmoe_lightning.utils.distributed import barrier, is_rank_zero
 from bmoe_lightning.utils.safetensors_io import remove_tensor_file
@@ -38,7 +41,7 @@ from recipes.qwen_obqa.run_folder import FIT_FOLDER, fingerprint_of
 from recipes.qwen_obqa.settings import ResolvedSettings
 from recipes.qwen_obqa.sources import Source
 from recipes.qwen_obqa.stored_predictions import StoredPredictions
-from recipes.qwen_obqa.stored_weights import LoadTrained, SaveTrained, StopAtSignal, has_weights
+from recipes.qwen_obqa.stored_weights import LoadTrained, SaveTrained, StopAtSignal, has_weights, names_weights
 from recipes.qwen_obqa.zero_shot import ZERO_SHOT, predict_zero_shot
 
 _CURVES = "training_curves"
@@ -139,6 +142,32 @@ class SeedRun:
         if folder is not None:
             check_origin(folder, self._trained, self._stage(0))
 
+    def has_trained(self, method: Method) -> bool:
+        """Whether the weights that a method predicts with are stored: those of this run and of its further ones."""
+        return all(names_weights(self._weights(index), self._stage(index)) for index in range(method.needs.runs + 1))
+
+    def with_trained(self, action: Callable[[L.Trainer, Finetuner, Mapping[str, Tensor] | None], None]) -> None:
+        """Run an action with the fine-tuned module, which is stored, in a trainer that is set up as for training.
+
+        No training step runs, and no file is written.
+
+        Args:
+            action: Function of the trainer, the module on its device, and the weights from before fine-tuning if a
+                method uses them.
+        """
+        module, data = self._fresh(0)
+        prior_mean = PriorMean(self.methods)
+        load = LoadTrained(self._trained, before=prior_mean.capture)
+
+        def run(trainer: L.Trainer, trained: L.LightningModule) -> None:
+            assert isinstance(trained, Finetuner)
+            action(trainer, trained, prior_mean.weights)
+
+        try:
+            fit_only(self._trainer([load]), load, module, run, datamodule=data)
+        finally:
+            self._detach(module, data)
+
     def _evaluate_zero_shot(self) -> None:
         self._say("evaluating the model before fine-tuning")
         module, data = self._fresh(0)
@@ -152,7 +181,7 @@ class SeedRun:
     def _save_model(self, folder: Path) -> None:
         """Write the fine-tuned model for transformers, unless an earlier run has."""
         if not agreed(has_weights(self._trained, self._stage(0))):
-            self._train_and_fit(*self._fresh(0), [self._with_runs(method) for method in self.methods])
+            self._train_and_fit(*self._fresh(0), [self.with_runs(method) for method in self.methods])
         if agreed(first_then_others(lambda: is_rank_zero() and is_exported(folder, self._trained))):
             return
         self._say(f"saving the fine-tuned model in {folder}")
@@ -178,7 +207,7 @@ class SeedRun:
 
     def _fit_and_evaluate(self, missing: Sequence[Method]) -> None:
         module, data = self._fresh(0)
-        self._train_and_fit(module, data, [self._with_runs(method) for method in self.methods])
+        self._train_and_fit(module, data, [self.with_runs(method) for method in self.methods])
         names = ", ".join(method.name for method in missing)
         self._say("evaluating" if len(missing) == len(self.methods) else f"evaluating {names}")
         self._evaluate(missing, module, data, self.predictions)
@@ -197,7 +226,7 @@ class SeedRun:
     ) -> None:
         """Predict the test split of a DataModule with fitted methods."""
         # A new callback, so that the evaluation uses the files of the fit.
-        callback = self._callback([self._with_runs(method) for method in missing])
+        callback = self._callback([self.with_runs(method) for method in missing])
         load = LoadTrained(self._trained)
         self._trainer([load, callback]).test(module, datamodule=data, verbose=False)
         self._detach(module, data)
@@ -213,13 +242,17 @@ class SeedRun:
 
     @property
     def _trained(self) -> Path:
-        return self.folder / "trained.safetensors"
+        return self._weights(0)
+
+    def _weights(self, member: int) -> Path:
+        """The file with the weights of a fine-tuning run: this one, or a further one for an ensemble."""
+        return self.folder / (f"member-{member}.safetensors" if member else "trained.safetensors")
 
     def _stage(self, member: int) -> str:
         """Digest of everything that determines the weights of a fine-tuning run."""
         return hashlib.sha256(f"{self.identity} {self.seed} {member}".encode()).hexdigest()
 
-    def _with_runs(self, method: Method) -> Method:
+    def with_runs(self, method: Method) -> Method:
         """The method with the files of the further fine-tuning runs that it needs; missing runs are trained now."""
         count = method.needs.runs
         if not count:
@@ -229,7 +262,7 @@ class SeedRun:
 
     def _member(self, index: int, size: int) -> Path:
         """The file with the weights of one further fine-tuning run, trained now if it is missing."""
-        path = self.folder / f"member-{index}.safetensors"
+        path = self._weights(index)
         if not agreed(has_weights(path, self._stage(index))):
             self._say(f"fine-tuning member {index + 1} of {size} of an ensemble")
             module, data = self._fresh(index)

@@ -42,7 +42,7 @@ class StoredPredictions:
         Warns:
             UserWarning: If the file is damaged or belongs to a run with other settings; it is then treated as missing.
         """
-        path = self._path(method)
+        path = self.path(method)
         if not path.is_file():
             return False
         try:
@@ -78,7 +78,7 @@ class StoredPredictions:
             **{f"{_UNCERTAINTY}{name}": scores for name, scores in predictions.uncertainty.items()},
         }
         write_tensor_file(
-            self._path(method), tensors, format=_FORMAT, version=_VERSION, description=description, fit=fit.fit_id
+            self.path(method), tensors, format=_FORMAT, version=_VERSION, description=description, fit=fit.fit_id
         )
 
     def read(self, method: Method, seed: int, ids: tuple[str, ...]) -> MethodResult:
@@ -92,15 +92,16 @@ class StoredPredictions:
         Raises:
             ValueError: If the file is damaged.
         """
-        found = read_predictions(self._path(method), method.name, method.label, seed, ids)
+        found = read_predictions(self.path(method), method.name, method.label, seed, ids)
         return replace(found, hyperparameters=option_columns(method))
 
     def logits(self, method: Method) -> torch.Tensor:
         """The logits of the model itself on the test split, `[N, K]` float64."""
-        with opened_tensor_file(self._path(method), format=_FORMAT, version=_VERSION, remedy=_REMEDY) as file:
+        with opened_tensor_file(self.path(method), format=_FORMAT, version=_VERSION, remedy=_REMEDY) as file:
             return file.read("logits")
 
-    def _path(self, method: Method) -> Path:
+    def path(self, method: Method) -> Path:
+        """The file of a method."""
         return self.folder / f"{method.name}.safetensors"
 
 
@@ -130,6 +131,20 @@ def read_predictions(path: Path, name: str, label: str, seed: int, ids: tuple[st
         warnings=tuple(file.description.get("warnings", ())),
         uncertainty=_uncertainty(file),
     )
+
+
+def origin_of_predictions(path: Path) -> dict[str, Any]:
+    """What the predictions of a file were made with, as JSON values: the run, the fit, and the method's options.
+
+    Args:
+        path: Path of the file.
+
+    Raises:
+        FileNotFoundError: If there is no such file.
+        ValueError: If its header is damaged.
+    """
+    with opened_tensor_file(path, format=_FORMAT, version=_VERSION, remedy=_REMEDY) as file:
+        return {"run": file.description.get("run"), "options": file.description.get("options"), "fit": file.fit}
 
 
 def _read(path: Path) -> TensorFile:

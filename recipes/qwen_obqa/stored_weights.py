@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import warnings
+from collections.abc import Callable
 from pathlib import Path
 
 import lightning as L
@@ -37,6 +38,19 @@ def has_weights(path: Path, stage: str) -> bool:
     return found == stage
 
 
+def names_weights(path: Path, stage: str) -> bool:
+    """Whether a file says that it has the weights of a fine-tuning run; they are verified when they are loaded.
+
+    Args:
+        path: Path of the file.
+        stage: Digest of everything that determines the weights.
+    """
+    try:
+        return snapshot_info(path).fit == stage
+    except (FileNotFoundError, ValueError):
+        return False
+
+
 class SaveTrained(L.Callback):
     """Writes the trained weights when training ends; first in the list, so that they are saved if the fit fails."""
 
@@ -54,13 +68,21 @@ class SaveTrained(L.Callback):
 
 
 class LoadTrained(L.Callback):
-    """Loads the trained weights before a fit without training steps, and before a test."""
+    """Loads the trained weights before a fit without training steps, and before a test.
 
-    def __init__(self, path: Path) -> None:
+    Args:
+        path: File of the weights.
+        before: Called with the module before they are loaded.
+    """
+
+    def __init__(self, path: Path, before: Callable[[L.LightningModule], None] | None = None) -> None:
         self._path = path
+        self._before = before
 
     def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:  # noqa: ARG002
         """Load the weights."""
+        if self._before is not None:
+            self._before(pl_module)
         apply_snapshot(pl_module, self._path)
 
     on_test_start = on_fit_start

@@ -10,14 +10,14 @@ from typing import TYPE_CHECKING, Any
 from bmoe_lightning.methods import get_method
 from bmoe_lightning.metrics import MetricSpec, check_predictions, get_metric
 from bmoe_lightning.report import Cell, Grid, GridBlock, GridRow, MethodResult, NumberFormat, SummarySettings
-from recipes.paper.outcomes import MODES, Study
+from recipes.paper.outcomes import MODES, Mode, Study
 from recipes.paper.report.compared import Compared
 from recipes.paper.report.published import Published
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-    from recipes.paper.report.costs import Cost
+    from recipes.paper.report.costs import Costs
 
 Groups = Mapping[str, Sequence[MethodResult]]
 """Results of each row, by ascending seed, in the order of rows."""
@@ -83,14 +83,14 @@ class ReportInput:
         study: Outcomes.
         compared: Methods that are known by name, and claims.
         published: Numbers of a publication.
-        costs: Costs of each row.
+        costs: Costs of the rows; None if none were measured.
         settings: ECE convention and bootstrap.
     """
 
     study: Study
     compared: Compared
     published: Published
-    costs: Mapping[str, Cost] = field(default_factory=dict)
+    costs: Costs | None = None
     settings: SummarySettings = field(default_factory=SummarySettings)
 
     @property
@@ -105,7 +105,7 @@ class ReportInput:
         for outcome in sorted(self.study.outcomes, key=lambda outcome: MODES.index(outcome.mode)):
             rows = found.setdefault((outcome.trained_on, outcome.tested_on), {})
             for result in outcome.results:
-                named = _named_for_lora(result) if outcome.mode == "lora" else result
+                named = _row(result, outcome.mode)
                 rows.setdefault(named.method, []).append(named)
         return {key: self._ordered(rows) for key, rows in found.items()}
 
@@ -153,15 +153,26 @@ class ReportInput:
         return f"Left out, since the study has no models {'; '.join(lacking)}."
 
 
-def _named_for_lora(result: MethodResult) -> MethodResult:
-    """A result of a LoRA run under a name of its own, unless the method is of such runs only."""
+def row_of(method: str, mode: Mode) -> str:
+    """Row of a method: in a LoRA run a name of its own, unless the method is of such runs only.
+
+    Args:
+        method: Name of the method.
+        mode: What was fine-tuned.
+    """
+    if mode != "lora":
+        return method
     try:
-        is_of_lora = get_method(result.method).needs.lora
+        is_of_lora = get_method(method).needs.lora
     except ValueError:  # an instance under another name
         is_of_lora = False
-    if is_of_lora:
-        return result
-    return replace(result, method=f"{result.method}_lora", label=f"{result.label} (LoRA)")
+    return method if is_of_lora else f"{method}_lora"
+
+
+def _row(result: MethodResult, mode: Mode) -> MethodResult:
+    """A result under the name of its row."""
+    row = row_of(result.method, mode)
+    return result if row == result.method else replace(result, method=row, label=f"{result.label} (LoRA)")
 
 
 def cell_of(group: Sequence[MethodResult], metric: MetricSpec, settings: SummarySettings) -> Cell:

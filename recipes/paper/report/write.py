@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +19,7 @@ from bmoe_lightning.report.files import jsonable
 from bmoe_lightning.utils.atomic_io import write_text
 from recipes.paper.outcomes import Study
 from recipes.paper.report.compared import Compared, read_compared
-from recipes.paper.report.costs import Cost
+from recipes.paper.report.costs import Costs
 from recipes.paper.report.published import Published, read_published
 from recipes.paper.report.section import ReportInput, Section
 from recipes.paper.report.sections import SECTIONS
@@ -32,7 +32,7 @@ def write_report(
     output: Path,
     study: Study,
     *,
-    costs: Mapping[str, Cost] | None = None,
+    costs: Costs | None = None,
     settings: SummarySettings | None = None,
     compared: Compared | None = None,
     published: Published | None = None,
@@ -45,7 +45,7 @@ def write_report(
     Args:
         output: Folder, created if missing.
         study: Outcomes.
-        costs: Costs by method, those of LoRA runs with `_lora` after the name; None if they were not measured.
+        costs: Costs of the rows; None if they were not measured.
         settings: ECE convention and bootstrap; defaults if None.
         compared: Methods that are known by name, and claims; those of `compared.yaml` if None.
         published: Numbers of a publication; those of `published.json` if None.
@@ -62,7 +62,7 @@ def write_report(
         study=study,
         compared=read_compared() if compared is None else compared,
         published=read_published() if published is None else published,
-        costs=costs or {},
+        costs=costs,
         settings=settings or SummarySettings(),
     )
     sections = [section for make in SECTIONS if (section := make(report)) is not None]

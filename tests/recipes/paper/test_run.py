@@ -13,6 +13,7 @@ import time
 import pytest
 import torch
 
+from recipes.paper import run
 from recipes.paper.__main__ import main
 from recipes.paper.stored_study import STUDY_FILE, read_study
 from recipes.qwen_obqa.seed_run import SeedRun
@@ -25,6 +26,12 @@ DRY = ("--dry-run", "--quiet", "--accelerator", "cpu", "--seeds", "1")
 
 def make(folder, *arguments, jobs=1):
     return main([*DRY, "--jobs", str(jobs), "--output-dir", str(folder), *arguments])
+
+
+@pytest.fixture(autouse=True)
+def unmeasured(monkeypatch):
+    """Costs are measured once, in the study that most tests share."""
+    monkeypatch.setattr(run, "measure_costs", lambda *_: None)
 
 
 @pytest.fixture(scope="module")
@@ -86,6 +93,9 @@ def test_the_report_needs_no_model(finished, tmp_path, capsys):
     printed = capsys.readouterr().out
     assert (folder / "report" / "report.md").read_text() in printed
     assert "DRY RUN, the numbers mean nothing" in printed.splitlines()[0]
+    costs = (folder / "report" / "tables" / "costs.md").read_text()
+    assert all(label in costs for label in ("MAP (LoRA)", "Bayesian-LoRA", "Deep ensemble"))
+    assert "without part" not in costs
     assert json.loads((folder / "report" / "results.json").read_text())
 
 

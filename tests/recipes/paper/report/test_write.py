@@ -9,7 +9,7 @@ import pytest
 
 from bmoe_lightning.metrics import METRICS
 from bmoe_lightning.report import SummarySettings
-from recipes.paper.report import Cost, warned, write, write_report
+from recipes.paper.report import Cost, Costs, warned, write, write_report
 from recipes.paper.report.sections import SECTIONS
 
 SETTINGS = SummarySettings(num_samples=50)
@@ -111,22 +111,31 @@ def test_without_matplotlib_the_figures_are_left_out_and_it_is_told(small, tmp_p
 
 def test_costs_are_relative_to_the_reference(small, report_of):
     costs = {
-        "map": Cost(0.0, 2.0, None, 100.0),
-        "laplace_lpo": Cost(30.0, 7.0, 250.0, 150.0),
+        "map": Cost(0.0, 2.0, None, 100.0, 0.25),
+        "laplace_lpo": Cost(30.0, 7.0, 250.0, 150.0, 0.5, further_runs=2),
         "bayesian_lora": Cost(predict_seconds=6.0),
     }
-    section = next(found for make in SECTIONS if (found := make(report_of(small, costs=costs))).title == "Cost")
+    section = cost_section(report_of(small, costs=Costs(costs, "On a machine.", "Without one.")))
     rows = {row.key: [cell and cell.mean for cell in row.cells] for row in section.grids[0].blocks[0].rows}
     assert rows == {
-        "map": [0.0, 1.0, None, 1.0],
-        "bayesian_lora": [None, 3.0, None, None],
-        "laplace_lpo": [15.0, 3.5, 2.5, 1.5],
+        "map": [0.0, 1.0, None, 1.0, 1.0, 0],
+        "bayesian_lora": [None, 3.0, None, None, None, 0],
+        "laplace_lpo": [15.0, 3.5, 2.5, 1.5, 2.0, 2],
     }
-    assert "predictions of MAP on the test split (2 s, 0 MiB)" in section.grids[0].caption
+    assert "predictions of MAP on the same questions (2 s, 0 MiB, 250 ms a question)" in section.grids[0].caption
+    assert section.grids[0].caption.endswith(" On a machine.")
+    assert section.text == ("Without one.",)
+    assert section.details["measured_costs"]["laplace_lpo"]["fit_seconds"] == 30.0
 
 
-def test_costs_that_were_not_measured_are_not_made_up(written):
-    assert "\n## Cost\n\nNot measured.\n" in (written[0] / "report.md").read_text()
+def cost_section(report):
+    return next(make for make in SECTIONS if make.__module__.endswith(".costs"))(report)
+
+
+def test_costs_that_were_not_measured_are_not_made_up(written, small, report_of):
+    text = (written[0] / "report.md").read_text()
+    assert "\n## Cost\n\nNot measured. Run the command that made the study again" in text
+    assert cost_section(report_of(small, costs=Costs(left_out="Why."))).text == ("Not measured. Why.",)
 
 
 def test_warnings_of_results_are_told(small, tmp_path, few):
