@@ -78,9 +78,11 @@ def measure_costs(output: Path, runs: Mapping[Mode, SeedRun]) -> None:
     lost = [f"{name} ({mode})" for mode, name in missing if not runs[mode].has_trained(wanted[mode, name])]
     left_out = f"Without {', '.join(lost)}, whose fine-tuned weights the study no longer has." if lost else ""
 
-    def store(entry: StoredCost) -> None:
-        known[entry.mode, entry.method] = entry
-        write_costs(output, [known[key] for key in wanted if key in known], left_out)
+    def store(entry: StoredCost | None = None) -> None:
+        if entry is not None:
+            known[entry.mode, entry.method] = entry
+        # Those of other tables, which are not asked for now, too.
+        write_costs(output, [known[key] for key in dict.fromkeys((*wanted, *known)) if key in known], left_out)
 
     print("\nMeasuring what each method costs, one at a time", flush=True)
     for mode, run in runs.items():
@@ -88,7 +90,7 @@ def measure_costs(output: Path, runs: Mapping[Mode, SeedRun]) -> None:
         if methods:
             _measure_run(_small(run), methods, partial(_stored, output, mode, run, here, store))
     if lost:
-        write_costs(output, [known[key] for key in wanted if key in known], left_out)
+        store()
 
 
 def _rows(run: SeedRun) -> list[Method]:

@@ -91,6 +91,14 @@ def test_what_was_measured_is_not_measured_again(stored, measured):
     assert [entry.method for entry in read_costs(output).entries] == list(METHODS)
 
 
+def test_costs_of_methods_that_are_not_asked_for_now_stay(stored, measured):
+    output, run, entries = stored
+    write_costs(output, entries[1:])
+    measure_costs(output, {"experts": replace(run, methods=run.methods[:2])})
+    assert measured == ["map"]
+    assert [entry.method for entry in read_costs(output).entries] == list(METHODS)
+
+
 def test_times_of_two_machines_are_not_compared(stored, measured):
     output, run, entries = stored
     elsewhere = [replace(entry, conditions=replace(entry.conditions, host="elsewhere")) for entry in entries]
