@@ -75,18 +75,19 @@ def measure_costs(output: Path, runs: Mapping[Mode, SeedRun]) -> None:
     here = _here(next(iter(runs.values())).settings)
     if any((entry.conditions.host, entry.conditions.device) != here for entry in known.values()):
         known, missing = {}, list(wanted)  # a ratio of times on two machines says nothing
-    lost = [f"{name} ({mode})" for mode, name in missing if not runs[mode].has_trained(wanted[mode, name])]
-    left_out = f"Without {', '.join(lost)}, whose fine-tuned weights the study no longer has." if lost else ""
+    lost = [_words(*key) for key in missing if not runs[key[0]].has_trained(wanted[key])]
 
     def store(entry: StoredCost | None = None) -> None:
         if entry is not None:
             known[entry.mode, entry.method] = entry
+        pending = [text for key in wanted if key not in known and (text := _words(*key)) not in lost]
         # Those of other tables, which are not asked for now, too.
-        write_costs(output, [known[key] for key in dict.fromkeys((*wanted, *known)) if key in known], left_out)
+        entries = [known[key] for key in dict.fromkeys((*wanted, *known)) if key in known]
+        write_costs(output, entries, _left_out(lost, pending))
 
     print("\nMeasuring what each method costs, one at a time", flush=True)
     for mode, run in runs.items():
-        methods = [wanted[key] for key in missing if key[0] == mode and f"{key[1]} ({mode})" not in lost]
+        methods = [wanted[key] for key in missing if key[0] == mode and _words(*key) not in lost]
         if methods:
             _measure_run(_small(run), methods, partial(_stored, output, mode, run, here, store))
     if lost:
@@ -97,6 +98,23 @@ def _rows(run: SeedRun) -> list[Method]:
     """The methods of a run that are rows of the report's table."""
     compared = read_compared()
     return [method for method in run.methods if compared.without_part(method.name) is None]
+
+
+def _words(mode: Mode, name: str) -> str:
+    return f"{name} ({mode})"
+
+
+def _left_out(lost: Sequence[str], pending: Sequence[str]) -> str:
+    """Sentences on the methods that are not measured: those without weights, and those whose turn has not come."""
+    sentences = []
+    if lost:
+        sentences.append(f"Without {', '.join(lost)}, whose fine-tuned weights the study no longer has.")
+    if pending:
+        sentences.append(
+            f"Without {', '.join(pending)}, since the measurement was stopped; run the command that made the study "
+            "again."
+        )
+    return " ".join(sentences)
 
 
 def _known(output: Path) -> dict[tuple[Mode, str], StoredCost]:

@@ -110,6 +110,25 @@ def test_times_of_two_machines_are_not_compared(stored, measured):
     assert measured == list(METHODS)
 
 
+def test_a_measurement_that_was_stopped_says_what_is_missing_and_resumes(stored, monkeypatch):
+    output, run, _ = stored
+    write_costs(output, [])
+
+    def one(_run, methods, done):
+        done(methods[0], Cost(predict_seconds=1.0))
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(costs, "_measure_run", one)
+    for number, method in enumerate(METHODS, 1):
+        with pytest.raises(KeyboardInterrupt):
+            measure_costs(output, {"experts": run})
+        found = read_costs(output)
+        assert len(found.entries) == number
+        assert f"{method} (experts)" not in found.left_out
+        assert all(f"{later} (experts)" in found.left_out for later in METHODS[number:])
+    assert read_costs(output).left_out == ""
+
+
 def test_damaged_costs_are_measured_again(stored, measured):
     output, run, _ = stored
     (output / COSTS_FILE).write_text("{}")
