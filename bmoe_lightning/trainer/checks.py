@@ -276,8 +276,8 @@ def check_optimised(trainer: L.Trainer, module: L.LightningModule, methods: Sequ
         if not any(id(p) in optimised for p in module.get_submodule(layer.module_name).parameters()):
             needing = ", ".join(method.name for method in methods if method.needs.prior_mean)
             raise ValueError(
-                f"{needing} measure how far training moved the weights of {layer.name!r}, and no optimizer has a "
-                "parameter of it; train it, use prior_mean='zero', or skip the layer"
+                f"no optimizer has a parameter of {layer.name!r}, and how far training moves its weights is what "
+                f"{needing} needs; train it, use prior_mean='zero', or skip the layer"
             )
 
 

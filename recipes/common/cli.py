@@ -19,6 +19,7 @@ from typing import Any, Literal, TypeVar
 from jsonargparse import ArgumentParser
 
 from bmoe_lightning.utils.late_import import raise_for_torchvision
+from recipes.common.refusals import refusal
 
 T = TypeVar("T")
 
@@ -51,26 +52,43 @@ def option(default: Any = MISSING, help: str = "", *, least: int | None = None, 
 def command(main: Callable[[Sequence[str]], int]) -> Callable[..., int]:
     """Make `main(arguments)` the entry point of a recipe.
 
-    The arguments default to `sys.argv`; a usage error is printed as one line on stderr, with exit status 2, and a
-    torchvision that cannot be loaded likewise, with exit status 1.
+    The arguments default to `sys.argv`; see `exit_status` for exceptions.
     """
 
     @functools.wraps(main)
     def entry_point(arguments: Sequence[str] | None = None) -> int:
-        try:
-            return main(sys.argv[1:] if arguments is None else arguments)
-        except UsageError as error:
-            print(f"error: {error}", file=sys.stderr)
-            return 2
-        except (ImportError, RuntimeError) as error:
-            try:
-                raise_for_torchvision(error)
-            except ImportError as explained:
-                print(f"error: {explained}", file=sys.stderr)
-                return 1
-            raise
+        return exit_status(lambda: main(sys.argv[1:] if arguments is None else arguments))
 
     return entry_point
+
+
+def exit_status(action: Callable[[], int]) -> int:
+    """The exit status of a recipe, which prints what it refuses as one line on stderr.
+
+    Args:
+        action: The recipe, which returns its exit status.
+
+    Returns:
+        The status of the recipe; 2 after a usage error, and 1 after an exception that is a message for the user (see
+        `refusal`) or a torchvision that cannot be loaded. A defect keeps its traceback.
+    """
+    try:
+        return action()
+    except UsageError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    except Exception as error:
+        try:
+            if isinstance(error, (ImportError, RuntimeError)):
+                raise_for_torchvision(error)
+        except ImportError as explained:
+            sentence = str(explained)
+        else:
+            sentence = refusal(error)
+        if not sentence:
+            raise
+        print(f"error: {sentence}", file=sys.stderr)
+        return 1
 
 
 def parse(options: type[T], arguments: Sequence[str], *, program: str, description: str) -> T:

@@ -7,6 +7,7 @@ import sys
 from dataclasses import asdict, fields
 from typing import Any
 
+from recipes.common.cli import exit_status
 from recipes.common.signals import run_until_stopped
 from recipes.paper.settings import PaperSettings
 
@@ -34,7 +35,7 @@ def main(description: str) -> int:
         for entry in fields(PaperSettings)
     }
     settings = PaperSettings(**values)
-    return run_until_stopped(lambda: _run(settings, content["run"], content["seed"]))
+    return exit_status(lambda: run_until_stopped(lambda: _run(settings, content["run"], content["seed"])))
 
 
 def _run(settings: PaperSettings, run: str | None, seed: int | None) -> int:
