@@ -16,7 +16,7 @@ from bmoe_lightning.data.questions import Question, Splits, choices_key, questio
 _logger = logging.getLogger(__name__)
 
 
-def make_disjoint(splits: Splits) -> Splits:
+def make_disjoint(splits: Splits, *, reported: str = "test") -> Splits:
     """Leave out of each part the questions that a later one asks too (train < calibration < test).
 
     Two questions are the same if their texts are (`question_key`), whatever their choices: data sets repeat questions
@@ -24,6 +24,7 @@ def make_disjoint(splits: Splits) -> Splits:
 
     Args:
         splits: Any splits; train and calibration may be empty.
+        reported: Name of the split that the test part is, for the warning; some protocols report `validation`.
 
     Returns:
         The disjoint splits, but for calibration questions that are trained on by intent
@@ -32,11 +33,12 @@ def make_disjoint(splits: Splits) -> Splits:
     Warns:
         UserWarning: If there are such questions: one sentence with their numbers, which is logged too.
     """
-    calibration, again = leave_out(splits.calibration, splits.test, "calibration", "test split")
+    calibration, again = leave_out(splits.calibration, splits.test, "calibration", f"{reported} split")
     if splits.calibration_in_train or not calibration:
-        train, trained = leave_out(splits.train, splits.test, "train", "test split")
+        train, trained = leave_out(splits.train, splits.test, "train", f"{reported} split")
     else:
-        train, trained = leave_out(splits.train, (*calibration, *splits.test), "train", "calibration or test split")
+        held_out = (*calibration, *splits.test)
+        train, trained = leave_out(splits.train, held_out, "train", f"calibration or {reported} split")
     found = [sentence for sentence in (trained, again) if sentence]
     if found:
         message = f"{', and '.join(found)}; they were left out"

@@ -71,7 +71,8 @@ def load_splits(
             calibration = parts.otherwise
     elif isinstance(calibration, Remainder):
         held_out = _remainder(*(required("train", other) for other in others))
-    splits = _divided(train, calibration, held_out, required(parts.test), protocol.seed)
+    reported = found.split_names(parts.test)[0]
+    splits = _divided(train, calibration, held_out, required(parts.test), protocol.seed, reported)
     if splits.calibration_in_train:
         warnings.warn(
             f"the protocol {protocol.name} trains on the {len(splits.calibration)} calibration questions too: the "
@@ -88,7 +89,7 @@ def load_splits(
         len(splits.calibration),
         calibration if isinstance(calibration, str) else calibration.describe(),
         len(splits.test),
-        found.split_names(parts.test)[0],
+        reported,
     )
     return splits
 
@@ -104,11 +105,12 @@ def _divided(
     held_out: tuple[Question, ...] | None,
     test: tuple[Question, ...],
     seed: int,
+    reported: str,
 ) -> Splits:
     """The disjoint parts; `held_out` are the calibration questions that are not taken from train."""
     if held_out is not None:
-        return make_disjoint(Splits(train, held_out, test))
-    kept = make_disjoint(Splits(train, (), test)).train
+        return make_disjoint(Splits(train, held_out, test), reported=reported)
+    kept = make_disjoint(Splits(train, (), test), reported=reported).train
     if isinstance(calibration, TrainingSample):
         return Splits(kept, draw(kept, calibration.count, seed=seed), test, calibration_in_train=True)
     assert isinstance(calibration, HeldOutShare)

@@ -84,9 +84,9 @@ def _disjoint(given: Mapping[str, Splits], *, pretrains: bool) -> tuple[dict[str
     splits, told, pool = dict[str, Splits](), list[str](), list[Question]()
     for name, own in given.items():
         tested = [question for other in given if other != name for question in given[other].test]
-        train, trained = leave_out(own.train, tested, f"{name} train", "test split of another data set")
+        train, trained = leave_out(own.train, tested, f"{name} train", "test part of another data set")
         calibration, calibrated = leave_out(
-            own.calibration, tested, f"{name} calibration", "test split of another data set"
+            own.calibration, tested, f"{name} calibration", "test part of another data set"
         )
         for part, remaining in (("train", train), ("calibration", calibration)):
             if not remaining:
@@ -99,7 +99,7 @@ def _disjoint(given: Mapping[str, Splits], *, pretrains: bool) -> tuple[dict[str
     told = []
     calibrating = [question for found in splits.values() for question in found.calibration]
     for name, own in splits.items():
-        train, clause = leave_out(own.train, calibrating, f"{name} train", "calibration split of a data set")
+        train, clause = leave_out(own.train, calibrating, f"{name} train", "calibration part of a data set")
         pool += train
         told += [clause] if clause else []
     if pretrains and not pool:

@@ -154,8 +154,12 @@ def test_duplicates_leave_train_and_calibration_under_every_protocol(tmp_path):
         test=science("test", 30),
     )
     for protocol in ("holdout", "paper", "blob", "bayesadapt"):
-        with pytest.warns(UserWarning, match="train questions are also asked in the .* same choices.*were left out"):
+        with pytest.warns(
+            UserWarning, match="train questions are also asked in the .* same choices.*were left out"
+        ) as caught:
             splits = load_splits(data, protocol)
+        reported = "validation" if protocol in ("paper", "blob") else "test"
+        assert f"{reported} split" in str(caught[0].message)
         later = {q.question for q in splits.test}
         assert len(splits.test) == (23 if protocol in ("paper", "blob") else 30)
         assert not later & {q.question for q in (*splits.train, *splits.calibration)}

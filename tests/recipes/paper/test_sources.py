@@ -148,7 +148,7 @@ class TestSharedQuestions:
         return one, two
 
     def test_what_one_tests_trains_and_calibrates_none(self, tmp_path, folders):
-        with pytest.warns(UserWarning, match="test split of another data set") as caught:
+        with pytest.warns(UserWarning, match="test part of another data set") as caught:
             questions, _ = study(tmp_path, *folders)
         one, two = questions.splits.values()
         for found in (one, two):
@@ -178,7 +178,7 @@ class TestSharedQuestions:
 
     def test_a_given_model_is_trained_on_what_calibrates_others(self, tmp_path, folders):
         """It is not tested on those, and small data sets would lose what their larger versions calibrate with."""
-        with pytest.warns(UserWarning, match="test split of another data set") as caught:
+        with pytest.warns(UserWarning, match="test part of another data set") as caught:
             one, two = study(tmp_path, *folders, model="some/model")[0].splits.values()
         assert keys(one.train) & keys(two.calibration)
         assert not any("pre-trained" in str(entry.message) for entry in caught)
