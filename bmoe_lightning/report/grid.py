@@ -157,7 +157,8 @@ def marks(block: GridBlock) -> dict[tuple[str, int], Mark]:
     """The best and second best numbers of each column, by row key and column.
 
     Numbers are compared as printed, since a difference that the table does not show must not decide: rows of equal text
-    share a mark. Nothing is marked where rows are not compared: in columns without an order or with a single number.
+    share a mark. Nothing is marked where rows are not compared: in columns without an order or with a single number. Of
+    two numbers the second best is the worst one, which is not marked.
 
     Args:
         block: Block of a grid.
@@ -171,7 +172,8 @@ def marks(block: GridBlock) -> dict[tuple[str, int], Mark]:
         )
         if format.higher_is_better is None or len(texts) < 2:
             continue
-        places = dict(zip(ordered, Mark, strict=False))  # the two marks, for the first two
+        given = Mark if len(texts) > 2 else [Mark.BEST]
+        places = dict(zip(ordered, given, strict=False))  # the marks, for the first numbers
         found.update({(key, column): places[float(text)] for key, text in texts.items() if float(text) in places})
     return found
 

@@ -33,6 +33,11 @@ def marked(format, *means):
 
 
 class TestMarks:
+    def test_the_worse_of_two_is_not_marked(self):
+        assert marked(LOWER, 0.3, 0.1) == {1: Mark.BEST}
+        assert marked(HIGHER, None, 0.3, 0.1) == {1: Mark.BEST}
+        assert marked(LOWER, 0.1, 0.1) == {0: Mark.BEST, 1: Mark.BEST}
+
     def test_lowest_or_highest(self):
         assert marked(LOWER, 0.3, 0.1, 0.2) == {1: Mark.BEST, 2: Mark.SECOND}
         assert marked(HIGHER, 0.3, 0.1, 0.2) == {0: Mark.BEST, 2: Mark.SECOND}
@@ -43,7 +48,7 @@ class TestMarks:
 
     def test_missing_and_undefined_numbers_have_no_place(self):
         assert marked(LOWER, None, math.nan, 0.2, 0.3) == {2: Mark.BEST, 3: Mark.SECOND}
-        assert marked(LOWER, math.inf, 0.2) == {0: Mark.SECOND, 1: Mark.BEST}
+        assert marked(LOWER, math.inf, 0.2) == {1: Mark.BEST}
 
     def test_nothing_is_best_alone_or_without_an_order(self):
         assert marked(LOWER, 0.3) == {}
@@ -100,7 +105,7 @@ def test_markdown():
         "| method | One | Two\\|2 |",
         "| --- | ---: | ---: |",
         "| *NLL ↓* |  |  |",
-        "| A \\| B | <u>0.600</u> ± 0.141 | \N{EN DASH} |",
+        "| A \\| B | 0.600 ± 0.141 | \N{EN DASH} |",
         "| C | **0.400** | 0.300 ± 0.071 |",
     ]
 

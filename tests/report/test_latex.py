@@ -43,7 +43,7 @@ def test_the_whole_table():
     \multicolumn{4}{l}{\textit{NLL $\downarrow$}} \\
     A \& B\_1 & \underline{0.600} {\scriptsize $\pm$ 0.141} & -- & $-10.0$ \\
     C & \textbf{0.400} & \textbf{0.300} {\scriptsize $\pm$ 0.071} & $+3.4$ \\
-    D & 0.900 & \underline{$\infty$} & $+0.0$ \\
+    D & 0.900 & $\infty$ & $+0.0$ \\
     \midrule
     A \& B\_1 & 0.600 {\scriptsize $\pm$ 0.141} & -- & $-10.0$ \\
     \bottomrule
