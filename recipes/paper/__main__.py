@@ -16,7 +16,7 @@ The experiments of Bayesian Mixture of Experts (https://arxiv.org/abs/2511.08968
 
   Tables 1, 2   all methods on every data set, in distribution
   Tables 3, 4   trained on the first data set, tested on the others
-  Table 5, Figure 1   a posterior that leaves out a quarter of the layers
+  Table 5, Figure 1   a posterior that leaves out one of four parts of the layers
   Tables 6, 7   prior precision from the evidence (LA) and from validation (LA + LPO)
 
 The second number of each pair is the paper's second model, hence another --preset. A model that several tables need is

@@ -74,8 +74,11 @@ def layer_parts(num_layers: int) -> list[list[int]]:
     """The indices of the expert layers in four parts, the first layers first.
 
     Args:
-        num_layers: Number of expert layers; with fewer than four there are as many parts.
+        num_layers: Number of expert layers; with fewer than four there are as many parts, and none of a single layer,
+            without which there is no posterior.
     """
+    if num_layers < 2:
+        return []
     count = min(NUM_PARTS, num_layers)
     bounds = [round(part * num_layers / count) for part in range(count + 1)]
     return [list(range(first, last)) for first, last in pairwise(bounds)]

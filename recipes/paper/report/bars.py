@@ -66,7 +66,7 @@ def section(report: ReportInput) -> Section | None:
         report: What the report is made from.
     """
     found, lacking = [], []
-    for bar in report.compared.bars:
+    for bar in report.bars:
         for other in bar.others:
             comparison = compare(report, bar, other)
             if comparison is None:

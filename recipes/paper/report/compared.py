@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal, get_args
 
@@ -20,7 +20,7 @@ class Bar:
     """A claim about a method.
 
     Attributes:
-        title: Claim in words.
+        title: Claim in words; `{parts}` stands for the number of parts of the layers.
         claim: Where the difference is claimed to be, relative to the margin.
         method: Row of the one method.
         others: Rows of the methods that it is compared with.
@@ -74,6 +74,21 @@ class Compared:
         """
         found = re.fullmatch(rf"{re.escape(self.layers)}_without_(\d+)", method)
         return int(found[1]) if found else None
+
+    def bars_of_parts(self, number: int) -> tuple[Bar, ...]:
+        """The claims, those about parts of the layers for as many parts as there are.
+
+        Args:
+            number: Number of parts; 0 if there are none, and the claims are those about all parts.
+        """
+
+        def of_parts(bar: Bar) -> Bar:
+            if self.without_part(bar.method) is None:
+                return bar
+            others = tuple(other for other in bar.others if not number or (self.without_part(other) or 0) <= number)
+            return replace(bar, title=bar.title.format(parts=len(others) + 1), others=others)
+
+        return tuple(map(of_parts, self.bars))
 
 
 def read_compared(path: Path = _FILE) -> Compared:

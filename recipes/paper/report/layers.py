@@ -1,4 +1,4 @@
-"""Table 5 and Figure 1: the posterior without a part of the layers, a quarter in models of at least four."""
+"""Table 5 and Figure 1: the posterior without one of four parts of the layers, or of fewer in smaller models."""
 
 from __future__ import annotations
 

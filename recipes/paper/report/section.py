@@ -11,7 +11,7 @@ from bmoe_lightning.methods import get_method
 from bmoe_lightning.metrics import MetricSpec, check_predictions, get_metric
 from bmoe_lightning.report import Cell, Grid, GridBlock, GridRow, MethodResult, NumberFormat, SummarySettings
 from recipes.paper.outcomes import MODES, Mode, Study
-from recipes.paper.report.compared import Compared
+from recipes.paper.report.compared import Bar, Compared
 from recipes.paper.report.published import Published
 
 if TYPE_CHECKING:
@@ -97,6 +97,12 @@ class ReportInput:
     def shifted(self) -> tuple[str, ...]:
         """The data sets other than that of the training under shift."""
         return tuple(name for name in self.study.labels if name != self.study.home)
+
+    @property
+    def bars(self) -> tuple[Bar, ...]:
+        """The claims, those about parts of the layers for as many parts as the study has left out."""
+        numbers = [self.compared.without_part(row) for groups in self._groups.values() for row in groups]
+        return self.compared.bars_of_parts(max((number for number in numbers if number is not None), default=0))
 
     @cached_property
     def _groups(self) -> dict[tuple[str, str], Groups]:

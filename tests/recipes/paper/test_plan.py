@@ -50,6 +50,8 @@ def test_tables_alone_need_less():
     ("layers", "parts"),
     [
         (4, [[0], [1], [2], [3]]),
+        (1, []),
+        (2, [[0], [1]]),
         (3, [[0], [1], [2]]),
         (6, [[0, 1], [2], [3], [4, 5]]),
         (24, [list(range(6 * part, 6 * part + 6)) for part in range(4)]),

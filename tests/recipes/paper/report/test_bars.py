@@ -173,6 +173,27 @@ def test_one_seed_is_told(make_study, report_of):
     assert any("With one seed the interval does not have the spread over trainings." in text for text in section.text)
 
 
+@pytest.mark.parametrize(("number", "parts"), [(0, 4), (2, 2), (3, 3), (4, 4)])
+def test_a_claim_about_parts_of_the_layers_is_about_those_that_there_are(number, parts):
+    compared = read_compared()
+    found = compared.bars_of_parts(number)
+    (claim,) = [bar for bar in found if bar.method == "laplace_lpo_without_1"]
+    assert claim.title == f"The first of {parts} parts of the layers matters most"
+    assert claim.others == tuple(f"laplace_lpo_without_{other}" for other in range(2, parts + 1))
+    assert [bar for bar in found if bar != claim] == [bar for bar in compared.bars if bar.method != claim.method]
+
+
+def test_a_model_of_two_layers_has_a_verdict_on_its_parts(make_study, report_of):
+    whole = make_study(seeds=(0, 1), lora={})
+    outcomes = [
+        replace(entry, results=tuple(r for r in entry.results if not re.search("without_[34]", r.method)))
+        for entry in whole.outcomes
+    ]
+    section = bars.section(report_of(replace(whole, outcomes=tuple(outcomes))))
+    assert "| The first of 2 parts of the layers matters most |" in section.text[0]
+    assert "without_3" not in " ".join(section.text)
+
+
 def test_the_file_of_claims_is_read_and_unknown_choices_are_refused(tmp_path):
     compared = read_compared()
     assert compared.without_part("laplace_lpo_without_3") == 3
