@@ -87,8 +87,9 @@ def completed_run(
             if resumes:
                 print(f"Resuming the run in {output}: finished stages are not repeated; --overwrite replaces the run.")
             print(source.banner, flush=True)
+        identity = run_identity(output)
         runs = [
-            SeedRun(settings, source, methods, output, seed, run_identity(settings, source))
+            SeedRun(settings, source, methods, output, seed, identity)
             for seed in range(settings.first_seed, settings.first_seed + settings.seeds)
         ]
 

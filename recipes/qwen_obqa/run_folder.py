@@ -29,7 +29,7 @@ from bmoe_lightning.utils.json_io import read_json_file, write_json_file
 from recipes.common.new_folder import UNFINISHED
 from recipes.qwen_obqa.distributed import trainer_options
 from recipes.qwen_obqa.exported_model import check_export
-from recipes.qwen_obqa.settings import ResolvedSettings
+from recipes.qwen_obqa.settings import ResolvedSettings, Settings
 from recipes.qwen_obqa.sources import RecipeError, Source
 
 RUN_FILE = "run.json"
@@ -44,6 +44,7 @@ _FORMAT = "description of a run"
 _VERSION = 1
 _TEST_QUESTIONS = "test_questions"
 _TEST_LIMIT = "limit_test"
+_PRETRAINED = "pretrained_weights"  # hash by seed
 # Settings that may change when a run is resumed, since they do not change trained weights. Seeds may be added: each has
 # a folder. Methods may be added: their options are compared with those that they were fitted and evaluated with. The
 # evaluation's batch size changes results by rounding alone, and has to be lowered where memory is not enough.
@@ -51,10 +52,6 @@ _FREE = (
     "resume", "overwrite", "quiet", "output_dir", "seeds", "first_seed", "curvature_checkpoint_every", "methods", "set",
     "curvature", "zero_shot", "save_model", "eval_batch_size", _TEST_LIMIT,
 )  # fmt: skip
-
-
-# Settings that were added later, with the value that all earlier runs had: a run with it is the same run.
-_ADDED = {"protocol": None}
 
 
 def check_start(settings: ResolvedSettings, methods: Sequence[Method], output: Path) -> bool:
@@ -154,6 +151,9 @@ def begin(settings: ResolvedSettings, output: Path, source: Source, *, resumes: 
         _TEST_QUESTIONS: fingerprint_of(source.test),
     }
     earlier = _read_run(path) if resumes else content
+    # Options that were added since have their default, and the identity of the run does not change with them.
+    changing = (_TEST_LIMIT, _TEST_QUESTIONS)
+    written = {_PRETRAINED: {}, **earlier, **{name: content[name] for name in content if name in (*earlier, *changing)}}
     same_limit = earlier.get(_TEST_LIMIT) == settings.limit_test
     compared = (_QUESTIONS, _TEST_QUESTIONS) if same_limit else (_QUESTIONS,)
     if any(earlier.get(name) != content[name] for name in compared):
@@ -171,7 +171,7 @@ def begin(settings: ResolvedSettings, output: Path, source: Source, *, resumes: 
                 shutil.rmtree(folder)
         for name in _OWN_FILES:
             (output / name).unlink(missing_ok=True)
-    _write_run(path, content)
+    _write_run(path, written)
 
 
 @contextlib.contextmanager
@@ -200,7 +200,9 @@ def _earlier_run(settings: ResolvedSettings, output: Path) -> bool:
     found, wanted = _read_run(path), _lasting(settings)
     if found.get(_REPLACED):
         return False
-    differing = sorted(name for name in {*wanted, *_ADDED} if found.get(name) != wanted.get(name))
+    # An earlier run without an option, which was added since, had its default.
+    found = {**_lasting(_defaults(settings)), **found}
+    differing = sorted(name for name in wanted if found.get(name) != wanted[name])
     if differing:
         had = ", ".join(f"{name}={found.get(name)!r}" for name in differing)
         raise RecipeError(
@@ -227,14 +229,48 @@ def _write_run(path: Path, description: Mapping[str, Any]) -> None:
 def _lasting(settings: ResolvedSettings) -> dict[str, Any]:
     """The settings that a resumed run must share with the earlier one."""
     lasting = {name: value for name, value in asdict(settings).items() if name not in _FREE}
-    lasting = {name: value for name, value in lasting.items() if name not in _ADDED or value != _ADDED[name]}
     return lasting | {"processes": num_processes()}
 
 
-def run_identity(settings: ResolvedSettings, source: Source) -> str:
-    """Digest of the settings and questions that trained weights and fits depend on; every stage file has it."""
-    content = {**_lasting(settings), _QUESTIONS: questions_fingerprint(source)}
+def _defaults(settings: ResolvedSettings) -> ResolvedSettings:
+    """The settings of a run of the same kind that gives no other option."""
+    return Settings(model=settings.model, data=settings.data, dry_run=settings.dry_run).resolved()
+
+
+def run_identity(output: Path) -> str:
+    """Digest of the settings and questions that trained weights and fits depend on; every stage file has it.
+
+    Args:
+        output: Folder of a run that has begun. Its description has the options that there were when the run was first
+            made, so that an option that is added later does not change the identity.
+    """
+    free = (*_FREE, _TEST_QUESTIONS, _PRETRAINED)
+    content = {name: value for name, value in _read_run(output / RUN_FILE).items() if name not in free}
     return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
+
+
+def check_pretrained(output: Path, seed: int, weights: str) -> None:
+    """Check that a seed starts from the weights that its finished stages have started from; on rank zero alone.
+
+    Args:
+        output: Folder of a run that has begun; it is recorded there if the seed has not started yet.
+        seed: Seed of the fine-tuning.
+        weights: Hash of the pre-trained weights.
+
+    Raises:
+        RecipeError: If they are others, such as those of a small model that was pre-trained again.
+    """
+    if not is_rank_zero():
+        return
+    content = _read_run(output / RUN_FILE)
+    known = content.get(_PRETRAINED, {})
+    if known.get(str(seed), weights) != weights:
+        raise RecipeError(
+            f"seed {seed} of the earlier run in {output} started from the pre-trained weights {known[str(seed)]}, and "
+            f"the model now has {weights}; give --overwrite to replace that run, or another --output-dir"
+        )
+    if str(seed) not in known:
+        _write_run(output / RUN_FILE, {**content, _PRETRAINED: {**known, str(seed): weights}})
 
 
 def remove_leftovers_of_killed_runs(output: Path) -> None:

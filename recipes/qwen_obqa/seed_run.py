@@ -37,7 +37,7 @@ from bmoe_lightning.utils.safetensors_io import remove_tensor_file
 from recipes.qwen_obqa.distributed import agreed, first_then_others, trainer_options
 from recipes.qwen_obqa.exported_model import check_origin, export, export_folder, is_exported
 from recipes.qwen_obqa.methods import run_curvature
-from recipes.qwen_obqa.run_folder import FIT_FOLDER, fingerprint_of
+from recipes.qwen_obqa.run_folder import FIT_FOLDER, check_pretrained, fingerprint_of
 from recipes.qwen_obqa.settings import ResolvedSettings
 from recipes.qwen_obqa.sources import Source
 from recipes.qwen_obqa.stored_predictions import StoredPredictions
@@ -124,6 +124,7 @@ class SeedRun:
         zero_shot = self.settings.zero_shot and not agreed(self.zero_shot_predictions.has(ZERO_SHOT))
         if (missing or zero_shot) and (weights := self._model()[1]):
             self._say(f"pre-trained weights {weights}")
+            first_then_others(lambda: check_pretrained(self.output, self.seed, weights))
         if zero_shot:
             self._evaluate_zero_shot()
         if missing:

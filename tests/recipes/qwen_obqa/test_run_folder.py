@@ -13,10 +13,18 @@ import torch
 
 from bmoe_lightning.data import Question
 from bmoe_lightning.utils.folder_lock import locked_folder
+from bmoe_lightning.utils.json_io import read_json_file, write_json_file
 from bmoe_lightning.utils.safetensors_io import write_tensor_file
 from recipes.qwen_obqa import experiment
 from recipes.qwen_obqa.methods import build_methods
-from recipes.qwen_obqa.run_folder import begin, check_start, plain_notes, remove_leftovers_of_killed_runs
+from recipes.qwen_obqa.run_folder import (
+    begin,
+    check_pretrained,
+    check_start,
+    plain_notes,
+    remove_leftovers_of_killed_runs,
+    run_identity,
+)
 from recipes.qwen_obqa.settings import CurvatureSettings, Settings
 from recipes.qwen_obqa.sources import RecipeError, Source
 
@@ -83,17 +91,48 @@ class TestEarlierRun:
                 start(earlier, epochs=3, resume=resume)
         assert content(earlier) == before
 
-    def test_a_run_without_a_protocol_goes_on_and_one_with_another_is_refused(self, tmp_path):
-        data = {"data": "a folder"}
-        start(tmp_path, **data)
-        described = json.loads((tmp_path / "run.json").read_text())["description"]
-        assert "protocol" not in described  # as in the runs of before
-        assert start(tmp_path, **data) is True
-        with pytest.raises(RecipeError, match=r"had other settings \(protocol=None\)"):
-            start(tmp_path, protocol="paper", **data)
-        start(tmp_path, protocol="paper", overwrite=True, **data)
-        with pytest.raises(RecipeError, match=r"had other settings \(protocol='paper'\)"):
-            start(tmp_path, **data)
+    @pytest.mark.parametrize(
+        ("name", "other"),
+        [("protocol", "paper"), ("normalise", "bytes"), ("schedule", "cosine"), ("learning_rate", 1e-5)],
+    )
+    def test_a_run_of_before_an_option_was_added_had_its_default(self, tmp_path, name, other):
+        given = {"data": "a folder", "prompt": "cloze"}
+        start(tmp_path, **given)
+        path = tmp_path / "run.json"
+        content = read_json_file(path, format="description of a run", version=1).description
+        earlier = {key: value for key, value in content.items() if key != name}
+        write_json_file(path, format="description of a run", version=1, description=earlier)
+        identity = run_identity(tmp_path)
+        for _ in range(2):
+            assert start(tmp_path, **given) is True
+            assert run_identity(tmp_path) == identity
+        with pytest.raises(RecipeError, match=rf"had other settings \({name}="):
+            start(tmp_path, **given, **{name: other})
+        start(tmp_path, overwrite=True, **given, **{name: other})
+        assert run_identity(tmp_path) != identity
+        with pytest.raises(RecipeError, match=rf"had other settings \({name}={other!r}\)"):
+            start(tmp_path, **given)
+
+    def test_the_identity_is_that_of_settings_and_questions(self, tmp_path):
+        found = {start(tmp_path / str(i), **given): run_identity(tmp_path / str(i)) for i, given in enumerate(({}, {}))}
+        assert len(set(found.values())) == 1
+        same = run_identity(tmp_path / "0")
+        start(tmp_path / "0", limit_test=5, tested=1, seeds=3)
+        assert run_identity(tmp_path / "0") == same
+        start(tmp_path / "2", answer=1)
+        assert run_identity(tmp_path / "2") != same
+
+    def test_a_seed_starts_from_the_weights_that_it_has_started_from(self, earlier):
+        identity = run_identity(earlier)
+        for _ in range(2):
+            check_pretrained(earlier, 0, "abc")
+            check_pretrained(earlier, 1, "def")
+            assert start(earlier) is True
+        with pytest.raises(RecipeError, match=r"seed 1 .* weights def, and the model now has abc; give --overwrite"):
+            check_pretrained(earlier, 1, "abc")
+        assert run_identity(earlier) == identity
+        start(earlier, overwrite=True)
+        check_pretrained(earlier, 1, "abc")
 
     def test_other_questions_are_refused(self, earlier):
         before = content(earlier)
