@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Protocol
@@ -16,6 +17,8 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 _MOST_INCHES = 12.0
+_LEAST_WIDTH, _LEAST_HEIGHT = 3.4, 2.8  # inches, of a panel with its title and of the figure with its labels
+_MOST_TICKS = 12
 
 
 class LayerParts(Protocol):
@@ -93,8 +96,8 @@ def attribution_figure(layers: Sequence[LayerParts]) -> Figure:
     """
     found = attribution_map(layers)
     number, experts = found.variance.shape
-    width = min(1.6 + 0.28 * experts, _MOST_INCHES / 2)
-    figure = new_figure(2 * width + 1.2, 1.4 + 0.26 * number)
+    width = min(max(1.6 + 0.28 * experts, _LEAST_WIDTH), _MOST_INCHES / 2)
+    figure = new_figure(2 * width + 1.2, max(1.4 + 0.26 * number, _LEAST_HEIGHT))
     left, right = figure.subplots(1, 2, sharey=True)
     seen = found.slots > 0
     _heat_map(figure, left, torch.where(seen, found.variance, torch.nan), "mean variance of the centred logits")
@@ -103,16 +106,15 @@ def attribution_figure(layers: Sequence[LayerParts]) -> Figure:
     left.set_yticks(
         range(number), [f"{index} ({100 * share:.0f} %)" for index, share in zip(found.layers, shares, strict=True)]
     )
-    left.set_ylabel("layer (share of the variance)")
+    left.set_ylabel("expert layer\n(share of the variance)")
     figure.suptitle(f"{len(layers[0].variance)} examples", fontsize=10)
     return figure
 
 
 def _heat_map(figure: Figure, ax: Axes, values: Tensor, title: str) -> None:
-    from matplotlib.ticker import MaxNLocator
-
     image = ax.imshow(values.tolist(), aspect="auto", cmap="viridis", vmin=0, interpolation="nearest")
     ax.set(xlabel="expert")
     ax.set_title(title, fontsize=10)
-    ax.xaxis.set_major_locator(MaxNLocator(integer=True))
+    experts = values.shape[1]
+    ax.set_xticks(range(0, experts, math.ceil(experts / _MOST_TICKS)))
     figure.colorbar(image, ax=ax)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from itertools import pairwise
 
 import pytest
 import torch
@@ -40,6 +41,33 @@ def test_the_figure_has_both_maps_with_unseen_experts_left_out():
             [math.nan if value is None else value for value in first], nan_ok=True
         )
     assert [label.get_text() for label in panels[0].get_yticklabels()] == ["0 (60 %)", "2 (40 %)"]
+
+
+@pytest.mark.parametrize("experts", [(1,), (8,), (1, 1, 1), (8, 4, 2), (60,) * 24])
+def test_all_text_is_within_the_figure_and_no_two_labels_overlap(experts):
+    layers = [
+        LayerAttribution(f"layer {index}", index, torch.rand(3, number).double(), torch.ones(3, number).long())
+        for index, number in enumerate(experts)
+    ]
+    figure = attribution_figure(layers)
+    figure.canvas.draw()
+    renderer = figure.canvas.get_renderer()
+
+    def box(text):
+        return text.get_window_extent(renderer)
+
+    panels = [ax for ax in figure.get_axes() if ax.images]
+    texts = [text for ax in panels for text in (ax.title, ax.xaxis.label, *ax.get_xticklabels())]
+    texts += [panels[0].yaxis.label, *panels[0].get_yticklabels()]
+    for text in texts:
+        assert figure.bbox.x0 <= box(text).x0 <= box(text).x1 <= figure.bbox.x1, text
+        assert figure.bbox.y0 <= box(text).y0 <= box(text).y1 <= figure.bbox.y1, text
+    assert not box(panels[0].title).overlaps(box(panels[1].title))
+    for ax in panels:
+        labels = [label.get_text() for label in ax.get_xticklabels()]
+        assert [int(label) for label in labels] == sorted(set(range(max(experts))) & set(map(int, labels)))
+        boxes = [box(label) for label in ax.get_xticklabels()]
+        assert not any(one.overlaps(other) for one, other in pairwise(boxes))
 
 
 def test_nothing_to_draw_is_refused():

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import re
 
+from bmoe_lightning.metrics import METRICS
 from bmoe_lightning.report.grid import Cell, Grid, GridBlock, GridRow, NumberFormat
 from bmoe_lightning.report.latex import grid_latex, latex_escaped
 
@@ -27,6 +28,28 @@ def grid():
             GridBlock("", (LOWER, LOWER, CHANGE), rows[:1]),
         ),
     )
+
+
+def test_columns_beyond_the_width_of_a_page_stand_in_parts_below_each_other():
+    titles = tuple(metric.header for metric in METRICS)
+    cells = tuple(Cell.of([number / 8, 0.5], [0, 1]) for number in range(len(titles)))
+    rows = tuple(GridRow(key, key, cells) for key in "abc")
+    wide = Grid("wide", "All.", "method", titles, (GridBlock("NLL", (LOWER,) * len(titles), rows),))
+    text = grid_latex(wide)
+    parts = re.findall(r"\\begin\{tabular\}\{l(r+)\}(.*?)\\end\{tabular\}", text, re.DOTALL)
+    widths = [len(columns) for columns, _ in parts]
+    assert sum(widths) == len(titles)
+    assert max(widths) <= 8
+    assert max(widths) - min(widths) <= 1
+    shown = []
+    for width, (_, body) in zip(widths, parts, strict=True):
+        assert rf"\multicolumn{{{width + 1}}}{{l}}" in body
+        lines = [line for line in body.splitlines() if " & " in line]
+        assert [line.count(" & ") for line in lines] == [width] * 4
+        shown += lines[0].strip().removesuffix(r" \\").split(" & ")[1:]
+        assert [line.split(" & ")[0].strip() for line in lines[1:]] == ["a", "b", "c"]
+    assert shown == [latex_escaped(title) for title in titles]
+    assert text.count(r"\caption") == text.count(r"\label") == text.count(r"\begin{table}") == 1
 
 
 def test_the_whole_table():
