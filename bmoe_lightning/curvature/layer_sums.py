@@ -15,9 +15,10 @@ from bmoe_lightning.experts.taps import Slots
 from bmoe_lightning.experts.types import ExpertLayer
 from bmoe_lightning.utils import devices
 
-# Share of the largest gradient of a row. Measured on the queries of a language model with 30 layers, in rows of up to
-# 80 tokens: rounding errors of first tokens are at most 1.7e-6 in float32 and 9e-7 in bfloat16, gradients of other
-# tokens at least 1.7e-5.
+# Share of the largest gradient of a row. Measured on the queries of a language model with 30 layers: rounding errors of
+# first tokens are at most 2.4e-6 in float32 and 9e-7 in bfloat16, and gradients of second tokens, which are the first
+# that count where attention is not fused, at least 7.8e-5. Those of later tokens are as small as 1.5e-6 in rows of some
+# 270 tokens, where this share of all tokens would leave out .4 % of them.
 _ROUNDING = 2.0**-16
 
 
