@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+import re
+
 from recipes.paper.report.section import ReportInput, Section
 
 _TITLE = "Warnings"
+_PARTICULARS = re.compile(r"\([^()]*\)|-?\d+(\.\d+)?(e[+-]?\d+)?")  # of one fit: numbers, and what stands in brackets
 
 
 def section(report: ReportInput) -> Section | None:
-    """Each distinct warning, with the models and methods that it is about; None if there are none.
+    """The warnings, with the models and methods that they are about; None if there are none.
+
+    Warnings that differ in numbers alone are one, with the numbers of the first; `results.json` has those of all.
 
     Args:
         report: What the report is made from.
@@ -29,8 +34,18 @@ def section(report: ReportInput) -> Section | None:
                 found.setdefault(sentence, []).append(place)
     if not found:
         return None
-    text = "\n".join(f"- {sentence}\n{_places(places, methods)}" for sentence, places in found.items())
+    alike: dict[str, list[str]] = {}
+    for sentence in found:
+        alike.setdefault(_PARTICULARS.sub("", sentence), []).append(sentence)
+    text = "\n".join(
+        f"- {_words(sentences)}\n{_places([place for sentence in sentences for place in found[sentence]], methods)}"
+        for sentences in alike.values()
+    )
     return Section(_TITLE, text=(text,), details={"warnings": found})
+
+
+def _words(sentences: list[str]) -> str:
+    return sentences[0] if len(sentences) == 1 else f"{sentences[0]} (the numbers are those of the first)"
 
 
 def _places(places: list[dict[str, str | int]], methods: dict[str, set[str]]) -> str:

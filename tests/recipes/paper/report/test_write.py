@@ -163,6 +163,23 @@ def test_a_warning_of_all_methods_does_not_list_them(small, report_of):
     ]
 
 
+def test_warnings_that_differ_in_numbers_alone_are_told_once(small, report_of):
+    def doubtful(result):
+        words = f"the precision is 1e+0{result.seed} (layer {result.seed}): add {result.seed}.5 labels"
+        return replace(result, warnings=(words, "another") if result.method == "map" else ())
+
+    first = small.outcomes[0]
+    study = replace(small, outcomes=(replace(first, results=tuple(map(doubtful, first.results))),))
+    found = warned.section(report_of(study))
+    assert found.text[0].splitlines() == [
+        "- the precision is 1e+00 (layer 0): add 0.5 labels (the numbers are those of the first)",
+        "    - trained on Home, seeds 0, 1: MAP",
+        "- another",
+        "    - trained on Home, seeds 0, 1: MAP",
+    ]
+    assert len(found.details["warnings"]) == 3
+
+
 def test_a_study_without_outcomes_is_refused(small, tmp_path):
     with pytest.raises(ValueError, match="no outcomes to report; run it first"):
         write_report(tmp_path / "report", replace(small, outcomes=()))
