@@ -50,8 +50,8 @@ def intercepted_routers(
 
     Raises:
         ValueError: If the model is compiled and this should apply everywhere.
-        RuntimeError: If a router makes its logits by no linear map or by several, or `replace` returns another shape or
-            dtype; raised from within the model.
+        RouterError: If a router makes its logits by no linear map or by several; raised from within the model.
+        RuntimeError: If `replace` returns another shape or dtype; raised from within the model.
     """
     if everywhere and is_compiled(model):
         raise ValueError(
@@ -92,6 +92,22 @@ def tied_routers(model: nn.Module, router: Router, owners: Counter[int]) -> list
         return [module]
     others = (other for other in model.modules() if type(other) is type(module) and other is not module)
     return [module, *(other for other in others if {id(parameter) for parameter in other.parameters()} == own)]
+
+
+class RouterError(RuntimeError):
+    """A router that makes its logits by no linear map, or by several.
+
+    Attributes:
+        router: The router.
+    """
+
+    def __init__(self, router: Router, module: nn.Module, count: int) -> None:
+        super().__init__(
+            f"the router {router.name!r} ({type(unwrapped(module)).__name__}) made its logits by {count or 'no'} calls "
+            f"of torch.nn.functional.linear with {router.num_experts} outputs; a router is supported if it makes them "
+            "by exactly one"
+        )
+        self.router = router
 
 
 class _Interception:
@@ -168,11 +184,7 @@ class _Interception:
             call = self._calls.open.pop()
             call.__exit__(None, None, None)
             if output is not None and call.count != 1:
-                raise RuntimeError(
-                    f"the router {self._router.name!r} ({type(unwrapped(module)).__name__}) made its logits by "
-                    f"{call.count or 'no'} calls of torch.nn.functional.linear with {self._router.num_experts} "
-                    "outputs; a router is supported if it makes them by exactly one"
-                )
+                raise RouterError(self._router, module, call.count)
 
         return hook
 

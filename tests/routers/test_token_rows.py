@@ -1,0 +1,122 @@
+"""Rows and positions of tokens, and noise that does not depend on the batch around a row."""
+
+from __future__ import annotations
+
+import threading
+
+import pytest
+import torch
+from oracles.models import tiny_qwen, toy_batch, toy_model
+from torch.nn.functional import pad
+
+from bmoe_lightning.routers import (
+    TokenRows,
+    find_routers,
+    intercepted_routers,
+    sample_noise,
+    watched_tokens,
+)
+from recipes.supported_models.tiny import build
+
+
+def noisy(watch, sample, scale=1.0):
+    """Adds noise by position, as a method does."""
+
+    def replace(router, _u, logits):
+        positions = watch.rows(len(logits)).positions.flatten()
+        length = int(positions.max()) + 1
+        shape = (length, router.num_experts)
+        (table,) = sample_noise(shape, seed=1, router=router.index, samples=[sample])
+        return logits + scale * table[positions].to(logits)
+
+    return replace
+
+
+def last_logits(model, ids, mask, sample=0):
+    """Logits at the last real token of each row, with noise."""
+    with (
+        torch.no_grad(),
+        watched_tokens(model) as watch,
+        intercepted_routers(model, find_routers(model), noisy(watch, sample)),
+    ):
+        output = model(input_ids=ids, attention_mask=mask)
+    output = output if isinstance(output, torch.Tensor) else output.logits
+    last = mask.shape[1] - 1 - mask.flip(1).argmax(1)
+    return output[torch.arange(len(ids)), last]
+
+
+class TestNoiseByPosition:
+    @pytest.mark.parametrize("make", [toy_model, tiny_qwen])
+    @pytest.mark.parametrize("side", ["left", "right"])
+    def test_a_row_alone_in_a_batch_and_padded(self, make, side):
+        model, batch = make(), toy_batch(pad=side)
+        for sample in (0, 3):
+            together = last_logits(model, batch["ids"], batch["mask"], sample)
+            for row in range(len(together)):
+                real = batch["mask"][row].bool()
+                ids = batch["ids"][row : row + 1, real]
+                alone = last_logits(model, ids, torch.ones_like(ids), sample)
+                torch.testing.assert_close(alone[0], together[row], rtol=1e-5, atol=1e-6)
+            pairs = [
+                last_logits(model, batch["ids"][i : i + 2], batch["mask"][i : i + 2], sample) for i in range(0, 5, 2)
+            ]
+            torch.testing.assert_close(torch.cat(pairs), together, rtol=1e-5, atol=1e-6)
+            wider = [pad(batch[name], (3, 0) if side == "left" else (0, 3)) for name in ("ids", "mask")]
+            torch.testing.assert_close(last_logits(model, *wider, sample), together, rtol=1e-5, atol=1e-6)
+
+    def test_it_matters(self):
+        model, batch = toy_model(), toy_batch()
+        first, second = (last_logits(model, batch["ids"], batch["mask"], sample) for sample in (0, 1))
+        assert (first - second).abs().max() > 1e-2
+
+
+class TestRows:
+    @pytest.mark.parametrize(
+        ("mask", "positions"),
+        [([0, 0, 1, 1], [0, 0, 0, 1]), ([1, 1, 0, 0], [0, 1, 1, 1]), ([1, 1, 1, 1], [0, 1, 2, 3])],
+    )
+    def test_positions(self, mask, positions):
+        rows = TokenRows.of_mask(torch.tensor([mask]))
+        assert rows.positions.tolist() == [positions]
+        assert rows.mask.tolist() == [list(map(bool, mask))]
+
+    def test_behind_a_cache(self):
+        rows = TokenRows.of_mask(torch.tensor([[0, 1, 1, 1], [1, 1, 1, 1]]), 1)
+        assert rows.positions.tolist() == [[2], [3]]
+        assert rows.mask.tolist() == [[True], [True]]
+
+    def test_without_a_mask_all_are_real(self):
+        model = tiny_qwen()
+        with watched_tokens(model) as watch:
+            model(torch.ones(2, 3, dtype=torch.int64))
+        assert watch.rows(6).positions.tolist() == [[0, 1, 2]] * 2
+
+    def test_encoder_and_decoder(self):
+        tiny = build("switch_transformers")
+        with watched_tokens(tiny.model) as watch:
+            tiny.class_logits(tiny.model, tiny.batches[1])
+        assert watch.rows(10).mask.tolist() == tiny.batches[1]["attention_mask"].bool().tolist()
+        assert watch.rows(6).mask.tolist() == [[True] * 3] * 2
+        watch.begin(TokenRows.of_mask(torch.tensor([[0, 1]])), TokenRows.of_mask(torch.tensor([[1, 1]])))
+        with pytest.raises(RuntimeError, match="two inputs of the model have as many with different padding"):
+            watch.rows(2)
+
+    def test_tokens_that_are_in_no_known_row(self):
+        model = toy_model()
+        with watched_tokens(model) as watch:
+            with pytest.raises(RuntimeError, match="got 6 tokens, and the model was called with no known tokens"):
+                watch.rows(6)
+            model(input_ids=torch.ones(2, 3, dtype=torch.int64), attention_mask=torch.ones(2, 3, dtype=torch.int64))
+            with pytest.raises(RuntimeError, match="got 7 tokens, and the model was called with 2 x 3 tokens"):
+                watch.rows(7)
+
+    def test_calls_of_other_threads_are_not_seen(self):
+        model = tiny_qwen()
+        hooks = len(model._forward_pre_hooks)
+        with watched_tokens(model) as watch:
+            model(torch.ones(2, 3, dtype=torch.int64))
+            thread = threading.Thread(target=lambda: model(torch.ones(1, 4, dtype=torch.int64)))
+            thread.start()
+            thread.join()
+            assert watch.rows(6).mask.shape == (2, 3)
+        assert len(model._forward_pre_hooks) == hooks
