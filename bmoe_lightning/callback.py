@@ -386,6 +386,7 @@ class BayesianMoECallback(L.Callback):
         check_loaders(trainer, loaders, methods)
         FirstBatches(methods, self._logits).check_evaluation(trainer, module, stage, loaders)
         self._run = EvaluationRun(stage, methods, fitted, self._folder.snapshots)
+        self._run.check_members(trainer, module)
 
     def _finish(self, trainer: L.Trainer, module: L.LightningModule, loop: Any) -> None:
         run, self._run = self._run, None

@@ -23,7 +23,7 @@ from bmoe_lightning.methods.base import Method
 from bmoe_lightning.methods.evaluation import Predictor, evaluate
 from bmoe_lightning.methods.fit_result import FitResult, NotFittedError
 from bmoe_lightning.methods.fitting import fit_methods
-from bmoe_lightning.methods.snapshots import save_snapshot
+from bmoe_lightning.methods.snapshots import save_snapshot, swapped_weights
 from bmoe_lightning.methods.storage import load_fit, save_fit
 
 __all__ = ["check_method", "check_task", "tiny_model"]
@@ -105,7 +105,7 @@ def _check_behaviour(method: Method, folder: Path, atol: float) -> None:
     frozen = {name for name, parameter in model.named_parameters() if not parameter.requires_grad}
     snapshots = _fine_tuned(model, folder)
     if method.needs.runs:
-        method = replace(method, runs=tuple(map(str, snapshots[: method.needs.runs])))  # type: ignore[call-arg]
+        method = _with_runs(method, model, before, snapshots[: method.needs.runs], folder)
     weights = {name: value.clone() for name, value in model.state_dict().items()}
     model.train()
     state = torch.random.get_rng_state()
@@ -130,6 +130,20 @@ def _check_behaviour(method: Method, folder: Path, atol: float) -> None:
     assert all(p.grad is None for p in model.parameters()), f"{method.name} left gradients behind"
     frozen_now = {name for name, parameter in model.named_parameters() if not parameter.requires_grad}
     assert frozen_now == frozen, f"{method.name} left parameters frozen, or trainable"
+
+
+def _with_runs(
+    method: Method, model: nn.Module, before: Mapping[str, Tensor], runs: Sequence[Path], folder: Path
+) -> Method:
+    """The method with the files of further runs, and the folders of the fits to these."""
+    options: dict[str, Any] = {"runs": tuple(map(str, runs))}
+    if method.needs.run_methods:
+        options["fits"] = tuple(str(folder / f"fit-{index}") for index in range(len(runs)))
+        for run, path in zip(runs, options["fits"], strict=True):
+            with swapped_weights(model, run):
+                data = (_batches(seed=1, count=4), _batches(seed=3, count=25))
+                save_fit(Path(path), fit_methods(method.needs.run_methods, model, _class_logits, *data, prior_mean=before))
+    return replace(method, **options)
 
 
 def _check_refusal(method: Method, model: nn.Module) -> None:

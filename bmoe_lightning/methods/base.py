@@ -23,6 +23,7 @@ from bmoe_lightning.curvature.spec import Curvature, LayerSelection
 from bmoe_lightning.methods.needs import Needs
 
 if TYPE_CHECKING:
+    from bmoe_lightning.laplace.posterior import LaplacePosterior
     from bmoe_lightning.methods.batch_view import BatchView
     from bmoe_lightning.methods.workbench import Workbench
 
@@ -49,6 +50,19 @@ def option(default: Any, help: str, *, prediction_only: bool = False, trial: Any
             default.
     """
     return field(default=default, metadata={"help": help, _PREDICTION_ONLY: prediction_only, _TRIAL: trial})
+
+
+@dataclass(frozen=True)
+class MemberFit:
+    """The fit of one member of an ensemble, if it is another one than the run's.
+
+    Attributes:
+        state: State from `Method.fit`.
+        posteriors: Posteriors whose covariances the member's predictions use, by the digest of their curvature.
+    """
+
+    state: State
+    posteriors: Mapping[str, LaplacePosterior]
 
 
 @dataclass(frozen=True)
@@ -140,8 +154,10 @@ class Method(ABC):
 
     def members(
         self, model: nn.Module, state: State, snapshots: Sequence[Path]
-    ) -> Sequence[AbstractContextManager[None]]:
+    ) -> Sequence[AbstractContextManager[MemberFit | None]]:
         """Context managers that set up the model for each member of an ensemble and restore it.
+
+        Each yields the member's fit, or None for the state and the posteriors of the run.
 
         Args:
             model: The model.
@@ -149,6 +165,10 @@ class Method(ABC):
             snapshots: Snapshots of the trained weights after the last epochs, latest last.
         """
         return [nullcontext()]
+
+    def check_members(self, model: nn.Module, state: State, snapshots: Sequence[Path]) -> None:
+        """Check before the first batch of an evaluation that all members can be set up; arguments as of `members`."""
+        self.members(model, state, snapshots)
 
     def check_run(  # noqa: B027  (most methods check nothing else)
         self,

@@ -17,7 +17,7 @@ from bmoe_lightning.experts.fsdp import runs_in_lockstep
 from bmoe_lightning.experts.logits_contract import ClassLogits, checked_labels, joined_logits
 from bmoe_lightning.experts.threads import model_lock
 from bmoe_lightning.laplace.posterior import LaplacePosterior
-from bmoe_lightning.methods.base import PRIOR_PRECISION, Method, State, check_method_names
+from bmoe_lightning.methods.base import PRIOR_PRECISION, MemberFit, Method, check_method_names
 from bmoe_lightning.methods.batch_view import BatchView
 from bmoe_lightning.methods.fit_result import FitResult
 from bmoe_lightning.methods.snapshots import check_snapshots
@@ -73,6 +73,12 @@ class Evaluation:
             self._posteriors = self._fitted.posteriors_for(curvatures, model)
         return BatchView(model, class_logits, batch, self._posteriors, seed=self._fitted.seed)
 
+    def check_members(self, model: nn.Module) -> None:
+        """Check before the first batch that the members of every ensemble can be set up; see `Method.check_members`."""
+        for method in self.methods:
+            if method.is_ensemble:
+                method.check_members(model, self._states[method.name], self._snapshots)
+
     def add(self, model: nn.Module, class_logits: ClassLogits, batch: Any) -> tuple[Tensor, Tensor]:
         """Predict one batch with every single-member method.
 
@@ -125,8 +131,9 @@ class Evaluation:
         self, method: Method, model: nn.Module, class_logits: ClassLogits, batches: Iterable[Any], labels: Tensor
     ) -> Tensor:
         state, seed = self._states[method.name], self._fitted.seed
+        own = MemberFit(state, self._fitted.posteriors_for(method.prediction_curvatures, model))
         contexts = method.members(model, state, self._snapshots)
-        members = [_member(context, method, state, model, class_logits, batches, seed) for context in contexts]
+        members = [_member(context, method, own, model, class_logits, batches, seed) for context in contexts]
         if any(not torch.equal(found, labels) for _, found in members):
             raise ValueError(
                 f"{method.name} runs one pass over the data per member, and their order changed in between; use a "
@@ -157,9 +164,11 @@ def evaluate(
         Predictions by method name.
 
     Raises:
-        ValueError: If there are no batches or a batch has no labels.
+        ValueError: If there are no batches or a batch has no labels, or a file of an ensemble's member is missing; this
+            and other faults of members are found before the first batch.
     """
     evaluation = Evaluation(methods, fitted, snapshots)
+    evaluation.check_members(model)
     for batch in lockstep(model, batches):
         evaluation.add(model, class_logits, batch)
     return evaluation.finish(model, class_logits, batches)
@@ -198,19 +207,24 @@ class Predictor:
         method, seed = self.method, self._fitted.seed
         if self._posteriors is None:
             self._posteriors = self._fitted.posteriors_for(method.prediction_curvatures, model)
-        view = BatchView(model, class_logits, batch, self._posteriors, seed=seed)
+        view = BatchView(model, class_logits, batch, {} if method.is_ensemble else self._posteriors, seed=seed)
         if not method.is_ensemble:
             return method.log_probs(view, self._state), view
-        members = []
+        own, members = MemberFit(self._state, self._posteriors), []
         for context in method.members(model, self._state, self._snapshots):
-            with model_lock(model), context:
-                members.append(method.log_probs(BatchView(model, class_logits, batch, seed=seed), self._state))
+            with model_lock(model), context as other:
+                fit = other or own
+                member = BatchView(model, class_logits, batch, fit.posteriors, seed=seed)
+                members.append(method.log_probs(member, fit.state))
         return average_log_probs(torch.stack(members)), view
 
     def covariance(self, view: BatchView) -> tuple[Tensor, Tensor] | None:
-        """Logits and their covariance under the method's posterior, or None without one; see `BatchView.covariance`."""
+        """Logits and their covariance under the method's posterior, see `BatchView.covariance`.
+
+        None without a posterior, and for an ensemble, whose logits have none in common.
+        """
         precision = self._state.get(PRIOR_PRECISION)
-        if precision is None or not self.method.curvatures:
+        if precision is None or not self.method.curvatures or self.method.is_ensemble:
             return None
         return view.covariance(self.method.curvatures[0], precision)
 
@@ -228,9 +242,9 @@ def average_log_probs(log_probs: Tensor) -> Tensor:
 
 
 def _member(
-    context: AbstractContextManager[None],
+    context: AbstractContextManager[MemberFit | None],
     method: Method,
-    state: State,
+    own: MemberFit,
     model: nn.Module,
     class_logits: ClassLogits,
     batches: Iterable[Any],
@@ -238,10 +252,11 @@ def _member(
 ) -> tuple[Tensor, Tensor]:
     """Log-probabilities `[N, K]` of one member on the data set, and the labels `[N]`."""
     log_probs, labels = [], []
-    with model_lock(model), context, failing_together(distributed=runs_in_lockstep(model)):
+    with model_lock(model), context as other, failing_together(distributed=runs_in_lockstep(model)):
+        fit = other or own
         for batch in lockstep(model, batches):
-            view = BatchView(model, class_logits, batch, seed=seed)
-            log_probs.append(method.log_probs(view, state).cpu())
+            view = BatchView(model, class_logits, batch, fit.posteriors, seed=seed)
+            log_probs.append(method.log_probs(view, fit.state).cpu())
             labels.append(_labels(view))
     if not labels:
         raise ValueError(

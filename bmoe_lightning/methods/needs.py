@@ -26,6 +26,7 @@ class Needs:
         snapshots: Minimum number of snapshots of the trained weights, one per epoch; 0 for none.
         max_snapshots: Maximum number of snapshots, the latest ones.
         runs: Number of further fine-tuning runs with other seeds, whose snapshots go into the option `runs`.
+        run_methods: Methods that are fitted to each of these runs; the folders of the fits go into the option `fits`.
         expert_dropout: Whether the model should be fine-tuned with dropout inside the experts, or in front of LoRA's
             matrices.
         lora: Whether the model has to be fine-tuned with LoRA.
@@ -41,6 +42,7 @@ class Needs:
     snapshots: int = 0
     max_snapshots: int = 0
     runs: int = 0
+    run_methods: tuple[Method, ...] = ()
     expert_dropout: bool = False
     lora: bool = False
     gradient_share: bool = False
@@ -65,12 +67,18 @@ class Needs:
         if self.snapshots:
             parts.append(f"snapshots after at least {self.snapshots} epochs")
         if self.runs:
-            parts.append(f"{self.runs} further fine-tuning run{'s' * (self.runs > 1)}")
+            fits = f" with a fit of {self.names_of_run_methods} to each" if self.run_methods else ""
+            parts.append(f"{self.runs} further fine-tuning run{'s' * (self.runs > 1)}{fits}")
         if self.expert_dropout:
             parts.append("expert dropout in training")
         if self.lora:
             parts.append("a model fine-tuned with LoRA")
         return ", ".join(parts)
+
+    @property
+    def names_of_run_methods(self) -> str:
+        """The names of `run_methods`, for messages."""
+        return ", ".join(method.name for method in self.run_methods)
 
 
 @dataclass(frozen=True)
@@ -143,7 +151,8 @@ def check_needs(methods: Sequence[Method], available: Available) -> None:
                 "fine-tune with LoRAFinetuner, or remove the method"
             )
         if needs.runs and not found.runs:
+            fits = f", and fits= with the folder of a fit of {needs.names_of_run_methods} to each of them"
             raise NeedsError(
                 f"{method.name} needs the weights of {needs.runs} further fine-tuning runs; pass runs= with one "
-                "snapshot file for each"
+                f"snapshot file for each{fits if needs.run_methods else ''}"
             )

@@ -32,6 +32,7 @@ _BUILT_IN = {
     "laplace_last_layer": "laplace_last_layer:LaplaceLastLayer",
     "bayesian_lora": "bayesian_lora:BayesianLoRA",
     "swag": "swag:SWAG",
+    "laplace_mixture": "laplace_mixture:LaplaceMixture",
 }
 
 

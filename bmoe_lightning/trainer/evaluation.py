@@ -99,6 +99,11 @@ class EvaluationRun:
         if shared is not None:
             shared.announce(batch)
 
+    def check_members(self, trainer: L.Trainer, module: nn.Module) -> None:
+        """Check before the first batch that the members of every ensemble can be set up. A collective."""
+        with failing_together(distributed=trainer.world_size > 1):
+            Evaluation(self._methods, self._fitted, self._snapshots).check_members(module)
+
     def add(self, module: nn.Module, class_logits: ClassLogits, batch: Any, loader: int) -> None:
         """Predict one batch of a loader with every single-member method.
 
