@@ -141,8 +141,9 @@ def _with_runs(
         options["fits"] = tuple(str(folder / f"fit-{index}") for index in range(len(runs)))
         for run, path in zip(runs, options["fits"], strict=True):
             with swapped_weights(model, run):
-                data = (_batches(seed=1, count=4), _batches(seed=3, count=25))
-                save_fit(Path(path), fit_methods(method.needs.run_methods, model, _class_logits, *data, prior_mean=before))
+                data = _batches(seed=1, count=4), _batches(seed=3, count=25)
+                fit = fit_methods(method.needs.run_methods, model, _class_logits, *data, prior_mean=before)
+            save_fit(Path(path), fit)
     return replace(method, **options)
 
 

@@ -12,12 +12,13 @@ from finetuner_cases import CALIBRATION, TEST, TRAIN, finetuner, qwen, trainer
 
 from bmoe_lightning import BayesianMoECallback, LaplacePosterior, LoRAFinetuner
 from bmoe_lightning.data import MultipleChoiceDataModule, Question, Splits, get_prompt_format, train_word_tokenizer
-from bmoe_lightning.methods import method_names
+from bmoe_lightning.methods import get_method, method_names
 from bmoe_lightning.models.choice_logits import choice_logits
 
 WORDS = ("red wax", "honey", "a long thread of silk", "bread and butter")
+NEEDS = {name: get_method(name).needs for name in method_names()}
 # The others need several trainings, and the training of other weights.
-METHODS = [name for name in method_names() if name not in ("deep_ensemble", "bayesian_lora")]
+METHODS = [name for name, needs in NEEDS.items() if not (needs.runs or needs.lora)]
 
 
 def worded(question):

@@ -8,6 +8,7 @@ import sys
 import threading
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
@@ -20,6 +21,7 @@ from bmoe_lightning.experts import down_proj_weights, expert_dropout, find_exper
 from bmoe_lightning.methods import get_method, method_names, save_snapshot, swapped_weights
 from bmoe_lightning.methods.evaluation import Predictor
 from bmoe_lightning.methods.fitting import fit_methods
+from bmoe_lightning.methods.storage import save_fit
 from bmoe_lightning.testing import tiny_model
 
 # Those that need LoRA predict as the others do, with another kind of model.
@@ -66,10 +68,16 @@ def served(tmp_path_factory):
         snapshots.append(folder / f"{epoch}.safetensors")
         save_snapshot(snapshots[-1], trained)
     methods = [get_method(name).with_defaults(Curvature(rank=2)) for name in NAMES]
-    methods = [replace(m, runs=tuple(map(str, snapshots[:2]))) if m.needs.runs else m for m in methods]
-    fit = fit_methods(
-        methods, model, class_logits, questions(4, 1), questions(30, 2), prior_mean=mean, snapshots=snapshots
-    )
+    runs, data = tuple(map(str, snapshots[:2])), (questions(4, 1), questions(30, 2))
+    fits = tuple(str(folder / f"fit-{epoch}") for epoch in range(2))
+    posteriors = [posterior for method in methods for posterior in method.needs.run_methods]
+    for run, path in zip(runs, fits, strict=True):
+        with swapped_weights(model, run):
+            save_fit(Path(path), fit_methods(posteriors, model, class_logits, *data, prior_mean=mean))
+    methods = [
+        replace(m, runs=runs, **{"fits": fits} if m.needs.run_methods else {}) if m.needs.runs else m for m in methods
+    ]
+    fit = fit_methods(methods, model, class_logits, *data, prior_mean=mean, snapshots=snapshots)
     predictors = {method.name: Predictor(method, fit, snapshots) for method in methods}
 
     def answer(name, ids, class_logits=class_logits):

@@ -58,7 +58,10 @@ class LaplaceMixture(CurvatureMethod):
         "Method of each posterior: `laplace_lpo`, or `laplace_evidence`, which uses no held-out data.",
     )
     size: int = option(
-        3, "Number of posteriors, including that of this run; where `runs` are given, one more than these.", trial=2
+        3,
+        "Number of posteriors, including that of this run; where `runs` are given, one more than these.",
+        prediction_only=True,
+        trial=2,
     )
     runs: tuple[str, ...] = option(
         (),
@@ -67,7 +70,7 @@ class LaplaceMixture(CurvatureMethod):
     )
     fits: tuple[str, ...] = option(
         (),
-        "For each of `runs` the folder of the fit of the component to it (`dirpath` of its callback); recipes set this.",
+        "For each of `runs` the folder of its fit of the component, `dirpath` of its callback; recipes set this.",
         prediction_only=True,
     )
     scope: Scope = option("layer", "Scope of the prior precision: one per layer (`layer`), or a single one (`global`).")
@@ -100,10 +103,10 @@ class LaplaceMixture(CurvatureMethod):
 
     @property
     def posterior(self) -> LaplaceLPO | LaplaceEvidence:
-        """The method that is fitted to each run."""
+        """The method that is fitted to each run, under the name of this one."""
         common = {"scope": self.scope, "prior_mean": self.prior_mean, "num_samples": self.num_samples}
         kind = LaplaceLPO if self.component == "laplace_lpo" else LaplaceEvidence
-        return kind(curvature=self.curvature, link=self.link, **common)
+        return kind(name=self.name, label=self.label, curvature=self.curvature, link=self.link, **common)
 
     @property
     def needs(self) -> Needs:
@@ -174,10 +177,10 @@ class LaplaceMixture(CurvatureMethod):
             )
         wanted = self.posterior
         fit = load_fit(folder, offload=[c.digest for c in wanted.curvatures if c.offload])[0]
-        named = (replace(wanted, name=name) for name in dict.fromkeys((wanted.name, *fit.methods)))
+        named = (replace(wanted, name=name) for name in fit.methods)
         method = next((candidate for candidate in named if fit.is_fitted(candidate)), None)
         if method is None:
-            differing = fit.differences(wanted)
+            differing = fit.differences(replace(wanted, name=self.component))
             reason = f": it was fitted with {', '.join(differing)}" if differing else ""
             raise NotFittedError(
                 f"{shown_path(folder)} has no fit of {self.component} with the options of {self.name}{reason}; fit it "

@@ -78,7 +78,7 @@ class Needs:
     @property
     def names_of_run_methods(self) -> str:
         """The names of `run_methods`, for messages."""
-        return ", ".join(method.name for method in self.run_methods)
+        return ", ".join(type(method).name for method in self.run_methods)  # under whatever names they are fitted
 
 
 @dataclass(frozen=True)

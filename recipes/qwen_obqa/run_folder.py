@@ -34,6 +34,7 @@ from recipes.qwen_obqa.sources import RecipeError, Source
 
 RUN_FILE = "run.json"
 FIT_FOLDER = "bayesian_moe"
+MEMBER_FITS = f"member-*-{FIT_FOLDER}"
 # What a run writes, besides a folder for each seed. The cached small model stays: it does not depend on these settings.
 _OWN_FOLDERS = ("tensorboard", "training_curves", "figures")
 _OWN_FILES = ("results.json", "results.csv", "results.md", "predictions.jsonl", "label_budget.json")
@@ -275,7 +276,7 @@ def check_pretrained(output: Path, seed: int, weights: str) -> None:
 
 def remove_leftovers_of_killed_runs(output: Path) -> None:
     """Remove what killed processes left in the folder of a run, which this process has locked."""
-    fits = [folder / FIT_FOLDER for folder in output.glob("seed-*")]
+    fits = [*output.glob(f"seed-*/{FIT_FOLDER}"), *output.glob(f"seed-*/{MEMBER_FITS}")]
     predictions = output.glob("seed-*/predictions*")
     for folder in (output, *output.glob("seed-*"), *predictions, output / "figures"):
         remove_all_leftovers(folder)

@@ -37,7 +37,7 @@ from bmoe_lightning.utils.safetensors_io import remove_tensor_file
 from recipes.qwen_obqa.distributed import agreed, first_then_others, trainer_options
 from recipes.qwen_obqa.exported_model import check_origin, export, export_folder, is_exported
 from recipes.qwen_obqa.methods import run_curvature
-from recipes.qwen_obqa.run_folder import FIT_FOLDER, check_pretrained, fingerprint_of
+from recipes.qwen_obqa.run_folder import FIT_FOLDER, MEMBER_FITS, check_pretrained, fingerprint_of
 from recipes.qwen_obqa.settings import ResolvedSettings
 from recipes.qwen_obqa.sources import Source
 from recipes.qwen_obqa.stored_predictions import StoredPredictions
@@ -119,7 +119,7 @@ class SeedRun:
         """Run the stages that an earlier run has not finished."""
         # Rank zero decides by the files for all ranks: files may appear while the others check.
         missing = [method for method in self.methods if not agreed(self.predictions.has(method))]
-        if not missing and not agreed(is_rank_zero() and self._fitted() is not None):
+        if not missing and not agreed(is_rank_zero() and self._fitted(self.fit_folder) is not None):
             missing = list(self.methods)  # the report reads the fit, which is damaged or lost
         zero_shot = self.settings.zero_shot and not agreed(self.zero_shot_predictions.has(ZERO_SHOT))
         if (missing or zero_shot) and (weights := self._model()[1]):
@@ -182,7 +182,8 @@ class SeedRun:
     def _save_model(self, folder: Path) -> None:
         """Write the fine-tuned model for transformers, unless an earlier run has."""
         if not agreed(has_weights(self._trained, self._stage(0))):
-            self._train_and_fit(*self._fresh(0), [self.with_runs(method) for method in self.methods])
+            methods = [self.with_runs(method) for method in self.methods]
+            self._train_and_fit(*self._fresh(0), methods)
         if agreed(first_then_others(lambda: is_rank_zero() and is_exported(folder, self._trained))):
             return
         self._say(f"saving the fine-tuned model in {folder}")
@@ -202,13 +203,16 @@ class SeedRun:
             # All ranks compare the same weights and data, so the error is raised on all of them.
             warnings.warn(f"{error} The methods are fitted again", stacklevel=2)
             if is_rank_zero():
-                (self.fit_folder / INDEX_FILE).unlink()
+                for folder in (self.fit_folder, *self.folder.glob(MEMBER_FITS)):
+                    (folder / INDEX_FILE).unlink(missing_ok=True)
             barrier()
             self._fit_and_evaluate(missing)
 
     def _fit_and_evaluate(self, missing: Sequence[Method]) -> None:
+        # First, so that their trainings draw no random number between the seeding and the training of this run.
+        methods = [self.with_runs(method) for method in self.methods]
         module, data = self._fresh(0)
-        self._train_and_fit(module, data, [self.with_runs(method) for method in self.methods])
+        self._train_and_fit(module, data, methods)
         names = ", ".join(method.name for method in missing)
         self._say("evaluating" if len(missing) == len(self.methods) else f"evaluating {names}")
         self._evaluate(missing, module, data, self.predictions)
@@ -227,7 +231,7 @@ class SeedRun:
     ) -> None:
         """Predict the test split of a DataModule with fitted methods."""
         # A new callback, so that the evaluation uses the files of the fit.
-        callback = self._callback([self.with_runs(method) for method in missing])
+        callback = self._callback([self.with_runs(method) for method in missing], self.fit_folder)
         load = LoadTrained(self._trained)
         self._trainer([load, callback]).test(module, datamodule=data, verbose=False)
         self._detach(module, data)
@@ -254,17 +258,22 @@ class SeedRun:
         return hashlib.sha256(f"{self.identity} {self.seed} {member}".encode()).hexdigest()
 
     def with_runs(self, method: Method) -> Method:
-        """The method with the files of the further fine-tuning runs that it needs; missing runs are trained now."""
-        count = method.needs.runs
+        """The method with the files of the further fine-tuning runs that it needs; missing ones are made now."""
+        count, run_methods = method.needs.runs, method.needs.run_methods
         if not count:
             return method
-        paths = tuple(str(self._member(index, count + 1)) for index in range(1, count + 1))
-        return replace(method, runs=paths)  # type: ignore[call-arg]  # a method that needs runs takes them so
+        indices = range(1, count + 1)
+        files: dict[str, Any] = {"runs": tuple(str(self._member(index, count + 1)) for index in indices)}
+        if run_methods:
+            files["fits"] = tuple(str(self._member_fit(index, count + 1, run_methods)) for index in indices)
+        return replace(method, **files)
 
     def _member(self, index: int, size: int) -> Path:
         """The file with the weights of one further fine-tuning run, trained now if it is missing."""
         path = self._weights(index)
         if not agreed(has_weights(path, self._stage(index))):
+            if is_rank_zero():
+                shutil.rmtree(self._member_folder(index), ignore_errors=True)  # of weights that are trained again
             self._say(f"fine-tuning member {index + 1} of {size} of an ensemble")
             module, data = self._fresh(index)
             save = SaveTrained(path, self._stage(index))
@@ -272,48 +281,74 @@ class SeedRun:
             self._detach(module, data)
         return path
 
-    def _callback(self, methods: Sequence[Method]) -> BayesianMoECallback:
+    def _member_folder(self, index: int) -> Path:
+        """Folder of the fit to the weights of one further fine-tuning run."""
+        return self.folder / MEMBER_FITS.replace("*", str(index))
+
+    def _member_fit(self, index: int, size: int, methods: Sequence[Method]) -> Path:
+        """The folder with the fit of some methods to the weights of one further run, fitted now if it is missing."""
+        folder = self._member_folder(index)
+        if missing := self._unfitted(methods, folder):
+            self._say(f"fitting {', '.join(missing)} to member {index + 1} of {size} of an ensemble")
+            self._fit(methods, self._member(index, size), folder, *self._fresh(index))
+        return folder
+
+    def _callback(self, methods: Sequence[Method], folder: Path) -> BayesianMoECallback:
         return BayesianMoECallback(
             methods=methods,
             curvature=run_curvature(self.settings),
             curvature_checkpoint_every=self.settings.curvature_checkpoint_every,
-            dirpath=str(self.fit_folder),
+            dirpath=str(folder),
             seed=self.seed,
         )
 
     def _train_and_fit(self, module: Finetuner, data: MultipleChoiceDataModule, methods: Sequence[Method]) -> None:
         """Fine-tune the module and fit the methods, unless an earlier run has."""
-        callback = self._callback(methods)
         if not agreed(has_weights(self._trained, self._stage(0))):
             if is_rank_zero() and self.fit_folder.is_dir():
                 shutil.rmtree(self.fit_folder)  # of a training that was killed, or of weights that are trained again
             trained = "LoRA's matrices" if self.settings.train == "lora" else "the experts"
             self._say(f"fine-tuning {trained}, then curvature and calibration")
-            save = SaveTrained(self._trained, self._stage(0))
+            save, callback = SaveTrained(self._trained, self._stage(0)), self._callback(methods, self.fit_folder)
             self._trainer([save, callback], "training").fit(module, datamodule=data)
             self._detach(module, data)
-            return
-        fit = self._fitted() if is_rank_zero() else None
-        missing = [m.name for m in methods if not agreed(fit is not None and fit.is_finished(m))]
-        if missing:
+        elif missing := self._unfitted(methods, self.fit_folder):
             self._say(f"fitting {', '.join(missing)} to the fine-tuned weights")
-            # The callback first captures the weights from before fine-tuning; then the fine-tuned ones are loaded.
-            trainer = self._trainer([callback, LoadTrained(self._trained)])
-            callback.fit_posterior(module, trainer=trainer, datamodule=data)
-            self._detach(module, data)
-        elif is_rank_zero():
-            for path in self.fit_folder.glob("curvature_state-*"):  # of a process that was killed after the fit
-                remove_tensor_file(path, format=PASS_FORMAT)
+            self._fit(methods, self._trained, self.fit_folder, module, data)
 
-    def _fitted(self) -> FitResult | None:
+    def _fit(
+        self,
+        methods: Sequence[Method],
+        weights: Path,
+        folder: Path,
+        module: Finetuner,
+        data: MultipleChoiceDataModule,
+    ) -> None:
+        """Complete the fit of a folder to fine-tuned weights, with a module before fine-tuning."""
+        callback = self._callback(methods, folder)
+        # The callback first captures the weights from before fine-tuning; then the fine-tuned ones are loaded.
+        trainer = self._trainer([callback, LoadTrained(weights)])
+        callback.fit_posterior(module, trainer=trainer, datamodule=data)
+        self._detach(module, data)
+
+    def _unfitted(self, methods: Sequence[Method], folder: Path) -> list[str]:
+        """The names of the methods that the fit of a folder lacks."""
+        fit = self._fitted(folder) if is_rank_zero() else None
+        missing = [m.name for m in methods if not agreed(fit is not None and fit.is_finished(m))]
+        if not missing and is_rank_zero():
+            for path in folder.glob("curvature_state-*"):  # of a process that was killed after the fit
+                remove_tensor_file(path, format=PASS_FORMAT)
+        return missing
+
+    def _fitted(self, folder: Path) -> FitResult | None:
         """The fit of an earlier run; the index of a damaged one is removed, so that everything is fitted again."""
-        if not has_fit(self.fit_folder):
+        if not has_fit(folder):
             return None
         try:
-            return load_fit(self.fit_folder)[0]
+            return load_fit(folder)[0]
         except (ValueError, FileNotFoundError) as error:
             warnings.warn(f"{error} The methods are fitted again", stacklevel=2)
-            (self.fit_folder / INDEX_FILE).unlink()
+            (folder / INDEX_FILE).unlink()
             return None
 
     def _fresh(self, member: int) -> tuple[Finetuner, MultipleChoiceDataModule]:

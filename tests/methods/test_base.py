@@ -95,7 +95,7 @@ def test_numbers_of_a_state():
     assert state_numbers(state) == {"one": 2.0, "same": 3.0, "layers_0": 1.0, "layers_1": 2.0}
 
 
-PREDICTION_ONLY = {"link", "num_samples", "runs"}
+PREDICTION_ONLY = {"link", "num_samples", "runs", "fits"}
 # Its temperature is fitted to the predictions that link and samples give.
 FITTED_TO_PREDICTIONS = {"laplace_temperature", "mc_dropout"}
 
@@ -104,6 +104,7 @@ FITTED_TO_PREDICTIONS = {"laplace_temperature", "mc_dropout"}
 def test_a_fit_is_compared_with_all_that_decides_about_it(name):
     method = get_method(name).with_defaults(RANK3)
     exempt = set() if name in FITTED_TO_PREDICTIONS else PREDICTION_ONLY
+    exempt = exempt | ({"size"} if method.needs.run_methods else set())  # the other posteriors have fits of their own
     assert set(method.fit_options()) == {"class", *method.options()} - {"label"} - exempt
 
 

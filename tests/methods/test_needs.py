@@ -13,6 +13,7 @@ from bmoe_lightning.methods import (
     EvidenceTemperature,
     LaplaceEvidence,
     LaplaceLPO,
+    LaplaceMixture,
     MCDropout,
     check_needs,
 )
@@ -58,6 +59,13 @@ def test_what_is_missing_is_named(available, message):
         check_needs(ALL, available)
 
 
+def test_a_method_that_needs_fits_to_further_runs_says_where_they_go():
+    with pytest.raises(ValueError, match="one snapshot file for each, and fits= with the folder of a fit of laplace_"):
+        check_needs([LaplaceMixture()], Available())
+    with pytest.raises(ValueError, match=r"with one snapshot file for each$"):
+        check_needs([DeepEnsemble()], Available())
+
+
 def test_descriptions():
     assert MAP().needs.describe() == ""
     assert LaplaceLPO().needs.describe() == "held-out labels (64 or more are advised)"
@@ -66,6 +74,8 @@ def test_descriptions():
     assert CheckpointEnsemble().needs.describe() == "snapshots after at least 2 epochs"
     assert DeepEnsemble().needs.describe() == "2 further fine-tuning runs"
     assert DeepEnsemble(size=2).needs.describe() == "1 further fine-tuning run"
+    of_fits = LaplaceMixture(component="laplace_evidence", prior_mean="zero").needs.describe()
+    assert of_fits == "2 further fine-tuning runs with a fit of laplace_evidence to each"
     assert MCDropout().needs.describe() == "expert dropout in training"
     assert BayesianLoRA().needs.describe().endswith("advised), a model fine-tuned with LoRA")
     assert LaplaceLPO().needs.calibration

@@ -1,3 +1,5 @@
+from contextlib import contextmanager
+
 import pytest
 import torch
 from methods_cases import predictions
@@ -47,6 +49,17 @@ def test_averages_probabilities_over_members(model, batches, paths):
     assert torch.equal(found.labels, torch.cat([batch["labels"] for batch in batches]))
 
 
+def test_a_file_that_is_gone_is_refused_before_the_first_batch(model, paths):
+    class Untouchable:
+        def __iter__(self):
+            raise AssertionError("the pass over the data has begun")
+
+    paths[1].unlink()
+    for method, snapshots in ((DeepEnsemble(runs=tuple(paths)), ()), (CheckpointEnsemble(), paths)):
+        with pytest.raises(FileNotFoundError, match=r"4\.safetensors"):
+            predictions(model, Untouchable(), method, snapshots=snapshots)
+
+
 def test_current_weights_count_once_as_a_member_of_a_deep_ensemble(model, batches, paths):
     method = DeepEnsemble(runs=tuple(paths[:2]))
     found = predictions(model, batches, method)["deep_ensemble"]
@@ -69,9 +82,11 @@ def test_a_single_member_is_not_taken_for_the_model_itself(model, batches, paths
 def test_loads_each_member_once_a_pass_and_takes_it_out(model, batches, paths, monkeypatch):
     loads = []
 
+    @contextmanager
     def counted(model, path):
         loads.append(path)
-        return swapped_weights(model, path)
+        with swapped_weights(model, path):
+            yield
 
     monkeypatch.setattr(weight_ensemble, "swapped_weights", counted)
     before = {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
