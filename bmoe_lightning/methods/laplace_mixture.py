@@ -104,16 +104,30 @@ class LaplaceMixture(CurvatureMethod):
     @property
     def posterior(self) -> LaplaceLPO | LaplaceEvidence:
         """The method that is fitted to each run, under the name of this one."""
-        common = {"scope": self.scope, "prior_mean": self.prior_mean, "num_samples": self.num_samples}
         kind = LaplaceLPO if self.component == "laplace_lpo" else LaplaceEvidence
-        return kind(name=self.name, label=self.label, curvature=self.curvature, link=self.link, **common)
+        return kind(
+            name=self.name,
+            label=self.label,
+            curvature=self.curvature,
+            scope=self.scope,
+            prior_mean=self.prior_mean,
+            link=self.link,
+            num_samples=self.num_samples,
+        )
 
     @property
     def needs(self) -> Needs:
         runs = 0 if self.runs else self.size - 1
         return replace(self.posterior.needs, runs=runs, run_methods=(self.posterior,))
 
-    def check_run(self, model: nn.Module, folder: Path | None, *, ranks_per_node: int = 1) -> None:
+    def check_run(
+        self,
+        model: nn.Module,
+        folder: Path | None,
+        *,
+        ranks_per_node: int = 1,
+        trained: Sequence[nn.Parameter] | None = None,
+    ) -> None:
         """Check the fits of the other runs, and that they are to the weights in `runs`.
 
         Raises:
@@ -177,7 +191,7 @@ class LaplaceMixture(CurvatureMethod):
             )
         wanted = self.posterior
         fit = load_fit(folder, offload=[c.digest for c in wanted.curvatures if c.offload])[0]
-        named = (replace(wanted, name=name) for name in fit.methods)
+        named = [replace(wanted, name=name) for name in fit.methods]
         method = next((candidate for candidate in named if fit.is_fitted(candidate)), None)
         if method is None:
             differing = fit.differences(replace(wanted, name=self.component))
