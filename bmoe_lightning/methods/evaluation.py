@@ -210,7 +210,8 @@ class Predictor:
         view = BatchView(model, class_logits, batch, {} if method.is_ensemble else self._posteriors, seed=seed)
         if not method.is_ensemble:
             return method.log_probs(view, self._state), view
-        own, members = MemberFit(self._state, self._posteriors), []
+        own = MemberFit(self._state, self._posteriors)
+        members = []
         for context in method.members(model, self._state, self._snapshots):
             with model_lock(model), context as other:
                 fit = other or own

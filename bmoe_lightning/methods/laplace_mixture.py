@@ -104,7 +104,8 @@ class LaplaceMixture(CurvatureMethod):
     @property
     def posterior(self) -> LaplaceLPO | LaplaceEvidence:
         """The method that is fitted to each run, under the name of this one."""
-        kind = LaplaceLPO if self.component == "laplace_lpo" else LaplaceEvidence
+        is_lpo = self.component == "laplace_lpo"
+        kind: type[LaplaceLPO | LaplaceEvidence] = LaplaceLPO if is_lpo else LaplaceEvidence
         return kind(
             name=self.name,
             label=self.label,
