@@ -26,6 +26,7 @@ from bmoe_lightning.base_finetuner import Finetuner
 from bmoe_lightning.data.questions import draw
 from bmoe_lightning.experts.threads import model_lock
 from bmoe_lightning.methods import BatchView, FitResult, Method, fit_methods
+from bmoe_lightning.methods.base import MemberFit
 from bmoe_lightning.methods.evaluation import Predictor
 from bmoe_lightning.methods.fit_index import stored_snapshots
 from bmoe_lightning.trainer.checks import optimised
@@ -252,12 +253,14 @@ class _OneMethod:
     def _predict(self, fitted: FitResult) -> None:
         """Predict the test questions, the members of an ensemble one after the other."""
         method, model = self.method, self.module
-        state, posteriors = fitted.state_of(method), fitted.posteriors_for(method.prediction_curvatures, model)
+        state = fitted.state_of(method)
+        own = MemberFit(state, fitted.posteriors_for(method.prediction_curvatures, model))
         for member in method.members(model, state, self._snapshots):
-            with model_lock(model), member:
+            with model_lock(model), member as other:
+                fit = other or own
                 for batch in self._batches():
-                    view = BatchView(model, self._class_logits, batch, posteriors, seed=fitted.seed)
-                    method.log_probs(view, state).cpu()
+                    view = BatchView(model, self._class_logits, batch, fit.posteriors, seed=fitted.seed)
+                    method.log_probs(view, fit.state).cpu()
 
     def _latency(self, fitted: FitResult, device: torch.device) -> float:
         """Median time of the prediction of one question, after that of the first."""

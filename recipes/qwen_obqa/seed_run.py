@@ -144,8 +144,11 @@ class SeedRun:
             check_origin(folder, self._trained, self._stage(0))
 
     def has_trained(self, method: Method) -> bool:
-        """Whether the weights that a method predicts with are stored: those of this run and of its further ones."""
-        return all(names_weights(self._weights(index), self._stage(index)) for index in range(method.needs.runs + 1))
+        """Whether what a method predicts with is stored: weights of this run and of further ones, and fits to these."""
+        runs = range(1, method.needs.runs + 1)
+        if not all(names_weights(self._weights(index), self._stage(index)) for index in (0, *runs)):
+            return False
+        return not any(self._unfitted(method.needs.run_methods, self._member_folder(index)) for index in runs)
 
     def with_trained(self, action: Callable[[L.Trainer, Finetuner, Mapping[str, Tensor] | None], None]) -> None:
         """Run an action with the fine-tuned module, which is stored, in a trainer that is set up as for training.
