@@ -78,7 +78,8 @@ class Needs:
     @property
     def names_of_run_methods(self) -> str:
         """The names of `run_methods`, for messages."""
-        return ", ".join(type(method).name for method in self.run_methods)  # under whatever names they are fitted
+        # The registered ones, under whatever names they are fitted.
+        return ", ".join(getattr(type(method), "name", method.name) for method in self.run_methods)
 
 
 @dataclass(frozen=True)
