@@ -70,7 +70,7 @@ def section(report: ReportInput) -> Section | None:
         for other in bar.others:
             comparison = compare(report, bar, other)
             if comparison is None:
-                lacking.append(f"{bar.title}: no results of both {bar.method} and {other} ({_words(bar.data)})")
+                lacking.append(f"{bar.title}: no results of both {bar.method} and {other} ({bar.data_words})")
             else:
                 found.append(comparison)
     joint = joint_verdicts(found)
@@ -89,11 +89,10 @@ def compare(report: ReportInput, bar: Bar, other: str) -> Comparison | None:
         bar: The claim.
         other: Row of the method that its method is compared with.
     """
-    trained = {name: name if bar.data == "in_distribution" else report.study.home for name in report.study.labels}
-    names = list(trained) if bar.data == "in_distribution" else list(report.shifted)
+    runs = report.runs_of(bar.data)
     pairs: dict[str, Paired] = {}
-    for name in names:
-        groups = report.all_groups(trained[name], name)
+    for trained, name in runs:
+        groups = report.all_groups(trained, name)
         if bar.method in groups and other in groups:
             pairs[name] = Paired(groups[bar.method], groups[other])
     seeds = [{result.seed for result in group} for pair in pairs.values() for group in (pair.ours, pair.others)]
@@ -110,7 +109,7 @@ def compare(report: ReportInput, bar: Bar, other: str) -> Comparison | None:
         overall=difference(list(pairs.values())),
         by_set={name: difference([pair]) for name, pair in pairs.items()},
         data=tuple(pairs),
-        lacking=tuple(name for name in names if name not in pairs),
+        lacking=tuple(name for _, name in runs if name not in pairs),
     )
 
 
@@ -154,22 +153,22 @@ def _table(found: Sequence[Comparison]) -> str:
     rows = [
         [
             comparison.bar.title,
-            _pair(comparison),
+            pair_words(comparison.bar, comparison.labels),
             _data(comparison),
-            _number(comparison.bar, comparison.overall.estimate),
+            number(comparison.bar, comparison.overall.estimate),
             _interval(comparison.bar, comparison.overall),
             comparison.verdict,
         ]
         for comparison in found
     ]
     head = ["claim", "difference", "mean over", "value", f"{100 * found[0].overall.level:g} % interval", "verdict"]
-    return _markdown(head, rows)
+    return markdown_table(head, rows)
 
 
 def _joint_table(joint: Sequence[Joint]) -> list[str]:
     rows = [[each.title, f"{each.compared} of {each.total}", each.verdict] for each in joint]
     head = ["claim about several methods", "compared", "verdict"]
-    return ["Met for all of them, or missed for one:\n\n" + _markdown(head, rows)] if rows else []
+    return ["Met for all of them, or missed for one:\n\n" + markdown_table(head, rows)] if rows else []
 
 
 def _sets_table(report: ReportInput, found: Sequence[Comparison]) -> str:
@@ -177,14 +176,14 @@ def _sets_table(report: ReportInput, found: Sequence[Comparison]) -> str:
     rows = []
     for comparison in found:
         cells = [
-            f"{_number(comparison.bar, comparison.by_set[name].estimate)} "
+            f"{number(comparison.bar, comparison.by_set[name].estimate)} "
             f"{_interval(comparison.bar, comparison.by_set[name])}"
             if name in comparison.by_set
             else ""
             for name in names
         ]
-        rows.append([_pair(comparison), _words(comparison.bar.data), *cells])
-    return "By data set:\n\n" + _markdown(["difference", "data", *map(report.label, names)], rows)
+        rows.append([pair_words(comparison.bar, comparison.labels), comparison.bar.data_words, *cells])
+    return "By data set:\n\n" + markdown_table(["difference", "data", *map(report.label, names)], rows)
 
 
 def _how(found: Sequence[Comparison]) -> str:
@@ -211,22 +210,24 @@ def _details(comparison: Comparison) -> dict[str, Any]:
     }
 
 
-def _pair(comparison: Comparison) -> str:
-    metric = get_metric(comparison.bar.metric).title
-    return f"{metric}, {comparison.labels[0]} {'over' if comparison.bar.relative else 'less'} {comparison.labels[1]}"
+def pair_words(bar: Bar, labels: tuple[str, str]) -> str:
+    """The difference of a claim in words.
+
+    Args:
+        bar: The claim.
+        labels: Display names of the two methods.
+    """
+    return f"{get_metric(bar.metric).title}, {labels[0]} {'over' if bar.relative else 'less'} {labels[1]}"
 
 
 def _data(comparison: Comparison) -> str:
-    number = len(comparison.data)
-    total = number + len(comparison.lacking)
-    return f"{number} of {total} data sets, {_words(comparison.bar.data)}"
+    count = len(comparison.data)
+    total = count + len(comparison.lacking)
+    return f"{count} of {total} data sets, {comparison.bar.data_words}"
 
 
-def _words(data: str) -> str:
-    return data.replace("_", " ")
-
-
-def _number(bar: Bar, value: float) -> str:
+def number(bar: Bar, value: float) -> str:
+    """A difference as the tables print it: in percent where it is relative."""
     if not math.isfinite(value):
         return "not finite"
     return f"{100 * value:+.2f} %" if bar.relative else f"{value:+.4f}"
@@ -235,9 +236,15 @@ def _number(bar: Bar, value: float) -> str:
 def _interval(bar: Bar, found: Difference) -> str:
     if not (math.isfinite(found.low) or math.isfinite(found.high)):
         return "no interval"
-    return f"[{_number(bar, found.low)}, {_number(bar, found.high)}]"
+    return f"[{number(bar, found.low)}, {number(bar, found.high)}]"
 
 
-def _markdown(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+def markdown_table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """A table in Markdown.
+
+    Args:
+        head: Titles of the columns.
+        rows: Cells of each row.
+    """
     lines = [head, ["---"] * len(head), *rows]
     return "\n".join("| " + " | ".join(cell.replace("|", "\\|") for cell in line) + " |" for line in lines)

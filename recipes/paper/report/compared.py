@@ -42,6 +42,11 @@ class Bar:
     relative: bool = False
     margin: float = 0.0
 
+    @property
+    def data_words(self) -> str:
+        """The choice of data in words."""
+        return self.data.replace("_", " ")
+
     def __post_init__(self) -> None:
         for name, found, choices in (("claim", self.claim, Claim), ("data", self.data, DataChoice)):
             if found not in get_args(choices):

@@ -11,7 +11,7 @@ from bmoe_lightning.methods import get_method
 from bmoe_lightning.metrics import MetricSpec, check_predictions, get_metric
 from bmoe_lightning.report import Cell, Grid, GridBlock, GridRow, MethodResult, NumberFormat, SummarySettings
 from recipes.paper.outcomes import MODES, Mode, Study
-from recipes.paper.report.compared import Bar, Compared
+from recipes.paper.report.compared import Bar, Compared, DataChoice
 from recipes.paper.report.published import Published
 
 if TYPE_CHECKING:
@@ -98,6 +98,16 @@ class ReportInput:
         """The data sets other than that of the training under shift."""
         return tuple(name for name in self.study.labels if name != self.study.home)
 
+    def runs_of(self, data: DataChoice) -> list[tuple[str, str]]:
+        """Data sets of training and test, in distribution or under shift.
+
+        Args:
+            data: Which of the two.
+        """
+        if data == "in_distribution":
+            return [(name, name) for name in self.study.labels]
+        return [(self.study.home, name) for name in self.shifted]
+
     @property
     def bars(self) -> tuple[Bar, ...]:
         """The claims, those about parts of the layers for as many parts as the study has left out."""
@@ -181,6 +191,17 @@ def _row(result: MethodResult, mode: Mode) -> MethodResult:
     return result if row == result.method else replace(result, method=row, label=f"{result.label} (LoRA)")
 
 
+def metric_value(result: MethodResult, metric: MetricSpec, settings: SummarySettings) -> float:
+    """A metric of one method and seed.
+
+    Args:
+        result: The result.
+        metric: Metric.
+        settings: ECE convention.
+    """
+    return float(metric.value(*check_predictions(result.log_probs, result.target), settings.binning))
+
+
 def cell_of(group: Sequence[MethodResult], metric: MetricSpec, settings: SummarySettings) -> Cell:
     """A metric of one row.
 
@@ -189,9 +210,7 @@ def cell_of(group: Sequence[MethodResult], metric: MetricSpec, settings: Summary
         metric: Metric.
         settings: ECE convention.
     """
-    values = [
-        float(metric.value(*check_predictions(result.log_probs, result.target), settings.binning)) for result in group
-    ]
+    values = [metric_value(result, metric, settings) for result in group]
     return Cell.of(values, [result.seed for result in group])
 
 

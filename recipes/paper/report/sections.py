@@ -7,6 +7,7 @@ from collections.abc import Callable
 from recipes.paper.report import (
     all_metrics,
     bars,
+    by_warning,
     costs,
     detection,
     in_distribution,
@@ -24,6 +25,7 @@ SECTIONS: tuple[Callable[[ReportInput], Section | None], ...] = (
     layers.section,
     prior.section,
     bars.section,
+    by_warning.section,
     detection.section,
     costs.section,
     reliability.section,
