@@ -33,17 +33,18 @@ def section(report: ReportInput) -> Section | None:
             warned, plain = ([fit for fit in fits if _warns(*fit[1:]) == kind] for kind in (True, False))
             if not warned or not plain:
                 continue
+            measured = {kind: _value(report, bar, chosen) for kind, chosen in (("without", plain), ("with", warned))}
             found = {
                 "method": bar.method,
                 "other": other,
                 "data": bar.data,
                 "metric": bar.metric,
                 "relative": bar.relative,
-                "without": {"fits": _places(plain), "value": _value(report, bar, plain)},
-                "with": {"fits": _places(warned), "value": _value(report, bar, warned)},
+                "without": {"fits": _places(plain), "value": measured["without"]},
+                "with": {"fits": _places(warned), "value": measured["with"]},
             }
             details.append(found)
-            values = [number(bar, found[kind]["value"]) for kind in ("without", "with")]
+            values = [number(bar, value) for value in measured.values()]
             words = pair_words(bar, (fits[0][1].label, fits[0][2].label))
             rows.append([words, bar.data_words, str(len(plain)), values[0], str(len(warned)), values[1]])
     if not rows:
