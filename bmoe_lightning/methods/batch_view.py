@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Any
+from collections.abc import Callable, Hashable, Mapping
+from contextlib import AbstractContextManager
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
 
 from bmoe_lightning.curvature.spec import Curvature
+from bmoe_lightning.experts.batch_copies import batch_rows
 from bmoe_lightning.experts.logits_contract import ClassLogits, masked_logits, run_class_logits
 from bmoe_lightning.experts.model_state import evaluation_mode
 from bmoe_lightning.laplace.covariance import BatchTerms, prior_covariance
 from bmoe_lightning.laplace.posterior import LaplacePosterior, posterior_terms
+
+T = TypeVar("T")
 
 
 class BatchView:
@@ -44,6 +48,7 @@ class BatchView:
         self._posteriors = dict(posteriors or {})
         self._cached_terms: dict[str, BatchTerms] | None = None
         self._cached_output: tuple[Tensor, Tensor | None] | None = None
+        self._cached_values: dict[Hashable, Any] = {}
 
     @classmethod
     def of_logits(cls, logits: Tensor, labels: Tensor | None = None) -> BatchView:
@@ -101,6 +106,51 @@ class BatchView:
         with torch.no_grad(), evaluation_mode(self.model):
             logits, labels = run_class_logits(self._class_logits, self.model, self._batch)
         return masked_logits(logits), labels
+
+    def forward_copies(self, copies: int, context: AbstractContextManager[None]) -> Tensor:
+        """Run one forward pass in evaluation mode on copies of the batch's rows, one after another.
+
+        Args:
+            copies: Number of copies.
+            context: Context within which the model runs.
+
+        Returns:
+            Logits `[copies, B, K]` float64, `-inf` for absent classes.
+
+        Raises:
+            ValueError: If there are several copies, and the batch has no rows, or the copies do not have the classes
+                of the batch.
+        """
+        if copies == 1:
+            with context:
+                return self.forward()[0].unsqueeze(0)
+        absent = self.logits == -torch.inf  # before the context, within which they are others
+        batch = batch_rows(self._batch, [*range(len(absent))] * copies, len(absent))
+        if batch is None:
+            raise ValueError(
+                f"nothing in the batch has a row for each of its {len(absent)} examples, so there is nothing to copy; "
+                "compute one sample in a pass"
+            )
+        with context, torch.no_grad(), evaluation_mode(self.model):
+            logits = masked_logits(run_class_logits(self._class_logits, self.model, batch)[0])
+        if not torch.equal(logits == -torch.inf, absent.repeat(copies, 1)):
+            raise ValueError(
+                f"class_logits does not give {copies} copies of a batch the classes of the batch ({tuple(logits.shape)}"
+                f" from {tuple(absent.shape)}), so it depends on more than each row; compute one sample in a pass"
+            )
+        return logits.view(copies, *absent.shape)
+
+    def once(self, key: Hashable, compute: Callable[[], T]) -> T:
+        """A value that is computed once for the batch: what predictions and scores of uncertainty share.
+
+        Args:
+            key: Whatever the value depends on besides the batch.
+            compute: Function that computes it.
+        """
+        if key not in self._cached_values:
+            self._cached_values[key] = compute()
+        found: T = self._cached_values[key]
+        return found
 
     # Not cached_property, which before Python 3.12 holds a lock of all instances while it computes.
 

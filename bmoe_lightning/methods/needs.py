@@ -32,6 +32,7 @@ class Needs:
         lora: Whether the model has to be fine-tuned with LoRA.
         gradient_share: Whether the share of the trained weights' gradient that its curvatures cover is used, which is
             measured in their pass over the training data.
+        routers: Whether the logits of the model's routers are replaced, so that these have to be supported.
     """
 
     calibration_inputs: int = 0
@@ -46,6 +47,7 @@ class Needs:
     expert_dropout: bool = False
     lora: bool = False
     gradient_share: bool = False
+    routers: bool = False
 
     @property
     def calibration(self) -> bool:
@@ -73,6 +75,8 @@ class Needs:
             parts.append("expert dropout in training")
         if self.lora:
             parts.append("a model fine-tuned with LoRA")
+        if self.routers:
+            parts.append("routers that compute their logits by one linear map")
         return ", ".join(parts)
 
     @property

@@ -33,6 +33,7 @@ _BUILT_IN = {
     "bayesian_lora": "bayesian_lora:BayesianLoRA",
     "swag": "swag:SWAG",
     "laplace_mixture": "laplace_mixture:LaplaceMixture",
+    "router_noise": "router_noise:RouterNoise",
 }
 
 

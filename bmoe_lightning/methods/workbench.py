@@ -5,7 +5,7 @@ The workbench runs the collectives and the resumable passes; a method's `fit` re
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -22,12 +22,15 @@ from bmoe_lightning.laplace.posterior import LaplacePosterior, posterior_terms
 from bmoe_lightning.laplace.prior import Scope, check_distances, fit_evidence
 from bmoe_lightning.laplace.validation_cache import CacheBuilder
 from bmoe_lightning.methods.base import Method
+from bmoe_lightning.methods.batch_view import BatchView
 from bmoe_lightning.methods.curvature_passes import CurvaturePasses
 from bmoe_lightning.methods.data_differences import Split, iterates_once
 from bmoe_lightning.methods.given_data import GivenData
+from bmoe_lightning.methods.held_out_passes import HeldOutPasses
 from bmoe_lightning.methods.temperature_search import check_labelled
 from bmoe_lightning.methods.training_covariances import training_terms
 from bmoe_lightning.methods.training_data import PassFiles, TrainingData
+from bmoe_lightning.routers.types import Router
 from bmoe_lightning.utils.distributed import broadcast_, failing_together, num_processes
 from bmoe_lightning.utils.fit_warnings import collected_fit_warnings, warn_of_fit
 
@@ -102,6 +105,7 @@ class Workbench:
             distributed=distributed,
             is_checked=is_checked,
         )
+        self._held_out_passes = HeldOutPasses(model, class_logits, calibration, distributed=distributed, seed=seed)
         self._curvature_passes = CurvaturePasses(
             model,
             class_logits,
@@ -149,6 +153,8 @@ class Workbench:
             if method.needs.gradient_share:
                 for curvature in method.curvatures:
                     self._curvature_passes.check_share(method, curvature)
+            if method.needs.routers:
+                self._held_out_passes.check()
         self.given.check_needs(self._methods)
 
     def check_given_data(self, methods: Sequence[Method]) -> None:
@@ -219,6 +225,25 @@ class Workbench:
         for sentence in cached.doubts:
             warn_of_fit(sentence)
         return cached.cache
+
+    def held_out_log_probs(self, candidates: Callable[[BatchView], Tensor]) -> tuple[Tensor, Tensor]:
+        """Log-probabilities `[G, N, K]` under candidates for a fitted number, and labels; see `HeldOutPasses`.
+
+        A further pass over the held-out data, for each call.
+
+        Raises:
+            ValueError: If there are no held-out data, no labels, or a label of an absent class.
+        """
+        self.labelled_logits()  # which compares the data with those of the existing fit, and checks labels
+        return self._held_out_passes.log_probs(candidates)
+
+    def routers(self) -> list[Router]:
+        """The routers of the model, probed on the first held-out batch; see `HeldOutPasses`."""
+        return self._held_out_passes.routers()
+
+    def router_gaps(self) -> Tensor:
+        """The median gap of each router between the K-th and the next largest logit, `[L]`, from one further pass."""
+        return self._held_out_passes.router_gaps()
 
     def share(self, curvature: Curvature) -> GradientShare:
         """The share of the trained weights' gradient that a curvature covers; its `reason` says why it is unknown."""

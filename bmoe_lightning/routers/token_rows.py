@@ -26,8 +26,8 @@ class TokenRows:
 
     Attributes:
         mask: `[R, T]` bool, False for padding.
-        positions: Position of each token in its row, counted from the row's first real token, `[R, T]` int64; 0 for
-            padding before it.
+        positions: Position of each token in its row, counted from the row's first real token, or in its sequence where
+            several share a row, `[R, T]` int64; 0 for padding before it.
     """
 
     mask: Tensor
@@ -45,6 +45,19 @@ class TokenRows:
         positions = (real.long().cumsum(1) - 1).clamp(min=0)
         start = 0 if length is None else real.shape[1] - length
         return cls(real[:, start:], positions[:, start:])
+
+    @classmethod
+    def of_attention(cls, attention: Tensor, positions: Tensor) -> TokenRows:
+        """Rows in which sequences share their beginning, such as choices after one prompt.
+
+        Args:
+            attention: Which token sees which, `[R, 1, T, T]`: bool, or zero for True. A token that sees itself alone,
+                and that no other one sees, is padding.
+            positions: Position of each token in its sequence, `[R, T]` int64.
+        """
+        sees = attention[:, 0] if attention.dtype == torch.bool else attention[:, 0] == 0
+        real = (sees.sum(2) > 1) | (sees.sum(1) > 1)
+        return cls(real, positions.clamp(min=0).masked_fill(~real, 0))
 
 
 class TokenWatch:
@@ -118,5 +131,8 @@ def _rows_of_call(args: Sequence[Any], kwargs: Mapping[str, Any]) -> Iterator[To
         if mask is None:
             mask = inputs.new_ones(inputs.shape[:2], dtype=torch.bool)
         rows, length = inputs.shape[:2]
-        if isinstance(mask, Tensor) and mask.dim() == 2 and len(mask) == rows and mask.shape[1] >= length:
+        places = given.get("position_ids")
+        if isinstance(mask, Tensor) and mask.shape == (rows, 1, length, length) and isinstance(places, Tensor):
+            yield TokenRows.of_attention(mask, places)
+        elif isinstance(mask, Tensor) and mask.dim() == 2 and len(mask) == rows and mask.shape[1] >= length:
             yield TokenRows.of_mask(mask, length)

@@ -20,7 +20,9 @@ from bmoe_lightning.experts.contract_check import check_class_logits
 from bmoe_lightning.experts.example_check import check_examples
 from bmoe_lightning.experts.fsdp import has_shards
 from bmoe_lightning.methods.base import Method
+from bmoe_lightning.methods.batch_view import BatchView
 from bmoe_lightning.methods.needs import Available, check_needs
+from bmoe_lightning.methods.routes import probed_routers
 from bmoe_lightning.trainer.data_passes import as_list, on_device, validation_pass
 from bmoe_lightning.trainer.loaders import first_batch
 from bmoe_lightning.utils.distributed import failing_together, gather_number
@@ -155,6 +157,8 @@ class FirstBatches:
         )
         # The code is the same for all loaders, and the padding is not.
         check_examples(module, self._class_logits, batch, logits, repeats=stage != "validation")
+        if stage == "validation" and any(method.needs.routers for method in self._methods):
+            probed_routers(BatchView(module, self._class_logits, batch))
         return len(logits)
 
     def _layers(self, module: L.LightningModule) -> list[ExpertLayer]:

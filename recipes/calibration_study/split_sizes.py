@@ -95,8 +95,8 @@ class StoredBatch:
 def measurable(method: Method) -> bool:
     """Whether a method uses nothing but what is stored of a case."""
     needs = method.needs
-    others = needs.snapshots or needs.max_snapshots or needs.runs or needs.expert_dropout or method.is_ensemble
-    return not others and {c.digest for c in method.curvatures} <= {CURVATURE.digest}
+    others = needs.snapshots or needs.max_snapshots or needs.runs or needs.expert_dropout or needs.routers
+    return not others and not method.is_ensemble and {c.digest for c in method.curvatures} <= {CURVATURE.digest}
 
 
 def split_regrets(

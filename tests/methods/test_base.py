@@ -97,13 +97,14 @@ def test_numbers_of_a_state():
 
 PREDICTION_ONLY = {"link", "num_samples", "runs", "fits"}
 # Its temperature is fitted to the predictions that link and samples give.
-FITTED_TO_PREDICTIONS = {"laplace_temperature", "mc_dropout"}
+FITTED_TO_PREDICTIONS = {"laplace_temperature", "mc_dropout", "router_noise"}
 
 
 @pytest.mark.parametrize("name", method_names())
 def test_a_fit_is_compared_with_all_that_decides_about_it(name):
     method = get_method(name).with_defaults(RANK3)
     exempt = set() if name in FITTED_TO_PREDICTIONS else PREDICTION_ONLY
+    exempt = exempt | ({"samples_per_pass"} if method.needs.routers else set())
     exempt = exempt | ({"size"} if method.needs.run_methods else set())  # the other posteriors have fits of their own
     assert set(method.fit_options()) == {"class", *method.options()} - {"label"} - exempt
 

@@ -120,3 +120,24 @@ class TestRows:
             thread.join()
             assert watch.rows(6).mask.shape == (2, 3)
         assert len(model._forward_pre_hooks) == hooks
+
+
+def test_tokens_of_a_row_that_several_sequences_share():
+    # Two tokens of a prompt, two choices of one token each, and padding on the left.
+    sees = torch.eye(5, dtype=torch.bool).repeat(1, 1, 1, 1)
+    sees[0, 0, 2:, 1] = sees[0, 0, 3:, 2] = True
+    positions = torch.tensor([[7, 0, 1, 2, 2]])
+    for attention in (sees, torch.zeros(sees.shape).masked_fill(~sees, -1e9)):
+        rows = TokenRows.of_attention(attention, positions)
+        assert rows.mask.tolist() == [[False, True, True, True, True]]
+        assert rows.positions.tolist() == [[0, 0, 1, 2, 2]]
+
+    class Packed(torch.nn.Module):
+        def forward(self, input_ids, attention_mask, position_ids):
+            seen.append(watch.rows(5))
+            return input_ids
+
+    model, seen = Packed(), []
+    with watched_tokens(model) as watch:
+        model(input_ids=torch.ones(1, 5, dtype=torch.int64), attention_mask=sees, position_ids=positions)
+    assert torch.equal(seen[0].positions, rows.positions)

@@ -1,0 +1,197 @@
+"""Untrained Gaussian noise on the routers' logits: the control for methods that train a distribution over routes."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
+from typing import Literal, get_args
+
+import torch
+from torch import Tensor, nn
+
+from bmoe_lightning.methods.base import Method, State, check_choice, option, scalar, state_numbers
+from bmoe_lightning.methods.batch_view import BatchView
+from bmoe_lightning.methods.evaluation import average_log_probs
+from bmoe_lightning.methods.needs import Needs
+from bmoe_lightning.methods.routes import route_information, route_log_probs
+from bmoe_lightning.methods.workbench import Workbench
+from bmoe_lightning.routers.discovery import find_routers
+from bmoe_lightning.routers.noise import PositionNoise, averaged_scores, sampled_routes
+from bmoe_lightning.routers.types import Router, Score
+
+Average = Literal["predictions", "scores"]
+
+_SCORES: tuple[Score, ...] = get_args(Score)
+_NAME, _LABEL = "router_noise", "Router noise"
+
+
+@dataclass(frozen=True)
+class RouterNoise(Method):
+    """Averages predictions over `num_samples` routes, sampled by Gaussian noise on the logits of every router.
+
+    Nothing is trained. The standard deviation in a layer is one number, fitted on held-out labels, times the layer's
+    median gap between the K-th and the next largest router logit, so that it changes about as many choices in every
+    layer. A trained distribution over routes has to beat this one.
+
+    With `average="scores"` the routers' scores are averaged in place of predictions, in a single pass, as in the papers
+    on Bayesian routers. Since that leaves the order of experts as it is, the same experts are chosen and their weights
+    are flatter: no average over models. It needs a name of its own. An average of logits would be the model itself.
+
+    The variance of router logits, with other routers a score of uncertainty, is the same for all inputs here.
+
+    Raises:
+        ValueError: If there is less than one sample, a scale is not positive, or an option is unknown.
+    """
+
+    name: str = _NAME
+    label: str = _LABEL
+    average: Average = option(
+        "predictions",
+        "What is averaged over the noise: `predictions` of passes along different routes, or router `scores`.",
+    )
+    num_samples: int = option(16, "Number of samples of the noise.", trial=2)
+    scales: tuple[float, ...] = option(
+        (0.25, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0),
+        "Candidates for the scale of the noise, in units of each layer's gap; 0, the model itself, is another one.",
+    )
+    antithetic: bool = option(True, "Whether samples come in pairs of opposite noise, which have less variance.")
+    samples_per_pass: int = option(
+        1,
+        "Number of routes that one forward pass computes, on copies of the batch's rows: faster for small batches on "
+        "an accelerator, and for `class_logits` that treat each row alike.",
+        prediction_only=True,
+    )
+
+    source = "https://arxiv.org/abs/2603.09453"
+    cost = "`num_samples` forward passes; one forward pass for `scores`"
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "scales", tuple(self.scales))
+        check_choice("average", self.average, get_args(Average))
+        if self.num_samples < 1 or self.samples_per_pass < 1:
+            raise ValueError(
+                f"router noise needs at least one sample, got num_samples={self.num_samples} and "
+                f"samples_per_pass={self.samples_per_pass}"
+            )
+        if not self.scales or not all(0 < scale < math.inf for scale in self.scales):
+            raise ValueError(f"scales must be positive numbers, at least one, got {self.scales}")
+        if self.average == "scores" and (self.name == _NAME or self.label == _LABEL):
+            raise ValueError(
+                "an average of router scores is another method than that of predictions, and must not be taken for it "
+                f"in a table; give it a name and a label, such as name='{_NAME}_scores', label='{_LABEL} (scores)'"
+            )
+
+    @property
+    def needs(self) -> Needs:
+        return Needs(calibration_labels=True, advised_labels=25, routers=True)
+
+    def check_run(
+        self,
+        model: nn.Module,
+        folder: Path | None,
+        *,
+        ranks_per_node: int = 1,
+        trained: Sequence[nn.Parameter] | None = None,
+    ) -> None:
+        """Check that the model has routers.
+
+        Raises:
+            ValueError: If it has none, or a kernel replaces them.
+        """
+        find_routers(model)
+
+    def fit(self, work: Workbench) -> State:
+        routers, unit = work.routers(), work.router_gaps()
+        noise = self._noise(work.seed)
+        scales = [0.0, *sorted(self.scales)]
+
+        def candidates(view: BatchView) -> Tensor:
+            return torch.stack([self._average(view, routers, scale * unit, noise) for scale in scales])
+
+        log_probs, labels = work.held_out_log_probs(candidates)
+        nll = -log_probs.gather(2, labels.expand(len(scales), -1).unsqueeze(2)).mean((1, 2))
+        scale = scales[int(nll.argmin())]
+        if scale == 0:
+            work.warn(
+                "the noise of the routers is fitted as 0: none of the scales lowers the NLL of the held-out labels, so "
+                "the predictions are those of the model itself"
+            )
+        elif scale == scales[-1]:
+            work.warn(
+                f"the scale of the routers' noise is the largest candidate ({scale:g}); add larger ones to scales"
+            )
+        still = [router.name for router, gap in zip(routers, unit.tolist(), strict=True) if gap == 0]
+        if still:
+            work.warn(
+                f"{len(still)} of {len(routers)} routers get no noise, {still[0]!r} for one: at half of the tokens, "
+                "their K-th and next largest logits are equal"
+            )
+        scores = torch.tensor([_SCORES.index(router.score or "other") for router in routers])
+        return {"scale": scalar(scale), "unit": unit, "sigma": scale * unit, "score": scores}
+
+    def log_probs(self, batch: BatchView, state: State) -> Tensor:
+        sigma = state["sigma"]
+        if not sigma.any():
+            return batch.logits.log_softmax(-1)
+        if self.average == "predictions":
+            return average_log_probs(self._routes(batch, state))
+        return self._average(batch, self._found(batch.model, state), sigma, self._noise(batch.seed))
+
+    def uncertainty(self, batch: BatchView, state: State) -> dict[str, Tensor]:
+        """Mutual information of label and route in nats; none for averaged scores, which are one pass."""
+        if self.average == "scores":
+            return {}
+        if not state["sigma"].any():
+            return {"mutual_information": batch.logits.new_zeros(len(batch.logits))}
+        return {"mutual_information": route_information(self._routes(batch, state))}
+
+    def check_state(self, state: State) -> None:
+        super().check_state(state)
+        for key, dimensions in (("scale", 0), ("unit", 1), ("sigma", 1)):
+            value = state.get(key)
+            if value is None or value.dtype != torch.float64 or value.dim() != dimensions or bool((value < 0).any()):
+                raise ValueError(f"{key!r} must be float64, of {dimensions} dimensions and not negative")
+        scores = state.get("score")
+        if scores is None or scores.shape != state["sigma"].shape != state["unit"].shape:
+            raise ValueError("'score', 'unit' and 'sigma' must have an entry for each router")
+        if bool(((scores < 0) | (scores >= len(_SCORES))).any()):
+            raise ValueError(f"'score' must be an index of {', '.join(_SCORES)}")
+
+    def hyperparameters(self, state: State) -> dict[str, float]:
+        return {"num_samples": self.num_samples, **state_numbers({key: state[key] for key in ("scale", "sigma")})}
+
+    def _routes(self, batch: BatchView, state: State) -> Tensor:
+        """Log-probabilities `[S, B, K]` along each route, computed once for predictions and scores of uncertainty."""
+        sigma = tuple(state["sigma"].tolist())
+        routers = self._found(batch.model, state)
+        return batch.once((self, sigma), lambda: self._sampled(batch, routers, sigma, self._noise(batch.seed)))
+
+    def _average(self, batch: BatchView, routers: Sequence[Router], sigma: Tensor, noise: PositionNoise) -> Tensor:
+        if not sigma.any():
+            return batch.logits.log_softmax(-1)
+        if self.average == "predictions":
+            return average_log_probs(self._sampled(batch, routers, sigma.tolist(), noise))
+        with averaged_scores(batch.model, routers, sigma.tolist(), self.num_samples, noise):
+            return batch.forward()[0].log_softmax(-1)
+
+    def _sampled(
+        self, batch: BatchView, routers: Sequence[Router], sigma: Sequence[float], noise: PositionNoise
+    ) -> Tensor:
+        routes = partial(sampled_routes, batch.model, routers, sigma, noise=noise)
+        return route_log_probs(batch, routes, self.num_samples, per_pass=self.samples_per_pass)
+
+    def _noise(self, seed: int) -> PositionNoise:
+        return PositionNoise(seed, antithetic=self.antithetic)
+
+    def _found(self, model: nn.Module, state: State) -> list[Router]:
+        routers = find_routers(model)
+        if len(routers) != len(state["sigma"]):
+            raise ValueError(
+                f"{self.name} was fitted to {len(state['sigma'])} routers, and {type(model).__name__} has "
+                f"{len(routers)}; predict with the model that it was fitted to"
+            )
+        scores = [_SCORES[index] for index in state["score"].tolist()]
+        return [replace(router, score=score) for router, score in zip(routers, scores, strict=True)]
