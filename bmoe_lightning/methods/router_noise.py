@@ -155,7 +155,7 @@ class RouterNoise(Method):
             if value is None or value.dtype != torch.float64 or value.dim() != dimensions or bool((value < 0).any()):
                 raise ValueError(f"{key!r} must be float64, of {dimensions} dimensions and not negative")
         scores = state.get("score")
-        if scores is None or scores.shape != state["sigma"].shape != state["unit"].shape:
+        if scores is None or not scores.shape == state["sigma"].shape == state["unit"].shape:
             raise ValueError("'score', 'unit' and 'sigma' must have an entry for each router")
         if bool(((scores < 0) | (scores >= len(_SCORES))).any()):
             raise ValueError(f"'score' must be an index of {', '.join(_SCORES)}")
