@@ -19,6 +19,7 @@ from bmoe_lightning import LaplacePosterior
 from bmoe_lightning.curvature import Curvature, collect_factors
 from bmoe_lightning.experts import down_proj_weights, expert_dropout, find_expert_layers
 from bmoe_lightning.methods import get_method, method_names, save_snapshot, swapped_weights
+from bmoe_lightning.methods.base import trial_options
 from bmoe_lightning.methods.evaluation import Predictor
 from bmoe_lightning.methods.fitting import fit_methods
 from bmoe_lightning.methods.storage import save_fit
@@ -68,6 +69,7 @@ def served(tmp_path_factory):
         snapshots.append(folder / f"{epoch}.safetensors")
         save_snapshot(snapshots[-1], trained)
     methods = [get_method(name).with_defaults(Curvature(rank=2)) for name in NAMES]
+    methods = [replace(m, **trial_options(type(m))) if m.needs.routers else m for m in methods]
     runs, data = tuple(map(str, snapshots[:2])), (questions(4, 1), questions(30, 2))
     fits = tuple(str(folder / f"fit-{epoch}") for epoch in range(2))
     posteriors = [posterior for method in methods for posterior in method.needs.run_methods]

@@ -54,7 +54,7 @@ class RouterNoise(Method):
     )
     num_samples: int = option(16, "Number of samples of the noise.", trial=2)
     scales: tuple[float, ...] = option(
-        (0.25, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0),
+        (0.5, 1.0, 2.0, 3.0, 4.0, 6.0),
         "Candidates for the scale of the noise, in units of each layer's gap; 0, the model itself, is another one.",
     )
     antithetic: bool = option(True, "Whether samples come in pairs of opposite noise, which have less variance.")
