@@ -77,7 +77,8 @@ def build_methods(settings: ResolvedSettings) -> tuple[Method, ...]:
 def _applicable(settings: ResolvedSettings) -> Iterator[str | dict[str, Any]]:
     """The entries of `--methods`; `all` stands for the registered methods that suit what is trained.
 
-    A posterior over experts suits a run that trains experts, and one over LoRA's matrices a run that trains these.
+    A posterior over experts, or noise on their routers, suits a run that trains experts, and a posterior over LoRA's
+    matrices one that trains these.
     """
     for entry in settings.methods:
         for name in listed_methods([entry]):
@@ -87,7 +88,7 @@ def _applicable(settings: ResolvedSettings) -> Iterator[str | dict[str, Any]]:
 
 def _suits(method: Method, settings: ResolvedSettings) -> bool:
     if settings.train == "lora":
-        return method.needs.lora or not isinstance(method, CurvatureMethod)
+        return method.needs.lora or not (isinstance(method, CurvatureMethod) or method.needs.routers)
     return not method.needs.lora
 
 
