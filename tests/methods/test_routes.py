@@ -46,7 +46,7 @@ def test_tokens_whose_rows_are_unknown_are_refused():
 
         def forward(self, *, embedded):
             for block in self.blocks:
-                embedded = block(embedded)
+                embedded = block(embedded, torch.ones(5, 5, dtype=torch.bool).tril())
             return embedded
 
     def class_logits(model, batch):
