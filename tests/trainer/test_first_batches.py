@@ -369,3 +369,29 @@ def one_rank_without_validation_data(rank, world_size):
 def test_a_rank_without_validation_data_keeps_nobody_waiting(tmp_path, monkeypatch):
     monkeypatch.setattr(first_batches, "validation_pass", lambda *_: None)
     run_processes(one_rank_without_validation_data, 2, tmp_path)
+
+
+def test_routers_that_are_not_supported_are_told_before_training(tmp_path):
+    """The logits of the first router get a second linear map."""
+
+    class TwoMaps(torch.nn.Module):
+        def __init__(self, gate):
+            super().__init__()
+            self.gate, self.weight = gate, gate.weight
+
+        def forward(self, x):
+            torch.nn.functional.linear(x.reshape(-1, x.shape[-1]), self.weight)
+            return self.gate(x)
+
+    def told(module):
+        callback = BayesianMoECallback(["router_noise"], dirpath=str(tmp_path / "b"))
+        run = trainer(tmp_path, [callback], num_sanity_val_steps=0, max_epochs=1)
+        with pytest.raises(ValueError, match="made its logits by 2 calls") as raised:
+            run.fit(module, loader(8, 1), calibration_loader())
+        return raised.value
+
+    module = Wrong()
+    block = module.network.model.layers[0].mlp
+    block.gate = TwoMaps(block.gate)
+    assert "the first batch of the validation data" in told(module).__notes__[0]
+    assert module.steps == 0
