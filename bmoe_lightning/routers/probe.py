@@ -162,6 +162,9 @@ class _Probe:
         refusals = {}
         for router in routers:
             calls, moved, seen = before.get(router.experts, []), after.get(router.experts, []), tokens[router.name]
+            if not calls:
+                refusals[router] = "no token reached its experts on this batch"
+                continue
             top_k = self.top_k[router] = _most_experts(calls, sum(seen))
             is_dense = top_k == router.num_experts and bool((_counts(calls) == sum(seen)).all())
             if not is_dense and (refusal := _refusal(calls, moved, seen)) is not None:
@@ -170,6 +173,8 @@ class _Probe:
 
     def scores(self, routers: Sequence[Router]) -> dict[Router, Score]:
         """The score of each router."""
+        if not routers:
+            return {}
         score = self._score(routers, routers)
         if score != "other":
             return dict.fromkeys(routers, score)

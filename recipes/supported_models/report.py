@@ -15,7 +15,7 @@ from recipes.supported_models.catalogue import uses_interface
 from recipes.supported_models.survey import Row, survey
 
 PLACE = "supported models"
-_HEAD = ("family", "expert layers", "layout", "oracle error", "float32 error", "padding", "notes")
+_HEAD = ("family", "expert layers", "layout", "oracle error", "float32 error", "padding", "router", "notes")
 
 
 def surveyed(names: Sequence[str]) -> Iterator[Row]:
@@ -60,6 +60,7 @@ def summary(rows: Sequence[Row]) -> str:
     if own:
         text.append(f"Of those that this library brings: {sum(row.supported for row in own)} of {len(own)}.")
     for count, what in (
+        (sum(row.supported and row.routers is not None for row in rows), "have supported routers."),
         (sum(row.supported and bool(row.wrapper) for row in rows), "compared as multimodal wrappers, given text only."),
         (sum(row.refused is not None for row in rows), "refused."),
         (sum(row.complaint is not None for row in rows), "FAILED."),
@@ -99,11 +100,18 @@ def _cells(row: Row) -> tuple[str, ...]:
     notes = [*row.notes, *([row.wrapper] if row.wrapper else [])]
     notes += [] if row.interface else ["without the experts interface"]
     if row.refused is not None:
-        return row.family, "", "", "", "", "", f"refused: {_one_line(row.refused)}"
+        return row.family, "", "", "", "", "", "", f"refused: {_one_line(row.refused)}"
     if row.complaint is not None:
         notes.insert(0, f"**FAILED**: {_one_line(row.complaint)}")
     layers = "; ".join(f"{count} x {experts} experts" for experts, count in Counter(row.experts).items())
-    return row.family, layers, row.layout, _number(row.error), _number(row.float32_error), _sides(row), ", ".join(notes)
+    errors = _number(row.error), _number(row.float32_error)
+    return row.family, layers, row.layout, *errors, _sides(row), _routers(row), ", ".join(notes)
+
+
+def _routers(row: Row) -> str:
+    """What the routers do, and why others are not supported, in words."""
+    refusal = [] if row.router_refusal is None else [f"refused: {_one_line(row.router_refusal)}"]
+    return "; ".join([*([] if row.routers is None else [row.routers]), *refusal])
 
 
 def _sides(row: Row) -> str:

@@ -31,6 +31,7 @@ from recipes.supported_models.oracle import (
 )
 from recipes.supported_models.overrides import settings_of
 from recipes.supported_models.padding import larger_errors, padding_errors
+from recipes.supported_models.routers import routers_of
 from recipes.supported_models.state import differences, state_of
 from recipes.supported_models.tiny import NUM_CLASSES, CannotBuildError, TinyFamily, build, wrapper_name
 from recipes.supported_models.watch import SecondWeights, down_proj_weights
@@ -59,6 +60,8 @@ class Row:
         float32_errors: Errors of the tapped forward against the model's `grouped_mm`, with weights in float32.
         disturbed: Names of states that the library did not restore; should be empty.
         padding: Error of a padded row against the same row alone, by the side of the padding; see `padding_errors`.
+        routers: What its routers do, as probed, in words; None where they are not supported.
+        router_refusal: Reason why routers are not supported, all or some.
         wrapper: Phrase for the notes, if what was compared is a multimodal wrapper, or one of two models is.
     """
 
@@ -73,6 +76,8 @@ class Row:
     float32_errors: tuple[tuple[str, float], ...] = ()
     disturbed: tuple[str, ...] = ()
     padding: Mapping[PaddingSide, float] = field(default_factory=dict)
+    routers: str | None = None
+    router_refusal: str | None = None
     wrapper: str = ""
 
     @property
@@ -153,6 +158,8 @@ def _both(text: Row, wrapper: Row) -> Row:
         float32_errors=_larger(text.float32_errors, wrapper.float32_errors),
         disturbed=tuple(dict.fromkeys((*text.disturbed, *wrapper.disturbed))),
         padding=larger_errors(text.padding, wrapper.padding),
+        routers=text.routers,
+        router_refusal=text.router_refusal,
         wrapper="text model and wrapper, text only",
     )
 
@@ -167,6 +174,7 @@ def _larger(first: Sequence[tuple[str, float]], second: Sequence[tuple[str, floa
 def _compare(tiny: TinyFamily, layers: Sequence[ExpertLayer], interface: bool) -> Row:
     model = tiny.model
     padding = padding_errors(tiny)
+    routers, router_refusal = routers_of(tiny)
     weights = [down_proj_weights(model, layer) for layer in layers]
     _check_all_found(model, weights)
     observations = [observe(model, tiny.class_logits, batch, weights) for batch in tiny.batches]
@@ -204,6 +212,8 @@ def _compare(tiny: TinyFamily, layers: Sequence[ExpertLayer], interface: bool) -
         float32_errors=tuple(float32_errors.largest.items()),
         disturbed=disturbed,
         padding=padding,
+        routers=routers,
+        router_refusal=router_refusal,
         wrapper="wrapper, text only" if tiny.wrapper else "",
     )
 

@@ -133,6 +133,13 @@ class TestRefused:
         with pytest.raises(ValueError, match="it does not run on this batch, or not as a module"):
             probed(model)
 
+    def test_experts_that_no_token_reaches(self):
+        model = toy_model()
+        mixture = model.layers[1].mixture
+        mixture.forward = lambda x: x + mixture.router(x).softmax(-1)[..., :1]
+        with pytest.raises(ValueError, match="no token reached its experts on this batch"):
+            probed(model)
+
     def test_a_model_that_changes_with_equal_logits(self):
         model, calls = toy_model(), []
 

@@ -24,6 +24,11 @@ TABLE = ROOT / "docs" / "supported_models.md"
 UPDATE = f"run `{PROGRAM} --write {TABLE.relative_to(ROOT)}` and commit what it writes"
 
 
+# Families with routers that are not supported, all or some: one whose tokens go to the same two experts in transformers
+# 5.23, whatever the router says, and one that chooses by a hash in its first layers.
+ROUTERS_REFUSED = ("nllb_moe", "deepseek_v4")
+
+
 @cache
 def surveyed(family):
     return survey(family)
@@ -52,6 +57,8 @@ class TestFamilies:
         row = surveyed(family)
         assert row.complaint is None
         if row.refused is None:
+            assert (row.router_refusal is None) is (family not in ROUTERS_REFUSED)
+            assert row.routers is not None or family in ROUTERS_REFUSED
             assert row.error < BOUND
             assert {"logits (eager)", "gradients (eager)", "slots", "A", "G", "covariance"} <= dict(row.errors).keys()
             assert row.padding_sides, row.padding
@@ -78,6 +85,12 @@ class TestFamilies:
         supported = [family for family, note in notes.items() if not note.startswith("refused")]
         theirs = families_of_transformers()
         assert len([family for family in supported if family in theirs and uses_interface(family)]) >= 55
+
+    def test_the_table_says_of_every_family_what_its_routers_do(self):
+        routers = {family: line[-2] for family, line in recorded().items() if not line[-1].startswith("refused")}
+        assert all(routers.values())
+        assert {family for family, words in routers.items() if "refused" in words} == set(ROUTERS_REFUSED)
+        assert len([family for family in routers if family not in ROUTERS_REFUSED]) >= 55
 
 
 class TestTheSurveyNotices:
@@ -166,7 +179,17 @@ class TestTheSurveyNotices:
 
 ROWS = [
     Row("good", True, experts=(4, 4), layout="fused", errors=(("A", 1e-7),), float32_errors=(("logits", 2e-7),)),
-    Row("own", False, experts=(4, 8), notes=("shared",), errors=(("A", 2e-6),), layout="adapted", wrapper="wrapper"),
+    Row(
+        "own",
+        False,
+        experts=(4, 8),
+        notes=("shared",),
+        errors=(("A", 2e-6),),
+        layout="adapted",
+        routers="1 x softmax, top 2",
+        router_refusal="a.b: it is\na | hash",
+        wrapper="wrapper",
+    ),
     Row("bmoe_lightning.mine", True, experts=(4,), notes=("a class", "small"), errors=(("A", 1e-7),)),
     Row("odd", True, refused="It has no experts. It is\nno model | at all."),
 ]
@@ -176,11 +199,13 @@ FAILED = Row("bad", True, failed="KeyError: 'x'")
 class TestTable:
     def test_rows(self):
         lines = table([*ROWS, FAILED]).splitlines()
-        assert lines[2] == "| good | 2 x 4 experts | fused | 1.0e-07 | 2.0e-07 |  |  |"
+        assert lines[2] == "| good | 2 x 4 experts | fused | 1.0e-07 | 2.0e-07 |  |  |  |"
         assert lines[3].startswith("| own | 1 x 4 experts; 1 x 8 experts | adapted | 2.0e-06 |")
-        assert lines[3].endswith("| shared, wrapper, without the experts interface |")
+        assert lines[3].endswith(
+            "| 1 x softmax, top 2; refused: a.b: it is a / hash | shared, wrapper, without the experts interface |"
+        )
         assert lines[4].startswith("| bmoe_lightning.mine |")
-        assert lines[5] == "| odd |  |  |  |  |  | refused: It has no experts. It is no model / at all. |"
+        assert lines[5] == "| odd |  |  |  |  |  |  | refused: It has no experts. It is no model / at all. |"
         assert lines[6].endswith("| **FAILED**: KeyError: 'x' |")
 
     @pytest.mark.parametrize(
@@ -189,7 +214,7 @@ class TestTable:
     )
     def test_sides_of_padding(self, errors, words):
         row = dataclasses.replace(ROWS[0], padding=dict(zip(("left", "right"), errors, strict=True)))
-        assert table([row]).splitlines()[2].endswith(f"| 2.0e-07 | {words} |  |")
+        assert table([row]).splitlines()[2].endswith(f"| 2.0e-07 | {words} |  |  |")
         assert ("good (" in section([row])) is (words in ("left", "right"))
 
     def test_an_error_above_the_bound_fails(self):
@@ -200,7 +225,8 @@ class TestTable:
     def test_summary(self):
         assert summary([*ROWS, FAILED]) == (
             "2 of 4 families of transformers are supported: 1 of the 3 that use its experts interface, 1 of the 1 "
-            "others. Of those that this library brings: 1 of 1. 1 compared as multimodal wrappers, given text only. 1 "
+            "others. Of those that this library brings: 1 of 1. 1 have supported routers. 1 compared as multimodal "
+            "wrappers, given text only. 1 "
             "refused. 1 FAILED."
         )
         assert summary(ROWS[2:3]) == "Of those that this library brings: 1 of 1."
