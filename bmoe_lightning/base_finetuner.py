@@ -327,8 +327,13 @@ class Finetuner(LightningModule):
             }
             self.log_dict(values, batch_size=len(labels), on_step=False, on_epoch=True, sync_dist=True)
 
-        if not self.shared_logits.ask(batch, log):
+        if not (self._has_own_step(stage) and self.shared_logits.ask(batch, log)):
             log(*self._labelled(batch))
+
+    def _has_own_step(self, stage: Literal["val", "test"]) -> bool:
+        """Whether the step is not overridden: one that is may change inputs or weights around this one."""
+        name = "test_step" if stage == "test" else "validation_step"
+        return name not in vars(self) and getattr(type(self), name) is getattr(Finetuner, name)
 
     def _labelled(self, batch: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:
         logits, labels = self.class_logits(batch)

@@ -60,8 +60,9 @@ class LayerBatch:
         peaks = _peaks(gradients)
         moves = (peaks != 0) & self._live
         if self._rows is not None:
-            largest = peaks.new_zeros(self._num_rows).scatter_reduce(0, self._rows, peaks, "amax")
-            is_rounding = peaks < _ROUNDING * largest[self._rows]
+            sizes = peaks.float()  # the threshold may be below the range of float16
+            largest = sizes.new_zeros(self._num_rows).scatter_reduce(0, self._rows, sizes, "amax")
+            is_rounding = sizes < _ROUNDING * largest[self._rows]
             moves &= ~(is_rounding & first_tokens(moves, self._rows, self._num_rows))
         self._counted |= moves
         if smallest:

@@ -88,9 +88,9 @@ class TestFirstTokens:
 
     ROWS = torch.tensor([0, 0, 0, 1, 1, 1, 2, 2])
 
-    def counted(self, sizes, rows=ROWS, layout="linear", approximation="expand", passes=1):
+    def counted(self, sizes, rows=ROWS, layout="linear", approximation="expand", passes=1, dtype=torch.float64):
         inputs = torch.ones(len(sizes), 4, dtype=torch.float64)
-        gradients = [torch.tensor(sizes, dtype=torch.float64).unsqueeze(1).expand(-1, 5)] * passes
+        gradients = [torch.tensor(sizes, dtype=dtype).unsqueeze(1).expand(-1, 5)] * passes
         layer = replace(LAYER, num_experts=1, layout=layout)
         sums = LayerSums(layer, inputs, rank=4, sketch="exact", seed=0)
         experts = torch.zeros(len(sizes), dtype=torch.int64)
@@ -106,6 +106,9 @@ class TestFirstTokens:
         sums = self.counted([1e-7, 1, 2, 0, 1e-6, 1, 1, 1e-9], passes=passes)
         assert sums.slots.tolist() == [5]  # without two first tokens and the padding
         assert float(sums.gradients.trace) == pytest.approx(5 * passes * (1 + 4 + 1 + 1 + 1e-18), rel=1e-9)
+
+    def test_of_rounding_errors_do_not_count_in_float16_near_the_end_of_its_range(self):
+        assert self.counted([6e-8, 5e-3, 5e-3, 0, 1, 1, 1, 1], dtype=torch.float16).slots.tolist() == [6]
 
     def test_of_an_example_far_surer_than_the_others_count_by_its_own_scale(self):
         assert self.counted([1e-3, 1, 2, 1e-15, 1e-14, 1e-13, 1e-20, 1e-13]).slots.tolist() == [7]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from contextlib import contextmanager
 
+import lightning as L
 import pytest
 import torch
 from finetuner_cases import finetuner, trainer
@@ -88,13 +89,36 @@ class OtherBatch(ExpertFinetuner):
         super().test_step({**batch, "input_ids": batch["input_ids"].flip(1)}, batch_idx)
 
 
+class ChangedBatch(ExpertFinetuner):
+    """Evaluates other inputs, in the batch that it is given."""
+
+    def test_step(self, batch, batch_idx):
+        ids = batch["input_ids"]
+        batch["input_ids"] = ids.flip(1)
+        super().test_step(batch, batch_idx)
+        batch["input_ids"] = ids
+
+
+class OtherWeights(ExpertFinetuner):
+    """Evaluates other weights, as those averaged over training."""
+
+    def test_step(self, batch, batch_idx):
+        weight = self.model.lm_head.weight
+        before = weight.detach().clone()
+        with torch.no_grad():
+            weight.mul_(2)
+        super().test_step(batch, batch_idx)
+        with torch.no_grad():
+            weight.copy_(before)
+
+
 class OwnStep(ExpertFinetuner):
     def test_step(self, batch, batch_idx):
         logits, labels = self.class_logits(batch)
         self.log("mine", (logits.argmax(-1) == labels).float().mean(), batch_size=len(labels))
 
 
-@pytest.mark.parametrize("kind", [OtherBatch, OwnStep])
+@pytest.mark.parametrize("kind", [OtherBatch, ChangedBatch, OtherWeights, OwnStep])
 def test_a_step_that_computes_its_own_logits_logs_them(kind, tmp_path):
     model = finetuner().model
     module = kind(model, answer_token_ids=[1, 2, 3], learning_rate=0.01)
@@ -103,7 +127,7 @@ def test_a_step_that_computes_its_own_logits_logs_them(kind, tmp_path):
     assert passes == 2
     expected = trainer(tmp_path).test(module, loader(5, 2), verbose=False)[0]
     assert {name: logged[name] for name in expected} == pytest.approx(expected, rel=1e-5)
-    assert ("test/loss" in logged) == (kind is OtherBatch)
+    assert ("test/loss" in logged) == (kind is not OwnStep)
 
 
 def test_logits_of_another_function_are_not_shared(tmp_path):
@@ -119,14 +143,12 @@ def test_logits_of_another_function_are_not_shared(tmp_path):
 
 
 def test_nothing_stays_announced_after_an_exception(tmp_path):
-    class Fails(ExpertFinetuner):
-        def test_step(self, batch, batch_idx):
-            super().test_step(batch, batch_idx)
-            raise RuntimeError("stopped in the step")
+    class Stops(L.Callback):
+        def on_test_batch_end(self, *_):
+            raise RuntimeError("stopped after the step")
 
-    module = Fails(finetuner().model, answer_token_ids=[1, 2, 3], learning_rate=0.01)
-    _, run = fitted(tmp_path, BayesianMoECallback(("map",), dirpath=str(tmp_path / "fit")), module=module)
-    with pytest.raises(RuntimeError, match="stopped in the step"):
+    module, run = fitted(tmp_path, Stops(), BayesianMoECallback(("map",), dirpath=str(tmp_path / "fit")))
+    with pytest.raises(RuntimeError, match="stopped after the step"):
         run.test(module, loader(2, 2), verbose=False)
     assert vars(module.shared_logits) == vars(SharedLogits())
 
