@@ -15,7 +15,7 @@ class SharedLogits:
     """Logits of the batch that a step is called with, if a prediction of the same batch follows the step.
 
     The callback announces each batch before the step, which asks for its logits instead of computing them, and gives
-    them after its prediction. A step that is called with another batch computes its own, and so should one that is called
+    them after its prediction. A step that is called with another batch computes its own. So should one that is called
     by a step of a subclass, which may change inputs or weights around it.
     """
 

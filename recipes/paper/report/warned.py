@@ -36,12 +36,21 @@ def section(report: ReportInput) -> Section | None:
         return None
     alike: dict[str, list[str]] = {}
     for sentence in found:
-        alike.setdefault(_PARTICULARS.sub("", sentence), []).append(sentence)
+        alike.setdefault(without_particulars(sentence), []).append(sentence)
     text = "\n".join(
         f"- {_words(sentences)}\n{_places([place for sentence in sentences for place in found[sentence]], methods)}"
         for sentences in alike.values()
     )
     return Section(_TITLE, text=(text,), details={"warnings": found})
+
+
+def without_particulars(sentence: str) -> str:
+    """A warning without what is of one fit: the same for fits that are warned of for the same reason.
+
+    Args:
+        sentence: The warning.
+    """
+    return _PARTICULARS.sub("", sentence)
 
 
 def _words(sentences: list[str]) -> str:
