@@ -25,7 +25,8 @@ def refusal(error: BaseException) -> str:
         from bmoe_lightning.utils.memory import is_out_of_memory
 
         if is_out_of_memory(error):
-            return f"there is not enough memory ({message[:200]}); use smaller batches, or a larger device"
+            found = f" ({message[:200]})" if message else ""
+            return f"there is not enough memory{found}; use smaller batches, or a larger device"
     if isinstance(error, OSError) and error.strerror:
         return message
     is_refusal = isinstance(error, (ValueError, RuntimeError, ImportError, OSError))
