@@ -59,10 +59,12 @@ class MemberFit:
     Attributes:
         state: State from `Method.fit`.
         posteriors: Posteriors whose covariances the member's predictions use, by the digest of their curvature.
+        warnings: What makes the member's predictions doubtful, one sentence each; see `FitResult.warnings_of`.
     """
 
     state: State
     posteriors: Mapping[str, LaplacePosterior]
+    warnings: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)

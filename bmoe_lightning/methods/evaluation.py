@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager
@@ -33,12 +34,14 @@ class Predictions:
         labels: Labels `[N]` int64.
         logits: Logits `[N, K]` float64 of the model (MAP), whatever the method.
         uncertainty: Scores `[N]` float64 of a method with a posterior by name, see `Method.uncertainty`.
+        warnings: What makes them doubtful, one sentence each: of the run's fit, and of the fits of other members.
     """
 
     log_probs: Tensor
     labels: Tensor
     logits: Tensor
     uncertainty: Mapping[str, Tensor] = field(default_factory=dict)
+    warnings: tuple[str, ...] = ()
 
 
 class Evaluation:
@@ -117,29 +120,31 @@ class Evaluation:
         result = {}
         for method in self.methods:
             if method.is_ensemble:
-                result[method.name] = Predictions(
-                    self._ensemble(method, model, class_logits, batches, labels), labels, logits
-                )
+                log_probs, warnings = self._ensemble(method, model, class_logits, batches, labels)
+                result[method.name] = Predictions(log_probs, labels, logits, warnings=warnings)
                 continue
             parts = self._uncertainty[method.name]
             uncertainty = {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
             log_probs = joined_logits(self._log_probs[method.name])
-            result[method.name] = Predictions(log_probs, labels, logits, uncertainty)
+            result[method.name] = Predictions(log_probs, labels, logits, uncertainty, self._fitted.warnings_of(method))
         return result
 
     def _ensemble(
         self, method: Method, model: nn.Module, class_logits: ClassLogits, batches: Iterable[Any], labels: Tensor
-    ) -> Tensor:
-        state, seed = self._states[method.name], self._fitted.seed
-        own = MemberFit(state, self._fitted.posteriors_for(method.prediction_curvatures, model))
+    ) -> tuple[Tensor, tuple[str, ...]]:
+        """Log-probabilities `[N, K]` of an ensemble, and the warnings of all its fits, each distinct sentence once."""
+        fitted, state = self._fitted, self._states[method.name]
+        posteriors = fitted.posteriors_for(method.prediction_curvatures, model)
+        own = MemberFit(state, posteriors, fitted.warnings_of(method))
         contexts = method.members(model, state, self._snapshots)
-        members = [_member(context, method, own, model, class_logits, batches, seed) for context in contexts]
-        if any(not torch.equal(found, labels) for _, found in members):
+        members = [_member(context, method, own, model, class_logits, batches, fitted.seed) for context in contexts]
+        if any(not torch.equal(found, labels) for _, found, _ in members):
             raise ValueError(
                 f"{method.name} runs one pass over the data per member, and their order changed in between; use a "
                 "loader that does not shuffle"
             )
-        return average_log_probs(torch.stack([log_probs for log_probs, _ in members]))
+        warnings = dict.fromkeys(itertools.chain(own.warnings, *(said for *_, said in members)))
+        return average_log_probs(torch.stack([log_probs for log_probs, *_ in members])), tuple(warnings)
 
 
 def evaluate(
@@ -250,8 +255,8 @@ def _member(
     class_logits: ClassLogits,
     batches: Iterable[Any],
     seed: int,
-) -> tuple[Tensor, Tensor]:
-    """Log-probabilities `[N, K]` of one member on the data set, and the labels `[N]`."""
+) -> tuple[Tensor, Tensor, tuple[str, ...]]:
+    """Log-probabilities `[N, K]` of one member on the data set, the labels `[N]`, and the warnings of its fit."""
     log_probs, labels = [], []
     with model_lock(model), context as other, failing_together(distributed=runs_in_lockstep(model)):
         fit = other or own
@@ -264,7 +269,7 @@ def _member(
             f"{method.name} runs one pass over the data per member, and a second pass had no batch; use data that "
             "can be iterated over again"
         )
-    return joined_logits(log_probs), torch.cat(labels)
+    return joined_logits(log_probs), torch.cat(labels), fit.warnings
 
 
 def _labels(view: BatchView) -> Tensor:

@@ -177,7 +177,8 @@ class LaplaceMixture(CurvatureMethod):
                     f"the fit in {shown_path(folder)} is to other weights than {run} gives the model{found.reason()}; "
                     "pass in fits= the folder of the fit to this run, in the order of runs=, or fit it again"
                 )
-            yield MemberFit(fit.state_of(method), fit.posteriors_for(method.prediction_curvatures, model))
+            posteriors = fit.posteriors_for(method.prediction_curvatures, model)
+            yield MemberFit(fit.state_of(method), posteriors, fit.warnings_of(method))
 
     def _fit_in(self, folder: Path, run: str) -> tuple[FitResult, LaplaceLPO | LaplaceEvidence]:
         """The fit in a folder, and the method of it that is the component, whatever its name."""

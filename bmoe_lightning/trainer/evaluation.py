@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -251,7 +252,7 @@ class EvaluationRun:
                 tuple(map(str, range(len(predictions[method.name].labels)))),
                 method.hyperparameters(self._fitted.state_of(method)),
                 option_columns(method),
-                self._fitted.warnings_of(method),
+                predictions[method.name].warnings,
             )
             for method in self._methods
         ]
@@ -302,7 +303,8 @@ def _gathered(predictions: Predictions, shard: SamplerShard) -> Predictions:
         shard.gather(joined_logits([values], width)) for values in (predictions.log_probs, predictions.logits)
     )
     uncertainty = {name: shard.gather(scores) for name, scores in predictions.uncertainty.items()}
-    return Predictions(log_probs, shard.gather(predictions.labels), logits, uncertainty)
+    labels = shard.gather(predictions.labels)
+    return replace(predictions, log_probs=log_probs, labels=labels, logits=logits, uncertainty=uncertainty)
 
 
 def predicted(predictor: Predictor, module: nn.Module, class_logits: ClassLogits, batch: Any) -> dict[str, Any]:

@@ -69,7 +69,7 @@ class StoredPredictions:
             "questions": self.questions,
             "options": _options(method),
             "numbers": method.hyperparameters(fit.state_of(method)),
-            "warnings": list(fit.warnings_of(method)),
+            "warnings": list(predictions.warnings),
         }
         tensors = {
             "log_probs": predictions.log_probs,

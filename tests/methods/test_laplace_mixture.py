@@ -136,6 +136,22 @@ def test_of_equal_members_it_is_the_posterior_of_one(model, batches, own, tmp_pa
     assert torch.equal(found == -torch.inf, torch.cat([batch["absent"] for batch in batches]))
 
 
+def doubtful(fit, method, *sentences):
+    """A fit that has warnings."""
+    return replace(fit, methods={method.name: replace(fit.methods[method.name], warnings=sentences)}, warnings=())
+
+
+def test_the_warnings_of_all_fits_are_the_predictions_each_sentence_once(model, batches, own, others, tmp_path):
+    fits = [str(tmp_path / f"{number}") for number in range(2)]
+    for folder, source, said in zip(fits, others["fits"], ("one member", "common"), strict=True):
+        save_fit(Path(folder), doubtful(load_fit(Path(source))[0], EVIDENCE, "common", said))
+    mixture, ensemble = replace(FEW, runs=others["runs"], fits=tuple(fits)), DeepEnsemble(runs=others["runs"])
+    marked = replace(doubtful(own, FEW, "this run"), warnings=("whatever the method",))
+    found = evaluate([mixture, ensemble], marked, model, answer_logits, batches)
+    assert found[mixture.name].warnings == ("this run", "whatever the method", "common", "one member")
+    assert found[ensemble.name].warnings == ("whatever the method",)
+
+
 def test_a_single_batch_is_predicted_as_in_a_whole_data_set(model, batches, own, others):
     method = replace(FEW, **others)
     expected = log_probs(method, own, model, batches)[: len(batches[0]["labels"])]

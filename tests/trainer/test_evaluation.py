@@ -100,10 +100,11 @@ class TestPredictions:
             def gather(self, values):
                 return values.flip(0)
 
-        found = two[1]["test_0"]["laplace_evidence"]
+        found = replace(two[1]["test_0"]["laplace_evidence"], warnings=("of a member",))
         gathered = _gathered(found, Reversed())
         for name in ("log_probs", "labels", "logits"):
             assert torch.equal(getattr(gathered, name), getattr(found, name).flip(0))
+        assert gathered.warnings == found.warnings
         assert list(gathered.uncertainty) == ["mutual_information", "logit_variance", "relative_variance"]
         for key, scores in found.uncertainty.items():
             assert torch.equal(gathered.uncertainty[key], scores.flip(0))

@@ -48,6 +48,13 @@ def test_scores_of_uncertainty_are_read_as_they_were_written(tmp_path):
     assert torch.equal(read["mutual_information"], scores["mutual_information"])
 
 
+def test_warnings_are_those_of_the_predictions(tmp_path):
+    found = StoredPredictions(tmp_path, "run", "questions")
+    said = ("of this fit", "of a member's fit")
+    found.write(METHOD, FitResult(seed=0), Predictions(LOGITS.log_softmax(-1), LABELS, LOGITS, warnings=said))
+    assert found.read(METHOD, 3, ("a", "b", "c")).warnings == said
+
+
 @pytest.mark.parametrize(
     ("change", "reason"),
     [
