@@ -114,7 +114,7 @@ GENERATED_SETS: tuple[GeneratedSet, ...] = (
     GeneratedSet("recall", "Recall", "OpenBookQA", _recall),
     GeneratedSet("exceptions", "Exceptions", "ARC-Challenge", _exceptions),
     GeneratedSet("regular", "Regular", "ARC-Easy", _regular),
-    GeneratedSet("pairs_small", "Pairs, few", "Winogrande-S", _pairs, most_training=_FEW),
+    GeneratedSet("pairs_small", "Few pairs", "Winogrande-S", _pairs, most_training=_FEW),
     GeneratedSet("pairs", "Pairs", "Winogrande-M", _pairs),
     GeneratedSet("judged", "Judged", "BoolQ", _judged),
 )

@@ -59,7 +59,7 @@ _GENERATED = (
     DataSet("recall", "Recall"),
     DataSet("exceptions", "Exceptions"),
     DataSet("regular", "Regular"),
-    DataSet("pairs_small", "Pairs, few"),
+    DataSet("pairs_small", "Few pairs"),
     DataSet("pairs", "Pairs"),
     DataSet("judged", "Judged"),
 )

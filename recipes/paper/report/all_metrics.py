@@ -35,7 +35,7 @@ def _grid(report: ReportInput, trained: str, tested: str) -> Grid | None:
     size = len(next(iter(groups.values()))[0].ids)
     return Grid(
         f"all_metrics_{trained}_{tested}",
-        f"{report.study.model}, trained on {report.label(trained)}: the {size} test items of {report.label(tested)}.",
+        f"{report.model}, trained on {report.label(trained)}: the {size} test items of {report.label(tested)}.",
         "method",
         tuple(metric.header for metric in METRICS),
         (GridBlock("", tuple(NumberFormat(metric.higher_is_better) for metric in METRICS), rows),),

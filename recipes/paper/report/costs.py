@@ -67,7 +67,7 @@ def section(report: ReportInput) -> Section | None:
     rows = [GridRow(row, label, _cells(costs.rows[row], base)) for row, label in labels.items()]
     measured_on = f" {costs.measured_on}" if costs.measured_on else ""
     caption = (
-        f"{report.study.model}: time and peak memory of fit and prediction, and the time of the prediction of one "
+        f"{report.model}: time and peak memory of fit and prediction, and the time of the prediction of one "
         f"question alone, relative to the predictions of {reference} on the same questions ({_words(base)}); memory "
         f"includes the model. Further fine-tunings are counted, and not part of the times. A dash: nothing to fit, or "
         f"not measured.{measured_on}"

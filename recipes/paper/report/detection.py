@@ -56,7 +56,7 @@ def section(report: ReportInput) -> Section | None:
         "and an AUPR of the share of positives."
     ]
     summaries = [
-        _summary(found, f"{report.study.model}, trained on {report.label(home)}: AUROC of {what}.")
+        _summary(found, f"{report.model}, trained on {report.label(home)}: AUROC of {what}.")
         for found, what in (
             (by_score, f"test questions of other data sets (positive) against those of {report.label(home)}"),
             (errors, "wrong answers (positive) against right ones"),
@@ -140,7 +140,7 @@ def _distribution_grid(report: ReportInput, score: str, inside: Groups, outside:
     sizes = {name: len(next(iter(groups.values()))[0].ids) for name, groups in {"": inside, **outside}.items()}
     listed = ", ".join(f"{report.label(name)} {sizes[name]}" for name in outside)
     caption = (
-        f"{report.study.model}: test questions of other data sets (positive; {listed}) against the {sizes['']} of "
+        f"{report.model}: test questions of other data sets (positive; {listed}) against the {sizes['']} of "
         f"{report.label(report.study.home)}, by {_words(score)}."
     )
     return _grid(report, f"out_of_distribution_{score}", caption, inside, tuple(outside), found)
@@ -158,7 +158,7 @@ def _error_grid(report: ReportInput, score: str, tested: Mapping[str, Groups]) -
         for row in rows
     }
     caption = (
-        f"{report.study.model}, trained on {report.label(report.study.home)}: wrong answers (positive) against right "
+        f"{report.model}, trained on {report.label(report.study.home)}: wrong answers (positive) against right "
         f"ones, by {_words(score)}."
     )
     return _grid(report, f"errors_{score}", caption, rows, tuple(tested), found)

@@ -19,6 +19,6 @@ def section(report: ReportInput) -> Section | None:
     runs = [(name, name) for name in report.study.labels]
     if missing := report.missing(runs):
         return Section(_TITLE, text=(missing,))
-    caption = f"{report.study.model}: trained and tested on the same data set."
+    caption = f"{report.model}: trained and tested on the same data set."
     grid = metric_grid(report, "in_distribution", caption, runs)
     return Section(_TITLE, grids=() if grid is None else (grid,))

@@ -41,7 +41,7 @@ def section(report: ReportInput) -> Section | None:
         return Section(_TITLE, text=("Left out, since the study has no results without a part of the layers.",))
     grid = Grid(
         "layers",
-        f"{report.study.model}: the posterior without a part of the layers, which then keep their trained weights, "
+        f"{report.model}: the posterior without a part of the layers, which then keep their trained weights, "
         "and the change relative to all layers. "
         + counts([report.label(name) for name in found], [report.groups(name, name) for name in found]),
         "layers",

@@ -29,6 +29,6 @@ def section(report: ReportInput) -> Section | None:
     if absent:
         return Section(_TITLE, text=(f"Left out, since the study has no results of {'; '.join(absent)}.",))
     listed = " and ".join(labels.values())
-    caption = f"{report.study.model}: {listed}; LPO finds the prior precision on validation data, LA from the evidence."
+    caption = f"{report.model}: {listed}; LPO finds the prior precision on validation data, LA from the evidence."
     grid = metric_grid(report, "prior", caption, runs, labels)
     return Section(_TITLE, grids=() if grid is None else (grid,))

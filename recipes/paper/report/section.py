@@ -94,6 +94,12 @@ class ReportInput:
     settings: SummarySettings = field(default_factory=SummarySettings)
 
     @property
+    def model(self) -> str:
+        """The study's model at the beginning of a sentence; a hub id or a folder stays as it was given."""
+        words = self.study.model
+        return f"The {words.removeprefix('the ')}" if words.startswith("the ") else words
+
+    @property
     def shifted(self) -> tuple[str, ...]:
         """The data sets other than that of the training under shift."""
         return tuple(name for name in self.study.labels if name != self.study.home)

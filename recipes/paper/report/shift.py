@@ -21,6 +21,6 @@ def section(report: ReportInput) -> Section | None:
         return Section(_TITLE, text=("Left out, since the study has no other data set than that of the training.",))
     if missing := report.missing(runs):
         return Section(_TITLE, text=(missing,))
-    caption = f"{report.study.model}: trained on {report.label(report.study.home)}, tested on other data sets."
+    caption = f"{report.model}: trained on {report.label(report.study.home)}, tested on other data sets."
     grid = metric_grid(report, "shift", caption, runs)
     return Section(_TITLE, grids=() if grid is None else (grid,))

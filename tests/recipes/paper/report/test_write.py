@@ -138,6 +138,23 @@ def test_costs_that_were_not_measured_are_not_made_up(written, small, report_of)
     assert cost_section(report_of(small, costs=Costs(left_out="Why."))).text == ("Not measured. Why.",)
 
 
+@pytest.mark.parametrize(("model", "begins"), [("the small model", "The small model"), ("my/model", "my/model")])
+def test_captions_begin_with_a_capital_and_ids_stay_as_they_are(small, report_of, model, begins):
+    study = replace(small, model=model)
+    quick = {"in_distribution", "shift", "layers", "prior", "costs", "detection", "all_metrics"}
+    makes = [make for make in SECTIONS if make.__module__.rpartition(".")[2] in quick]
+    report = report_of(
+        study,
+        costs=Costs({"map": Cost(0.0, 2.0, None, 100.0, 0.25)}, "On a machine."),
+        settings=replace(SETTINGS, num_samples=10),
+    )
+    assert report.model == begins
+    grids = [grid for make in makes if (section := make(report)) is not None for grid in section.all_grids]
+    named = [grid.caption for grid in grids if model in grid.caption.replace(begins, model)]
+    assert len(named) > 5
+    assert all(caption.startswith(begins) for caption in named)
+
+
 def test_warnings_of_results_are_told(small, tmp_path, few):
     first = small.outcomes[0]
     doubtful = tuple(replace(r, warnings=("it learned nothing",)) if r.method == "map" else r for r in first.results)
