@@ -37,7 +37,10 @@ trained once, and a command that was stopped resumes where it was.
 def main(arguments: Sequence[str]) -> int:
     """Run the experiments; returns the exit status as `recipes.qwen_obqa` does."""
     settings = parse(PaperSettings, arguments, program=PROGRAM, description=DESCRIPTION)
-    told = f"finished stages are stored in {settings.output_dir}; run the same command again to resume"
+    if settings.report is None:
+        told = f"finished stages are stored in {settings.output_dir}; run the same command again to resume"
+    else:
+        told = f"the report in {Path(settings.report) / 'report'} may be incomplete; run the same command again"
     return run_until_stopped(lambda: _run(settings), told)
 
 

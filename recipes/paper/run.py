@@ -22,9 +22,9 @@ from recipes.paper.report import write_report
 from recipes.paper.settings import PaperSettings
 from recipes.paper.sources import Questions, load_study_questions, num_expert_layers, pretrained_model, source_of
 from recipes.paper.stored_costs import read_costs
-from recipes.paper.stored_study import StoredOutcome, read_study, stored_outcomes, write_study
+from recipes.paper.stored_study import StoredOutcome, begin_study, read_study, stored_outcomes, write_study
 from recipes.paper.worker import worker_arguments
-from recipes.qwen_obqa.distributed import joined
+from recipes.qwen_obqa.distributed import first_then_others, joined
 from recipes.qwen_obqa.experiment import completed_run, quieten
 from recipes.qwen_obqa.methods import build_methods
 from recipes.qwen_obqa.run_folder import locked_output, plain_notes
@@ -52,6 +52,8 @@ def run(settings: PaperSettings) -> None:
         quieten()
         study = _planned(settings)
         with locked_output(output):
+            described = study.described(settings)
+            first_then_others(lambda: begin_study(output, described, overwrite=settings.overwrite))
             at_a_time = _jobs(settings, study.preset)
             if at_a_time > 1:
                 _run_in_processes(settings, study, at_a_time)
@@ -68,7 +70,7 @@ def run(settings: PaperSettings) -> None:
                         measured[entry.mode] = seeds[0]
             if not is_rank_zero():
                 return
-            write_study(output, study.described(settings), outcomes)
+            write_study(output, described, outcomes)
             measure_costs(output, measured)
             report(output)
             print(f"\nDone in {time.monotonic() - started:.0f} s. Everything is in {output}.", flush=True)
@@ -194,9 +196,7 @@ def report(output: Path) -> None:
     """
     try:
         study, costs = read_study(output), read_costs(output).shown()
-    except FileNotFoundError as error:
-        raise RecipeError(f"{output} holds no finished study ({error}); make it first, without --report") from None
-    except ValueError as error:
+    except (FileNotFoundError, ValueError) as error:
         raise RecipeError(str(error)) from error
     print(write_report(output / "report", study, costs=costs)[0].read_text(encoding="utf-8"), flush=True)
 

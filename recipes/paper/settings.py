@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Literal
 
 from recipes.common.cli import UsageError, option
@@ -92,10 +92,11 @@ class PaperSettings:
         asked = self.all or self.table or self.figure
         if self.report is None and not asked:
             raise UsageError("give --table, --figure or --all to say what to make, or --report DIR")
-        if self.report is not None and (asked or self.data or self.model is not None):
+        self._check_report()
+        if self.normalise != "sum" and self.prompt != "cloze":
             raise UsageError(
-                "--report makes the report of a finished study again, with the tables, data and model that it has; "
-                "leave --table, --figure, --all, --data and --model out"
+                f"--normalise {self.normalise} is for choices that are scored by their text; add --prompt cloze, or "
+                "leave it out"
             )
         for flag, value in (("--protocol", self.protocol), ("--prompt", self.prompt)):
             if value is not None and self.preset == "small" and not self.data:
@@ -108,6 +109,15 @@ class PaperSettings:
                 raise UsageError(f"--data must be NAME=FOLDER_OR_ID, got {entry!r}; names are letters, digits and _")
         if len(set(names)) < len(names):
             raise UsageError(f"--data has a name twice: {', '.join(names)}; give each data set another name")
+
+    def _check_report(self) -> None:
+        others = [entry for entry in fields(self) if entry.name != "report"]
+        given = [entry.name for entry in others if getattr(self, entry.name) != entry.default]
+        if self.report is not None and given:
+            raise UsageError(
+                "--report makes the report of a finished study again, with the settings that the study has; leave "
+                f"{', '.join('--' + name.replace('_', '-') for name in given)} out"
+            )
 
     @property
     def tables(self) -> tuple[int, ...]:

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from bmoe_lightning.report import MethodResult
 from bmoe_lightning.utils.file_header import damaged
 from bmoe_lightning.utils.json_io import read_json_file, write_json_file
 from recipes.paper.outcomes import MODES, Outcome, Study
 from recipes.qwen_obqa.seed_run import SeedRun
+from recipes.qwen_obqa.sources import RecipeError
 from recipes.qwen_obqa.stored_predictions import read_predictions
 from recipes.qwen_obqa.zero_shot import ZERO_SHOT
 
@@ -18,6 +21,8 @@ STUDY_FILE = "study.json"
 _FORMAT = "study"
 _VERSION = 1
 _REMEDY = "run the command that made it again, which repeats no finished run"
+# What fixes a study, with the words for it; the description of each run fixes its settings. Tables may be added.
+_FIXED = {"preset": "preset", "model": "model", "home": "first data set"}
 
 
 @dataclass(frozen=True)
@@ -70,6 +75,38 @@ def stored_outcomes(output: Path, trained_on: str, mode: str, runs: Sequence[See
     return outcomes
 
 
+def begin_study(output: Path, study: Study, *, overwrite: bool) -> None:
+    """Refuse a folder that holds another study; in a new one the index is written, without outcomes as yet.
+
+    Args:
+        output: Folder of the study.
+        study: The study to make.
+        overwrite: Whether it replaces another one.
+
+    Raises:
+        RecipeError: If the folder holds a study of another preset, model or first data set, and `overwrite` is not set.
+
+    Warns:
+        UserWarning: If the index of an earlier study is damaged; it is then written again.
+    """
+    path, wanted = output / STUDY_FILE, _description(study, ())
+    try:
+        earlier = read_json_file(path, format=_FORMAT, version=_VERSION, remedy=_REMEDY).description
+    except FileNotFoundError:
+        earlier = {}
+    except ValueError as error:
+        warnings.warn(f"{error} It is written again", stacklevel=2)
+        earlier = {}
+    differing = [name for name in _FIXED if earlier.get(name) != wanted[name]]
+    if earlier and differing and not overwrite:
+        had = ", ".join(f"{_FIXED[name]} {earlier.get(name)!r} (here {wanted[name]!r})" for name in differing)
+        raise RecipeError(
+            f"{output} holds another study: {had}; give another --output-dir, or --overwrite to replace that study"
+        )
+    if differing:
+        write_study(output, study, ())
+
+
 def write_study(output: Path, study: Study, outcomes: Sequence[StoredOutcome]) -> None:
     """Write the index of a study atomically.
 
@@ -78,7 +115,11 @@ def write_study(output: Path, study: Study, outcomes: Sequence[StoredOutcome]) -
         study: The study; its outcomes are not written.
         outcomes: Where its predictions are.
     """
-    content: dict[str, Any] = {
+    write_json_file(output / STUDY_FILE, format=_FORMAT, version=_VERSION, description=_description(study, outcomes))
+
+
+def _description(study: Study, outcomes: Sequence[StoredOutcome]) -> dict[str, Any]:
+    return {
         "preset": study.preset,
         "model": study.model,
         "home": study.home,
@@ -87,7 +128,6 @@ def write_study(output: Path, study: Study, outcomes: Sequence[StoredOutcome]) -
         "figures": list(study.figures),
         "outcomes": [asdict(outcome) for outcome in outcomes],
     }
-    write_json_file(output / STUDY_FILE, format=_FORMAT, version=_VERSION, description=content)
 
 
 def read_study(output: Path) -> Study:
@@ -97,11 +137,17 @@ def read_study(output: Path) -> Study:
         output: Folder of the study.
 
     Raises:
-        FileNotFoundError: If there is no study, or predictions are missing.
+        FileNotFoundError: If there is no finished study, or predictions are missing.
         ValueError: If a file is damaged.
     """
     path = output / STUDY_FILE
-    content = read_json_file(path, format=_FORMAT, version=_VERSION, remedy=_REMEDY).description
+    unfinished = f"{output} holds no finished study; check the path, or make the study first"
+    try:
+        content = read_json_file(path, format=_FORMAT, version=_VERSION, remedy=_REMEDY).description
+    except FileNotFoundError as error:
+        raise FileNotFoundError(unfinished) from error
+    if content.get("outcomes") == []:
+        raise FileNotFoundError(unfinished)
     try:
         stored = [StoredOutcome(**entry) for entry in content["outcomes"]]
         outcomes = [_read_outcome(output, entry) for entry in stored]
@@ -121,8 +167,17 @@ def read_study(output: Path) -> Study:
 def _read_outcome(output: Path, stored: StoredOutcome) -> Outcome:
     (mode,) = (mode for mode in MODES if mode == stored.mode)
     results = tuple(
-        read_predictions(output / folder / f"{name}.safetensors", name, label, int(seed), tuple(stored.ids))
+        _read_result(output / folder / f"{name}.safetensors", name, label, int(seed), tuple(stored.ids))
         for name, label in stored.methods.items()
         for seed, folder in stored.folders.items()
     )
     return Outcome(stored.trained_on, mode, stored.tested_on, results)
+
+
+def _read_result(path: Path, name: str, label: str, seed: int, ids: tuple[str, ...]) -> MethodResult:
+    try:
+        return read_predictions(path, name, label, seed, ids)
+    except FileNotFoundError as error:
+        raise FileNotFoundError(
+            f"there are no predictions at {path}, which {STUDY_FILE} of the study names; {_REMEDY}"
+        ) from error

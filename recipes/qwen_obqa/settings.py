@@ -216,8 +216,8 @@ class ResolvedSettings(_Common):
             )
         if self.normalise != "sum" and self.prompt != "cloze":
             raise UsageError(
-                f"--normalise {self.normalise} is for choices that are scored by their text, and the answers of "
-                f"--prompt {self.prompt} are single tokens; add --prompt cloze, or leave it out"
+                f"--normalise {self.normalise} is for choices that are scored by their text, and the answers of the "
+                f"prompt format {self.prompt} are single tokens; add --prompt cloze, or leave it out"
             )
         if self.train == "lora" and self.save_model is not None:
             raise UsageError(

@@ -77,7 +77,12 @@ def test_each_part_is_left_out_by_its_indices():
         ({"all": True, "data": ("openbookqa",)}, "NAME=FOLDER_OR_ID, got 'openbookqa'"),
         ({"all": True, "data": ("a-b=x",)}, "names are letters"),
         ({"all": True, "data": ("a=x", "a=y")}, "a name twice"),
-        ({"report": "folder", "table": (1,)}, "leave --table, --figure, --all"),
+        ({"report": "folder", "table": (1,)}, "leave --table out"),
+        (
+            {"report": "folder", "seeds": 3, "preset": "qwen", "dry_run": True, "overwrite": True, "output_dir": "x"},
+            "leave --preset, --output-dir, --seeds, --overwrite, --dry-run out",
+        ),
+        ({"all": True, "data": ("a=x",), "normalise": "bytes"}, "--normalise bytes is .* by their text; add --prompt"),
         ({"all": True, "protocol": "holdout"}, "--protocol applies to --data"),
         ({"all": True, "prompt": "cloze"}, "--prompt applies to --data"),
     ],

@@ -99,11 +99,6 @@ def test_the_report_needs_no_model(finished, tmp_path, capsys):
     assert json.loads((folder / "report" / "results.json").read_text())
 
 
-def test_no_study_is_one_line(tmp_path, capsys):
-    assert main(["--report", str(tmp_path)]) == 1
-    assert "holds no finished study" in capsys.readouterr().err
-
-
 def test_a_damaged_index_is_named(finished, tmp_path, capsys):
     folder = tmp_path / "copy"
     shutil.copytree(finished, folder)

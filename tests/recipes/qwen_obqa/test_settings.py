@@ -59,7 +59,11 @@ def test_a_file_wins_over_defaults_and_flags_over_the_file(tmp_path):
         ({"revision": "main"}, "--task, --revision and --protocol apply to --data alone"),
         ({"learning_rate": 0.0}, "--learning-rate must be a number above 0"),
         ({"learning_rate": math.nan}, "--learning-rate must be a number above 0"),
-        ({"normalise": "characters"}, "--normalise characters is for choices that are scored by their text, and the"),
+        (
+            {"normalise": "characters"},
+            "--normalise characters is for choices that are scored by their text, and the answers of the prompt format "
+            "letters are single tokens; add --prompt cloze",
+        ),
         ({"weight_decay": -1.0}, "--weight-decay must be a number of at least 0"),
         ({"weight_decay": math.inf}, "--weight-decay must be a number of at least 0"),
         ({"expert_dropout": 1.0}, "--expert-dropout must be at least 0 and below 1"),
