@@ -9,8 +9,9 @@ from functools import partial
 import torch
 
 from bmoe_lightning import LaplacePosterior
-from recipes.benchmark.measure import Amount, Growth, Section, batch_in_turn, in_turn, peak_megabytes
+from recipes.benchmark.measure import Amount, Growth, Section, batch_in_turn, peak_megabytes
 from recipes.benchmark.workload import Preset, Shape, Workload, along
+from recipes.common.timing import in_turn
 
 # Above one by the error of a fit over few points.
 _LINEAR_BAR = 1.1

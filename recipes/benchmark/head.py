@@ -12,8 +12,9 @@ from torch import Tensor, nn
 
 from bmoe_lightning.experts import expert_parameters
 from bmoe_lightning.models.last_logits import last_logits
-from recipes.benchmark.measure import Amount, Ratio, Section, in_turn
+from recipes.benchmark.measure import Amount, Ratio, Section
 from recipes.benchmark.workload import Shape, Workload
+from recipes.common.timing import in_turn
 
 _DTYPES = ("float32", "bfloat16")
 _BAR = 1.0

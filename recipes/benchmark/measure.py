@@ -1,12 +1,7 @@
-"""Interleaved timings, peak memory, and statistics of them.
-
-The alternatives of one ratio are interleaved, A B A B, so that other load on the machine affects them equally; a ratio
-is taken within each round.
-"""
+"""Timings within a pass, peak memory, and statistics of timings; see `recipes.common.timing`."""
 
 from __future__ import annotations
 
-import gc
 import math
 import statistics
 import time
@@ -20,8 +15,7 @@ import torch
 from torch import Tensor
 
 from recipes.common.peak_memory import peak_memory
-
-Action = Callable[[], object]
+from recipes.common.timing import Action, seconds, synchronise, without_garbage_collection
 
 
 @dataclass(frozen=True)
@@ -165,61 +159,6 @@ def growth_exponent(sizes: Sequence[float], values: Sequence[float]) -> float:
     return statistics.linear_regression([math.log(x) for x in sizes], [math.log(y) for y in values]).slope
 
 
-def synchronise(device: torch.device) -> None:
-    """Wait for all kernels on the device."""
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-
-
-def seconds(action: Action, device: torch.device) -> float:
-    """Seconds that an action takes, synchronised with the device, without garbage collection."""
-    with _without_garbage_collection():
-        synchronise(device)
-        start = time.perf_counter()
-        action()
-        synchronise(device)
-        return time.perf_counter() - start
-
-
-@contextmanager
-def _without_garbage_collection() -> Iterator[None]:
-    """Collect garbage now, and not within this context: one collection costs more than a batch of a small model."""
-    gc.collect()
-    was_enabled = gc.isenabled()
-    gc.disable()
-    try:
-        yield
-    finally:
-        if was_enabled:
-            gc.enable()
-
-
-def in_turn(
-    actions: Mapping[str, Action],
-    repeats: int,
-    device: torch.device,
-    clock: Callable[[Any, torch.device], float] = seconds,
-) -> dict[str, tuple[float, ...]]:
-    """Time interleaved actions, after one warm-up run of each.
-
-    Args:
-        actions: Functions without arguments, by name.
-        repeats: Number of rounds.
-        device: Device that they run on.
-        clock: Function that runs an action and returns the seconds that count.
-
-    Returns:
-        `repeats` values for each name.
-    """
-    for action in actions.values():
-        action()
-    times: dict[str, list[float]] = {name: [] for name in actions}
-    for _ in range(repeats):
-        for name, action in actions.items():
-            times[name].append(clock(action, device))
-    return {name: tuple(values) for name, values in times.items()}
-
-
 class _EnoughError(Exception):
     """Ends a pass early."""
 
@@ -259,7 +198,7 @@ def batch_in_turn(
         for _ in range(repeats):
             for name, action in actions.items():
                 times[name].append(seconds(action, device))
-            with _without_garbage_collection():
+            with without_garbage_collection():
                 synchronise(device)
                 start = time.perf_counter()
                 yield batch

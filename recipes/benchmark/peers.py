@@ -13,7 +13,7 @@ from torch import Tensor
 from bmoe_lightning import LaplacePosterior
 from bmoe_lightning.curvature import KroneckerFactors
 from bmoe_lightning.curvature.sketch import EXACT_WIDTH, SketchName
-from recipes.benchmark.measure import Pass, Peer, Section, in_turn, peak_megabytes, seconds
+from recipes.benchmark.measure import Pass, Peer, Section, peak_megabytes
 from recipes.benchmark.peer_tasks import (
     FullFactors,
     covariance_by_jacobian,
@@ -23,6 +23,7 @@ from recipes.benchmark.peer_tasks import (
 )
 from recipes.benchmark.separate_experts import separate_workload
 from recipes.benchmark.workload import Preset, Workload
+from recipes.common.timing import in_turn, seconds
 
 Task = Callable[[], Any]
 

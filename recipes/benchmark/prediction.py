@@ -11,8 +11,9 @@ from bmoe_lightning import LaplacePosterior
 from bmoe_lightning.laplace.covariance_cache import CovarianceCache
 from bmoe_lightning.laplace.predictive import NUM_SAMPLES, class_probabilities
 from bmoe_lightning.laplace.prior import fit_lpo
-from recipes.benchmark.measure import Amount, Ratio, Section, in_turn, seconds
+from recipes.benchmark.measure import Amount, Ratio, Section
 from recipes.benchmark.workload import Workload
+from recipes.common.timing import in_turn, seconds
 
 VALIDATION_EXAMPLES = 500
 _LPO_BAR = 1.05

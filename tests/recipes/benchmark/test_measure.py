@@ -13,11 +13,10 @@ from recipes.benchmark.measure import (
     Ratio,
     batch_in_turn,
     growth_exponent,
-    in_turn,
     peak_megabytes,
-    seconds,
     time_inside,
 )
+from recipes.common.timing import seconds
 
 CPU = torch.device("cpu")
 
@@ -60,21 +59,6 @@ def test_ratio_is_taken_within_each_turn():
     # The second turn is ten times slower for both.
     ratio = Ratio("a / b", (1.0, 30.0, 4.0), (1.0, 10.0, 2.0))
     assert (ratio.spread.median, ratio.spread.low, ratio.spread.high) == (2, 1, 3)
-
-
-def test_actions_take_turns_after_a_warm_up(clock):
-    order = []
-
-    def action(name, duration):
-        def run():
-            order.append(name)
-            clock.advance(duration)
-
-        return run
-
-    times = in_turn({"a": action("a", 2), "b": action("b", 5)}, 3, CPU)
-    assert order == ["a", "b"] * 4
-    assert times == {"a": (2, 2, 2), "b": (5, 5, 5)}
 
 
 def test_a_batch_is_timed_without_set_up_and_end(clock):
