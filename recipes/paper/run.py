@@ -13,7 +13,7 @@ import torch
 
 from bmoe_lightning.methods import Method
 from bmoe_lightning.utils.distributed import is_rank_zero, num_processes
-from recipes.paper.costs import measure_costs
+from recipes.paper.costs import measure_costs, outstanding_costs
 from recipes.paper.jobs import Job, JobError, default_jobs, run_jobs
 from recipes.paper.outcomes import Mode, Study
 from recipes.paper.plan import Columns, PlannedRun, planned_runs
@@ -71,8 +71,13 @@ def run(settings: PaperSettings) -> None:
             if not is_rank_zero():
                 return
             write_study(output, described, outcomes)
-            measure_costs(output, measured)
-            report(output)
+            outstanding = outstanding_costs(output, measured)
+            written = _write_report(output)
+            if outstanding:  # after a report without them, so that an error or a signal leaves a finished study one
+                print(f"\nThe report is in {written}; it is completed with what each method costs.", flush=True)
+                measure_costs(output, measured)
+                written = _write_report(output)
+            print(written.read_text(encoding="utf-8"), flush=True)
             print(f"\nDone in {time.monotonic() - started:.0f} s. Everything is in {output}.", flush=True)
 
 
@@ -194,11 +199,16 @@ def report(output: Path) -> None:
     Raises:
         RecipeError: If there is no study, or a file is missing or damaged.
     """
+    print(_write_report(output).read_text(encoding="utf-8"), flush=True)
+
+
+def _write_report(output: Path) -> Path:
+    """Write the report of a finished study, and return the path of its text."""
     try:
         study, costs = read_study(output), read_costs(output).shown()
     except (FileNotFoundError, ValueError) as error:
         raise RecipeError(str(error)) from error
-    print(write_report(output / "report", study, costs=costs)[0].read_text(encoding="utf-8"), flush=True)
+    return write_report(output / "report", study, costs=costs)[0]
 
 
 def run_settings(

@@ -4,20 +4,20 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
 from bmoe_lightning.utils.file_header import damaged
 from bmoe_lightning.utils.json_io import read_json_file, write_json_file
 from recipes.paper.outcomes import MODES, Mode
-from recipes.paper.report import Cost, Costs
+from recipes.paper.report import Cost, Costs, Timing
 from recipes.paper.report.section import row_of
 from recipes.qwen_obqa.stored_predictions import origin_of_predictions
 
 COSTS_FILE = "costs.json"
 _FORMAT = "costs"
-_VERSION = 1
+_VERSION = 2
 _REMEDY = "delete it, and run the command that made the study again"
 
 
@@ -47,6 +47,10 @@ class Conditions:
     batch_size: int
     eval_batch_size: int
 
+    def on(self, other: Conditions) -> Conditions:
+        """The same on the machine and device of others."""
+        return replace(self, host=other.host, device=other.device)
+
     @property
     def sentence(self) -> str:
         """The conditions in words."""
@@ -66,7 +70,8 @@ class StoredCost:
         mode: What was fine-tuned.
         method: Name of the method.
         predictions: File of the method's predictions in the study, relative to its folder.
-        origin: What these were made with, see `origin_of_predictions`; the cost is of no other run, fit or options.
+        origin: What these were made with, see `origin_of_predictions`; the cost is of no
+            other run, questions, fit or options.
         conditions: Where and on what it was measured.
         cost: The cost.
     """
@@ -94,8 +99,8 @@ class StoredCosts:
     def shown(self) -> Costs:
         """The costs for a report."""
         rows = {row_of(entry.method, entry.mode): entry.cost for entry in self.entries}
-        sentences = dict.fromkeys(entry.conditions.sentence for entry in self.entries)
-        return Costs(rows, " ".join(sentences), self.left_out)
+        sentences = {row_of(entry.method, entry.mode): entry.conditions.sentence for entry in self.entries}
+        return Costs(rows, sentences, self.left_out)
 
 
 def write_costs(output: Path, entries: Sequence[StoredCost], left_out: str = "") -> None:
@@ -135,16 +140,35 @@ def read_costs(output: Path) -> StoredCosts:
 
 def _entry(found: dict[str, Any]) -> StoredCost:
     (mode,) = (mode for mode in MODES if mode == found["mode"])
-    cost = Cost(**found["cost"])
-    values = [value for entry in fields(Cost) if (value := getattr(cost, entry.name)) is not None]
-    if not all(isinstance(value, int | float) and math.isfinite(value) and value >= 0 for value in values):
-        raise ValueError(f"the cost of {found['method']} is {cost}")
+    cost = _cost(found)
     conditions = Conditions(**found["conditions"])
     return StoredCost(mode, str(found["method"]), str(found["predictions"]), dict(found["origin"]), conditions, cost)
 
 
+def _cost(found: dict[str, Any]) -> Cost:
+    stored = dict(found["cost"])
+    timings = {
+        name: Timing(*map(tuple, (times["seconds"], times["reference"])))
+        for name, times in stored.items()
+        if isinstance(times, dict)
+    }
+    cost = Cost(**{**stored, **timings})
+    plain = [
+        value
+        for entry in fields(Cost)
+        if entry.name not in timings and (value := getattr(cost, entry.name)) is not None
+    ]
+    rounds = [(timing.seconds, timing.reference) for timing in timings.values()]
+    values = [*plain, *(value for pair in rounds for times in pair for value in times)]
+    if not all(isinstance(value, int | float) and math.isfinite(value) and value >= 0 for value in values) or not all(
+        own and len(own) == len(reference) and min(reference) > 0 for own, reference in rounds
+    ):
+        raise ValueError(f"the cost of {found['method']} is {cost}")
+    return cost
+
+
 def _is_current(output: Path, entry: StoredCost) -> bool:
-    """Whether the study has the predictions of the run, the fit and the options that the cost is of."""
+    """Whether the study has the predictions of the run, questions, fit and options that the cost is of."""
     try:
         return origin_of_predictions(output / entry.predictions) == entry.origin
     except FileNotFoundError:

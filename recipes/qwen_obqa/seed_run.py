@@ -11,7 +11,7 @@ import hashlib
 import shutil
 import warnings
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +26,7 @@ from bmoe_lightning.data import Question
 from bmoe_lightning.data.batches import PaddingSide
 from bmoe_lightning.laplace.posterior import WeightMismatchError
 from bmoe_lightning.methods import DataMismatchError, FitResult, Method
-from bmoe_lightning.methods.fit_index import INDEX_FILE, has_fit
+from bmoe_lightning.methods.fit_index import INDEX_FILE, has_fit, stored_snapshots
 from bmoe_lightning.methods.storage import load_fit
 from bmoe_lightning.report import MethodResult
 from bmoe_lightning.trainer.fit_only import fit_only
@@ -36,12 +36,13 @@ from bmoe_lightning.utils.distributed import barrier, is_rank_zero
 from bmoe_lightning.utils.safetensors_io import remove_tensor_file
 from recipes.qwen_obqa.distributed import agreed, first_then_others, trainer_options
 from recipes.qwen_obqa.exported_model import check_origin, export, export_folder, is_exported
+from recipes.qwen_obqa.further_runs import is_finished, with_files
 from recipes.qwen_obqa.methods import run_curvature
 from recipes.qwen_obqa.run_folder import FIT_FOLDER, MEMBER_FITS, check_pretrained, fingerprint_of
 from recipes.qwen_obqa.settings import ResolvedSettings
 from recipes.qwen_obqa.sources import Source
 from recipes.qwen_obqa.stored_predictions import StoredPredictions
-from recipes.qwen_obqa.stored_weights import LoadTrained, SaveTrained, StopAtSignal, has_weights, names_weights
+from recipes.qwen_obqa.stored_weights import LoadTrained, SaveTrained, StopAtSignal, has_weights, keeps_weights
 from recipes.qwen_obqa.zero_shot import ZERO_SHOT, predict_zero_shot
 
 _CURVES = "training_curves"
@@ -143,12 +144,22 @@ class SeedRun:
         if folder is not None:
             check_origin(folder, self._trained, self._stage(0))
 
-    def has_trained(self, method: Method) -> bool:
-        """Whether what a method predicts with is stored: weights of this run and of further ones, and fits to these."""
+    def lost_of(self, method: Method, keeps: Callable[[Path, str], bool] = keeps_weights) -> str | None:
+        """What a method is fitted to or predicts with that is not stored or damaged, in words; None if it is all there.
+
+        Files are only read.
+
+        Args:
+            method: Method, as the run's settings have it.
+            keeps: `keeps_weights`, or a function that remembers what this has found.
+        """
         runs = range(1, method.needs.runs + 1)
-        if not all(names_weights(self._weights(index), self._stage(index)) for index in (0, *runs)):
-            return False
-        return not any(self._unfitted(method.needs.run_methods, self._member_folder(index)) for index in runs)
+        if not all(keeps(self._weights(index), self._stage(index)) for index in (0, *runs)):
+            return "fine-tuned weights"
+        if not all(is_finished(method.needs.run_methods, self._member_folder(index)) for index in runs):
+            return "fits to further fine-tuned weights"
+        snapshots = [path for path in stored_snapshots(self.fit_folder) if path.is_file()]
+        return "weights after the last epochs" if len(snapshots) < method.needs.snapshots else None
 
     def with_trained(self, action: Callable[[L.Trainer, Finetuner, Mapping[str, Tensor] | None], None]) -> None:
         """Run an action with the fine-tuned module, which is stored, in a trainer that is set up as for training.
@@ -263,13 +274,15 @@ class SeedRun:
     def with_runs(self, method: Method) -> Method:
         """The method with the files of the further fine-tuning runs that it needs; missing ones are made now."""
         count, run_methods = method.needs.runs, method.needs.run_methods
-        if not count:
-            return method
-        indices = range(1, count + 1)
-        files: dict[str, Any] = {"runs": tuple(str(self._member(index, count + 1)) for index in indices)}
-        if run_methods:
-            files["fits"] = tuple(str(self._member_fit(index, count + 1, run_methods)) for index in indices)
-        return replace(method, **files)
+        return with_files(
+            method,
+            lambda index: self._member(index, count + 1),
+            lambda index: self._member_fit(index, count + 1, run_methods),
+        )
+
+    def with_stored_runs(self, method: Method) -> Method:
+        """The method with the files of the further fine-tuning runs that it needs, where these are; none is made."""
+        return with_files(method, self._weights, self._member_folder)
 
     def _member(self, index: int, size: int) -> Path:
         """The file with the weights of one further fine-tuning run, trained now if it is missing."""

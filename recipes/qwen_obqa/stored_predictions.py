@@ -134,7 +134,7 @@ def read_predictions(path: Path, name: str, label: str, seed: int, ids: tuple[st
 
 
 def origin_of_predictions(path: Path) -> dict[str, Any]:
-    """What the predictions of a file were made with, as JSON values: the run, the fit, and the method's options.
+    """What the predictions of a file were made with, as JSON values: the run, questions, fit, and the method's options.
 
     Args:
         path: Path of the file.
@@ -144,7 +144,7 @@ def origin_of_predictions(path: Path) -> dict[str, Any]:
         ValueError: If its header is damaged.
     """
     with opened_tensor_file(path, format=_FORMAT, version=_VERSION, remedy=_REMEDY) as file:
-        return {"run": file.description.get("run"), "options": file.description.get("options"), "fit": file.fit}
+        return {name: file.description.get(name) for name in ("run", "questions", "options")} | {"fit": file.fit}
 
 
 def _read(path: Path) -> TensorFile:

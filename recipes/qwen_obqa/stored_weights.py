@@ -38,14 +38,15 @@ def has_weights(path: Path, stage: str) -> bool:
     return found == stage
 
 
-def names_weights(path: Path, stage: str) -> bool:
-    """Whether a file says that it has the weights of a fine-tuning run; they are verified when they are loaded.
+def keeps_weights(path: Path, stage: str) -> bool:
+    """Whether a file has the weights of a fine-tuning run, as `has_weights`, where nothing is trained if it has not.
 
     Args:
         path: Path of the file.
         stage: Digest of everything that determines the weights.
     """
     try:
+        verify_snapshot(path)
         return snapshot_info(path).fit == stage
     except (FileNotFoundError, ValueError):
         return False

@@ -3,18 +3,20 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 
-from recipes.paper import costs
+from bmoe_lightning.methods import get_method
+from recipes.paper import costs, method_cost
 from recipes.paper.costs import measure_costs
-from recipes.paper.report import Cost
+from recipes.paper.report import Cost, Timing
 from recipes.paper.stored_costs import COSTS_FILE, read_costs, write_costs
 from recipes.qwen_obqa.experiment import completed_run
 from recipes.qwen_obqa.settings import Settings
 
-# One that is not fitted, one with a further run, and one whose fit uses the weights from before fine-tuning.
-METHODS = ("map", "deep_ensemble", "laplace_evidence")
+# One that is not fitted, one with a further run, one with a fit to it, and one that uses the weights before fine-tuning.
+METHODS = ("map", "deep_ensemble", "laplace_mixture", "laplace_evidence")
 
 
 @pytest.fixture(scope="module")
@@ -47,7 +49,7 @@ def measured(monkeypatch):
     def record(run, methods, done):
         names.extend(method.name for method in methods)
         for method in methods:
-            done(method, Cost(predict_seconds=1.0))
+            done(method, Cost(predict=Timing((1.0,), (1.0,))))
 
     monkeypatch.setattr(costs, "_measure_run", record)
     return names
@@ -72,11 +74,14 @@ def test_every_method_has_costs_and_no_other_file_changes(study):
     assert before == {name: content for name, content in after.items() if name != COSTS_FILE}
     rows = read_costs(output).shown().rows
     assert tuple(rows) == METHODS
-    assert all(row.predict_seconds and row.predict_bytes and row.latency_seconds for row in rows.values())
-    reference, ensemble, posterior = (rows[name] for name in METHODS)
-    assert (reference.fit_seconds, reference.fit_bytes, reference.further_runs) == (None, None, 0)
-    assert ensemble.further_runs == 1
-    assert posterior.fit_seconds > 0
+    assert all(row.predict and row.predict_bytes and row.latency for row in rows.values())
+    assert all(len(row.predict.reference) == 3 and min(row.latency.reference) > 0 for row in rows.values())
+    reference, ensemble, mixture, posterior = (rows[name] for name in METHODS)
+    assert {row.reference_bytes for row in rows.values()} == {reference.predict_bytes}
+    assert reference.predict.ratio == reference.latency.ratio == 1
+    assert (reference.fit, reference.fit_bytes, reference.further_runs) == (None, None, 0)
+    assert ensemble.further_runs == mixture.further_runs == 1
+    assert posterior.fit.ratio > 0
     # The weights of one member more, and what a backward pass stores: no times, these are the same on any machine.
     assert min(ensemble.predict_bytes, posterior.predict_bytes, posterior.fit_bytes) > reference.predict_bytes
 
@@ -115,7 +120,7 @@ def test_a_measurement_that_was_stopped_says_what_is_missing_and_resumes(stored,
     write_costs(output, [])
 
     def one(_run, methods, done):
-        done(methods[0], Cost(predict_seconds=1.0))
+        done(methods[0], Cost(predict=Timing((1.0,), (1.0,))))
         raise KeyboardInterrupt
 
     monkeypatch.setattr(costs, "_measure_run", one)
@@ -147,7 +152,9 @@ def test_methods_whose_weights_are_gone_are_left_out_and_named(stored, measured)
     finally:
         aside.rename(member)
     assert measured == ["map", "laplace_evidence"]
-    assert read_costs(output).left_out.startswith("Without deep_ensemble (experts)")
+    assert read_costs(output).left_out.startswith(
+        "Without deep_ensemble (experts), laplace_mixture (experts), whose fine-tuned weights"
+    )
 
 
 def test_on_several_processes_nothing_is_measured_and_the_report_says_why(stored, measured, monkeypatch):
@@ -157,3 +164,53 @@ def test_on_several_processes_nothing_is_measured_and_the_report_says_why(stored
     assert measured == []
     assert read_costs(output).entries == ()
     assert "several processes" in read_costs(output).left_out
+
+
+@pytest.mark.parametrize("change", ["seed", "questions", "batch size", "folder"])
+def test_costs_of_another_seed_size_or_data_set_are_measured_again(stored, measured, change):
+    output, run, entries = stored
+    path = entries[0].predictions
+    other = {"seed": {"seed": 7}, "questions": {"test": 1}, "batch size": {"eval_batch_size": 99}}.get(change, {})
+    changed = replace(entries[0], conditions=replace(entries[0].conditions, **other))
+    if change == "folder":
+        copy = output / "runs" / "other-experts" / "map.safetensors"
+        copy.parent.mkdir()
+        copy.write_bytes((output / path).read_bytes())
+        changed = replace(changed, predictions=copy.relative_to(output).as_posix())
+    write_costs(output, [changed, *entries[1:]])
+    measure_costs(output, {"experts": run})
+    assert measured == list(METHODS)
+    assert [entry.predictions for entry in read_costs(output).entries] == [entry.predictions for entry in entries]
+
+
+def test_a_damaged_fit_of_a_member_stays_as_it_is_and_is_named(stored, measured, recwarn):
+    output, run, _ = stored
+    write_costs(output, [])
+    (index,) = run.folder.glob("member-1-*/index.json")
+    content = index.read_bytes()
+    index.write_text("{}")
+    try:
+        measure_costs(output, {"experts": run})
+        assert index.read_text() == "{}"
+    finally:
+        index.write_bytes(content)
+    assert not [warning for warning in recwarn if "fitted again" in str(warning.message)]
+    assert measured == ["map", "deep_ensemble", "laplace_evidence"]
+    assert "Without laplace_mixture (experts), whose fits to further fine-tuned weights" in read_costs(output).left_out
+
+
+def test_the_fits_to_further_runs_are_part_of_the_fit_time(monkeypatch):
+    fitted = []
+    mixture = get_method("laplace_mixture", size=4)
+
+    class Fitted(method_cost.OneMethod):
+        device = None
+
+        def fit(self, methods):
+            fitted.append(methods)
+
+    monkeypatch.setattr(method_cost, "seconds", lambda action, _: (action(), 1.0)[1])
+    one = Fitted(mixture, replace(mixture, runs=("a",) * 3, fits=("b",) * 3), None, None, None, None)
+    timing, _ = one._timed_fit(SimpleNamespace(predict=lambda: None))
+    assert fitted == [[one.stored], mixture.needs.run_methods]
+    assert timing == Timing((4.0, 4.0), (1.0, 1.0))

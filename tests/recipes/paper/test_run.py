@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import shutil
@@ -31,7 +32,7 @@ def make(folder, *arguments, jobs=1):
 @pytest.fixture(autouse=True)
 def unmeasured(monkeypatch):
     """Costs are measured once, in the study that most tests share."""
-    monkeypatch.setattr(run, "measure_costs", lambda *_: None)
+    monkeypatch.setattr(run, "outstanding_costs", lambda *_: [])
 
 
 @pytest.fixture(scope="module")
@@ -158,3 +159,19 @@ def test_runs_that_processes_have_replaced_are_not_made_again(finished, tmp_path
     monkeypatch.setattr(SeedRun, "_train_and_fit", lambda *_: pytest.fail("a run is made again in this process"))
     assert make(folder, "--table", "3", "--overwrite", jobs=2) == 0
     assert (folder / "runs" / "recall-lora" / "seed-0" / "trained.safetensors").stat().st_mtime_ns > before
+
+
+def test_a_measurement_that_fails_leaves_a_report(finished, tmp_path, monkeypatch, capsys):
+    folder = tmp_path / "copy"
+    shutil.copytree(finished, folder)
+    shutil.rmtree(folder / "report")
+
+    def fail(*_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(run, "outstanding_costs", lambda *_: [("experts", "map")])
+    monkeypatch.setattr(run, "measure_costs", fail)
+    with contextlib.suppress(KeyboardInterrupt):
+        make(folder, "--table", "3,5")
+    assert (folder / "report" / "report.md").is_file()
+    assert f"The report is in {folder / 'report' / 'report.md'}" in capsys.readouterr().out

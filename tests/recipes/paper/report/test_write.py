@@ -9,7 +9,7 @@ import pytest
 
 from bmoe_lightning.metrics import METRICS
 from bmoe_lightning.report import SummarySettings
-from recipes.paper.report import Cost, Costs, warned, write, write_report
+from recipes.paper.report import Cost, Costs, Timing, warned, write, write_report
 from recipes.paper.report.sections import SECTIONS
 
 SETTINGS = SummarySettings(num_samples=50)
@@ -111,21 +111,31 @@ def test_without_matplotlib_the_figures_are_left_out_and_it_is_told(small, tmp_p
 
 def test_costs_are_relative_to_the_reference(small, report_of):
     costs = {
-        "map": Cost(0.0, 2.0, None, 100.0, 0.25),
-        "laplace_lpo": Cost(30.0, 7.0, 250.0, 150.0, 0.5, further_runs=2),
-        "bayesian_lora": Cost(predict_seconds=6.0),
+        "map": Cost(None, Timing((2.0,), (2.0,)), Timing((0.25,), (0.25,)), None, 100.0, 100.0),
+        # The second round is ten times slower for both.
+        "laplace_lpo": Cost(
+            Timing((30.0, 30.0), (2.0, 2.0)), Timing((7.0, 40.0, 7.0), (2.0, 20.0, 2.0)), None, 250.0, 150.0, 100.0, 2
+        ),
+        "bayesian_lora": Cost(predict=Timing((6.0,), (2.0,))),
     }
-    section = cost_section(report_of(small, costs=Costs(costs, "On a machine.", "Without one.")))
+    section = cost_section(
+        report_of(small, costs=Costs(costs, {"map": "On a machine.", "laplace_lpo": "On a machine."}, "Without one."))
+    )
     rows = {row.key: [cell and cell.mean for cell in row.cells] for row in section.grids[0].blocks[0].rows}
     assert rows == {
-        "map": [0.0, 1.0, None, 1.0, 1.0, 0],
+        "map": [None, 1.0, None, 1.0, 1.0, 0],
         "bayesian_lora": [None, 3.0, None, None, None, 0],
-        "laplace_lpo": [15.0, 3.5, 2.5, 1.5, 2.0, 2],
+        "laplace_lpo": [15.0, 3.5, 2.5, 1.5, None, 2],
     }
-    assert "predictions of MAP on the same questions (2 s, 0 MiB, 250 ms a question)" in section.grids[0].caption
+    assert (
+        "predictions of MAP on the same questions with the same model (MAP: 2 s, 0 MiB, 250 ms a question)"
+        in section.grids[0].caption
+    )
     assert section.grids[0].caption.endswith(" On a machine.")
-    assert section.text == ("Without one.",)
-    assert section.details["measured_costs"]["laplace_lpo"]["fit_seconds"] == 30.0
+    label = section.grids[0].blocks[0].rows[-1].label
+    wide = f"Times whose ratios differ by more than a quarter between rounds: {label}, prediction time 2.00 to 3.50."
+    assert section.text == (wide, "Without one.")
+    assert section.details["measured_costs"]["laplace_lpo"]["fit"]["seconds"] == (30.0, 30.0)
 
 
 def cost_section(report):
