@@ -15,7 +15,7 @@ from recipes.paper.stored_costs import COSTS_FILE, read_costs, write_costs
 from recipes.qwen_obqa.experiment import completed_run
 from recipes.qwen_obqa.settings import Settings
 
-# One that is not fitted, one with a further run, one with a fit to it, and one that uses the weights before fine-tuning.
+# One that is not fitted, one with a further run, one with a fit to it, and one of weights before fine-tuning.
 METHODS = ("map", "deep_ensemble", "laplace_mixture", "laplace_evidence")
 
 
