@@ -201,7 +201,7 @@ def test_a_damaged_fit_of_a_member_stays_as_it_is_and_is_named(stored, measured,
 
 def test_the_fits_to_further_runs_are_part_of_the_fit_time(monkeypatch):
     fitted = []
-    mixture = get_method("laplace_mixture", size=4)
+    mixture = replace(get_method("laplace_mixture"), size=4)
 
     class Fitted(method_cost.OneMethod):
         device = None
