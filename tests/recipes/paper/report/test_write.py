@@ -155,7 +155,7 @@ def test_captions_begin_with_a_capital_and_ids_stay_as_they_are(small, report_of
     makes = [make for make in SECTIONS if make.__module__.rpartition(".")[2] in quick]
     report = report_of(
         study,
-        costs=Costs({"map": Cost(0.0, 2.0, None, 100.0, 0.25)}, "On a machine."),
+        costs=Costs({"map": Cost(predict=Timing((2.0,), (2.0,)))}, {"map": "On a machine."}),
         settings=replace(SETTINGS, num_samples=10),
     )
     assert report.model == begins
