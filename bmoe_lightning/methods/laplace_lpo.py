@@ -71,7 +71,7 @@ class LaplaceLPO(CurvatureMethod):
         if self.evidence_width is not None:
             centre = work.evidence_precision(self.spec, self.scope, self.prior_mean)
             prior = LogNormalPrior(centre, self.evidence_width)
-        cache, names = work.covariances(self.spec), work.posterior(self.spec).factors.names
+        cache, names = work.covariances(self.spec), work.layer_names(self.spec)
         return {PRIOR_PRECISION: fit_lpo(cache, self.scope, prior=prior, seed=work.seed, names=names)}
 
     def log_probs(self, batch: BatchView, state: State) -> Tensor:

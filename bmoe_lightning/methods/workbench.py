@@ -184,6 +184,14 @@ class Workbench:
         """
         return self._curvature_passes.posterior(curvature)
 
+    def layer_names(self, curvature: Curvature) -> Sequence[str]:
+        """The names of the layers of a curvature, in their order, for messages.
+
+        Args:
+            curvature: Specification.
+        """
+        return self.posterior(curvature).factors.names
+
     def calibration_logits(self) -> Split:
         """Logits `[N, K]` float64 and labels `[N]` int64 (or None) of the held-out data, on the CPU.
 

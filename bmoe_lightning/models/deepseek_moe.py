@@ -181,6 +181,8 @@ class DeepseekPreTrainedModel(LlamaPreTrainedModel):
     config_class = DeepseekMoeConfig
     _no_split_modules = ["DeepseekDecoderLayer"]  # noqa: RUF012
     _can_record_outputs = {"hidden_states": DeepseekDecoderLayer, "attentions": LlamaAttention}  # noqa: RUF012
+    # transformers stores its answer on the class it asks about, so a Llama model would answer for this subclass.
+    _can_set_experts_implementation_cached_value = True
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:

@@ -73,6 +73,10 @@ class StoredWorkbench:
         """As of a workbench."""
         return self._part.cache
 
+    def layer_names(self, curvature: Curvature) -> Sequence[str]:  # noqa: ARG002
+        """As of a workbench; a case stores none, so that messages number the layers."""
+        return ()
+
     def evidence_precision(self, curvature: Curvature, scope: Scope, prior_mean: PriorMeanName) -> Tensor:  # noqa: ARG002
         """As of a workbench; the prior mean is the weights before fine-tuning."""
         return self._case.precisions[scope]

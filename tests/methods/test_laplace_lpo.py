@@ -59,6 +59,6 @@ def test_a_layer_that_the_labels_do_not_determine_marks_the_row(caplog):
     training = [toy_batch(num_rows=60, seed=11)]
     fit = fit_methods([by_layer, one], model, answer_logits, training, [held_out])
     (sentence,) = [said for said in fit.warnings_of(by_layer) if "of some layers is not determined" in said]
-    assert "in layer 1)" in sentence  # alone
+    assert "in layer layers.1.mixture.crew)" in sentence  # alone
     assert sentence not in fit.warnings_of(one)
     assert sum(sentence in record.message for record in caplog.records) == 1

@@ -20,6 +20,8 @@ from transformers import (
     AutoConfig,
     AutoModel,
     AutoModelForCausalLM,
+    LlamaConfig,
+    LlamaForCausalLM,
     LlamaTokenizer,
     PreTrainedTokenizerFast,
     Qwen2MoeConfig,
@@ -59,6 +61,12 @@ def tensors():
 @pytest.fixture
 def folder(tmp_path, tensors):
     return write_folder(tmp_path / "published", SMALL, tensors)
+
+
+def test_a_llama_model_of_the_process_does_not_take_its_experts_implementations_away(folder):
+    sizes = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
+    LlamaForCausalLM(LlamaConfig(vocab_size=30, **sizes))
+    load_causal_model(str(folder), "float32").set_experts_implementation("grouped_mm")
 
 
 # transformers takes norms, rotations and softmax in float32 even in a model of float64; grouped products want float32.
