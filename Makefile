@@ -28,7 +28,7 @@ $(VENV)/installed-peers: $(VENV)/installed
 	$(BIN)/pip install --quiet --constraint constraints.txt --no-deps curvlinops-for-pytorch laplace-torch backpack-for-pytorch
 	@touch $@
 
-demo: $(VENV)/installed  ## Fine-tune the built-in model and compare all methods (under 3 minutes on 2 cores)
+demo: $(VENV)/installed  ## Fine-tune the built-in model and compare all methods (a few minutes on 2 cores)
 	$(BIN)/python -m recipes.qwen_obqa $(ARGS)
 
 peers: $(VENV)/installed-peers  ## Install the libraries that `python -m recipes.benchmark` compares with
