@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, contextmanager, nullcontext
+from contextlib import ExitStack, contextmanager
 
 from torch import nn
 
 from bmoe_lightning.experts.layouts.registry import LAYOUTS
-from bmoe_lightning.experts.threads import in_all_threads, model_lock
+from bmoe_lightning.experts.threads import attached
 from bmoe_lightning.experts.tied_weights import parameter_owners, tied_modules
 from bmoe_lightning.experts.types import Dropout, ExpertLayer, Tap
 
@@ -35,19 +35,14 @@ def intercepted_layers(
         everywhere: Whether that applies in all threads. Otherwise it applies in this one alone, which holds the model's
             lock meanwhile.
     """
-    with ExitStack() as held, ExitStack() as stack:
-        held.enter_context(model_lock(model))
-        with in_all_threads() if everywhere else nullcontext():
-            for name in dict.fromkeys(layer.layout for layer in layers):
-                stack.enter_context(LAYOUTS[name].prepared(model))
-            owners = parameter_owners(model)
-            for layer, tap in zip(layers, itertools.repeat(None) if taps is None else taps, strict=taps is not None):
-                for module in tied_modules(model, layer, owners):
-                    stack.enter_context(LAYOUTS[layer.layout].intercepted(module, layer, tap, dropout))
-        if everywhere:
-            held.close()
-        try:
-            yield
-        finally:
-            if everywhere:
-                held.enter_context(model_lock(model))
+
+    def attach(stack: ExitStack) -> None:
+        for name in dict.fromkeys(layer.layout for layer in layers):
+            stack.enter_context(LAYOUTS[name].prepared(model))
+        owners = parameter_owners(model)
+        for layer, tap in zip(layers, itertools.repeat(None) if taps is None else taps, strict=taps is not None):
+            for module in tied_modules(model, layer, owners):
+                stack.enter_context(LAYOUTS[layer.layout].intercepted(module, layer, tap, dropout))
+
+    with attached(model, attach, everywhere=everywhere):
+        yield

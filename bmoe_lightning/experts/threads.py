@@ -12,7 +12,7 @@ import os
 import threading
 import weakref
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, nullcontext
 from typing import Any
 
 from torch import nn
@@ -65,6 +65,30 @@ def in_all_threads() -> Iterator[None]:
         yield
     finally:
         _scope.everywhere = before
+
+
+@contextmanager
+def attached(model: nn.Module, attach: Callable[[ExitStack], None], *, everywhere: bool) -> Iterator[None]:
+    """A context with something attached to a model, in this thread alone, which holds the model's lock meanwhile.
+
+    Or in all threads, which then hold the lock only while it is attached and removed.
+
+    Args:
+        model: The model.
+        attach: Attaches it, and leaves its removal to the stack.
+        everywhere: Whether it applies in all threads.
+    """
+    with ExitStack() as held, ExitStack() as stack:
+        held.enter_context(model_lock(model))
+        with in_all_threads() if everywhere else nullcontext():
+            attach(stack)
+        if everywhere:
+            held.close()
+        try:
+            yield
+        finally:
+            if everywhere:
+                held.enter_context(model_lock(model))
 
 
 def scope() -> int | None:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from bmoe_lightning.routers.scores import at_least_float32
 from bmoe_lightning.routers.types import Router
 
 _BINS_PER_OCTAVE = 64
@@ -36,7 +37,7 @@ def count_gaps(logits: Tensor, router: Router) -> Tensor:
             "tokens; use a model without a limit on the tokens of an expert"
         )
     chosen = min(router.top_k, router.num_experts - 1)
-    largest = logits.to(torch.promote_types(logits.dtype, torch.float32)).topk(chosen + 1, dim=-1).values
+    largest = at_least_float32(logits).topk(chosen + 1, dim=-1).values
     gaps = (largest[:, chosen - 1] - largest[:, chosen]).nan_to_num(0.0)
     bins = ((gaps.log2() - _LOWEST) * _BINS_PER_OCTAVE).floor() + 1
     return bins.clamp(0, NUM_BINS - 1).long().cpu().bincount(minlength=NUM_BINS)

@@ -10,13 +10,13 @@ from __future__ import annotations
 import threading
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager, nullcontext
+from contextlib import ExitStack, contextmanager
 from typing import Any
 
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from bmoe_lightning.experts.threads import applies, in_all_threads, model_lock, scope
+from bmoe_lightning.experts.threads import applies, attached, scope
 from bmoe_lightning.experts.tied_weights import parameter_owners
 from bmoe_lightning.experts.wrappers.compiled import eager_code, is_compiled
 from bmoe_lightning.experts.wrappers.names import unwrapped
@@ -58,24 +58,19 @@ def intercepted_routers(
             "routers are intercepted through forward hooks, which compiled code skips: train this model without "
             "torch.compile"
         )
-    with ExitStack() as held, ExitStack() as stack:
-        held.enter_context(model_lock(model))
+
+    def attach(stack: ExitStack) -> None:
         if not everywhere:
             stack.enter_context(eager_code())
-        with in_all_threads() if everywhere else nullcontext():
-            owners = parameter_owners(model)
-            for router in routers:
-                for module in tied_routers(model, router, owners):
-                    interception = _Interception(router, replace)
-                    stack.callback(interception.end)
-                    interception.attach(stack, module)
-        if everywhere:
-            held.close()
-        try:
-            yield
-        finally:
-            if everywhere:
-                held.enter_context(model_lock(model))
+        owners = parameter_owners(model)
+        for router in routers:
+            for module in tied_routers(model, router, owners):
+                interception = _Interception(router, replace)
+                stack.callback(interception.end)
+                interception.attach(stack, module)
+
+    with attached(model, attach, everywhere=everywhere):
+        yield
 
 
 def tied_routers(model: nn.Module, router: Router, owners: Counter[int]) -> list[nn.Module]:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from bmoe_lightning.routers.interception import intercepted_routers
-from bmoe_lightning.routers.scores import mean_scores, sample_chunks
+from bmoe_lightning.routers.scores import at_least_float32, mean_scores, sample_chunks
 from bmoe_lightning.routers.streams import sample_noise
 from bmoe_lightning.routers.token_rows import TokenRows, watched_tokens
 from bmoe_lightning.routers.types import Router
@@ -89,7 +89,7 @@ def sampled_routes(
             if scale == 0:
                 return logits
             added = noise.of_copies(watch.rows(len(logits)), router, samples).flatten(0, 1)
-            return (_wide(logits) + scale * added.to(logits.device)).to(logits.dtype)
+            return (at_least_float32(logits) + scale * added.to(logits.device)).to(logits.dtype)
 
         scale_of = dict(zip(routers, scales, strict=True))
         with intercepted_routers(model, routers, noisy):
@@ -121,7 +121,7 @@ def averaged_scores(
             scale = scale_of[router]
             if scale == 0:
                 return logits
-            mean, rows = _wide(logits), watch.rows(len(logits))
+            mean, rows = at_least_float32(logits), watch.rows(len(logits))
             chunks = sample_chunks(num_samples, logits.numel())
             drawn = (mean + scale * noise.at(rows, router, chunk).flatten(1, 2).to(logits.device) for chunk in chunks)
             return mean_scores(drawn, router.score or "other").logits(mean).to(logits.dtype)
@@ -129,8 +129,3 @@ def averaged_scores(
         scale_of = dict(zip(routers, scales, strict=True))
         with intercepted_routers(model, routers, averaged):
             yield
-
-
-def _wide(logits: Tensor) -> Tensor:
-    """In float32 at least, since in less the noise and the logits are rounded alike."""
-    return logits.to(torch.promote_types(logits.dtype, torch.float32))

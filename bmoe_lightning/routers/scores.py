@@ -67,7 +67,7 @@ def mean_scores(samples: Iterable[Tensor], score: Score) -> MeanScores:
     for chunk in samples:
         if not len(chunk):
             continue
-        sums = tuple(part.logsumexp(0) for part in _log_scores(_at_least_float32(chunk), score))
+        sums = tuple(part.logsumexp(0) for part in _log_scores(at_least_float32(chunk), score))
         total = sums if total is None else tuple(map(torch.logaddexp, total, sums))
         count += len(chunk)
     if total is None:
@@ -83,7 +83,7 @@ def log_scores(logits: Tensor, score: Score) -> Tensor:
         ValueError: If the score is neither a softmax nor a sigmoid.
     """
     check_score(score)
-    return _log_scores(_at_least_float32(logits), score)[0]
+    return _log_scores(at_least_float32(logits), score)[0]
 
 
 def check_score(score: Score | None) -> None:
@@ -121,5 +121,6 @@ def _log_scores(logits: Tensor, score: Score) -> tuple[Tensor, ...]:
     return F.logsigmoid(logits), F.logsigmoid(-logits)
 
 
-def _at_least_float32(values: Tensor) -> Tensor:
-    return values if values.dtype == torch.float64 else values.float()
+def at_least_float32(values: Tensor) -> Tensor:
+    """Logits in float32 at least: in less, their differences and what is added to them are rounded alike."""
+    return values.to(torch.promote_types(values.dtype, torch.float32))

@@ -11,6 +11,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from bmoe_lightning.routers.scores import at_least_float32
+
 Temperature = float | Tensor
 """A positive number, or one for each token, `[tokens]`."""
 
@@ -29,8 +31,9 @@ def sample_experts(logits: Tensor, uniform: Tensor, top_k: int, temperature: Tem
     Returns:
         Indices in the order in which they were drawn, `[..., tokens, K]` int64.
     """
+    logits = _tempered(logits, temperature)
     gumbel = -(-uniform.to(logits).log()).log()
-    return (_tempered(logits, temperature) + gumbel).topk(top_k, dim=-1).indices
+    return (logits + gumbel).topk(top_k, dim=-1).indices
 
 
 def log_probability(logits: Tensor, chosen: Tensor, temperature: Temperature = 1.0) -> Tensor:
@@ -84,10 +87,11 @@ def tempered_divergence(logits: Tensor, temperature: Temperature) -> Tensor:
     A penalty `-log T` has no such bound, and can be lowered for ever.
     """
     log_probs = _tempered(logits, temperature).log_softmax(-1)
-    return (log_probs.exp() * (log_probs - logits.log_softmax(-1))).sum(-1)
+    return (log_probs.exp() * (log_probs - at_least_float32(logits).log_softmax(-1))).sum(-1)
 
 
 def _tempered(logits: Tensor, temperature: Temperature) -> Tensor:
-    return logits / (
+    """In less than float32, a uniform number near 0 or 1 would be rounded to it, and its Gumbel noise be infinite."""
+    return at_least_float32(logits) / (
         temperature.unsqueeze(-1) if isinstance(temperature, Tensor) and temperature.dim() else temperature
     )

@@ -41,7 +41,6 @@ _SEVERAL = (
     "one of them needs is not what the method needs on one device."
 )
 
-
 Key = tuple[Mode, str]
 """Mode and name of a method."""
 

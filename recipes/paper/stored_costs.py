@@ -70,8 +70,8 @@ class StoredCost:
         mode: What was fine-tuned.
         method: Name of the method.
         predictions: File of the method's predictions in the study, relative to its folder.
-        origin: What these were made with, see `origin_of_predictions`; the cost is of no
-            other run, questions, fit or options.
+        origin: What these were made with, see `origin_of_predictions`; the cost is of no other run, questions, fit or
+            options.
         conditions: Where and on what it was measured.
         cost: The cost.
     """

@@ -28,8 +28,7 @@ def has_weights(path: Path, stage: str) -> bool:
     if not path.is_file():
         return False
     try:
-        verify_snapshot(path)
-        found = snapshot_info(path).fit
+        found = _stage_of(path)
     except ValueError as error:
         warnings.warn(f"{error} The weights are trained again", stacklevel=2)
         return False
@@ -46,10 +45,15 @@ def keeps_weights(path: Path, stage: str) -> bool:
         stage: Digest of everything that determines the weights.
     """
     try:
-        verify_snapshot(path)
-        return snapshot_info(path).fit == stage
+        return _stage_of(path) == stage
     except (FileNotFoundError, ValueError):
         return False
+
+
+def _stage_of(path: Path) -> str:
+    """The stage of which a file has the weights; raises `ValueError` if it is damaged."""
+    verify_snapshot(path)
+    return snapshot_info(path).fit
 
 
 class SaveTrained(L.Callback):

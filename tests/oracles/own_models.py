@@ -84,6 +84,17 @@ class Expert(nn.Module):
         return self.land(torch.relu(self.rise(x)))
 
 
+class Chooser(nn.Module):
+    """A router of four experts that makes its logits without `torch.nn.functional.linear`."""
+
+    def __init__(self):
+        super().__init__()
+        self.weight = nn.Parameter(torch.randn(4, 6))
+
+    def forward(self, x):
+        return x @ self.weight.T
+
+
 class OwnMixture(nn.Module):
     """Top-2 routing over a list of experts; the subclasses route otherwise."""
 

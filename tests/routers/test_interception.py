@@ -9,7 +9,7 @@ import pytest
 import torch
 from oracles.cases import in_layout, layouts
 from oracles.models import answer_logits, tiny_qwen, toy_batch, toy_model
-from oracles.own_models import OwnMixture, with_mixtures
+from oracles.own_models import Chooser, OwnMixture, with_mixtures
 from peft import LoraConfig, get_peft_model
 from torch import nn
 
@@ -280,14 +280,6 @@ class TestGradients:
 
 class TestRefused:
     def test_logits_by_no_linear_map(self):
-        class Chooser(nn.Module):
-            def __init__(self):
-                super().__init__()
-                self.weight = nn.Parameter(torch.randn(4, 6))
-
-            def forward(self, x):
-                return x @ self.weight.T
-
         model = with_mixtures(OwnMixture)
         for layer in model.layers:
             layer.mixture.chooser = Chooser().double()

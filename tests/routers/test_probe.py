@@ -6,7 +6,14 @@ import pytest
 import torch
 from oracles.cases import in_layout, layouts
 from oracles.models import answer_logits, tiny_qwen, toy_batch, toy_model
-from oracles.own_models import DroppingMixture, EverybodyMixture, ExpertChoiceMixture, OwnMixture, with_mixtures
+from oracles.own_models import (
+    Chooser,
+    DroppingMixture,
+    EverybodyMixture,
+    ExpertChoiceMixture,
+    OwnMixture,
+    with_mixtures,
+)
 from torch import nn
 
 from bmoe_lightning.routers import examine_routers, find_routers, probe_routers
@@ -111,14 +118,6 @@ class TestRefused:
             probed(model)
 
     def test_no_linear_map(self):
-        class Chooser(nn.Module):
-            def __init__(self):
-                super().__init__()
-                self.weight = nn.Parameter(torch.randn(4, 6))
-
-            def forward(self, x):
-                return x @ self.weight.T
-
         model = with_mixtures(OwnMixture)
         model.layers[1].mixture.chooser = Chooser().double()
         routers = find_routers(model)

@@ -119,6 +119,15 @@ def test_all_experts_are_chosen_where_k_is_n():
     assert torch.equal(restrict(logits.expand(4, 10, N), chosen), logits.expand(4, 10, N))
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_frequencies_in_half_precision(dtype):
+    logits = LOGITS.to(dtype)
+    chosen = sample_experts(logits.expand(DRAWS, N), uniform(DRAWS, N), K)
+    expected = sample_experts(logits.double().expand(DRAWS, N), uniform(DRAWS, N).double(), K)
+    assert (chosen != expected).any(1).double().mean() < 1e-4
+    assert log_probability(logits, chosen[:1]).dtype == gate_entropy(logits[None]).dtype == torch.float32
+
+
 def test_a_temperature_for_each_token():
     logits, temperature = torch.randn(3, 4, dtype=torch.float64), torch.tensor([0.3, 1.0, 5.0], dtype=torch.float64)
     noise = uniform(3, 4)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import gc
-import time
 
 import pytest
 import torch
@@ -19,21 +18,6 @@ from recipes.benchmark.measure import (
 from recipes.common.timing import seconds
 
 CPU = torch.device("cpu")
-
-
-@pytest.fixture
-def clock(monkeypatch):
-    """A clock that only actions move."""
-
-    class Clock:
-        now = 0.0
-
-        def advance(self, by):
-            self.now += by
-
-    clock = Clock()
-    monkeypatch.setattr(time, "perf_counter", lambda: clock.now)
-    return clock
 
 
 @pytest.mark.parametrize("power", [0.0, 1.0, 1.5])

@@ -3,29 +3,12 @@
 from __future__ import annotations
 
 import gc
-import time
 
-import pytest
 import torch
 
 from recipes.common.timing import in_turn, seconds, without_garbage_collection
 
 CPU = torch.device("cpu")
-
-
-@pytest.fixture
-def clock(monkeypatch):
-    """A clock that only actions move."""
-
-    class Clock:
-        now = 0.0
-
-        def advance(self, by):
-            self.now += by
-
-    clock = Clock()
-    monkeypatch.setattr(time, "perf_counter", lambda: clock.now)
-    return clock
 
 
 def test_actions_take_turns_after_a_warm_up(clock):
