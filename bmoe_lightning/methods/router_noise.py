@@ -19,7 +19,9 @@ from bmoe_lightning.methods.needs import Needs
 from bmoe_lightning.methods.routes import route_information, route_log_probs
 from bmoe_lightning.methods.workbench import Workbench
 from bmoe_lightning.routers.discovery import find_routers
-from bmoe_lightning.routers.noise import PositionNoise, averaged_scores, sampled_routes
+from bmoe_lightning.routers.draws import PositionNoise
+from bmoe_lightning.routers.fixed_noise import FixedNoise
+from bmoe_lightning.routers.prediction import averaged_scores, sampled_routes
 from bmoe_lightning.routers.types import Router, Score
 
 Average = Literal["predictions", "scores"]
@@ -174,13 +176,13 @@ class RouterNoise(Method):
             return batch.logits.log_softmax(-1)
         if self.average == "predictions":
             return average_log_probs(self._sampled(batch, routers, sigma.tolist(), noise))
-        with averaged_scores(batch.model, routers, sigma.tolist(), self.num_samples, noise):
+        with averaged_scores(batch.model, _nets(routers, sigma.tolist()), self.num_samples, noise):
             return batch.forward()[0].log_softmax(-1)
 
     def _sampled(
         self, batch: BatchView, routers: Sequence[Router], sigma: Sequence[float], noise: PositionNoise
     ) -> Tensor:
-        routes = partial(sampled_routes, batch.model, routers, sigma, noise=noise)
+        routes = partial(sampled_routes, batch.model, _nets(routers, sigma), noise=noise)
         return route_log_probs(batch, routes, self.num_samples, per_pass=self.samples_per_pass)
 
     def _noise(self, seed: int) -> PositionNoise:
@@ -195,3 +197,7 @@ class RouterNoise(Method):
             )
         scores = [_SCORES[index] for index in state["score"].tolist()]
         return [replace(router, score=score) for router, score in zip(routers, scores, strict=True)]
+
+
+def _nets(routers: Sequence[Router], sigma: Sequence[float]) -> list[FixedNoise]:
+    return [FixedNoise(router, scale) for router, scale in zip(routers, sigma, strict=True)]

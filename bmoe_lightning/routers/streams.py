@@ -62,20 +62,23 @@ def sample_noise(
     return torch.stack(found) if found else torch.empty(0, *shape)
 
 
-def step_noise(shape: Sequence[int], *, seed: int, router: int, step: int, kind: NoiseKind = "normal") -> Tensor:
+def step_noise(
+    shape: Sequence[int], *, seed: int, router: int, step: int, call: int = 0, kind: NoiseKind = "normal"
+) -> Tensor:
     """The random numbers of one training step, such as `[tokens, N]` for all tokens of a batch.
 
     Args:
         shape: Shape of the numbers.
         seed: Seed, not negative; another one on each rank.
         router: Index of the router.
-        step: Number of the forward pass, from 0.
+        step: Number of the training step, from 0.
+        call: Number of the router's call within the step, from 0.
         kind: Distribution of the numbers.
 
     Returns:
         `shape`, float32 on the CPU.
     """
-    return _drawn(shape, (_STEPS, seed, router, step), kind)
+    return _drawn(shape, (_STEPS, seed, router, step, call), kind)
 
 
 def _drawn(shape: Sequence[int], key: Sequence[int], kind: NoiseKind) -> Tensor:

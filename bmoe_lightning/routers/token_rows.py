@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -32,6 +33,20 @@ class TokenRows:
 
     mask: Tensor
     positions: Tensor
+
+    @cached_property
+    def real(self) -> Tensor | None:
+        """Indices of the real tokens among all, `[real tokens]`; None if there is no padding."""
+        flat = self.mask.flatten()
+        return None if bool(flat.all()) else flat.nonzero().squeeze(1)
+
+    @property
+    def last(self) -> Tensor:
+        """Index of the last real token of each row among all tokens, `[R]`; of the last one in a row without any."""
+        length = self.mask.shape[1]
+        places = torch.arange(length, device=self.mask.device)
+        last = torch.where(self.mask.any(1), (self.mask * places).amax(1), length - 1)
+        return last + length * torch.arange(len(last), device=last.device)
 
     @classmethod
     def of_mask(cls, mask: Tensor, length: int | None = None) -> TokenRows:

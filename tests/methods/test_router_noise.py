@@ -14,8 +14,7 @@ from bmoe_lightning.methods import MAP, BatchView, RouterNoise, fit_methods
 from bmoe_lightning.methods.evaluation import evaluate
 from bmoe_lightning.methods.routes import route_information
 from bmoe_lightning.methods.storage import load_fit, save_fit
-from bmoe_lightning.routers import find_routers
-from bmoe_lightning.routers.noise import PositionNoise, sampled_routes
+from bmoe_lightning.routers import FixedNoise, PositionNoise, find_routers, sampled_routes
 
 SCORES = RouterNoise(name="of_scores", label="Of scores", average="scores")
 
@@ -43,7 +42,8 @@ def test_averages_the_probabilities_along_its_routes(model, batches, per_pass):
     batch, probabilities = batches[0], []
     noise = PositionNoise(5)
     for sample in range(5):
-        with torch.no_grad(), sampled_routes(model, find_routers(model), (0.7, 1.5), [sample], noise):
+        nets = map(FixedNoise, find_routers(model), (0.7, 1.5))
+        with torch.no_grad(), sampled_routes(model, [*nets], [sample], noise):
             probabilities.append(answer_logits(model, batch)[0].softmax(-1))
     method = RouterNoise(num_samples=5, samples_per_pass=per_pass)
     view = BatchView(model, answer_logits, batch, seed=5)

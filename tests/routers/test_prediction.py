@@ -1,4 +1,4 @@
-"""Gaussian noise on router logits: routes, averages of scores against quadrature, and the limit of no noise."""
+"""Passes with Bayesian routers: routes, averages of scores against quadrature, signals, and the limit of no noise."""
 
 from __future__ import annotations
 
@@ -9,9 +9,22 @@ import pytest
 import torch
 from oracles.models import answer_logits, toy_batch, toy_model
 
-from bmoe_lightning.routers import TokenRows, find_routers, intercepted_routers, probe_routers, watched_tokens
-from bmoe_lightning.routers.noise import PositionNoise, averaged_scores, sampled_routes
-from bmoe_lightning.routers.types import Router
+from bmoe_lightning.routers import (
+    FixedNoise,
+    FullCovarianceLogits,
+    MeanFieldLogits,
+    PositionNoise,
+    Router,
+    TokenRows,
+    averaged_scores,
+    find_routers,
+    intercepted_routers,
+    mean_routers,
+    probe_routers,
+    recorded_signals,
+    sampled_routes,
+    watched_tokens,
+)
 
 BATCH = toy_batch(num_rows=4)
 
@@ -24,6 +37,10 @@ def logits_of(model, context=None):
             return answer_logits(model, BATCH)[0]
 
 
+def fixed(routers, *scales):
+    return [FixedNoise(router, scale) for router, scale in zip(routers, scales, strict=True)]
+
+
 def probed(model):
     return probe_routers(model, find_routers(model), lambda: answer_logits(model, BATCH)[0])
 
@@ -32,8 +49,8 @@ def probed(model):
 def test_without_noise_the_model_is_bitwise_the_same(dtype):
     model = toy_model().to(dtype)
     routers, noise = find_routers(model), PositionNoise(0)
-    assert torch.equal(logits_of(model, sampled_routes(model, routers, [0.0, 0.0], [0], noise)), logits_of(model))
-    assert torch.equal(logits_of(model, averaged_scores(model, routers, [0.0, 0.0], 4, noise)), logits_of(model))
+    assert torch.equal(logits_of(model, sampled_routes(model, fixed(routers, 0.0, 0.0), [0], noise)), logits_of(model))
+    assert torch.equal(logits_of(model, averaged_scores(model, fixed(routers, 0.0, 0.0), 4, noise)), logits_of(model))
 
 
 def test_a_route_is_the_model_with_the_noise_of_its_sample():
@@ -47,7 +64,7 @@ def test_a_route_is_the_model_with_the_noise_of_its_sample():
 
         with watched_tokens(model) as watch:
             expected = logits_of(model, intercepted_routers(model, routers, added))
-        found = logits_of(model, sampled_routes(model, routers, [0.5, 2.0], [sample], noise))
+        found = logits_of(model, sampled_routes(model, fixed(routers, 0.5, 2.0), [sample], noise))
         torch.testing.assert_close(found, expected, rtol=1e-12, atol=1e-12)
         assert not torch.allclose(found, logits_of(model))
 
@@ -97,7 +114,7 @@ class Seen:
         with (
             torch.no_grad(),
             intercepted_routers(self.model, [self.router], constant),
-            averaged_scores(self.model, [self.router], [sigma], num_samples, noise),
+            averaged_scores(self.model, [FixedNoise(self.router, sigma)], num_samples, noise),
             intercepted_routers(self.model, [self.router], look),
         ):
             self.model(input_ids=ids, attention_mask=torch.ones_like(ids))
@@ -133,4 +150,59 @@ def test_scores_of_no_known_kind_have_no_average():
     model = toy_model()
     routers = find_routers(model)  # not probed
     with pytest.raises(ValueError, match="'other'"):
-        logits_of(model, averaged_scores(model, routers, [1.0, 1.0], 2, PositionNoise(0)))
+        logits_of(model, averaged_scores(model, fixed(routers, 1.0, 1.0), 2, PositionNoise(0)))
+
+
+def random_nets(model, kind=MeanFieldLogits, **options):
+    """Nets that shift the mean, and whose scale depends on the token."""
+    nets = [kind(router, 0.8, dtype=torch.float64, **options) for router in probed(model)]
+    generator = torch.Generator().manual_seed(0)
+    for parameter in (p for net in nets for p in net.parameters()):
+        parameter.data += 0.3 * torch.randn(parameter.shape, generator=generator, dtype=torch.float64)
+    return nets
+
+
+@pytest.mark.parametrize("kind", [MeanFieldLogits, FullCovarianceLogits])
+def test_rows_get_the_same_logits_alone_padded_and_in_copies(kind):
+    model = toy_model()
+    nets, noise = random_nets(model, kind), PositionNoise(1)
+    state = torch.get_rng_state()
+    found = torch.stack([logits_of(model, sampled_routes(model, nets, [s], noise)) for s in range(3)])
+    copies = {name: values.repeat(3, *[1] * (values.dim() - 1)) for name, values in BATCH.items()}
+    with torch.no_grad(), sampled_routes(model, nets, [0, 1, 2], noise):
+        together = answer_logits(model, copies)[0]
+    torch.testing.assert_close(together.view_as(found), found, rtol=0, atol=1e-9)
+    padded = {name: torch.nn.functional.pad(BATCH[name], (3, 0)) for name in ("ids", "mask")}
+    with torch.no_grad(), sampled_routes(model, nets, [0], noise):
+        torch.testing.assert_close(answer_logits(model, padded)[0], found[0], rtol=0, atol=1e-9)
+    with torch.no_grad(), averaged_scores(model, nets, 6, noise):
+        scores = answer_logits(model, padded)[0]
+    torch.testing.assert_close(logits_of(model, averaged_scores(model, nets, 6, noise)), scores, rtol=0, atol=1e-9)
+    assert torch.equal(torch.get_rng_state(), state)
+    assert (found[0] - found[1]).abs().max() > 1e-3
+
+
+def test_signals_are_those_of_the_last_real_token():
+    model = toy_model()
+    nets, seen = random_nets(model), {}
+
+    def keep(router, u, logits):
+        seen[router.index] = u.clone(), logits.clone()
+        return logits
+
+    with recorded_signals(model, nets) as signals, mean_routers(model, nets):
+        mean = logits_of(model)
+    with mean_routers(model, nets[:1]):
+        logits_of(model, intercepted_routers(model, [nets[1].router], keep))
+    last = torch.arange(4) * 7 + 6  # padding is on the left
+    u, logits = (values[last] for values in seen[1])
+    expected = nets[1].distribution(u, logits).covariance()
+    centring = torch.eye(4, dtype=torch.float64) - 0.25
+    torch.testing.assert_close(
+        signals.variances[1][0], (centring @ expected @ centring).diagonal(dim1=-2, dim2=-1).sum(-1), rtol=1e-9, atol=0
+    )
+    probabilities = nets[1].mean(u, logits).softmax(-1)
+    torch.testing.assert_close(
+        signals.entropies[1][0], -(probabilities * probabilities.log()).sum(-1), rtol=1e-9, atol=0
+    )
+    assert not torch.allclose(mean, logits_of(model))
