@@ -16,6 +16,7 @@ from bmoe_lightning.report.files import library_versions, write_results
 from bmoe_lightning.report.grid import Cell, Grid, GridBlock, GridRow, NumberFormat, grid_json, grid_markdown
 from bmoe_lightning.report.latex import grid_latex
 from bmoe_lightning.report.results import MethodResult, MetricSummary, Row, SummarySettings, summarise
+from bmoe_lightning.report.router_figures import score_figure, stability_figure
 from bmoe_lightning.report.styles import MethodStyle, method_styles
 from bmoe_lightning.report.table import results_markdown, results_table
 from bmoe_lightning.report.tensorboard import has_comparison, write_tensorboard
@@ -52,6 +53,8 @@ __all__ = [
     "results_markdown",
     "results_table",
     "save_figure",
+    "score_figure",
+    "stability_figure",
     "summarise",
     "write_figures",
     "write_results",

@@ -25,6 +25,7 @@ from bmoe_lightning.routers.full_covariance import FullCovarianceLogits
 from bmoe_lightning.routers.gaussian import GaussianRouter
 from bmoe_lightning.routers.interception import RouterError, intercepted_routers
 from bmoe_lightning.routers.mean_field import MeanFieldLogits
+from bmoe_lightning.routers.noise_sweep import GAMMAS, NoisePlace, Stability, noise_sweep
 from bmoe_lightning.routers.prediction import (
     RouterSignals,
     averaged_scores,
@@ -46,6 +47,7 @@ from bmoe_lightning.routers.stability import (
     chance_jaccard,
     jaccard,
     jaccard_by_layer,
+    jaccard_of_tokens,
     recorded_choices,
     susceptible_layers,
 )
@@ -57,6 +59,7 @@ from bmoe_lightning.routers.types import Replace, Router, Score
 from bmoe_lightning.routers.weight_noise import DropoutLogits, SwagWeights, dropout_multipliers, ensemble_logits
 
 __all__ = [
+    "GAMMAS",
     "BayesianRouter",
     "CollapseWatch",
     "DiagonalLogits",
@@ -71,6 +74,7 @@ __all__ = [
     "MeanFieldLogits",
     "MeanScores",
     "NoiseKind",
+    "NoisePlace",
     "PositionNoise",
     "ProbedRouter",
     "Replace",
@@ -80,6 +84,7 @@ __all__ = [
     "RouterTraining",
     "SampleDraws",
     "Score",
+    "Stability",
     "StepDraws",
     "SwagWeights",
     "TemperatureChoice",
@@ -102,6 +107,7 @@ __all__ = [
     "intercepted_routers",
     "jaccard",
     "jaccard_by_layer",
+    "jaccard_of_tokens",
     "load_router_state",
     "locate_routers",
     "log_probability",
@@ -109,6 +115,7 @@ __all__ = [
     "lower_triangular",
     "mean_routers",
     "mean_scores",
+    "noise_sweep",
     "probe_routers",
     "recorded_choices",
     "recorded_signals",

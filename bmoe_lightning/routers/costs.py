@@ -41,6 +41,21 @@ class RouterCost:
         return num_routers * self.total / active_macs
 
 
+@dataclass(frozen=True)
+class RoutingCost:
+    """What a prediction with random routers takes.
+
+    Attributes:
+        passes: Number of forward passes through the model.
+        per_token: Multiply-adds of one token in one router in each of them.
+        parameters: Numbers that are stored for one router.
+    """
+
+    passes: int
+    per_token: RouterCost
+    parameters: int = 0
+
+
 def dropout_cost(d_in: int, num_experts: int, num_samples: int) -> RouterCost:
     """MC dropout: S linear maps of the router's input times a mask, beside the map of the trained router."""
     return RouterCost(num_samples * d_in * num_experts, num_samples * d_in)

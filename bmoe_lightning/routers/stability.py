@@ -86,6 +86,19 @@ def jaccard_by_layer(one: Choices, other: Choices) -> dict[str, float]:
     Raises:
         ValueError: If layers or tokens differ, or there are none.
     """
+    return {name: float(indices.mean()) for name, indices in jaccard_of_tokens(one, other).items()}
+
+
+def jaccard_of_tokens(one: Choices, other: Choices) -> dict[str, Tensor]:
+    """The Jaccard index of each token in two passes over the same data, `[tokens]` float64 for each layer.
+
+    Args:
+        one: Choices of the one pass.
+        other: Choices of the other pass, see `jaccard_by_layer`.
+
+    Raises:
+        ValueError: If layers or tokens differ, or there are none.
+    """
     if set(one) != set(other):
         raise ValueError(
             f"the passes recorded {len(one)} and {len(other)} expert layers that are not the same; record the same "
@@ -99,7 +112,7 @@ def jaccard_by_layer(one: Choices, other: Choices) -> dict[str, float]:
                 f"the passes recorded {sum(sizes)} and {sum(other_sizes)} tokens in {name!r}; run both over the same "
                 "batches"
             )
-        found[name] = jaccard(torch.cat(list(calls)), torch.cat(list(other[name]))).mean().item()
+        found[name] = jaccard(torch.cat(list(calls)), torch.cat(list(other[name])))
     return found
 
 

@@ -6,7 +6,8 @@ numbers (common random numbers). The samples of one example are independent, whi
 needs; the errors of different examples are correlated. So a row gets the same numbers alone and in any batch, padded on
 either side (positions count from its first real token, see `bmoe_lightning.routers.token_rows`), and the same sample
 has the same numbers in every chunk. In training, rows have numbers of their own, by the number of the step: activations
-that are recomputed get the same ones.
+that are recomputed get the same ones. Noise on the inputs of a model has numbers by row of the data, which are the same
+in any batch.
 
 The generator is Philox (https://doi.org/10.1145/2063384.2063405), on the CPU and in float32, whatever device and dtype
 the model has.
@@ -25,7 +26,7 @@ from torch import Tensor
 NoiseKind = Literal["normal", "uniform"]
 """Standard normal, or uniform in (0, 1)."""
 
-_SAMPLES, _STEPS = 0, 1
+_SAMPLES, _STEPS, _ROWS = 0, 1, 2
 
 
 def sample_noise(
@@ -79,6 +80,23 @@ def step_noise(
         `shape`, float32 on the CPU.
     """
     return _drawn(shape, (_STEPS, seed, router, step, call), kind)
+
+
+def row_noise(shape: Sequence[int], *, seed: int, place: int, rows: Sequence[int]) -> Tensor:
+    """Standard normal numbers of some rows of the data, independent of those of samples and steps.
+
+    Args:
+        shape: Shape of the numbers of one row: `(L, width)` for the tokens at positions 0 .. L - 1. Fewer positions
+            have the first of the numbers of more.
+        seed: Seed, not negative.
+        place: Number of the place in the model.
+        rows: Numbers of the rows, from 0.
+
+    Returns:
+        `[R, *shape]` float32 on the CPU.
+    """
+    found = [_drawn(shape, (_ROWS, seed, place, row), "normal") for row in rows]
+    return torch.stack(found) if found else torch.empty(0, *shape)
 
 
 def _drawn(shape: Sequence[int], key: Sequence[int], kind: NoiseKind) -> Tensor:

@@ -32,6 +32,32 @@ def test_perfect_and_reversed_scores():
     assert detect_out_of_distribution(outside, inside, num_samples=20)["auroc"].value == 0
 
 
+def test_the_direction_is_fixed_whatever_the_data_say():
+    """A score that points the wrong way: it is never turned round, and its interval is below one half."""
+    inside, outside = shifted(-1.5)
+    found = detect_out_of_distribution(inside, outside, num_samples=300)
+    assert found["auroc"].value < found["auroc"].high < 0.5
+    assert found["fpr95"].value > 0.95
+    right_way = detect_out_of_distribution(-inside, -outside, num_samples=300)
+    assert found["auroc"].value == pytest.approx(1 - right_way["auroc"].value)
+    assert found["auroc"].low == pytest.approx(1 - right_way["auroc"].high, abs=0.01)
+
+
+def test_several_models_have_the_mean_of_their_values():
+    pairs = [shifted(shift, seed=seed) for seed, shift in enumerate((0.2, 1.0, 2.0))]
+    each = [detect_out_of_distribution(*pair, num_samples=300) for pair in pairs]
+    inside, outside = (torch.stack(parts) for parts in zip(*pairs, strict=True))
+    found = detect_out_of_distribution(inside, outside, num_samples=300)
+    for name, estimate in found.items():
+        assert estimate.value == pytest.approx(sum(of_one[name].value for of_one in each) / 3)
+    widths = [of_one["auroc"].high - of_one["auroc"].low for of_one in each]
+    assert found["auroc"].high - found["auroc"].low < max(widths)
+    # Copies of one model are one model.
+    copies = detect_out_of_distribution(inside[:1].repeat(2, 1), outside[:1].repeat(2, 1), num_samples=300)
+    assert copies["auroc"].low == pytest.approx(each[0]["auroc"].low)
+    assert copies["auroc"].high == pytest.approx(each[0]["auroc"].high)
+
+
 def test_seeded_and_the_global_generator_is_left_alone():
     before = torch.get_rng_state()
     first = detect_out_of_distribution(*shifted(1.0), num_samples=50, seed=1)
@@ -53,6 +79,8 @@ def test_errors_of_one_kind_have_no_value():
 def test_refusals():
     with pytest.raises(ValueError, match="none empty"):
         detect_out_of_distribution(torch.ones(3), torch.ones(0))
+    with pytest.raises(ValueError, match="of as many models"):
+        detect_out_of_distribution(torch.ones(2, 3), torch.ones(1, 3))
     with pytest.raises(ValueError, match="NaN"):
         detect_out_of_distribution(torch.ones(3), torch.tensor([torch.nan]))
     with pytest.raises(ValueError, match="num_samples"):
