@@ -18,6 +18,7 @@ from bmoe_lightning.methods.evaluation import average_log_probs
 from bmoe_lightning.methods.needs import Needs
 from bmoe_lightning.methods.routes import route_information, route_log_probs
 from bmoe_lightning.methods.workbench import Workbench
+from bmoe_lightning.routers.costs import RoutingCost, noise_cost
 from bmoe_lightning.routers.discovery import find_routers
 from bmoe_lightning.routers.draws import PositionNoise
 from bmoe_lightning.routers.fixed_noise import FixedNoise
@@ -161,6 +162,12 @@ class RouterNoise(Method):
             raise ValueError("'score', 'unit' and 'sigma' must have an entry for each router")
         if bool(((scores < 0) | (scores >= len(_SCORES))).any()):
             raise ValueError(f"'score' must be an index of {', '.join(_SCORES)}")
+
+    def routing_cost(self, d_in: int, num_experts: int) -> RoutingCost:  # the same for all widths
+        """What a prediction takes in a router with inputs of a width; see `bmoe_lightning.methods.routing_cost`."""
+        if self.average == "predictions":
+            return RoutingCost(self.num_samples, noise_cost(num_experts, 1), parameters=1)
+        return RoutingCost(1, noise_cost(num_experts, self.num_samples), parameters=1)
 
     def hyperparameters(self, state: State) -> dict[str, float]:
         return {"num_samples": self.num_samples, **state_numbers({key: state[key] for key in ("scale", "sigma")})}

@@ -52,6 +52,12 @@ def forward(model: Architecture, work: Workload) -> float:
     return sum(_block(block, model, work) for block in model.blocks) + _outside(model, work)
 
 
+def active_macs(model: Architecture) -> int:
+    """Multiply-adds of one token without attention scores: its active weights that are multiplied by something."""
+    blocks = sum(block.weights + sum(e.top_k * e.matrices for e in block.experts) for block in model.blocks)
+    return blocks + model.vocabulary * model.hidden + sum(out * into for out, into in model.outside)
+
+
 def training_step(model: Architecture, work: Workload, trained: str) -> float:
     """Operations of a forward and a backward pass.
 
