@@ -7,8 +7,8 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 from recipes.common.cli import UsageError
+from recipes.common.study_settings import StudySettings
 from recipes.paper.outcomes import Mode
-from recipes.paper.settings import PaperSettings
 
 
 @dataclass(frozen=True)
@@ -88,16 +88,17 @@ PRESETS: Mapping[str, Preset] = {
 }
 
 
-def chosen_preset(settings: PaperSettings) -> Preset:
+def chosen_preset(settings: StudySettings, presets: Mapping[str, Preset] = PRESETS) -> Preset:
     """The preset with the model and data sets of the flags.
 
     Args:
         settings: Settings.
+        presets: The study's presets by name.
 
     Raises:
         UsageError: If a model is given without data sets for it.
     """
-    preset = PRESETS[settings.preset]
+    preset = presets[settings.preset]
     data = tuple(_given(entry, preset) for entry in settings.data) or preset.data
     if settings.protocol is not None:
         data = tuple(replace(entry, protocol=settings.protocol) for entry in data)

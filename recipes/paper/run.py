@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import contextlib
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import torch
 
 from bmoe_lightning.methods import Method
 from bmoe_lightning.utils.distributed import is_rank_zero, num_processes
+from recipes.common.study_settings import StudySettings
 from recipes.paper.costs import measure_costs, outstanding_costs
 from recipes.paper.jobs import Job, JobError, default_jobs, run_jobs
 from recipes.paper.outcomes import Mode, Study
@@ -222,19 +224,33 @@ def run_settings(
         settings: Settings of the study.
         questions: Questions of all data sets.
     """
+    own: dict[str, Any] = {"strategy": settings.strategy}
+    if planned.mode == "lora":  # whose model is the same before fine-tuning
+        own |= {"learning_rate": settings.lora_learning_rate, "zero_shot": False}
+    else:
+        own["zero_shot"] = settings.zero_shot
+    return settings_of_run(planned, preset, settings, questions, own)
+
+
+def settings_of_run(
+    planned: PlannedRun,
+    preset: Preset,
+    settings: StudySettings,
+    questions: Questions,
+    own: Mapping[str, Any] = MappingProxyType({}),
+) -> ResolvedSettings:
+    """The settings of the main job for one run of any study.
+
+    Args:
+        planned: The run.
+        preset: Preset.
+        settings: Settings of the study.
+        questions: Questions of all data sets.
+        own: Options of the run that go before those of the study; None for the preset's.
+    """
     entry = questions.data[planned.data]
-    experts = planned.mode == "experts"
-    given: dict[str, Any] = {
-        "epochs": settings.epochs,
-        "learning_rate": settings.learning_rate if experts else settings.lora_learning_rate,
-        "precision": settings.precision,
-        "batch_size": settings.batch_size,
-        "eval_batch_size": settings.eval_batch_size,
-    }
-    options = {
-        **preset.run_options(planned.mode),
-        **{name: value for name, value in given.items() if value is not None},
-    }
+    given = {name: value for name, value in {**settings.given(), **own}.items() if value is not None}
+    options = {**preset.run_options(planned.mode), **given}
     return Settings(
         model=preset.model,
         data=entry.source,
@@ -242,18 +258,6 @@ def run_settings(
         methods=planned.methods,
         output_dir=str(Path(settings.output_dir) / "runs" / planned.name),
         seeds=settings.seeds or preset.seeds,
-        first_seed=settings.first_seed,
-        normalise=settings.normalise,
-        limit=settings.limit,
-        limit_train=settings.limit_train,
-        limit_validation=settings.limit_validation,
-        limit_test=settings.limit_test,
-        dry_run=settings.dry_run,
-        overwrite=settings.overwrite,
-        quiet=settings.quiet,
-        accelerator=settings.accelerator,
-        strategy=settings.strategy,
-        # LoRA's model is the same before fine-tuning.
-        zero_shot=settings.zero_shot if experts else False,
+        **settings.common(),
         **options,
     ).resolved()

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from bmoe_lightning.metrics import METRICS
 from bmoe_lightning.report import Grid, GridBlock, GridRow, NumberFormat
-from recipes.paper.report.section import ReportInput, Section, cell_of
+from recipes.common.report_parts import Section
+from recipes.paper.report.section import ReportInput, cell_of
 
 _TITLE = "All metrics"
 

@@ -9,8 +9,9 @@ from typing import Any
 
 from bmoe_lightning.metrics import get_metric
 from bmoe_lightning.report import Difference, Paired, paired_difference
+from recipes.common.report_parts import Section, markdown_table
 from recipes.paper.report.compared import Bar
-from recipes.paper.report.section import ReportInput, Section
+from recipes.paper.report.section import ReportInput
 
 _TITLE = "Is the difference real?"
 MET, MISSED, UNDECIDED = "met", "missed", "not decided"
@@ -237,14 +238,3 @@ def _interval(bar: Bar, found: Difference) -> str:
     if not (math.isfinite(found.low) or math.isfinite(found.high)):
         return "no interval"
     return f"[{number(bar, found.low)}, {number(bar, found.high)}]"
-
-
-def markdown_table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """A table in Markdown.
-
-    Args:
-        head: Titles of the columns.
-        rows: Cells of each row.
-    """
-    lines = [head, ["---"] * len(head), *rows]
-    return "\n".join("| " + " | ".join(cell.replace("|", "\\|") for cell in line) + " |" for line in lines)

@@ -7,8 +7,9 @@ from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, field
 
 from bmoe_lightning.report import Cell, Grid, GridBlock, GridRow, NumberFormat
+from recipes.common.report_parts import Section
 from recipes.paper.outcomes import MODES
-from recipes.paper.report.section import ReportInput, Section, row_of
+from recipes.paper.report.section import ReportInput, row_of
 
 _TITLE = "Cost"
 _UNMEASURED = (

@@ -12,7 +12,8 @@ from bmoe_lightning.laplace.predictive import entropy
 from bmoe_lightning.laplace.uncertainty_scores import one_minus_max_probability
 from bmoe_lightning.metrics.detection import detection_values
 from bmoe_lightning.report import Cell, Grid, GridBlock, GridRow, MethodResult, NumberFormat
-from recipes.paper.report.section import Groups, ReportInput, Section
+from recipes.common.report_parts import Section
+from recipes.paper.report.section import Groups, ReportInput
 
 _TITLE = "Out of distribution"
 _OF_LOG_PROBS: Mapping[str, Callable[[Tensor], Tensor]] = {

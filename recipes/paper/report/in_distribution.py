@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from recipes.paper.report.section import ReportInput, Section, metric_grid
+from recipes.common.report_parts import Section
+from recipes.paper.report.section import ReportInput, metric_grid
 
 NUMBERS = {1, 2}
 _TITLE = "In distribution (Tables 1 and 2)"

@@ -9,15 +9,8 @@ from typing import TYPE_CHECKING
 
 from bmoe_lightning.metrics import get_metric, new_figure
 from bmoe_lightning.report import Cell, Grid, GridBlock, GridRow, NumberFormat, method_styles
-from recipes.paper.report.section import (
-    NamedFigure,
-    ReportInput,
-    Section,
-    cell_of,
-    counts,
-    layout_format,
-    layout_title,
-)
+from recipes.common.report_parts import NamedFigure, Section
+from recipes.paper.report.section import ReportInput, cell_of, counts, layout_format, layout_title
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from recipes.paper.report.section import ReportInput, Section, metric_grid
+from recipes.common.report_parts import Section
+from recipes.paper.report.section import ReportInput, metric_grid
 
 NUMBERS = {6, 7}
 _TITLE = "Where the prior precision is from (Tables 6 and 7)"

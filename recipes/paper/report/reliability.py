@@ -7,7 +7,8 @@ from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from bmoe_lightning.report import MethodResult, SummarySettings, reliability_panels, summarise
-from recipes.paper.report.section import NamedFigure, ReportInput, Section
+from recipes.common.report_parts import NamedFigure, Section
+from recipes.paper.report.section import ReportInput
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure

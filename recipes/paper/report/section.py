@@ -1,11 +1,11 @@
-"""The parts of a report, and what they are made from."""
+"""What the parts of a report are made from."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from bmoe_lightning.methods import get_method
 from bmoe_lightning.metrics import MetricSpec, check_predictions, get_metric
@@ -15,8 +15,6 @@ from recipes.paper.report.compared import Bar, Compared, DataChoice
 from recipes.paper.report.published import Published
 
 if TYPE_CHECKING:
-    from matplotlib.figure import Figure
-
     from recipes.paper.report.costs import Costs
 
 Groups = Mapping[str, Sequence[MethodResult]]
@@ -25,54 +23,6 @@ Groups = Mapping[str, Sequence[MethodResult]]
 LAYOUT = ("acc", "ece", "nll")
 """The metrics of the paper's tables."""
 _PERCENT = ("acc", "ece")
-
-
-@dataclass(frozen=True)
-class NamedFigure:
-    """A figure of a report.
-
-    Attributes:
-        name: Name of its file, without the extension.
-        caption: Caption.
-        draw: Draws it; needs matplotlib.
-    """
-
-    name: str
-    caption: str
-    draw: Callable[[], Figure]
-
-
-@dataclass(frozen=True)
-class Section:
-    """A part of a report.
-
-    Attributes:
-        title: Title.
-        grids: Tables, in Markdown and LaTeX files too.
-        figures: Figures.
-        linked_grids: Tables in files of their own, which the report only links.
-        linked_figures: Figures that it only links.
-        text: Paragraphs below, in Markdown.
-        details: Further content of `results.json`, plain values; empty for none.
-    """
-
-    title: str
-    grids: tuple[Grid, ...] = ()
-    figures: tuple[NamedFigure, ...] = ()
-    linked_grids: tuple[Grid, ...] = ()
-    linked_figures: tuple[NamedFigure, ...] = ()
-    text: tuple[str, ...] = ()
-    details: Mapping[str, Any] = field(default_factory=dict)
-
-    @property
-    def all_grids(self) -> tuple[Grid, ...]:
-        """All tables."""
-        return self.grids + self.linked_grids
-
-    @property
-    def all_figures(self) -> tuple[NamedFigure, ...]:
-        """All figures."""
-        return self.figures + self.linked_figures
 
 
 @dataclass(frozen=True)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
+from recipes.common.report_parts import Section
 from recipes.paper.report import (
     all_metrics,
     bars,
@@ -17,7 +18,7 @@ from recipes.paper.report import (
     shift,
     warned,
 )
-from recipes.paper.report.section import ReportInput, Section
+from recipes.paper.report.section import ReportInput
 
 SECTIONS: tuple[Callable[[ReportInput], Section | None], ...] = (
     in_distribution.section,

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from recipes.paper.report.section import ReportInput, Section, metric_grid
+from recipes.common.report_parts import Section
+from recipes.paper.report.section import ReportInput, metric_grid
 
 NUMBERS = {3, 4}
 _TITLE = "Under distribution shift (Tables 3 and 4)"

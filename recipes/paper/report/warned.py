@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import re
 
-from recipes.paper.report.section import ReportInput, Section
+from recipes.common.report_parts import Section
+from recipes.paper.report.section import ReportInput
 
 _TITLE = "Warnings"
 _PARTICULARS = re.compile(r"\([^()]*\)|-?\d+(\.\d+)?(e[+-]?\d+)?")  # of one fit: numbers, and what stands in brackets

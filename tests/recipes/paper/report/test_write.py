@@ -9,6 +9,7 @@ import pytest
 
 from bmoe_lightning.metrics import METRICS
 from bmoe_lightning.report import SummarySettings
+from recipes.common import report_parts
 from recipes.paper.report import Cost, Costs, Timing, warned, write, write_report
 from recipes.paper.report.sections import SECTIONS
 
@@ -31,7 +32,7 @@ def few(monkeypatch):
         if make.__module__.rpartition(".")[2] in ("in_distribution", "shift", "layers", "warned")
     ]
     monkeypatch.setattr(write, "SECTIONS", quick)
-    monkeypatch.setattr(write, "matplotlib_available", lambda: False)
+    monkeypatch.setattr(report_parts, "matplotlib_available", lambda: False)
 
 
 @pytest.fixture(scope="module")
