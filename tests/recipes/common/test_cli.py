@@ -22,6 +22,7 @@ RECIPES = {
     "recipes.calibration_study": ("recipes.calibration_study.settings", "StudySettings"),
     "recipes.supported_models": ("recipes.supported_models.settings", "SurveySettings"),
     "recipes.paper": ("recipes.paper.settings", "PaperSettings"),
+    "recipes.routers": ("recipes.routers.settings", "RouterSettings"),
     "recipes.upcycle": ("recipes.upcycle.settings", "UpcycleSettings"),
     "recipes.common.readme": ("recipes.common.readme", "ReadmeSettings"),
 }

@@ -1,0 +1,28 @@
+"""Models and data sets of the study: one entry a preset."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from recipes.paper.presets import DataSet, Preset
+
+_GENERATED = (
+    DataSet("recall", "Recall"),
+    DataSet("exceptions", "Exceptions"),
+    DataSet("pairs", "Pairs"),
+    DataSet("judged", "Judged"),
+)
+_PUBLISHED = (
+    DataSet("openbookqa", "OBQA", "allenai/openbookqa", "holdout"),
+    DataSet("arc_easy", "ARC-E", "allenai/ai2_arc:ARC-Easy", "holdout"),
+    DataSet("arc_challenge", "ARC-C", "allenai/ai2_arc:ARC-Challenge", "holdout"),
+    DataSet("law", "Law", "cais/mmlu:professional_law", "recipes.routers.evaluated_only:EvaluatedOnly"),
+)
+
+PRESETS: Mapping[str, Preset] = {
+    "small": Preset("the small model (4 layers of 8 experts) on generated questions", _GENERATED, seeds=3),
+    "granite": Preset("Granite-3.1-3B-A800M-instruct", _PUBLISHED, "ibm-granite/granite-3.1-3b-a800m-instruct"),
+    "qwen": Preset("Qwen1.5-MoE-A2.7B", _PUBLISHED, "Qwen/Qwen1.5-MoE-A2.7B"),
+    "deepseek": Preset("DeepSeek-MoE-16B", _PUBLISHED, "deepseek-ai/deepseek-moe-16b-base"),
+}
+"""The first data set of each is that of the training."""

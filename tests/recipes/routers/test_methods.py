@@ -1,0 +1,97 @@
+"""The methods of the study: found by what they do, with a variant for each option that they have."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+import pytest
+
+from bmoe_lightning.methods import Method, Needs, get_method, method_names, option
+from recipes.common.cli import UsageError
+from recipes.routers import methods
+from recipes.routers.methods import (
+    base_of,
+    entries,
+    layer_entries,
+    random_router_names,
+    read_known,
+    selections,
+)
+
+KNOWN = read_known()
+
+
+@dataclass(frozen=True)
+class Routed(Method):
+    """A method with an option for every variant."""
+
+    name: str = "routed"
+    label: str = "Routed"
+    average: Literal["predictions", "scores"] = option("predictions", "What is averaged.")
+    layers: tuple[int, ...] = option((), "Layers.")
+    num_samples: int = option(3, "Samples.")
+
+    @property
+    def needs(self):
+        return Needs(routers=True)
+
+    def log_probs(self, batch, state):
+        return batch.logits.log_softmax(-1)
+
+
+@pytest.fixture
+def routed(monkeypatch):
+    known = get_method
+    monkeypatch.setattr(methods, "get_method", lambda name: Routed() if name == "routed" else known(name))
+    monkeypatch.setattr(methods, "method_names", lambda: (*method_names(), "routed"))
+
+
+def test_methods_with_random_routers_are_found_by_what_they_need(routed):
+    found = random_router_names(["all"], KNOWN)
+    assert found[0] == KNOWN.noise
+    assert found[-1] == "routed"
+    assert all(methods.get_method(name).needs.routers for name in found)
+    assert random_router_names(["routed"], KNOWN) == [KNOWN.noise, "routed"]
+
+
+def test_others_are_refused(routed):
+    with pytest.raises(UsageError, match=r"temperature replaces no router logits, .* give one of router_noise"):
+        random_router_names(["temperature"], KNOWN)
+    with pytest.raises(UsageError, match=r"--methods: .*nothing"):
+        random_router_names(["nothing"], KNOWN)
+
+
+def test_every_option_has_a_variant(routed):
+    found = [entry["init_args"] for entry in entries(["routed"], KNOWN, 35)[-3:]]
+    assert found == [
+        {"num_samples": 35},
+        {"average": "scores", "name": "routed_scores", "label": "Routed (scores)", "num_samples": 35},
+        {"num_samples": 0, "name": "routed_mean", "label": "Routed (mean)"},
+    ]
+    chosen = selections(4, [0, 2])
+    of_layers = [entry["init_args"] for entry in layer_entries(["routed", KNOWN.noise], chosen, None)]
+    assert [found["layers"] for found in of_layers if found["name"].startswith("routed")] == [[0, 2], [3], [2, 3]]
+    assert {base_of(found["name"], ["routed", KNOWN.noise]) for found in of_layers} >= {"routed"}
+
+
+def test_without_an_option_there_is_no_variant():
+    @dataclass(frozen=True)
+    class Plain(Routed):
+        average = layers = num_samples = None
+
+    assert methods._has(Plain(), "label")
+    assert [entry for entry in entries([], KNOWN, 35) if isinstance(entry, str)] == list(KNOWN.plain)
+
+
+def test_layers_that_are_the_same_are_compared_once():
+    assert [selection.name for selection in selections(6, [0, 5])] == ["susceptible", "last", "last_third"]
+    assert [selection.name for selection in selections(3, [2])] == ["susceptible"]
+    assert [selection.indices for selection in selections(4, [2, 3])] == [(2, 3), (3,)]
+    assert selections(1, [0]) == []
+
+
+def test_the_method_of_a_row_is_the_longest_that_fits():
+    assert base_of("noise_of_two_scores", ["noise", "noise_of_two"]) == "noise_of_two"
+    assert base_of("noise", ["noise"]) == "noise"
+    assert base_of("noisy", ["noise"]) is None

@@ -1,0 +1,73 @@
+"""The command, on a model with random weights."""
+
+from __future__ import annotations
+
+import json
+import shutil
+
+import pytest
+
+from recipes.qwen_obqa.seed_run import SeedRun
+from recipes.routers import run
+from recipes.routers.__main__ import main
+from recipes.routers.measures import MEASURES
+
+pytestmark = pytest.mark.slow
+
+DRY = ("--dry-run", "--quiet", "--accelerator", "cpu", "--seeds", "1", "--methods", "router_noise")
+
+
+def make(folder, *arguments):
+    return main([*DRY, "--output-dir", str(folder), *arguments])
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("routers") / "study"
+    assert make(folder, "--stability-questions", "4") == 0
+    return folder
+
+
+def test_the_report_has_every_table(finished):
+    text = (finished / "report" / "report.md").read_text()
+    assert "DRY RUN, the numbers mean nothing" in text.splitlines()[0]
+    for name in ("calibration", "stability", "router_operations", "costs"):
+        assert (finished / "report" / "tables" / f"{name}.tex").is_file()
+    found = json.loads((finished / "report" / "results.json").read_text())
+    assert len(found["layers"]) == 3
+    assert len(found["susceptible_layers"]) == 1
+    assert "trained_gates/gate_entropy" in found["out_of_distribution"]
+    assert list((finished / "tensorboard").glob("*"))
+
+
+def test_a_finished_study_is_not_repeated(finished, tmp_path, monkeypatch):
+    folder = tmp_path / "copy"
+    shutil.copytree(finished, folder)
+    monkeypatch.setattr(SeedRun, "_train_and_fit", lambda *_: pytest.fail("a run is made again"))
+    monkeypatch.setattr(SeedRun, "with_trained", lambda *_: pytest.fail("something is measured again"))
+    before = (folder / "report" / "report.md").read_bytes()
+    assert make(folder, "--stability-questions", "4") == 0
+    assert (folder / "report" / "report.md").read_bytes() == before
+
+
+def test_a_lost_measurement_alone_is_made_again(finished, tmp_path, monkeypatch):
+    folder = tmp_path / "copy"
+    shutil.copytree(finished, folder)
+    (lost,) = (folder / MEASURES).glob("*/router_noise.json")
+    before = lost.read_bytes()
+    lost.unlink()
+    monkeypatch.setattr(SeedRun, "_train_and_fit", lambda *_: pytest.fail("a run is made again"))
+    monkeypatch.setattr(run, "outstanding_costs", lambda *_: [])
+    assert make(folder, "--stability-questions", "4") == 0
+    assert lost.read_bytes() == before
+
+
+def test_the_report_needs_no_model(finished, tmp_path, capsys):
+    folder = tmp_path / "copy"
+    shutil.copytree(finished, folder)
+    shutil.rmtree(folder / "model")
+    shutil.rmtree(folder / "report")
+    for weights in folder.rglob("trained.safetensors"):
+        weights.unlink()
+    assert main(["--report", str(folder)]) == 0
+    assert (folder / "report" / "report.md").read_text() in capsys.readouterr().out
