@@ -18,6 +18,7 @@ from recipes.benchmark.head import measure_head
 from recipes.benchmark.measure import Amount, Growth, Peer, Ratio, Section, Spread
 from recipes.benchmark.peers import SAME, measure_peers
 from recipes.benchmark.prediction import measure_lpo, measure_prediction
+from recipes.benchmark.routers import measure_routers
 from recipes.benchmark.settings import BenchmarkSettings
 from recipes.benchmark.workload import PRESETS, Workload
 
@@ -31,7 +32,7 @@ class Benchmark:
     Attributes:
         settings: Settings of the command line.
         machine: Versions, number of threads, and processor or accelerator, by name.
-        shape: Shape of the model behind curvature, prediction and LPO, in words.
+        shape: Shape of the model behind curvature, prediction, LPO and routers, in words.
         sections: Sections in the order in which they ran.
     """
 
@@ -71,7 +72,7 @@ def run_benchmark(settings: BenchmarkSettings, say: Callable[[str], None]) -> Be
 
 
 def _on_main_shape(settings: BenchmarkSettings, device: torch.device, say: Callable[[str], None]) -> list[Section]:
-    if not {"curvature", "prediction", "lpo"} & set(settings.only):
+    if not {"curvature", "prediction", "lpo", "routers"} & set(settings.only):
         return []
     preset = PRESETS[settings.model_shape]
     say(f"building: {preset.main}")
@@ -90,6 +91,9 @@ def _on_main_shape(settings: BenchmarkSettings, device: torch.device, say: Calla
     if "lpo" in settings.only:
         say("lpo")
         sections.append(measure_lpo(work, posterior, settings.repeats))
+    if "routers" in settings.only:
+        say("routers")
+        sections.append(measure_routers(work, settings.repeats))
     return sections
 
 

@@ -7,7 +7,7 @@ from typing import Literal, get_args
 
 from recipes.common.cli import option
 
-SectionName = Literal["curvature", "prediction", "lpo", "head", "growth", "peers"]
+SectionName = Literal["curvature", "prediction", "lpo", "routers", "head", "growth", "peers"]
 ShapeName = Literal["default", "qwen1.5-moe", "tiny"]
 SECTIONS: tuple[SectionName, ...] = get_args(SectionName)
 

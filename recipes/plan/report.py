@@ -16,6 +16,7 @@ from recipes.plan.architecture import Architecture, build, describe, load_config
 from recipes.plan.compute import Workload
 from recipes.plan.launch import Launch, launches
 from recipes.plan.memory import Training
+from recipes.plan.routers import RouterPlan, router_plans, routers_text
 from recipes.plan.settings import PlanSettings
 from recipes.plan.tables import billions, count, gib, mib, percent, table
 
@@ -37,6 +38,7 @@ class Plan:
         operations: Floating-point operations of a batch by name of the pass.
         trainings: Memory of each way of training.
         launches: Ways of launching `recipes.qwen_obqa`.
+        routers: What each method with random routers adds.
     """
 
     settings: PlanSettings
@@ -45,6 +47,7 @@ class Plan:
     operations: dict[str, float]
     trainings: tuple[Training, ...]
     launches: tuple[Launch, ...]
+    routers: tuple[RouterPlan, ...]
 
 
 def make_plan(settings: PlanSettings) -> Plan:
@@ -87,7 +90,7 @@ def make_plan(settings: PlanSettings) -> Plan:
     )
     plain = sorted((t for t in trainings if not t.checkpointing), key=lambda t: t.trained != "experts")
     ways = launches(model, settings.model, plain, settings.memory)
-    return Plan(settings, model, sizes, operations, trainings, ways)
+    return Plan(settings, model, sizes, operations, trainings, ways, router_plans(model, work))
 
 
 def _check_fit(settings: PlanSettings, model: Architecture, config: Any) -> None:
@@ -124,6 +127,7 @@ def plan_json(plan: Plan) -> str:
         },
         "bytes": plan.sizes,
         "operations": plan.operations,
+        "routers": [{**asdict(of_method), "forwards": of_method.forwards} for of_method in plan.routers],
         "training": [
             {
                 **asdict(training),
@@ -151,8 +155,9 @@ def plan_json(plan: Plan) -> str:
 
 def plan_text(plan: Plan) -> str:
     """The plan as tables for a terminal."""
-    parts = (_model_part, _posterior_part, _operations_part, _training_part, launch_text)
-    return "\n\n".join(part(plan) for part in parts)
+    texts = [_model_part(plan), _posterior_part(plan), _operations_part(plan), routers_text(plan.routers)]
+    texts += [_training_part(plan), launch_text(plan)]
+    return "\n\n".join(filter(None, texts))
 
 
 def _model_part(plan: Plan) -> str:

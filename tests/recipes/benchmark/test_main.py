@@ -26,6 +26,8 @@ def test_every_section_is_printed_and_written(tmp_path, capsys, monkeypatch):
         "curvature (empirical, auto (exact)) / training down_proj only",
         "prediction / floor, K = 3",
         "LPO's pass / one predictive pass",
+        "average of predictions / 8 forwards, mean field",
+        "average of scores / forward, a temperature for each token",
         "training step: contiguous / slice, bfloat16",
         "tokens of an example",
         "torch.func.jacrev",
@@ -68,7 +70,7 @@ def test_the_command_knows_every_shape():
         ("--threads 0", "--threads must be at least 1, got 0"),
         (
             "--only lpo,speed",
-            "each value of --only must be one of curvature, prediction, lpo, head, growth, peers, got speed",
+            "each value of --only must be one of curvature, prediction, lpo, routers, head, growth, peers, got speed",
         ),
         ("--device tpu", "--device must be one of cpu, cuda, got tpu"),
         ("--model-shape large", "--model-shape must be one of default, qwen1.5-moe, tiny, got large"),
