@@ -48,6 +48,10 @@ class TrainedLogits:
     statistics: Mapping[str, Tensor] = field(default_factory=dict)
 
 
+Alarm = Callable[[Mapping[str, float]], "str | None"]
+"""`(means of one more training step by name) -> how the noise has collapsed by now, or None`; see `TrainedLogits`."""
+
+
 class BayesianRouter(nn.Module, ABC):
     """The trained part of one router.
 
@@ -66,6 +70,9 @@ class BayesianRouter(nn.Module, ABC):
     def __init__(self, router: Router) -> None:
         super().__init__()
         self.router = router
+
+    draws_choice: ClassVar[bool] = False
+    """Whether experts are chosen at random, so that `choice_ways` has to say how the choice gets into the model."""
 
     @property
     def is_still(self) -> bool:
@@ -98,6 +105,17 @@ class BayesianRouter(nn.Module, ABC):
     def gate_logits(self, u: Tensor, logits: Tensor) -> Tensor:
         """The logits whose scores tell how sure the router is, `[tokens, N]`; by default the mean."""
         return self.mean(u, logits)
+
+    def check_router(self) -> None:  # noqa: B027  (most kinds need no particular router)
+        """Check that the router, which is probed by now, can be one of this kind.
+
+        Raises:
+            ValueError: If it cannot.
+        """
+
+    def collapse_alarm(self) -> Alarm | None:
+        """What notices in training that the noise has collapsed, for one run; None if it cannot."""
+        return None
 
     def hyperparameters(self) -> dict[str, float]:
         """Numbers to report that do not depend on tokens."""

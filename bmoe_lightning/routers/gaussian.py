@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 
 import torch
 from torch import Tensor
 
-from bmoe_lightning.routers.base import BayesianRouter, TrainedLogits, zeros
+from bmoe_lightning.routers.base import Alarm, BayesianRouter, TrainedLogits, zeros
 from bmoe_lightning.routers.distribution import GaussianLogits
 from bmoe_lightning.routers.draws import Draws
 from bmoe_lightning.routers.scores import at_least_float32
 from bmoe_lightning.routers.types import Router
+
+_RATIO = "scale_ratio"
+_COLLAPSED, _PATIENCE = 0.05, 100  # of the prior scale; steps in a row
 
 
 class GaussianRouter(BayesianRouter):
@@ -44,6 +47,22 @@ class GaussianRouter(BayesianRouter):
     def is_still(self) -> bool:
         return self._still
 
+    def rescale(self, prior_scale: float) -> None:
+        """Change the scale of the prior, and that of the distribution with it."""
+        self.prior_scale.fill_(prior_scale)
+        self._still = prior_scale == 0
+
+    def collapse_alarm(self) -> Alarm:
+        steps = 0
+
+        def observe(statistics: Mapping[str, float]) -> str | None:
+            nonlocal steps
+            ratio = statistics[_RATIO]
+            steps = steps + 1 if ratio < _COLLAPSED else 0
+            return f"has had noise of {ratio:.2g} of its prior scale" if steps >= _PATIENCE else None
+
+        return observe
+
     @abstractmethod
     def distribution(self, u: Tensor, logits: Tensor) -> GaussianLogits:
         """The Gaussian over the logits of each token."""
@@ -60,7 +79,7 @@ class GaussianRouter(BayesianRouter):
         (sampled,) = found.sample(draws.of_tokens(found.noise_width))
         divergence = found.kl(at_least_float32(logits), self.prior_scale)
         spread = (found.trace().detach() / found.mean.shape[-1]).sqrt() / self.prior_scale
-        return TrainedLogits(sampled, divergence, statistics={"kl": divergence.detach(), "scale_ratio": spread})
+        return TrainedLogits(sampled, divergence, statistics={"kl": divergence.detach(), _RATIO: spread})
 
     def hyperparameters(self) -> dict[str, float]:
         return {"prior_scale": float(self.prior_scale)}

@@ -9,14 +9,14 @@ the trained router's own probabilities.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from bmoe_lightning.routers.base import BayesianRouter, TrainedLogits, drawn_matrix, hidden_width, zeros
+from bmoe_lightning.routers.base import Alarm, BayesianRouter, TrainedLogits, drawn_matrix, hidden_width, zeros
 from bmoe_lightning.routers.draws import Draws
 from bmoe_lightning.routers.scores import at_least_float32
 from bmoe_lightning.routers.selection import (
@@ -31,6 +31,8 @@ from bmoe_lightning.routers.types import Router
 BOUNDS = (0.05, 20.0)
 """Smallest and largest temperature."""
 
+_TEMPERATURE, _ENTROPY = "gate_temperature", "gate_entropy"
+
 _ONE = math.log(math.e - 1)  # softplus of it is 1
 
 
@@ -41,7 +43,7 @@ class TemperatureChoice(BayesianRouter):
     experts, if these are tempered, and through the log-probability of the choice (see `RouterTraining`).
 
     Args:
-        router: The router, probed: the number K of experts is known, and the score is a softmax.
+        router: The router: the number K of experts is known, and the score is a softmax, once it is probed.
         returns_choice: How the choice gets into the model; see `choice_ways`.
         temper_weights: Whether the experts' weights are those of `softmax(logits / T)`, as in the papers, and not of
             `softmax(logits)`. Then a small T makes them one-hot; otherwise it gives the trained router.
@@ -51,8 +53,10 @@ class TemperatureChoice(BayesianRouter):
         dtype: Dtype of the trained part.
 
     Raises:
-        ValueError: If K is unknown or the score is no softmax.
+        ValueError: If the router was probed, and K is unknown or the score is no softmax.
     """
+
+    draws_choice = True
 
     def __init__(
         self,
@@ -66,7 +70,8 @@ class TemperatureChoice(BayesianRouter):
         dtype: torch.dtype = torch.float32,
     ) -> None:
         super().__init__(router)
-        check_drawn(router)
+        if router.score is not None:
+            check_drawn(router)
         self.returns_choice = returns_choice
         self.temper_weights = temper_weights
         self._bounds = bounds
@@ -95,8 +100,8 @@ class TemperatureChoice(BayesianRouter):
         temperature = self.temperature(u)
         (sampled,), (chosen,) = self._chosen(logits, temperature, draws)
         statistics = {
-            "temperature": temperature.detach(),
-            "gate_entropy": gate_entropy(logits.detach(), temperature.detach()),
+            _TEMPERATURE: temperature.detach(),
+            _ENTROPY: gate_entropy(logits.detach(), temperature.detach()),
         }
         return TrainedLogits(
             sampled,
@@ -105,6 +110,23 @@ class TemperatureChoice(BayesianRouter):
             log_probability(logits, chosen, temperature),
             statistics,
         )
+
+    def check_router(self) -> None:
+        check_drawn(self.router)
+
+    def collapse_alarm(self) -> Alarm:
+        watch = CollapseWatch(self.router.num_experts, self._bounds)
+
+        def observe(statistics: Mapping[str, float]) -> str | None:
+            mean, entropy = statistics[_TEMPERATURE], statistics[_ENTROPY]
+            if not watch.observe(mean, entropy):
+                return None
+            return (
+                f"has had a mean temperature of {mean:.3g} (bounds {self._bounds[0]:g} and {self._bounds[1]:g}) and a "
+                f"gate entropy of {entropy:.3g} nats (of at most {math.log(self.router.num_experts):.3g})"
+            )
+
+        return observe
 
     def penalty(self, logits: Tensor, temperature: Tensor) -> Tensor:
         """The divergence of the tempered from the trained router's probabilities, `[tokens]`: bounded, 0 at T = 1."""
