@@ -10,6 +10,7 @@ if TYPE_CHECKING:
     from bmoe_lightning.finetuner import ExpertFinetuner
     from bmoe_lightning.laplace import LaplacePosterior
     from bmoe_lightning.lora_finetuner import LoRAFinetuner
+    from bmoe_lightning.router_finetuner import RouterFinetuner
 
 __version__ = "0.1.0"
 
@@ -19,6 +20,7 @@ __all__ = [
     "LaplacePosterior",
     "LoRAFinetuner",
     "MultipleChoiceDataModule",
+    "RouterFinetuner",
     "__version__",
 ]
 
@@ -28,6 +30,7 @@ _HOMES = {
     "LaplacePosterior": "bmoe_lightning.laplace",
     "LoRAFinetuner": "bmoe_lightning.lora_finetuner",
     "MultipleChoiceDataModule": "bmoe_lightning.data",
+    "RouterFinetuner": "bmoe_lightning.router_finetuner",
 }
 
 

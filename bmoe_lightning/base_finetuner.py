@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack, nullcontext
+from functools import partial
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, Self, get_args
 
 import torch
@@ -101,6 +102,14 @@ class Finetuner(LightningModule):
     def trained_parameters(self) -> dict[str, nn.Parameter]:
         """The trained parameters by name, as in `self.named_parameters()`."""
         raise NotImplementedError
+
+    def stored_names(self) -> set[str]:
+        """Names of the tensors that a checkpoint contains: the trained parameters, and buffers that belong to them."""
+        return set(self.trained_parameters())
+
+    def parameter_groups(self) -> list[dict[str, Any]]:
+        """The trained parameters in groups of the optimizer."""
+        return [{"params": list(self.trained_parameters().values())}]
 
     def setup(self, stage: str) -> None:
         """Read the answer tokens from the trainer's datamodule, unless they were passed as an argument.
@@ -220,7 +229,7 @@ class Finetuner(LightningModule):
 
     def predict_step(self, batch: Mapping[str, Tensor], batch_idx: int) -> dict[str, Tensor]:
         """Predict a batch: `log_probs [B, K]` float32 and, where the batch has it, `index [B]`, both on the CPU."""
-        logits, _ = self.class_logits(batch)
+        logits, _ = self._answered(batch)
         prediction = {"log_probs": logits.log_softmax(-1).float().cpu()}
         if "index" in batch:
             prediction["index"] = batch["index"].cpu()
@@ -234,7 +243,7 @@ class Finetuner(LightningModule):
                 in float16 shall be rounded stochastically.
         """
         optimizer = make_adamw(
-            self.trained_parameters().values(),
+            self.parameter_groups(),
             self.half_precision_updates,
             lr=self.learning_rate,
             betas=self.betas,
@@ -273,7 +282,7 @@ class Finetuner(LightningModule):
         state = checkpoint["state_dict"]
         if not any(isinstance(value, Tensor) and is_sharded(value) for value in state.values()):
             # Under ModelParallelStrategy only rank zero has the full state dict.
-            checkpoint["state_dict"] = {name: state[name] for name in self.trained_parameters() if name in state}
+            checkpoint["state_dict"] = {name: state[name] for name in state if name in self.stored_names()}
         if self._answer_ids is not None:
             checkpoint[_ANSWERS_KEY] = self._answer_ids.tolist()
 
@@ -285,7 +294,7 @@ class Finetuner(LightningModule):
         """
         stored = checkpoint.get(self.CHECKPOINT_HYPER_PARAMS_KEY, {})
         here, then = ({name: known.get(name) for name in self.decisive} for known in (self.hparams, stored))
-        expected = set(self.trained_parameters())
+        expected = self.stored_names()
         # ModelParallelStrategy has loaded the state dict, and does not pass it on.
         found = set(checkpoint.get("state_dict", expected if here == then else ()))
         if expected != found or (stored and here != then):
@@ -304,7 +313,7 @@ class Finetuner(LightningModule):
             RuntimeError: If shapes differ, or, with `strict`, a trained tensor is missing or a name is unknown.
         """
         found = super().load_state_dict(state_dict, strict=False, assign=assign)
-        trained = self.trained_parameters()
+        trained = self.stored_names()
         missing = [name for name in found.missing_keys if name in trained]
         if strict and (missing or found.unexpected_keys):
             raise RuntimeError(
@@ -320,26 +329,28 @@ class Finetuner(LightningModule):
             return super()._apply(fn, recurse)
 
     def _evaluate(self, batch: Mapping[str, Tensor], stage: Literal["val", "test"]) -> None:
-        def log(logits: Tensor, labels: Tensor) -> None:
-            values = {
-                f"{stage}/loss": nn.functional.cross_entropy(logits, labels),
-                f"{stage}/acc": (logits.argmax(-1) == labels).float().mean(),
-            }
-            self.log_dict(values, batch_size=len(labels), on_step=False, on_epoch=True, sync_dist=True)
-
+        log = partial(self._log_evaluation, stage)
         if not (self._has_own_step(stage) and self.shared_logits.ask(batch, log)):
-            log(*self._labelled(batch))
+            log(*_checked_labels(batch, *self._answered(batch)))
+
+    def _log_evaluation(self, stage: Literal["val", "test"], logits: Tensor, labels: Tensor) -> None:
+        values = {
+            f"{stage}/loss": nn.functional.cross_entropy(logits, labels),
+            f"{stage}/acc": (logits.argmax(-1) == labels).float().mean(),
+        }
+        self.log_dict(values, batch_size=len(labels), on_step=False, on_epoch=True, sync_dist=True)
 
     def _has_own_step(self, stage: Literal["val", "test"]) -> bool:
         """Whether the step is not overridden: one that is may change inputs or weights around this one."""
         name = "test_step" if stage == "test" else "validation_step"
         return name not in vars(self) and getattr(type(self), name) is getattr(Finetuner, name)
 
+    def _answered(self, batch: Mapping[str, Tensor]) -> tuple[Tensor, Tensor | None]:
+        """Logits or log-probabilities `[B, K]` that validation, test and prediction report, and labels."""
+        return self.class_logits(batch)
+
     def _labelled(self, batch: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:
-        logits, labels = self.class_logits(batch)
-        if labels is None:
-            raise ValueError(f"this step needs labels, and the batch has no 'label' (it has {sorted(batch)}); add one")
-        return logits, labels
+        return _checked_labels(batch, *self.class_logits(batch))
 
     def _plain_answers(self) -> list[int] | None:
         return None if self._answer_ids is None else self._answer_ids.tolist()
@@ -348,6 +359,12 @@ class Finetuner(LightningModule):
         if self.model is None:
             raise RuntimeError(f"the model {self._source!r} is not loaded yet; call configure_model() first")
         return self.model
+
+
+def _checked_labels(batch: Mapping[str, Tensor], logits: Tensor, labels: Tensor | None) -> tuple[Tensor, Tensor]:
+    if labels is None:
+        raise ValueError(f"this step needs labels, and the batch has no 'label' (it has {sorted(batch)}); add one")
+    return logits, labels
 
 
 class _ReleaseOnException(Callback):

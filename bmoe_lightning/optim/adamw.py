@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from importlib.util import find_spec
-from typing import Literal, get_args
+from typing import Any, Literal, get_args
 
 import torch
 from torch import nn
@@ -33,7 +33,7 @@ def check_half_precision_updates(updates: str) -> None:
 
 
 def make_adamw(
-    parameters: Iterable[nn.Parameter],
+    parameters: Iterable[nn.Parameter] | Iterable[dict[str, Any]],
     updates: HalfPrecisionUpdates = "master_weights",
     *,
     lr: float,
@@ -44,7 +44,7 @@ def make_adamw(
     """AdamW (https://arxiv.org/abs/1711.05101); without parameters in half precision that of torch.
 
     Args:
-        parameters: Parameters to train.
+        parameters: Parameters to train, or dictionaries of groups.
         updates: What happens to updates that are smaller than the spacing of half-precision values. `master_weights`
             accumulates them in a float32 copy of the weights (12 bytes for each weight with the moments, see
             `MasterWeightAdamW`), `stochastic_rounding` keeps them in expectation (4 bytes, bfloat16 only, with
@@ -59,8 +59,9 @@ def make_adamw(
         ImportError: If torchao is needed and not installed.
     """
     check_half_precision_updates(updates)
-    trained = list(parameters)
-    half = {parameter.dtype for parameter in trained if parameter.dtype in HALF_PRECISION}
+    trained: list[Any] = list(parameters)
+    groups = [entry["params"] if isinstance(entry, dict) else [entry] for entry in trained]
+    half = {parameter.dtype for group in groups for parameter in group if parameter.dtype in HALF_PRECISION}
     if not half or updates == "nearest":
         return AdamW(trained, lr=lr, betas=betas, weight_decay=weight_decay)
     if updates == "master_weights":

@@ -6,7 +6,6 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
-from torch import nn
 from torch.optim import Optimizer
 from torchao.optim import _AdamW
 
@@ -43,7 +42,7 @@ class StochasticAdamW(_AdamW):
 
 
 def make_stochastic_adamw(
-    parameters: Sequence[nn.Parameter], *, lr: float, betas: tuple[float, float], weight_decay: float, seed: int
+    parameters: Sequence[Any], *, lr: float, betas: tuple[float, float], weight_decay: float, seed: int
 ) -> Optimizer:
     """AdamW with stochastic rounding over bfloat16 parameters; see `make_adamw` for the arguments."""
     optimizer = StochasticAdamW(parameters, lr=lr, betas=betas, weight_decay=weight_decay, bf16_stochastic_round=True)

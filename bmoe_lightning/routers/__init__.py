@@ -1,5 +1,6 @@
 """Routers of expert layers: find them in a model, replace their logits, and make them Bayesian."""
 
+from bmoe_lightning.routers.attached import BayesianRouters, attached_routers
 from bmoe_lightning.routers.base import (
     BayesianRouter,
     TrainedLogits,
@@ -24,6 +25,7 @@ from bmoe_lightning.routers.fixed_noise import FixedNoise
 from bmoe_lightning.routers.full_covariance import FullCovarianceLogits
 from bmoe_lightning.routers.gaussian import GaussianRouter
 from bmoe_lightning.routers.interception import RouterError, intercepted_routers
+from bmoe_lightning.routers.kinds import RouterOptions
 from bmoe_lightning.routers.mean_field import MeanFieldLogits
 from bmoe_lightning.routers.noise_sweep import GAMMAS, NoisePlace, Stability, noise_sweep
 from bmoe_lightning.routers.prediction import (
@@ -61,6 +63,7 @@ from bmoe_lightning.routers.weight_noise import DropoutLogits, SwagWeights, drop
 __all__ = [
     "GAMMAS",
     "BayesianRouter",
+    "BayesianRouters",
     "CollapseWatch",
     "DiagonalLogits",
     "Draws",
@@ -80,6 +83,7 @@ __all__ = [
     "Replace",
     "Router",
     "RouterError",
+    "RouterOptions",
     "RouterSignals",
     "RouterTraining",
     "SampleDraws",
@@ -93,6 +97,7 @@ __all__ = [
     "TrainedLogits",
     "TriangularLogits",
     "as_sets",
+    "attached_routers",
     "averaged_scores",
     "chance_jaccard",
     "check_router_weights",

@@ -106,7 +106,7 @@ class BayesianRouter(nn.Module, ABC):
         """The logits whose scores tell how sure the router is, `[tokens, N]`; by default the mean."""
         return self.mean(u, logits)
 
-    def check_router(self) -> None:  # noqa: B027  (most kinds need no particular router)
+    def check_router(self) -> None:
         """Check that the router, which is probed by now, can be one of this kind.
 
         Raises:

@@ -152,18 +152,19 @@ class RouterTraining:
 
         `changed` is the share of tokens whose K largest logits are those of other experts than without noise.
         """
+        means = self.statistic_means()
+        return {name: {index: float(mean) for index, mean in of.items()} for name, of in means.items()}
+
+    def statistic_means(self) -> dict[str, dict[int, Tensor]]:
+        """The same as float64 tensors, without waiting for their device."""
         _, calls = self._finished()
-        sums: dict[str, dict[int, list[Tensor]]] = {}
+        parts: dict[str, dict[int, list[Tensor]]] = {}
         for index, of_router in calls.items():
             for call in of_router:
                 for name, values in (call.found.statistics if call.found is not None else {}).items():
-                    sums.setdefault(name, {}).setdefault(index, []).append(values)
-        return {
-            name: {
-                index: float(torch.cat(parts).double().mean()) for index, parts in of.items() if len(torch.cat(parts))
-            }
-            for name, of in sums.items()
-        }
+                    parts.setdefault(name, {}).setdefault(index, []).append(values)
+        found = {name: {index: torch.cat(values) for index, values in of.items()} for name, of in parts.items()}
+        return {name: {i: all_.double().mean() for i, all_ in of.items() if len(all_)} for name, of in found.items()}
 
     def _finished(self) -> tuple[_Step, Mapping[int, list[_Call]]]:
         if self._step is None:
