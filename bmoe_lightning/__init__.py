@@ -10,6 +10,7 @@ if TYPE_CHECKING:
     from bmoe_lightning.finetuner import ExpertFinetuner
     from bmoe_lightning.laplace import LaplacePosterior
     from bmoe_lightning.lora_finetuner import LoRAFinetuner
+    from bmoe_lightning.router_callback import RouterTrainingCallback
     from bmoe_lightning.router_finetuner import RouterFinetuner
 
 __version__ = "0.1.0"
@@ -21,6 +22,7 @@ __all__ = [
     "LoRAFinetuner",
     "MultipleChoiceDataModule",
     "RouterFinetuner",
+    "RouterTrainingCallback",
     "__version__",
 ]
 
@@ -31,6 +33,7 @@ _HOMES = {
     "LoRAFinetuner": "bmoe_lightning.lora_finetuner",
     "MultipleChoiceDataModule": "bmoe_lightning.data",
     "RouterFinetuner": "bmoe_lightning.router_finetuner",
+    "RouterTrainingCallback": "bmoe_lightning.router_callback",
 }
 
 

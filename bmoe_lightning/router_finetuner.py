@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any, Literal, get_args
+from typing import TYPE_CHECKING, Any, Literal, get_args
 
 import torch
 from torch import Tensor, nn
@@ -23,6 +23,9 @@ from bmoe_lightning.routers.kinds import RouterOptions
 from bmoe_lightning.routers.prediction import mean_routers, sampled_routes
 from bmoe_lightning.trainer.learning_rate import Schedule
 from bmoe_lightning.trainer.router_steps import PriorUnit, RouterPrior, RouterSteps
+
+if TYPE_CHECKING:
+    from torch.distributed.device_mesh import DeviceMesh
 
 RouterTrainedPart = Literal["routers", "routers_and_experts"]
 
@@ -151,6 +154,11 @@ class RouterFinetuner(Finetuner):
 
     def _check_model(self, model: PreTrainedModel) -> None:
         BayesianRouters(model, self.options, self.layers)
+
+    def _load(self, mesh: DeviceMesh | None) -> None:
+        super()._load(mesh)
+        if mesh is not None:
+            self._made().shard(mesh)
 
     def _prepare(self, model: PreTrainedModel) -> Sequence[ExpertLayer]:
         if self.routers is None:

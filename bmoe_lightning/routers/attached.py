@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any, Self
+from typing import TYPE_CHECKING, Any, Self
 
 import torch
 from torch import Tensor, nn
 
+from bmoe_lightning.experts.fsdp import has_shards
 from bmoe_lightning.experts.model_state import evaluation_mode
 from bmoe_lightning.routers.base import BayesianRouter, trained_dtype
 from bmoe_lightning.routers.choices import choice_ways
@@ -20,6 +21,9 @@ from bmoe_lightning.routers.probe import probe_routers
 from bmoe_lightning.routers.token_rows import watched_tokens
 from bmoe_lightning.routers.types import Router
 from bmoe_lightning.utils.random_state import unchanged_global_random_states
+
+if TYPE_CHECKING:
+    from torch.distributed.device_mesh import DeviceMesh
 
 
 class BayesianRouters(nn.ModuleList):
@@ -127,6 +131,20 @@ class BayesianRouters(nn.ModuleList):
                     f"{net.router.name!r} are equal, so that their gap gives its noise no scale; pass prior_unit='one'"
                 )
             net.rescale(scale)
+
+    def shard(self, mesh: DeviceMesh) -> None:
+        """Shard the routers with FSDP2, unless they are: each is gathered while one of its methods runs in the model.
+
+        Args:
+            mesh: A device mesh with one dimension.
+        """
+        from torch.distributed.fsdp import fully_shard, register_fsdp_forward_method
+
+        for net in self.nets:
+            if not has_shards(net):
+                fully_shard(net, mesh=mesh, reshard_after_forward=False)
+                for name in ("trained", "samples", "mean"):
+                    register_fsdp_forward_method(net, name)
 
     def _apply(self, fn: Callable[[Any], Any], recurse: bool = True) -> Self:
         def unrounded(tensor: Tensor) -> Tensor:

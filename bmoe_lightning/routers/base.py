@@ -205,14 +205,14 @@ def drawn_matrix(d_out: int, d_in: int, *, seed: int, router: Router, dtype: tor
         dtype: Its dtype.
     """
     generator = torch.Generator().manual_seed((seed << 16) + router.index)
-    weight = torch.empty(d_out, d_in)
+    weight = torch.empty(d_out, d_in, dtype=torch.float32, device="cpu")
     nn.init.kaiming_uniform_(weight, a=math.sqrt(5), generator=generator)
     return nn.Parameter(weight.to(dtype))
 
 
 def zeros(*shape: int, dtype: torch.dtype) -> nn.Parameter:
     """A parameter of zeros."""
-    return nn.Parameter(torch.zeros(*shape, dtype=dtype))
+    return nn.Parameter(torch.zeros(*shape, dtype=dtype, device="cpu"))
 
 
 MakeRouter = Callable[[Router, float, torch.dtype], BayesianRouter]

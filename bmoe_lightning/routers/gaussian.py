@@ -38,7 +38,7 @@ class GaussianRouter(BayesianRouter):
         super().__init__(router)
         if not 0 <= prior_scale < float("inf"):
             raise ValueError(f"the prior scale of router logits must be a number >= 0, got {prior_scale}")
-        self.register_buffer("prior_scale", torch.tensor(prior_scale, dtype=dtype))
+        self.register_buffer("prior_scale", torch.tensor(prior_scale, dtype=dtype, device="cpu"))
         self._still = prior_scale == 0
         self.register_load_state_dict_post_hook(_read_scale)
         self.shift = zeros(router.num_experts, router.d_in, dtype=dtype)

@@ -79,7 +79,7 @@ class TemperatureChoice(BayesianRouter):
         self.hidden = drawn_matrix(width, router.d_in, seed=seed, router=router, dtype=dtype)
         self.hidden_bias = zeros(width, dtype=dtype)
         self.head = zeros(width, dtype=dtype)
-        self.bias = torch.nn.Parameter(torch.tensor(_ONE, dtype=dtype))
+        self.bias = torch.nn.Parameter(torch.tensor([_ONE], dtype=dtype, device="cpu"))  # FSDP2 shards no scalar
 
     def temperature(self, u: Tensor) -> Tensor:
         """The temperature of each token, `[tokens]`."""
