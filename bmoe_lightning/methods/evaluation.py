@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Iterable, Mapping, Sequence
-from contextlib import AbstractContextManager
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -218,8 +218,7 @@ class Predictor:
         own = MemberFit(self._state, self._posteriors)
         members = []
         for context in method.members(model, self._state, self._snapshots):
-            with model_lock(model), context as other:
-                fit = other or own
+            with prepared_member(model, context, own) as fit:
                 member = BatchView(model, class_logits, batch, fit.posteriors, seed=seed)
                 members.append(method.log_probs(member, fit.state))
         return average_log_probs(torch.stack(members)), view
@@ -242,6 +241,21 @@ def _of_fit(snapshots: Sequence[Path], fitted: FitResult, methods: Sequence[Meth
     return tuple(snapshots)
 
 
+@contextmanager
+def prepared_member(
+    model: nn.Module, context: AbstractContextManager[MemberFit | None], own: MemberFit
+) -> Iterator[MemberFit]:
+    """The fit that a member predicts with, while the model is set up for it and its lock is held.
+
+    Args:
+        model: The model.
+        context: The member, an entry of `Method.members`.
+        own: Fit of the members without one of their own.
+    """
+    with model_lock(model), context as other:
+        yield own if other is None else other
+
+
 def average_log_probs(log_probs: Tensor) -> Tensor:
     """Average probabilities over the first axis, in log space: `[M, ...]` to `[...]`."""
     return torch.logsumexp(log_probs, dim=0) - math.log(len(log_probs))
@@ -258,8 +272,7 @@ def _member(
 ) -> tuple[Tensor, Tensor, tuple[str, ...]]:
     """Log-probabilities `[N, K]` of one member on the data set, the labels `[N]`, and the warnings of its fit."""
     log_probs, labels = [], []
-    with model_lock(model), context as other, failing_together(distributed=runs_in_lockstep(model)):
-        fit = other or own
+    with prepared_member(model, context, own) as fit, failing_together(distributed=runs_in_lockstep(model)):
         for batch in lockstep(model, batches):
             view = BatchView(model, class_logits, batch, fit.posteriors, seed=seed)
             log_probs.append(method.log_probs(view, fit.state).cpu())

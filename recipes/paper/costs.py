@@ -89,25 +89,20 @@ def outstanding_costs(output: Path, runs: Mapping[Mode, SeedRun]) -> list[Key]:
     return missing
 
 
-def measure_costs(output: Path, runs: Mapping[Mode, SeedRun]) -> None:
-    """Measure what the methods of finished runs cost, and store it; what is stored is not measured again.
+def measure_costs(output: Path, runs: Mapping[Mode, SeedRun], outstanding: Sequence[Key]) -> None:
+    """Measure what methods of finished runs cost, and store each when it is measured.
 
     Of the study only the file of costs is written.
 
     Args:
         output: Folder of the study, which this process has locked.
         runs: The run to measure of each mode.
-
-    Warns:
-        UserWarning: As `outstanding_costs`.
+        outstanding: What `outstanding_costs` has found of these runs, at least one method.
     """
-    missing = outstanding_costs(output, runs)
-    if not missing:
-        return
     known = {(entry.mode, entry.method): entry for entry in read_costs(output).entries}
     wanted = {(mode, method.name): method for mode, run in runs.items() for method in _rows(run)}
     keeps = cache(keeps_weights)  # every file is read once
-    reasons = {key: runs[key[0]].lost_of(wanted[key], keeps) for key in missing}
+    reasons = {key: runs[key[0]].lost_of(wanted[key], keeps) for key in outstanding}
     lost = {_words(*key): reason for key, reason in reasons.items() if reason is not None}
 
     def store(entry: StoredCost | None = None) -> None:
@@ -120,7 +115,7 @@ def measure_costs(output: Path, runs: Mapping[Mode, SeedRun]) -> None:
 
     print("\nMeasuring what each method costs, one at a time", flush=True)
     for mode, run in runs.items():
-        methods = [wanted[key] for key in missing if key[0] == mode and _words(*key) not in lost]
+        methods = [wanted[key] for key in outstanding if key[0] == mode and _words(*key) not in lost]
         if methods:
             _measure_run(_small(run), methods, partial(_stored, output, mode, run, store))
     if lost:

@@ -17,9 +17,9 @@ from torch.utils.data import DataLoader
 
 from bmoe_lightning import MultipleChoiceDataModule
 from bmoe_lightning.base_finetuner import Finetuner
-from bmoe_lightning.experts.threads import model_lock
 from bmoe_lightning.methods import BatchView, FitResult, Method, fit_methods
 from bmoe_lightning.methods.base import MemberFit
+from bmoe_lightning.methods.evaluation import prepared_member
 from bmoe_lightning.methods.fit_index import stored_snapshots
 from bmoe_lightning.trainer.checks import optimised
 from bmoe_lightning.trainer.data_passes import DataPass, TrainerTrainingData, validation_pass
@@ -153,8 +153,8 @@ class OneMethod:
     def _for_each_member(self, fitted: FitResult, action: Callable[[MemberFit], None]) -> None:
         own = self.own_fit(fitted)
         for member in self.stored.members(self.module, own.state, self._snapshots):
-            with model_lock(self.module), member as other:
-                action(other or own)
+            with prepared_member(self.module, member, own) as fit:
+                action(fit)
 
     def _timed_fit(self, reference: Reference) -> tuple[Timing | None, FitResult]:
         """Time of all fits, once, between two predictions of the reference; and the fit of the method."""

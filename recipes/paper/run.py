@@ -20,7 +20,7 @@ from recipes.paper.jobs import Job, JobError, default_jobs, run_jobs
 from recipes.paper.outcomes import Mode, Study
 from recipes.paper.plan import Columns, PlannedRun, planned_runs
 from recipes.paper.presets import Preset, chosen_preset
-from recipes.paper.report import write_report
+from recipes.paper.report import Costs, write_report
 from recipes.paper.settings import PaperSettings
 from recipes.paper.sources import Questions, load_study_questions, num_expert_layers, pretrained_model, source_of
 from recipes.paper.stored_costs import read_costs
@@ -77,7 +77,7 @@ def run(settings: PaperSettings) -> None:
             written = _write_report(output)
             if outstanding:  # after a report without them, so that an error or a signal leaves a finished study one
                 print(f"\nThe report is in {written}; it is completed with what each method costs.", flush=True)
-                measure_costs(output, measured)
+                measure_costs(output, measured, outstanding)
                 written = _write_report(output)
             print(written.read_text(encoding="utf-8"), flush=True)
             print(f"\nDone in {time.monotonic() - started:.0f} s. Everything is in {output}.", flush=True)
@@ -207,10 +207,18 @@ def report(output: Path) -> None:
 def _write_report(output: Path) -> Path:
     """Write the report of a finished study, and return the path of its text."""
     try:
-        study, costs = read_study(output), read_costs(output).shown()
+        study = read_study(output)
     except (FileNotFoundError, ValueError) as error:
         raise RecipeError(str(error)) from error
-    return write_report(output / "report", study, costs=costs)[0]
+    return write_report(output / "report", study, costs=_costs(output))[0]
+
+
+def _costs(output: Path) -> Costs:
+    """The stored costs; of a file that cannot be read, why, since the report of the predictions does not need it."""
+    try:
+        return read_costs(output).shown()
+    except ValueError as error:
+        return Costs(left_out=str(error))
 
 
 def run_settings(

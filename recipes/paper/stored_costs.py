@@ -18,7 +18,7 @@ from recipes.qwen_obqa.stored_predictions import origin_of_predictions
 COSTS_FILE = "costs.json"
 _FORMAT = "costs"
 _VERSION = 2
-_REMEDY = "delete it, and run the command that made the study again"
+_REMEDY = "run the command that made the study again, which measures the costs again"
 
 
 @dataclass(frozen=True)
@@ -122,7 +122,7 @@ def read_costs(output: Path) -> StoredCosts:
         output: Folder of the study.
 
     Raises:
-        ValueError: If the file is damaged.
+        ValueError: If the file is damaged, or of another version.
     """
     path = output / COSTS_FILE
     if not path.is_file():

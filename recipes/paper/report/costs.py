@@ -100,7 +100,7 @@ def section(report: ReportInput) -> Section | None:
     home, costs = report.study.home, report.costs or Costs()
     labels = {row: group[0].label for row, group in report.groups(home, home).items() if row in costs.rows}
     if not labels:
-        return Section(_TITLE, text=(f"Not measured. {costs.left_out}" if costs.left_out else _UNMEASURED,))
+        return Section(_TITLE, text=(f"No costs. {costs.left_out}" if costs.left_out else _UNMEASURED,))
     rows = [GridRow(row, label, _cells(costs.rows[row])) for row, label in labels.items()]
     measured_on = "".join(
         f" {text}" for text in dict.fromkeys(costs.measured_on.get(row, "") for row in labels) if text

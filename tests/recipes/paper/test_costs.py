@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from types import SimpleNamespace
 
 import pytest
 
-from bmoe_lightning.methods import get_method
-from recipes.paper import costs, method_cost
-from recipes.paper.costs import measure_costs
+from recipes.paper import costs
+from recipes.paper.costs import measure_costs, outstanding_costs
 from recipes.paper.report import Cost, Timing
 from recipes.paper.stored_costs import COSTS_FILE, read_costs, write_costs
 from recipes.qwen_obqa.experiment import completed_run
@@ -37,7 +35,7 @@ def study(tmp_path_factory):
     )
     with completed_run(settings.resolved(), announce=False) as (run,):
         before = files(output)
-        measure_costs(output, {"experts": run})
+        measure(output, run)
         return output, run, before, files(output)
 
 
@@ -64,6 +62,13 @@ def stored(study):
     (output / COSTS_FILE).write_bytes(content)
 
 
+def measure(output, run):
+    """Measure what is outstanding."""
+    outstanding = outstanding_costs(output, {"experts": run})
+    if outstanding:
+        measure_costs(output, {"experts": run}, outstanding)
+
+
 def files(folder):
     return {path.relative_to(folder).as_posix(): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
 
@@ -88,10 +93,10 @@ def test_every_method_has_costs_and_no_other_file_changes(study):
 
 def test_what_was_measured_is_not_measured_again(stored, measured):
     output, run, entries = stored
-    measure_costs(output, {"experts": run})
+    measure(output, run)
     assert measured == []
     write_costs(output, entries[:2])
-    measure_costs(output, {"experts": run})
+    measure(output, run)
     assert measured == list(METHODS[2:])
     assert [entry.method for entry in read_costs(output).entries] == list(METHODS)
 
@@ -99,7 +104,7 @@ def test_what_was_measured_is_not_measured_again(stored, measured):
 def test_costs_of_methods_that_are_not_asked_for_now_stay(stored, measured):
     output, run, entries = stored
     write_costs(output, entries[1:])
-    measure_costs(output, {"experts": replace(run, methods=run.methods[:2])})
+    measure(output, replace(run, methods=run.methods[:2]))
     assert measured == ["map"]
     assert [entry.method for entry in read_costs(output).entries] == list(METHODS)
 
@@ -108,10 +113,10 @@ def test_times_of_two_machines_are_not_compared(stored, measured):
     output, run, entries = stored
     elsewhere = [replace(entry, conditions=replace(entry.conditions, host="elsewhere")) for entry in entries]
     write_costs(output, elsewhere)
-    measure_costs(output, {"experts": run})
+    measure(output, run)
     assert measured == []
     write_costs(output, elsewhere[:2])
-    measure_costs(output, {"experts": run})
+    measure(output, run)
     assert measured == list(METHODS)
 
 
@@ -126,7 +131,7 @@ def test_a_measurement_that_was_stopped_says_what_is_missing_and_resumes(stored,
     monkeypatch.setattr(costs, "_measure_run", one)
     for number, method in enumerate(METHODS, 1):
         with pytest.raises(KeyboardInterrupt):
-            measure_costs(output, {"experts": run})
+            measure(output, run)
         found = read_costs(output)
         assert len(found.entries) == number
         assert f"{method} (experts)" not in found.left_out
@@ -138,7 +143,7 @@ def test_damaged_costs_are_measured_again(stored, measured):
     output, run, _ = stored
     (output / COSTS_FILE).write_text("{}")
     with pytest.warns(UserWarning, match="The costs are measured again"):
-        measure_costs(output, {"experts": run})
+        measure(output, run)
     assert measured == list(METHODS)
 
 
@@ -148,7 +153,7 @@ def test_methods_whose_weights_are_gone_are_left_out_and_named(stored, measured)
     member, aside = run.folder / "member-1.safetensors", run.folder / "aside"
     member.rename(aside)
     try:
-        measure_costs(output, {"experts": run})
+        measure(output, run)
     finally:
         aside.rename(member)
     assert measured == ["map", "laplace_evidence"]
@@ -160,7 +165,7 @@ def test_methods_whose_weights_are_gone_are_left_out_and_named(stored, measured)
 def test_on_several_processes_nothing_is_measured_and_the_report_says_why(stored, measured, monkeypatch):
     output, run, _ = stored
     monkeypatch.setattr(costs, "num_processes", lambda: 2)
-    measure_costs(output, {"experts": run})
+    measure(output, run)
     assert measured == []
     assert read_costs(output).entries == ()
     assert "several processes" in read_costs(output).left_out
@@ -178,7 +183,7 @@ def test_costs_of_another_seed_size_or_data_set_are_measured_again(stored, measu
         copy.write_bytes((output / path).read_bytes())
         changed = replace(changed, predictions=copy.relative_to(output).as_posix())
     write_costs(output, [changed, *entries[1:]])
-    measure_costs(output, {"experts": run})
+    measure(output, run)
     assert measured == list(METHODS)
     assert [entry.predictions for entry in read_costs(output).entries] == [entry.predictions for entry in entries]
 
@@ -190,27 +195,10 @@ def test_a_damaged_fit_of_a_member_stays_as_it_is_and_is_named(stored, measured,
     content = index.read_bytes()
     index.write_text("{}")
     try:
-        measure_costs(output, {"experts": run})
+        measure(output, run)
         assert index.read_text() == "{}"
     finally:
         index.write_bytes(content)
     assert not [warning for warning in recwarn if "fitted again" in str(warning.message)]
     assert measured == ["map", "deep_ensemble", "laplace_evidence"]
     assert "Without laplace_mixture (experts), whose fits to further fine-tuned weights" in read_costs(output).left_out
-
-
-def test_the_fits_to_further_runs_are_part_of_the_fit_time(monkeypatch):
-    fitted = []
-    mixture = replace(get_method("laplace_mixture"), size=4)
-
-    class Fitted(method_cost.OneMethod):
-        device = None
-
-        def fit(self, methods):
-            fitted.append(methods)
-
-    monkeypatch.setattr(method_cost, "seconds", lambda action, _: (action(), 1.0)[1])
-    one = Fitted(mixture, replace(mixture, runs=("a",) * 3, fits=("b",) * 3), None, None, None, None)
-    timing, _ = one._timed_fit(SimpleNamespace(predict=lambda: None))
-    assert fitted == [[one.stored], mixture.needs.run_methods]
-    assert timing == Timing((4.0, 4.0), (1.0, 1.0))

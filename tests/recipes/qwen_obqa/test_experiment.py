@@ -25,7 +25,8 @@ from bmoe_lightning.methods import get_method, method_names
 from bmoe_lightning.methods.curvature_warnings import discarded_energy
 from bmoe_lightning.methods.storage import load_fit, save_fit
 from bmoe_lightning.report import matplotlib_available
-from recipes.qwen_obqa import experiment, seed_run
+from recipes.qwen_obqa import seed_run
+from recipes.qwen_obqa.seed_training import SeedTraining
 
 METHODS = "map,checkpoint_ensemble,temperature,laplace_evidence,laplace_lpo"
 
@@ -125,7 +126,7 @@ class TestOutput:
 
 def test_no_stage_keeps_the_memory_of_an_earlier_one(tmp_path, monkeypatch):
     trainers, alive = [], []
-    build = experiment.SeedRun._trainer
+    build = SeedTraining.trainer
 
     def recorded(self, *args, **options):
         alive.extend(number for number, trainer in enumerate(trainers) if trainer() is not None)
@@ -133,7 +134,7 @@ def test_no_stage_keeps_the_memory_of_an_earlier_one(tmp_path, monkeypatch):
         trainers.append(weakref.ref(trainer))
         return trainer
 
-    monkeypatch.setattr(experiment.SeedRun, "_trainer", recorded)
+    monkeypatch.setattr(SeedTraining, "trainer", recorded)
     assert run(tmp_path / "run", "--methods", "map,deep_ensemble", "--set", "deep_ensemble.size=3") == 0
     assert len(trainers) == 4
     assert not alive
@@ -144,7 +145,7 @@ class TestResume:
         def never(*_):
             raise AssertionError("a finished stage was done again")
 
-        monkeypatch.setattr(experiment.SeedRun, "_fresh", never)
+        monkeypatch.setattr(SeedTraining, "fresh", never)
         before = (finished / "results.csv").read_text()
         for flags in (["--resume"], []):
             assert run(finished, *flags) == 0

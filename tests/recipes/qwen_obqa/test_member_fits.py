@@ -10,7 +10,7 @@ from recipe_runs import run
 
 from bmoe_lightning.curvature import kfac
 from bmoe_lightning.methods.storage import load_fit, save_fit
-from recipes.qwen_obqa.seed_run import SeedRun
+from recipes.qwen_obqa.seed_training import SeedTraining
 
 METHODS = "map,laplace_lpo,laplace_mixture,deep_ensemble"
 
@@ -26,7 +26,7 @@ def stages(monkeypatch, action):
     """What was trained and fitted meanwhile."""
     said = []
     with monkeypatch.context() as patch:
-        patch.setattr(SeedRun, "_say", lambda _, what: said.append(what))
+        patch.setattr(SeedTraining, "say", lambda _, what: said.append(what))
         action()
     return [what for what in said if what.startswith("fi")]
 

@@ -146,7 +146,7 @@ def cost_section(report):
 def test_costs_that_were_not_measured_are_not_made_up(written, small, report_of):
     text = (written[0] / "report.md").read_text()
     assert "\n## Cost\n\nNot measured. Run the command that made the study again" in text
-    assert cost_section(report_of(small, costs=Costs(left_out="Why."))).text == ("Not measured. Why.",)
+    assert cost_section(report_of(small, costs=Costs(left_out="Why."))).text == ("No costs. Why.",)
 
 
 @pytest.mark.parametrize(("model", "begins"), [("the small model", "The small model"), ("my/model", "my/model")])
