@@ -12,11 +12,12 @@ from typing import Any
 
 import lightning as L
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.utils.data import DataLoader
 
 from bmoe_lightning import MultipleChoiceDataModule
 from bmoe_lightning.base_finetuner import Finetuner
+from bmoe_lightning.experts.logits_contract import ClassLogits
 from bmoe_lightning.methods import BatchView, FitResult, Method, fit_methods
 from bmoe_lightning.methods.base import MemberFit
 from bmoe_lightning.methods.evaluation import prepared_member
@@ -202,17 +203,42 @@ class OneMethod:
         return stored_snapshots(self.run.fit_folder) if self.method.needs.max_snapshots else []
 
     def _batches(self, *, single: bool = False) -> DataPass:
-        data = self.trainer.datamodule  # type: ignore[attr-defined]  # set by trainer.fit
-        assert isinstance(data, MultipleChoiceDataModule)
-        loader = data.test_dataloader()
-        if single:
-            questions = torch.utils.data.Subset(loader.dataset, range(min(MOST_SINGLE, len(data.questions("test")))))
-            loader = DataLoader(questions, batch_size=1, collate_fn=loader.collate_fn)
-        return DataPass(self.trainer, loader, len(loader), "Prediction", repeats=True)
+        return predicted_batches(self.trainer, single=single)
 
-    def _class_logits(self, model: nn.Module, batch: object) -> tuple[Tensor, Tensor | None]:
-        with self.trainer.precision_plugin.forward_context():
-            return model.class_logits(batch)  # type: ignore[operator]  # a Finetuner
+    @property
+    def _class_logits(self) -> ClassLogits:
+        return class_logits(self.trainer)
+
+
+def predicted_batches(trainer: L.Trainer, *, single: bool = False) -> DataPass:
+    """A pass over the test questions of a trainer that is set up.
+
+    Args:
+        trainer: The trainer.
+        single: Whether each batch is one question, and the first ones are enough.
+    """
+    data = trainer.datamodule  # type: ignore[attr-defined]  # set by trainer.fit
+    assert isinstance(data, MultipleChoiceDataModule)
+    loader = data.test_dataloader()
+    if single:
+        questions = torch.utils.data.Subset(loader.dataset, range(min(MOST_SINGLE, len(data.questions("test")))))
+        loader = DataLoader(questions, batch_size=1, collate_fn=loader.collate_fn)
+    return DataPass(trainer, loader, len(loader), "Prediction", repeats=True)
+
+
+def class_logits(trainer: L.Trainer) -> ClassLogits:
+    """The logits of the module of a trainer that is set up, in the trainer's precision.
+
+    Args:
+        trainer: The trainer.
+    """
+
+    def logits(model: Any, batch: Any) -> tuple[Tensor, Tensor | None]:
+        with trainer.precision_plugin.forward_context():
+            found: tuple[Tensor, Tensor | None] = model.class_logits(batch)
+            return found
+
+    return logits
 
 
 @dataclass(frozen=True)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import time
+import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -15,12 +16,13 @@ import torch
 from bmoe_lightning.methods import Method
 from bmoe_lightning.utils.distributed import is_rank_zero, num_processes
 from recipes.common.study_settings import StudySettings
+from recipes.paper.attribution import make_attribution, read_attribution
 from recipes.paper.costs import measure_costs, outstanding_costs
 from recipes.paper.jobs import Job, JobError, default_jobs, run_jobs
 from recipes.paper.outcomes import Mode, Study
 from recipes.paper.plan import Columns, PlannedRun, planned_runs
 from recipes.paper.presets import Preset, chosen_preset
-from recipes.paper.report import Costs, write_report
+from recipes.paper.report import Attributed, Costs, write_report
 from recipes.paper.settings import PaperSettings
 from recipes.paper.sources import Questions, load_study_questions, num_expert_layers, pretrained_model, source_of
 from recipes.paper.stored_costs import read_costs
@@ -73,6 +75,8 @@ def run(settings: PaperSettings) -> None:
             if not is_rank_zero():
                 return
             write_study(output, described, outcomes)
+            if "experts" in measured:
+                make_attribution(output, measured["experts"])
             outstanding = outstanding_costs(output, measured)
             written = _write_report(output)
             if outstanding:  # after a report without them, so that an error or a signal leaves a finished study one
@@ -210,7 +214,7 @@ def _write_report(output: Path) -> Path:
         study = read_study(output)
     except (FileNotFoundError, ValueError) as error:
         raise RecipeError(str(error)) from error
-    return write_report(output / "report", study, costs=_costs(output))[0]
+    return write_report(output / "report", study, costs=_costs(output), attribution=_attribution(output))[0]
 
 
 def _costs(output: Path) -> Costs:
@@ -219,6 +223,15 @@ def _costs(output: Path) -> Costs:
         return read_costs(output).shown()
     except ValueError as error:
         return Costs(left_out=str(error))
+
+
+def _attribution(output: Path) -> Attributed | None:
+    """The stored attribution; None for a file that cannot be read, since the report of the predictions needs none."""
+    try:
+        return read_attribution(output)
+    except ValueError as error:
+        warnings.warn(str(error), stacklevel=2)
+        return None
 
 
 def run_settings(

@@ -8,12 +8,14 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from bmoe_lightning.metrics import get_metric
+from bmoe_lightning.metrics.chance import chance_warning
 from bmoe_lightning.report import Difference, Paired, paired_difference
 from recipes.common.report_parts import Section, markdown_table
-from recipes.paper.report.compared import Bar
+from recipes.paper.report.compared import Bar, DataChoice
 from recipes.paper.report.section import ReportInput
 
 _TITLE = "Is the difference real?"
+_MARK = "†"
 MET, MISSED, UNDECIDED = "met", "missed", "not decided"
 
 
@@ -60,6 +62,23 @@ class Joint:
     verdict: str
 
 
+@dataclass(frozen=True)
+class Guessed:
+    """A data set that the reference answers no better than chance.
+
+    Attributes:
+        data: Whether the models were trained on it, or on the first one.
+        tested_on: Name of the data set.
+        seeds: Seeds of the models whose accuracy on the test items is not significantly above chance.
+        total: Number of seeds.
+    """
+
+    data: DataChoice
+    tested_on: str
+    seeds: tuple[int, ...]
+    total: int
+
+
 def section(report: ReportInput) -> Section | None:
     """All claims whose methods the study has, and what is lacking for the others.
 
@@ -74,11 +93,18 @@ def section(report: ReportInput) -> Section | None:
                 lacking.append(f"{bar.title}: no results of both {bar.method} and {other} ({bar.data_words})")
             else:
                 found.append(comparison)
-    joint = joint_verdicts(found)
-    text = [_table(found), *_joint_table(joint), _sets_table(report, found), _how(found)] if found else []
+    joint, by_chance = joint_verdicts(found), guessed(report, found)
+    text = []
+    if found:
+        text = [_table(found), *_joint_table(joint), _sets_table(report, found, by_chance)]
+        text += [*_guessed_words(report, by_chance), _how(found)]
     if lacking:
         text.append("Not compared. " + "; ".join(lacking) + ".")
-    details = {"bars": [_details(comparison) for comparison in found], "joint": [asdict(each) for each in joint]}
+    details = {
+        "bars": [_details(comparison) for comparison in found],
+        "joint": [asdict(each) for each in joint],
+        "guessed": [asdict(each) for each in by_chance],
+    }
     return Section(_TITLE, text=tuple(text), details=details)
 
 
@@ -150,6 +176,43 @@ def joint_verdicts(found: Sequence[Comparison]) -> list[Joint]:
     return joint
 
 
+def guessed(report: ReportInput, found: Sequence[Comparison]) -> list[Guessed]:
+    """The data sets of comparisons that the reference answers no better than chance, with one seed at least.
+
+    Args:
+        report: What the report is made from.
+        found: The comparisons.
+    """
+    guesses = []
+    for data in dict.fromkeys(comparison.bar.data for comparison in found):
+        compared = {name for comparison in found if comparison.bar.data == data for name in comparison.data}
+        for trained, tested in report.runs_of(data):
+            group = report.all_groups(trained, tested).get(report.compared.reference, ()) if tested in compared else ()
+            seeds = tuple(result.seed for result in group if chance_warning(result.log_probs, result.target))
+            if seeds:
+                guesses.append(Guessed(data, tested, seeds, len(group)))
+    return guesses
+
+
+def _guessed_words(report: ReportInput, by_chance: Sequence[Guessed]) -> list[str]:
+    if not by_chance:
+        return []
+    places = "; ".join(
+        f"{report.label(each.tested_on)}, {each.data.replace('_', ' ')} ({len(each.seeds)} of {each.total} seeds)"
+        for each in by_chance
+    )
+    label = next(
+        groups[report.compared.reference][0].label
+        for groups in (report.all_groups(trained, tested) for trained, tested in report.runs_of(by_chance[0].data))
+        if report.compared.reference in groups
+    )
+    return [
+        f"{_MARK} {label} is not better than chance (one-sided binomial test of its accuracy on the test items at 5 %, "
+        f"each seed alone): {places}. There the best prediction is a uniform one, so that a difference says which "
+        "method is less sure, and not which one knows more. These data sets are part of the means and verdicts above."
+    ]
+
+
 def _table(found: Sequence[Comparison]) -> str:
     rows = [
         [
@@ -172,13 +235,15 @@ def _joint_table(joint: Sequence[Joint]) -> list[str]:
     return ["Met for all of them, or missed for one:\n\n" + markdown_table(head, rows)] if rows else []
 
 
-def _sets_table(report: ReportInput, found: Sequence[Comparison]) -> str:
+def _sets_table(report: ReportInput, found: Sequence[Comparison], by_chance: Sequence[Guessed]) -> str:
+    marked = {(each.data, each.tested_on) for each in by_chance}
     names = [name for name in report.study.labels if any(name in comparison.by_set for comparison in found)]
     rows = []
     for comparison in found:
         cells = [
             f"{number(comparison.bar, comparison.by_set[name].estimate)} "
             f"{_interval(comparison.bar, comparison.by_set[name])}"
+            f"{f' {_MARK}' if (comparison.bar.data, name) in marked else ''}"
             if name in comparison.by_set
             else ""
             for name in names

@@ -15,6 +15,7 @@ from recipes.paper.report.compared import Bar, Compared, DataChoice
 from recipes.paper.report.published import Published
 
 if TYPE_CHECKING:
+    from recipes.paper.report.attribution import Attributed
     from recipes.paper.report.costs import Costs
 
 Groups = Mapping[str, Sequence[MethodResult]]
@@ -34,6 +35,7 @@ class ReportInput:
         compared: Methods that are known by name, and claims.
         published: Numbers of a publication.
         costs: Costs of the rows; None if none were measured.
+        attribution: Where the variance of one method's predictions comes from; None if it was not made.
         settings: ECE convention and bootstrap.
     """
 
@@ -41,6 +43,7 @@ class ReportInput:
     compared: Compared
     published: Published
     costs: Costs | None = None
+    attribution: Attributed | None = None
     settings: SummarySettings = field(default_factory=SummarySettings)
 
     @property

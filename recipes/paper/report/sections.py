@@ -7,6 +7,7 @@ from collections.abc import Callable
 from recipes.common.report_parts import Section
 from recipes.paper.report import (
     all_metrics,
+    attribution,
     bars,
     by_warning,
     costs,
@@ -24,6 +25,7 @@ SECTIONS: tuple[Callable[[ReportInput], Section | None], ...] = (
     in_distribution.section,
     shift.section,
     layers.section,
+    attribution.section,
     prior.section,
     bars.section,
     by_warning.section,

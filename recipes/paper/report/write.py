@@ -8,6 +8,7 @@ from typing import Any
 from bmoe_lightning.report import SummarySettings
 from recipes.common.report_parts import write_sections
 from recipes.paper.outcomes import Study
+from recipes.paper.report.attribution import Attributed
 from recipes.paper.report.compared import Compared, read_compared
 from recipes.paper.report.costs import Costs
 from recipes.paper.report.published import Published, read_published
@@ -20,6 +21,7 @@ def write_report(
     study: Study,
     *,
     costs: Costs | None = None,
+    attribution: Attributed | None = None,
     settings: SummarySettings | None = None,
     compared: Compared | None = None,
     published: Published | None = None,
@@ -33,6 +35,7 @@ def write_report(
         output: Folder, created if missing.
         study: Outcomes.
         costs: Costs of the rows; None if they were not measured.
+        attribution: Where the variance of one method's predictions comes from; None if it was not made.
         settings: ECE convention and bootstrap; defaults if None.
         compared: Methods that are known by name, and claims; those of `compared.yaml` if None.
         published: Numbers of a publication; those of `published.json` if None.
@@ -50,6 +53,7 @@ def write_report(
         compared=read_compared() if compared is None else compared,
         published=read_published() if published is None else published,
         costs=costs,
+        attribution=attribution,
         settings=settings or SummarySettings(),
     )
     sections = [section for make in SECTIONS if (section := make(report)) is not None]

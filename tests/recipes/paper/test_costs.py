@@ -10,33 +10,17 @@ from recipes.paper import costs
 from recipes.paper.costs import measure_costs, outstanding_costs
 from recipes.paper.report import Cost, Timing
 from recipes.paper.stored_costs import COSTS_FILE, read_costs, write_costs
-from recipes.qwen_obqa.experiment import completed_run
-from recipes.qwen_obqa.settings import Settings
 
-# One that is not fitted, one with a further run, one with a fit to it, and one of weights before fine-tuning.
-METHODS = ("map", "deep_ensemble", "laplace_mixture", "laplace_evidence")
+METHODS = ("map", "deep_ensemble", "laplace_mixture", "laplace_lpo")
 
 
 @pytest.fixture(scope="module")
-def study(tmp_path_factory):
+def study(finished_run):
     """A finished run, its measured costs, and the files before and after these were measured."""
-    output = tmp_path_factory.mktemp("costs")
-    folder = output / "runs" / "recall-experts"
-    settings = Settings(
-        methods=METHODS,
-        output_dir=str(folder),
-        seeds=1,
-        dry_run=True,
-        quiet=True,
-        accelerator="cpu",
-        zero_shot=False,
-        batch_size=4,
-        eval_batch_size=4,
-    )
-    with completed_run(settings.resolved(), announce=False) as (run,):
-        before = files(output)
-        measure(output, run)
-        return output, run, before, files(output)
+    output, run = finished_run
+    before = files(output)
+    measure(output, run)
+    return output, run, before, files(output)
 
 
 @pytest.fixture
@@ -156,7 +140,7 @@ def test_methods_whose_weights_are_gone_are_left_out_and_named(stored, measured)
         measure(output, run)
     finally:
         aside.rename(member)
-    assert measured == ["map", "laplace_evidence"]
+    assert measured == ["map", "laplace_lpo"]
     assert read_costs(output).left_out.startswith(
         "Without deep_ensemble (experts), laplace_mixture (experts), whose fine-tuned weights"
     )
@@ -200,5 +184,5 @@ def test_a_damaged_fit_of_a_member_stays_as_it_is_and_is_named(stored, measured,
     finally:
         index.write_bytes(content)
     assert not [warning for warning in recwarn if "fitted again" in str(warning.message)]
-    assert measured == ["map", "deep_ensemble", "laplace_evidence"]
+    assert measured == ["map", "deep_ensemble", "laplace_lpo"]
     assert "Without laplace_mixture (experts), whose fits to further fine-tuned weights" in read_costs(output).left_out

@@ -15,6 +15,12 @@ from recipes.paper.report import bars
 from recipes.paper.report.bars import Comparison, compare, joint_verdicts, verdict
 from recipes.paper.report.compared import Bar, read_compared
 
+METHODS = {
+    "map": ("MAP", 3.0),
+    "temperature": ("Temperature scaling", 1.0),
+    "evidence_temperature": ("Evidence temperature", 1.02),
+    "laplace_lpo": ("Bayesian-MoE (LPO)", 1.1),
+}
 BAR = Bar("A title", "lower", "laplace_lpo", ("map",), "in_distribution")
 LABELS = ("One", "Two")
 
@@ -166,6 +172,42 @@ def test_an_infinite_loss_is_told_in_the_report(make_study, report_of):
     section = bars.section(report_of(whole))
     line = next(line for line in section.text[0].splitlines() if "less MAP |" in line)
     assert line.endswith("| not finite | no interval | not decided |")
+
+
+def guessing(result):
+    """A result on questions with two choices of which every other answer is wrong."""
+    top = (result.target + torch.arange(len(result.target))) % 2
+    ordered = result.log_probs.sort(1, descending=True).values
+    return replace(result, log_probs=torch.where(top[:, None] == 0, ordered, ordered.flip(1)))
+
+
+def test_data_sets_that_are_answered_by_chance_are_marked_and_named(make_study, report_of):
+    whole = make_study(METHODS, seeds=(0, 1, 2), lora={})
+
+    def changed(outcome, seeds):
+        return replace(outcome, results=tuple(guessing(r) if r.seed in seeds else r for r in outcome.results))
+
+    outcomes = [
+        changed(o, (1, 2) if (o.trained_on, o.tested_on) == ("judged", "judged") else ()) for o in whole.outcomes
+    ]
+    section = bars.section(report_of(replace(whole, outcomes=tuple(outcomes))))
+    assert section.details["guessed"] == [
+        {"data": "in_distribution", "tested_on": "judged", "seeds": (1, 2), "total": 3}
+    ]
+    lines = next(text for text in section.text if text.startswith("By data set")).splitlines()[4:]
+    cells = [[cell.strip() for cell in line.strip("|").split("|")] for line in lines]
+    assert {line[1] for line in cells} == {"in distribution", "shift"}
+    for line in cells:
+        assert [cell.endswith("†") for cell in line[2:]] == [False, False, line[1] == "in distribution"]
+    (note,) = [text for text in section.text if text.startswith("†")]
+    assert "MAP is not better than chance" in note
+    assert "Judged, in distribution (2 of 3 seeds)." in note
+
+
+def test_where_every_data_set_is_learned_nothing_is_marked(make_study, report_of):
+    section = bars.section(report_of(make_study(METHODS, seeds=(0, 1, 2), lora={})))
+    assert section.details["guessed"] == []
+    assert not any("†" in text for text in section.text)
 
 
 def test_one_seed_is_told(make_study, report_of):
