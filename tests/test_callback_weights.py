@@ -10,7 +10,7 @@ import lightning as L
 import lightning.pytorch.callbacks
 import pytest
 import torch
-from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.callbacks import BaseFinetuning, ModelCheckpoint
 from torch.optim.swa_utils import get_ema_avg_fn
 from toy import (
     ToyModule,
@@ -22,7 +22,9 @@ from toy import (
 )
 
 from bmoe_lightning.callback import BayesianMoECallback
+from bmoe_lightning.curvature import Curvature
 from bmoe_lightning.laplace import WeightMismatchError
+from bmoe_lightning.methods import LeaveOneOutTemperature
 from bmoe_lightning.methods.storage import load_fit
 
 
@@ -209,3 +211,45 @@ class TestHeadBesideTheModel:
             module.head.bias.add_(1)
         assert not more.fitted.has_weights_of(module)
         assert not load_fit(tmp_path / "bayesian_moe")[0].has_weights_of(module)
+
+
+class Unfreezes(BaseFinetuning):
+    """Trains the head, and from the second epoch on the experts too."""
+
+    def __init__(self):
+        super().__init__()
+        self.moved = 0.0
+
+    def experts(self, module):
+        return [layer.mlp.experts for layer in module.network.model.layers]
+
+    def freeze_before_training(self, module):
+        self.freeze(module.network.model)
+        self.before = module.network.model.layers[0].mlp.experts.down_proj.detach().clone()
+
+    def finetune_function(self, module, epoch, optimizer):
+        if epoch == 1:
+            self.unfreeze_and_add_param_group(self.experts(module), optimizer)
+
+    def on_train_end(self, run, module):
+        weight = module.network.model.layers[0].mlp.experts.down_proj.detach()
+        self.moved = float((weight - self.before).abs().max())
+
+
+class OfUnfrozen(ToyModule):
+    def configure_optimizers(self):
+        return torch.optim.SGD([p for p in self.parameters() if p.requires_grad], lr=1e-2)
+
+
+def test_weights_that_are_unfrozen_during_training_count_as_trained(tmp_path):
+    unfreezes, module = Unfreezes(), OfUnfrozen()
+    method = LeaveOneOutTemperature(curvature=Curvature(rank=3))
+    callback = BayesianMoECallback([method], dirpath=str(tmp_path / "fit"))
+    trainer(tmp_path, [unfreezes, callback], max_epochs=2).fit(module, train_loader(), calibration_loader())
+    assert unfreezes.moved > 0
+    experts = {id(p) for part in unfreezes.experts(module) for p in part.parameters()}
+    trained = [p for n, p in module.named_parameters() if id(p) in experts or "lm_head" in n]
+    (share,) = callback.fitted.shares.values()
+    assert share.num_trained == sum(p.numel() for p in trained)
+    assert 0 < share.share < 1
+    assert float(callback.fitted.state_of(method)["kappa"]) == pytest.approx(share.kappa)

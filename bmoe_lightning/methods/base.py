@@ -186,7 +186,8 @@ class Method(ABC):
             model: The model that is about to be trained.
             folder: Folder to which the fit will be written, or None.
             ranks_per_node: Number of processes that share this machine's memory; each of them fits.
-            trained: The parameters that are trained, as in `fit_methods`; by default those that require gradients.
+            trained: The parameters that are trained, as in `fit_methods`; by default those that require gradients. If
+                some do not require gradients, which of all these are trained is known after training only.
 
         Raises:
             ValueError: If the method could not be fitted.

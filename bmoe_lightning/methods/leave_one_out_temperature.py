@@ -98,6 +98,8 @@ class LeaveOneOutTemperature(CurvatureMethod):
         ranks_per_node: int = 1,
         trained: Sequence[nn.Parameter] | None = None,
     ) -> None:
+        if trained is not None and not all(parameter.requires_grad for parameter in trained):
+            return  # some are unfrozen later, so the share that the posterior covers is not known yet
         layers = self.spec.posterior_layers(model)
         shares = GradientShareRecorder(model, layers, trained=trained).finish()
         if (known := shares.known([layer.name for layer in layers])) is not None:

@@ -247,7 +247,7 @@ def check_runs(trainer: L.Trainer, methods: Sequence[Method], module: L.Lightnin
         ValueError: If a method cannot be fitted on this rank.
         RuntimeError: If a method cannot be fitted on another rank.
     """
-    trained = optimised(trainer, module)
+    trained = list(module.parameters()) if unfreezes(trainer) else optimised(trainer, module)
 
     def check() -> None:
         for method in methods:
@@ -267,10 +267,9 @@ def check_optimised(trainer: L.Trainer, module: L.LightningModule, methods: Sequ
     Raises:
         ValueError: If no optimizer has a parameter of a layer; the message names the layer.
     """
-    unfreezes = any(isinstance(callback, BaseFinetuning) for callback in trainer.callbacks)  # type: ignore[attr-defined]
     groups = [group for optimizer in trainer.optimizers for group in optimizer.param_groups]
     optimised = {id(p) for group in groups for p in group["params"] if p.requires_grad}
-    if not groups or unfreezes:
+    if not groups or unfreezes(trainer):
         return
     for layer in prior_mean_layers(methods, module):
         if not any(id(p) in optimised for p in module.get_submodule(layer.module_name).parameters()):
@@ -279,6 +278,11 @@ def check_optimised(trainer: L.Trainer, module: L.LightningModule, methods: Sequ
                 f"no optimizer has a parameter of {layer.name!r}, and how far training moves its weights is what "
                 f"{needing} needs; train it, use prior_mean='zero', or skip the layer"
             )
+
+
+def unfreezes(trainer: L.Trainer) -> bool:
+    """Whether a callback of the trainer may unfreeze parameters during training, so that any of them may be trained."""
+    return any(isinstance(callback, BaseFinetuning) for callback in trainer.callbacks)  # type: ignore[attr-defined]
 
 
 def optimised(trainer: L.Trainer, module: L.LightningModule) -> list[nn.Parameter] | None:

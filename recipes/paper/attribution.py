@@ -51,7 +51,7 @@ def make_attribution(output: Path, run: SeedRun) -> None:
     found: list[Attribution] = []
     run.with_trained(lambda trainer, module, _: found.append(_attribution(run, method, trainer, module)))
     predictions = run.predictions.path(method)
-    tensors = {}
+    tensors: dict[str, Tensor] = {}
     for layer in found[0].layers:
         tensors |= {f"{layer.index}/variance": layer.variance, f"{layer.index}/slots": layer.slots}
     description = {

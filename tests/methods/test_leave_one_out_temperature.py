@@ -307,6 +307,10 @@ class TestRefused:
         with pytest.raises(ValueError, match="covers none of them"):
             METHOD.check_run(model, tmp_path, trained=[model.head.weight])
 
+    def test_nothing_is_said_of_weights_that_may_be_unfrozen_during_training(self, tmp_path):
+        model = train_only(toy_model(), "head")
+        METHOD.check_run(model, tmp_path, trained=list(model.parameters()))
+
     def test_unknown_kappa(self):
         assert known_kappa("it", GradientShare(0.25)) == 4
         with pytest.raises(ValueError, match=r"it scales .* is unknown: a gradient is not finite"):
