@@ -22,10 +22,10 @@ from recipes.paper.jobs import Job, JobError, default_jobs, run_jobs
 from recipes.paper.outcomes import Mode, Study
 from recipes.paper.plan import Columns, PlannedRun, planned_runs
 from recipes.paper.presets import Preset, chosen_preset
-from recipes.paper.report import Attributed, Costs, write_report
+from recipes.paper.report import Attributed, write_report
 from recipes.paper.settings import PaperSettings
 from recipes.paper.sources import Questions, load_study_questions, num_expert_layers, pretrained_model, source_of
-from recipes.paper.stored_costs import read_costs
+from recipes.paper.stored_costs import reported_costs
 from recipes.paper.stored_study import StoredOutcome, begin_study, read_study, stored_outcomes, write_study
 from recipes.paper.worker import worker_arguments
 from recipes.qwen_obqa.distributed import first_then_others, joined
@@ -214,15 +214,7 @@ def _write_report(output: Path) -> Path:
         study = read_study(output)
     except (FileNotFoundError, ValueError) as error:
         raise RecipeError(str(error)) from error
-    return write_report(output / "report", study, costs=_costs(output), attribution=_attribution(output))[0]
-
-
-def _costs(output: Path) -> Costs:
-    """The stored costs; of a file that cannot be read, why, since the report of the predictions does not need it."""
-    try:
-        return read_costs(output).shown()
-    except ValueError as error:
-        return Costs(left_out=str(error))
+    return write_report(output / "report", study, costs=reported_costs(output), attribution=_attribution(output))[0]
 
 
 def _attribution(output: Path) -> Attributed | None:

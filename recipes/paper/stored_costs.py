@@ -138,6 +138,18 @@ def read_costs(output: Path) -> StoredCosts:
     return StoredCosts(tuple(entry for entry in entries if _is_current(output, entry)), left_out)
 
 
+def reported_costs(output: Path) -> Costs:
+    """The costs of a study for its report; of a file that cannot be read, why, since the rest does not need it.
+
+    Args:
+        output: Folder of the study.
+    """
+    try:
+        return read_costs(output).shown()
+    except ValueError as error:
+        return Costs(left_out=str(error))
+
+
 def _entry(found: dict[str, Any]) -> StoredCost:
     (mode,) = (mode for mode in MODES if mode == found["mode"])
     cost = _cost(found)

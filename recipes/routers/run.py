@@ -23,7 +23,7 @@ from recipes.paper.plan import PlannedRun
 from recipes.paper.presets import Preset, chosen_preset
 from recipes.paper.run import settings_of_run
 from recipes.paper.sources import Questions, load_study_questions, source_of
-from recipes.paper.stored_costs import read_costs
+from recipes.paper.stored_costs import reported_costs
 from recipes.paper.stored_study import begin_study, read_study, stored_outcomes, write_study
 from recipes.plan.architecture import build, describe, load_configuration
 from recipes.plan.compute import active_macs
@@ -83,10 +83,11 @@ def run(settings: RouterSettings) -> None:
                 study.measured(seeds)
                 study.write(seeds, reference, selected)
                 measured: dict[Mode, SeedRun] = {"experts": seeds[0]}
-                if outstanding_costs(output, measured):
+                outstanding = outstanding_costs(output, measured)
+                if outstanding:
                     written = _write_report(output)
                     print(f"\nThe report is in {written}; it is completed with what each method costs.", flush=True)
-                    measure_costs(output, measured)
+                    measure_costs(output, measured, outstanding)
             written = _write_report(output)
             print(written.read_text(encoding="utf-8"), flush=True)
             print(f"\nDone in {time.monotonic() - started:.0f} s. Everything is in {output}.", flush=True)
@@ -246,7 +247,7 @@ def _write_report(output: Path) -> Path:
         seeds = sorted({result.seed for result in outcome.results})
         methods = list(dict.fromkeys(result.method for result in outcome.results))
         stability = read_stability(output, seeds, methods)
-        costs = read_costs(output).shown()
+        costs = reported_costs(output)
     except (FileNotFoundError, ValueError) as error:
         raise RecipeError(str(error)) from error
     return write_report(output / "report", RouterReport.of(study, routes, stability, costs))[0]
