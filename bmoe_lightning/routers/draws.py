@@ -69,8 +69,13 @@ class StepDraws(Draws):
         return step_noise(shape, kind=kind, **key).unsqueeze(0).to(self._device)
 
 
+_STORED_FLOATS = 1 << 25
+
+
 class PositionNoise:
-    """The numbers of predictions by router, sample and position of the token; those that were drawn are kept.
+    """The numbers of predictions by router, sample and position of the token.
+
+    Those that were drawn are stored for the next batches, up to 128 MiB of them.
 
     Args:
         seed: Seed, not negative.
@@ -79,7 +84,7 @@ class PositionNoise:
 
     def __init__(self, seed: int, *, antithetic: bool = True) -> None:
         self._seed, self._antithetic = seed, antithetic
-        self._tables: dict[tuple[int, tuple[int, ...], int, NoiseKind], Tensor] = {}
+        self._tables: dict[tuple[int, tuple[int, ...], int, NoiseKind, torch.device], Tensor] = {}
 
     def at(
         self,
@@ -127,12 +132,14 @@ class PositionNoise:
     ) -> Tensor:
         """`[S, L, width]`, with L positions or more."""
         width = router.num_experts if width is None else width
-        key = router.index, tuple(samples), width, kind
-        length = int(rows.positions.max()) + 1
+        key = router.index, tuple(samples), width, kind, rows.positions.device
         table = self._tables.get(key)
-        if table is None or table.shape[1] < length or table.device != rows.positions.device:
+        if table is None or table.shape[1] < rows.num_positions:
+            # Rounded up, so that a slightly longer batch does not draw them again.
+            length = 1 << max(rows.num_positions - 1, 0).bit_length()
             table = self._drawn((length, width), router, samples, kind).to(rows.positions.device)
-            self._tables[key] = table
+            if table.numel() + sum(stored.numel() for stored in list(self._tables.values())) <= _STORED_FLOATS:
+                self._tables[key] = table
         return table
 
     def _drawn(self, shape: Sequence[int], router: Router, samples: Sequence[int], kind: NoiseKind) -> Tensor:

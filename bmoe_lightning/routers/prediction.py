@@ -37,7 +37,7 @@ def sampled_routes(
     with watched_tokens(model) as watch:
 
         def sampled(net: BayesianRouter, u: Tensor, logits: Tensor) -> Tensor:
-            rows = watch.rows(len(logits))
+            rows = watch.rows(len(logits), net.router, u)
 
             def draws(of: Sequence[int]) -> SampleDraws:
                 return SampleDraws(noise, net.router, rows, of, copies=True, device=logits.device)
@@ -73,7 +73,7 @@ def averaged_scores(
     with watched_tokens(model) as watch:
 
         def averaged(net: BayesianRouter, u: Tensor, logits: Tensor) -> Tensor:
-            rows, sampled = watch.rows(len(logits)), net.sampler(u, logits)
+            rows, sampled = watch.rows(len(logits), net.router, u), net.sampler(u, logits)
             chunks = (
                 sampled(SampleDraws(noise, net.router, rows, chunk, copies=False, device=logits.device))
                 for chunk in sample_chunks(num_samples, logits.numel())

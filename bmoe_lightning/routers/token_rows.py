@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
@@ -10,9 +11,12 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
 
 from bmoe_lightning.experts.threads import applies, scope
 from bmoe_lightning.experts.wrappers.transformers import outermost_pretrained
+from bmoe_lightning.routers.scores import at_least_float32
+from bmoe_lightning.routers.types import Router
 
 # What a model of transformers takes: ids or embeddings, with the mask of each.
 _INPUTS = (
@@ -33,6 +37,16 @@ class TokenRows:
 
     mask: Tensor
     positions: Tensor
+
+    def equals(self, other: TokenRows) -> bool:
+        """Whether padding and positions are the same."""
+        return torch.equal(self.mask, other.mask) and torch.equal(self.positions, other.positions)
+
+    @cached_property
+    def num_positions(self) -> int:
+        """One more than the largest position."""
+        # Once for all routers: on an accelerator it waits for the positions.
+        return int(self.positions.max()) + 1 if self.positions.numel() else 0
 
     @cached_property
     def real(self) -> Tensor | None:
@@ -75,38 +89,94 @@ class TokenRows:
         return cls(real, positions.clamp(min=0).masked_fill(~real, 0))
 
 
+class _Call:
+    """The rows of one call of a model, and the sums of the inputs of its routers by their index, `[D]` for each run."""
+
+    def __init__(self, rows: Sequence[TokenRows]) -> None:
+        self.rows = tuple(rows)
+        self.has_graph = torch.is_grad_enabled()
+        self.input_sums: dict[int, list[Tensor]] = {}
+
+    def of(self, num_tokens: int) -> list[TokenRows]:
+        """The rows of as many tokens."""
+        return [rows for rows in self.rows if rows.mask.numel() == num_tokens]
+
+    def distance(self, router: Router, input_sum: Tensor) -> float:
+        """The distance of the input of a router to the nearest one that it had in this call."""
+        sums = [known.to(input_sum) for known in self.input_sums.get(router.index, [])]
+        return min((float((known - input_sum).norm()) for known in sums), default=torch.inf)
+
+
 class TokenWatch:
-    """The rows of the last call of a model. Created by `watched_tokens`."""
+    """The rows of the calls of a model: of the running one, and of those whose graph exists. See `watched_tokens`."""
 
     def __init__(self) -> None:
-        self._calls: list[TokenRows] = []
+        self._last = _Call(())
+        self._is_running = False
+        # The graph of a call's output holds it, and nothing else does: it is there as long as a backward pass may be.
+        self._earlier: list[weakref.ref[_Call]] = []
 
     def begin(self, *rows: TokenRows) -> None:
         """Set the rows of a call: of a model whose call does not reveal them, or of the parts of one call."""
-        self._calls = list(rows)
+        self._earlier = [call for call in self._earlier if call() is not None]
+        self._last, self._is_running = _Call(rows), True
 
-    def rows(self, num_tokens: int) -> TokenRows:
+    def end(self, output: Any) -> None:
+        """End a call, after which routers run only where activations are recomputed.
+
+        Args:
+            output: What the call returned; None after an exception.
+        """
+        self._is_running = False
+        nodes = [value.grad_fn for value in tree_leaves(output) if isinstance(value, Tensor)]
+        for node in nodes:
+            if node is not None:
+                node.metadata.setdefault(__name__, []).append(self._last)
+        if any(node is not None for node in nodes):
+            self._earlier.append(weakref.ref(self._last))
+
+    def rows(self, num_tokens: int, router: Router | None = None, inputs: Tensor | None = None) -> TokenRows:
         """The rows of the tokens of a router.
+
+        Where activations are recomputed for gradients, a router runs after the call. Of several calls with as many
+        tokens it is the one in which the router had this input.
 
         Args:
             num_tokens: Number of tokens that the router got.
+            router: The router.
+            inputs: Its input, `[tokens, D]`.
 
         Raises:
             RuntimeError: If no input of the call has as many tokens, or two have that differ.
         """
-        found = [rows for rows in self._calls if rows.mask.numel() == num_tokens]
+        earlier = [call for call in (known() for known in self._earlier) if call is not None]
+        calls = [self._last] if self._is_running or not earlier else earlier
+        found = {call: call.of(num_tokens) for call in calls if call.of(num_tokens)}
         if not found:
-            seen = " and ".join(f"{rows.mask.shape[0]} x {rows.mask.shape[1]}" for rows in self._calls) or "no known"
+            shapes = dict.fromkeys(rows.mask.shape for call in calls for rows in call.rows)
+            seen = " and ".join(f"{rows} x {length}" for rows, length in shapes) or "no known"
             raise RuntimeError(
                 f"a router got {num_tokens} tokens, and the model was called with {seen} tokens, so the padding among "
                 "them is not known; call the model with input_ids or inputs_embeds and attention_mask as keywords"
             )
-        if any(not torch.equal(rows.mask, found[0].mask) for rows in found[1:]):
+        if any(not rows[0].equals(other) for rows in found.values() for other in rows[1:]):
             raise RuntimeError(
                 f"a router got {num_tokens} tokens, and two inputs of the model have as many with different padding; "
                 "pad them to different lengths"
             )
-        return found[0]
+        input_sum = None if router is None or inputs is None else at_least_float32(inputs.detach()).sum(0)
+        if router is not None and input_sum is not None and self._is_running and self._last.has_graph:
+            self._last.input_sums.setdefault(router.index, []).append(input_sum)
+        first = next(iter(found.values()))[0]
+        if all(first.equals(rows[0]) for rows in found.values()):
+            return first
+        if router is None or input_sum is None:
+            raise RuntimeError(
+                f"a router got {num_tokens} tokens after several calls of the model with as many and different "
+                "padding, and without its input it is not known in which of them; pass the router and its input"
+            )
+        distances = {call: call.distance(router, input_sum) for call in found}
+        return found[min(distances, key=distances.__getitem__)][0]
 
 
 @contextmanager
@@ -114,8 +184,8 @@ def watched_tokens(model: nn.Module) -> Iterator[TokenWatch]:
     """Watch the calls of the models of transformers in a module, or of the module itself if there are none.
 
     Of the arguments only those are seen that are given as keywords, and the ids if they are the first positional one.
-    Without an attention mask all tokens are real. Applies in this thread, unless within
-    `bmoe_lightning.experts.threads.in_all_threads`.
+    Without an attention mask all tokens are real. The model may be called several times before a backward pass that
+    recomputes activations. Applies in this thread, unless within `bmoe_lightning.experts.threads.in_all_threads`.
 
     Args:
         model: Any module.
@@ -126,11 +196,16 @@ def watched_tokens(model: nn.Module) -> Iterator[TokenWatch]:
         if active and applies(thread) and rest:
             watch.begin(*_rows_of_call(args, rest[0]))
 
+    def leave(_module: nn.Module, _args: tuple[Any, ...], output: Any) -> None:
+        if active and applies(thread):
+            watch.end(output)
+
     with ExitStack() as stack:
         stack.callback(active.clear)
         owners: Sequence[nn.Module] = outermost_pretrained(model) or [model]
         for owner in owners:
             stack.callback(owner.register_forward_pre_hook(hook, with_kwargs=True).remove)
+            stack.callback(owner.register_forward_hook(leave, always_call=True).remove)
         yield watch
 
 

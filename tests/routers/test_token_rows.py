@@ -9,6 +9,7 @@ import torch
 from oracles.models import tiny_qwen, toy_batch, toy_model
 from torch.nn.functional import pad
 
+from bmoe_lightning.experts.threads import in_all_threads
 from bmoe_lightning.routers import (
     TokenRows,
     find_routers,
@@ -120,6 +121,77 @@ class TestRows:
             thread.join()
             assert watch.rows(6).mask.shape == (2, 3)
         assert len(model._forward_pre_hooks) == hooks
+
+
+class TestSeveralCallsBeforeOneBackwardPass:
+    """Gradients with recomputed activations are those with stored ones, whatever the padding of each call."""
+
+    IDS = torch.arange(2, 14).view(2, 6)
+    MASKS = ([[0, 1, 1, 1, 1, 1], [0, 0, 0, 1, 1, 1]], [[1, 1, 1, 1, 1, 1], [0, 1, 1, 1, 1, 1]])
+
+    def loss(self, model, watch_of):
+        """Two calls of as many tokens; `watch_of` enters their context."""
+        with watch_of() as watch, intercepted_routers(model, find_routers(model), self.noisy(watch), everywhere=True):
+            total = sum(
+                model(input_ids=self.IDS, attention_mask=torch.tensor(mask)).logits[:, -1, :4].logsumexp(1).sum()
+                for mask in self.MASKS
+            )
+            total.backward()
+        return [parameter.grad.clone() for parameter in model.parameters() if parameter.grad is not None]
+
+    def noisy(self, watch):
+        def replace(router, u, logits):
+            rows = watch.rows(len(logits), router, u)
+            (table,) = sample_noise((6, router.num_experts), seed=1, router=router.index, samples=[0])
+            return logits + table[rows.positions.flatten()].to(logits) * rows.mask.flatten().unsqueeze(1)
+
+        return replace
+
+    @pytest.mark.parametrize("reentrant", [False, True])
+    def test_gradients(self, reentrant):
+        found = []
+        for checkpoints in (False, True):
+            model = tiny_qwen().train()
+            if checkpoints:
+                model.gradient_checkpointing_enable({"use_reentrant": reentrant})
+                model.enable_input_require_grads()
+            with in_all_threads():
+                found.append(self.loss(model, lambda model=model: watched_tokens(model)))
+        for one, other in zip(*found, strict=True):
+            torch.testing.assert_close(one, other, rtol=1e-6, atol=1e-9)
+
+    def test_calls_whose_graph_is_gone_are_forgotten(self):
+        model = tiny_qwen().train()
+        with watched_tokens(model) as watch:
+            kept = [model(input_ids=self.IDS[:, :length]).logits for length in (3, 4, 5)]
+            assert watch.rows(6).mask.shape == (2, 3)
+            with torch.no_grad():
+                model(input_ids=self.IDS)
+            assert watch.rows(8).mask.shape == (2, 4)
+            del kept[0]
+            with pytest.raises(RuntimeError, match="called with 2 x 4 and 2 x 5 tokens"):
+                watch.rows(6)
+
+    def test_several_calls_that_cannot_be_told_apart(self):
+        model = tiny_qwen().train()
+        with watched_tokens(model) as watch:
+            kept = [model(input_ids=self.IDS, attention_mask=torch.tensor(mask)).logits for mask in self.MASKS]
+            with pytest.raises(RuntimeError, match="after several calls of the model"):
+                watch.rows(12)
+        assert len(kept) == 2
+
+    def test_two_calls_of_one_batch(self):
+        model, seen = tiny_qwen(), []
+
+        def look(router, u, logits):
+            seen.append(watch.rows(len(logits), router, u).mask.tolist())
+            return logits
+
+        with watched_tokens(model) as watch, intercepted_routers(model, find_routers(model), look):
+            for mask in self.MASKS:
+                model(input_ids=self.IDS, attention_mask=torch.tensor(mask))
+        expected = [[list(map(bool, row)) for row in mask] for mask in self.MASKS]
+        assert seen == [mask for mask in expected for _ in find_routers(model)]
 
 
 def test_tokens_of_a_row_that_several_sequences_share():
