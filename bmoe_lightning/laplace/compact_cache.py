@@ -51,6 +51,7 @@ class CompactCache(CovarianceCache):
         binned: `[N, C, L (1 + nodes)]` float32: for each layer what no eigenvalue shrinks, then the terms at each node.
         nodes: Eigenvalues s of the nodes, `[L, nodes]` float64.
         everything: Logits `[M, K]` and labels of all examples of the set, M >= N.
+        examples: Positions of the N examples among all, `[N]` int64; None if they are the first ones.
     """
 
     directions: Tensor
@@ -58,6 +59,7 @@ class CompactCache(CovarianceCache):
     binned: Tensor
     nodes: Tensor
     everything: tuple[Tensor, Tensor | None]
+    examples: Tensor | None = None
 
     @property
     def num_layers(self) -> int:
@@ -74,18 +76,23 @@ class CompactCache(CovarianceCache):
         """The covariance terms of the examples."""
         return self.binned, self.directions, self.diagonal
 
+    def positions(self) -> Tensor:
+        """Positions `[N]` int64, among all examples of the set, of those that have terms."""
+        return super().positions() if self.examples is None else self.examples
+
     def all_examples(self) -> tuple[Tensor, Tensor | None]:
         """Logits `[M, K]` and labels `[M]` (or None) of all examples of the set, also of those without terms."""
         return self.everything
 
-    def noise(self, num_samples: int, seed: int) -> Tensor:
-        """Standard normal noise `[S, q + C]` for `nll`, in antithetic pairs; S is even and at most `num_samples`.
+    def noise(self, num_samples: int, seed: int, num_deviations: int = 0) -> Tensor:
+        """Standard normal noise `[S, q + C + R]` for `nll`, in antithetic pairs; S is even and at most `num_samples`.
 
         C is the largest number of classes that an example has.
         """
         num_present = present_first(self.logits).shape[1]
         count = min(num_samples, max(_MIN_SAMPLES, _SAMPLED_FLOATS // (len(self.logits) * num_present)))
-        half = standard_normal(max(1, count // 2), self.directions.shape[2] + num_present, seed)
+        num_columns = self.directions.shape[2] + num_present + num_deviations
+        half = standard_normal(max(1, count // 2), num_columns, seed)
         return torch.cat([half, -half])
 
     def covariance(self, precision: Tensor) -> Tensor:
@@ -97,7 +104,7 @@ class CompactCache(CovarianceCache):
         )
         return centring @ (self.directions @ inner @ self.directions.mT + torch.diag_embed(variances)) @ centring
 
-    def nll(self, precision: Tensor, noise: Tensor, labels: Tensor) -> Tensor:
+    def nll(self, precision: Tensor, noise: Tensor, labels: Tensor, deviations: Tensor | None = None) -> Tensor:
         """Mean NLL of the MC predictive at precisions `[L]`; see `CovarianceCache`."""
         classes = present_first(self.logits)
         inner, variances = self._at(precision)
@@ -107,6 +114,10 @@ class CompactCache(CovarianceCache):
         spread = (of_classes(variances, classes) + 1e-12).sqrt().float()
         logits, labels = of_classes(self.logits, classes).float(), (classes == labels.unsqueeze(1)).int().argmax(1)
         noise = noise.float()
+        if deviations is not None:
+            of_root, of_spread, of_deviations = noise.split([root.shape[2], classes.shape[1], deviations.shape[2]], 1)
+            noise = torch.cat([of_root, of_deviations, of_spread], dim=1)
+            root = torch.cat([root, of_classes(deviations, classes).float()], dim=2)
         size = max(1, _SAMPLED_FLOATS // (noise.shape[0] * classes.shape[1]))
         parts = [part.split(size) for part in (logits, root, spread, labels)]
         if len(parts[0]) == 1:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor
 
 from bmoe_lightning.experts.logits_contract import checked_labels
@@ -33,22 +34,33 @@ class CovarianceCache(ABC):
         """The covariance terms of the examples."""
 
     @abstractmethod
-    def noise(self, num_samples: int, seed: int) -> Tensor:
-        """Standard normal noise `[S, ...]` for `nll`, with S at most `num_samples`."""
+    def noise(self, num_samples: int, seed: int, num_deviations: int = 0) -> Tensor:
+        """Standard normal noise `[S, ...]` for `nll`, with S at most `num_samples`.
+
+        Args:
+            num_samples: Maximum number of samples.
+            seed: Seed.
+            num_deviations: Number R of the deviations that `nll` is given; the other columns do not depend on it.
+        """
 
     @abstractmethod
-    def nll(self, precision: Tensor, noise: Tensor, labels: Tensor) -> Tensor:
+    def nll(self, precision: Tensor, noise: Tensor, labels: Tensor, deviations: Tensor | None = None) -> Tensor:
         """Mean NLL of the MC predictive, differentiable.
 
         Args:
-            precision: Prior precision `[L]`.
+            precision: Prior precision `[L]`; infinite for no variance.
             noise: Noise from `noise`.
             labels: Labels `[N]`.
+            deviations: `D [N, K, R]`, zero for absent classes: `D D^T` is added to the covariance of the logits.
         """
 
     @abstractmethod
     def covariance(self, precision: Tensor) -> Tensor:
         """The covariance of the centred logits at precisions `[L]`: `[N, K, K]` float64."""
+
+    def positions(self) -> Tensor:
+        """Positions `[N]` int64, among all examples of the set, of those that have terms."""
+        return torch.arange(len(self.logits))
 
     def all_examples(self) -> tuple[Tensor, Tensor | None]:
         """Logits `[M, K]` and labels `[M]` (or None) of all examples of the set, also of those without terms."""

@@ -16,6 +16,9 @@ from bmoe_lightning.utils.fit_warnings import warn_of_fit
 Scope = Literal["global", "layer"]
 SCOPES: tuple[Scope, ...] = ("global", "layer")
 
+LPO_SAMPLES = 1000
+"""Default number of Monte Carlo samples of LPO's objective."""
+
 LOG_PRECISION_RANGE = (math.log(1e-8), math.log(1e12))
 # A factor of 1.1 from an end of a search range is at the end.
 _AT_END = 0.1
@@ -201,7 +204,7 @@ def fit_lpo(
     scope: Scope = "layer",
     *,
     prior: LogNormalPrior | None = None,
-    num_samples: int = 1000,
+    num_samples: int = LPO_SAMPLES,
     seed: int = 0,
     max_iterations: int = 60,
     names: Sequence[str] = (),
@@ -254,6 +257,24 @@ def fit_lpo(
     if prior is None:  # with one, the precisions are determined
         _warn_of_lpo(loss, log_precision, reached, names, by_layer=scope == "layer" and num_layers > 1)
     return log_precision.exp()
+
+
+@torch.no_grad()
+def validation_nll(
+    cache: CovarianceCache, precision: Tensor, *, num_samples: int = LPO_SAMPLES, seed: int = 0
+) -> float:
+    """What `fit_lpo` minimises, without a prior: the mean validation NLL of the MC predictive.
+
+    Args:
+        cache: Cache of the validation set.
+        precision: Prior precision `[L]`; infinite for no variance.
+        num_samples: Number of Monte Carlo samples.
+        seed: Seed for the Monte Carlo noise.
+
+    Raises:
+        ValueError: If there are no labels, a label is no class of its example, or covariance terms are not finite.
+    """
+    return float(_Objective(cache, num_samples, seed).at(precision))
 
 
 def _warn_of_lpo(
@@ -318,7 +339,10 @@ class _Objective:
         self._noise = cache.noise(num_samples, seed)
 
     def __call__(self, log_precision: Tensor) -> Tensor:
-        return self._cache.nll(log_precision.exp(), self._noise, self._labels)
+        return self.at(log_precision.exp())
+
+    def at(self, precision: Tensor) -> Tensor:
+        return self._cache.nll(precision, self._noise, self._labels)
 
 
 def _starts(objective: Callable[[float], float]) -> list[float]:

@@ -28,8 +28,8 @@ from bmoe_lightning.utils.fit_warnings import warn_of_fit
 
 _NUM_BINS = 128
 _MANY_CLASSES = 6  # contrasts of the classes that an example has
-_COMPACT = ("logits", "labels", "directions", "diagonal", "pieces")
-_DTYPES = {"labels": torch.int64, "pieces": torch.float32}
+_COMPACT = ("logits", "labels", "directions", "diagonal", "pieces", "examples")
+_DTYPES = {"labels": torch.int64, "pieces": torch.float32, "examples": torch.int64}
 # Temporary floats per chunk of groups.
 _CHUNK_FLOATS = 1 << 23
 # Sampled logits of one chunk of examples.
@@ -70,11 +70,11 @@ class ValidationCache(CovarianceCache):
         """The covariance terms of the examples."""
         return self.embedding, self.prior, self.binned
 
-    def noise(self, num_samples: int, seed: int) -> Tensor:
-        """Standard normal noise `[S, P]` for `nll`."""
-        return standard_normal(num_samples, self.embedding.shape[2], seed)
+    def noise(self, num_samples: int, seed: int, num_deviations: int = 0) -> Tensor:
+        """Standard normal noise `[S, P + R]` for `nll`."""
+        return standard_normal(num_samples, self.embedding.shape[2] + num_deviations, seed)
 
-    def nll(self, precision: Tensor, noise: Tensor, labels: Tensor) -> Tensor:
+    def nll(self, precision: Tensor, noise: Tensor, labels: Tensor, deviations: Tensor | None = None) -> Tensor:
         """Mean NLL of the MC predictive at precisions `[L]`; see `CovarianceCache`."""
         contrast = self.contrast_covariance(precision)
         # Cholesky instead of an eigendecomposition: it is differentiable at repeated eigenvalues.
@@ -82,6 +82,8 @@ class ValidationCache(CovarianceCache):
         jitter = 1e-6 * trace * torch.eye(contrast.shape[1], dtype=contrast.dtype)
         classes = present_first(self.logits)
         root = of_classes(self.embedding, classes) @ cholesky(contrast + jitter)
+        if deviations is not None:
+            root = torch.cat([root, of_classes(deviations, classes)], dim=2)
         logits, chosen = of_classes(self.logits, classes), (classes == labels.unsqueeze(1)).int().argmax(1)
         size = max(1, _SAMPLED_FLOATS // (len(noise) * classes.shape[1]))
         parts = [part.split(size) for part in (logits, root, chosen)]
@@ -143,6 +145,7 @@ class CacheBuilder:
             raise ValueError(f"the memory of the covariance terms must be at least 1 byte, got {max_bytes}")
         self._curvature = list(curvature)
         self._centres = _bin_centres_of(self._curvature)
+        self._num_shards = num_shards
         self._max_bytes = max_bytes // num_shards
         self._logits: list[Tensor] = []
         self._labels: list[Tensor] = []
@@ -151,6 +154,7 @@ class CacheBuilder:
         self._nodes: Nodes | None = None
         self._weights: list[Tensor] = []
         self._share = 1.0
+        self._num_appended = 0
         self._generator = torch.Generator().manual_seed(0)
 
     def add(self, terms: BatchTerms) -> None:
@@ -206,6 +210,8 @@ class CacheBuilder:
         columns = {name: [part.pop(name) for part in chosen] for name in _COMPACT}
         full = self._gathered(columns, sizes, distributed=distributed, even=share < 1)
         labels_of, binned = full.pop("labels"), full.pop("pieces")
+        if distributed:  # in the order of the data set, see `gather_examples`
+            full["examples"] = full["examples"] * self._num_shards + torch.arange(len(labels_of)) % self._num_shards
         if len(labels_of) < len(everything["labels"]):
             warn_of_fit(
                 f"the covariance terms of {len(everything['labels'])} held-out examples take more than "
@@ -273,7 +279,10 @@ class CacheBuilder:
     def _append(self, terms: dict[str, Tensor], logits: Tensor, labels: Tensor) -> None:
         """Store the terms of a random share of the examples: half as many whenever the memory is full."""
         draw = torch.rand(len(logits), generator=self._generator, dtype=torch.float64)
-        self._compact.append(_below({**terms, "logits": logits, "labels": labels, "draw": draw}, self._share))
+        examples = torch.arange(self._num_appended, self._num_appended + len(logits))
+        self._num_appended += len(logits)
+        columns = {**terms, "logits": logits, "labels": labels, "draw": draw, "examples": examples}
+        self._compact.append(_below(columns, self._share))
         while sum(part["pieces"].nbytes for part in self._compact) > self._max_bytes:
             self._share /= 2
             self._compact = [_below(part, self._share) for part in self._compact]

@@ -5,10 +5,11 @@ from dataclasses import replace
 
 import pytest
 import torch
+from validation_sets import PRECISIONS, at, compact, set_of
 
 from bmoe_lightning.laplace import compact_cache, validation_cache
 from bmoe_lightning.laplace.compact_cache import CompactCache
-from bmoe_lightning.laplace.covariance import BatchTerms, LayerTerms, _contrasts, covariance
+from bmoe_lightning.laplace.covariance import BatchTerms, LayerTerms
 from bmoe_lightning.laplace.predictive import class_probabilities, mean_variance, standard_normal
 from bmoe_lightning.laplace.prior import fit_lpo
 from bmoe_lightning.laplace.validation_cache import CacheBuilder, ValidationCache, cache_terms
@@ -30,63 +31,6 @@ def test_bins_keep_the_sum_of_products():
     torch.testing.assert_close(cache.binned[:, 0].sum(1), expected)
     assert bool((cache.centres[0].diff() > 0).all())
     assert float(cache.centres[0, -1]) == pytest.approx(float(curvature.max()))
-
-
-def set_of(num_examples, num_classes, num_layers=2, seed=0, dtype=torch.float64):
-    """Terms of batches of 8 examples of a random linearised model, its curvature, and the dense covariance."""
-    generator = torch.Generator().manual_seed(seed)
-
-    def normal(*shape):
-        return torch.randn(*shape, generator=generator, dtype=torch.float64)
-
-    width, rank, num_experts = 12, 4, 3
-    head = normal(num_classes, width) / 20
-    curvature = [(12 * torch.rand(num_experts, rank, rank, generator=generator).double() - 6).exp() for _ in "ab"]
-    curvature = curvature[:num_layers]
-    curvature[0][1, 0, 0] = 0
-    batches = []
-    for first in range(0, num_examples, 8):
-        size = min(8, num_examples - first)
-        logits = 2 * normal(size, num_classes)
-        if num_classes > 3:
-            logits[::3, 2] = -torch.inf
-        present = logits != -torch.inf
-        labels = torch.multinomial((logits / 3).softmax(1), 1, generator=generator).squeeze(1)
-        weights, embedding = _contrasts(present, True)
-        layers = []
-        for _ in range(num_layers):
-            examples = torch.arange(size).repeat_interleave(2)
-            experts = torch.randint(num_experts, (2 * size,), generator=generator)
-            # G = g a^T of one slot; the bases are the first coordinates.
-            a, mix = normal(2 * size, 7), 1 + 0.5 * normal(2 * size, 1, width)
-            g = (weights.transpose(0, 1) @ head)[examples] * mix
-            gradients = g.unsqueeze(3) * a[:, None, None]  # [2 B, P, width, 7]
-            products = gradients.flatten(2) @ gradients.flatten(2).mT
-            prior = torch.zeros(size, *products.shape[1:], dtype=torch.float64).index_add_(0, examples, products)
-            projections = gradients[:, :, :rank, :rank].contiguous()
-            layers.append(LayerTerms(prior, projections.to(dtype), examples, experts))
-        batches.append(BatchTerms(logits, labels, embedding, tuple(layers)))
-
-    def dense(precision):
-        return torch.cat([covariance(batch, curvature, precision) for batch in batches])
-
-    return batches, curvature, dense
-
-
-PRECISIONS = [(0.01, 0.01), (0.5, 20.0), (1e3, 1e3)]
-
-
-def at(values):
-    return torch.tensor(values, dtype=torch.float64)
-
-
-def compact(batches, curvature, max_bytes=1 << 30):
-    """Compact terms from the first batch on."""
-    builder = CacheBuilder(curvature, max_bytes=max_bytes)
-    builder._make_compact()
-    for batch in batches:
-        builder.add(batch)
-    return builder.finish()
 
 
 @pytest.mark.parametrize("values", PRECISIONS)
@@ -177,7 +121,7 @@ def test_the_memory_is_kept_for_any_number_of_examples(num_classes):
     all_logits, all_labels = found.all_examples()
     assert len(all_logits) == len(all_labels) == 400
     position = [int((all_logits == row).all(1).nonzero()) for row in found.logits]
-    assert position == sorted(position)
+    assert position == sorted(position) == found.positions().tolist()
     assert torch.equal(all_labels[position], found.labels)
     assert bool(fit_lpo(found, "global", num_samples=20).isfinite().all())
 
@@ -415,6 +359,7 @@ def test_ranks_have_the_terms_of_one_process(monkeypatch, num_examples, limit):
     assert torch.equal(one.binned, other.binned)
     assert torch.equal(one.all_examples()[0], alone.logits)
     assert torch.equal(one.all_examples()[1], alone.labels)
+    assert torch.equal(one.all_examples()[0][one.positions()], one.logits)
     if limit == 1 << 30:
         assert torch.equal(one.logits, alone.logits)
         for values in PRECISIONS:
