@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Callable, Hashable, Mapping
 from contextlib import AbstractContextManager
 from typing import Any, TypeVar
@@ -19,10 +20,32 @@ from bmoe_lightning.laplace.posterior import LaplacePosterior, posterior_terms
 T = TypeVar("T")
 
 
+class LastingValues:
+    """What predictions of several batches share, by model; whoever predicts the batches owns it.
+
+    Models are not kept alive, and a copy or a pickle has no values.
+    """
+
+    def __init__(self) -> None:
+        self._of_models: weakref.WeakKeyDictionary[nn.Module, dict[Hashable, Any]] = weakref.WeakKeyDictionary()
+
+    def __reduce__(self) -> tuple[type[LastingValues], tuple[()]]:
+        return LastingValues, ()
+
+    def of(self, model: nn.Module) -> dict[Hashable, Any]:
+        """The values of a model."""
+        return self._of_models.setdefault(model, {})
+
+
 class BatchView:
     """One batch and the model's output on it, computed lazily and cached.
 
     The covariance terms of all posteriors and the logits come from one forward pass.
+
+    Attributes:
+        model: The model.
+        seed: Seed for the noise of the methods.
+        lasting: Values of this model that other batches share, by what they depend on.
 
     Args:
         model: The model.
@@ -30,6 +53,7 @@ class BatchView:
         batch: Batch that `class_logits` accepts.
         posteriors: Posteriors whose covariances will be computed, by the digest of their curvature.
         seed: Seed for the noise of the methods.
+        lasting: What is shared with other batches.
     """
 
     def __init__(
@@ -40,9 +64,11 @@ class BatchView:
         posteriors: Mapping[str, LaplacePosterior] | None = None,
         *,
         seed: int = 0,
+        lasting: LastingValues | None = None,
     ) -> None:
         self.model = model
         self.seed = seed
+        self.lasting = (lasting or LastingValues()).of(model)
         self._class_logits = class_logits
         self._batch = batch
         self._posteriors = dict(posteriors or {})

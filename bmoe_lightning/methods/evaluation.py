@@ -18,8 +18,8 @@ from bmoe_lightning.experts.fsdp import runs_in_lockstep
 from bmoe_lightning.experts.logits_contract import ClassLogits, checked_labels, joined_logits
 from bmoe_lightning.experts.threads import model_lock
 from bmoe_lightning.laplace.posterior import LaplacePosterior
-from bmoe_lightning.methods.base import PRIOR_PRECISION, MemberFit, Method, check_method_names
-from bmoe_lightning.methods.batch_view import BatchView
+from bmoe_lightning.methods.base import MemberFit, Method, check_method_names
+from bmoe_lightning.methods.batch_view import BatchView, LastingValues
 from bmoe_lightning.methods.fit_result import FitResult
 from bmoe_lightning.methods.snapshots import check_snapshots
 from bmoe_lightning.utils.distributed import failing_together
@@ -64,6 +64,7 @@ class Evaluation:
         self._states = {method.name: fitted.state_of(method) for method in methods}
         self._single = [method for method in methods if not method.is_ensemble]
         self._posteriors: dict[str, LaplacePosterior] | None = None
+        self._lasting = LastingValues()
         self._log_probs: dict[str, list[Tensor]] = {method.name: [] for method in self._single}
         self._uncertainty: dict[str, list[dict[str, Tensor]]] = {method.name: [] for method in self._single}
         self._labels: list[Tensor] = []
@@ -74,7 +75,7 @@ class Evaluation:
         if self._posteriors is None:
             curvatures = [curvature for method in self._single for curvature in method.prediction_curvatures]
             self._posteriors = self._fitted.posteriors_for(curvatures, model)
-        return BatchView(model, class_logits, batch, self._posteriors, seed=self._fitted.seed)
+        return BatchView(model, class_logits, batch, self._posteriors, seed=self._fitted.seed, lasting=self._lasting)
 
     def check_members(self, model: nn.Module) -> None:
         """Check before the first batch that the members of every ensemble can be set up; see `Method.check_members`."""
@@ -198,6 +199,7 @@ class Predictor:
         self._state = fitted.state_of(method)
         self._snapshots = _of_fit(snapshots, fitted, [method])
         self._posteriors: dict[str, LaplacePosterior] | None = None
+        self._lasting = LastingValues()
 
     def predict(self, model: nn.Module, class_logits: ClassLogits, batch: Any) -> tuple[Tensor, BatchView]:
         """Predict one batch.
@@ -212,7 +214,8 @@ class Predictor:
         method, seed = self.method, self._fitted.seed
         if self._posteriors is None:
             self._posteriors = self._fitted.posteriors_for(method.prediction_curvatures, model)
-        view = BatchView(model, class_logits, batch, {} if method.is_ensemble else self._posteriors, seed=seed)
+        posteriors = {} if method.is_ensemble else self._posteriors
+        view = BatchView(model, class_logits, batch, posteriors, seed=seed, lasting=self._lasting)
         if not method.is_ensemble:
             return method.log_probs(view, self._state), view
         own = MemberFit(self._state, self._posteriors)
@@ -224,14 +227,11 @@ class Predictor:
         return average_log_probs(torch.stack(members)), view
 
     def covariance(self, view: BatchView) -> tuple[Tensor, Tensor] | None:
-        """Logits and their covariance under the method's posterior, see `BatchView.covariance`.
+        """Logits and their covariance, see `Method.logit_covariance`.
 
-        None without a posterior, and for an ensemble, whose logits have none in common.
+        None without one, and for an ensemble, whose logits have none in common.
         """
-        precision = self._state.get(PRIOR_PRECISION)
-        if precision is None or not self.method.curvatures or self.method.is_ensemble:
-            return None
-        return view.covariance(self.method.curvatures[0], precision)
+        return None if self.method.is_ensemble else self.method.logit_covariance(view, self._state)
 
 
 def _of_fit(snapshots: Sequence[Path], fitted: FitResult, methods: Sequence[Method]) -> tuple[Path, ...]:

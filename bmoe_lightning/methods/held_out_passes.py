@@ -5,7 +5,7 @@ Shapes: `N` examples, `G` candidates for a fitted number, `K` classes.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Hashable, Iterable
 from itertools import islice
 from typing import Any
 
@@ -16,7 +16,7 @@ from torch.nn.functional import pad
 from bmoe_lightning.experts import ClassLogits
 from bmoe_lightning.experts.counted_batch import CountedBatch, count_of, lockstep, plain_batch
 from bmoe_lightning.experts.logits_contract import checked_labels
-from bmoe_lightning.methods.batch_view import BatchView
+from bmoe_lightning.methods.batch_view import BatchView, LastingValues
 from bmoe_lightning.methods.data_differences import iterates_once
 from bmoe_lightning.methods.routes import probed_routers
 from bmoe_lightning.routers.discovery import find_routers
@@ -57,6 +57,8 @@ class HeldOutPasses:
         self._seed = seed
         self._routers: list[Router] | None = None
         self._gaps: Tensor | None = None
+        self._found: dict[Hashable, tuple[Tensor, Tensor]] = {}
+        self._lasting = LastingValues()
 
     def check(self) -> None:
         """Check before the first pass that the data can be iterated over again, and that there are routers.
@@ -73,11 +75,13 @@ class HeldOutPasses:
             )
         find_routers(self._model)
 
-    def log_probs(self, candidates: Callable[[BatchView], Tensor]) -> tuple[Tensor, Tensor]:
+    def log_probs(self, candidates: Callable[[BatchView], Tensor], *, key: Hashable = None) -> tuple[Tensor, Tensor]:
         """Log-probabilities of the held-out data under several candidates, in one pass.
 
         Args:
             candidates: Function from the view of a batch to log-probabilities `[G, B, K]`.
+            key: What the log-probabilities depend on besides the data; a second call with it takes no pass. None if
+                there is no second one.
 
         Returns:
             Log-probabilities `[G, N, K]` float64, `-inf` for absent classes, and labels `[N]` int64, on the CPU.
@@ -85,6 +89,8 @@ class HeldOutPasses:
         Raises:
             ValueError: If there are no labels.
         """
+        if key is not None and key in self._found:
+            return self._found[key]
         parts: list[Tensor] = []
         labels = [torch.empty(0, dtype=torch.int64)]
 
@@ -105,7 +111,10 @@ class HeldOutPasses:
         of_all = torch.cat(labels)
         if self._distributed:
             found, of_all = gather_examples(found), gather_examples(of_all)
-        return found.transpose(0, 1), of_all
+        result = found.transpose(0, 1), of_all
+        if key is not None:
+            self._found[key] = result
+        return result
 
     def routers(self) -> list[Router]:
         """The routers of the model, probed on the first batch; not probed on a rank that has none.
@@ -156,4 +165,7 @@ class HeldOutPasses:
             raise ValueError(_NO_DATA)
         with unchanged_random_state(self._batches), failing_together(distributed=self._distributed):
             for batch in islice(lockstep(self._model, self._batches), max_batches):
-                step(BatchView(self._model, self._class_logits, plain_batch(batch), seed=self._seed), batch)
+                view = BatchView(
+                    self._model, self._class_logits, plain_batch(batch), seed=self._seed, lasting=self._lasting
+                )
+                step(view, batch)

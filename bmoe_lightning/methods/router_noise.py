@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from functools import partial
 from pathlib import Path
 from typing import Literal, get_args
 
@@ -16,13 +14,18 @@ from bmoe_lightning.methods.base import Method, State, check_choice, option, sca
 from bmoe_lightning.methods.batch_view import BatchView
 from bmoe_lightning.methods.evaluation import average_log_probs
 from bmoe_lightning.methods.needs import Needs
-from bmoe_lightning.methods.routes import route_information, route_log_probs
+from bmoe_lightning.methods.noise_routes import (
+    NoiseRoutes,
+    check_noise_state,
+    check_scales,
+    noise_nets,
+    warn_of_scale,
+)
+from bmoe_lightning.methods.routes import located_routers, route_information
 from bmoe_lightning.methods.workbench import Workbench
 from bmoe_lightning.routers.costs import RoutingCost, noise_cost
 from bmoe_lightning.routers.discovery import find_routers
-from bmoe_lightning.routers.draws import PositionNoise
-from bmoe_lightning.routers.fixed_noise import FixedNoise
-from bmoe_lightning.routers.prediction import averaged_scores, sampled_routes
+from bmoe_lightning.routers.prediction import averaged_scores
 from bmoe_lightning.routers.types import Router, Score
 
 Average = Literal["predictions", "scores"]
@@ -74,13 +77,8 @@ class RouterNoise(Method):
     def __post_init__(self) -> None:
         object.__setattr__(self, "scales", tuple(self.scales))
         check_choice("average", self.average, get_args(Average))
-        if self.num_samples < 1 or self.samples_per_pass < 1:
-            raise ValueError(
-                f"router noise needs at least one sample, got num_samples={self.num_samples} and "
-                f"samples_per_pass={self.samples_per_pass}"
-            )
-        if not self.scales or not all(0 < scale < math.inf for scale in self.scales):
-            raise ValueError(f"scales must be positive numbers, at least one, got {self.scales}")
+        self._noise_routes  # noqa: B018  (checks its options)
+        check_scales(self.scales)
         if self.average == "scores" and (self.name == _NAME or self.label == _LABEL):
             raise ValueError(
                 "an average of router scores is another method than that of predictions, and must not be taken for it "
@@ -108,13 +106,16 @@ class RouterNoise(Method):
 
     def fit(self, work: Workbench) -> State:
         routers, unit = work.routers(), work.router_gaps()
-        noise = self._noise(work.seed)
         scales = [0.0, *sorted(self.scales)]
 
-        def candidates(view: BatchView) -> Tensor:
-            return torch.stack([self._average(view, routers, scale * unit, noise) for scale in scales])
+        def averaged(view: BatchView) -> Tensor:
+            return torch.stack([self._averaged_scores(view, routers, scale * unit) for scale in scales])
 
-        log_probs, labels = work.held_out_log_probs(candidates)
+        if self.average == "predictions":
+            plain, routes, labels = self._noise_routes.held_out(work, scales[1:])
+            log_probs = torch.stack([plain, *map(average_log_probs, routes)])
+        else:
+            log_probs, labels = work.held_out_log_probs(averaged)
         nll = -log_probs.gather(2, labels.expand(len(scales), -1).unsqueeze(2)).mean((1, 2))
         scale = scales[int(nll.argmin())]
         if scale == 0:
@@ -122,16 +123,7 @@ class RouterNoise(Method):
                 "the noise of the routers is fitted as 0: none of the scales lowers the NLL of the held-out labels, so "
                 "the predictions are those of the model itself"
             )
-        elif scale == scales[-1]:
-            work.warn(
-                f"the scale of the routers' noise is the largest candidate ({scale:g}); add larger ones to scales"
-            )
-        still = [router.name for router, gap in zip(routers, unit.tolist(), strict=True) if gap == 0]
-        if still:
-            work.warn(
-                f"{len(still)} of {len(routers)} routers get no noise, {still[0]!r} for one: at half of the tokens, "
-                "their K-th and next largest logits are equal"
-            )
+        warn_of_scale(work, scale, scales[-1])
         scores = torch.tensor([_SCORES.index(router.score or "other") for router in routers])
         return {"scale": scalar(scale), "unit": unit, "sigma": scale * unit, "score": scores}
 
@@ -140,8 +132,8 @@ class RouterNoise(Method):
         if not sigma.any():
             return batch.logits.log_softmax(-1)
         if self.average == "predictions":
-            return average_log_probs(self._routes(batch, state))
-        return self._average(batch, self._found(batch.model, state), sigma, self._noise(batch.seed))
+            return average_log_probs(self._noise_routes.log_probs(batch, sigma))
+        return self._averaged_scores(batch, self._found(batch, state), sigma)
 
     def uncertainty(self, batch: BatchView, state: State) -> dict[str, Tensor]:
         """Mutual information of label and route in nats; none for averaged scores, which are one pass."""
@@ -149,17 +141,14 @@ class RouterNoise(Method):
             return {}
         if not state["sigma"].any():
             return {"mutual_information": batch.logits.new_zeros(len(batch.logits))}
-        return {"mutual_information": route_information(self._routes(batch, state))}
+        return {"mutual_information": route_information(self._noise_routes.log_probs(batch, state["sigma"]))}
 
     def check_state(self, state: State) -> None:
         super().check_state(state)
-        for key, dimensions in (("scale", 0), ("unit", 1), ("sigma", 1)):
-            value = state.get(key)
-            if value is None or value.dtype != torch.float64 or value.dim() != dimensions or bool((value < 0).any()):
-                raise ValueError(f"{key!r} must be float64, of {dimensions} dimensions and not negative")
+        check_noise_state(state)
         scores = state.get("score")
-        if scores is None or not scores.shape == state["sigma"].shape == state["unit"].shape:
-            raise ValueError("'score', 'unit' and 'sigma' must have an entry for each router")
+        if scores is None or scores.shape != state["sigma"].shape:
+            raise ValueError("'score' and 'sigma' must have an entry for each router")
         if bool(((scores < 0) | (scores >= len(_SCORES))).any()):
             raise ValueError(f"'score' must be an index of {', '.join(_SCORES)}")
 
@@ -172,39 +161,18 @@ class RouterNoise(Method):
     def hyperparameters(self, state: State) -> dict[str, float]:
         return {"num_samples": self.num_samples, **state_numbers({key: state[key] for key in ("scale", "sigma")})}
 
-    def _routes(self, batch: BatchView, state: State) -> Tensor:
-        """Log-probabilities `[S, B, K]` along each route, computed once for predictions and scores of uncertainty."""
-        sigma = tuple(state["sigma"].tolist())
-        routers = self._found(batch.model, state)
-        return batch.once((self, sigma), lambda: self._sampled(batch, routers, sigma, self._noise(batch.seed)))
+    @property
+    def _noise_routes(self) -> NoiseRoutes:
+        return NoiseRoutes(self.num_samples, self.antithetic, self.samples_per_pass)
 
-    def _average(self, batch: BatchView, routers: Sequence[Router], sigma: Tensor, noise: PositionNoise) -> Tensor:
+    def _averaged_scores(self, batch: BatchView, routers: Sequence[Router], sigma: Tensor) -> Tensor:
         if not sigma.any():
             return batch.logits.log_softmax(-1)
-        if self.average == "predictions":
-            return average_log_probs(self._sampled(batch, routers, sigma.tolist(), noise))
-        with averaged_scores(batch.model, _nets(routers, sigma.tolist()), self.num_samples, noise):
+        noise = self._noise_routes.noise(batch)
+        with averaged_scores(batch.model, noise_nets(routers, sigma.tolist()), self.num_samples, noise):
             return batch.forward()[0].log_softmax(-1)
 
-    def _sampled(
-        self, batch: BatchView, routers: Sequence[Router], sigma: Sequence[float], noise: PositionNoise
-    ) -> Tensor:
-        routes = partial(sampled_routes, batch.model, _nets(routers, sigma), noise=noise)
-        return route_log_probs(batch, routes, self.num_samples, per_pass=self.samples_per_pass)
-
-    def _noise(self, seed: int) -> PositionNoise:
-        return PositionNoise(seed, antithetic=self.antithetic)
-
-    def _found(self, model: nn.Module, state: State) -> list[Router]:
-        routers = find_routers(model)
-        if len(routers) != len(state["sigma"]):
-            raise ValueError(
-                f"{self.name} was fitted to {len(state['sigma'])} routers, and {type(model).__name__} has "
-                f"{len(routers)}; predict with the model that it was fitted to"
-            )
+    def _found(self, batch: BatchView, state: State) -> list[Router]:
         scores = [_SCORES[index] for index in state["score"].tolist()]
+        routers = located_routers(batch, len(scores))
         return [replace(router, score=score) for router, score in zip(routers, scores, strict=True)]
-
-
-def _nets(routers: Sequence[Router], sigma: Sequence[float]) -> list[FixedNoise]:
-    return [FixedNoise(router, scale) for router, scale in zip(routers, sigma, strict=True)]

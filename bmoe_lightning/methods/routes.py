@@ -5,11 +5,14 @@ Shapes: `S` routes, `B` examples, `K` classes.
 
 from __future__ import annotations
 
+import math
+import weakref
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
+from dataclasses import dataclass
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from bmoe_lightning.laplace.predictive import entropy
 from bmoe_lightning.methods.batch_view import BatchView
@@ -41,6 +44,66 @@ def route_log_probs(batch: BatchView, routes: Routes, num_samples: int, *, per_p
         samples = range(first, min(first + per_pass, num_samples))
         parts.append(batch.forward_copies(len(samples), routes(samples)).log_softmax(-1))
     return torch.cat(parts)
+
+
+def route_moments(logits: Tensor, log_probs: Tensor) -> tuple[Tensor, Tensor]:
+    """The first two moments of the centred logits over routes.
+
+    Args:
+        logits: Logits `[B, K]` of the model, `-inf` for absent classes.
+        log_probs: Log-probabilities, or logits, `[S, B, K]` along routes.
+
+    Returns:
+        The mean `[B, K]`, `-inf` for absent classes, and deviations `D [B, K, S]`, zero for absent classes, of which
+        the covariance over routes is `D D^T`.
+    """
+    present = logits != -torch.inf
+    values = torch.where(present, log_probs, 0.0)
+    centred = torch.where(present, values - values.sum(-1, keepdim=True) / present.sum(-1, keepdim=True), 0.0)
+    mean = centred.mean(0)
+    deviations = (centred - mean) / math.sqrt(len(centred))
+    return torch.where(present, mean, -torch.inf), deviations.movedim(0, -1)
+
+
+def located_routers(batch: BatchView, count: int) -> list[Router]:
+    """The routers of a model, found once for all batches that share `BatchView.lasting`, unless the model changed.
+
+    Args:
+        batch: View of a batch.
+        count: Their number when a method was fitted.
+
+    Raises:
+        ValueError: If the model has another number of routers.
+    """
+    located: _Located | None = batch.lasting.get(_Located)
+    if located is None or not located.is_of(batch.model):
+        located = batch.lasting[_Located] = _Located.of(batch.model)
+    if len(located.routers) != count:
+        raise ValueError(
+            f"the method was fitted to {count} routers, and {type(batch.model).__name__} has {len(located.routers)}; "
+            "predict with the model that it was fitted to"
+        )
+    return list(located.routers)
+
+
+@dataclass(frozen=True)
+class _Located:
+    """The routers of a model, and their modules, for as long as they are at the same places."""
+
+    routers: tuple[Router, ...]
+    modules: tuple[weakref.ref[nn.Module], ...]
+
+    @classmethod
+    def of(cls, model: nn.Module) -> _Located:
+        routers = tuple(find_routers(model))
+        return cls(routers, tuple(weakref.ref(model.get_submodule(router.name)) for router in routers))
+
+    def is_of(self, model: nn.Module) -> bool:
+        try:
+            present = [model.get_submodule(router.name) for router in self.routers]
+        except AttributeError:
+            return False
+        return all(module() is found for module, found in zip(self.modules, present, strict=True))
 
 
 def route_information(log_probs: Tensor) -> Tensor:

@@ -5,7 +5,7 @@ The workbench runs the collectives and the resumable passes; a method's `fit` re
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -234,16 +234,18 @@ class Workbench:
             warn_of_fit(sentence)
         return cached.cache
 
-    def held_out_log_probs(self, candidates: Callable[[BatchView], Tensor]) -> tuple[Tensor, Tensor]:
+    def held_out_log_probs(
+        self, candidates: Callable[[BatchView], Tensor], *, key: Hashable = None
+    ) -> tuple[Tensor, Tensor]:
         """Log-probabilities `[G, N, K]` under candidates for a fitted number, and labels; see `HeldOutPasses`.
 
-        A further pass over the held-out data, for each call.
+        A further pass over the held-out data for each call, or for each key.
 
         Raises:
             ValueError: If there are no held-out data, no labels, or a label of an absent class.
         """
         self.labelled_logits()  # which compares the data with those of the existing fit, and checks labels
-        return self._held_out_passes.log_probs(candidates)
+        return self._held_out_passes.log_probs(candidates, key=key)
 
     def routers(self) -> list[Router]:
         """The routers of the model, probed on the first held-out batch; see `HeldOutPasses`."""
