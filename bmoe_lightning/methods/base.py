@@ -154,6 +154,15 @@ class Method(ABC):
         """
         return {}
 
+    def logit_covariance(self, batch: BatchView, state: State) -> tuple[Tensor, Tensor] | None:
+        """The Gaussian over logits that predictions are a link of, as `BatchView.covariance`; None if there is none.
+
+        By default it is that of the posterior, if there is one; arguments as of `log_probs`.
+        """
+        if PRIOR_PRECISION not in state or not self.curvatures:
+            return None
+        return batch.covariance(self.curvatures[0], state[PRIOR_PRECISION])
+
     def members(
         self, model: nn.Module, state: State, snapshots: Sequence[Path]
     ) -> Sequence[AbstractContextManager[MemberFit | None]]:

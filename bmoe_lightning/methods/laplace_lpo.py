@@ -67,12 +67,15 @@ class LaplaceLPO(CurvatureMethod):
 
     def fit(self, work: Workbench) -> State:
         work.labelled_logits()  # checks the labels before the optimisation
-        prior = None
-        if self.evidence_width is not None:
-            centre = work.evidence_precision(self.spec, self.scope, self.prior_mean)
-            prior = LogNormalPrior(centre, self.evidence_width)
+        prior = self._prior(work)
         cache, names = work.covariances(self.spec), work.layer_names(self.spec)
         return {PRIOR_PRECISION: fit_lpo(cache, self.scope, prior=prior, seed=work.seed, names=names)}
+
+    def _prior(self, work: Workbench) -> LogNormalPrior | None:
+        """The prior on the log precisions, if there is one."""
+        if self.evidence_width is None:
+            return None
+        return LogNormalPrior(work.evidence_precision(self.spec, self.scope, self.prior_mean), self.evidence_width)
 
     def log_probs(self, batch: BatchView, state: State) -> Tensor:
         logits, covariance = batch.covariance(self.spec, state[PRIOR_PRECISION])

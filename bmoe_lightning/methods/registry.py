@@ -34,6 +34,7 @@ _BUILT_IN = {
     "swag": "swag:SWAG",
     "laplace_mixture": "laplace_mixture:LaplaceMixture",
     "router_noise": "router_noise:RouterNoise",
+    "laplace_router_noise": "laplace_router_noise:LaplaceRouterNoise",
 }
 
 
