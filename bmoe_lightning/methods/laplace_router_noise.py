@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from bmoe_lightning.experts.data_record import compared
 from bmoe_lightning.laplace.covariance_cache import CovarianceCache
-from bmoe_lightning.laplace.predictive import class_probabilities
+from bmoe_lightning.laplace.predictive import NUM_SAMPLES, check_link, class_probabilities
 from bmoe_lightning.laplace.prior import LogNormalPrior, fit_lpo, validation_nll
 from bmoe_lightning.laplace.uncertainty_scores import uncertainty_scores
 from bmoe_lightning.laplace.widened_cache import WidenedCache
@@ -34,7 +34,7 @@ class LaplaceRouterNoise(LaplaceLPO):
     """Laplace posterior over `down_proj` of every expert, and router noise: the covariances of the logits are added.
 
     One covariance is that of the posterior along the model's own routes, from one linearised pass; the other one is
-    that of the logits over `num_routes` routes, from as many forward passes. Prior precision and scale of the noise
+    that of the logits over `num_samples` routes, from as many forward passes. Prior precision and scale of the noise
     together minimise validation NLL: at each candidate scale, 0 among them, the precision is fitted with the covariance
     over routes beside it, since two covariances that were fitted alone would both account for the same overconfidence.
     A posterior without variance is a candidate at each scale, too. So the validation NLL is at most that of
@@ -48,23 +48,25 @@ class LaplaceRouterNoise(LaplaceLPO):
 
     name: str = "laplace_router_noise"
     label: str = "Bayesian-MoE + router noise"
-    num_routes: int = option(16, "Number of routes.", trial=2)
+    num_samples: int = option(16, "Number of routes.", trial=2)
     scales: tuple[float, ...] = option(
         (0.5, 1.0, 2.0, 3.0, 4.0, 6.0),
         "Candidates for the scale of the noise, in units of each layer's gap; 0, no noise, is another one.",
     )
     antithetic: bool = option(True, "Whether routes come in pairs of opposite noise.")
-    routes_per_pass: int = option(
+    samples_per_pass: int = option(
         1,
         "Number of routes that one forward pass computes, on copies of the batch's rows.",
         prediction_only=True,
     )
+    link_samples: int = option(NUM_SAMPLES, "Number of Monte Carlo samples of the link.", prediction_only=True)
 
-    cost = "`num_routes` + 1 forward passes and K - 1 backward passes to the experts' outputs"
+    cost = "`num_samples` + 1 forward passes and K - 1 backward passes to the experts' outputs"
 
     def __post_init__(self) -> None:
         super().__post_init__()
         object.__setattr__(self, "scales", tuple(self.scales))
+        check_link(self.link, self.link_samples)
         self._routes  # noqa: B018  (checks its options)
         check_scales(self.scales)
 
@@ -128,7 +130,7 @@ class LaplaceRouterNoise(LaplaceLPO):
 
     def log_probs(self, batch: BatchView, state: State) -> Tensor:
         logits, covariance = self.logit_covariance(batch, state)
-        return class_probabilities(logits, covariance, self.link, num_samples=self.num_samples, seed=batch.seed)
+        return class_probabilities(logits, covariance, self.link, num_samples=self.link_samples, seed=batch.seed)
 
     def logit_covariance(self, batch: BatchView, state: State) -> tuple[Tensor, Tensor]:
         """Logits `[B, K]`, and the sum `[B, K, K]` of the posterior's covariance and that over routes."""
@@ -161,11 +163,11 @@ class LaplaceRouterNoise(LaplaceLPO):
         found = {key: state[key] for key in ("scale", "sigma")}
         if float(state[_SHARE]):
             found[PRIOR_PRECISION] = state[_JOINT]
-        return {"num_routes": self.num_routes, **state_numbers(found)}
+        return {"num_samples": self.num_samples, **state_numbers(found)}
 
     @property
     def _routes(self) -> NoiseRoutes:
-        return NoiseRoutes(self.num_routes, self.antithetic, self.routes_per_pass)
+        return NoiseRoutes(self.num_samples, self.antithetic, self.samples_per_pass)
 
     def _candidate(
         self, work: Workbench, cache: CovarianceCache, scale: float, prior: LogNormalPrior | None

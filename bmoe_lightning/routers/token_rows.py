@@ -129,10 +129,11 @@ class TokenWatch:
         """
         self._is_running = False
         nodes = [value.grad_fn for value in tree_leaves(output) if isinstance(value, Tensor)]
-        for node in nodes:
-            if node is not None:
-                node.metadata.setdefault(__name__, []).append(self._last)
-        if any(node is not None for node in nodes):
+        graph = [node for node in nodes if node is not None]
+        for node in graph:
+            metadata: Any = node.metadata  # a dictionary, whatever its annotation says
+            metadata.setdefault(__name__, []).append(self._last)
+        if graph:
             self._earlier.append(weakref.ref(self._last))
 
     def rows(self, num_tokens: int, router: Router | None = None, inputs: Tensor | None = None) -> TokenRows:

@@ -27,7 +27,7 @@ ALONE = LaplaceLPO(curvature=RANK3)
 
 
 def joint(**options):
-    return LaplaceRouterNoise(curvature=RANK3, **{"num_routes": 4, "scales": SCALES, **options})
+    return LaplaceRouterNoise(curvature=RANK3, **{"num_samples": 4, "scales": SCALES, **options})
 
 
 def drawn(probabilities, seed=0):
@@ -44,10 +44,10 @@ def plain_logits(model, batches):
         return torch.cat([answer_logits(model, batch)[0].double() for batch in batches])
 
 
-def along_routes(model, batches, sigma, num_routes=4, seed=0):
+def along_routes(model, batches, sigma, num_samples=4, seed=0):
     """Log-probabilities `[S, N, K]`, one pass for each route and batch."""
     noise, routes = PositionNoise(seed), []
-    for sample in range(num_routes):
+    for sample in range(num_samples):
         nets = [FixedNoise(router, scale) for router, scale in zip(find_routers(model), sigma.tolist(), strict=True)]
         with sampled_routes(model, nets, [sample], noise):
             routes.append(plain_logits(model, batches).log_softmax(-1))
@@ -77,7 +77,7 @@ def confident():
     batch = toy_batch(num_rows=60, seed=4)
     batch["absent"] = torch.zeros(60, 4, dtype=torch.bool)
     batch["absent"][::3, 3] = True
-    routes = along_routes(model, [batch], torch.tensor([1.0, 1.0]), num_routes=8, seed=5)
+    routes = along_routes(model, [batch], torch.tensor([1.0, 1.0]), num_samples=8, seed=5)
     batch["labels"] = drawn((routes / 2).softmax(-1).mean(0))
     return model, split(toy_batch(num_rows=40, seed=3), 20, 20), split(batch, 30, 30)
 
@@ -226,7 +226,7 @@ def test_an_expert_that_only_a_sampled_route_reaches_has_the_prior():
 
 def test_ranks_find_what_one_process_does(confident, tmp_path):
     model, training, held_out = confident
-    method = joint(num_routes=2, scales=(1.0,), scope="global")
+    method = joint(num_samples=2, scales=(1.0,), scope="global")
     whole = {name: torch.cat([batch[name] for batch in held_out]) for name in held_out[0]}
     train = {name: torch.cat([batch[name] for batch in training]) for name in training[0]}
     alone = fit_methods([method], model, answer_logits, [train], [whole]).state_of(method)
@@ -279,7 +279,9 @@ def test_data_in_another_order_in_each_pass_are_refused(confident):
 @pytest.mark.parametrize(
     ("options", "found"),
     [
-        ({"num_routes": 0}, "at least one sample"),
+        ({"num_samples": 0}, "num_samples must be at least 1"),
+        ({"link_samples": 0}, "num_samples must be at least 1"),
+        ({"samples_per_pass": 0}, "at least one sample"),
         ({"scales": ()}, "positive numbers"),
         ({"scope": "expert"}, "scope"),
         ({"link": "no"}, "link"),
@@ -321,5 +323,5 @@ def test_a_state_of_no_fit_is_refused(change):
 
 def test_numbers_to_log():
     numbers = joint().hyperparameters({**STATE, "joint_precision": torch.tensor([2.0, 3.0]).double()})
-    assert numbers == {"num_routes": 4, "scale": 1, "sigma": 1, "prior_precision_0": 2, "prior_precision_1": 3}
+    assert numbers == {"num_samples": 4, "scale": 1, "sigma": 1, "prior_precision_0": 2, "prior_precision_1": 3}
     assert "prior_precision" not in joint().hyperparameters({**STATE, "posterior_share": torch.zeros(()).double()})
