@@ -23,11 +23,14 @@ from bmoe_lightning.utils.file_header import damaged
 from bmoe_lightning.utils.json_io import read_json_file, write_json_file
 from recipes.qwen_obqa.seed_run import SeedRun
 from recipes.qwen_obqa.stored_predictions import origin_of_predictions
+from recipes.routers.methods import few_samples
 
 MEASURES = "stability"
 _FORMAT = "stability of routes"
 _VERSION = 1
 _REMEDY = "delete it, and run the command that made the study again"
+_MOST_ROUTES = 8
+"""Number of routes over which the index is averaged, for methods that predict along each."""
 _OTHER_DRAW = 1_000_003
 """What the seed of another draw differs by, which is more than the number of seeds."""
 
@@ -152,11 +155,6 @@ def read_stability(output: Path, seeds: Sequence[int], methods: Sequence[str]) -
     return found
 
 
-def layer_names(stability: Stability) -> list[str]:
-    """The names of the expert layers in the order of the model."""
-    return list(stability.floor)
-
-
 def _stored(output: Path, run: SeedRun, method: Method) -> StoredStability:
     return StoredStability(output, run.seed, method.name)
 
@@ -181,4 +179,4 @@ def _predict(trainer: L.Trainer, module: Finetuner, fitted: FitResult, method: M
 
     posteriors = fitted.posteriors_for(method.prediction_curvatures, module)
     view = BatchView(module, class_logits, batch, posteriors, seed=fitted.seed + _OTHER_DRAW * draw)
-    method.log_probs(view, fitted.state_of(method))
+    few_samples(method, _MOST_ROUTES).log_probs(view, fitted.state_of(method))

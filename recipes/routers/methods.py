@@ -18,6 +18,7 @@ import yaml
 
 from bmoe_lightning.methods.base import Method
 from bmoe_lightning.methods.registry import get_method, method_names
+from bmoe_lightning.methods.routing_cost import routing_cost
 from recipes.common.cli import UsageError
 from recipes.routers.gates import GATES
 
@@ -114,19 +115,31 @@ def entries(names: Sequence[str], known: Known, num_samples: int | None) -> list
 
 
 def layer_entries(names: Sequence[str], selections: Sequence[Selection], num_samples: int | None) -> list[Entry]:
-    """The methods whose routers are random in some layers alone.
+    """One method, the first that can, with random routers in some layers alone.
 
     Args:
         names: Methods with random routers.
         selections: Which layers.
         num_samples: As for `entries`.
     """
-    return [
-        _entry(method, _selected(method, selection), num_samples)
-        for method in map(get_method, names)
-        if _has(method, _LAYERS)
-        for selection in selections
-    ]
+    method = next((method for method in map(get_method, names) if _has(method, _LAYERS)), None)
+    if method is None:
+        return []
+    return [_entry(method, _selected(method, selection), num_samples) for selection in selections]
+
+
+def few_samples(method: Method, limit: int) -> Method:
+    """The method with no more samples, if each takes a forward pass of its own; otherwise as it is.
+
+    Args:
+        method: Method.
+        limit: Largest number of samples.
+    """
+    cost = routing_cost(method, 1, 1) if _has(method, _SAMPLES) else None
+    if cost is None or cost.passes <= limit:
+        return method
+    changed: dict[str, Any] = {_SAMPLES: limit}
+    return replace(method, **changed)
 
 
 def base_of(name: str, names: Sequence[str]) -> str | None:

@@ -26,3 +26,14 @@ PRESETS: Mapping[str, Preset] = {
     "deepseek": Preset("DeepSeek-MoE-16B", _PUBLISHED, "deepseek-ai/deepseek-moe-16b-base"),
 }
 """The first data set of each is that of the training."""
+
+_SMALL_SAMPLES, _SAMPLES = 16, 35
+
+
+def default_samples(preset: Preset) -> int:
+    """The number of samples of a random router.
+
+    Args:
+        preset: Preset, with the model of the flags.
+    """
+    return _SMALL_SAMPLES if preset.model is None else _SAMPLES

@@ -24,7 +24,7 @@ from recipes.paper.presets import Preset, chosen_preset
 from recipes.paper.run import settings_of_run
 from recipes.paper.sources import Questions, load_study_questions, source_of
 from recipes.paper.stored_costs import reported_costs
-from recipes.paper.stored_study import begin_study, read_study, stored_outcomes, write_study
+from recipes.paper.stored_study import StoredOutcome, begin_study, read_study, stored_outcomes, write_study
 from recipes.plan.architecture import build, describe, load_configuration
 from recipes.plan.compute import active_macs
 from recipes.qwen_obqa.experiment import completed_run, quieten
@@ -33,6 +33,7 @@ from recipes.qwen_obqa.run_folder import locked_output, plain_notes
 from recipes.qwen_obqa.seed_run import SeedRun
 from recipes.qwen_obqa.settings import ResolvedSettings
 from recipes.qwen_obqa.sources import RecipeError, Source
+from recipes.routers.gates import TrainedGates
 from recipes.routers.measures import measure_stability, read_stability
 from recipes.routers.methods import (
     Entry,
@@ -45,7 +46,7 @@ from recipes.routers.methods import (
     read_known,
     selections,
 )
-from recipes.routers.presets import PRESETS
+from recipes.routers.presets import PRESETS, default_samples
 from recipes.routers.report import RouterReport, write_report
 from recipes.routers.settings import RouterSettings
 from recipes.routers.stored_routes import Routes, count_costs, read_routes, write_routes
@@ -76,13 +77,14 @@ def run(settings: RouterSettings) -> None:
         study = _planned(settings)
         with locked_output(output):
             begin_study(output, study.described(), overwrite=settings.overwrite)
-            with study.completed(study.entries) as seeds:
+            with study.completed(study.entries, study.others) as seeds:
                 reference = study.measured(seeds)
+                shifted = [found for found in study.outcomes(seeds) if found.tested_on != study.home]
+                measured: dict[Mode, SeedRun] = {"experts": _with_costs(seeds[0])}
             selected = selections(len(reference[0].floor), _susceptible(reference))
             with study.resumed().completed([*study.entries, *study.of_layers(selected)]) as seeds:
-                study.measured(seeds)
+                write_study(output, study.described(), [*study.outcomes(seeds), *shifted])
                 study.write(seeds, reference, selected)
-                measured: dict[Mode, SeedRun] = {"experts": seeds[0]}
                 outstanding = outstanding_costs(output, measured)
                 if outstanding:
                     written = _write_report(output)
@@ -128,7 +130,7 @@ class _Planned:
     @property
     def num_samples(self) -> int | None:
         """Number of samples of a random router; None for a dry run, where methods have cheaper ones of their own."""
-        return None if self.settings.dry_run else self.settings.num_samples
+        return None if self.settings.dry_run else self.settings.num_samples or default_samples(self.preset)
 
     @property
     def entries(self) -> list[Entry]:
@@ -150,30 +152,44 @@ class _Planned:
         """The same study, whose run is resumed where it is found."""
         return replace(self, settings=replace(self.settings, overwrite=False))
 
-    def run_settings(self, methods: Sequence[Entry]) -> tuple[PlannedRun, ResolvedSettings]:
+    @property
+    def others(self) -> tuple[str, ...]:
+        """The data sets that are only tested on."""
+        return tuple(name for name in self.questions.data if name != self.home)
+
+    def run_settings(self, methods: Sequence[Entry], others: Sequence[str] = ()) -> tuple[PlannedRun, ResolvedSettings]:
         """The one run of the study and its settings.
 
         Args:
             methods: Its methods.
+            others: Data sets that it is tested on besides its own.
         """
-        others = tuple(name for name in self.questions.data if name != self.home)
-        planned = PlannedRun(self.home, "experts", tuple(methods), others)
+        planned = PlannedRun(self.home, "experts", tuple(methods), tuple(others))
         return planned, settings_of_run(planned, self.preset, self.settings, self.questions, {"set": self.settings.set})
 
     @contextmanager
-    def completed(self, methods: Sequence[Entry]) -> Iterator[list[SeedRun]]:
+    def completed(self, methods: Sequence[Entry], others: Sequence[str] = ()) -> Iterator[list[SeedRun]]:
         """The completed runs of all seeds.
 
         Args:
             methods: Their methods.
+            others: Data sets that they are tested on besides their own.
         """
-        planned, settings = self.run_settings(methods)
+        planned, settings = self.run_settings(methods, others)
 
         def prepare(settings: ResolvedSettings, methods: Sequence[Method]) -> Source:
             return source_of(planned, self.questions, self.output / _MODELS, settings, methods)
 
         with completed_run(settings, prepare) as seeds:
             yield seeds
+
+    def outcomes(self, seeds: Sequence[SeedRun]) -> list[StoredOutcome]:
+        """What completed runs have predicted.
+
+        Args:
+            seeds: Completed runs.
+        """
+        return stored_outcomes(self.output, self.home, "experts", seeds)
 
     def measured(self, seeds: Sequence[SeedRun]) -> list[Stability]:
         """Measure the stability of all methods where it is not stored; returns that of the fine-tuned model by seed.
@@ -188,7 +204,7 @@ class _Planned:
         return list(found[self.known.reference].values())
 
     def write(self, seeds: Sequence[SeedRun], reference: Sequence[Stability], selected: Sequence[Selection]) -> None:
-        """Write the index of the study, what it knows of its routers, and the comparison in TensorBoard.
+        """Write what the study knows of its routers, and the comparison in TensorBoard.
 
         Args:
             seeds: Completed runs.
@@ -208,7 +224,6 @@ class _Planned:
             counted=count_costs(seeds[0].methods, shapes),
             num_questions=min(self.settings.stability_questions, len(source.test)),
         )
-        write_study(self.output, self.described(), stored_outcomes(self.output, self.home, "experts", seeds))
         write_routes(self.output, routes)
         folder = self.output / _TENSORBOARD
         shutil.rmtree(folder, ignore_errors=True)  # events of two comparisons would form one curve
@@ -229,6 +244,12 @@ def _planned(settings: RouterSettings) -> _Planned:
     study = _Planned(settings, preset, load_study_questions(preset), known, names)
     build_methods(study.run_settings(study.entries)[1])  # raises now what would stop the run later
     return study
+
+
+def _with_costs(run_of_seed: SeedRun) -> SeedRun:
+    """The run with the methods whose costs are measured: neither means of random routers, nor the gates."""
+    methods = [m for m in run_of_seed.methods if m.name != TrainedGates().name and getattr(m, "num_samples", 1) > 0]
+    return replace(run_of_seed, methods=tuple(methods))
 
 
 def _susceptible(reference: Sequence[Stability]) -> list[int]:

@@ -30,7 +30,9 @@ class RouterSettings(StudySettings):
         "methods with random routers, separated by commas: registered names, or all; the controls are always there",
     )
     set: tuple[str, ...] = option((), "option of a method, as METHOD.OPTION=VALUE; may be repeated", repeat=True)
-    num_samples: int = option(35, "number of samples of every random router; 35 in the papers", least=1)
+    num_samples: int | None = option(
+        None, "number of samples of every random router; default: 16 for the small model, 35 as in the papers", least=1
+    )
     stability_questions: int = option(
         50, "number of test questions on which the stability of routes is measured; 50 in the papers", least=1
     )

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 import pytest
@@ -13,6 +13,7 @@ from recipes.routers import methods
 from recipes.routers.methods import (
     base_of,
     entries,
+    few_samples,
     layer_entries,
     random_router_names,
     read_known,
@@ -70,9 +71,19 @@ def test_every_option_has_a_variant(routed):
         {"num_samples": 0, "name": "routed_mean", "label": "Routed (mean)"},
     ]
     chosen = selections(4, [0, 2])
-    of_layers = [entry["init_args"] for entry in layer_entries(["routed", KNOWN.noise], chosen, None)]
-    assert [found["layers"] for found in of_layers if found["name"].startswith("routed")] == [[0, 2], [3], [2, 3]]
-    assert {base_of(found["name"], ["routed", KNOWN.noise]) for found in of_layers} >= {"routed"}
+    of_layers = [entry["init_args"] for entry in layer_entries(["laplace_lpo", "routed"], chosen, None)]
+    assert [found["layers"] for found in of_layers] == [[0, 2], [3], [2, 3]]
+    assert {base_of(found["name"], ["routed", KNOWN.noise]) for found in of_layers} == {"routed"}
+    assert layer_entries(["laplace_lpo"], chosen, None) == []
+
+
+def test_samples_are_limited_where_each_takes_a_pass():
+    noise = get_method(KNOWN.noise)
+    assert few_samples(replace(noise, num_samples=35), 8).num_samples == 8
+    assert few_samples(replace(noise, num_samples=5), 8).num_samples == 5
+    averaged = replace(noise, average="scores", num_samples=35, name="averaged", label="Averaged")
+    assert few_samples(averaged, 8) is averaged
+    assert few_samples(get_method(KNOWN.reference), 8) == get_method(KNOWN.reference)
 
 
 def test_without_an_option_there_is_no_variant():
