@@ -1,5 +1,6 @@
 """Settings that every test shares."""
 
+import gc
 import logging
 import os
 import signal
@@ -14,6 +15,15 @@ import torch
 torch.set_num_threads(1)
 if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:  # as a shell sets it for what it starts in the background
     signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
+def pytest_collection_finish(session):
+    """Leave what is imported by now out of garbage collections, which timings and ends of trainings ask for.
+
+    With all test files imported each would take a second or more.
+    """
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture(autouse=True)

@@ -13,7 +13,7 @@ from bmoe_lightning.metrics import negative_log_likelihood
 from bmoe_lightning.report import LabelBudgetPoint, MethodResult
 
 BUDGETS = (0, 10, 25, 50, 100)
-_DRAWS = 50
+DRAWS, DRY_RUN_DRAWS = 50, 2
 
 
 def label_budget(
@@ -21,16 +21,19 @@ def label_budget(
     fits: Mapping[int, FitResult],
     logits: Mapping[int, Tensor],
     results: Sequence[MethodResult],
+    *,
+    draws: int = DRAWS,
 ) -> list[LabelBudgetPoint]:
     """Test NLL against the number of calibration labels, for all methods that can be refitted to other labels.
 
-    For each budget the labels are drawn 50 times a seed; the band spans the 10 % and 90 % quantiles of the draws.
+    For each budget the labels are drawn several times a seed; the band spans the 10 % and 90 % quantiles of the draws.
 
     Args:
         methods: Methods of the run; those whose `refit` returns None are left out.
         fits: Fit of each seed, with the logits and labels of the calibration split.
         logits: Logits of the model itself on the test split by seed, `[N, K]` float64.
         results: Results on the test split, for its labels.
+        draws: Number of draws for each seed.
 
     Returns:
         One point for each method and budget (None is all labels); empty if no method can be refitted, or no fit has the
@@ -45,7 +48,7 @@ def label_budget(
         for budget in (*BUDGETS, None):
             if budget is not None and budget > len(labels):
                 continue
-            for chosen in _draws(len(labels), budget, seed):
+            for chosen in _drawn(len(labels), budget, seed, draws):
                 for method in methods:
                     loss = _loss(method, fit, (known[chosen], labels[chosen]), logits[seed], targets[seed])
                     if loss is not None:
@@ -70,12 +73,12 @@ def _loss(
     return float(negative_log_likelihood(log_probs, target))
 
 
-def _draws(size: int, budget: int | None, seed: int) -> list[Tensor]:
+def _drawn(size: int, budget: int | None, seed: int, draws: int) -> list[Tensor]:
     """Indices of the labelled calibration items, one tensor for each draw; a single draw for no or all labels."""
     if not budget:
         return [torch.arange(size if budget is None else 0)]
     generator = torch.Generator().manual_seed(1000 * seed + budget)
-    return [torch.randperm(size, generator=generator)[:budget] for _ in range(_DRAWS)]
+    return [torch.randperm(size, generator=generator)[:budget] for _ in range(draws)]
 
 
 def _point(method: str, label: str, budget: int | None, values: list[float]) -> LabelBudgetPoint:

@@ -27,7 +27,7 @@ from bmoe_lightning.report import (
 )
 from bmoe_lightning.report.results import Row
 from bmoe_lightning.utils.atomic_io import write_text
-from recipes.qwen_obqa.label_budget import label_budget
+from recipes.qwen_obqa.label_budget import DRAWS, DRY_RUN_DRAWS, label_budget
 from recipes.qwen_obqa.settings import ResolvedSettings
 from recipes.qwen_obqa.sources import Source
 from recipes.qwen_obqa.zero_shot import ZERO_SHOT
@@ -59,7 +59,8 @@ def report(settings: ResolvedSettings, source: Source, output: Path, runs: Seque
         shutil.rmtree(comparison)
     write_tensorboard(comparison, results, rows)
     logits = {run_of_seed.seed: run_of_seed.predictions.logits(run_of_seed.methods[0]) for run_of_seed in runs}
-    points = label_budget(runs[0].methods, fits, logits, results)
+    draws = DRY_RUN_DRAWS if settings.dry_run else DRAWS
+    points = label_budget(runs[0].methods, fits, logits, results, draws=draws)
     if points:
         write_text(output / "label_budget.json", json.dumps([asdict(point) for point in points], indent=2) + "\n")
     if matplotlib_available():  # otherwise write_tensorboard has warned

@@ -60,51 +60,64 @@ def torchrun_on_two_machines(folder, *arguments):
     return "".join(shown for shown, _ in told)
 
 
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory):
+    """A run on two processes with each strategy, made when it is first asked for: its folder, and what it printed."""
+    made = {}
+
+    def run(strategy):
+        if strategy not in made:
+            folder = tmp_path_factory.mktemp(strategy) / "run"
+            made[strategy] = folder, torchrun(folder, "--strategy", strategy)[0]
+        return made[strategy]
+
+    return run
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("strategy", ["auto", "sharded"])
-def test_a_run_and_its_continuation_have_the_same_bits(tmp_path, strategy):
-    shown, _ = torchrun(tmp_path / "run", "--strategy", strategy)
+def test_a_run_and_its_continuation_have_the_same_bits(runs, tmp_path, strategy):
+    finished, shown = runs(strategy)
     # One process talks.
     assert shown.count("Bayesian-MoE (LPO)") == shown.count("Done in") == shown.count("] evaluating") == 1
-    seed = tmp_path / "run" / "seed-0"
+    folder = tmp_path / "run"
+    shutil.copytree(finished, folder)
+    seed = folder / "seed-0"
     first, snapshots = load_fit(seed / "bayesian_moe")
     assert len(snapshots) == 2
-    scores = (tmp_path / "run" / "results.md").read_text()
+    scores = (folder / "results.md").read_text()
 
     # As if it had been killed after the training.
     for path in (seed / "bayesian_moe").glob("*.*"):
         path.unlink()
     shutil.rmtree(seed / "predictions")
-    shown, _ = torchrun(tmp_path / "run", "--strategy", strategy)
+    shown, _ = torchrun(folder, "--strategy", strategy)
     assert "to the fine-tuned weights" in shown
     again, same = load_fit(seed / "bayesian_moe")
     assert (again.fingerprint, same) == (first.fingerprint, snapshots)
     for name, fitted in first.methods.items():
         assert all(torch.equal(value, again.methods[name].state[key]) for key, value in fitted.state.items())
-    assert (tmp_path / "run" / "results.md").read_text() == scores
-
-    # Other numbers of processes train in another way.
-    shutil.rmtree(seed / "predictions")
-    other = "sharded" if strategy == "auto" else "auto"
-    _, said = torchrun(tmp_path / "run", "--strategy", other, code=1)
-    assert said.count("had other settings (strategy=") == 1
+    assert (folder / "results.md").read_text() == scores
 
 
 @pytest.mark.slow
+def test_another_strategy_trains_in_another_way(runs, tmp_path):
+    shutil.copytree(runs("auto")[0], tmp_path / "run")
+    shutil.rmtree(tmp_path / "run" / "seed-0" / "predictions")
+    _, said = torchrun(tmp_path / "run", "--strategy", "sharded", code=1)
+    assert said.count("had other settings (strategy=") == 1
+
+
 def metrics_table(folder):
     """The table of metrics; where LPO's objective is flat, its precisions below it depend on the order of sums."""
     return (folder / "results.md").read_text().split("\n\n")[0]
 
 
-def test_parts_of_weights_and_several_machines_change_nothing(tmp_path):
-    tables = []
-    for strategy in ("auto", "sharded"):
-        torchrun(tmp_path / strategy, "--strategy", strategy)
-        tables.append(metrics_table(tmp_path / strategy))
-        shutil.rmtree(tmp_path / strategy)
+@pytest.mark.slow
+def test_parts_of_weights_and_several_machines_change_nothing(runs, tmp_path):
     shown = torchrun_on_two_machines(tmp_path / "machines", "--strategy", "sharded")
     assert shown.count("Done in") == 1
-    tables.append(metrics_table(tmp_path / "machines"))
+    tables = [metrics_table(folder) for folder in (tmp_path / "machines", runs("auto")[0], runs("sharded")[0])]
     assert tables[0] == tables[1] == tables[2]
 
 

@@ -32,11 +32,11 @@ METHODS = "map,checkpoint_ensemble,temperature,laplace_evidence,laplace_lpo"
 
 
 @pytest.fixture(scope="module")
-def finished(tmp_path_factory):
+def finished(tmp_path_factory, with_figures):
     """One run with all methods."""
     folder = tmp_path_factory.mktemp("recipe") / "run"
     shown = io.StringIO()
-    with contextlib.redirect_stdout(shown):
+    with contextlib.redirect_stdout(shown), with_figures():
         assert run(folder) == 0
     (folder / "shown.txt").write_text(shown.getvalue())
     return folder
@@ -326,7 +326,7 @@ class TestResume:
         message = capsys.readouterr().err
         assert "checkpoint_ensemble needs the weights after at least 2 epochs, and there will be 0" in message
 
-    def test_a_method_of_another_module(self, tmp_path, monkeypatch):
+    def test_a_method_of_another_module(self, tmp_path, monkeypatch, with_figures):
         (tmp_path / "their_module.py").write_text(
             "from dataclasses import dataclass\n"
             "from bmoe_lightning.methods import Method\n"
@@ -339,7 +339,8 @@ class TestResume:
         )
         monkeypatch.syspath_prepend(tmp_path)
         folder = tmp_path / "run"
-        assert run(folder, "--methods", "map,their_module:Mine") == 0
+        with with_figures():
+            assert run(folder, "--methods", "map,their_module:Mine") == 0
         assert (folder / "tensorboard" / "mine").is_dir()
         assert "My method" in (folder / "results.md").read_text()
         assert '"mine"' in (folder / "predictions.jsonl").read_text()

@@ -9,24 +9,15 @@ import torch
 from recipe_runs import logits_of, run
 from transformers import AutoModelForCausalLM
 
-from bmoe_lightning.report import MethodResult, summarise, tensorboard
+from bmoe_lightning.report import MethodResult, summarise
 from bmoe_lightning.utils.safetensors_io import read_tensor_file
 from recipes.common.cli import UsageError
-from recipes.qwen_obqa import experiment, reporting
+from recipes.qwen_obqa import experiment
 from recipes.qwen_obqa.methods import build_methods
 from recipes.qwen_obqa.reporting import accuracy_notes
 from recipes.qwen_obqa.settings import Settings
 
 METHODS = ("--methods", "map,temperature")
-
-
-@pytest.fixture(scope="module", autouse=True)
-def no_figures_and_budgets():
-    with pytest.MonkeyPatch.context() as patch:
-        for module in (reporting, tensorboard):
-            patch.setattr(module, "matplotlib_available", lambda: False)
-        patch.setattr(reporting, "label_budget", lambda *_: [])
-        yield
 
 
 def rows_of(folder):
