@@ -30,7 +30,7 @@ def data(size, seed, scale=3.0):
     return logits * scale, torch.multinomial(logits.softmax(-1), 1, generator=generator).squeeze(1)
 
 
-def points_of(test_size, calibration_size, names=tuple(STATES)):
+def points_of(test_size, calibration_size, names=tuple(STATES), draws=2):
     methods = [get_method(name).with_defaults(CURVATURE) for name in names]
     fitted = {
         method.name: FittedMethod(
@@ -41,7 +41,8 @@ def points_of(test_size, calibration_size, names=tuple(STATES)):
     fit = FitResult(methods=fitted, posteriors={CURVATURE.digest: object()}, calibration=data(calibration_size, 2))
     logits, target = data(test_size, 1)
     result = MethodResult("map", "MAP", 0, logits.log_softmax(-1), target, tuple(map(str, range(test_size))))
-    return {(point.method, point.num_labels): point for point in label_budget(methods, {0: fit}, {0: logits}, [result])}
+    points = label_budget(methods, {0: fit}, {0: logits}, [result], draws=draws)
+    return {(point.method, point.num_labels): point for point in points}
 
 
 def test_limits():
@@ -64,7 +65,7 @@ def test_methods_that_need_more_than_logits_are_left_out():
 
 
 def test_shrinking_needs_fewer_labels():
-    points = points_of(400, 150)
+    points = points_of(400, 150, draws=20)
     assert points["shrunk_temperature", 10].median < points["temperature", 10].median
     assert points["shrunk_temperature", 10].high <= points["temperature", 10].high
 
