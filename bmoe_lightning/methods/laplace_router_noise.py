@@ -40,7 +40,10 @@ class LaplaceRouterNoise(LaplaceLPO):
     A posterior without variance is a candidate at each scale, too. So the validation NLL is at most that of
     `laplace_lpo`, and at most that of the routes alone under the same link.
 
-    The logits around which the covariances are taken are those of the model itself.
+    The mean of the logits is that over routes, so that the Gaussian has the first two moments of the mixture of
+    posteriors over routes. On the recipe's built-in task its NLL is within .012 of that mixture's, with one linearised
+    pass for each of 8 routes. Around the model's own logits it is up to .10 away, and the jointly fitted validation NLL
+    is no lower: .722, .797 and .876 in three seeds, against .719, .797 and .876.
 
     Raises:
         ValueError: If the scope or link is unknown, there is less than one sample or route, or a scale is not positive.
@@ -101,7 +104,7 @@ class LaplaceRouterNoise(LaplaceLPO):
             )
         candidates = [self._candidate(work, cache, 0.0, prior)]
         for scale, along in zip(scales, routes, strict=True):
-            mean, deviations = moments(split[0], along)
+            mean, deviations = route_moments(split[0], along)
             candidates.append(self._candidate(work, WidenedCache.of(cache, mean, deviations), scale, prior))
         # The first one of equal ones: with less noise, and with a posterior.
         best = min(candidates, key=lambda candidate: candidate.nll)
@@ -133,13 +136,13 @@ class LaplaceRouterNoise(LaplaceLPO):
         return class_probabilities(logits, covariance, self.link, num_samples=self.link_samples, seed=batch.seed)
 
     def logit_covariance(self, batch: BatchView, state: State) -> tuple[Tensor, Tensor]:
-        """Logits `[B, K]`, and the sum `[B, K, K]` of the posterior's covariance and that over routes."""
+        """Mean logits `[B, K]`, and the sum `[B, K, K]` of the posterior's covariance and that over routes."""
         logits = batch.logits
         covariance = logits.new_zeros(*logits.shape, logits.shape[1])
         if float(state[_SHARE]):
             logits, covariance = batch.covariance(self.spec, state[_JOINT])
         if state["sigma"].any():
-            logits, deviations = moments(logits, self._routes.log_probs(batch, state["sigma"]))
+            logits, deviations = route_moments(logits, self._routes.log_probs(batch, state["sigma"]))
             covariance = covariance + deviations @ deviations.mT
         return logits, covariance
 
@@ -191,13 +194,3 @@ class _Candidate:
     precision: Tensor
     share: float
     doubts: tuple[str, ...]
-
-
-def moments(logits: Tensor, log_probs: Tensor) -> tuple[Tensor, Tensor]:
-    """Mean logits `[B, K]` and deviations `[B, K, S]` of the Gaussian over routes.
-
-    Args:
-        logits: Logits `[B, K]` of the model.
-        log_probs: Log-probabilities `[S, B, K]` along routes.
-    """
-    return logits, route_moments(logits, log_probs)[1]

@@ -54,15 +54,17 @@ def along_routes(model, batches, sigma, num_samples=4, seed=0):
     return torch.stack(routes)
 
 
-def covariance_over(logits, routes):
-    """The covariance `[N, K, K]` over routes of the logits of each example, centred over its classes; a plain loop."""
+def gaussian_over(logits, routes):
+    """Mean `[N, K]` and covariance `[N, K, K]` over routes of the logits, centred over an example's classes; a loop."""
+    mean = torch.full_like(logits, -torch.inf)
     total = torch.zeros(*logits.shape, logits.shape[1], dtype=torch.float64)
     for row in range(len(logits)):
         classes = (logits[row] != -torch.inf).nonzero().flatten()
         values = routes[:, row, classes]
         values = values - values.mean(1, keepdim=True)
+        mean[row, classes] = values.mean(0)
         total[row, classes.unsqueeze(1), classes] = torch.cov(values.T, correction=0)
-    return total
+    return mean, total
 
 
 @pytest.fixture(scope="module")
@@ -97,7 +99,8 @@ def test_the_moments_over_routes(confident):
     logits = plain_logits(model, held_out)
     routes = along_routes(model, held_out, torch.tensor([1.0, 2.0]))
     mean, deviations = route_moments(logits, routes)
-    torch.testing.assert_close(deviations @ deviations.mT, covariance_over(logits, routes), rtol=1e-9, atol=1e-12)
+    expected = gaussian_over(logits, routes)
+    torch.testing.assert_close((mean, deviations @ deviations.mT), expected, rtol=1e-9, atol=1e-12)
     shifted = route_moments(logits, routes + torch.randn(4, len(logits), 1).double())
     torch.testing.assert_close(shifted, (mean, deviations), rtol=1e-9, atol=1e-9)
     assert torch.equal(mean == -torch.inf, logits == -torch.inf)
@@ -121,7 +124,7 @@ class TestLimits:
         state = {**fit.state_of(method), "posterior_share": torch.zeros(()).double()}
         assert (state["sigma"] > 0).all()
         logits, routes = plain_logits(model, held_out), along_routes(model, held_out, state["sigma"])
-        expected = class_probabilities(logits, covariance_over(logits, routes), link, seed=fit.seed)
+        expected = class_probabilities(*gaussian_over(logits, routes), link, seed=fit.seed)
         views = [BatchView(model, answer_logits, batch, fit.posteriors, seed=fit.seed) for batch in held_out]
         found = torch.cat([method.log_probs(view, state) for view in views])
         torch.testing.assert_close(found, expected, rtol=1e-6, atol=1e-7)
@@ -154,11 +157,12 @@ def test_the_covariances_are_added(confident, fit, link):
     predictor = Predictor(method, fit)
     for batch in held_out:
         logits, covariance = posterior.logit_covariance(model, answer_logits, batch, centred=True)
-        total = covariance + covariance_over(logits, along_routes(model, [batch], state["sigma"]))
+        mean, of_routes = gaussian_over(logits, along_routes(model, [batch], state["sigma"]))
+        total = covariance + of_routes
         log_probs, view = predictor.predict(model, answer_logits, batch)
         found = predictor.covariance(view)
-        torch.testing.assert_close(found, (logits, total), rtol=1e-7, atol=1e-9)
-        expected = class_probabilities(logits, total, link, seed=fit.seed)
+        torch.testing.assert_close(found, (mean, total), rtol=1e-7, atol=1e-9)
+        expected = class_probabilities(mean, total, link, seed=fit.seed)
         torch.testing.assert_close(log_probs, expected, rtol=1e-6, atol=1e-7)
 
 
@@ -171,8 +175,8 @@ def losses(confident, fit, method, alone):
     def loss(scale, precision):
         if scale == 0:
             return validation_nll(cache, precision, seed=fit.seed)
-        deviations = route_moments(cache.logits, along_routes(model, held_out, scale * unit))[1]
-        return validation_nll(WidenedCache.of(cache, cache.logits, deviations), precision, seed=fit.seed)
+        moments = route_moments(cache.logits, along_routes(model, held_out, scale * unit))
+        return validation_nll(WidenedCache.of(cache, *moments), precision, seed=fit.seed)
 
     nowhere = torch.full((2,), math.inf, dtype=torch.float64)
     precision = state["joint_precision"] if float(state["posterior_share"]) else nowhere
