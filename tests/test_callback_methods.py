@@ -76,15 +76,8 @@ class ToyDataModule(L.LightningDataModule):
         return test_loader()
 
 
-SEVERAL = (
-    "mc_dropout",
-    "checkpoint_ensemble",
-    "deep_ensemble",
-    "swag",
-    "laplace_mixture",
-    "router_noise",
-    "laplace_router_noise",
-)
+SEVERAL = {"mc_dropout", "checkpoint_ensemble", "deep_ensemble", "swag", "laplace_mixture"}
+SEVERAL |= {name for name in method_names() if get_method(name).needs.routers}
 SINGLE = [name for name in method_names() if name not in SEVERAL and not get_method(name).needs.lora]
 TRAIN, CALIBRATION, TEST = 10, 7, 3  # batches
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import re
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import MISSING, dataclass, field, fields, replace
 from pathlib import Path
@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from bmoe_lightning.laplace.posterior import LaplacePosterior
     from bmoe_lightning.methods.batch_view import BatchView
     from bmoe_lightning.methods.workbench import Workbench
+    from bmoe_lightning.routers.types import Router
 
 State = Mapping[str, Tensor]
 """Result of a fit: tensors on the CPU by name, small unless the method documents otherwise."""
@@ -200,6 +201,20 @@ class Method(ABC):
 
         Raises:
             ValueError: If the method could not be fitted.
+        """
+
+    def check_routers(  # noqa: B027  (most methods check nothing else)
+        self, model: nn.Module, routers: Sequence[Router], run: Callable[[], Tensor]
+    ) -> None:
+        """Check on one batch, before training, that routers can be what the method makes of them; see `Needs.routers`.
+
+        Args:
+            model: The model that is about to be trained.
+            routers: Its routers, probed.
+            run: Runs the model on the batch, in evaluation mode and without gradients.
+
+        Raises:
+            ValueError: If they cannot.
         """
 
     def check_state(self, state: State) -> None:

@@ -6,6 +6,7 @@ Shapes: `N` examples, `G` candidates for a fitted number, `K` classes.
 from __future__ import annotations
 
 from collections.abc import Callable, Hashable, Iterable
+from dataclasses import replace
 from itertools import islice
 from typing import Any
 
@@ -23,8 +24,14 @@ from bmoe_lightning.routers.discovery import find_routers
 from bmoe_lightning.routers.gaps import NUM_BINS, count_gaps, median_gap
 from bmoe_lightning.routers.interception import intercepted_routers
 from bmoe_lightning.routers.token_rows import watched_tokens
-from bmoe_lightning.routers.types import Router
-from bmoe_lightning.utils.distributed import failing_together, gather_examples, gather_number, sum_over_processes
+from bmoe_lightning.routers.types import SCORES, Router
+from bmoe_lightning.utils.distributed import (
+    broadcast_,
+    failing_together,
+    gather_examples,
+    gather_number,
+    sum_over_processes,
+)
 from bmoe_lightning.utils.random_state import unchanged_random_state
 
 _NO_DATA = "a method runs the model on the held-out data, and there are none; pass a calibration split"
@@ -117,16 +124,39 @@ class HeldOutPasses:
         return result
 
     def routers(self) -> list[Router]:
-        """The routers of the model, probed on the first batch; not probed on a rank that has none.
+        """The routers of the model, probed on the first batch.
 
         Raises:
             ValueError: If there are none, or one is not supported.
         """
         if self._routers is None:
-            found = [find_routers(self._model)]
-            self._each(lambda view, _batch: found.append(probed_routers(view)), max_batches=1)
-            self._routers = found[-1]
+            routers = find_routers(self._model)
+            numbers = torch.zeros(2, len(routers), dtype=torch.int64)
+
+            def probe(view: BatchView, _batch: Any) -> None:
+                for index, router in enumerate(probed_routers(view)):
+                    numbers[:, index] = torch.tensor([router.top_k or 0, SCORES.index(router.score or "other")])
+
+            self._each(probe, max_batches=1)
+            if self._distributed:
+                broadcast_([numbers])  # a rank may have no batch
+            self._routers = [
+                replace(router, top_k=top_k or None, score=SCORES[score])
+                for router, top_k, score in zip(routers, *numbers.tolist(), strict=True)
+            ]
         return self._routers
+
+    def on_first_batch(self, measure: Callable[[BatchView], int]) -> int:
+        """What a function of a view finds on the first batch; on a rank that has none, what it finds on rank zero."""
+        found = torch.zeros((), dtype=torch.int64)
+
+        def keep(view: BatchView, _batch: Any) -> None:
+            found.fill_(measure(view))
+
+        self._each(keep, max_batches=1)
+        if self._distributed:
+            broadcast_([found])
+        return int(found)
 
     def router_gaps(self) -> Tensor:
         """The median gap of each router between the K-th and the next largest logit, `[L]` float64; see `count_gaps`.

@@ -15,9 +15,8 @@ from torch import Tensor
 
 from bmoe_lightning.methods.base import State
 from bmoe_lightning.methods.batch_view import BatchView
-from bmoe_lightning.methods.routes import located_routers, route_log_probs
+from bmoe_lightning.methods.routes import located_routers, position_noise, route_log_probs
 from bmoe_lightning.methods.workbench import Workbench
-from bmoe_lightning.routers.draws import PositionNoise
 from bmoe_lightning.routers.fixed_noise import FixedNoise
 from bmoe_lightning.routers.prediction import sampled_routes
 from bmoe_lightning.routers.types import Router
@@ -45,12 +44,6 @@ class NoiseRoutes:
             raise ValueError(
                 f"router noise needs at least one sample, got {self.num_samples} samples and {self.per_pass} per pass"
             )
-
-    def noise(self, batch: BatchView) -> PositionNoise:
-        """The noise, which the batches of a data set share."""
-        key = PositionNoise, batch.seed, self.antithetic
-        found: PositionNoise = batch.lasting.setdefault(key, PositionNoise(batch.seed, antithetic=self.antithetic))
-        return found
 
     def log_probs(self, batch: BatchView, sigma: Tensor, routers: Sequence[Router] | None = None) -> Tensor:
         """Log-probabilities along each route, `[S, B, K]`; what methods share of a batch is computed once.
@@ -92,7 +85,12 @@ class NoiseRoutes:
     def _sampled(self, batch: BatchView, scales: tuple[float, ...], routers: Sequence[Router] | None) -> Tensor:
         if routers is None:
             routers = located_routers(batch, len(scales))
-        routes = partial(sampled_routes, batch.model, noise_nets(routers, scales), noise=self.noise(batch))
+        routes = partial(
+            sampled_routes,
+            batch.model,
+            noise_nets(routers, scales),
+            noise=position_noise(batch, antithetic=self.antithetic),
+        )
         return route_log_probs(batch, routes, self.num_samples, per_pass=self.per_pass)
 
 

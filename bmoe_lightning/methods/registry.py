@@ -35,6 +35,9 @@ _BUILT_IN = {
     "laplace_mixture": "laplace_mixture:LaplaceMixture",
     "router_noise": "router_noise:RouterNoise",
     "laplace_router_noise": "laplace_router_noise:LaplaceRouterNoise",
+    "mean_field_router": "mean_field_router:MeanFieldRouter",
+    "full_covariance_router": "full_covariance_router:FullCovarianceRouter",
+    "temperature_router": "temperature_router:TemperatureRouter",
 }
 
 

@@ -18,6 +18,7 @@ from bmoe_lightning.laplace.predictive import entropy
 from bmoe_lightning.methods.batch_view import BatchView
 from bmoe_lightning.methods.evaluation import average_log_probs
 from bmoe_lightning.routers.discovery import find_routers
+from bmoe_lightning.routers.draws import PositionNoise
 from bmoe_lightning.routers.interception import intercepted_routers
 from bmoe_lightning.routers.probe import probe_routers
 from bmoe_lightning.routers.token_rows import watched_tokens
@@ -63,6 +64,18 @@ def route_moments(logits: Tensor, log_probs: Tensor) -> tuple[Tensor, Tensor]:
     mean = centred.mean(0)
     deviations = (centred - mean) / math.sqrt(len(centred))
     return torch.where(present, mean, -torch.inf), deviations.movedim(0, -1)
+
+
+def position_noise(batch: BatchView, *, antithetic: bool) -> PositionNoise:
+    """The random numbers of routes, drawn once for all batches that share `BatchView.lasting`.
+
+    Args:
+        batch: View of a batch.
+        antithetic: Whether samples come in pairs of opposite noise.
+    """
+    key = PositionNoise, batch.seed, antithetic
+    found: PositionNoise = batch.lasting.setdefault(key, PositionNoise(batch.seed, antithetic=antithetic))
+    return found
 
 
 def located_routers(batch: BatchView, count: int) -> list[Router]:

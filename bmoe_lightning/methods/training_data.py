@@ -13,10 +13,15 @@ from bmoe_lightning.curvature.spec import Curvature
 
 @runtime_checkable
 class TrainingData(Protocol):
-    """The training data of curvature passes."""
+    """The training data of the passes of a fit."""
 
-    def batches(self, max_batches: int | None) -> Iterable[Any]:
-        """Batches of one pass; on each rank at most `max_batches` of its shard."""
+    def batches(self, max_batches: int | None, description: str = "Curvature") -> Iterable[Any]:
+        """Batches of one pass; on each rank at most `max_batches` of its shard.
+
+        Args:
+            max_batches: Maximum number of batches; None for all.
+            description: Text beside the progress bar.
+        """
         ...
 
     def num_examples(self, max_batches: int | None, seen: int) -> int:
@@ -36,7 +41,7 @@ class Batches:
     iterable: Iterable[Any]
     size: int | None = None
 
-    def batches(self, max_batches: int | None) -> Iterable[Any]:
+    def batches(self, max_batches: int | None, description: str = "Curvature") -> Iterable[Any]:
         """The batches, at most `max_batches` of them."""
         return self.iterable if max_batches is None else islice(self.iterable, max_batches)
 

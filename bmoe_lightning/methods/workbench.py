@@ -27,6 +27,7 @@ from bmoe_lightning.methods.curvature_passes import CurvaturePasses
 from bmoe_lightning.methods.data_differences import Split, iterates_once
 from bmoe_lightning.methods.given_data import GivenData
 from bmoe_lightning.methods.held_out_passes import HeldOutPasses
+from bmoe_lightning.methods.router_training import RouterPasses
 from bmoe_lightning.methods.temperature_search import check_labelled
 from bmoe_lightning.methods.training_covariances import training_terms
 from bmoe_lightning.methods.training_data import PassFiles, TrainingData
@@ -62,6 +63,7 @@ class Workbench:
 
     Attributes:
         given: The data, compared with those of the existing fit.
+        router_passes: Passes over the training data that train Bayesian routers.
     """
 
     def __init__(
@@ -106,6 +108,8 @@ class Workbench:
             is_checked=is_checked,
         )
         self._held_out_passes = HeldOutPasses(model, class_logits, calibration, distributed=distributed, seed=seed)
+        data = training, self.held_out_log_probs
+        self.router_passes = RouterPasses(model, class_logits, *data, seed=seed, distributed=distributed)
         self._curvature_passes = CurvaturePasses(
             model,
             class_logits,
@@ -254,6 +258,10 @@ class Workbench:
     def router_gaps(self) -> Tensor:
         """The median gap of each router between the K-th and the next largest logit, `[L]`, from one further pass."""
         return self._held_out_passes.router_gaps()
+
+    def on_first_batch(self, measure: Callable[[BatchView], int]) -> int:
+        """What a function finds on the first held-out batch; see `HeldOutPasses`."""
+        return self._held_out_passes.on_first_batch(measure)
 
     def share(self, curvature: Curvature) -> GradientShare:
         """The share of the trained weights' gradient that a curvature covers; its `reason` says why it is unknown."""

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -94,11 +94,11 @@ def choice_ways(model: nn.Module, routers: Sequence[Router], run: Callable[[], T
     if _distance(output, plain) <= tolerance:
         return False
     nets = [_Greedy(router) for router in routers]
-    try:
-        with injected_routers(model, nets, lambda net, _u, logits: top_choice(net.router, logits)):
-            output = run()
-    except RuntimeError as error:
-        raise ValueError(str(error)) from error
+    with (
+        suppress(_NoChoiceError),
+        injected_routers(model, nets, lambda net, _u, logits: top_choice(net.router, logits)),
+    ):
+        output = run()
     if _distance(output, plain) > tolerance:
         raise ValueError(
             f"the weights of the experts of {type(model).__name__} depend on those that are not chosen, and its "
@@ -118,6 +118,10 @@ def top_choice(router: Router, logits: Tensor) -> Tensor:
     assert router.top_k is not None
     log_weights = at_least_float32(logits).log_softmax(-1)
     return restrict(log_weights, log_weights.topk(router.top_k, dim=-1).indices)
+
+
+class _NoChoiceError(RuntimeError):
+    """A router does not return experts and weights."""
 
 
 @dataclass
@@ -149,7 +153,7 @@ def _replaced(router: Router, output: Any, log_weights: Tensor, logits: Tensor) 
     """What a router returns, with other experts and their weights."""
     places = _places(output, len(logits))
     if places is None:
-        raise RuntimeError(
+        raise _NoChoiceError(
             f"the router {router.name!r} does not return the experts of each token and their weights as tensors, so "
             "others cannot take their place; use a Bayesian router of another kind for this model"
         )

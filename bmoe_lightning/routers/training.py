@@ -17,7 +17,7 @@ numbers of the call that it repeats.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -47,6 +47,7 @@ class _Call:
         real: Indices of the real tokens; None if all are.
         num_real: Their number.
         num_tokens: Number of all tokens.
+        num_rows: Number of rows, of equally many tokens.
         outline: Mean of the logits over tokens, by which a repeated call is recognised.
         found: What the net made of the tokens.
         repeated: Whether it was repeated, to recompute activations.
@@ -55,9 +56,16 @@ class _Call:
     real: Tensor | None
     num_real: int
     num_tokens: int
+    num_rows: int
     outline: Tensor
     found: TrainedLogits | None = None
     repeated: bool = False
+
+    @property
+    def row_of(self) -> Tensor:
+        """The row of each real token, `[num_real]`."""
+        places = torch.arange(self.num_tokens, device=self.outline.device) if self.real is None else self.real
+        return places // (self.num_tokens // self.num_rows)
 
 
 @dataclass
@@ -132,15 +140,24 @@ class RouterTraining:
         return torch.stack([mean.to(means[0].device) for mean in means]).sum()
 
     def log_probability(self) -> Tensor | None:
-        """The log-probability of all random choices of the step, summed over routers and tokens, a scalar.
+        """The log-probability of all random choices of the step, summed over routers and tokens: of each row, `[R]`.
 
-        None where no choice is random. The gradient of an expected loss is that of the loss plus that of
+        Of all rows together, `[1]`, if forward passes had different numbers of rows. None where no choice is random.
+        The gradient of an expected loss is that of the loss plus that of
         `log_probability() * (loss.detach() - baseline)`, for any baseline that does not depend on the step's samples.
         """
         _, calls = self._finished()
-        found = [call.found.log_probability for of in calls.values() for call in of if call.found is not None]
-        sums = [log_probability.sum() for log_probability in found if log_probability is not None]
-        return torch.stack(sums).sum() if sums else None
+        found = [call for of_router in calls.values() for call in of_router if call.found is not None]
+        sums = [
+            found_probability.new_zeros(call.num_rows).index_add(0, call.row_of, found_probability)
+            for call in found
+            if call.found is not None and (found_probability := call.found.log_probability) is not None
+        ]
+        if not sums:
+            return None
+        if len({len(rows) for rows in sums}) > 1:
+            sums = [rows.sum(0, keepdim=True) for rows in sums]
+        return torch.stack(sums).sum(0)
 
     def num_tokens(self) -> dict[int, int]:
         """Numbers of real tokens of the step so far, by the index of the router."""
@@ -211,10 +228,10 @@ class RouterTraining:
         return base.index_put((call.real,), sampled)
 
     def _begun(self, logits: Tensor) -> _Call:
-        real = self._watch.rows(len(logits)).real
-        if real is None:
-            return _Call(None, len(logits), len(logits), _outline(logits))
-        return _Call(real.to(logits.device), len(real), len(logits), _outline(logits))
+        rows = self._watch.rows(len(logits))
+        real = None if rows.real is None else rows.real.to(logits.device)
+        number = len(logits) if real is None else len(real)
+        return _Call(real, number, len(logits), len(rows.mask), _outline(logits))
 
 
 def _outline(logits: Tensor) -> Tensor:
@@ -264,22 +281,26 @@ class _WithPenalty(torch.autograd.Function):
 
 
 @contextmanager
-def trained_routers(model: nn.Module, nets: Sequence[BayesianRouter], *, seed: int) -> Iterator[RouterTraining]:
+def trained_routers(
+    model: nn.Module, nets: Sequence[BayesianRouter], *, seed: int, everywhere: bool = True
+) -> Iterator[RouterTraining]:
     """Run Bayesian routers in the training steps of a model: one sample of each token's logits in each forward pass.
 
-    Outside of the steps (see `RouterTraining.begin`) the routers are the model's own. The context applies in all
-    threads, and may span many steps; backward passes belong into it.
+    Outside of the steps (see `RouterTraining.begin`) the routers are the model's own. The context may span many steps;
+    backward passes belong into it.
 
     Args:
-        model: The model, not compiled.
+        model: The model.
         nets: Bayesian routers of some of its routers.
         seed: Seed of the samples, not negative; another one on each rank.
+        everywhere: Whether this applies in all threads, see `intercepted_routers`; False for compiled models, whose
+            code then runs eagerly.
 
     Raises:
-        ValueError: If the model is compiled.
+        ValueError: If the model is compiled, and this should apply everywhere.
     """
     with ExitStack() as stack:
-        with in_all_threads():
+        with in_all_threads() if everywhere else nullcontext():
             watch = stack.enter_context(watched_tokens(model))
         training = RouterTraining(nets, watch, seed)
 
@@ -294,6 +315,6 @@ def trained_routers(model: nn.Module, nets: Sequence[BayesianRouter], *, seed: i
         for owner in owners:
             stack.callback(owner.register_forward_pre_hook(enter).remove)
             stack.callback(owner.register_forward_hook(leave, always_call=True).remove)
-        stack.enter_context(injected_routers(model, training.nets, training._logits, everywhere=True))
+        stack.enter_context(injected_routers(model, training.nets, training._logits, everywhere=everywhere))
         stack.callback(training.end)
         yield training

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, get_args
 
 from torch import Tensor
 
 Score = Literal["softmax", "sigmoid", "other"]
 """What a router computes from its logits: unchanged under a common shift, a sigmoid of each, or something else."""
+
+SCORES: tuple[Score, ...] = get_args(Score)
+"""Scores in the order of their numbers in files."""
 
 
 @dataclass(frozen=True)

@@ -182,9 +182,9 @@ class TrainerTrainingData:
     def __init__(self, trainer: L.Trainer) -> None:
         self._trainer = trainer
 
-    def batches(self, max_batches: int | None) -> DataPass:
+    def batches(self, max_batches: int | None, description: str = "Curvature") -> DataPass:
         """One pass of at most `max_batches` batches on each rank; see `training_pass`."""
-        return training_pass(self._trainer, "Curvature", max_batches)
+        return training_pass(self._trainer, description, max_batches)
 
     @property
     def iterates_once(self) -> bool:

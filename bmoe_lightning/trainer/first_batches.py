@@ -157,8 +157,12 @@ class FirstBatches:
         )
         # The code is the same for all loaders, and the padding is not.
         check_examples(module, self._class_logits, batch, logits, repeats=stage != "validation")
-        if stage == "validation" and any(method.needs.routers for method in self._methods):
-            probed_routers(BatchView(module, self._class_logits, batch))
+        using = [method for method in self._methods if method.needs.routers]
+        if stage == "validation" and using:
+            view = BatchView(module, self._class_logits, batch)
+            routers = probed_routers(view)
+            for method in using:
+                method.check_routers(module, routers, lambda: view.forward()[0])
         return len(logits)
 
     def _layers(self, module: L.LightningModule) -> list[ExpertLayer]:

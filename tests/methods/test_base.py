@@ -97,7 +97,7 @@ def test_numbers_of_a_state():
 
 PREDICTION_ONLY = {"link", "num_samples", "runs", "fits"}
 # Its temperature is fitted to the predictions that link and samples give.
-FITTED_TO_PREDICTIONS = {"laplace_temperature", "mc_dropout", "router_noise"}
+FITTED_TO_PREDICTIONS = {"laplace_temperature", "mc_dropout"}
 
 
 @pytest.mark.parametrize("name", method_names())

@@ -18,7 +18,8 @@ from bmoe_lightning.methods.registry import get_method, method_names
 METHODS = [
     replace(method, **{"head": "head"} if hasattr(method, "head") else {}).with_defaults(RANK3)
     for method in map(get_method, method_names())
-    if not method.needs.lora  # another kind of model
+    # Another kind of model, and one whose routers return their choice.
+    if not method.needs.lora and method.name != "temperature_router"
 ]
 WITH_INPUTS = [method for method in METHODS if method.needs.calibration]
 WITH_LABELS = [method for method in METHODS if method.needs.calibration_labels]

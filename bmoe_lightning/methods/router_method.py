@@ -1,0 +1,233 @@
+"""What methods with random routers share: predictions along sampled routes, or averaged scores in one pass."""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from collections.abc import Sequence
+from dataclasses import dataclass, fields, replace
+from functools import partial
+from pathlib import Path
+from typing import Literal, get_args
+
+import torch
+from torch import Tensor, nn
+
+from bmoe_lightning.experts.fsdp import has_shards
+from bmoe_lightning.experts.write_counts import weights_state
+from bmoe_lightning.methods.base import Method, State, check_choice, option
+from bmoe_lightning.methods.batch_view import BatchView
+from bmoe_lightning.methods.evaluation import average_log_probs
+from bmoe_lightning.methods.routes import located_routers, position_noise, route_information, route_log_probs
+from bmoe_lightning.routers.base import BayesianRouter
+from bmoe_lightning.routers.costs import RouterCost, RoutingCost
+from bmoe_lightning.routers.discovery import find_routers
+from bmoe_lightning.routers.prediction import averaged_scores, mean_routers, sampled_routes
+from bmoe_lightning.routers.types import SCORES, Router
+
+Average = Literal["predictions", "scores"]
+
+
+@dataclass(frozen=True)
+class RouterMethod(Method):
+    """Averages over `num_samples` samples of random routers: of predictions along as many routes, or of router scores.
+
+    With `average="scores"` the routers' scores are averaged in place of predictions, in a single pass, as in the papers
+    on Bayesian routers. It needs a name of its own. An average of logits would be the model itself.
+
+    Raises:
+        ValueError: If there is less than one sample, or an option is unknown.
+    """
+
+    average: Average = option(
+        "predictions",
+        "What is averaged over the noise: `predictions` of passes along different routes, or router `scores`.",
+    )
+    num_samples: int = option(16, "Number of samples of the noise.", trial=2)
+    antithetic: bool = option(True, "Whether samples come in pairs of opposite noise, which have less variance.")
+    samples_per_pass: int = option(
+        1,
+        "Number of routes that one forward pass computes, on copies of the batch's rows: faster for small batches on "
+        "an accelerator, and for `class_logits` that treat each row alike.",
+        prediction_only=True,
+    )
+
+    source = "https://arxiv.org/abs/2603.09453"
+    cost = "`num_samples` forward passes; one forward pass for `scores`"
+
+    def __post_init__(self) -> None:
+        check_choice("average", self.average, get_args(Average))
+        if self.num_samples < self._fewest_samples or self.samples_per_pass < 1:
+            raise ValueError(
+                f"{self.name} needs at least one sample, got num_samples={self.num_samples} and "
+                f"samples_per_pass={self.samples_per_pass}"
+            )
+        default = {entry.name: entry.default for entry in fields(self)}
+        if self.average == "scores" and (self.name == default["name"] or self.label == default["label"]):
+            raise ValueError(
+                "an average of router scores is another method than that of predictions, and must not be taken for it "
+                f"in a table; give it a name and a label, such as name='{default['name']}_scores', "
+                f"label='{default['label']} (scores)'"
+            )
+
+    _fewest_samples = 1
+
+    @abstractmethod
+    def make_nets(self, batch: BatchView, state: State) -> Sequence[BayesianRouter]:
+        """The Bayesian routers of a state, on any device.
+
+        Args:
+            batch: View of a batch of the model.
+            state: State from `fit`.
+
+        Raises:
+            ValueError: If the state is that of other routers.
+        """
+
+    @abstractmethod
+    def token_cost(self, d_in: int, num_experts: int, num_samples: int) -> RouterCost:
+        """What one router adds for one token in one forward pass; see `bmoe_lightning.routers.costs`.
+
+        Args:
+            d_in: Width of the router's input.
+            num_experts: Number of its logits.
+            num_samples: Number of samples that it averages.
+        """
+
+    @abstractmethod
+    def num_parameters(self, d_in: int, num_experts: int) -> int:
+        """Number of numbers that are stored for one router."""
+
+    def routing_cost(self, d_in: int, num_experts: int) -> RoutingCost:
+        """What a prediction takes in a router with inputs of a width; see `bmoe_lightning.methods.routing_cost`."""
+        passes, samples = (self.num_samples, 1) if self.average == "predictions" else (1, self.num_samples)
+        cost = self.token_cost(d_in, num_experts, samples)
+        return RoutingCost(max(1, passes), cost, parameters=self.num_parameters(d_in, num_experts))
+
+    def check_run(
+        self,
+        model: nn.Module,
+        folder: Path | None,
+        *,
+        ranks_per_node: int = 1,
+        trained: Sequence[nn.Parameter] | None = None,
+    ) -> None:
+        """Check that the model has routers.
+
+        Raises:
+            ValueError: If it has none, or a kernel replaces them.
+        """
+        find_routers(model)
+
+    def log_probs(self, batch: BatchView, state: State) -> Tensor:
+        nets = self.nets(batch, state)
+        if self.average == "predictions" and self.num_samples and not _are_still(nets):
+            return average_log_probs(self._routes(batch, state))
+        return self.predicted(batch, nets)
+
+    def uncertainty(self, batch: BatchView, state: State) -> dict[str, Tensor]:
+        """Mutual information of label and route in nats; none for averaged scores, which are one pass."""
+        if self.average == "scores":
+            return {}
+        if not self.num_samples or _are_still(self.nets(batch, state)):
+            return {"mutual_information": batch.logits.new_zeros(len(batch.logits))}
+        return {"mutual_information": route_information(self._routes(batch, state))}
+
+    def predicted(self, batch: BatchView, nets: Sequence[BayesianRouter]) -> Tensor:
+        """Log-probabilities `[B, K]` under some Bayesian routers, which `fit` may be trying.
+
+        Args:
+            batch: View of the batch.
+            nets: The routers, on the model's devices.
+        """
+        if _are_still(nets):
+            return batch.logits.log_softmax(-1)
+        if not self.num_samples:
+            with mean_routers(batch.model, nets):
+                return batch.forward()[0].log_softmax(-1)
+        if self.average == "predictions":
+            return average_log_probs(self._sampled(batch, nets))
+        with averaged_scores(batch.model, nets, self.num_samples, position_noise(batch, antithetic=self.antithetic)):
+            return batch.forward()[0].log_softmax(-1)
+
+    def nets(self, batch: BatchView, state: State) -> Sequence[BayesianRouter]:
+        """The Bayesian routers of a state, made once for all batches while the weights of the routers are the same."""
+        known: _Made | None = batch.lasting.get(self)
+        if known is None or known.state is not state or known.weights != _weights(batch.model, known.nets):
+            nets = on_devices(batch.model, self.make_nets(batch, state))
+            known = batch.lasting[self] = _Made(state, _weights(batch.model, nets), nets)
+        return known.nets
+
+    def _routes(self, batch: BatchView, state: State) -> Tensor:
+        """Log-probabilities `[S, B, K]` along each route, computed once for predictions and scores of uncertainty."""
+        nets = self.nets(batch, state)
+        return batch.once((self, id(state)), lambda: self._sampled(batch, nets))
+
+    def _sampled(self, batch: BatchView, nets: Sequence[BayesianRouter]) -> Tensor:
+        noise = position_noise(batch, antithetic=self.antithetic)
+        routes = partial(sampled_routes, batch.model, nets, noise=noise)
+        return route_log_probs(batch, routes, self.num_samples, per_pass=self.samples_per_pass)
+
+
+@dataclass(frozen=True)
+class _Made:
+    """Bayesian routers, and what they were made of."""
+
+    state: State
+    weights: tuple[object, ...]
+    nets: Sequence[BayesianRouter]
+
+
+def _weights(model: nn.Module, nets: Sequence[BayesianRouter]) -> tuple[object, ...]:
+    """What tells whether the weights of routers have changed; nothing where they are sharded, and move at each call."""
+    if has_shards(model):
+        return ()
+    return tuple(weights_state(model.get_submodule(net.router.name)) for net in nets)
+
+
+def on_devices(model: nn.Module, nets: Sequence[BayesianRouter]) -> list[BayesianRouter]:
+    """Bayesian routers on the devices of their routers.
+
+    Args:
+        model: The model.
+        nets: The routers.
+    """
+    for net in nets:
+        weight = next(model.get_submodule(net.router.name).parameters(), None)
+        if weight is not None and weight.device.type != "meta":
+            net.to(weight.device)
+    return list(nets)
+
+
+def fitted_routers(batch: BatchView, scores: Tensor) -> list[Router]:
+    """The routers of a model with the scores that were measured in the fit.
+
+    Args:
+        batch: View of a batch of the model.
+        scores: What `scores_of` gave.
+
+    Raises:
+        ValueError: If the model has another number of routers than that of the fit.
+    """
+    found = zip(located_routers(batch, len(scores)), scores.tolist(), strict=True)
+    return [replace(router, score=SCORES[score]) for router, score in found]
+
+
+def scores_of(routers: Sequence[Router]) -> Tensor:
+    """The scores of routers as numbers, for a state."""
+    return torch.tensor([SCORES.index(router.score or "other") for router in routers])
+
+
+def check_scores(scores: Tensor | None, count: int) -> None:
+    """Check what `scores_of` gave, read from a file.
+
+    Raises:
+        ValueError: If it is missing or no such numbers.
+    """
+    if scores is None or scores.shape != (count,):
+        raise ValueError("'score' must have an entry for each router")
+    if bool(((scores < 0) | (scores >= len(SCORES))).any()):
+        raise ValueError(f"'score' must be an index of {', '.join(SCORES)}")
+
+
+def _are_still(nets: Sequence[BayesianRouter]) -> bool:
+    return all(net.is_still for net in nets)

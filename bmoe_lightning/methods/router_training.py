@@ -1,0 +1,356 @@
+"""Train Bayesian routers beside a model that is trained already: passes over its training data, all else frozen.
+
+The loss is the cross entropy of the class logits, of answers alone, plus `beta` times the penalty of the routers (see
+`bmoe_lightning.routers.training`). The model runs in evaluation mode. On data that the model has memorised the
+likelihood wants no noise, so that training can be worse than none: the held-out labels choose the epoch, among them the
+one before training, which is untrained noise.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, nullcontext
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from bmoe_lightning.experts import ClassLogits
+from bmoe_lightning.experts.counted_batch import count_of, lockstep, plain_batch
+from bmoe_lightning.experts.fsdp import runs_in_lockstep
+from bmoe_lightning.experts.gradient_checkpointing import recomputed_activations
+from bmoe_lightning.experts.logits_contract import checked_labels, masked_logits, run_class_logits
+from bmoe_lightning.experts.model_state import evaluation_mode, frozen_parameters
+from bmoe_lightning.experts.sharded_calls import BackwardPasses
+from bmoe_lightning.experts.threads import model_lock
+from bmoe_lightning.experts.wrappers.compiled import is_compiled
+from bmoe_lightning.methods.batch_view import BatchView
+from bmoe_lightning.methods.data_differences import iterates_once
+from bmoe_lightning.methods.training_data import TrainingData
+from bmoe_lightning.routers.base import BayesianRouter, router_state
+from bmoe_lightning.routers.temperature import CollapseWatch
+from bmoe_lightning.routers.training import RouterTraining, trained_routers
+from bmoe_lightning.utils.distributed import (
+    failing_together,
+    gather_number,
+    is_rank_zero,
+    num_processes,
+    process_rank,
+    sum_over_processes,
+)
+from bmoe_lightning.utils.fit_warnings import collected_fit_warnings, warn_of_fit
+from bmoe_lightning.utils.random_state import unchanged_random_state
+
+_logger = logging.getLogger(__name__)
+
+_NONE = object()
+_BASELINE_DECAY = 0.9
+
+
+@dataclass(frozen=True)
+class RouterTrainingOptions:
+    """Options of a training of routers.
+
+    Attributes:
+        epochs: Number of passes over the training data.
+        learning_rate: Largest learning rate of AdamW.
+        beta: What multiplies the penalty, which is a mean over tokens.
+        warmup: Share of the steps in which the learning rate grows, before it falls along a cosine.
+        weight_decay: Decoupled weight decay.
+        score_function: Whether random choices get the gradient of their log-probability times the loss.
+    """
+
+    epochs: int
+    learning_rate: float
+    beta: float
+    warmup: float = 0.05
+    weight_decay: float = 0.0
+    score_function: bool = False
+
+
+@dataclass(frozen=True)
+class RouterTrainingResult:
+    """The trained routers; the nets have the same values.
+
+    Attributes:
+        state: State of the epoch with the least held-out loss; see `router_state`.
+        epoch: Number of epochs of training that it had.
+        losses: Held-out loss before training and after each epoch.
+        statistics: Means over that epoch, by name: one number for each router. None before training.
+    """
+
+    state: dict[str, Tensor]
+    epoch: int
+    losses: tuple[float, ...]
+    statistics: Mapping[str, tuple[float, ...]]
+
+
+@dataclass(frozen=True)
+class _Epoch:
+    """The routers after an epoch, and the means of the statistics of its steps, by name."""
+
+    state: dict[str, Tensor]
+    statistics: Mapping[str, tuple[float, ...]]
+
+
+class RouterPasses:
+    """Passes over the training data that train routers. Each is a collective, if distributed.
+
+    Args:
+        model: The model.
+        class_logits: Function `(model, batch) -> (logits [B, K], labels [B])`.
+        training: The training data.
+        held_out_log_probs: Function from one of views of batches, as of `Workbench.held_out_log_probs`.
+        seed: Seed of the samples.
+        distributed: Whether all ranks of torch.distributed's default group take part, each with its shard of the data.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        class_logits: ClassLogits,
+        training: TrainingData,
+        held_out_log_probs: Callable[[Callable[[BatchView], Tensor]], tuple[Tensor, Tensor]],
+        *,
+        seed: int,
+        distributed: bool,
+    ) -> None:
+        self._model = model
+        self._class_logits = class_logits
+        self._training = training
+        self._held_out_log_probs = held_out_log_probs
+        self._seed = seed
+        self._distributed = distributed
+        self._trained: dict[Hashable, tuple[list[_Epoch], tuple[str, ...]]] = {}
+
+    def train(
+        self,
+        key: Hashable,
+        nets: Sequence[BayesianRouter],
+        options: RouterTrainingOptions,
+        predict: Callable[[BatchView], Tensor],
+    ) -> RouterTrainingResult:
+        """Train routers, and set them to the epoch with the least held-out loss.
+
+        Args:
+            key: What the training depends on: routers that were trained with the same key before are not trained again.
+            nets: The routers, on the devices of their routers.
+            options: Options of the training.
+            predict: Function from the view of a batch to log-probabilities `[B, K]` under the routers as they are.
+
+        Raises:
+            ValueError: If the training data can be iterated over only once, are empty or have no labels.
+        """
+        if key not in self._trained:
+            with collected_fit_warnings() as doubts:
+                epochs = self._epochs(nets, options)
+            self._trained[key] = epochs, tuple(doubts)
+        epochs, said = self._trained[key]
+        for sentence in said:
+            warn_of_fit(sentence)
+        losses: list[float] = []
+        for epoch, found in enumerate(epochs):
+            _set(nets, found.state)
+            log_probs, labels = self._held_out_log_probs(lambda view: predict(view).unsqueeze(0))
+            losses.append(float(F.nll_loss(log_probs[0], labels)))
+            if is_rank_zero():
+                _logger.info("%s", _line(epoch, options.epochs, losses, found.statistics))
+        best = min(range(len(losses)), key=lambda epoch: losses[epoch])
+        _set(nets, epochs[best].state)
+        return RouterTrainingResult(epochs[best].state, best, tuple(losses), epochs[best].statistics)
+
+    def _epochs(self, nets: Sequence[BayesianRouter], options: RouterTrainingOptions) -> list[_Epoch]:
+        """Train routers; returns their state before training and after each epoch."""
+        found = [_Epoch(router_state(nets), {})]
+        if not nets or not options.epochs:
+            return found
+        if iterates_once(self._training):
+            raise ValueError(
+                "a method takes several passes over the training data, which can be iterated over only once; pass a "
+                "list of batches or a loader"
+            )
+        parameters = [parameter for net in nets for parameter in net.parameters()]
+        optimizer = torch.optim.AdamW(parameters, lr=options.learning_rate, weight_decay=options.weight_decay)
+        run = _Run(self._model, self._class_logits, nets, options, self._rank_seed, self._distributed)
+        num_steps = options.epochs * self._num_batches()
+        rate = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: _rate(step, num_steps, options.warmup))
+        for _ in range(options.epochs):
+            statistics = run.epoch(self._training.batches(None, "Routers"), optimizer, rate)
+            found.append(_Epoch(router_state(nets), statistics))
+        return found
+
+    @property
+    def _rank_seed(self) -> int:
+        """Another seed on each rank, whose examples get numbers of their own."""
+        return self._seed * num_processes() + process_rank() if self._distributed else self._seed
+
+    def _num_batches(self) -> int:
+        batches: Any = self._training.batches(None, "Routers")
+        with unchanged_random_state(batches), failing_together(distributed=self._distributed):
+            count = len(batches) if hasattr(batches, "__len__") else sum(1 for _ in batches)
+        counts = gather_number(count) if self._distributed else [count]
+        if not any(counts):
+            raise ValueError("the training data are empty, so routers cannot be trained; pass at least one batch")
+        return max(counts)
+
+
+class _Run:
+    """The steps of one training, numbered over all epochs."""
+
+    def __init__(
+        self,
+        model: nn.Module,
+        class_logits: ClassLogits,
+        nets: Sequence[BayesianRouter],
+        options: RouterTrainingOptions,
+        seed: int,
+        distributed: bool,
+    ) -> None:
+        self._model, self._class_logits, self._nets, self._options = model, class_logits, nets, options
+        self._seed, self._distributed = seed, distributed
+        self._parameters = [p for net in nets for p in net.parameters() if p.requires_grad]
+        self._step = 0
+        self._baseline: float | None = None
+        self._watches = {net.router.index: CollapseWatch(net.router.num_experts) for net in nets}
+
+    def epoch(
+        self, batches: Iterable[Any], optimizer: torch.optim.Optimizer, rate: torch.optim.lr_scheduler.LambdaLR
+    ) -> dict[str, tuple[float, ...]]:
+        """One pass over the data; returns the means of the statistics of its steps."""
+        sums: dict[str, dict[int, list[float]]] = {}
+        with ExitStack() as stack:
+            stack.enter_context(unchanged_random_state(batches))
+            stack.enter_context(failing_together(distributed=self._distributed))
+            for batch in self._batches(batches):
+                for parameter, gradient in zip(self._parameters, self._gradients(batch, sums), strict=True):
+                    parameter.grad = gradient
+                optimizer.step()
+                rate.step()
+                self._step += 1
+            optimizer.zero_grad()
+        return {
+            name: tuple(sum(values) / len(values) for _, values in sorted(of_router.items()))
+            for name, of_router in sums.items()
+        }
+
+    def _batches(self, batches: Iterable[Any]) -> Iterator[Any]:
+        """Batches, or None where another rank has one and this one has none left."""
+        if not self._distributed or runs_in_lockstep(self._model):
+            yield from lockstep(self._model, batches)
+            return
+        iterator = iter(batches)
+        while True:
+            batch = next(iterator, _NONE)
+            if not any(gather_number(int(batch is not _NONE))):
+                return
+            yield batch
+
+    def _gradients(self, batch: Any, sums: dict[str, dict[int, list[float]]]) -> list[Tensor]:
+        """The gradients of one step, those of all ranks together."""
+        sharded = runs_in_lockstep(self._model)
+        with ExitStack() as stack:
+            stack.enter_context(model_lock(self._model))
+            stack.enter_context(evaluation_mode(self._model))
+            stack.enter_context(frozen_parameters(self._model))
+            stack.enter_context(recomputed_activations(self._model))
+            training = stack.enter_context(
+                trained_routers(self._model, self._nets, seed=self._seed, everywhere=not is_compiled(self._model))
+            )
+            training.begin(self._step)
+            passes = BackwardPasses()
+            losses = self._parameters[0].new_zeros(0)
+            if batch is not _NONE:
+                with passes.through(self._model) if sharded else nullcontext(), torch.enable_grad():
+                    losses = self._losses(batch)
+            total, tokens = len(losses), None
+            if self._distributed:
+                total = sum(gather_number(len(losses)))
+                tokens = self._num_tokens(training)
+            flat = torch.zeros(sum(p.numel() for p in self._parameters), dtype=torch.float64)
+            if batch is not _NONE:
+                with torch.enable_grad(), passes.together(0) if sharded else nullcontext():
+                    objective = self._objective(training, losses, total, tokens)
+                    found = torch.autograd.grad(objective, self._parameters, allow_unused=True)
+                filled = (
+                    torch.zeros_like(parameter) if gradient is None else gradient
+                    for parameter, gradient in zip(self._parameters, found, strict=True)
+                )
+                flat = torch.cat([gradient.detach().double().flatten().cpu() for gradient in filled])
+                self._observe(training, sums)
+        if self._distributed:
+            gather_number(0)
+            sum_over_processes([flat])
+        parts = flat.split([parameter.numel() for parameter in self._parameters])
+        return [part.view_as(p).to(p) for part, p in zip(parts, self._parameters, strict=True)]
+
+    def _losses(self, batch: Any) -> Tensor:
+        """The cross entropy of each example that is counted, with graph."""
+        logits, labels = run_class_logits(self._class_logits, self._model, plain_batch(batch))
+        if labels is None:
+            raise ValueError(
+                "routers are trained on the labels of the training data, and class_logits returned None for them; "
+                "return (logits, labels)"
+            )
+        logits = masked_logits(logits)
+        checked = checked_labels(labels, logits).to(logits.device)
+        return F.cross_entropy(logits, checked, reduction="none")[: count_of(batch, len(logits))]
+
+    def _num_tokens(self, training: RouterTraining) -> dict[int, int]:
+        """Numbers of real tokens of all ranks, by the index of the router. A collective."""
+        own = training.num_tokens()
+        counts = torch.tensor([own[net.router.index] for net in training.nets])
+        sum_over_processes([counts])
+        return {net.router.index: int(count) for net, count in zip(training.nets, counts, strict=True)}
+
+    def _objective(
+        self, training: RouterTraining, losses: Tensor, total: int, tokens: Mapping[int, int] | None
+    ) -> Tensor:
+        objective = losses.sum() / max(total, 1) + self._options.beta * training.penalty(tokens)
+        probabilities = training.log_probability() if self._options.score_function else None
+        if probabilities is not None and len(losses):
+            value = losses.detach()
+            if self._baseline is not None:
+                gain = value - self._baseline
+                if len(probabilities) == len(value):
+                    objective = objective + (gain * probabilities).sum() / max(total, 1)
+                else:
+                    objective = objective + gain.mean() * probabilities.sum() * len(value) / max(total, 1)
+            mean = float(value.mean())
+            before = mean if self._baseline is None else self._baseline
+            self._baseline = _BASELINE_DECAY * before + (1 - _BASELINE_DECAY) * mean
+        return objective
+
+    def _observe(self, training: RouterTraining, sums: dict[str, dict[int, list[float]]]) -> None:
+        statistics = training.statistics()
+        for name, of_router in statistics.items():
+            for index, value in of_router.items():
+                sums.setdefault(name, {}).setdefault(index, []).append(value)
+        for index, temperature in statistics.get("gate_temperature", {}).items():
+            if self._watches[index].observe(temperature, statistics["gate_entropy"][index]):
+                warn_of_fit(
+                    f"the temperature of router {index} has collapsed to a bound, or its gate to one expert or to all "
+                    f"alike, for {self._watches[index].patience} steps in a row; lower the learning rate, or raise beta"
+                )
+
+
+def _set(nets: Sequence[BayesianRouter], state: Mapping[str, Tensor]) -> None:
+    """Copy a state into routers, wherever they are."""
+    for net in nets:
+        net.load_state_dict({name: state[f"{net.router.index}.{name}"] for name in net.state_dict()})
+
+
+def _rate(step: int, num_steps: int, warmup: float) -> float:
+    """The share of the largest learning rate in a step: a linear warm-up, then half a cosine."""
+    warm = max(1, math.ceil(warmup * num_steps))
+    if step < warm:
+        return (step + 1) / warm
+    return 0.5 * (1 + math.cos(math.pi * (step - warm) / max(1, num_steps - warm)))
+
+
+def _line(epoch: int, epochs: int, losses: Sequence[float], statistics: Mapping[str, Sequence[float]]) -> str:
+    means = [f"{name} {sum(values) / len(values):.4g}" for name, values in statistics.items()]
+    return f"routers, epoch {epoch}/{epochs}: " + ", ".join([*means, f"held-out NLL {losses[-1]:.4f}"])

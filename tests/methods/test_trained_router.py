@@ -1,0 +1,158 @@
+"""What methods with trained routers share: their predictions, scores of uncertainty, warnings and refusals."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+import torch
+from methods_cases import predict
+from oracles.models import answer_logits, split, toy_batch, toy_model
+
+from bmoe_lightning.methods import MAP, BatchView, FullCovarianceRouter, MeanFieldRouter, fit_methods
+from bmoe_lightning.methods.router_training import RouterPasses, RouterTrainingResult
+from bmoe_lightning.methods.routing_cost import routing_cost
+from bmoe_lightning.methods.storage import load_fit, save_fit
+from bmoe_lightning.routers import router_state
+
+TRAINING, HELD_OUT = toy_batch(num_rows=12, seed=4), toy_batch(num_rows=30, seed=5)
+METHOD = MeanFieldRouter(num_samples=2, epochs=2, learning_rate=0.02)
+
+
+def fit(method=METHOD, model=None, **data):
+    data = {"training": split(TRAINING, 6, 6), "calibration": [HELD_OUT]} | data
+    return fit_methods([method], toy_model() if model is None else model, answer_logits, **data)
+
+
+@pytest.fixture(scope="module")
+def trained():
+    """Held-out labels that the routers are trained on, so that training helps."""
+    return fit(replace(METHOD, epochs=4), training=split(HELD_OUT, 10, 10, 10))
+
+
+def test_held_out_labels_choose_the_epoch(trained, tmp_path):
+    method = replace(METHOD, epochs=4)
+    state = trained.state_of(method)
+    losses = state["held_out_nll"]
+    assert losses.shape == (5,)
+    assert int(state["epoch"]) == int(losses.argmin()) > 0
+    found = torch.nn.functional.nll_loss(predict(method, toy_model(), HELD_OUT, state), HELD_OUT["labels"])
+    torch.testing.assert_close(found, losses.min())
+    numbers = method.hyperparameters(state)
+    assert numbers["held_out_nll"] < numbers["held_out_nll_untrained"]
+    assert 0.1 < numbers["scale_ratio"] < 3
+    save_fit(tmp_path, trained)
+    loaded = load_fit(tmp_path)[0].state_of(method)
+    method.check_state(loaded)
+    assert torch.equal(predict(method, toy_model(), HELD_OUT, loaded), predict(method, toy_model(), HELD_OUT, state))
+
+
+def test_means_scores_and_predictions_differ(trained):
+    state, model = trained.state_of(replace(METHOD, epochs=4)), toy_model()
+    methods = [METHOD, replace(METHOD, num_samples=0), replace(METHOD, average="scores", name="s", label="S"), MAP()]
+    found = [predict(method, model, HELD_OUT, state) for method in methods]
+    assert all(not torch.allclose(a, b, atol=1e-4) for i, a in enumerate(found) for b in found[:i])
+
+
+@pytest.mark.parametrize("average", ["predictions", "scores"])
+def test_scores_of_uncertainty(trained, average):
+    state = trained.state_of(replace(METHOD, epochs=4))
+    method = replace(METHOD, average=average, name="other", label="Other")
+    view = BatchView(toy_model(), answer_logits, HELD_OUT)
+    scores = method.uncertainty(view, state)
+    names = {"router_logit_variance", "router_gate_entropy"}
+    assert set(scores) == names | ({"mutual_information"} if average == "predictions" else set())
+    for name in names:
+        assert scores[name].shape == (30,)
+        assert (scores[name] > 0).all()
+        assert scores[name].std() > 0
+
+
+def test_noise_that_training_does_not_improve_is_said():
+    method = replace(METHOD, learning_rate=1e-300)
+    found = fit(method)
+    assert int(found.state_of(method)["epoch"]) == 0
+    assert any("better than untrained noise" in sentence for sentence in found.warnings_of(method))
+
+
+@pytest.mark.parametrize(("ratio", "said"), [(0.05, True), (0.5, False)])
+def test_noise_that_shrinks_is_said(monkeypatch, ratio, said):
+    def train(self, key, nets, options, predict):
+        return RouterTrainingResult(router_state(nets), 1, (1.0, 0.9), {"scale_ratio": (ratio, ratio)})
+
+    monkeypatch.setattr(RouterPasses, "train", train)
+    assert any("has shrunk" in sentence for sentence in fit().warnings_of(METHOD)) == said
+
+
+def test_some_layers_are_random():
+    method = replace(METHOD, layers=("layers.1.mixture.router",))
+    state = fit(method).state_of(method)
+    assert {name.split(".")[1] for name in state if name.startswith("net.")} == {"1"}
+    by_index = replace(method, layers=[1])
+    assert torch.equal(fit(by_index).state_of(by_index)["net.1.shift"], state["net.1.shift"])
+    with pytest.raises(ValueError, match="names 2, and the model has the routers 0 to 1"):
+        replace(METHOD, layers=(2,)).check_run(toy_model(), None)
+
+
+def test_routers_of_other_weights_are_refused(trained):
+    state, model = trained.state_of(replace(METHOD, epochs=4)), toy_model()
+    predict(METHOD, model, HELD_OUT, state)
+    with torch.no_grad():
+        model.layers[0].mixture.router.weight[0] += 1
+    with pytest.raises(ValueError, match="load the checkpoint that they belong to"):
+        predict(METHOD, model, HELD_OUT, state)
+    with pytest.raises(ValueError, match="fitted to 2 routers, and ToyMoE has 1"):
+        predict(METHOD, toy_model(num_layers=1), HELD_OUT, state)
+
+
+def test_training_data_that_can_be_read_once_are_refused():
+    with pytest.raises(ValueError, match="only once"):
+        fit(training=iter([TRAINING]))
+
+
+@pytest.mark.parametrize(
+    ("options", "found"),
+    [
+        ({"epochs": -1}, "epochs >= 0"),
+        ({"learning_rate": 0.0}, "positive learning rate"),
+        ({"beta": -1.0}, "beta >= 0"),
+        ({"num_samples": -1}, "at least one sample"),
+        ({"prior_scale": 0.0}, "positive number"),
+        ({"prior_unit": "two"}, "valid are gap, one"),
+        ({"average": "scores"}, "name='mean_field_router_scores'"),
+    ],
+)
+def test_refused_options(options, found):
+    with pytest.raises(ValueError, match=found):
+        MeanFieldRouter(**options)
+
+
+@pytest.mark.parametrize("change", [{"score": None}, {"fingerprint": torch.zeros(3)}, {"top_k": None}])
+def test_a_state_of_no_fit_is_refused(trained, change):
+    state = {**trained.state_of(replace(METHOD, epochs=4)), **change}
+    with pytest.raises(ValueError, match="must"):
+        METHOD.check_state({key: value for key, value in state.items() if value is not None})
+
+
+def test_methods_that_average_other_things_share_one_training(monkeypatch):
+    runs = []
+    epochs = RouterPasses._epochs
+    monkeypatch.setattr(RouterPasses, "_epochs", lambda *given: (runs.append(given), epochs(*given))[1])
+    variants = [METHOD, replace(METHOD, name="mean", num_samples=0), replace(METHOD, name="strong", beta=1.0)]
+    found = fit_methods(variants, toy_model(), answer_logits, split(TRAINING, 6, 6), [HELD_OUT])
+    assert len(runs) == 2
+    alone = fit(METHOD).state_of(METHOD)
+    assert all(torch.equal(value, alone[key]) for key, value in found.state_of(METHOD).items())
+
+
+def test_costs_are_counted():
+    of_routes = routing_cost(METHOD, 16, 8)
+    assert (of_routes.passes, of_routes.parameters) == (2, 16 * 8 + 16 * 4 + 4 * 8 + 1)
+    of_scores = routing_cost(replace(METHOD, average="scores", name="s", label="S"), 16, 8)
+    assert (of_scores.passes, of_scores.per_token.sampling) == (1, 2 * of_routes.per_token.sampling)
+
+
+def test_forms_share_their_noise_before_training():
+    one, other = (kind(num_samples=2, epochs=0) for kind in (MeanFieldRouter, FullCovarianceRouter))
+    found = [predict(method, toy_model(), HELD_OUT, fit(method).state_of(method)) for method in (one, other)]
+    torch.testing.assert_close(found[0], found[1], rtol=1e-9, atol=1e-9)
