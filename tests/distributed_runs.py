@@ -27,12 +27,15 @@ from bmoe_lightning.methods import (
     DeepEnsemble,
     LaplaceEvidence,
     LaplaceLPO,
+    LaplaceMixture,
     LaplaceTemperature,
     Method,
     fit_methods,
     get_method,
     save_snapshot,
 )
+from bmoe_lightning.methods.snapshots import swapped_weights
+from bmoe_lightning.methods.storage import save_fit
 from bmoe_lightning.methods.training_data import Batches
 from bmoe_lightning.methods.workbench import Workbench
 from bmoe_lightning.trainer import run_folder as run_files
@@ -46,18 +49,28 @@ METHODS = (
     "temperature",
     "laplace_evidence",
     "laplace_lpo",
+    "laplace_mixture",
     "laplace_temperature",
     "evidence_temperature",
     "shrunk_temperature",
 )
 
 
-def methods(member: Path) -> list[str | Method]:
-    """All of `METHODS`, with few samples."""
+MEMBER, MEMBER_FIT = "member.safetensors", "member-fit"
+OF_MEMBER = LaplaceEvidence(prior_mean="zero", num_samples=200)
+
+
+def methods(folder: Path) -> list[str | Method]:
+    """All of `METHODS`, with few samples; the folder has the weights of another run, and a fit to them."""
+    runs, fits = (str(folder / MEMBER),), (str(folder / MEMBER_FIT),)
+    mixture = LaplaceMixture(
+        component=OF_MEMBER.name, prior_mean=OF_MEMBER.prior_mean, num_samples=200, runs=runs, fits=fits
+    )
     lean = {
-        "deep_ensemble": DeepEnsemble(runs=(str(member),)),
+        "deep_ensemble": DeepEnsemble(runs=runs),
         "laplace_evidence": LaplaceEvidence(num_samples=200),
         "laplace_lpo": LaplaceLPO(num_samples=200),
+        "laplace_mixture": mixture,
         "laplace_temperature": LaplaceTemperature(num_samples=200),
     }
     return [lean.get(name, name) for name in METHODS]
@@ -159,6 +172,18 @@ def train(path: Path) -> None:
     module = ToyModule()
     trainer(path.parent, [], max_epochs=4).fit(module, loader(320, 9, shuffle=True))
     save_file(module.state_dict(), path)
+    make_member(path)
+
+
+def make_member(path: Path) -> None:
+    """The weights of another run, and a fit to them by one process."""
+    module = SameWeights(path).double()
+    weights = {n: -p for n, p in ToyModule(seed=1).double().named_parameters() if "down_proj" in n}
+    save_snapshot(path.with_name(MEMBER), weights)
+    with swapped_weights(module, path.with_name(MEMBER)):
+        method = OF_MEMBER.with_defaults(Curvature())
+        fit = fit_methods([method], module, ToyModule.class_logits, loader(TRAIN, 1, batch_size=8))
+    save_fit(path.with_name(MEMBER_FIT), fit)
 
 
 def plain_logits(model, class_logits, batches, *, distributed=False):
@@ -182,17 +207,15 @@ def options(world_size: int, **others) -> dict:
 def whole(world_size: int, folder: Path, weights: Path) -> None:
     """All methods, from fitting to prediction."""
     writes.clear()
-    member = folder / f"member-{world_size}.safetensors"
-    save_snapshot(member, {n: -p for n, p in ToyModule(seed=1).double().named_parameters() if "down_proj" in n})
     written = str(folder / f"written-{world_size}")
-    callback = BayesianMoECallback(methods(member), dirpath=written)
+    callback = BayesianMoECallback(methods(folder), dirpath=written)
     module = SameWeights(weights).double()  # or a launched process would return its weights rounded
     witness = Witness(folder, callback)
     logger = L.pytorch.loggers.TensorBoardLogger(folder, name=f"logs-{world_size}", version="run")
     run = trainer(folder, [callback, witness], **options(world_size))
     run.fit(module, loader(TRAIN, 1, shuffle=True, batch_size=8), loader(CALIBRATION, 2))
     # The process of the test is another one, and finds the posterior by its folder.
-    again = BayesianMoECallback(methods(member), dirpath=written, predict_method="laplace_lpo")
+    again = BayesianMoECallback(methods(folder), dirpath=written, predict_method="laplace_lpo")
     run = trainer(folder, [again, Witness(folder, again)], **options(world_size, logger=logger))
     run.test(module, loader(TEST, 3), verbose=False)
     run.predict(module, loader(TEST, 3), return_predictions=False)

@@ -76,7 +76,7 @@ class Attempts:
 def end_to_end(world_size: int, folder: Path) -> None:
     """All methods, from fitting to prediction."""
     callback = BayesianMoECallback(
-        methods(folder / "member-1.safetensors"),
+        methods(folder),
         dirpath=str(folder / f"written-{world_size}"),
         predict_method="laplace_lpo",
     )
