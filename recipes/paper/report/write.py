@@ -15,6 +15,12 @@ from recipes.paper.report.published import Published, read_published
 from recipes.paper.report.section import ReportInput
 from recipes.paper.report.sections import SECTIONS
 
+_SECOND = {2, 4, 7}
+_PAIRS = (
+    "Tables 1 and 2, 3 and 4, and 6 and 7 are the same tables for two models: a study has one model, so that both "
+    "numbers of a pair give one table here, and the other is that of a study with another `--preset` or `--model`."
+)
+
 
 def write_report(
     output: Path,
@@ -57,7 +63,8 @@ def write_report(
         settings=settings or SummarySettings(),
     )
     sections = [section for make in SECTIONS if (section := make(report)) is not None]
-    introduction = f"Preset `{study.preset}`. {conventions(report.settings)}"
+    pairs = f" {_PAIRS}" if _SECOND & set(study.tables) else ""
+    introduction = f"Preset `{study.preset}`. {conventions(report.settings)}{pairs}"
     return write_sections(output, f"Results: {study.model}", introduction, sections, description(report))
 
 

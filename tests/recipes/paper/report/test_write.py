@@ -110,6 +110,12 @@ def test_without_matplotlib_the_figures_are_left_out_and_it_is_told(small, tmp_p
     assert "matplotlib is not installed" in paths[0].read_text()
 
 
+@pytest.mark.parametrize(("tables", "told"), [((1, 3, 5, 6), False), ((2,), True), ((6, 7), True)])
+def test_that_both_numbers_of_a_pair_give_one_table_is_told(small, tmp_path, few, tables, told):
+    text = write_report(tmp_path, replace(small, tables=tables), settings=SETTINGS)[0].read_text()
+    assert ("both numbers of a pair give one table here" in text) is told
+
+
 def test_costs_are_relative_to_the_reference(small, report_of):
     costs = {
         "map": Cost(None, Timing((2.0,), (2.0,)), Timing((0.25,), (0.25,)), None, 100.0, 100.0),
