@@ -10,12 +10,16 @@ import signal
 import subprocess
 import sys
 import time
+from functools import partial
 
 import pytest
 import torch
 
+from bmoe_lightning.report import SummarySettings
+from recipes.common import report_parts
 from recipes.paper import run
 from recipes.paper.__main__ import main
+from recipes.paper.report import write
 from recipes.paper.stored_study import STUDY_FILE, read_study
 from recipes.qwen_obqa.seed_run import SeedRun
 
@@ -33,6 +37,15 @@ def make(folder, *arguments, jobs=1):
 def unmeasured(monkeypatch):
     """Costs are measured once, in the study that most tests share."""
     monkeypatch.setattr(run, "outstanding_costs", lambda *_: [])
+
+
+@pytest.fixture(scope="module", autouse=True)
+def quick_reports():
+    """Without figures, and with few resamples: what a report has is tested on studies without a model."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(report_parts, "matplotlib_available", lambda: False)
+        patch.setattr(write, "SummarySettings", partial(SummarySettings, num_samples=20))
+        yield
 
 
 @pytest.fixture(scope="module")
@@ -99,7 +112,9 @@ def test_the_report_needs_no_model(finished, tmp_path, capsys):
     costs = (folder / "report" / "tables" / "costs.md").read_text()
     assert all(label in costs for label in ("MAP (LoRA)", "Bayesian-LoRA", "Deep ensemble"))
     assert "without part" not in costs
-    assert json.loads((folder / "report" / "results.json").read_text())
+    found = json.loads((folder / "report" / "results.json").read_text())
+    assert found["attribution"]["method"] == "laplace_lpo"
+    assert "| 0 |" in (folder / "report" / "tables" / "attribution.md").read_text()
 
 
 def test_a_damaged_index_is_named(finished, tmp_path, capsys):
