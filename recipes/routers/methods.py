@@ -45,6 +45,12 @@ class Known:
     plain: tuple[str, ...]
     trained_routers: Entry | None = None
 
+    @property
+    def trained_name(self) -> str | None:
+        """The name of the row of `trained_routers`."""
+        entry = self.trained_routers
+        return str(entry["init_args"]["name"]) if isinstance(entry, dict) else entry
+
 
 def read_known(path: Path | None = None) -> Known:
     """Read the file.

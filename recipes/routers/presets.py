@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
+from typing import Any
 
 from recipes.paper.presets import DataSet, Preset
+from recipes.routers.settings import RouterSettings
 
 _GENERATED = (
     DataSet("recall", "Recall"),
@@ -27,7 +30,21 @@ PRESETS: Mapping[str, Preset] = {
 }
 """The first data set of each is that of the training."""
 
+_SMALL, _OTHERS = "small", "granite"
 _SMALL_SAMPLES, _SAMPLES = 16, 35
+
+
+def with_preset(settings: RouterSettings) -> RouterSettings:
+    """The settings with the preset of a model that is given alone: its own, or the data sets of the papers.
+
+    Args:
+        settings: Settings.
+    """
+    if settings.model is None or settings.data or settings.preset != _SMALL:
+        return settings
+    own = next((name for name, preset in PRESETS.items() if preset.model == settings.model), None)
+    changed: dict[str, Any] = {"preset": _OTHERS} if own is None else {"preset": own, "model": None}
+    return replace(settings, **changed)
 
 
 def default_samples(preset: Preset) -> int:

@@ -46,7 +46,7 @@ from recipes.routers.methods import (
     read_known,
     selections,
 )
-from recipes.routers.presets import PRESETS, default_samples
+from recipes.routers.presets import PRESETS, default_samples, with_preset
 from recipes.routers.report import RouterReport, write_report
 from recipes.routers.settings import RouterSettings
 from recipes.routers.stored_routes import Routes, count_costs, read_routes, write_routes
@@ -238,7 +238,8 @@ class _Planned:
         return is_random and not (method.curvatures or method.is_ensemble)
 
 
-def _planned(settings: RouterSettings) -> _Planned:
+def _planned(given: RouterSettings) -> _Planned:
+    settings = with_preset(given)
     preset, known = chosen_preset(settings, PRESETS), read_known()
     names = tuple(random_router_names(settings.methods, known))
     study = _Planned(settings, preset, load_study_questions(preset), known, names)

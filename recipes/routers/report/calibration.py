@@ -66,8 +66,8 @@ def section(report: RouterReport) -> Section:
 def _text(report: RouterReport) -> list[str]:
     known, groups = report.known, report.groups
     lines = [f"(a) the fine-tuned model: {report.label(known.reference)}"]
-    trained = "not made, since no registered method trains the weights of routers without noise"
-    own = [row for row in groups if row == _name_of(known.trained_routers)]
+    trained = "not made"
+    own = [row for row in groups if row == known.trained_name]
     lines.append(f"(b) routers trained in the same layers without noise: {report.label(own[0]) if own else trained}")
     means = [group[0].label for row, group in groups.items() if report.is_random(row) and row.endswith("_mean")]
     listed = ", ".join(means) or "of no method here"
@@ -80,9 +80,3 @@ def _text(report: RouterReport) -> list[str]:
     if source := report.published.get("source"):
         found.append(f"Published numbers: {source}")
     return found
-
-
-def _name_of(entry: object) -> str | None:
-    if isinstance(entry, dict):
-        return str(entry.get("init_args", {}).get("name"))
-    return entry if isinstance(entry, str) else None

@@ -115,7 +115,8 @@ def _claims(rows: Sequence[str], routes: Routes, known: Known) -> Iterator[Bar]:
     """What is claimed of every random router: better than untrained noise, and than each control without noise."""
     random = [row for row in rows if base_of(row, routes.names) is not None]
     others = [(known.noise, "untrained noise")] if known.noise in rows else []
-    others += [(row, "the control without random routers") for row in rows if row in known.plain]
+    plain = (*known.plain, known.trained_name)
+    others += [(row, "the control without random routers") for row in rows if row in plain]
     for row in random:
         for other, words in others:
             if other != row:

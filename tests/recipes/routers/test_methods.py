@@ -9,6 +9,8 @@ import pytest
 
 from bmoe_lightning.methods import Method, Needs, get_method, method_names, option
 from recipes.common.cli import UsageError
+from recipes.qwen_obqa.methods import build_methods
+from recipes.qwen_obqa.settings import Settings
 from recipes.routers import methods
 from recipes.routers.methods import (
     base_of,
@@ -106,3 +108,11 @@ def test_the_method_of_a_row_is_the_longest_that_fits():
     assert base_of("noise_of_two_scores", ["noise", "noise_of_two"]) == "noise_of_two"
     assert base_of("noise", ["noise"]) == "noise"
     assert base_of("noisy", ["noise"]) is None
+
+
+def test_all_of_them_can_be_built():
+    names = random_router_names(["all"], KNOWN)
+    settings = Settings(methods=tuple(entries(names, KNOWN, 4)), output_dir="nowhere").resolved()
+    built = {method.name: method for method in build_methods(settings)}
+    assert set(built) >= {*KNOWN.plain, *names, "trained_gates"} | {KNOWN.trained_name} - {None}
+    assert built[KNOWN.noise].num_samples == 4

@@ -1,0 +1,37 @@
+"""Models and data sets of the study."""
+
+from __future__ import annotations
+
+import pytest
+
+from bmoe_lightning.data.protocols import get_protocol
+from bmoe_lightning.data.tasks import get_task
+from recipes.paper.presets import chosen_preset
+from recipes.routers.presets import PRESETS, default_samples, with_preset
+from recipes.routers.settings import RouterSettings
+
+
+@pytest.mark.parametrize("name", [name for name, preset in PRESETS.items() if preset.model is not None])
+def test_a_model_that_is_given_alone_has_its_own_preset(name):
+    found = with_preset(RouterSettings(model=PRESETS[name].model))
+    assert (found.preset, found.model) == (name, None)
+    assert chosen_preset(found, PRESETS) == PRESETS[name]
+    assert default_samples(PRESETS[name]) == 35
+
+
+def test_another_model_gets_the_data_of_the_papers_and_none_of_their_numbers():
+    preset = chosen_preset(with_preset(RouterSettings(model="my/model")), PRESETS)
+    assert [entry.name for entry in preset.data] == ["openbookqa", "arc_easy", "arc_challenge", "law"]
+    assert preset.label == preset.model == "my/model"
+
+
+def test_what_is_given_stays_as_it_is():
+    for settings in (RouterSettings(), RouterSettings(model="my/model", data=("mine=folder",))):
+        assert with_preset(settings) == settings
+    assert default_samples(PRESETS["small"]) == 16
+
+
+def test_data_that_are_only_tested_on_need_no_training_split():
+    law = PRESETS["granite"].data[-1]
+    parts = get_protocol(law.protocol).parts(get_task("mmlu"))
+    assert (parts.train, parts.test) == ("validation", "test")
