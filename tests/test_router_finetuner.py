@@ -2,6 +2,7 @@
 
 import logging
 import math
+from dataclasses import replace
 
 import pytest
 import torch
@@ -12,6 +13,7 @@ from torch.nn import functional as F
 from bmoe_lightning import BayesianMoECallback, RouterFinetuner
 from bmoe_lightning.data import MultipleChoiceDataModule, Splits, get_prompt_format, train_word_tokenizer
 from bmoe_lightning.experts import find_expert_layers, weight_fingerprint
+from bmoe_lightning.methods import get_method
 from bmoe_lightning.routers import find_routers, intercepted_routers, step_noise
 
 KINDS = ("mean_field", "full_covariance", "temperature")
@@ -285,13 +287,18 @@ def test_some_routers_alone(data, tmp_path):
     assert module.routers[0].head.shape[0] == 4 * 3
 
 
-def test_methods_are_fitted_to_the_model_without_bayesian_routers(data, tmp_path):
-    module = finetuner()
-    callback = BayesianMoECallback(("map", "laplace_lpo"), dirpath=str(tmp_path))
+def test_methods_use_the_model_or_the_routers_that_were_trained_with_it(data, tmp_path):
+    module = finetuner(seed=3)
+    method = get_method("mean_field_router")
+    method = replace(method, training="with_model", num_samples=2)
+    callback = BayesianMoECallback(("map", "laplace_lpo", method), dirpath=str(tmp_path), seed=3)
     run = trainer(tmp_path, callback, log_every_n_steps=1)
     run.fit(module, datamodule=data)
     result = run.test(module, datamodule=data, verbose=False)[0]
     assert math.isfinite(result["laplace_lpo/test/nll"])
+    # The same routes, whose average the module's own step reports.
+    assert result["mean_field_router/test/nll"] == pytest.approx(result["test/loss"], rel=1e-4)
+    assert result["mean_field_router/test/nll"] != pytest.approx(result["map/test/nll"], rel=1e-4)
     batch = next(iter(data.test_dataloader()))
     plain = module.eval().class_logits(batch)[0].log_softmax(-1).double()
     found = next(iter(callback.predictions.values()))["map"].log_probs[: len(plain)]

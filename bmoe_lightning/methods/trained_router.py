@@ -10,7 +10,9 @@ from typing import Literal, get_args
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
+from bmoe_lightning.experts.fsdp import unsharded_class
 from bmoe_lightning.methods.base import State, check_choice, option, scalar, state_numbers
 from bmoe_lightning.methods.batch_view import BatchView
 from bmoe_lightning.methods.needs import Needs
@@ -23,11 +25,13 @@ from bmoe_lightning.methods.router_method import (
 )
 from bmoe_lightning.methods.router_training import RouterTrainingOptions, RouterTrainingResult
 from bmoe_lightning.methods.workbench import Workbench
+from bmoe_lightning.routers.attached import BayesianRouters, attached_routers
 from bmoe_lightning.routers.base import (
     BayesianRouter,
     check_router_weights,
     load_router_state,
     router_fingerprint,
+    router_state,
     trained_dtype,
 )
 from bmoe_lightning.routers.discovery import find_routers
@@ -36,6 +40,7 @@ from bmoe_lightning.routers.types import Router
 from bmoe_lightning.utils.messages import first_names
 
 PriorUnit = Literal["gap", "one"]
+Training = Literal["post_hoc", "with_model"]
 
 _NET = "net."
 _LARGEST_HELD_OUT_SAMPLES = 8
@@ -44,6 +49,9 @@ _LARGEST_HELD_OUT_SAMPLES = 8
 @dataclass(frozen=True)
 class TrainedRouterMethod(RouterMethod):
     """Bayesian routers that `fit` trains on the training data, the model being frozen.
+
+    Or those that a `RouterFinetuner` or `RouterTrainingCallback` has trained beside the model, and maybe with it; then
+    options of the training, and of the prior, are those of that class, and `fit` checks that kind and layers agree.
 
     The held-out labels choose the epoch, among them the one before training. Then the method is untrained noise, which
     a warning says: on data that a model has memorised, the likelihood wants no noise at all.
@@ -61,6 +69,11 @@ class TrainedRouterMethod(RouterMethod):
     epochs: int = option(5, "Number of passes over the training data.", trial=1)
     learning_rate: float = option(1e-3, "Largest learning rate, of AdamW with warm-up and half a cosine.")
 
+    training: Training = option(
+        "post_hoc",
+        "Who trains the routers: the fit, `post_hoc`, or the module that trains the model, `with_model`.",
+    )
+
     source = "https://arxiv.org/abs/2509.23830"
     cost = "`num_samples` forward passes; one forward pass for `scores`"
 
@@ -69,6 +82,7 @@ class TrainedRouterMethod(RouterMethod):
     def __post_init__(self) -> None:
         super().__post_init__()
         object.__setattr__(self, "layers", tuple(self.layers))
+        check_choice("training", self.training, get_args(Training))
         if self.epochs < 0 or not self.learning_rate > 0 or not self.beta >= 0:
             raise ValueError(
                 f"{self.name} needs epochs >= 0, a positive learning rate and beta >= 0, got epochs={self.epochs}, "
@@ -77,6 +91,8 @@ class TrainedRouterMethod(RouterMethod):
 
     @property
     def needs(self) -> Needs:
+        if self.training == "with_model":
+            return Needs(calibration_labels=True, routers=True)
         return Needs(calibration_labels=True, advised_labels=25, training_labels=True, routers=True)
 
     @abstractmethod
@@ -102,8 +118,11 @@ class TrainedRouterMethod(RouterMethod):
         """Check that the model has the routers, and that these can be random.
 
         Raises:
-            ValueError: If it has no routers, `layers` names others, or they have too many experts.
+            ValueError: If it has no routers, `layers` names others, they have too many experts, or no Bayesian routers
+                are trained with the model that should be.
         """
+        if self.training == "with_model":
+            self._given(model)
         for router in self.chosen(find_routers(model)):
             self.check_router(router)
 
@@ -151,10 +170,13 @@ class TrainedRouterMethod(RouterMethod):
             )
         random = [net for net in nets if not net.is_still]
         trial = replace(self, num_samples=min(self.num_samples, _LARGEST_HELD_OUT_SAMPLES))
-        found = work.router_passes.train(
-            self.training_key, random, self.training_options, lambda view: trial.predicted(view, nets)
-        )
-        self._warn(work, found)
+        if self.training == "with_model":
+            found = self._taken(work, nets, trial)
+        else:
+            found = work.router_passes.train(
+                self.training_key, random, self.training_options, lambda view: trial.predicted(view, nets)
+            )
+            self._warn(work, found)
         return {
             "score": scores_of(routers),
             "top_k": torch.tensor([router.top_k or 0 for router in routers]),
@@ -166,6 +188,39 @@ class TrainedRouterMethod(RouterMethod):
             **{name: torch.tensor(values, dtype=torch.float64) for name, values in found.statistics.items()},
             **{f"{_NET}{name}": value for name, value in found.state.items()},
         }
+
+    def _given(self, model: nn.Module) -> BayesianRouters:
+        """The Bayesian routers that stand beside a model."""
+        found = attached_routers(model)
+        if found is None:
+            raise ValueError(
+                f"{self.name} with training='with_model' predicts with Bayesian routers that were trained beside the "
+                f"model, and {type(model).__name__} has none; train it with RouterFinetuner or RouterTrainingCallback, "
+                "or set training='post_hoc'"
+            )
+        return found
+
+    def _taken(
+        self, work: Workbench, nets: Sequence[BayesianRouter], trial: TrainedRouterMethod
+    ) -> RouterTrainingResult:
+        """Give routers the values of those beside the model, and measure their held-out loss."""
+        given = self._given(work.model)
+        here, there = ([(_kind(net), net.router.index) for net in of] for of in (nets, given.nets))
+        if here != there:
+            raise ValueError(
+                f"{self.name} has routers {_shown(here)}, and those that were trained beside the model are "
+                f"{_shown(there)}; use the method of their kind, with the same layers"
+            )
+        if given.lacks_scale:
+            raise ValueError(
+                f"{self.name} predicts with Bayesian routers that were trained beside the model, and those of "
+                f"{type(work.model).__name__} have not seen a training step; train them, or set training='post_hoc'"
+            )
+        state = router_state(given.nets)
+        load_router_state(nets, state)
+        on_devices(work.model, nets)
+        log_probs, labels = work.held_out_log_probs(lambda view: trial.predicted(view, nets).unsqueeze(0))
+        return RouterTrainingResult(state, 0, (float(F.nll_loss(log_probs[0], labels)),), {})
 
     @property
     def training_key(self) -> Hashable:
@@ -224,9 +279,10 @@ class TrainedRouterMethod(RouterMethod):
     def hyperparameters(self, state: State) -> dict[str, float]:
         numbers = {name: state[name] for name in ("epoch", "kl", "scale_ratio", "gate_temperature") if name in state}
         losses = state["held_out_nll"]
+        untrained = {"held_out_nll_untrained": float(losses[0])} if self.training == "post_hoc" else {}
         return {
             "num_samples": self.num_samples,
-            "held_out_nll_untrained": float(losses[0]),
+            **untrained,
             "held_out_nll": float(losses.min()),
             **state_numbers({name: value.mean() for name, value in numbers.items()}),
         }
@@ -245,6 +301,14 @@ class TrainedRouterMethod(RouterMethod):
                 f"the noise of the routers of {self.name} has shrunk to {sum(ratio) / len(ratio):.2g} of its prior "
                 "scale, so that routes hardly differ; raise beta"
             )
+
+
+def _kind(net: BayesianRouter) -> str:
+    return unsharded_class(net).__name__
+
+
+def _shown(routers: Sequence[tuple[str, int]]) -> str:
+    return first_names(f"{name} of layer {index}" for name, index in routers)
 
 
 def _signals(batch: BatchView, nets: Sequence[BayesianRouter]) -> RouterSignals:

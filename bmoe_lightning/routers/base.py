@@ -21,6 +21,7 @@ import torch
 from torch import Tensor, nn
 
 from bmoe_lightning.experts.fingerprint import module_fingerprint
+from bmoe_lightning.experts.fsdp import full_tensor
 from bmoe_lightning.routers.distribution import LogitDistribution
 from bmoe_lightning.routers.draws import Draws
 from bmoe_lightning.routers.scores import at_least_float32
@@ -123,13 +124,13 @@ class BayesianRouter(nn.Module, ABC):
 
 
 def router_state(nets: Sequence[BayesianRouter]) -> dict[str, Tensor]:
-    """The parameters and buffers of Bayesian routers, detached, on the CPU.
+    """The parameters and buffers of Bayesian routers, detached, on the CPU. A collective, if they are sharded.
 
     Args:
         nets: The routers.
     """
     return {
-        f"{net.router.index}.{name}": value.detach().cpu().clone()
+        f"{net.router.index}.{name}": full_tensor(value).cpu().clone()
         for net in nets
         for name, value in net.state_dict().items()
     }

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import replace
 
 import pytest
@@ -13,7 +14,7 @@ from bmoe_lightning.methods import MAP, BatchView, FullCovarianceRouter, MeanFie
 from bmoe_lightning.methods.router_training import RouterPasses, RouterTrainingResult
 from bmoe_lightning.methods.routing_cost import routing_cost
 from bmoe_lightning.methods.storage import load_fit, save_fit
-from bmoe_lightning.routers import router_state
+from bmoe_lightning.routers import BayesianRouters, PositionNoise, RouterOptions, router_state, sampled_routes
 
 TRAINING, HELD_OUT = toy_batch(num_rows=12, seed=4), toy_batch(num_rows=30, seed=5)
 METHOD = MeanFieldRouter(num_samples=2, epochs=2, learning_rate=0.02)
@@ -156,3 +157,76 @@ def test_forms_share_their_noise_before_training():
     one, other = (kind(num_samples=2, epochs=0) for kind in (MeanFieldRouter, FullCovarianceRouter))
     found = [predict(method, toy_model(), HELD_OUT, fit(method).state_of(method)) for method in (one, other)]
     torch.testing.assert_close(found[0], found[1], rtol=1e-9, atol=1e-9)
+
+
+class Held(torch.nn.Module):
+    """A model with Bayesian routers beside it, as a module that trains both holds them."""
+
+    def __init__(self, options=None, layers=(), scale=0.4):
+        super().__init__()
+        self.model = toy_model()
+        if options is not None:
+            self.beside = BayesianRouters(self.model, options, layers)
+            self.beside.set_scales([scale] * len(self.beside))
+            generator = torch.Generator().manual_seed(0)
+            for parameter in self.beside.parameters():
+                parameter.data += 0.1 * torch.randn(parameter.shape, generator=generator, dtype=parameter.dtype)
+
+    def forward(self, *args, **kwargs):
+        return self.model(*args, **kwargs)
+
+
+def held_logits(held, batch):
+    return answer_logits(held.model, batch)
+
+
+def fit_held(method, held):
+    return fit_methods([method], held, held_logits, split(TRAINING, 6, 6), [HELD_OUT])
+
+
+def test_routers_that_were_trained_with_the_model_take_the_place_of_training(monkeypatch):
+    monkeypatch.setattr(RouterPasses, "train", None)
+    held, method = Held(RouterOptions()), replace(METHOD, training="with_model")
+    method.check_run(held, None)
+    state = fit_held(method, held).state_of(method)
+    for name, value in router_state(held.beside.nets).items():
+        assert torch.equal(state[f"net.{name}"], value)
+    view = BatchView(held, held_logits, HELD_OUT, seed=3)
+    found = method.log_probs(view, state)
+    noise = PositionNoise(3)
+    routes = []
+    for sample in range(2):
+        with torch.no_grad(), sampled_routes(held.model, held.beside.nets, [sample], noise):
+            routes.append(held_logits(held, HELD_OUT)[0].log_softmax(-1))
+    torch.testing.assert_close(found, torch.stack(routes).logsumexp(0) - math.log(2))
+    assert method.hyperparameters(state)["held_out_nll"] == pytest.approx(float(state["held_out_nll"]))
+    assert "held_out_nll_untrained" not in method.hyperparameters(state)
+    # Post hoc is post hoc, whatever stands beside the model.
+    with pytest.raises(TypeError):
+        fit_held(METHOD, held)
+
+
+@pytest.mark.parametrize(
+    ("held", "says"),
+    [
+        (lambda: Held(), r"Held has none; train it with RouterFinetuner or .*training='post_hoc'"),
+        (lambda: Held(RouterOptions("full_covariance")), r"beside the model are FullCovarianceLogits of layer 0"),
+        (lambda: Held(RouterOptions(), [1]), r"beside the model are MeanFieldLogits of layer 1"),
+        (lambda: Held(RouterOptions(hidden=5)), r"use the options that they were trained with"),
+    ],
+)
+def test_other_routers_than_the_method_names_are_refused(held, says):
+    with pytest.raises(ValueError, match=says):
+        fit_held(replace(METHOD, training="with_model"), held())
+
+
+def test_routers_that_were_never_trained_are_refused():
+    held = Held()
+    held.beside = BayesianRouters(held.model, RouterOptions())
+    method = replace(METHOD, training="with_model")
+    with pytest.raises(ValueError, match="have not seen a training step"):
+        fit_held(method, held)
+    with pytest.raises(ValueError, match="Held has none"):
+        method.check_run(Held(), None)
+    with pytest.raises(ValueError, match="unknown training"):
+        replace(METHOD, training="early")
