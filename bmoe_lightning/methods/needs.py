@@ -33,6 +33,7 @@ class Needs:
         gradient_share: Whether the share of the trained weights' gradient that its curvatures cover is used, which is
             measured in their pass over the training data.
         routers: Whether the logits of the model's routers are replaced, so that these have to be supported.
+        router_training: Whether the fit trains routers, which takes some epochs of forward and backward passes.
     """
 
     calibration_inputs: int = 0
@@ -48,6 +49,7 @@ class Needs:
     lora: bool = False
     gradient_share: bool = False
     routers: bool = False
+    router_training: bool = False
 
     @property
     def calibration(self) -> bool:
@@ -76,7 +78,8 @@ class Needs:
         if self.lora:
             parts.append("a model fine-tuned with LoRA")
         if self.routers:
-            parts.append("routers that compute their logits by one linear map")
+            trained = ", and some epochs of training beside them" if self.router_training else ""
+            parts.append(f"routers that compute their logits by one linear map{trained}")
         return ", ".join(parts)
 
     @property

@@ -93,7 +93,9 @@ class TrainedRouterMethod(RouterMethod):
     def needs(self) -> Needs:
         if self.training == "with_model":
             return Needs(calibration_labels=True, routers=True)
-        return Needs(calibration_labels=True, advised_labels=25, training_labels=True, routers=True)
+        return Needs(
+            calibration_labels=True, advised_labels=25, training_labels=True, routers=True, router_training=True
+        )
 
     @abstractmethod
     def make_net(self, router: Router, unit: float, way: bool, dtype: torch.dtype, seed: int) -> BayesianRouter:

@@ -10,7 +10,7 @@ from recipes.common.cli import UsageError, nearest
 from recipes.qwen_obqa.settings import ResolvedSettings
 
 ALL = "all"
-"""Stands for all registered methods that a run can fit."""
+"""Stands for all registered methods that a run can fit without training routers."""
 
 
 def check_names(settings: ResolvedSettings) -> None:

@@ -78,7 +78,7 @@ def _applicable(settings: ResolvedSettings) -> Iterator[str | dict[str, Any]]:
     """The entries of `--methods`; `all` stands for the registered methods that suit what is trained.
 
     A posterior over experts, or noise on their routers, suits a run that trains experts, and a posterior over LoRA's
-    matrices one that trains these.
+    matrices one that trains these. Methods that train routers have to be named: together they take longer than the run.
     """
     for entry in settings.methods:
         for name in listed_methods([entry]):
@@ -87,6 +87,8 @@ def _applicable(settings: ResolvedSettings) -> Iterator[str | dict[str, Any]]:
 
 
 def _suits(method: Method, settings: ResolvedSettings) -> bool:
+    if method.needs.router_training:
+        return False
     if settings.train == "lora":
         return method.needs.lora or not (isinstance(method, CurvatureMethod) or method.needs.routers)
     return not method.needs.lora

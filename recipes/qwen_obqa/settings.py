@@ -66,8 +66,8 @@ class _Common:
     output_dir: str = option("runs/qwen_obqa", "output folder")
     methods: tuple[str | dict[str, Any], ...] = option(
         ("all",),
-        "methods to compare, separated by commas: registered names, package.module:Class, or all that it can fit; a "
-        "YAML file may also list {class_path: ..., init_args: {...}}",
+        "methods to compare, separated by commas: registered names, package.module:Class, or all (that it can fit "
+        "without training routers); a YAML file may also list {class_path: ..., init_args: {...}}",
     )
     set: tuple[str, ...] = option(
         (), "option of a method, as METHOD.OPTION=VALUE or METHOD.curvature.OPTION=VALUE; may be repeated", repeat=True

@@ -68,9 +68,14 @@ def build(*methods, **options):
 
 def test_all_are_the_registered_ones_and_more_may_follow():
     built = build("all", MINE)
-    without_lora = [name for name in method_names() if not get_method(name).needs.lora]
-    assert [method.name for method in built] == [*without_lora, "mine"]
-    assert set(method_names()) - set(without_lora)
+    needs = {name: get_method(name).needs for name in method_names()}
+    without_lora = [name for name in needs if not needs[name].lora]
+    at_once = [name for name in without_lora if not needs[name].router_training]
+    assert [method.name for method in built] == [*at_once, "mine"]
+    assert len(at_once) < len(without_lora) < len(needs)
+    trained = without_lora[-1]
+    assert needs[trained].router_training
+    assert [method.name for method in build("all", trained)] == [*at_once, trained]
     assert [method.name for method in build("map")] == ["map"]
 
 
