@@ -45,10 +45,16 @@ def weight_fingerprint(model: nn.Module, layers: Sequence[ExpertLayer]) -> str:
     return _digest(fingerprinted_module(model, layers), sharded=has_shards(model))
 
 
-def module_fingerprint(module: nn.Module) -> str:
-    """Hash a sample of all parameters of a module, whichever part of it has the experts; see `weight_fingerprint`."""
-    reshard(module)
-    return _digest(module, sharded=has_shards(module))
+def module_fingerprint(module: nn.Module, *, model: nn.Module | None = None) -> str:
+    """Hash a sample of all parameters of a module, whichever part of it has the experts; see `weight_fingerprint`.
+
+    Args:
+        module: The module.
+        model: The model that it is a part of, whose weights may be sharded; None if it is none.
+    """
+    whole = module if model is None else model
+    reshard(whole)
+    return _digest(module, sharded=has_shards(whole))
 
 
 def _digest(module: nn.Module, *, sharded: bool) -> str:

@@ -167,7 +167,7 @@ def router_fingerprint(model: nn.Module, routers: Sequence[Router]) -> Tensor:
         model: The model.
         routers: Some of its routers.
     """
-    digests = [module_fingerprint(model.get_submodule(router.name)) for router in routers]
+    digests = [module_fingerprint(model.get_submodule(router.name), model=model) for router in routers]
     digest = hashlib.sha256("\n".join(digests).encode()).digest()
     return torch.frombuffer(bytearray(digest), dtype=torch.uint8)
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 from oracles.models import answer_logits, toy_batch, toy_model
@@ -13,6 +15,7 @@ from bmoe_lightning.routers import (
     PositionNoise,
     Router,
     StepDraws,
+    averaged_scores,
     check_router_weights,
     find_routers,
     load_router_state,
@@ -118,6 +121,9 @@ def test_untrained_means_and_a_scale_of_zero_are_bitwise_the_model(kind, dtype):
     double = model.double()
     nets = [kind(router, 1e-14, dtype=torch.float64) for router in find_routers(double)]
     torch.testing.assert_close(logits(sampled_routes(double, nets, [0], noise)), logits(), rtol=0, atol=1e-12)
+    probed = [replace(net.router, score="softmax") for net in nets]
+    nets = [kind(router, 1e-14, dtype=torch.float64) for router in probed]
+    torch.testing.assert_close(logits(averaged_scores(double, nets, 4, noise)), logits(), rtol=0, atol=1e-12)
 
 
 @kinds

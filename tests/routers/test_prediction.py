@@ -20,6 +20,7 @@ from bmoe_lightning.routers import (
     find_routers,
     intercepted_routers,
     mean_routers,
+    prediction,
     probe_routers,
     recorded_signals,
     sampled_routes,
@@ -180,6 +181,17 @@ def test_rows_get_the_same_logits_alone_padded_and_in_copies(kind):
     torch.testing.assert_close(logits_of(model, averaged_scores(model, nets, 6, noise)), scores, rtol=0, atol=1e-9)
     assert torch.equal(torch.get_rng_state(), state)
     assert (found[0] - found[1]).abs().max() > 1e-3
+
+
+def test_the_size_of_chunks_of_samples_changes_nothing(monkeypatch):
+    model = toy_model()
+    nets, noise = random_nets(model), PositionNoise(1)
+    expected = logits_of(model, averaged_scores(model, nets, 7, noise))
+    whole = prediction.sample_chunks
+    for limit in (1, 3 * 28 * 4):
+        monkeypatch.setattr(prediction, "sample_chunks", lambda *given, limit=limit: whole(*given, limit=limit))
+        found = logits_of(model, averaged_scores(model, nets, 7, noise))
+        torch.testing.assert_close(found, expected, rtol=0, atol=1e-12)
 
 
 def test_signals_are_those_of_the_last_real_token():

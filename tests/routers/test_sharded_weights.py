@@ -12,10 +12,12 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 
 from bmoe_lightning.curvature import Curvature
-from bmoe_lightning.methods import LaplaceRouterNoise, RouterNoise, evaluate, fit_methods
+from bmoe_lightning.methods import LaplaceRouterNoise, MeanFieldRouter, RouterNoise, evaluate, fit_methods
+from bmoe_lightning.methods.fit_result import FittedMethod
 from bmoe_lightning.routers import find_routers, probe_routers
 
 NOISE = RouterNoise(num_samples=2, scales=(1.0,))
+TRAINED = MeanFieldRouter(num_samples=2, epochs=2, learning_rate=0.01, prior_scale=1e-4, beta=1e-9)
 SCORES = RouterNoise(name="of_scores", label="Of scores", average="scores", num_samples=2, scales=(1.0,))
 TOGETHER = LaplaceRouterNoise(curvature=Curvature(rank=2), scope="global", num_samples=2, scales=(1.0,))
 
@@ -52,8 +54,19 @@ def with_shards(rank, world_size):
     found = fit_methods(methods, sharded, class_logits, [shards[0]], [shards[1]], distributed=True)
     for method in methods:
         torch.testing.assert_close(dict(found.state_of(method)), dict(expected.state_of(method)), rtol=1e-3, atol=1e-6)
+    # Trained with noise that is too small to matter, since it differs between ranks.
+    one, both = (
+        fit_methods([TRAINED], model, class_logits, data, given, distributed=model is sharded).state_of(TRAINED)
+        for model, data, given in ((plain, [training], [held_out]), (sharded, [shards[0]], [shards[1]]))
+    )
+    assert torch.equal(one["fingerprint"], both["fingerprint"])
+    assert int(one["epoch"]) == int(both["epoch"]) == 2
+    torch.testing.assert_close(both["net.1.shift"], one["net.1.shift"], rtol=0.05, atol=2e-3)
+    assert one["net.1.shift"].abs().max() > 1e-2
     # The same numbers, so that predictions differ by rounding alone.
-    same = replace(expected, calibration=None)
+    fitted = replace(FittedMethod(one, TRAINED.fit_options()), warnings=())
+    same = replace(expected, calibration=None, methods={**expected.methods, TRAINED.name: fitted})
+    methods = [*methods, TRAINED]
     whole = evaluate(methods, same, plain, class_logits, [shards[1]])
     parts = evaluate(methods, same, sharded, class_logits, [shards[1]])
     for name, predictions in whole.items():

@@ -137,6 +137,17 @@ def test_recomputed_activations_get_the_same_numbers(checkpointing):
         torch.testing.assert_close((other_loss, other), (loss, penalty))
 
 
+def test_both_ways_agree_under_automatic_mixed_precision():
+    model = tiny_qwen(dtype=torch.float32)
+    nets = [MeanFieldLogits(router, 0.5) for router in find_routers(model)]
+    for net in nets:
+        net.log_variance.data += 0.1
+    with torch.autocast("cpu", torch.bfloat16):
+        (one, _, penalty), (other, *_) = (gradients(model, nets, [BATCH], as_value=way) for way in (True, False))
+    assert penalty.dtype == torch.float32
+    same(one, other)
+
+
 def test_padding_changes_nothing():
     model = toy_model()
     nets = nets_of(model)
