@@ -202,7 +202,7 @@ def check_full(num_experts: int) -> None:
     if num_experts > MAX_FULL_EXPERTS:
         raise ValueError(
             f"a full covariance of the logits of {num_experts} experts takes {num_experts**2} floats for each token, "
-            f"and at most {MAX_FULL_EXPERTS} experts are supported; use the low-rank form (LowRankLogits)"
+            f"and at most {MAX_FULL_EXPERTS} experts are supported; use a low-rank form, such as rank=8"
         )
 
 
