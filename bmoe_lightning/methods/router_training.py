@@ -49,6 +49,7 @@ _logger = logging.getLogger(__name__)
 
 _NONE = object()
 _BASELINE_DECAY = 0.9
+_RATE_TIMES_WIDTH = 0.64
 
 
 @dataclass(frozen=True)
@@ -57,7 +58,8 @@ class RouterTrainingOptions:
 
     Attributes:
         epochs: Number of passes over the training data.
-        learning_rate: Largest learning rate of AdamW.
+        learning_rate: Largest learning rate of AdamW; None is `0.64 / D` for a router input of width D, so that a step
+            moves the logits about as far whatever the width is.
         beta: What multiplies the penalty, which is a mean over tokens.
         warmup: Share of the steps in which the learning rate grows, before it falls along a cosine.
         weight_decay: Decoupled weight decay.
@@ -65,7 +67,7 @@ class RouterTrainingOptions:
     """
 
     epochs: int
-    learning_rate: float
+    learning_rate: float | None
     beta: float
     warmup: float = 0.05
     weight_decay: float = 0.0
@@ -173,8 +175,8 @@ class RouterPasses:
                 "a method takes several passes over the training data, which can be iterated over only once; pass a "
                 "list of batches or a loader"
             )
-        parameters = [parameter for net in nets for parameter in net.parameters()]
-        optimizer = torch.optim.AdamW(parameters, lr=options.learning_rate, weight_decay=options.weight_decay)
+        groups = [{"params": list(net.parameters()), "lr": _largest_rate(options, net)} for net in nets]
+        optimizer = torch.optim.AdamW(groups, weight_decay=options.weight_decay)
         run = _Run(self._model, self._class_logits, nets, options, self._rank_seed, self._distributed)
         num_steps = options.epochs * self._num_batches()
         rate = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: _rate(step, num_steps, options.warmup))
@@ -341,6 +343,10 @@ def _set(nets: Sequence[BayesianRouter], state: Mapping[str, Tensor]) -> None:
     """Copy a state into routers, wherever they are."""
     for net in nets:
         net.load_state_dict({name: state[f"{net.router.index}.{name}"] for name in net.state_dict()})
+
+
+def _largest_rate(options: RouterTrainingOptions, net: BayesianRouter) -> float:
+    return _RATE_TIMES_WIDTH / net.router.d_in if options.learning_rate is None else options.learning_rate
 
 
 def _rate(step: int, num_steps: int, warmup: float) -> float:

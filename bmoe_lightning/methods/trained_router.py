@@ -64,10 +64,14 @@ class TrainedRouterMethod(RouterMethod):
         (), "The routers that are random, by index or name of the router's module; empty for all of them."
     )
     beta: float = option(
-        0.01, "What multiplies the penalty, a mean over tokens in nats that is summed over the routers."
+        0.1, "What multiplies the penalty, a mean over tokens in nats that is summed over the routers."
     )
-    epochs: int = option(5, "Number of passes over the training data.", trial=1)
-    learning_rate: float = option(1e-3, "Largest learning rate, of AdamW with warm-up and half a cosine.")
+    epochs: int = option(10, "Number of passes over the training data.", trial=1)
+    learning_rate: float | None = option(
+        None,
+        "Largest learning rate, of AdamW with warm-up and half a cosine; by default 0.64 / D for a router input of "
+        "width D, so that a step moves the logits about as far whatever the width is.",
+    )
 
     training: Training = option(
         "post_hoc",
@@ -83,7 +87,8 @@ class TrainedRouterMethod(RouterMethod):
         super().__post_init__()
         object.__setattr__(self, "layers", tuple(self.layers))
         check_choice("training", self.training, get_args(Training))
-        if self.epochs < 0 or not self.learning_rate > 0 or not self.beta >= 0:
+        rate = 1.0 if self.learning_rate is None else self.learning_rate
+        if self.epochs < 0 or not rate > 0 or not self.beta >= 0:
             raise ValueError(
                 f"{self.name} needs epochs >= 0, a positive learning rate and beta >= 0, got epochs={self.epochs}, "
                 f"learning_rate={self.learning_rate} and beta={self.beta}"
@@ -358,6 +363,11 @@ class GaussianRouterMethod(TrainedRouterMethod):
 
     def num_parameters(self, d_in: int, num_experts: int) -> int:
         return self.token_cost(d_in, num_experts, 0).linear + 1  # the heads and the prior's scale
+
+    def hyperparameters(self, state: State) -> dict[str, float]:
+        scales = [value for name, value in state.items() if name.endswith(".prior_scale")]
+        prior = {"prior_scale": torch.stack(scales)} if scales else {}
+        return {**super().hyperparameters(state), **state_numbers(prior)}
 
     def scale_of(self, unit: float) -> float:
         """The standard deviation of each logit of a router under the prior, given its gap."""

@@ -131,6 +131,16 @@ def test_ranks_train_as_one_process_with_all_their_data(tmp_path):
     run(rank, 2, tmp_path)
 
 
+def test_the_learning_rate_falls_with_the_width():
+    states = []
+    for rate in (None, 0.64 / 6, 0.01):
+        nets = nets_of(toy_model())
+        passes(toy_model(), [DATA], (2.0, 1.0)).train(0, nets, RouterTrainingOptions(1, rate, 0.1), None)
+        states.append(router_state(nets)["0.shift"])
+    assert torch.equal(states[0], states[1])
+    assert not torch.equal(states[0], states[2])
+
+
 def test_random_choices_may_get_the_gradient_of_their_probability():
     model = tiny_qwen()
     routers = probe_routers(model, find_routers(model), lambda: answer_logits(model, DATA)[0].detach())

@@ -42,6 +42,9 @@ def test_held_out_labels_choose_the_epoch(trained, tmp_path):
     numbers = method.hyperparameters(state)
     assert numbers["held_out_nll"] < numbers["held_out_nll_untrained"]
     assert 0.1 < numbers["scale_ratio"] < 3
+    assert [numbers[f"prior_scale_{index}"] for index in (0, 1)] == pytest.approx(
+        [2 * u for u in state["unit"].tolist()]
+    )
     save_fit(tmp_path, trained)
     loaded = load_fit(tmp_path)[0].state_of(method)
     method.check_state(loaded)
