@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 import torch
 
-from bmoe_lightning.methods.trained_router import GaussianRouterMethod
+from bmoe_lightning.methods.variational_router import GaussianRouterMethod
 from bmoe_lightning.routers.base import BayesianRouter
 from bmoe_lightning.routers.costs import RouterCost, diagonal_cost
 from bmoe_lightning.routers.mean_field import MeanFieldLogits

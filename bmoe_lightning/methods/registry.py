@@ -38,6 +38,10 @@ _BUILT_IN = {
     "mean_field_router": "mean_field_router:MeanFieldRouter",
     "full_covariance_router": "full_covariance_router:FullCovarianceRouter",
     "temperature_router": "temperature_router:TemperatureRouter",
+    "mc_dropout_router": "mc_dropout_router:MCDropoutRouter",
+    "swag_router": "swag_router:SWAGRouter",
+    "ensemble_router": "ensemble_router:EnsembleRouter",
+    "fine_tuned_router": "fine_tuned_router:FineTunedRouter",
 }
 
 

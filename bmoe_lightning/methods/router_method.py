@@ -28,46 +28,53 @@ Average = Literal["predictions", "scores"]
 
 
 @dataclass(frozen=True)
-class RouterMethod(Method):
-    """Averages over `num_samples` samples of random routers: of predictions along as many routes, or of router scores.
+class Sampling:
+    """How samples of routers make a prediction.
 
-    With `average="scores"` the routers' scores are averaged in place of predictions, in a single pass, as in the papers
-    on Bayesian routers. It needs a name of its own. An average of logits would be the model itself.
-
-    Raises:
-        ValueError: If there is less than one sample, or an option is unknown.
+    Attributes:
+        average: What is averaged.
+        num_samples: Number of samples; 0 for the routers' means.
+        antithetic: Whether samples come in pairs of opposite noise.
+        samples_per_pass: Number of routes that one forward pass computes.
     """
 
-    average: Average = option(
-        "predictions",
-        "What is averaged over the noise: `predictions` of passes along different routes, or router `scores`.",
-    )
-    num_samples: int = option(16, "Number of samples of the noise.", trial=2)
-    antithetic: bool = option(True, "Whether samples come in pairs of opposite noise, which have less variance.")
-    samples_per_pass: int = option(
-        1,
-        "Number of routes that one forward pass computes, on copies of the batch's rows: faster for small batches on "
-        "an accelerator, and for `class_logits` that treat each row alike.",
-        prediction_only=True,
-    )
+    average: Average = "predictions"
+    num_samples: int = 0
+    antithetic: bool = True
+    samples_per_pass: int = 1
+
+
+@dataclass(frozen=True)
+class RouterMethod(Method):
+    """Predicts with other routers than the model's, or averages over samples of random ones.
+
+    Raises:
+        ValueError: If there is less than one sample, an option is unknown, or an average of scores has the name of one
+            of predictions.
+    """
 
     source = "https://arxiv.org/abs/2603.09453"
-    cost = "`num_samples` forward passes; one forward pass for `scores`"
 
     def __post_init__(self) -> None:
-        check_choice("average", self.average, get_args(Average))
-        if self.num_samples < self._fewest_samples or self.samples_per_pass < 1:
+        found = self.sampling
+        check_choice("average", found.average, get_args(Average))
+        if found.num_samples < self._fewest_samples or found.samples_per_pass < 1:
             raise ValueError(
-                f"{self.name} needs at least one sample, got num_samples={self.num_samples} and "
-                f"samples_per_pass={self.samples_per_pass}"
+                f"{self.name} needs at least one sample, got num_samples={found.num_samples} and "
+                f"samples_per_pass={found.samples_per_pass}"
             )
         default = {entry.name: entry.default for entry in fields(self)}
-        if self.average == "scores" and (self.name == default["name"] or self.label == default["label"]):
+        if found.average == "scores" and (self.name == default["name"] or self.label == default["label"]):
             raise ValueError(
                 "an average of router scores is another method than that of predictions, and must not be taken for it "
                 f"in a table; give it a name and a label, such as name='{default['name']}_scores', "
                 f"label='{default['label']} (scores)'"
             )
+
+    @property
+    @abstractmethod
+    def sampling(self) -> Sampling:
+        """How samples of the routers make a prediction."""
 
     _fewest_samples = 1
 
@@ -99,7 +106,8 @@ class RouterMethod(Method):
 
     def routing_cost(self, d_in: int, num_experts: int) -> RoutingCost:
         """What a prediction takes in a router with inputs of a width; see `bmoe_lightning.methods.routing_cost`."""
-        passes, samples = (self.num_samples, 1) if self.average == "predictions" else (1, self.num_samples)
+        count = self.sampling.num_samples
+        passes, samples = (count, 1) if self.sampling.average == "predictions" else (1, count)
         cost = self.token_cost(d_in, num_experts, samples)
         return RoutingCost(max(1, passes), cost, parameters=self.num_parameters(d_in, num_experts))
 
@@ -120,33 +128,36 @@ class RouterMethod(Method):
 
     def log_probs(self, batch: BatchView, state: State) -> Tensor:
         nets = self.nets(batch, state)
-        if self.average == "predictions" and self.num_samples and not _are_still(nets):
+        if self.sampling.average == "predictions" and self.sampling.num_samples and not _are_still(nets):
             return average_log_probs(self._routes(batch, state))
         return self.predicted(batch, nets)
 
     def uncertainty(self, batch: BatchView, state: State) -> dict[str, Tensor]:
         """Mutual information of label and route in nats; none for averaged scores, which are one pass."""
-        if self.average == "scores":
+        if self.sampling.average == "scores":
             return {}
-        if not self.num_samples or _are_still(self.nets(batch, state)):
+        if not self.sampling.num_samples or _are_still(self.nets(batch, state)):
             return {"mutual_information": batch.logits.new_zeros(len(batch.logits))}
         return {"mutual_information": route_information(self._routes(batch, state))}
 
-    def predicted(self, batch: BatchView, nets: Sequence[BayesianRouter]) -> Tensor:
+    def predicted(self, batch: BatchView, nets: Sequence[BayesianRouter], sampling: Sampling | None = None) -> Tensor:
         """Log-probabilities `[B, K]` under some Bayesian routers, which `fit` may be trying.
 
         Args:
             batch: View of the batch.
             nets: The routers, on the model's devices.
+            sampling: How samples make a prediction; by default as in predictions of the method.
         """
+        sampling = self.sampling if sampling is None else sampling
         if _are_still(nets):
             return batch.logits.log_softmax(-1)
-        if not self.num_samples:
+        if not sampling.num_samples:
             with mean_routers(batch.model, nets):
                 return batch.forward()[0].log_softmax(-1)
-        if self.average == "predictions":
-            return average_log_probs(self._sampled(batch, nets))
-        with averaged_scores(batch.model, nets, self.num_samples, position_noise(batch, antithetic=self.antithetic)):
+        if sampling.average == "predictions":
+            return average_log_probs(_sampled(batch, nets, sampling))
+        noise = position_noise(batch, antithetic=sampling.antithetic)
+        with averaged_scores(batch.model, nets, sampling.num_samples, noise):
             return batch.forward()[0].log_softmax(-1)
 
     def nets(self, batch: BatchView, state: State) -> Sequence[BayesianRouter]:
@@ -160,12 +171,45 @@ class RouterMethod(Method):
     def _routes(self, batch: BatchView, state: State) -> Tensor:
         """Log-probabilities `[S, B, K]` along each route, computed once for predictions and scores of uncertainty."""
         nets = self.nets(batch, state)
-        return batch.once((self, id(state)), lambda: self._sampled(batch, nets))
+        return batch.once((self, id(state)), lambda: _sampled(batch, nets, self.sampling))
 
-    def _sampled(self, batch: BatchView, nets: Sequence[BayesianRouter]) -> Tensor:
-        noise = position_noise(batch, antithetic=self.antithetic)
-        routes = partial(sampled_routes, batch.model, nets, noise=noise)
-        return route_log_probs(batch, routes, self.num_samples, per_pass=self.samples_per_pass)
+
+@dataclass(frozen=True)
+class SampledRouterMethod(RouterMethod):
+    """Averages over `num_samples` samples of random routers: of predictions along as many routes, or of router scores.
+
+    With `average="scores"` the routers' scores are averaged in place of predictions, in a single pass, as in the papers
+    on Bayesian routers. It needs a name of its own. An average of logits would be the model itself.
+
+    Raises:
+        ValueError: If there is less than one sample, or an option is unknown.
+    """
+
+    average: Average = option(
+        "predictions",
+        "What is averaged over the noise: `predictions` of passes along different routes, or router `scores`.",
+    )
+    num_samples: int = option(16, "Number of samples of the noise.", trial=2)
+    antithetic: bool = option(True, "Whether samples come in pairs of opposite noise, which have less variance.")
+    samples_per_pass: int = option(
+        1,
+        "Number of routes that one forward pass computes, on copies of the batch's rows: faster for small batches on "
+        "an accelerator, and for `class_logits` that treat each row alike.",
+        prediction_only=True,
+    )
+
+    cost = "`num_samples` forward passes; one forward pass for `scores`"
+
+    @property
+    def sampling(self) -> Sampling:
+        return Sampling(self.average, self.num_samples, self.antithetic, self.samples_per_pass)
+
+
+def _sampled(batch: BatchView, nets: Sequence[BayesianRouter], sampling: Sampling) -> Tensor:
+    """Log-probabilities `[S, B, K]` along each route."""
+    noise = position_noise(batch, antithetic=sampling.antithetic)
+    routes = partial(sampled_routes, batch.model, nets, noise=noise)
+    return route_log_probs(batch, routes, sampling.num_samples, per_pass=sampling.samples_per_pass)
 
 
 @dataclass(frozen=True)

@@ -18,14 +18,14 @@ from bmoe_lightning.methods.noise_routes import (
     noise_nets,
     warn_of_scale,
 )
-from bmoe_lightning.methods.router_method import RouterMethod, check_scores, fitted_routers, scores_of
+from bmoe_lightning.methods.router_method import SampledRouterMethod, check_scores, fitted_routers, scores_of
 from bmoe_lightning.methods.workbench import Workbench
 from bmoe_lightning.routers.costs import RouterCost, noise_cost
 from bmoe_lightning.routers.fixed_noise import FixedNoise
 
 
 @dataclass(frozen=True)
-class RouterNoise(RouterMethod):
+class RouterNoise(SampledRouterMethod):
     """Averages predictions over `num_samples` routes, sampled by Gaussian noise on the logits of every router.
 
     Nothing is trained. The standard deviation in a layer is one number, fitted on held-out labels, times the layer's

@@ -13,7 +13,7 @@ import math
 from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, nullcontext
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -48,8 +48,13 @@ from bmoe_lightning.utils.random_state import unchanged_random_state
 _logger = logging.getLogger(__name__)
 
 _NONE = object()
+# Between the first steps of two runs, which have other random numbers.
+_STEPS_OF_RUN = 1 << 40
 _BASELINE_DECAY = 0.9
 _RATE_TIMES_WIDTH = 0.64
+
+
+Optimizer = Literal["adamw", "sgd"]
 
 
 @dataclass(frozen=True)
@@ -57,10 +62,14 @@ class RouterTrainingOptions:
     """Options of a training of routers.
 
     Attributes:
-        epochs: Number of passes over the training data.
-        learning_rate: Largest learning rate of AdamW; None is `0.64 / D` for a router input of width D, so that a step
+        epochs: Number of passes over the training data, all in the same order.
+        learning_rate: Largest learning rate; None is `0.64 / D` for a router input of width D, so that a step of AdamW
             moves the logits about as far whatever the width is.
         beta: What multiplies the penalty, which is a mean over tokens.
+        optimizer: AdamW with warm-up and half a cosine, or SGD with a constant learning rate.
+        collections: Number of states that are collected along the run, equally many steps apart and the last one at the
+            end; fewer where there are fewer steps.
+        run: Number of the run, which its random numbers and the order of its data depend on.
         warmup: Share of the steps in which the learning rate grows, before it falls along a cosine.
         weight_decay: Decoupled weight decay.
         score_function: Whether random choices get the gradient of their log-probability times the loss.
@@ -68,7 +77,10 @@ class RouterTrainingOptions:
 
     epochs: int
     learning_rate: float | None
-    beta: float
+    beta: float = 0.0
+    optimizer: Optimizer = "adamw"
+    collections: int = 0
+    run: int = 0
     warmup: float = 0.05
     weight_decay: float = 0.0
     score_function: bool = False
@@ -79,16 +91,18 @@ class RouterTrainingResult:
     """The trained routers; the nets have the same values.
 
     Attributes:
-        state: State of the epoch with the least held-out loss; see `router_state`.
+        state: State of the epoch with the least held-out loss, or of the last one; see `router_state`.
         epoch: Number of epochs of training that it had.
-        losses: Held-out loss before training and after each epoch.
+        losses: Held-out loss before training and after each epoch; none where it chose no epoch.
         statistics: Means over that epoch, by name: one number for each router. None before training.
+        collected: States that were collected along the run.
     """
 
     state: dict[str, Tensor]
     epoch: int
     losses: tuple[float, ...]
     statistics: Mapping[str, tuple[float, ...]]
+    collected: tuple[dict[str, Tensor], ...] = ()
 
 
 @dataclass(frozen=True)
@@ -97,6 +111,21 @@ class _Epoch:
 
     state: dict[str, Tensor]
     statistics: Mapping[str, tuple[float, ...]]
+
+
+@dataclass(frozen=True)
+class _Trained:
+    """A training: the routers before it and after each epoch, states that were collected, and warnings."""
+
+    epochs: Sequence[_Epoch]
+    collected: Sequence[dict[str, Tensor]]
+    doubts: tuple[str, ...]
+
+    def result(self, nets: Sequence[BayesianRouter], epoch: int, losses: Sequence[float]) -> RouterTrainingResult:
+        """The routers of an epoch, to which nets are set."""
+        found = self.epochs[epoch]
+        _set(nets, found.state)
+        return RouterTrainingResult(found.state, epoch, tuple(losses), found.statistics, tuple(self.collected))
 
 
 class RouterPasses:
@@ -127,7 +156,7 @@ class RouterPasses:
         self._held_out_log_probs = held_out_log_probs
         self._seed = seed
         self._distributed = distributed
-        self._trained: dict[Hashable, tuple[list[_Epoch], tuple[str, ...]]] = {}
+        self._trained: dict[Hashable, _Trained] = {}
 
     def train(
         self,
@@ -147,43 +176,53 @@ class RouterPasses:
         Raises:
             ValueError: If the training data can be iterated over only once, are empty or have no labels.
         """
-        if key not in self._trained:
-            with collected_fit_warnings() as doubts:
-                epochs = self._epochs(nets, options)
-            self._trained[key] = epochs, tuple(doubts)
-        epochs, said = self._trained[key]
-        for sentence in said:
-            warn_of_fit(sentence)
+        trained = self._training_of(key, nets, options)
         losses: list[float] = []
-        for epoch, found in enumerate(epochs):
+        for epoch, found in enumerate(trained.epochs):
             _set(nets, found.state)
             log_probs, labels = self._held_out_log_probs(lambda view: predict(view).unsqueeze(0))
             losses.append(float(F.nll_loss(log_probs[0], labels)))
             if is_rank_zero():
                 _logger.info("%s", _line(epoch, options.epochs, losses, found.statistics))
         best = min(range(len(losses)), key=lambda epoch: losses[epoch])
-        _set(nets, epochs[best].state)
-        return RouterTrainingResult(epochs[best].state, best, tuple(losses), epochs[best].statistics)
+        return trained.result(nets, best, losses)
 
-    def _epochs(self, nets: Sequence[BayesianRouter], options: RouterTrainingOptions) -> list[_Epoch]:
-        """Train routers; returns their state before training and after each epoch."""
+    def train_fully(
+        self, key: Hashable, nets: Sequence[BayesianRouter], options: RouterTrainingOptions
+    ) -> RouterTrainingResult:
+        """Train routers, and set them to the last epoch; arguments and errors as of `train`."""
+        trained = self._training_of(key, nets, options)
+        return trained.result(nets, len(trained.epochs) - 1, ())
+
+    def _training_of(self, key: Hashable, nets: Sequence[BayesianRouter], options: RouterTrainingOptions) -> _Trained:
+        if key not in self._trained:
+            with collected_fit_warnings() as doubts:
+                epochs, collected = self._epochs(nets, options)
+            self._trained[key] = _Trained(epochs, collected, tuple(doubts))
+        for sentence in self._trained[key].doubts:
+            warn_of_fit(sentence)
+        return self._trained[key]
+
+    def _epochs(
+        self, nets: Sequence[BayesianRouter], options: RouterTrainingOptions
+    ) -> tuple[list[_Epoch], list[dict[str, Tensor]]]:
+        """Train routers; returns their state before training and after each epoch, and the collected states."""
         found = [_Epoch(router_state(nets), {})]
         if not nets or not options.epochs:
-            return found
+            return found, []
         if iterates_once(self._training):
             raise ValueError(
                 "a method takes several passes over the training data, which can be iterated over only once; pass a "
                 "list of batches or a loader"
             )
-        groups = [{"params": list(net.parameters()), "lr": _largest_rate(options, net)} for net in nets]
-        optimizer = torch.optim.AdamW(groups, weight_decay=options.weight_decay)
-        run = _Run(self._model, self._class_logits, nets, options, self._rank_seed, self._distributed)
         num_steps = options.epochs * self._num_batches()
-        rate = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: _rate(step, num_steps, options.warmup))
+        run = _Run(self._model, self._class_logits, nets, options, self._rank_seed, self._distributed, num_steps)
+        optimizer = _optimizer(nets, options)
+        rate = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: _rate(step, num_steps, options))
         for _ in range(options.epochs):
-            statistics = run.epoch(self._training.batches(None, "Routers"), optimizer, rate)
+            statistics = run.epoch(self._training.batches(None, "Routers", order=options.run), optimizer, rate)
             found.append(_Epoch(router_state(nets), statistics))
-        return found
+        return found, run.collected
 
     @property
     def _rank_seed(self) -> int:
@@ -201,7 +240,11 @@ class RouterPasses:
 
 
 class _Run:
-    """The steps of one training, numbered over all epochs."""
+    """The steps of one training, numbered over all epochs.
+
+    Attributes:
+        collected: States that were collected.
+    """
 
     def __init__(
         self,
@@ -211,9 +254,12 @@ class _Run:
         options: RouterTrainingOptions,
         seed: int,
         distributed: bool,
+        num_steps: int,
     ) -> None:
         self._model, self._class_logits, self._nets, self._options = model, class_logits, nets, options
         self._seed, self._distributed = seed, distributed
+        self._collects = collecting_steps(options.collections, num_steps)
+        self.collected: list[dict[str, Tensor]] = []
         self._parameters = [p for net in nets for p in net.parameters() if p.requires_grad]
         self._step = 0
         self._baseline: float | None = None
@@ -233,6 +279,8 @@ class _Run:
                 optimizer.step()
                 rate.step()
                 self._step += 1
+                if self._step in self._collects:
+                    self.collected.append(router_state(self._nets))
             optimizer.zero_grad()
         return {
             name: tuple(sum(values) / len(values) for _, values in sorted(of_router.items()))
@@ -262,7 +310,7 @@ class _Run:
             training = stack.enter_context(
                 trained_routers(self._model, self._nets, seed=self._seed, everywhere=not is_compiled(self._model))
             )
-            training.begin(self._step)
+            training.begin(_STEPS_OF_RUN * self._options.run + self._step)
             passes = BackwardPasses()
             losses = self._parameters[0].new_zeros(0)
             if batch is not _NONE:
@@ -345,13 +393,31 @@ def _set(nets: Sequence[BayesianRouter], state: Mapping[str, Tensor]) -> None:
         net.load_state_dict({name: state[f"{net.router.index}.{name}"] for name in net.state_dict()})
 
 
+def collecting_steps(collections: int, num_steps: int) -> frozenset[int]:
+    """The numbers of the steps, from 1, after which states are collected.
+
+    Args:
+        collections: Their number, at most one after each step.
+        num_steps: Number of steps.
+    """
+    return frozenset(round((number + 1) * num_steps / collections) for number in range(collections)) - {0}
+
+
+def _optimizer(nets: Sequence[BayesianRouter], options: RouterTrainingOptions) -> torch.optim.Optimizer:
+    groups = [{"params": list(net.parameters()), "lr": _largest_rate(options, net)} for net in nets]
+    kind = torch.optim.SGD if options.optimizer == "sgd" else torch.optim.AdamW
+    return kind(groups, weight_decay=options.weight_decay)
+
+
 def _largest_rate(options: RouterTrainingOptions, net: BayesianRouter) -> float:
     return _RATE_TIMES_WIDTH / net.router.d_in if options.learning_rate is None else options.learning_rate
 
 
-def _rate(step: int, num_steps: int, warmup: float) -> float:
-    """The share of the largest learning rate in a step: a linear warm-up, then half a cosine."""
-    warm = max(1, math.ceil(warmup * num_steps))
+def _rate(step: int, num_steps: int, options: RouterTrainingOptions) -> float:
+    """The share of the largest learning rate in a step: a linear warm-up, then half a cosine; 1 for SGD."""
+    if options.optimizer == "sgd":
+        return 1.0
+    warm = max(1, math.ceil(options.warmup * num_steps))
     if step < warm:
         return (step + 1) / warm
     return 0.5 * (1 + math.cos(math.pi * (step - warm) / max(1, num_steps - warm)))

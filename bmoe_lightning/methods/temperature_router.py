@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from bmoe_lightning.methods.base import option
 from bmoe_lightning.methods.router_training import RouterTrainingOptions
-from bmoe_lightning.methods.trained_router import TrainedRouterMethod
+from bmoe_lightning.methods.variational_router import VariationalRouterMethod
 from bmoe_lightning.methods.workbench import Workbench
 from bmoe_lightning.routers.base import BayesianRouter, hidden_width
 from bmoe_lightning.routers.choices import choice_ways
@@ -20,7 +20,7 @@ from bmoe_lightning.routers.types import Router
 
 
 @dataclass(frozen=True)
-class TemperatureRouter(TrainedRouterMethod):
+class TemperatureRouter(VariationalRouterMethod):
     """Averages predictions over routes, whose experts are drawn from `softmax(logits / T)` with a trained T per token.
 
     The VTSR of https://arxiv.org/abs/2509.23830 and https://arxiv.org/abs/2603.09453. K distinct experts are drawn by

@@ -2,25 +2,30 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
 
+import torch
+
 from bmoe_lightning.curvature.spec import Curvature
+from bmoe_lightning.utils.random_state import reproducible_order
 
 
 @runtime_checkable
 class TrainingData(Protocol):
     """The training data of the passes of a fit."""
 
-    def batches(self, max_batches: int | None, description: str = "Curvature") -> Iterable[Any]:
+    def batches(self, max_batches: int | None, description: str = "Curvature", *, order: int = 0) -> Iterable[Any]:
         """Batches of one pass; on each rank at most `max_batches` of its shard.
 
         Args:
             max_batches: Maximum number of batches; None for all.
             description: Text beside the progress bar.
+            order: Number of the order of the data, the same on all ranks. Batches in a sequence are permuted, and
+                loaders shuffle with this number as seed; what has no random order keeps its own.
         """
         ...
 
@@ -41,9 +46,15 @@ class Batches:
     iterable: Iterable[Any]
     size: int | None = None
 
-    def batches(self, max_batches: int | None, description: str = "Curvature") -> Iterable[Any]:
-        """The batches, at most `max_batches` of them."""
-        return self.iterable if max_batches is None else islice(self.iterable, max_batches)
+    def batches(self, max_batches: int | None, description: str = "Curvature", *, order: int = 0) -> Iterable[Any]:
+        """The batches, at most `max_batches` of them; a sequence is permuted in other orders than 0."""
+        batches = self.iterable
+        if order and isinstance(batches, Sequence):
+            generator = torch.Generator().manual_seed(order)
+            batches = [batches[index] for index in torch.randperm(len(batches), generator=generator).tolist()]
+        elif order:
+            batches = _Ordered(batches, order)
+        return batches if max_batches is None else islice(batches, max_batches)
 
     def num_examples(self, max_batches: int | None, seen: int) -> int:
         """The given size, or the number seen."""
@@ -53,6 +64,18 @@ class Batches:
     def iterates_once(self) -> bool:
         """Whether the batches can be iterated over only once."""
         return isinstance(self.iterable, Iterator)
+
+
+@dataclass(frozen=True)
+class _Ordered:
+    """An iterable of batches, such as a DataLoader, in another order than its first."""
+
+    batches: Iterable[Any]
+    order: int
+
+    def __iter__(self) -> Iterator[Any]:
+        with reproducible_order(self.batches, order=self.order):
+            yield from self.batches
 
 
 @dataclass(frozen=True)

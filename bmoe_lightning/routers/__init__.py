@@ -21,6 +21,9 @@ from bmoe_lightning.routers.distribution import (
     lower_triangular,
 )
 from bmoe_lightning.routers.draws import Draws, PositionNoise, SampleDraws, StepDraws
+from bmoe_lightning.routers.dropout_inputs import DropoutInputs
+from bmoe_lightning.routers.ensemble_members import EnsembleMembers
+from bmoe_lightning.routers.fine_tuned_weights import FineTunedWeights
 from bmoe_lightning.routers.fixed_noise import FixedNoise
 from bmoe_lightning.routers.full_covariance import FullCovarianceLogits
 from bmoe_lightning.routers.gaussian import GaussianRouter
@@ -54,11 +57,13 @@ from bmoe_lightning.routers.stability import (
     susceptible_layers,
 )
 from bmoe_lightning.routers.streams import NoiseKind, sample_noise, step_noise
+from bmoe_lightning.routers.swag_samples import SwagSamples
 from bmoe_lightning.routers.temperature import CollapseWatch, TemperatureChoice
 from bmoe_lightning.routers.token_rows import TokenRows, TokenWatch, watched_tokens
 from bmoe_lightning.routers.training import RouterTraining, trained_routers
 from bmoe_lightning.routers.types import Replace, Router, Score
 from bmoe_lightning.routers.weight_noise import DropoutLogits, SwagWeights, dropout_multipliers, ensemble_logits
+from bmoe_lightning.routers.weights import check_linear, router_weight
 
 __all__ = [
     "GAMMAS",
@@ -67,7 +72,10 @@ __all__ = [
     "CollapseWatch",
     "DiagonalLogits",
     "Draws",
+    "DropoutInputs",
     "DropoutLogits",
+    "EnsembleMembers",
+    "FineTunedWeights",
     "FixedNoise",
     "FullCovarianceLogits",
     "GaussianLogits",
@@ -90,6 +98,7 @@ __all__ = [
     "Score",
     "Stability",
     "StepDraws",
+    "SwagSamples",
     "SwagWeights",
     "TemperatureChoice",
     "TokenRows",
@@ -100,6 +109,7 @@ __all__ = [
     "attached_routers",
     "averaged_scores",
     "chance_jaccard",
+    "check_linear",
     "check_router_weights",
     "check_score",
     "choice_ways",
@@ -127,6 +137,7 @@ __all__ = [
     "restrict",
     "router_fingerprint",
     "router_state",
+    "router_weight",
     "sample_chunks",
     "sample_experts",
     "sample_noise",

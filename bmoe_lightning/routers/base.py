@@ -80,6 +80,11 @@ class BayesianRouter(nn.Module, ABC):
         """Whether it changes no logits, so that the model's own tensor is used, and nothing is trained."""
         return False
 
+    @property
+    def floats_per_token(self) -> int:
+        """Number of floats that one sample of one token takes, by which samples are computed in chunks."""
+        return self.router.num_experts
+
     @abstractmethod
     def mean(self, u: Tensor, logits: Tensor) -> Tensor:
         """The logits without noise, `[tokens, N]`: the router that predicts with no sample."""

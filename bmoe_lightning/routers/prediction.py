@@ -76,7 +76,7 @@ def averaged_scores(
             rows, sampled = watch.rows(len(logits), net.router, u), net.sampler(u, logits)
             chunks = (
                 sampled(SampleDraws(noise, net.router, rows, chunk, copies=False, device=logits.device))
-                for chunk in sample_chunks(num_samples, logits.numel())
+                for chunk in sample_chunks(num_samples, len(logits) * net.floats_per_token)
             )
             if net.returns_choice:
                 sums = torch.stack([chunk.logsumexp(0) for chunk in chunks])

@@ -25,7 +25,7 @@ def dropout_multipliers(uniform: Tensor, rate: float) -> Tensor:
     Raises:
         ValueError: If the rate is not a probability below one.
     """
-    _check_rate(rate)
+    check_rate(rate)
     return (uniform >= rate).to(uniform.dtype) / (1 - rate)
 
 
@@ -51,7 +51,7 @@ class DropoutLogits(LogitDistribution):
     rate: float
 
     def __post_init__(self) -> None:
-        _check_rate(self.rate)
+        check_rate(self.rate)
 
     def trace(self) -> Tensor:
         return self._of_columns(self.weight)
@@ -158,6 +158,11 @@ def ensemble_logits(members: Tensor) -> LowRankLogits:
     return LowRankLogits(mean, torch.zeros_like(mean), factor)
 
 
-def _check_rate(rate: float) -> None:
+def check_rate(rate: float) -> None:
+    """Refuse a rate of dropout that is no probability below one.
+
+    Raises:
+        ValueError: If it is not.
+    """
     if not 0 <= rate < 1:
         raise ValueError(f"the rate of dropout is a probability below 1, got {rate}")

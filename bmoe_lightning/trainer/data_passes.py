@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Iterator
 from contextlib import AbstractContextManager, nullcontext
+from functools import partial
 from itertools import islice
 from typing import Any
 
@@ -33,6 +34,7 @@ class DataPass:
         repeats: Whether the examples that a distributed sampler repeats as padding are included, as in the trainer's
             loops. Without them a rank may have one batch fewer than another, or none; where the strategy shards
             weights, ranks run in lockstep on repeated examples too, marked as not counted (see `CountedBatch`).
+        order: Number of the order of the data, without `repeats`; see `reproducible_order`.
 
     Raises:
         ValueError: If `repeats` is False, and it is unknown which examples are repeated.
@@ -48,6 +50,7 @@ class DataPass:
         *,
         transient: bool = False,
         repeats: bool = False,
+        order: int = 0,
     ) -> None:
         self._trainer = trainer
         self._loader = loader
@@ -55,7 +58,7 @@ class DataPass:
         self._description = description
         self._index = dataloader_idx
         self._transient = transient
-        self._order = unchanged_random_state if repeats else reproducible_order
+        self._order = unchanged_random_state if repeats else partial(reproducible_order, order=order)
         self._shard = None if repeats else find_sampler_shard(trainer, loader, num_batches)
         self._lockstep = self._shard is not None and shards_weights(trainer)
 
@@ -111,13 +114,14 @@ def shards_weights(trainer: L.Trainer) -> bool:
     return isinstance(trainer.strategy, ModelParallelStrategy)
 
 
-def training_pass(trainer: L.Trainer, description: str, max_batches: int | None = None) -> DataPass:
+def training_pass(trainer: L.Trainer, description: str, max_batches: int | None = None, *, order: int = 0) -> DataPass:
     """A pass over the trainer's training data.
 
     Args:
         trainer: Trainer within a fit.
         description: Text beside the progress bar.
         max_batches: Maximum number of batches per rank; None is a full epoch.
+        order: Number of the order of the data; see `reproducible_order`.
 
     Raises:
         RuntimeError: If the trainer has no training loader, has several, or one without a length and no `max_batches`.
@@ -136,7 +140,7 @@ def training_pass(trainer: L.Trainer, description: str, max_batches: int | None 
             "the training loader has no length, so a curvature epoch never ends; set max_batches=N of the curvature, "
             "or limit_train_batches=N of the trainer"
         )
-    return DataPass(trainer, loader, int(total), description)
+    return DataPass(trainer, loader, int(total), description, order=order)
 
 
 def validation_pass(trainer: L.Trainer, description: str) -> DataPass | None:
@@ -182,9 +186,9 @@ class TrainerTrainingData:
     def __init__(self, trainer: L.Trainer) -> None:
         self._trainer = trainer
 
-    def batches(self, max_batches: int | None, description: str = "Curvature") -> DataPass:
+    def batches(self, max_batches: int | None, description: str = "Curvature", *, order: int = 0) -> DataPass:
         """One pass of at most `max_batches` batches on each rank; see `training_pass`."""
-        return training_pass(self._trainer, description, max_batches)
+        return training_pass(self._trainer, description, max_batches, order=order)
 
     @property
     def iterates_once(self) -> bool:

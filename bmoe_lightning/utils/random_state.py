@@ -47,28 +47,29 @@ def unchanged_random_state(loader: Iterable[Any], samplers: Sequence[Any] = ()) 
 
 
 @contextmanager
-def reproducible_order(loader: Iterable[Any], samplers: Sequence[Any] = ()) -> Iterator[None]:
+def reproducible_order(loader: Iterable[Any], samplers: Sequence[Any] = (), *, order: int = 0) -> Iterator[None]:
     """Make a loader's order reproducible and equal in every process; its state is restored afterwards.
 
-    Torch's random state and the loader's generators are seeded with a constant, so that a sampler draws the same order
-    on every rank; samplers with `set_epoch` are set to epoch 0. A sampler or data set with another random state may
-    still have a different order every time.
+    Torch's random state and the loader's generators are seeded with the number of the order, so that a sampler draws
+    the same order on every rank; samplers with `set_epoch` are set to the epoch of this number. A sampler or data set
+    with another random state may still have a different order every time.
 
     Args:
         loader: DataLoader, or any iterable of batches, of which only torch's generator is controlled.
         samplers: Further samplers, inside wrappers that hide them.
+        order: Number of the order.
     """
     with unchanged_random_state(loader, samplers):
-        torch.default_generator.manual_seed(0)
+        torch.default_generator.manual_seed(order)
         for generator in _generators(loader, samplers):
-            generator.manual_seed(0)
+            generator.manual_seed(order)
         if isinstance(loader, DataLoader) and _has_workers(loader):
             # The first iteration draws the workers' seed before the order; with persistent workers, no other does.
             torch.empty((), dtype=torch.int64).random_(generator=loader.generator)
         counting = [x for x in _samplers(loader, samplers) if hasattr(x, "epoch") and hasattr(x, "set_epoch")]
         epochs = [(sampler, sampler.epoch) for sampler in counting]
         for sampler in counting:
-            sampler.set_epoch(0)
+            sampler.set_epoch(order)
         try:
             yield
         finally:

@@ -99,7 +99,8 @@ def random_router_names(names: Sequence[str], known: Known) -> list[str]:
                 f"--methods: {name} replaces no router logits, and this study compares methods that do; give one of "
                 f"{', '.join(registered)}"
             )
-    return list(dict.fromkeys([known.noise, *chosen]))
+    # Routers that were trained without noise are a control of every study.
+    return [name for name in dict.fromkeys([known.noise, *chosen]) if name != known.trained_routers]
 
 
 def entries(names: Sequence[str], known: Known, num_samples: int | None) -> list[Entry]:

@@ -56,6 +56,8 @@ def test_methods_with_random_routers_are_found_by_what_they_need(routed):
     assert found[-1] == "routed"
     assert all(methods.get_method(name).needs.routers for name in found)
     assert random_router_names(["routed"], KNOWN) == [KNOWN.noise, "routed"]
+    assert KNOWN.trained_routers not in found
+    assert entries([], KNOWN, 35)[-1] == KNOWN.trained_routers
 
 
 def test_others_are_refused(routed):
@@ -94,7 +96,8 @@ def test_without_an_option_there_is_no_variant():
         average = layers = num_samples = None
 
     assert methods._has(Plain(), "label")
-    assert [entry for entry in entries([], KNOWN, 35) if isinstance(entry, str)] == list(KNOWN.plain)
+    named = [entry for entry in entries([], KNOWN, 35) if isinstance(entry, str)]
+    assert named == [*KNOWN.plain, KNOWN.trained_routers]
 
 
 def test_layers_that_are_the_same_are_compared_once():

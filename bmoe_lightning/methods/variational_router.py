@@ -1,0 +1,239 @@
+"""What methods share that train a distribution over router logits, or over choices of experts."""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Literal, get_args
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from bmoe_lightning.experts.fsdp import unsharded_class
+from bmoe_lightning.methods.base import State, check_choice, option, state_numbers
+from bmoe_lightning.methods.batch_view import BatchView
+from bmoe_lightning.methods.needs import Needs
+from bmoe_lightning.methods.router_method import (
+    SampledRouterMethod,
+    on_devices,
+)
+from bmoe_lightning.methods.router_training import RouterTrainingOptions, RouterTrainingResult
+from bmoe_lightning.methods.trained_router import TrainedRouterMethod
+from bmoe_lightning.methods.workbench import Workbench
+from bmoe_lightning.routers.attached import BayesianRouters, attached_routers
+from bmoe_lightning.routers.base import (
+    BayesianRouter,
+    load_router_state,
+    router_state,
+    trained_dtype,
+)
+from bmoe_lightning.routers.types import Router
+from bmoe_lightning.utils.messages import first_names
+
+PriorUnit = Literal["gap", "one"]
+Training = Literal["post_hoc", "with_model"]
+
+
+@dataclass(frozen=True)
+class VariationalRouterMethod(TrainedRouterMethod, SampledRouterMethod):
+    """Bayesian routers with a penalty, which starts at the prior, and their training.
+
+    Or those that a `RouterFinetuner` or `RouterTrainingCallback` has trained beside the model, and maybe with it; then
+    options of the training, and of the prior, are those of that class, and `fit` checks that kind and layers agree.
+
+    Raises:
+        ValueError: If `beta` is negative.
+    """
+
+    beta: float = option(
+        0.1, "What multiplies the penalty, a mean over tokens in nats that is summed over the routers."
+    )
+    training: Training = option(
+        "post_hoc",
+        "Who trains the routers: the fit, `post_hoc`, or the module that trains the model, `with_model`.",
+    )
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_choice("training", self.training, get_args(Training))
+        if not self.beta >= 0:
+            raise ValueError(f"{self.name} needs beta >= 0, got {self.beta}")
+
+    @property
+    def needs(self) -> Needs:
+        if self.training == "with_model":
+            return Needs(calibration_labels=True, routers=True)
+        return super().needs
+
+    def check_run(
+        self,
+        model: nn.Module,
+        folder: Path | None,
+        *,
+        ranks_per_node: int = 1,
+        trained: Sequence[nn.Parameter] | None = None,
+    ) -> None:
+        """As `TrainedRouterMethod.check_run`.
+
+        Raises:
+            ValueError: Also if no Bayesian routers are trained with the model that should be.
+        """
+        if self.training == "with_model":
+            self._given(model)
+        super().check_run(model, folder, ranks_per_node=ranks_per_node, trained=trained)
+
+    @abstractmethod
+    def make_net(self, router: Router, unit: float, way: bool, dtype: torch.dtype, seed: int) -> BayesianRouter:
+        """The Bayesian router beside a router, before training.
+
+        Args:
+            router: The router, probed.
+            unit: Its median gap between the K-th and the next largest logit.
+            way: Whether choices replace what routers return; see `choice_ways`.
+            dtype: Dtype of the trained part.
+            seed: Seed of its first weights.
+        """
+
+    def fit(self, work: Workbench) -> State:
+        chosen, units, way = self.chosen(work.routers()), work.router_gaps(), self.way(work)
+        nets = on_devices(
+            work.model,
+            [
+                self.make_net(router, float(units[router.index]), way, trained_dtype(work.model, router), work.seed)
+                for router in chosen
+            ],
+        )
+        still = [net.router.name for net in nets if net.is_still]
+        if still:
+            work.warn(
+                f"{len(still)} of {len(nets)} routers get no noise, {still[0]!r} for one: at half of the tokens, their "
+                "K-th and next largest logits are equal"
+            )
+        random = [net for net in nets if not net.is_still]
+        predict = self.predicted_in_training(nets)
+        if self.training == "with_model":
+            found = self._taken(work, nets, predict)
+        else:
+            found = work.router_passes.train(self.training_key, random, self.training_options, predict)
+            self._warn(work, found)
+        return {"unit": units, "way": torch.tensor(int(way)), **self.state_of(work, found.state, found)}
+
+    @property
+    def training_options(self) -> RouterTrainingOptions:
+        return replace(super().training_options, beta=self.beta)
+
+    def way(self, work: Workbench) -> bool:
+        """Whether random choices of experts replace what routers return; False where logits are random."""
+        return False
+
+    def make_nets(self, batch: BatchView, state: State) -> list[BayesianRouter]:
+        found, way, units = self.random_routers(batch, state), bool(state["way"]), state["unit"]
+        nets = [self.make_net(router, float(units[router.index]), way, torch.float32, 0) for router in found]
+        load_router_state(nets, {f"{r.index}.{name}": value for r, own in found.items() for name, value in own.items()})
+        return nets
+
+    def check_state(self, state: State) -> None:
+        super().check_state(state)
+        for key, shape in (("unit", state["score"].shape), ("way", ())):
+            if key not in state or state[key].shape != shape:
+                raise ValueError(f"{key!r} must have the shape {list(shape)}")
+
+    def hyperparameters(self, state: State) -> dict[str, float]:
+        numbers = super().hyperparameters(state)
+        if self.training == "with_model":
+            numbers.pop("held_out_nll_untrained")
+        return numbers
+
+    def _given(self, model: nn.Module) -> BayesianRouters:
+        """The Bayesian routers that stand beside a model."""
+        found = attached_routers(model)
+        if found is None:
+            raise ValueError(
+                f"{self.name} with training='with_model' predicts with Bayesian routers that were trained beside the "
+                f"model, and {type(model).__name__} has none; train it with RouterFinetuner or RouterTrainingCallback, "
+                "or set training='post_hoc'"
+            )
+        return found
+
+    def _taken(
+        self, work: Workbench, nets: Sequence[BayesianRouter], predict: Callable[[BatchView], Tensor]
+    ) -> RouterTrainingResult:
+        """Give routers the values of those beside the model, and measure their held-out loss."""
+        given = self._given(work.model)
+        here, there = ([(_kind(net), net.router.index) for net in of] for of in (nets, given.nets))
+        if here != there:
+            raise ValueError(
+                f"{self.name} has routers {_shown(here)}, and those that were trained beside the model are "
+                f"{_shown(there)}; use the method of their kind, with the same layers"
+            )
+        if given.lacks_scale:
+            raise ValueError(
+                f"{self.name} predicts with Bayesian routers that were trained beside the model, and those of "
+                f"{type(work.model).__name__} have not seen a training step; train them, or set training='post_hoc'"
+            )
+        state = router_state(given.nets)
+        load_router_state(nets, state)
+        on_devices(work.model, nets)
+        log_probs, labels = work.held_out_log_probs(lambda view: predict(view).unsqueeze(0))
+        return RouterTrainingResult(state, 0, (float(F.nll_loss(log_probs[0], labels)),), {})
+
+    def _warn(self, work: Workbench, found: RouterTrainingResult) -> None:
+        """Say where training did no good."""
+        if self.epochs and not found.epoch:
+            work.warn(
+                f"no epoch of training made the routers of {self.name} better than untrained noise on the held-out "
+                f"labels (NLL {min(found.losses[1:]):.4f}, untrained {found.losses[0]:.4f}), so they are untrained; "
+                "train them jointly with the experts, or on data that the model has not memorised"
+            )
+        ratio = found.statistics.get("scale_ratio", ())
+        if found.epoch and ratio and sum(ratio) / len(ratio) < 0.1:
+            work.warn(
+                f"the noise of the routers of {self.name} has shrunk to {sum(ratio) / len(ratio):.2g} of its prior "
+                "scale, so that routes hardly differ; raise beta"
+            )
+
+
+@dataclass(frozen=True)
+class GaussianRouterMethod(VariationalRouterMethod):
+    """Bayesian routers with a Gaussian over the logits, whose prior is a multiple of each router's own unit.
+
+    Raises:
+        ValueError: If the scale is not positive or the unit unknown.
+    """
+
+    prior_scale: float = option(2.0, "Standard deviation of each logit under the prior, in units of `prior_unit`.")
+    prior_unit: PriorUnit = option(
+        "gap",
+        "`gap`: the router's median gap between the K-th and the next largest logit, so that noise changes about as "
+        "many choices in every layer; `one`: 1 for all, as in the papers, which is random routing where logits are "
+        "small.",
+    )
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_choice("prior_unit", self.prior_unit, get_args(PriorUnit))
+        if not 0 < self.prior_scale < float("inf"):
+            raise ValueError(f"prior_scale must be a positive number, got {self.prior_scale}")
+
+    def num_parameters(self, d_in: int, num_experts: int) -> int:
+        return self.token_cost(d_in, num_experts, 0).linear + 1  # the heads and the prior's scale
+
+    def hyperparameters(self, state: State) -> dict[str, float]:
+        scales = [value for name, value in state.items() if name.endswith(".prior_scale")]
+        prior = {"prior_scale": torch.stack(scales)} if scales else {}
+        return {**super().hyperparameters(state), **state_numbers(prior)}
+
+    def scale_of(self, unit: float) -> float:
+        """The standard deviation of each logit of a router under the prior, given its gap."""
+        return self.prior_scale * (unit if self.prior_unit == "gap" else 1.0)
+
+
+def _kind(net: BayesianRouter) -> str:
+    return unsharded_class(net).__name__
+
+
+def _shown(routers: Sequence[tuple[str, int]]) -> str:
+    return first_names(f"{name} of layer {index}" for name, index in routers)

@@ -1,0 +1,96 @@
+"""What methods share whose routers have other or random weights, from weights that are fine-tuned beside the model."""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from bmoe_lightning.methods.base import State
+from bmoe_lightning.methods.batch_view import BatchView
+from bmoe_lightning.methods.router_method import on_devices
+from bmoe_lightning.methods.router_training import RouterTrainingOptions, RouterTrainingResult
+from bmoe_lightning.methods.trained_router import TrainedRouterMethod
+from bmoe_lightning.methods.workbench import Workbench
+from bmoe_lightning.routers.base import BayesianRouter, load_router_state, trained_dtype
+from bmoe_lightning.routers.fine_tuned_weights import FineTunedWeights
+from bmoe_lightning.routers.types import Router
+
+
+@dataclass(frozen=True)
+class WeightRouterMethod(TrainedRouterMethod):
+    """Routers with other or random weights; see `TrainedRouterMethod`."""
+
+    @abstractmethod
+    def stored_net(self, router: Router, tensors: Mapping[str, Tensor]) -> BayesianRouter:
+        """A Bayesian router with parameters and buffers of the shapes of a state.
+
+        Args:
+            router: The router.
+            tensors: Its tensors in the state, by name.
+        """
+
+    def make_nets(self, batch: BatchView, state: State) -> list[BayesianRouter]:
+        found = self.random_routers(batch, state)
+        nets = [self.stored_net(router, own) for router, own in found.items()]
+        load_router_state(nets, {f"{r.index}.{name}": value for r, own in found.items() for name, value in own.items()})
+        return nets
+
+    def fine_tuned(
+        self, work: Workbench, options: RouterTrainingOptions, *, chooses_epoch: bool
+    ) -> RouterTrainingResult:
+        """Fine-tune the weights of the routers; methods with the same options share a training.
+
+        Args:
+            work: Workbench of the fit.
+            options: Options of the training.
+            chooses_epoch: Whether the held-out labels choose the epoch; otherwise it is the last one.
+        """
+        chosen = self.chosen(work.routers())
+        nets = on_devices(
+            work.model, [FineTunedWeights(router, dtype=trained_dtype(work.model, router)) for router in chosen]
+        )
+        key = FineTunedWeights, self.layers, options
+        if not chooses_epoch:
+            return work.router_passes.train_fully(key, nets, options)
+        return work.router_passes.train(key, nets, options, self.predicted_in_training(nets))
+
+    def held_out_losses(self, work: Workbench, nets: Sequence[BayesianRouter]) -> tuple[float, float]:
+        """The held-out NLL of the model, and that under some Bayesian routers; a warning says if the latter is higher.
+
+        Args:
+            work: Workbench of the fit.
+            nets: The routers, on the model's devices.
+        """
+        predicted = self.predicted_in_training(nets)
+
+        def both(view: BatchView) -> Tensor:
+            return torch.stack([view.logits.log_softmax(-1), predicted(view)])
+
+        log_probs, labels = work.held_out_log_probs(both)
+        plain, found = (float(F.nll_loss(one, labels)) for one in log_probs)
+        if not found <= plain:
+            work.warn(
+                f"the routers of {self.name} have a higher NLL on the held-out labels than the model itself "
+                f"({found:.4f}, {plain:.4f}); lower learning_rate or epochs, or leave the method out"
+            )
+        return plain, found
+
+
+def stacked_shifts(results: Sequence[Mapping[str, Tensor]], net: BayesianRouter) -> Tensor:
+    """The shifts of a router in several states of `FineTunedWeights`, `[C, N, D]`.
+
+    Args:
+        results: The states; see `router_state`.
+        net: A Bayesian router beside the router.
+    """
+    return torch.stack([state[f"{net.router.index}.shift"] for state in results])
+
+
+def untrained(losses: Sequence[float]) -> RouterTrainingResult:
+    """The result of no training, with held-out losses."""
+    return RouterTrainingResult({}, 0, tuple(losses), {})
