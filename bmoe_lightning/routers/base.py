@@ -221,10 +221,6 @@ def zeros(*shape: int, dtype: torch.dtype) -> nn.Parameter:
     return nn.Parameter(torch.zeros(*shape, dtype=dtype, device="cpu"))
 
 
-MakeRouter = Callable[[Router, float, torch.dtype], BayesianRouter]
-"""`(router, prior scale, dtype of the trained part) -> Bayesian router`."""
-
-
 def trained_dtype(model: nn.Module, router: Router) -> torch.dtype:
     """The dtype of the trained part beside a router: that of its weight, and float32 at least."""
     floating = [p.dtype for p in model.get_submodule(router.name).parameters() if p.is_floating_point()]

@@ -1,8 +1,8 @@
 """Bayesian routers in training: they run inside the model's own forward passes, and their penalty joins the loss.
 
 The penalty of a step is the sum over routers of the mean over real tokens, in nats per token, over all forward passes
-of the step. `beta` multiplies it: with T tokens in an example, the ELBO of one example is `beta = T` times a mean over
-tokens, and batch size, padding and the size of the data change nothing.
+of the step that ran with gradients. `beta` multiplies it: with T tokens in an example, the ELBO of one example is
+`beta = T` times a mean over tokens, and batch size, padding and the size of the data change nothing.
 
 There are two ways to add it to a loss, with the same gradients:
 
@@ -36,14 +36,13 @@ from bmoe_lightning.routers.types import Router
 _CHANGED = "changed"
 
 
-_CHANGED = "changed"
-
-
 @dataclass
 class _Call:
     """One call of a router in a forward pass of a step.
 
     Attributes:
+        number: Its number among the calls with gradients, or among those without.
+        has_gradients: Whether the model was called with gradients, whatever checkpoints do within it.
         real: Indices of the real tokens; None if all are.
         num_real: Their number.
         num_tokens: Number of all tokens.
@@ -53,6 +52,8 @@ class _Call:
         repeated: Whether it was repeated, to recompute activations.
     """
 
+    number: int
+    has_gradients: bool
     real: Tensor | None
     num_real: int
     num_tokens: int
@@ -76,8 +77,14 @@ class _Step:
     penalty_weight: float
     calls: dict[int, list[_Call]] = field(default_factory=dict)
 
+    @property
+    def counted(self) -> dict[int, list[_Call]]:
+        """The calls that the penalty is of: without those of a teacher or of a metric, which have no gradients."""
+        counted = {index: [call for call in calls if call.has_gradients] for index, calls in self.calls.items()}
+        return counted if any(counted.values()) else self.calls
+
     def num_tokens(self, router: Router) -> int:
-        return sum(call.num_real for call in self.calls.get(router.index, ()))
+        return sum(call.num_real for call in self.counted.get(router.index, ()))
 
 
 class RouterTraining:
@@ -93,10 +100,12 @@ class RouterTraining:
         self.nets = tuple(net for net in nets if not net.is_still)
         self._watch, self._seed = watch, seed
         self._step: _Step | None = None
-        self._open = 0
+        self._open, self._has_gradients = 0, False
 
     def begin(self, step: int, *, penalty_weight: float = 0.0) -> None:
         """Begin a step: the forward passes up to the next `begin` or `end`, whose backward passes are over by then.
+
+        Forward passes without gradients, such as those of a teacher, get samples and count in nothing.
 
         Args:
             step: Number of the step, which its random numbers depend on: another one for each batch.
@@ -186,7 +195,7 @@ class RouterTraining:
     def _finished(self) -> tuple[_Step, Mapping[int, list[_Call]]]:
         if self._step is None:
             raise RuntimeError("no training step is running; call begin(step) before the forward pass")
-        return self._step, self._step.calls
+        return self._step, self._step.counted
 
     @staticmethod
     def _is_detached(call: _Call) -> bool:
@@ -194,6 +203,8 @@ class RouterTraining:
         return found is not None and not (found.logits.requires_grad or found.penalty.requires_grad)
 
     def _enter(self) -> None:
+        if not self._open:
+            self._has_gradients = torch.is_grad_enabled()
         self._open += 1
 
     def _leave(self) -> None:
@@ -204,14 +215,13 @@ class RouterTraining:
         if step is None:
             return logits
         calls = step.calls.setdefault(net.router.index, [])
-        number = len(calls) if self._open else _repeated(net.router, calls, logits)
-        is_first = number == len(calls)
+        is_first = self._open > 0
         if is_first:
-            calls.append(self._begun(logits))
-        call = calls[number]
+            calls.append(self._begun(calls, logits))
+        call = calls[-1] if is_first else _repeated(net.router, calls, logits)
         own = logits if call.real is None else logits[call.real]
         draws = StepDraws(
-            net.router, call.num_real, seed=self._seed, step=step.number, call=number, device=logits.device
+            net.router, call.num_real, seed=self._seed, step=step.number, call=call.number, device=logits.device
         )
         found = net.trained(u if call.real is None else u[call.real], own, draws)
         if is_first:
@@ -227,20 +237,22 @@ class RouterTraining:
         base = top_choice(net.router, logits).to(sampled) if net.returns_choice else logits
         return base.index_put((call.real,), sampled)
 
-    def _begun(self, logits: Tensor) -> _Call:
+    def _begun(self, calls: Sequence[_Call], logits: Tensor) -> _Call:
         rows = self._watch.rows(len(logits))
         real = None if rows.real is None else rows.real.to(logits.device)
-        number = len(logits) if real is None else len(real)
-        return _Call(real, number, len(logits), len(rows.mask), _outline(logits))
+        num_real = len(logits) if real is None else len(real)
+        with_gradients = self._has_gradients
+        number = sum(call.has_gradients == with_gradients for call in calls)
+        return _Call(number, with_gradients, real, num_real, len(logits), len(rows.mask), _outline(logits))
 
 
 def _outline(logits: Tensor) -> Tensor:
     return at_least_float32(logits.detach()).mean(0)
 
 
-def _repeated(router: Router, calls: Sequence[_Call], logits: Tensor) -> int:
-    """The number of the call that a router repeats in a backward pass: of those whose logits are nearest, the last."""
-    same = [number for number, call in enumerate(calls) if call.num_tokens == len(logits)]
+def _repeated(router: Router, calls: Sequence[_Call], logits: Tensor) -> _Call:
+    """The call that a router repeats in a backward pass: of those whose logits are nearest, the last."""
+    same = [call for call in calls if call.has_gradients and call.num_tokens == len(logits)]
     if not same:
         raise RuntimeError(
             f"the router {router.name!r} ran outside of a forward pass of the model, and not to repeat one of this "
@@ -249,11 +261,11 @@ def _repeated(router: Router, calls: Sequence[_Call], logits: Tensor) -> int:
     if len(same) == 1:
         return same[0]
     outline = _outline(logits)
-    distances = torch.stack([(calls[number].outline - outline).abs().sum() for number in same]).tolist()
-    nearest = [number for number, distance in zip(same, distances, strict=True) if distance == min(distances)]
+    distances = torch.stack([(call.outline - outline).abs().sum() for call in same]).tolist()
+    nearest = [call for call, distance in zip(same, distances, strict=True) if distance == min(distances)]
     # A backward pass goes through the last forward pass first.
-    found = next((number for number in reversed(nearest) if not calls[number].repeated), nearest[-1])
-    calls[found].repeated = True
+    found = next((call for call in reversed(nearest) if not call.repeated), nearest[-1])
+    found.repeated = True
     return found
 
 

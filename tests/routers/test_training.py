@@ -37,21 +37,29 @@ def nets_of(model, kind=MeanFieldLogits, batch=BATCH, **options):
     return nets
 
 
-def gradients(model, nets, batches, *, as_value, step=0):
-    """The gradients of one step over several batches, and the penalty."""
+def gradients(model, nets, batches, *, as_value, step=0, looks=False):
+    """The gradients of one step over several batches, and the penalty; `looks`: around passes without gradients."""
     loss, penalty = 0.0, None
     model.requires_grad_(False)
     with trained_routers(model, nets, seed=7) as training:
         training.begin(step, penalty_weight=0.0 if as_value else BETA)
+        look(model, batches[0], looks)
         for batch in batches:
             logits, labels = answer_logits(model, batch)
             loss = loss + F.cross_entropy(logits, labels) / len(batches)
+        look(model, batches[0], looks)
         penalty = training.penalty() if as_value else torch.tensor(0.0)
         (loss + BETA * penalty).backward()
     found = [parameter.grad.clone() for net in nets for parameter in net.parameters()]
     for net in nets:
         net.zero_grad()
     return found, loss.detach(), penalty.detach()
+
+
+def look(model, batch, wanted):
+    if wanted:
+        with torch.no_grad():
+            answer_logits(model, batch)
 
 
 def same(one, other, tolerance=1e-6):
@@ -135,6 +143,19 @@ def test_recomputed_activations_get_the_same_numbers(checkpointing):
         found, other_loss, other = gradients(recomputed, nets, batches, as_value=True)
         same(found, expected)
         torch.testing.assert_close((other_loss, other), (loss, penalty))
+
+
+@pytest.mark.parametrize("checkpointing", [None, "reentrant"])
+def test_passes_without_gradients_count_in_nothing(checkpointing):
+    batches = [BATCH, toy_batch(seed=5)]
+    nets = nets_of(qwen())
+    expected, loss, penalty = gradients(qwen(), nets, batches, as_value=True)
+    model = qwen(checkpointing)
+    for as_value in (True, False) if checkpointing is None else (False,):
+        found, *values = gradients(model, nets, batches, as_value=as_value, looks=True)
+        same(found, expected)
+        if as_value:
+            torch.testing.assert_close(values, [loss, penalty])
 
 
 def test_both_ways_agree_under_automatic_mixed_precision():
