@@ -6,6 +6,9 @@ from contextlib import nullcontext
 
 import lightning as L
 import torch
+from oracles.models import ToyConfig, ToyLayer
+from torch import nn
+from torch.utils.checkpoint import checkpoint
 from toy import ToyModule, loader
 
 from bmoe_lightning.routers import BayesianRouters, RouterOptions, trained_routers
@@ -27,6 +30,51 @@ class UsersModule(ToyModule):
 
     def configure_optimizers(self):
         return torch.optim.SGD(self.parameters(), lr=0.0)
+
+
+class OwnNetwork(nn.Module):
+    """A mixture of experts that is no model of transformers, whose gates are linear layers."""
+
+    def __init__(self, checkpointing):
+        super().__init__()
+        config = ToyConfig(layout="modules", width=8)
+        self.words = nn.Embedding(config.vocab, config.width)
+        self.layers = nn.ModuleList(ToyLayer(config) for _ in range(config.num_layers))
+        self.head = nn.Linear(config.width, config.vocab)
+        self.checkpointing = checkpointing
+
+    def forward(self, ids, attention_mask):
+        square = torch.ones(ids.shape[1], ids.shape[1], dtype=torch.bool, device=ids.device)
+        visible = (square.tril() & attention_mask.bool().unsqueeze(1)) | (square.tril() & square.triu())
+        x = self.words(ids)
+        for layer in self.layers:
+            if self.checkpointing is None:
+                x = layer(x, visible)
+            else:
+                x = checkpoint(layer, x, visible, use_reentrant=self.checkpointing == "reentrant")
+        return self.head(x)
+
+
+class OwnModule(UsersModule):
+    """A LightningModule around it, whose `forward` takes a batch, and which nobody calls unless `calls_itself`."""
+
+    def __init__(self, checkpointing=None, *, calls_itself=False):
+        L.LightningModule.__init__(self)
+        with torch.random.fork_rng():
+            torch.manual_seed(0)
+            self.network = OwnNetwork(checkpointing).double()
+        self.calls_itself = calls_itself
+
+    @staticmethod
+    def mask(batch):
+        return (batch["input_ids"] > 7).long()
+
+    def forward(self, batch):
+        return self.network(batch["input_ids"], self.mask(batch))
+
+    def class_logits(self, batch):
+        logits = self(batch) if self.calls_itself else self.forward(batch)
+        return logits[:, -1, [1, 2, 3]], batch.get("labels")
 
 
 def perturbed(module, kind="mean_field"):

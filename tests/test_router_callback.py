@@ -11,12 +11,12 @@ import torch
 from finetuner_cases import trainer as plain_trainer
 from lightning.pytorch.callbacks import Callback, ModelCheckpoint
 from lightning.pytorch.plugins.precision import MixedPrecision
-from router_cases import BETA, SEED, Gradients, UsersModule, batches, explicit, perturbed
+from router_cases import BETA, SEED, Gradients, OwnModule, UsersModule, batches, explicit, perturbed
 from toy import ToyModule, loader, trainer
 
 from bmoe_lightning import BayesianMoECallback, RouterTrainingCallback
 from bmoe_lightning.experts import find_expert_layers, weight_fingerprint
-from bmoe_lightning.routers import attached_routers
+from bmoe_lightning.routers import attached_routers, trained_routers
 
 
 def run_once(folder, module, data, *callbacks, **options):
@@ -72,6 +72,26 @@ def test_gradient_checkpointing_counts_the_divergence_once(tmp_path, checkpointi
     expected = explicit(perturbed(UsersModule()), data)
     module = perturbed(UsersModule(checkpointing))
     same(run_once(tmp_path, module, data, accumulate_grad_batches=2)[0], expected)
+
+
+@pytest.mark.parametrize("calls_itself", [False, True])
+def test_a_network_of_the_users_own(tmp_path, calls_itself):
+    data = batches(2)
+    expected = explicit(perturbed(OwnModule()), data)
+    for checkpointing in (None, "plain", "reentrant"):
+        module = perturbed(OwnModule(checkpointing, calls_itself=calls_itself))
+        same(run_once(tmp_path, module, data, accumulate_grad_batches=2)[0], expected)
+
+
+def test_padding_in_a_network_of_the_users_own():
+    module, batch = perturbed(OwnModule(calls_itself=True)), next(iter(batches(1)))
+    with trained_routers(module, module.bayesian_routers.nets, seed=SEED) as training:
+        training.begin(0)
+        module.class_logits(batch)
+        module.network(batch["input_ids"], module.mask(batch))
+        real = int(module.mask(batch).sum())
+        assert 0 < real < batch["input_ids"].numel()
+        assert training.num_tokens() == {0: 2 * real, 1: 2 * real}
 
 
 def test_drawn_experts(tmp_path):

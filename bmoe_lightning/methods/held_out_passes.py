@@ -181,7 +181,8 @@ class HeldOutPasses:
                 counts[router.index] += count_gaps(logits[real.flatten().to(logits.device)], router)
                 return logits
 
-            with watched_tokens(self._model) as watch, intercepted_routers(self._model, routers, counting):
+            names = [router.name for router in routers]
+            with watched_tokens(self._model, names) as watch, intercepted_routers(self._model, routers, counting):
                 view.forward()
 
         self._each(count)

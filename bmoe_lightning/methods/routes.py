@@ -140,7 +140,8 @@ def probed_routers(batch: BatchView) -> list[Router]:
         return logits
 
     try:
-        with watched_tokens(batch.model) as watch, intercepted_routers(batch.model, routers, same):
+        names = [router.name for router in routers]
+        with watched_tokens(batch.model, names) as watch, intercepted_routers(batch.model, routers, same):
             batch.forward()
     except RuntimeError as error:
         raise ValueError(str(error)) from error

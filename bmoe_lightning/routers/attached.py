@@ -107,7 +107,7 @@ class BayesianRouters(nn.ModuleList):
             torch.no_grad(),
             unchanged_global_random_states(),
             evaluation_mode(model),
-            watched_tokens(model) as watch,
+            watched_tokens(model, [router.name for router in places]) as watch,
             intercepted_routers(model, list(places), count),
         ):
             run()

@@ -94,7 +94,7 @@ def changed_inputs(
                 hook = changes.of_router(router)
                 stack.callback(module.register_forward_pre_hook(hook, with_kwargs=True).remove)
 
-    with watched_tokens(model) as watch:
+    with watched_tokens(model, [router.name for router in routers]) as watch:
         changes = _Changes(change, watch)
         with attached(model, attach, everywhere=False):
             yield

@@ -34,7 +34,7 @@ def sampled_routes(
             another, and each gets the numbers of its sample.
         noise: The random numbers.
     """
-    with watched_tokens(model) as watch:
+    with watched_tokens(model, [net.router.name for net in nets]) as watch:
 
         def sampled(net: BayesianRouter, u: Tensor, logits: Tensor) -> Tensor:
             rows = watch.rows(len(logits), net.router, u)
@@ -70,7 +70,7 @@ def averaged_scores(
     Raises:
         ValueError: If the scores of a router are neither a softmax nor a sigmoid; raised from within the model.
     """
-    with watched_tokens(model) as watch:
+    with watched_tokens(model, [net.router.name for net in nets]) as watch:
 
         def averaged(net: BayesianRouter, u: Tensor, logits: Tensor) -> Tensor:
             rows, sampled = watch.rows(len(logits), net.router, u), net.sampler(u, logits)
@@ -138,7 +138,8 @@ def recorded_signals(model: nn.Module, nets: Sequence[BayesianRouter]) -> Iterat
             signals.entropies.setdefault(router.index, []).append(entropy.double())
         return logits
 
-    with watched_tokens(model) as watch, intercepted_routers(model, list(of_router), record):
+    names = [router.name for router in of_router]
+    with watched_tokens(model, names) as watch, intercepted_routers(model, list(of_router), record):
         yield signals
 
 

@@ -68,7 +68,7 @@ def recorded_choices(model: nn.Module, layers: Sequence[ExpertLayer]) -> Iterato
         RuntimeError: If a layer does not tell which token a slot belongs to, or the padding is not known; raised from
             within the model.
     """
-    with watched_tokens(model) as watch:
+    with watched_tokens(model, [layer.module_name for layer in layers]) as watch:
         taps = [_SetTap(layer, watch) for layer in layers]
         with intercepted_layers(model, layers, taps=taps):
             yield {layer.name: tap.calls for layer, tap in zip(layers, taps, strict=True)}

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import inspect
 import weakref
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from functools import cached_property
@@ -14,7 +15,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
 from bmoe_lightning.experts.threads import applies, scope
-from bmoe_lightning.experts.wrappers.transformers import outermost_pretrained
+from bmoe_lightning.experts.wrappers.transformers import imported_class, outermost_pretrained
 from bmoe_lightning.routers.scores import at_least_float32
 from bmoe_lightning.routers.types import Router
 
@@ -23,6 +24,9 @@ _INPUTS = (
     (("input_ids", "inputs_embeds"), "attention_mask"),
     (("decoder_input_ids", "decoder_inputs_embeds"), "decoder_attention_mask"),
 )
+_MASKS = frozenset(mask for _, mask in _INPUTS)
+# Parts of the names of arguments with one number for each token that are no masks.
+_NO_MASKS = ("label", "target", "position", "segment", "type", "ids")
 
 
 @dataclass(frozen=True)
@@ -107,6 +111,21 @@ class _Call:
         return min((float((known - input_sum).norm()) for known in sums), default=torch.inf)
 
 
+@dataclass
+class _Entered:
+    """A watched module that is running.
+
+    Attributes:
+        module: The module.
+        call: The call of the model that it is; None if it is a part of one.
+        knows: How well it tells the padding: 0 not at all, 1 by tokens without a mask, 2 by a mask.
+    """
+
+    module: nn.Module
+    call: _Call | None = None
+    knows: int = 0
+
+
 class TokenWatch:
     """The rows of the calls of a model: of the running one, and of those whose graph exists. See `watched_tokens`."""
 
@@ -115,6 +134,55 @@ class TokenWatch:
         self._is_running = False
         # The graph of a call's output holds it, and nothing else does: it is there as long as a backward pass may be.
         self._earlier: list[weakref.ref[_Call]] = []
+        self._entered: list[_Entered] = []
+        self._parts: weakref.WeakSet[nn.Module] = weakref.WeakSet()
+
+    @property
+    def is_running(self) -> bool:
+        """Whether a call of the model is running, rather than what repeats a part of one in a backward pass."""
+        return self._is_running
+
+    @property
+    def has_graph(self) -> bool:
+        """Whether the last call began with gradients enabled, whatever checkpoints do within it."""
+        return self._last.has_graph
+
+    def enter(self, module: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any]) -> None:
+        """A watched module starts: it is a call of the model, unless a module around it tells the padding as well."""
+        known = max((entered.knows for entered in self._entered), default=0)
+        is_outermost = not self._entered
+        entered = _Entered(module)
+        self._entered.append(entered)
+        if known:
+            self._parts.add(module)
+        elif module in self._parts and torch._C._current_graph_task_id() != -1:
+            return  # its activations are recomputed
+        given = _named_arguments(module, args, kwargs)
+        rows = list(_rows_of_call(given))
+        has_mask = any(given.get(name) is not None for name in _MASKS)
+        if not known and not has_mask:
+            _check_masks(module, given)
+        ids = given.get("input_ids")
+        # Of hidden states within a call it is not known which are padding.
+        is_hidden = not is_outermost and isinstance(ids, Tensor) and ids.is_floating_point()
+        knows = 0 if not rows else 2 if has_mask else 0 if is_hidden else 1
+        if is_outermost or knows > known:
+            self.begin(*rows)
+            entered.call, entered.knows = self._last, knows
+
+    def leave(self, module: nn.Module, output: Any) -> None:
+        """A watched module ends, with its output, or None after an exception."""
+        if not any(entered.module is module for entered in self._entered):
+            return
+        while (entered := self._entered.pop()).module is not module:
+            pass
+        if entered.call is None:
+            return
+        self._last = entered.call
+        self.end(output)
+        around = next((outer.call for outer in reversed(self._entered) if outer.knows), None)
+        if around is not None:
+            self._last, self._is_running = around, True
 
     def begin(self, *rows: TokenRows) -> None:
         """Set the rows of a call: of a model whose call does not reveal them, or of the parts of one call."""
@@ -181,41 +249,90 @@ class TokenWatch:
 
 
 @contextmanager
-def watched_tokens(model: nn.Module) -> Iterator[TokenWatch]:
-    """Watch the calls of the models of transformers in a module, or of the module itself if there are none.
+def watched_tokens(model: nn.Module, inside: Iterable[str] = ()) -> Iterator[TokenWatch]:
+    """Watch the calls of the models of transformers in a module.
 
-    Of the arguments only those are seen that are given as keywords, and the ids if they are the first positional one.
-    Without an attention mask all tokens are real. The model may be called several times before a backward pass that
-    recomputes activations. Applies in this thread, unless within `bmoe_lightning.experts.threads.in_all_threads`.
+    If there are none, calls of the module and of those within it that hold its routers: what counts is the outermost
+    one that is called with tokens, and one within it that is called with an attention mask if that one is not.
+
+    Arguments are seen by their names, and the ids also as the first positional one. Without an attention mask all
+    tokens are real, and a mask of another name is refused. The model may be called several times before a backward
+    pass that recomputes activations. Applies in this thread, unless within
+    `bmoe_lightning.experts.threads.in_all_threads`.
 
     Args:
         model: Any module.
+        inside: Names of the routers, or of other modules, of which the calls are to be seen.
     """
     watch, thread, active = TokenWatch(), scope(), [True]
 
-    def hook(_module: nn.Module, args: tuple[Any, ...], *rest: Any) -> None:
+    def hook(module: nn.Module, args: tuple[Any, ...], *rest: Any) -> None:
         if active and applies(thread) and rest:
-            watch.begin(*_rows_of_call(args, rest[0]))
+            watch.enter(module, args, rest[0])
 
-    def leave(_module: nn.Module, _args: tuple[Any, ...], output: Any) -> None:
+    def leave(module: nn.Module, _args: tuple[Any, ...], output: Any) -> None:
         if active and applies(thread):
-            watch.end(output)
+            watch.leave(module, output)
 
     with ExitStack() as stack:
         stack.callback(active.clear)
-        owners: Sequence[nn.Module] = outermost_pretrained(model) or [model]
+        owners: Sequence[nn.Module] = outermost_pretrained(model) or _holders(model, inside)
         for owner in owners:
             stack.callback(owner.register_forward_pre_hook(hook, with_kwargs=True).remove)
             stack.callback(owner.register_forward_hook(leave, always_call=True).remove)
         yield watch
 
 
-def _rows_of_call(args: Sequence[Any], kwargs: Mapping[str, Any]) -> Iterator[TokenRows]:
-    given = {**kwargs}
-    if args and "input_ids" not in given:
+def _holders(model: nn.Module, inside: Iterable[str]) -> list[nn.Module]:
+    """A module, and those in it that hold others of these names."""
+    names = dict.fromkeys(
+        ".".join(parts[:length]) for parts in (name.split(".") for name in inside) for length in range(len(parts))
+    )
+    return list(dict.fromkeys([model, *map(model.get_submodule, names)]))
+
+
+def _named_arguments(module: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any]) -> dict[str, Any]:
+    """The arguments of a call by their names, with the first positional one as ids if none are given."""
+    given: dict[str, Any] = {}
+    if args:
+        parameters = inspect.signature(module.forward).parameters.values()
+        positional = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
+        names = [parameter.name for parameter in parameters if parameter.kind in positional]
+        names += [f"argument {number}" for number in range(len(names) + 1, len(args) + 1)]
+        given = dict(zip(names, args, strict=False))
+    given |= kwargs
+    if args and not any(isinstance(given.get(name), Tensor) for name in _INPUTS[0][0]):
         given["input_ids"] = args[0]
+    return given
+
+
+def _tokens(given: Mapping[str, Any], names: Sequence[str]) -> Any:
+    """The first of the arguments of these names that is a tensor; None if none is."""
+    return next((given[name] for name in names if isinstance(given.get(name), Tensor)), None)
+
+
+def _check_masks(module: nn.Module, given: Mapping[str, Any]) -> None:
+    """Refuse a module of a user's own that gets what may be a mask under another name than `attention_mask`."""
+    tokens = _tokens(given, _INPUTS[0][0])
+    if tokens is None or isinstance(module, imported_class("transformers.modeling_utils", "PreTrainedModel")):
+        return
+    for name, value in given.items():
+        if not isinstance(value, Tensor) or value is tokens or value.shape != tokens.shape[:2]:
+            continue
+        is_mask = value.dtype == torch.bool or "mask" in name
+        if not is_mask and not value.is_floating_point() and not any(part in name for part in _NO_MASKS):
+            is_mask = bool(((value == 0) | (value == 1)).all()) and bool(value.any())
+        if is_mask:
+            raise RuntimeError(
+                f"{type(module).__name__} was called with {name!r}, which may be the mask of its padding and is not "
+                "named attention_mask, so the padding among its tokens is not known; pass the mask as the keyword "
+                "attention_mask"
+            )
+
+
+def _rows_of_call(given: Mapping[str, Any]) -> Iterator[TokenRows]:
     for names, mask_name in _INPUTS:
-        inputs = next((given[name] for name in names if isinstance(given.get(name), Tensor)), None)
+        inputs = _tokens(given, names)
         if inputs is None or inputs.dim() < 2:
             continue
         mask = given.get(mask_name)

@@ -25,7 +25,6 @@ import torch
 from torch import Tensor, nn
 
 from bmoe_lightning.experts.threads import in_all_threads
-from bmoe_lightning.experts.wrappers.transformers import outermost_pretrained
 from bmoe_lightning.routers.base import BayesianRouter, TrainedLogits
 from bmoe_lightning.routers.choices import injected_routers, top_choice
 from bmoe_lightning.routers.draws import StepDraws
@@ -100,7 +99,6 @@ class RouterTraining:
         self.nets = tuple(net for net in nets if not net.is_still)
         self._watch, self._seed = watch, seed
         self._step: _Step | None = None
-        self._open, self._has_gradients = 0, False
 
     def begin(self, step: int, *, penalty_weight: float = 0.0) -> None:
         """Begin a step: the forward passes up to the next `begin` or `end`, whose backward passes are over by then.
@@ -113,7 +111,7 @@ class RouterTraining:
                 that of the loss; 0 adds none, for losses that contain `penalty()`. Where a loss is scaled, by an
                 automatic mixed precision or by the number of accumulated batches, so must this be.
         """
-        self._step, self._open = _Step(step, penalty_weight), 0
+        self._step = _Step(step, penalty_weight)
 
     def end(self) -> None:
         """End the step: the routers are the model's own until the next one."""
@@ -202,20 +200,12 @@ class RouterTraining:
         found = call.found
         return found is not None and not (found.logits.requires_grad or found.penalty.requires_grad)
 
-    def _enter(self) -> None:
-        if not self._open:
-            self._has_gradients = torch.is_grad_enabled()
-        self._open += 1
-
-    def _leave(self) -> None:
-        self._open -= 1
-
     def _logits(self, net: BayesianRouter, u: Tensor, logits: Tensor) -> Tensor:
         step = self._step
         if step is None:
             return logits
         calls = step.calls.setdefault(net.router.index, [])
-        is_first = self._open > 0
+        is_first = self._watch.is_running
         if is_first:
             calls.append(self._begun(calls, logits))
         call = calls[-1] if is_first else _repeated(net.router, calls, logits)
@@ -241,7 +231,7 @@ class RouterTraining:
         rows = self._watch.rows(len(logits))
         real = None if rows.real is None else rows.real.to(logits.device)
         num_real = len(logits) if real is None else len(real)
-        with_gradients = self._has_gradients
+        with_gradients = self._watch.has_graph
         number = sum(call.has_gradients == with_gradients for call in calls)
         return _Call(number, with_gradients, real, num_real, len(logits), len(rows.mask), _outline(logits))
 
@@ -313,20 +303,8 @@ def trained_routers(
     """
     with ExitStack() as stack:
         with in_all_threads() if everywhere else nullcontext():
-            watch = stack.enter_context(watched_tokens(model))
+            watch = stack.enter_context(watched_tokens(model, [net.router.name for net in nets]))
         training = RouterTraining(nets, watch, seed)
-
-        # Plain functions, which a copy of the model shares.
-        def enter(*_: Any) -> None:
-            training._enter()
-
-        def leave(*_: Any) -> None:
-            training._leave()
-
-        owners: Sequence[nn.Module] = outermost_pretrained(model) or [model]
-        for owner in owners:
-            stack.callback(owner.register_forward_pre_hook(enter).remove)
-            stack.callback(owner.register_forward_hook(leave, always_call=True).remove)
         stack.enter_context(injected_routers(model, training.nets, training._logits, everywhere=everywhere))
         stack.callback(training.end)
         yield training

@@ -8,6 +8,8 @@ import pytest
 import torch
 from methods_cases import fitted, predict, predictions
 from oracles.models import answer_logits, split, toy_batch, toy_model
+from router_cases import OwnModule
+from router_cases import batches as own_batches
 from torch import nn
 
 from bmoe_lightning.methods import MAP, BatchView, RouterNoise, fit_methods
@@ -55,6 +57,18 @@ def test_averages_the_probabilities_along_its_routes(model, batches, per_pass):
     information = method.uncertainty(view, NOISE)["mutual_information"]
     torch.testing.assert_close(information, route_information(routes.log()), rtol=1e-9, atol=1e-12)
     assert (information > 0).all()
+
+
+def test_gates_of_a_network_of_the_users_own():
+    module, data = OwnModule().eval(), list(own_batches(2))
+
+    def class_logits(model, batch):
+        return model.class_logits(batch)
+
+    methods = [RouterNoise(num_samples=2)]
+    fit = fit_methods(methods, module, class_logits, [], data)
+    found = evaluate(methods, fit, module, class_logits, data)["router_noise"]
+    assert found.log_probs.isfinite().all()
 
 
 def test_predictions_and_scores_of_uncertainty_share_their_passes(model, batches):

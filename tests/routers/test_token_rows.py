@@ -92,6 +92,28 @@ class TestRows:
             model(torch.ones(2, 3, dtype=torch.int64))
         assert watch.rows(6).positions.tolist() == [[0, 1, 2]] * 2
 
+    def test_a_mask_that_is_given_by_position(self):
+        model, mask = tiny_qwen(), torch.tensor([[0, 1, 1], [1, 1, 1]])
+        with watched_tokens(model) as watch:
+            model(torch.ones(2, 3, dtype=torch.int64), mask)
+        assert watch.rows(6).mask.tolist() == mask.bool().tolist()
+
+    @pytest.mark.parametrize("kind", ["bool", "0 and 1", "positional"])
+    def test_a_mask_of_another_name_is_refused(self, kind):
+        class Own(torch.nn.Module):
+            def forward(self, ids, valid=None, labels=None, attention_mask=None):
+                return ids
+
+        model, ids = Own(), torch.ones(2, 3, dtype=torch.int64)
+        mask = torch.tensor([[0, 1, 1], [1, 1, 1]])
+        with watched_tokens(model) as watch:
+            model(ids, labels=mask)
+            assert watch.rows(6).mask.all()
+            model(ids, valid=mask, attention_mask=mask)
+            assert watch.rows(6).mask.tolist() == mask.bool().tolist()
+            with pytest.raises(RuntimeError, match=r"called with 'valid'.*as the keyword attention_mask"):
+                model(ids, mask) if kind == "positional" else model(ids, valid=mask.bool() if kind == "bool" else mask)
+
     def test_encoder_and_decoder(self):
         tiny = build("switch_transformers")
         with watched_tokens(tiny.model) as watch:
