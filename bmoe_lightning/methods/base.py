@@ -105,6 +105,14 @@ class Method(ABC):
         """The subset of `curvatures` that predictions use; by default all."""
         return self.curvatures
 
+    def curvatures_of(self, state: State) -> tuple[Curvature, ...]:
+        """The subset of `prediction_curvatures` that predictions from a state use; by default all.
+
+        Args:
+            state: State from `fit`.
+        """
+        return self.prediction_curvatures
+
     @property
     def calibration_curvatures(self) -> tuple[Curvature, ...]:
         """The subset of `curvatures` whose covariances of the held-out data the fit uses; by default all, or none."""

@@ -73,8 +73,8 @@ class Evaluation:
     def view(self, model: nn.Module, class_logits: ClassLogits, batch: Any) -> BatchView:
         """The view of a batch that all single-member methods share."""
         if self._posteriors is None:
-            curvatures = [curvature for method in self._single for curvature in method.prediction_curvatures]
-            self._posteriors = self._fitted.posteriors_for(curvatures, model)
+            used = [method.curvatures_of(self._states[method.name]) for method in self._single]
+            self._posteriors = self._fitted.posteriors_for([*itertools.chain(*used)], model)
         return BatchView(model, class_logits, batch, self._posteriors, seed=self._fitted.seed, lasting=self._lasting)
 
     def check_members(self, model: nn.Module) -> None:
@@ -135,7 +135,7 @@ class Evaluation:
     ) -> tuple[Tensor, tuple[str, ...]]:
         """Log-probabilities `[N, K]` of an ensemble, and the warnings of all its fits, each distinct sentence once."""
         fitted, state = self._fitted, self._states[method.name]
-        posteriors = fitted.posteriors_for(method.prediction_curvatures, model)
+        posteriors = fitted.posteriors_for(method.curvatures_of(state), model)
         own = MemberFit(state, posteriors, fitted.warnings_of(method))
         contexts = method.members(model, state, self._snapshots)
         members = [_member(context, method, own, model, class_logits, batches, fitted.seed) for context in contexts]
@@ -213,7 +213,7 @@ class Predictor:
     def _predicted(self, model: nn.Module, class_logits: ClassLogits, batch: Any) -> tuple[Tensor, BatchView]:
         method, seed = self.method, self._fitted.seed
         if self._posteriors is None:
-            self._posteriors = self._fitted.posteriors_for(method.prediction_curvatures, model)
+            self._posteriors = self._fitted.posteriors_for(method.curvatures_of(self._state), model)
         posteriors = {} if method.is_ensemble else self._posteriors
         view = BatchView(model, class_logits, batch, posteriors, seed=seed, lasting=self._lasting)
         if not method.is_ensemble:

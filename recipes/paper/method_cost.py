@@ -148,8 +148,8 @@ class OneMethod:
         Args:
             fitted: Fit of the method.
         """
-        posteriors = fitted.posteriors_for(self.stored.prediction_curvatures, self.module)
-        return MemberFit(fitted.state_of(self.stored), posteriors)
+        state = fitted.state_of(self.stored)
+        return MemberFit(state, fitted.posteriors_for(self.stored.curvatures_of(state), self.module))
 
     def _for_each_member(self, fitted: FitResult, action: Callable[[MemberFit], None]) -> None:
         own = self.own_fit(fitted)

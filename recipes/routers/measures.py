@@ -177,6 +177,6 @@ def _predict(trainer: L.Trainer, module: Finetuner, fitted: FitResult, method: M
         with trainer.precision_plugin.forward_context():
             return model.class_logits(batch)  # type: ignore[operator]  # a Finetuner
 
-    posteriors = fitted.posteriors_for(method.prediction_curvatures, module)
+    posteriors = fitted.posteriors_for(method.curvatures_of(fitted.state_of(method)), module)
     view = BatchView(module, class_logits, batch, posteriors, seed=fitted.seed + _OTHER_DRAW * draw)
     few_samples(method, _MOST_ROUTES).log_probs(view, fitted.state_of(method))

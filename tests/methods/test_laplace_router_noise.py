@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import math
 from dataclasses import replace
 
@@ -17,9 +18,19 @@ from bmoe_lightning.laplace.covariance import prior_covariance
 from bmoe_lightning.laplace.predictive import class_probabilities
 from bmoe_lightning.laplace.prior import validation_nll
 from bmoe_lightning.laplace.widened_cache import WidenedCache
-from bmoe_lightning.methods import BatchView, LaplaceLPO, LaplaceRouterNoise, RouterNoise, evaluate, fit_methods
+from bmoe_lightning.methods import (
+    BatchView,
+    LaplaceLPO,
+    LaplaceRouterNoise,
+    RouterNoise,
+    batch_view,
+    evaluate,
+    fit_methods,
+)
 from bmoe_lightning.methods.evaluation import Predictor
 from bmoe_lightning.methods.routes import route_moments
+from bmoe_lightning.methods.routing_cost import routing_cost
+from bmoe_lightning.methods.storage import load_fit, save_fit
 from bmoe_lightning.routers import FixedNoise, PositionNoise, find_routers, intercepted_routers, sampled_routes
 
 SCALES = (1.0, 3.0)
@@ -121,7 +132,7 @@ class TestLimits:
     def test_without_posterior_it_is_the_gaussian_over_routes(self, confident, fit, link):
         model, _, held_out = confident
         method = joint(link=link)
-        state = {**fit.state_of(method), "posterior_share": torch.zeros(()).double()}
+        state = {**fit.state_of(joint()), "posterior_share": torch.zeros(()).double()}
         assert (state["sigma"] > 0).all()
         logits, routes = plain_logits(model, held_out), along_routes(model, held_out, state["sigma"])
         expected = class_probabilities(*gaussian_over(logits, routes), link, seed=fit.seed)
@@ -139,28 +150,29 @@ class TestLimits:
 
     def test_labels_that_want_neither_get_the_model_itself(self, confident):
         model, training, held_out = confident
-        method = joint(scales=(1e3,), scope="global")
+        method = joint(scales=(1e3,), scope="global", link="probit")  # which has no Monte Carlo error
         held_out = [{**b, "labels": plain_logits(model, [b]).argmax(1)} for b in held_out]
         fit = fit_methods([method], model, answer_logits, training, held_out)
         assert float(fit.state_of(method)["posterior_share"]) == float(fit.state_of(method)["scale"]) == 0
-        assert any("fitted as 0 beside the posterior" in sentence for sentence in fit.warnings_of(method))
-        assert any("without variance beside the noise" in sentence for sentence in fit.warnings_of(method))
+        said = [sentence for sentence in fit.warnings_of(method) if "routers" in sentence]
+        assert len(said) == 1
+        assert "both fitted as 0" in said[0]
+        assert "those of the model itself" in said[0]
 
 
 @pytest.mark.parametrize("link", ["mc", "isotropic", "probit"])
 def test_the_covariances_are_added(confident, fit, link):
     model, _, held_out = confident
-    method = joint(link=link)
-    state = fit.state_of(method)
+    method, state = joint(link=link), fit.state_of(joint())
     assert float(state["scale"]) > 0
+    assert not int(state["mixture"])
     posterior = posterior_of(fit, state["joint_precision"])
-    predictor = Predictor(method, fit)
     for batch in held_out:
         logits, covariance = posterior.logit_covariance(model, answer_logits, batch, centred=True)
         mean, of_routes = gaussian_over(logits, along_routes(model, [batch], state["sigma"]))
         total = covariance + of_routes
-        log_probs, view = predictor.predict(model, answer_logits, batch)
-        found = predictor.covariance(view)
+        view = BatchView(model, answer_logits, batch, fit.posteriors, seed=fit.seed)
+        log_probs, found = method.log_probs(view, state), method.logit_covariance(view, state)
         torch.testing.assert_close(found, (mean, total), rtol=1e-7, atol=1e-9)
         expected = class_probabilities(mean, total, link, seed=fit.seed)
         torch.testing.assert_close(log_probs, expected, rtol=1e-6, atol=1e-7)
@@ -198,6 +210,75 @@ class TestTheValidationLoss:
         together, of_posterior, of_routes = losses((model, training, held_out), fit, method, alone)
         assert together <= of_posterior + 1e-9
         assert together <= of_routes + 1e-9
+
+
+def nll(predictions):
+    return -float(predictions.log_probs.gather(1, predictions.labels.unsqueeze(1)).mean())
+
+
+NOISE = RouterNoise(num_samples=4, scales=SCALES)
+
+
+def of_all_links(links):
+    """For each link, the posterior alone and both together."""
+    pairs = {link: (replace(ALONE, scope="global", link=link), joint(scope="global", link=link)) for link in links}
+    return {link: [replace(m, name=f"{m.name}_{link}", label=link) for m in pair] for link, pair in pairs.items()}
+
+
+@pytest.fixture(scope="module")
+def multimodal(confident, fit):
+    """A model that is sure along each route, and labels of one route for each example, drawn from those of a fit."""
+    model, training, held_out = confident
+    model = copy.deepcopy(model)
+    with torch.no_grad():
+        model.head.weight.mul_(6)
+    routes = along_routes(model, held_out, 3 * fit.state_of(joint())["unit"]).softmax(-1)
+    labels = drawn(routes.mean(0)).split(30)
+    return model, training, [{**b, "labels": found} for b, found in zip(held_out, labels, strict=True)]
+
+
+@pytest.mark.parametrize("case", ["of_one_route", "flat", "of_other_routes"])
+def test_held_out_predictions_are_never_worse_than_the_better_of_the_two_methods_alone(request, confident, case):
+    model, training, held_out = request.getfixturevalue("multimodal") if case == "of_one_route" else confident
+    if case == "flat":
+        held_out = labelled(model, held_out, 3.0)
+    methods = of_all_links(["mc", "isotropic"])
+    every = [NOISE, *(method for pair in methods.values() for method in pair)]
+    fit = fit_methods(every, model, answer_logits, training, held_out)
+    found = {name: nll(found) for name, found in evaluate(every, fit, model, answer_logits, held_out).items()}
+    for alone, together in methods.values():
+        assert found[together.name] <= min(found[alone.name], found[NOISE.name]) + 1e-9
+        assert int(fit.state_of(together)["mixture"]) == (case == "of_one_route")
+
+
+def test_a_mixture_of_routes_is_router_noise_without_a_backward_pass(multimodal, monkeypatch, tmp_path):
+    model, training, held_out = multimodal
+    method = joint(scope="global")
+    fit = fit_methods([NOISE, method], model, answer_logits, training, held_out)
+    save_fit(tmp_path, fit)
+    fit = load_fit(tmp_path)[0]
+    state = fit.state_of(method)
+    assert int(state["mixture"]) == method.hyperparameters(state)["mixture"] == 1
+    assert float(state["scale"]) == float(fit.state_of(NOISE)["scale"]) > 0
+    assert not any("routes alone" in sentence for sentence in fit.warnings_of(method))
+
+    def refused(*_args, **_options):
+        raise AssertionError("a linearised pass")
+
+    monkeypatch.setattr(batch_view, "posterior_terms", refused)
+    found = evaluate([NOISE, method], fit, model, answer_logits, held_out)
+    assert torch.equal(found[method.name].log_probs, found[NOISE.name].log_probs)
+    information = found[method.name].uncertainty["mutual_information"]
+    assert torch.equal(information, found[NOISE.name].uncertainty["mutual_information"])
+    predictor = Predictor(method, fit)
+    log_probs, view = predictor.predict(model, answer_logits, held_out[0])
+    torch.testing.assert_close(log_probs, found[method.name].log_probs[:30])
+    assert predictor.covariance(view) is None
+
+
+def test_its_counted_cost():
+    cost = routing_cost(joint(), 16, 8)
+    assert cost == replace(routing_cost(NOISE, 16, 8), passes=5)
 
 
 def test_an_expert_that_only_a_sampled_route_reaches_has_the_prior():
@@ -300,6 +381,7 @@ STATE = {
     "prior_precision": torch.ones(2).double(),
     "joint_precision": torch.ones(2).double(),
     "posterior_share": torch.ones(()).double(),
+    "mixture": torch.zeros((), dtype=torch.int64),
     "scale": torch.ones(()).double(),
     "unit": torch.ones(2).double(),
     "sigma": torch.ones(2).double(),
@@ -314,6 +396,10 @@ STATE = {
         {"joint_precision": torch.ones(3).double()},
         {"joint_precision": -torch.ones(2).double()},
         {"posterior_share": torch.tensor(0.5).double()},
+        {"mixture": None},
+        {"mixture": torch.zeros(()).double()},
+        {"mixture": torch.tensor(2)},
+        {"mixture": torch.tensor(1)},
         {"sigma": None},
         {"unit": torch.ones(3).double()},
     ],
@@ -327,5 +413,12 @@ def test_a_state_of_no_fit_is_refused(change):
 
 def test_numbers_to_log():
     numbers = joint().hyperparameters({**STATE, "joint_precision": torch.tensor([2.0, 3.0]).double()})
-    assert numbers == {"num_samples": 4, "scale": 1, "sigma": 1, "prior_precision_0": 2, "prior_precision_1": 3}
+    assert numbers == {
+        "num_samples": 4,
+        "mixture": 0,
+        "scale": 1,
+        "sigma": 1,
+        "prior_precision_0": 2,
+        "prior_precision_1": 3,
+    }
     assert "prior_precision" not in joint().hyperparameters({**STATE, "posterior_share": torch.zeros(()).double()})
