@@ -60,9 +60,9 @@ class RouterTrainingCallback(L.Callback):
         layers: Sequence[int] = (),
         rank: int | None = None,
         hidden: int | None = None,
-        beta: float = 0.1,
-        prior_scale: float = 2.0,
-        prior_unit: PriorUnit = "gap",
+        beta: float = RouterPrior.beta,
+        prior_scale: float = RouterPrior.scale,
+        prior_unit: PriorUnit = RouterPrior.unit,
         class_logits: ClassLogits | None = None,
         seed: int = 0,
     ) -> None:

@@ -22,6 +22,7 @@ from bmoe_lightning.routers.draws import PositionNoise
 from bmoe_lightning.routers.kinds import RouterOptions
 from bmoe_lightning.routers.prediction import mean_routers, sampled_routes
 from bmoe_lightning.trainer.learning_rate import Schedule
+from bmoe_lightning.trainer.router_checkpoints import ROUTERS_KEY, read_routers_entry, routers_entry
 from bmoe_lightning.trainer.router_steps import PriorUnit, RouterPrior, RouterSteps
 
 if TYPE_CHECKING:
@@ -73,7 +74,8 @@ class RouterFinetuner(Finetuner):
             first training batch of all processes and logged; or `one`, as in the papers, which is random routing where
             logits are small.
         score_function: Whether drawn experts get the gradient of their log-probability times the loss, which is
-            unbiased and has much variance; kind `temperature` only.
+            unbiased for the cross entropy and has much variance; kind `temperature` only. That the penalty of later
+            routers depends on earlier choices is left out.
         num_samples: Number of sampled routes in validation, test and prediction; 0 runs the routers' means.
         seed: Seed of the first weights and of the samples.
         learning_rate: Peak learning rate of the experts, with AdamW (https://arxiv.org/abs/1711.05101).
@@ -107,9 +109,9 @@ class RouterFinetuner(Finetuner):
         layers: Sequence[int] = (),
         rank: int | None = None,
         hidden: int | None = None,
-        beta: float = 0.1,
-        prior_scale: float = 2.0,
-        prior_unit: PriorUnit = "gap",
+        beta: float = RouterPrior.beta,
+        prior_scale: float = RouterPrior.scale,
+        prior_unit: PriorUnit = RouterPrior.unit,
         score_function: bool = False,
         num_samples: int = 4,
         seed: int = 0,
@@ -221,6 +223,21 @@ class RouterFinetuner(Finetuner):
         if self._steps is not None:
             means = {f"router/{name}": value for name, value in self._steps.epoch_means().items()}
             self.log_dict(means, sync_dist=True)
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Store what was trained, and hashes of the routers beside which it was."""
+        super().on_save_checkpoint(checkpoint)
+        checkpoint[ROUTERS_KEY] = routers_entry(self._ready(), self._made())
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Check that the checkpoint contains what this module trains, and was trained beside the same routers.
+
+        Raises:
+            RuntimeError: If tensors are missing or unexpected.
+            ValueError: If the weights of the model's routers are others.
+        """
+        super().on_load_checkpoint(checkpoint)
+        read_routers_entry(self._ready(), self._made(), checkpoint)
 
     def release(self) -> None:
         """Take the Bayesian routers out of the model. Idempotent."""

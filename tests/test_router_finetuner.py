@@ -3,6 +3,7 @@
 import logging
 import math
 from dataclasses import replace
+from functools import partial
 
 import pytest
 import torch
@@ -208,6 +209,30 @@ def test_a_checkpoint_holds_what_was_trained_and_predicts_the_same(data, tmp_pat
     other = finetuner(kind="full_covariance" if kind == "mean_field" else "mean_field", train="routers")
     with pytest.raises(RuntimeError, match="does not contain the tensors that this module trains"):
         trainer(tmp_path).test(other, datamodule=data, ckpt_path=saver.last_model_path)
+
+
+@pytest.mark.parametrize("precision", ["32-true", "bf16-true"])
+def test_a_checkpoint_belongs_to_the_routers_beside_which_it_was_trained(data, tmp_path, precision):
+    options, path = {"train": "routers"}, tmp_path / "last.ckpt"
+    beside = partial(qwen, moe_intermediate_size=16)  # grouped products in bfloat16 need as many
+    run = trainer(tmp_path, precision=precision, max_epochs=1)
+    run.fit(finetuner(beside(), **options), datamodule=data)
+    run.save_checkpoint(path)
+    # Rounded or not, they are the same weights.
+    for same in ("32-true", "bf16-true"):
+        trainer(tmp_path, precision=same).test(
+            finetuner(beside(), **options), datamodule=data, ckpt_path=path, verbose=False
+        )
+    model = beside()
+    with torch.no_grad():
+        model.get_submodule(find_routers(model)[1].name).weight[0] += 0.5
+    with pytest.raises(ValueError, match="not those beside which the Bayesian routers were trained"):
+        trainer(tmp_path).test(finetuner(model, **options), datamodule=data, ckpt_path=path, verbose=False)
+    with pytest.raises(ValueError, match="not those beside which"):
+        RouterFinetuner.load_from_checkpoint(path, model=model)
+    other = finetuner(beside(), **options, prior_scale=1.0)
+    with pytest.raises(ValueError, match=r"trained with \(prior_scale, prior_unit\) = \(2.0, 'gap'\)"):
+        trainer(tmp_path, precision=precision, max_epochs=2).fit(other, datamodule=data, ckpt_path=path)
 
 
 def test_resume_goes_on_where_training_stopped(data, tmp_path):

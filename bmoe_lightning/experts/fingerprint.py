@@ -45,24 +45,26 @@ def weight_fingerprint(model: nn.Module, layers: Sequence[ExpertLayer]) -> str:
     return _digest(fingerprinted_module(model, layers), sharded=has_shards(model))
 
 
-def module_fingerprint(module: nn.Module, *, model: nn.Module | None = None) -> str:
+def module_fingerprint(module: nn.Module, *, model: nn.Module | None = None, dtype: torch.dtype = torch.float32) -> str:
     """Hash a sample of all parameters of a module, whichever part of it has the experts; see `weight_fingerprint`.
 
     Args:
         module: The module.
         model: The model that it is a part of, whose weights may be sharded; None if it is none.
+        dtype: Dtype to which the values are rounded.
     """
     whole = module if model is None else model
     reshard(whole)
-    return _digest(module, sharded=has_shards(whole))
+    return _digest(module, sharded=has_shards(whole), dtype=dtype)
 
 
-def _digest(module: nn.Module, *, sharded: bool) -> str:
+def _digest(module: nn.Module, *, sharded: bool, dtype: torch.dtype = torch.float32) -> str:
     digest = hashlib.sha256()
     samples = sorted(_samples(module, sharded=sharded), key=lambda sample: sample[0])
     digest.update("\n".join(f"{name}:{len(values)}" for name, values in samples).encode())
     # In the order of their names, on whatever devices they are.
-    digest.update(joined_samples([values for _, values in samples], sharded=sharded).numpy().tobytes())
+    joined = joined_samples([values for _, values in samples], sharded=sharded)
+    digest.update(joined.to(dtype).float().numpy().tobytes())
     return digest.hexdigest()
 
 

@@ -40,6 +40,7 @@ class BayesianRouters(nn.ModuleList):
     Attributes:
         options: Their options.
         is_probed: Whether `probe` has run.
+        prior: Scale of the prior and its unit, where a training has set them.
 
     Raises:
         ValueError: If the model has no such routers, or one of them cannot be of the kind.
@@ -49,6 +50,7 @@ class BayesianRouters(nn.ModuleList):
         super().__init__()
         self.options = options
         self.is_probed = False
+        self.prior: tuple[float, str] | None = None
         for router in _chosen(find_routers(model), layers):
             net = options.make(router, trained_dtype(model, router))
             weight = next(model.get_submodule(router.name).parameters(), None)

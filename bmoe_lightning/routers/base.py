@@ -27,6 +27,8 @@ from bmoe_lightning.routers.draws import Draws
 from bmoe_lightning.routers.scores import at_least_float32
 from bmoe_lightning.routers.types import Router
 
+_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+
 RouterState = Mapping[str, Tensor]
 """Tensors by `{index of the router}.{name}`."""
 
@@ -165,16 +167,30 @@ def load_router_state(nets: Sequence[BayesianRouter], state: RouterState) -> Non
         net.load_state_dict(own, assign=True)
 
 
-def router_fingerprint(model: nn.Module, routers: Sequence[Router]) -> Tensor:
+def router_fingerprint(model: nn.Module, routers: Sequence[Router], dtype: torch.dtype = torch.float32) -> Tensor:
     """A hash of the weights of routers, `[32]` uint8; see `weight_fingerprint`. A collective, if they are sharded.
 
     Args:
         model: The model.
         routers: Some of its routers.
+        dtype: Dtype to which the weights are rounded.
     """
-    digests = [module_fingerprint(model.get_submodule(router.name), model=model) for router in routers]
+    digests = [module_fingerprint(model.get_submodule(router.name), model=model, dtype=dtype) for router in routers]
     digest = hashlib.sha256("\n".join(digests).encode()).digest()
     return torch.frombuffer(bytearray(digest), dtype=torch.uint8)
+
+
+def rounded_router_fingerprints(model: nn.Module, routers: Sequence[Router]) -> Tensor:
+    """Hashes of the weights of routers as they are and rounded to bfloat16 and float16, `[3, 32]` uint8.
+
+    Copies of a model in two of these dtypes share one of them, if one is the other, rounded. A collective, if the
+    weights are sharded.
+
+    Args:
+        model: The model.
+        routers: Some of its routers.
+    """
+    return torch.stack([router_fingerprint(model, routers, dtype) for dtype in _DTYPES])
 
 
 def check_router_weights(model: nn.Module, routers: Sequence[Router], fingerprint: Tensor) -> None:
@@ -183,12 +199,14 @@ def check_router_weights(model: nn.Module, routers: Sequence[Router], fingerprin
     Args:
         model: The model.
         routers: The routers.
-        fingerprint: Their hash when the Bayesian routers were trained; see `router_fingerprint`.
+        fingerprint: Their hash when the Bayesian routers were trained, see `router_fingerprint`; or the hashes of
+            `rounded_router_fingerprints`, of which one must be the same.
 
     Raises:
         ValueError: If the weights of the routers are others.
     """
-    if not torch.equal(router_fingerprint(model, routers), fingerprint.cpu()):
+    found = (router_fingerprint if fingerprint.dim() == 1 else rounded_router_fingerprints)(model, routers)
+    if not bool((found == fingerprint.cpu()).all(-1).any()):
         raise ValueError(
             f"the weights of the routers of {type(model).__name__} are not those beside which the Bayesian routers "
             "were trained; load the checkpoint that they belong to, or train them again"

@@ -40,7 +40,7 @@ class RouterPrior:
 
     scale: float = 2.0
     unit: PriorUnit = "gap"
-    beta: float = 0.01
+    beta: float = 0.1
 
     def __post_init__(self) -> None:
         check_choice("prior_unit", self.unit, get_args(PriorUnit))
@@ -61,9 +61,17 @@ class RouterSteps:
         routers: The Bayesian routers beside it.
         prior: Their prior.
         seed: Seed of the samples, not negative.
+
+    Raises:
+        ValueError: If the routers have another prior, from an earlier training.
     """
 
     def __init__(self, model: nn.Module, routers: BayesianRouters, prior: RouterPrior, seed: int) -> None:
+        if routers.prior not in (None, (prior.scale, prior.unit)):
+            raise ValueError(
+                f"the Bayesian routers were trained with (prior_scale, prior_unit) = {routers.prior}, and these "
+                f"arguments are {(prior.scale, prior.unit)} now; pass those of the training, or train new routers"
+            )
         self._model, self._routers, self._prior, self._seed = model, routers, prior, seed
         self._open = ExitStack()
         self._training: RouterTraining | None = None
@@ -148,6 +156,7 @@ class RouterSteps:
         gaps = median_gaps(counts)
         units = gaps if self._prior.unit == "gap" else [1.0] * len(gaps)
         self._routers.set_scales([self._prior.scale * unit for unit in units])
+        self._routers.prior = (self._prior.scale, self._prior.unit)
         if is_rank_zero():
             _tell(self._routers, gaps)
 
