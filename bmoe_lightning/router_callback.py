@@ -12,7 +12,8 @@ from lightning.pytorch.utilities.model_helpers import is_overridden
 
 from bmoe_lightning.experts import ClassLogits
 from bmoe_lightning.experts.wrappers.compiled import is_compiled
-from bmoe_lightning.routers.attached import BayesianRouters, attached_routers
+from bmoe_lightning.router_finetuner import RouterFinetuner
+from bmoe_lightning.routers.attached import BayesianRouters, attached_routers, checked_layers
 from bmoe_lightning.routers.kinds import RouterOptions
 from bmoe_lightning.trainer.checks import check_callable
 from bmoe_lightning.trainer.first_batches import no_logging
@@ -70,7 +71,7 @@ class RouterTrainingCallback(L.Callback):
             raise ValueError(f"seed must be 0 or more, got {seed}")
         self.options = RouterOptions(kind, rank, hidden, seed)
         self.prior = RouterPrior(prior_scale, prior_unit, beta)
-        self.layers = tuple(layers)
+        self.layers = checked_layers(layers)
         self.seed = seed
         self._class_logits = class_logits
         self._steps: RouterSteps | None = None
@@ -79,6 +80,11 @@ class RouterTrainingCallback(L.Callback):
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
         """Check trainer and module, and put the Bayesian routers beside the model once it is complete."""
         self._restore()
+        if isinstance(pl_module, RouterFinetuner):
+            raise ValueError(
+                "RouterFinetuner trains its Bayesian routers itself, and RouterTrainingCallback would train them a "
+                "second time; leave the callback out"
+            )
         if stage == "fit":
             _check(trainer, pl_module)
             check_callable(pl_module, self._class_logits)

@@ -17,7 +17,7 @@ from bmoe_lightning.methods.base import check_choice
 from bmoe_lightning.methods.evaluation import average_log_probs
 from bmoe_lightning.models.loading import DtypeName
 from bmoe_lightning.optim import HalfPrecisionUpdates
-from bmoe_lightning.routers.attached import BayesianRouters
+from bmoe_lightning.routers.attached import BayesianRouters, checked_layers
 from bmoe_lightning.routers.draws import PositionNoise
 from bmoe_lightning.routers.kinds import RouterOptions
 from bmoe_lightning.routers.prediction import mean_routers, sampled_routes
@@ -127,7 +127,7 @@ class RouterFinetuner(Finetuner):
         check_choice("train", train, get_args(RouterTrainedPart))
         self.options = RouterOptions(kind, rank, hidden, seed)
         self.prior = RouterPrior(prior_scale, prior_unit, beta)
-        self.layers = layers = tuple(layers)
+        self.layers = layers = checked_layers(layers)
         _check_numbers(num_samples, seed, router_learning_rate)
         super().__init__(
             model,

@@ -12,9 +12,9 @@ from finetuner_cases import trainer as plain_trainer
 from lightning.pytorch.callbacks import Callback, ModelCheckpoint
 from lightning.pytorch.plugins.precision import MixedPrecision
 from router_cases import BETA, SEED, Gradients, OwnModule, UsersModule, batches, explicit, perturbed
-from toy import ToyModule, loader, trainer
+from toy import ToyModule, loader, toy_model, trainer
 
-from bmoe_lightning import BayesianMoECallback, RouterTrainingCallback
+from bmoe_lightning import BayesianMoECallback, RouterFinetuner, RouterTrainingCallback
 from bmoe_lightning.experts import find_expert_layers, weight_fingerprint
 from bmoe_lightning.routers import attached_routers, trained_routers
 
@@ -230,6 +230,12 @@ def test_refusals(tmp_path):
     for module, error, says in cases:
         with pytest.raises(error, match=says):
             plain_trainer(tmp_path, RouterTrainingCallback()).fit(module, loader(16, 1))
+    with pytest.raises(ValueError, match="RouterFinetuner trains its Bayesian routers itself"):
+        plain_trainer(tmp_path, RouterTrainingCallback()).fit(RouterFinetuner(toy_model(), [1, 2, 3]), loader(16, 1))
+    with pytest.raises(ValueError, match="layers must be a sequence"):
+        RouterTrainingCallback(layers=1)
+    with pytest.raises(ValueError, match="router 0 twice"):
+        RouterTrainingCallback(layers=[0, 0])
     with pytest.raises(ValueError, match="unknown kind"):
         RouterTrainingCallback("dropout")
     with pytest.raises(ValueError, match="seed must be 0 or more"):

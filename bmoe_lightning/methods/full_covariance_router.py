@@ -10,7 +10,7 @@ from bmoe_lightning.methods.base import option
 from bmoe_lightning.methods.variational_router import GaussianRouterMethod
 from bmoe_lightning.routers.base import BayesianRouter
 from bmoe_lightning.routers.costs import RouterCost, low_rank_cost, triangular_cost
-from bmoe_lightning.routers.full_covariance import FullCovarianceLogits, check_form
+from bmoe_lightning.routers.full_covariance import FullCovarianceLogits, check_form, check_rank
 from bmoe_lightning.routers.types import Router
 
 
@@ -32,7 +32,8 @@ class FullCovarianceRouter(GaussianRouterMethod):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        check_form(1, self.rank)
+        if self.rank is not None:
+            check_rank(self.rank)
 
     def check_router(self, router: Router) -> None:
         check_form(router.num_experts, self.rank)

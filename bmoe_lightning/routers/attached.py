@@ -167,6 +167,23 @@ def _chosen(routers: Sequence[Router], layers: Sequence[int]) -> list[Router]:
     return [router for router in routers if not layers or router.index in layers]
 
 
+def checked_layers(layers: Sequence[int]) -> tuple[int, ...]:
+    """Indices of routers, each once; none for all of them.
+
+    Args:
+        layers: The argument of that name.
+
+    Raises:
+        ValueError: If it is no sequence of whole numbers, or names a router twice.
+    """
+    if not isinstance(layers, Sequence) or any(type(layer) is not int for layer in layers):
+        raise ValueError(f"layers must be a sequence of indices of routers, got {layers!r}; pass such as layers=[1]")
+    twice = [layer for layer in layers if layers.count(layer) > 1]
+    if twice:
+        raise ValueError(f"layers names the router {twice[0]} twice; name each router once")
+    return tuple(layers)
+
+
 def attached_routers(module: nn.Module) -> BayesianRouters | None:
     """The Bayesian routers that a module holds beside its model; None if there are none.
 

@@ -32,7 +32,8 @@ class FullCovarianceLogits(GaussianRouter):
         dtype: Dtype of the trained part.
 
     Raises:
-        ValueError: If there are too many experts for the full form, or the rank is not positive.
+        ValueError: If there are too many experts for the full form, or the rank is not positive or larger than their
+            number.
     """
 
     def __init__(
@@ -68,9 +69,24 @@ def check_form(num_experts: int, rank: int | None) -> None:
     """Check that a covariance of so many experts can be computed.
 
     Raises:
-        ValueError: If there are too many for the full form, or the rank is not positive.
+        ValueError: If there are too many for the full form, or the rank is not positive or larger than their number.
     """
     if rank is None:
         check_full(num_experts)
-    elif rank < 1:
+        return
+    check_rank(rank)
+    if rank > num_experts:
+        raise ValueError(
+            f"rank={rank} is larger than the number of experts of a router, {num_experts}; pass a smaller rank, or "
+            "None for the full form"
+        )
+
+
+def check_rank(rank: int) -> None:
+    """Check that a rank is positive.
+
+    Raises:
+        ValueError: If it is not.
+    """
+    if rank < 1:
         raise ValueError(f"the low-rank form of a covariance needs a rank of at least 1, got {rank}")
