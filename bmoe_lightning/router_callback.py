@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import asdict
 from functools import partial, wraps
 from typing import Any
 
@@ -14,9 +15,11 @@ from bmoe_lightning.experts import ClassLogits
 from bmoe_lightning.experts.wrappers.compiled import is_compiled
 from bmoe_lightning.router_finetuner import RouterFinetuner
 from bmoe_lightning.routers.attached import BayesianRouters, attached_routers, checked_layers
+from bmoe_lightning.routers.discovery import find_routers
 from bmoe_lightning.routers.kinds import RouterOptions
 from bmoe_lightning.trainer.checks import check_callable
 from bmoe_lightning.trainer.first_batches import no_logging
+from bmoe_lightning.trainer.router_checkpoints import ROUTERS_KEY, read_routers_entry, routers_entry, stored_routers
 from bmoe_lightning.trainer.router_steps import PriorUnit, RouterPrior, RouterSteps
 
 _NAME = "bayesian_routers"
@@ -26,7 +29,9 @@ class RouterTrainingCallback(L.Callback):
     """Trains Bayesian routers beside the model of any LightningModule, in its own training step and optimizer.
 
     Before the optimizer is made, the module gets a submodule `bayesian_routers`, whose weights are trained with all
-    others that `configure_optimizers` takes from `self.parameters()`, and saved with them. In `training_step`, which
+    others that `configure_optimizers` takes from `self.parameters()`. Checkpoints have them apart from the state dict,
+    which is the user's own, and the callback loads them again; files of weights alone and those of FSDP2 have them in
+    the state dict. In `training_step`, which
     stays as it is, the logits or choices of the model's routers are samples, one for each token; the backward pass of
     its loss adds the gradient of `beta` times their penalty, counted once under gradient accumulation and not scaled
     twice by mixed precision. In validation, test and prediction the module is itself, without Bayesian routers.
@@ -92,6 +97,28 @@ class RouterTrainingCallback(L.Callback):
             self._replace(pl_module, "configure_model", after=partial(self._attach, pl_module))
         else:
             self._attach(pl_module)
+        self._replace(pl_module, "on_load_checkpoint", before=partial(self._insert, pl_module))
+
+    def on_save_checkpoint(self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]) -> None:
+        """Store the Bayesian routers apart from the state dict of the user's module."""
+        routers = attached_routers(pl_module)
+        if routers is None:
+            return
+        entry = routers_entry(pl_module, routers) | self._description(routers)
+        # ModelParallelStrategy loads the file itself, before anyone could put them back.
+        if not isinstance(trainer.strategy, ModelParallelStrategy):
+            state = checkpoint["state_dict"]
+            entry["state"] = {name: value for name, value in state.items() if name.startswith(f"{_NAME}.")}
+            checkpoint["state_dict"] = {name: value for name, value in state.items() if name not in entry["state"]}
+        checkpoint[ROUTERS_KEY] = entry
+
+    def on_load_checkpoint(self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]) -> None:
+        """Check that the Bayesian routers that were loaded were trained beside the same routers.
+
+        Raises:
+            ValueError: If the weights of the module's routers are others.
+        """
+        read_routers_entry(pl_module, _attached(pl_module), checkpoint)
 
     def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Check that an optimizer trains the Bayesian routers."""
@@ -112,7 +139,7 @@ class RouterTrainingCallback(L.Callback):
         steps = self._steps = RouterSteps(pl_module, _attached(pl_module), self.prior, self.seed)
         self._undo.append(steps.close)
 
-        def begin() -> None:
+        def begin(*_: Any, **__: Any) -> None:
             # Here and not when the batch starts: other callbacks run the model then.
             weight = self.prior.beta * _loss_scale(trainer) / trainer.accumulate_grad_batches
             steps.begin(trainer.fit_loop.total_batch_idx, penalty_weight=weight)
@@ -158,13 +185,32 @@ class RouterTrainingCallback(L.Callback):
         """Take the Bayesian routers out of the model, and restore the module's methods."""
         self._restore()
 
-    def _attach(self, module: L.LightningModule) -> None:
+    def _insert(self, module: L.LightningModule, checkpoint: dict[str, Any]) -> None:
+        """Put the Bayesian routers of a checkpoint into its state dict, before the module loads it."""
+        routers, entry = _attached(module), checkpoint.get(ROUTERS_KEY, {})
+        here = self._description(routers)
+        then = {name: entry.get(name, value) for name, value in here.items()}
+        if here != then:
+            raise ValueError(
+                f"the checkpoint has Bayesian routers with {then}, and RouterTrainingCallback has {here}; pass it the "
+                "options with which they were trained"
+            )
+        if "state_dict" in checkpoint:
+            own = {f"{_NAME}.{name}": value for name, value in routers.state_dict().items()}
+            checkpoint["state_dict"] = own | checkpoint["state_dict"] | stored_routers(checkpoint)
+
+    @staticmethod
+    def _description(routers: BayesianRouters) -> dict[str, Any]:
+        return asdict(routers.options) | {"layers": [net.router.index for net in routers.nets]}
+
+    def _attach(self, module: L.LightningModule, *_: Any) -> None:
         known = attached_routers(module)
         if known is None:
             known = BayesianRouters(module, self.options, self.layers)
             module.add_module(_NAME, known)
         given = [net.router.index for net in known.nets]
-        if known.options != self.options or (self.layers and given != sorted(self.layers)):
+        chosen = sorted(self.layers) or [router.index for router in find_routers(module)]
+        if known.options != self.options or given != chosen:
             raise ValueError(
                 f"{type(module).__name__} has Bayesian routers already, with {known.options} beside the routers "
                 f"{given}; pass the same options to RouterTrainingCallback, or another module"
@@ -176,7 +222,7 @@ class RouterTrainingCallback(L.Callback):
         self,
         module: L.LightningModule,
         name: str,
-        before: Callable[[], None] | None = None,
+        before: Callable[..., None] | None = None,
         after: Callable[[], None] | None = None,
     ) -> None:
         """Call something before or after a method of a module, until it is restored."""
@@ -185,7 +231,7 @@ class RouterTrainingCallback(L.Callback):
         @wraps(method)
         def replaced(*args: Any, **kwargs: Any) -> Any:
             if before is not None:
-                before()
+                before(*args, **kwargs)
             output = method(*args, **kwargs)
             if after is not None:
                 after()

@@ -149,6 +149,35 @@ def test_attaches_trains_logs_and_saves(tmp_path):
         trainer(tmp_path, [RouterTrainingCallback(hidden=3)], max_epochs=1).fit(fresh, data)
 
 
+def test_a_checkpoint_of_the_users_module_is_its_own(tmp_path):
+    class Momentum(ToyModule):
+        def configure_optimizers(self):
+            return torch.optim.Adam(self.parameters(), lr=0.01)
+
+    def run(epochs):
+        return trainer(tmp_path, [RouterTrainingCallback(hidden=3)], max_epochs=epochs)
+
+    path, data, options = tmp_path / "one.ckpt", loader(16, 1), {"verbose": False}
+    whole, part, resumed = Momentum(), Momentum(), Momentum()
+    run(2).fit(whole, data)
+    first = run(1)
+    first.fit(part, data)
+    first.save_checkpoint(path)
+    assert set(torch.load(path, weights_only=True)["state_dict"]) == set(Momentum().state_dict())
+    loaded = Momentum.load_from_checkpoint(path)
+    assert all(torch.equal(value, part.state_dict()[name]) for name, value in loaded.state_dict().items())
+    trainer(tmp_path, []).test(Momentum(), data, ckpt_path=path, **options)
+    run(2).fit(resumed, data, ckpt_path=path)
+    for name, value in whole.state_dict().items():
+        assert torch.equal(resumed.state_dict()[name], value), name
+    with pytest.raises(ValueError, match="the checkpoint has Bayesian routers with"):
+        trainer(tmp_path, [RouterTrainingCallback(hidden=4)]).fit(Momentum(), data, ckpt_path=path)
+    for given, where in ((Momentum(), {"ckpt_path": path}), (part, {})):
+        callback = RouterTrainingCallback(hidden=3, prior_scale=1.0)
+        with pytest.raises(ValueError, match=r"trained with \(prior_scale, prior_unit\)"):
+            trainer(tmp_path, [callback]).fit(given, data, **where)
+
+
 class Late(ToyModule):
     """Builds its model in configure_model, and counts."""
 

@@ -13,6 +13,7 @@ from typing import Any, Literal
 import lightning as L
 import torch
 
+from bmoe_lightning.trainer.router_checkpoints import stored_routers
 from bmoe_lightning.utils.file_header import check_readable
 
 
@@ -78,7 +79,7 @@ def _state_dict(path: str) -> dict[str, Any]:
     state = checkpoint.get("state_dict") if isinstance(checkpoint, Mapping) else None
     if not isinstance(state, Mapping):
         raise _damaged(path)
-    return dict(state)
+    return {**state, **stored_routers(checkpoint)}
 
 
 def check_hyperparameters(trainer: L.Trainer, module: L.LightningModule) -> None:
