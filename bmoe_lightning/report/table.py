@@ -6,6 +6,7 @@ import math
 from collections.abc import Mapping, Sequence
 
 from bmoe_lightning.metrics import HEADLINE_METRICS, METRIC_NAMES, MetricSpec
+from bmoe_lightning.report.alike import alike, told_once
 from bmoe_lightning.report.results import MetricSummary, Row
 
 _GAP = "  "
@@ -37,13 +38,13 @@ def caption(rows: Sequence[Row]) -> str:
 
 
 def footnotes(rows: Sequence[Row]) -> dict[str, str]:
-    """The warnings of all rows: the mark of each distinct sentence, such as `¹`, by the sentence.
+    """The warnings of all rows: the mark of each sentence, such as `¹`; those that differ in numbers alone share one.
 
     Args:
         rows: From `summarise`.
     """
-    sentences = dict.fromkeys(sentence for row in rows for sentence in row.warnings)
-    return {sentence: str(number).translate(_SUPERSCRIPT) for number, sentence in enumerate(sentences, 1)}
+    groups = alike(sentence for row in rows for sentence in row.warnings)
+    return {sentence: str(n).translate(_SUPERSCRIPT) for n, group in enumerate(groups, 1) for sentence in group}
 
 
 def results_table(rows: Sequence[Row], *, width: int = 120) -> str:
@@ -80,7 +81,7 @@ def results_table(rows: Sequence[Row], *, width: int = 120) -> str:
     widths[0] = max(len(_HEADER[0]), min(widths[0], width - _total_width(widths[1:]) - len(_GAP)))
     rule = "─" * _total_width(widths)
     body = [_aligned(line, widths) for line in lines]
-    notes = [line for sentence, mark in marks.items() for line in _wrapped(f"{mark} {sentence}", width)]
+    notes = [line for sentence in _notes(marks) for line in _wrapped(sentence, width)]
     return "\n".join([_aligned(_HEADER, widths), rule, *body, rule, *_wrapped(note, width), *notes])
 
 
@@ -119,7 +120,7 @@ def results_markdown(rows: Sequence[Row], notes: Sequence[str] = ()) -> str:
         blocks.insert(1, _markdown_table(numbers))
     if further:
         blocks.insert(1, _markdown_table(further))
-    blocks += [f"{mark} {_escaped(sentence)}" for sentence, mark in marks.items()]
+    blocks += map(_escaped, _notes(marks))
     blocks += map(_escaped, notes)
     return "\n\n".join(blocks) + "\n"
 
@@ -176,7 +177,12 @@ def _total_width(widths: Sequence[int]) -> int:
 
 
 def _marked(label: str, row: Row, marks: Mapping[str, str]) -> str:
-    return " ".join([label, *(marks[sentence] for sentence in row.warnings)])
+    return " ".join([label, *dict.fromkeys(marks[sentence] for sentence in row.warnings)])
+
+
+def _notes(marks: Mapping[str, str]) -> list[str]:
+    """The footnotes, each with its mark."""
+    return [f"{marks[group[0]]} {told_once(group)}" for group in alike(marks)]
 
 
 def _shortened(label: str, width: int) -> str:

@@ -112,6 +112,15 @@ def test_warnings_are_marks_and_footnotes(one_seed):
     assert markdown.endswith(f"\n\n¹ {DOUBT}\n\n² another \\| one\n")
 
 
+def test_warnings_that_differ_in_numbers_alone_share_a_footnote(one_seed):
+    first, second = (f"seed {n}: rank {n} discards {n}1% (in layer {n}); use more" for n in (0, 2))
+    marked = [dataclasses.replace(row, warnings=(first, second)) for row in summarise(one_seed, SETTINGS)[:2]]
+    text = results_table(marked)
+    assert text.count("¹") == 3
+    assert "²" not in text
+    assert "¹ seeds 0, 2: rank 0 discards 01% (in layer 0); use more (the numbers are those of the first)" in text
+
+
 def test_rows_without_warnings_have_no_footnotes(one_seed):
     rows = summarise(one_seed, SETTINGS)
     assert not set("¹²³") & set(results_table(rows) + results_markdown(rows))

@@ -8,11 +8,11 @@ from typing import Any
 
 from bmoe_lightning.metrics import get_metric
 from bmoe_lightning.report import MethodResult
+from bmoe_lightning.report.alike import without_particulars
 from recipes.common.report_parts import Section, markdown_table
 from recipes.paper.report.bars import number, pair_words
 from recipes.paper.report.compared import Bar
 from recipes.paper.report.section import ReportInput, metric_value
-from recipes.paper.report.warned import without_particulars
 
 FEWEST_FITS = 5
 """Number of fits of either kind below which a claim is left out."""

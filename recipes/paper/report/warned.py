@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import re
-
+from bmoe_lightning.report.alike import alike, told_once
 from recipes.common.report_parts import Section
 from recipes.paper.report.section import ReportInput
 
 _TITLE = "Warnings"
-_PARTICULARS = re.compile(r"\([^()]*\)|-?\d+(\.\d+)?(e[+-]?\d+)?")  # of one fit: numbers, and what stands in brackets
 
 
 def section(report: ReportInput) -> Section | None:
@@ -35,27 +33,11 @@ def section(report: ReportInput) -> Section | None:
                 found.setdefault(sentence, []).append(place)
     if not found:
         return None
-    alike: dict[str, list[str]] = {}
-    for sentence in found:
-        alike.setdefault(without_particulars(sentence), []).append(sentence)
     text = "\n".join(
-        f"- {_words(sentences)}\n{_places([place for sentence in sentences for place in found[sentence]], methods)}"
-        for sentences in alike.values()
+        f"- {told_once(sentences)}\n{_places([place for sentence in sentences for place in found[sentence]], methods)}"
+        for sentences in alike(found)
     )
     return Section(_TITLE, text=(text,), details={"warnings": found})
-
-
-def without_particulars(sentence: str) -> str:
-    """A warning without what is of one fit: the same for fits that are warned of for the same reason.
-
-    Args:
-        sentence: The warning.
-    """
-    return _PARTICULARS.sub("", sentence)
-
-
-def _words(sentences: list[str]) -> str:
-    return sentences[0] if len(sentences) == 1 else f"{sentences[0]} (the numbers are those of the first)"
 
 
 def _places(places: list[dict[str, str | int]], methods: dict[str, set[str]]) -> str:
