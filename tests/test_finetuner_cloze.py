@@ -13,12 +13,14 @@ from finetuner_cases import CALIBRATION, TEST, TRAIN, finetuner, qwen, trainer
 from bmoe_lightning import BayesianMoECallback, LaplacePosterior, LoRAFinetuner
 from bmoe_lightning.data import MultipleChoiceDataModule, Question, Splits, get_prompt_format, train_word_tokenizer
 from bmoe_lightning.methods import get_method, method_names
+from bmoe_lightning.methods.mean_field_router import MeanFieldRouter
 from bmoe_lightning.models.choice_logits import choice_logits
 
 WORDS = ("red wax", "honey", "a long thread of silk", "bread and butter")
 NEEDS = {name: get_method(name).needs for name in method_names()}
 # The others need several trainings, and the training of other weights.
-METHODS = [name for name, needs in NEEDS.items() if not (needs.runs or needs.lora)]
+METHODS = [name for name, needs in NEEDS.items() if not (needs.runs or needs.lora or needs.router_training)]
+TRAINED = MeanFieldRouter(epochs=1, num_samples=2)
 
 
 def worded(question):
@@ -125,7 +127,7 @@ def fitted(request, tokenizer, tmp_path_factory):
     every = (*splits.train, *splits.calibration, *splits.test)
     words = train_word_tokenizer([" ".join([form.render(q), *form.answers(q)]) for q in every], max_vocab=300)
     data = data_of(words, splits, shared_prompts=request.param, eval_batch_size=16, normalise="characters")
-    callback = BayesianMoECallback(methods=METHODS, dirpath=str(folder / "fit"))
+    callback = BayesianMoECallback(methods=(*METHODS, TRAINED), dirpath=str(folder / "fit"))
     module = finetuner(qwen(vocab_size=len(words)))
     run = trainer(folder, callback, max_epochs=2)
     run.fit(module, datamodule=data)
@@ -136,7 +138,7 @@ def fitted(request, tokenizer, tmp_path_factory):
 def test_every_method_predicts(fitted):
     _, callback, _, _, _ = fitted
     found = callback.predictions["test"]
-    assert set(found) == set(METHODS)
+    assert set(found) == {*METHODS, TRAINED.name}
     for name, predictions in found.items():
         log_probs = predictions.log_probs
         assert log_probs.shape == (7, 4), name

@@ -186,8 +186,9 @@ class TrainedRouterMethod(RouterMethod):
         nets = self.nets(batch, state)
         signals = batch.once((self, id(state), "signals"), lambda: _signals(batch, nets))
         for name, of_router in (("logit_variance", signals.variances), ("gate_entropy", signals.entropies)):
-            if of_router:
-                scores[f"router_{name}"] = _of_examples(of_router, batch)
+            values = _of_examples(of_router, batch) if of_router else None
+            if values is not None:
+                scores[f"router_{name}"] = values
         return scores
 
     def check_state(self, state: State) -> None:
@@ -215,16 +216,12 @@ def _signals(batch: BatchView, nets: Sequence[BayesianRouter]) -> RouterSignals:
     return signals
 
 
-def _of_examples(of_router: Mapping[int, Sequence[Tensor]], batch: BatchView) -> Tensor:
-    """The mean over routers and over the rows of each example, `[B]`."""
-    count = len(batch.logits)
-    found = []
-    for calls in of_router.values():
-        for values in calls:
-            if len(values) % count:
-                raise ValueError(
-                    f"the model ran on {len(values)} rows for {count} examples, so it is unknown which rows are those "
-                    "of an example; let class_logits run the model on the same number of rows for each example"
-                )
-            found.append(values.view(count, -1).mean(1).to(batch.logits.device))
+def _of_examples(of_router: Mapping[int, Sequence[Tensor]], batch: BatchView) -> Tensor | None:
+    """The mean over routers, `[B]`; None where the model runs on other rows than one for each example.
+
+    Which rows are those of an example is known to `class_logits` alone, since examples may have different numbers.
+    """
+    found = [values.to(batch.logits.device) for calls in of_router.values() for values in calls]
+    if any(len(values) != len(batch.logits) for values in found):
+        return None
     return torch.stack(found).mean(0)

@@ -105,7 +105,7 @@ def test_a_fit_is_compared_with_all_that_decides_about_it(name):
     method = get_method(name).with_defaults(RANK3)
     exempt = set() if name in FITTED_TO_PREDICTIONS else PREDICTION_ONLY
     if method.needs.routers:  # where samples are of routes, which their scale is fitted to
-        exempt = exempt - {"num_samples"} | {"samples_per_pass", "link_samples"}
+        exempt = exempt - {"num_samples", "link", "link_samples"} | {"samples_per_pass"}
     exempt = exempt | ({"size"} if method.needs.run_methods else set())  # the other posteriors have fits of their own
     assert set(method.fit_options()) == {"class", *method.options()} - {"label"} - exempt
 
