@@ -42,6 +42,7 @@ CALIBRATION = [toy_batch(num_rows=104, seed=4)]
 TRAINED = ("layers.0.mixture.crew.down_proj", "layers.1.mixture.crew.down_proj")
 # Weights, moments and held-out logits of either sign are valid.
 ANY_SIGN = ("mean/", "deviations/", ".calibration/", "mixture.", "basis", "gram", "sketch", "omega", "factor")
+NET, NET_NOT_NEGATIVE = "net.", ("variance", "prior_scale", "rate")  # weights of a Bayesian router, but for these
 # Another value of these is another valid file, as that of another run: under digests of its own nothing can tell.
 FREE = ("generator", "seed", "label", "warnings", "labels", "superseded", "num_examples", "digest", "examples",
         "batches", "checked", "writes")  # fmt: skip
@@ -179,7 +180,9 @@ def tensor_mutated(  # noqa: C901  (one branch a kind)
     if kind in ("nan", "inf") and value.is_floating_point() and value.numel():
         value.view(-1)[rng.randrange(value.numel())] = float(kind)
     elif kind == "negative" and value.is_floating_point() and float(value.abs().sum()) > 0:
-        if any(part in name for part in ANY_SIGN):
+        if any(part in name for part in ANY_SIGN) or (
+            name.startswith(NET) and name.rpartition(".")[2] not in NET_NOT_NEGATIVE
+        ):
             return None
         tensors[name] = -value - 1
     elif kind == "dtype":

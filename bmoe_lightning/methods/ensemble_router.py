@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from torch import Tensor
@@ -82,7 +82,11 @@ class EnsembleRouter(WeightRouterMethod):
     def num_parameters(self, d_in: int, num_experts: int) -> int:
         return self.size * d_in * num_experts
 
-    def stored_net(self, router: Router, tensors: Mapping[str, Tensor]) -> BayesianRouter:
+    @property
+    def loss_counts(self) -> Collection[int]:
+        return (2,)  # of the model, and of the method
+
+    def stored_net(self, router: Router, tensors: Mapping[str, Tensor], state: State) -> BayesianRouter:
         return EnsembleMembers(router, len(tensors["shifts"]))
 
     def hyperparameters(self, state: State) -> dict[str, float]:

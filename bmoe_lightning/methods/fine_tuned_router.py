@@ -53,7 +53,7 @@ class FineTunedRouter(WeightRouterMethod):
     def num_parameters(self, d_in: int, num_experts: int) -> int:
         return d_in * num_experts
 
-    def stored_net(self, router: Router, tensors: Mapping[str, Tensor]) -> BayesianRouter:
+    def stored_net(self, router: Router, tensors: Mapping[str, Tensor], state: State) -> BayesianRouter:
         return FineTunedWeights(router)
 
     def uncertainty(self, batch: BatchView, state: State) -> dict[str, Tensor]:

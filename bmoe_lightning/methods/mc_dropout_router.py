@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -101,7 +101,11 @@ class MCDropoutRouter(WeightRouterMethod, SampledRouterMethod):
     def num_parameters(self, d_in: int, num_experts: int) -> int:
         return (1 + (self.epochs > 0)) * d_in * num_experts + 1  # the weight, its shift, and the rate
 
-    def stored_net(self, router: Router, tensors: Mapping[str, Tensor]) -> BayesianRouter:
+    @property
+    def loss_counts(self) -> Collection[int]:
+        return {2, *super().loss_counts}  # without and with dropout, or of its training
+
+    def stored_net(self, router: Router, tensors: Mapping[str, Tensor], state: State) -> BayesianRouter:
         return DropoutInputs(
             router, torch.zeros(router.num_experts, router.d_in), 0.0, trains_weight="shift" in tensors
         )

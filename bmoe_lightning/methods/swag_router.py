@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, replace
 
 from torch import Tensor
@@ -77,7 +77,11 @@ class SWAGRouter(WeightRouterMethod, SampledRouterMethod):
     def num_parameters(self, d_in: int, num_experts: int) -> int:
         return (min(self.rank, self.collections) + 2) * d_in * num_experts
 
-    def stored_net(self, router: Router, tensors: Mapping[str, Tensor]) -> BayesianRouter:
+    @property
+    def loss_counts(self) -> Collection[int]:
+        return (2,)  # of the model, and of the method
+
+    def stored_net(self, router: Router, tensors: Mapping[str, Tensor], state: State) -> BayesianRouter:
         return SwagSamples(router, len(tensors["deviations"]))
 
     def _fitted(self, work: Workbench, router: Router, collected: tuple[Mapping[str, Tensor], ...]) -> BayesianRouter:

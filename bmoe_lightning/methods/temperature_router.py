@@ -29,8 +29,9 @@ class TemperatureRouter(VariationalRouterMethod):
     prediction is one pass with one draw: `average="scores", num_samples=1`.
 
     No gradient passes through the draw: T learns through the weights of the drawn experts alone, unless
-    `score_function` adds the rest, which is unbiased and has much variance. T starts at 1 whatever the size of the
-    logits, which is random routing where they are small. One pass with drawn experts is less accurate than the model.
+    `score_function` adds the rest, which is unbiased for the cross entropy alone and has much variance. T starts at
+    1 whatever the size of the logits, which is random routing where they are small. One pass with drawn experts is
+    less accurate than the model.
     """
 
     name: str = "temperature_router"
@@ -44,6 +45,8 @@ class TemperatureRouter(VariationalRouterMethod):
     )
 
     _fewest_samples = 1
+
+    reported = ("gate_temperature",)
 
     def __post_init__(self) -> None:
         super().__post_init__()

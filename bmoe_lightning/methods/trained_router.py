@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable, Mapping, Sequence
+from abc import abstractmethod
+from collections.abc import Callable, Collection, Hashable, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
+from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -25,11 +27,12 @@ from bmoe_lightning.routers.base import (
     BayesianRouter,
     RouterState,
     check_router_weights,
+    load_router_state,
     router_fingerprint,
 )
 from bmoe_lightning.routers.discovery import find_routers
 from bmoe_lightning.routers.prediction import RouterSignals, mean_routers, recorded_signals
-from bmoe_lightning.routers.types import Router
+from bmoe_lightning.routers.types import SCORES, Router
 from bmoe_lightning.utils.messages import first_names
 
 _NET = "net."
@@ -60,6 +63,9 @@ class TrainedRouterMethod(RouterMethod):
     source = "https://arxiv.org/abs/2509.23830"
 
     _fewest_samples = 0
+
+    reported: ClassVar[tuple[str, ...]] = ()
+    """Statistics of the training that are among the hyperparameters, not negative."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -141,6 +147,8 @@ class TrainedRouterMethod(RouterMethod):
         return {
             "score": scores_of(routers),
             "top_k": torch.tensor([router.top_k or 0 for router in routers]),
+            "sizes": torch.tensor([[router.num_experts, router.d_in] for router in routers]),
+            "random": torch.tensor(sorted({int(name.partition(".")[0]) for name in state}), dtype=torch.int64),
             "fingerprint": router_fingerprint(work.model, routers),
             "epoch": scalar(found.epoch),
             "held_out_nll": torch.tensor(found.losses, dtype=torch.float64),
@@ -154,27 +162,38 @@ class TrainedRouterMethod(RouterMethod):
         other = {"name", "label", *(entry.name for entry in fields(SampledRouterMethod))}
         return type(self), tuple((e.name, getattr(self, e.name)) for e in fields(self) if e.name not in other)
 
-    def random_routers(self, batch: BatchView, state: State) -> dict[Router, dict[str, Tensor]]:
-        """The routers of a model that have a Bayesian router in a state, each with its tensors by name.
+    @abstractmethod
+    def stored_net(self, router: Router, tensors: Mapping[str, Tensor], state: State) -> BayesianRouter:
+        """A Bayesian router with parameters and buffers of the shapes of a state.
 
         Args:
-            batch: View of a batch.
+            router: The router.
+            tensors: Its tensors in the state, by name.
             state: State from `fit`.
-
-        Raises:
-            ValueError: If the model has other routers than that of the fit.
         """
+
+    def make_nets(self, batch: BatchView, state: State) -> list[BayesianRouter]:
         routers = [
             replace(router, top_k=int(top_k) or None)
             for router, top_k in zip(fitted_routers(batch, state["score"]), state["top_k"], strict=True)
         ]
         check_router_weights(batch.model, routers, state["fingerprint"])
-        found: dict[Router, dict[str, Tensor]] = {}
-        for name, value in state.items():
-            if name.startswith(_NET):
-                index, _, own = name.removeprefix(_NET).partition(".")
-                found.setdefault(routers[int(index)], {})[own] = value
-        return found
+        nets = self._stored_nets(routers, state)
+        load_router_state(nets, _net_state(state))
+        return nets
+
+    def _stored_nets(self, routers: Sequence[Router], state: State) -> list[BayesianRouter]:
+        """The Bayesian routers of a state beside routers of a model, not loaded."""
+        tensors = _net_state(state)
+        owned = {index: f"{index}." for index in state["random"].tolist()}
+        return [
+            self.stored_net(
+                routers[index],
+                {name.removeprefix(start): value for name, value in tensors.items() if name.startswith(start)},
+                state,
+            )
+            for index, start in owned.items()
+        ]
 
     def uncertainty(self, batch: BatchView, state: State) -> dict[str, Tensor]:
         """Mutual information of label and route, variance of the router logits in closed form, entropy of the gate.
@@ -195,12 +214,66 @@ class TrainedRouterMethod(RouterMethod):
         super().check_state(state)
         count = len(state.get("score", ()))
         check_scores(state.get("score"), count)
-        for key, shape in (("top_k", (count,)), ("fingerprint", (32,)), ("epoch", ())):
-            if key not in state or state[key].shape != shape:
-                raise ValueError(f"{key!r} must have the shape {list(shape)}")
+        whole = torch.int64
+        for key, shape, dtype in (
+            ("top_k", (count,), whole),
+            ("sizes", (count, 2), whole),
+            ("fingerprint", (32,), torch.uint8),
+            ("epoch", (), torch.float64),
+        ):
+            value = state.get(key)
+            if value is None or value.shape != shape or value.dtype != dtype:
+                raise ValueError(f"{key!r} must be {dtype} of the shape {list(shape)}")
+        if float(state["epoch"]) not in range(self.epochs + 1):
+            raise ValueError(f"'epoch' must be one of 0 to {self.epochs}, and is {float(state['epoch']):g}")
+        self._check_statistics(state)
+        self._check_nets(state)
+
+    @property
+    def loss_counts(self) -> Collection[int]:
+        """The numbers of held-out losses that a state may have: that before training, and one after each epoch."""
+        return (self.epochs + 1,)
+
+    def _check_statistics(self, state: State) -> None:
+        losses = state.get("held_out_nll")
+        if losses is None or losses.dtype != torch.float64 or losses.dim() != 1 or len(losses) not in self.loss_counts:
+            raise ValueError(f"'held_out_nll' must be float64, of {' or '.join(map(str, self.loss_counts))} numbers")
+        count = len(state.get("random", ()))
+        trained = self.reported if float(state["epoch"]) else ()
+        for name in (*trained, *(name for name in self.reported if name in state and name not in trained)):
+            value = state.get(name)
+            if value is None or value.dtype != torch.float64 or value.shape != (count,):
+                raise ValueError(f"{name!r} must be float64 and have an entry for each random router")
+        for name in ("held_out_nll", *self.reported):
+            if name in state and bool((state[name] < 0).any()):
+                raise ValueError(f"{name!r} must not be negative")
+
+    def _check_nets(self, state: State) -> None:
+        """Check that a state has the tensors of its Bayesian routers, with values that they may have."""
+        random, tensors = state.get("random"), _net_state(state)
+        found = sorted({int(name.partition(".")[0]) for name in tensors})
+        if random is None or random.dtype != torch.int64 or random.tolist() != found:
+            raise ValueError(f"'random' must be the indices of the routers that it has tensors of, {found}")
+        if found and found[-1] >= len(state["score"]):
+            raise ValueError(f"it has tensors of router {found[-1]}, and scores of {len(state['score'])} routers")
+        rows = zip(state["sizes"].tolist(), state["top_k"].tolist(), state["score"].tolist(), strict=True)
+        routers = [
+            Router("", index, num_experts, d_in, "", top_k=top_k or None, score=SCORES[score])
+            for index, ((num_experts, d_in), top_k, score) in enumerate(rows)
+        ]
+        nets = self._stored_nets(routers, state)
+        wide = {f"{net.router.index}.{name}" for net in nets for name, v in net.state_dict().items() if _is_double(v)}
+        dtypes = {value.dtype for name, value in tensors.items() if name not in wide}
+        if len(dtypes) > 1 or dtypes - {torch.float32, torch.float64} or not all(_is_double(tensors[n]) for n in wide):
+            raise ValueError(f"the tensors of its routers have the dtypes {', '.join(sorted(map(str, dtypes)))}")
+        load_router_state(nets, tensors)
+        for net in nets:
+            for name in net.not_negative:
+                if bool((net.get_buffer(name) < 0).any()):
+                    raise ValueError(f"{name!r} of router {net.router.index} must not be negative")
 
     def hyperparameters(self, state: State) -> dict[str, float]:
-        numbers = {name: state[name] for name in ("epoch", "kl", "scale_ratio", "gate_temperature") if name in state}
+        numbers = {name: state[name] for name in ("epoch", *self.reported) if name in state}
         losses = state["held_out_nll"].tolist()
         held_out = {"held_out_nll_untrained": losses[0], "held_out_nll": min(losses)} if losses else {}
         return {
@@ -208,6 +281,15 @@ class TrainedRouterMethod(RouterMethod):
             **held_out,
             **state_numbers({name: value.mean() for name, value in numbers.items()}),
         }
+
+
+def _net_state(state: State) -> dict[str, Tensor]:
+    """The tensors of the Bayesian routers in a state; see `router_state`."""
+    return {name.removeprefix(_NET): value for name, value in state.items() if name.startswith(_NET)}
+
+
+def _is_double(value: Tensor) -> bool:
+    return value.dtype == torch.float64
 
 
 def _signals(batch: BatchView, nets: Sequence[BayesianRouter]) -> RouterSignals:

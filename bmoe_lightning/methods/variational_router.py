@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal, get_args
@@ -16,10 +16,7 @@ from bmoe_lightning.experts.fsdp import unsharded_class
 from bmoe_lightning.methods.base import State, check_choice, option, state_numbers
 from bmoe_lightning.methods.batch_view import BatchView
 from bmoe_lightning.methods.needs import Needs
-from bmoe_lightning.methods.router_method import (
-    SampledRouterMethod,
-    on_devices,
-)
+from bmoe_lightning.methods.router_method import SampledRouterMethod, on_devices
 from bmoe_lightning.methods.router_training import RouterTrainingOptions, RouterTrainingResult
 from bmoe_lightning.methods.trained_router import TrainedRouterMethod
 from bmoe_lightning.methods.workbench import Workbench
@@ -129,17 +126,22 @@ class VariationalRouterMethod(TrainedRouterMethod, SampledRouterMethod):
         """Whether random choices of experts replace what routers return; False where logits are random."""
         return False
 
-    def make_nets(self, batch: BatchView, state: State) -> list[BayesianRouter]:
-        found, way, units = self.random_routers(batch, state), bool(state["way"]), state["unit"]
-        nets = [self.make_net(router, float(units[router.index]), way, torch.float32, 0) for router in found]
-        load_router_state(nets, {f"{r.index}.{name}": value for r, own in found.items() for name, value in own.items()})
-        return nets
+    def stored_net(self, router: Router, tensors: Mapping[str, Tensor], state: State) -> BayesianRouter:
+        return self.make_net(router, float(state["unit"][router.index]), bool(state["way"]), torch.float32, 0)
+
+    @property
+    def loss_counts(self) -> Collection[int]:
+        return (1,) if self.training == "with_model" else super().loss_counts
 
     def check_state(self, state: State) -> None:
+        unit, way = state.get("unit"), state.get("way")
+        if unit is None or unit.dtype != torch.float64 or unit.dim() != 1 or bool((unit < 0).any()):
+            raise ValueError("'unit' must be float64, of one dimension and not negative")
+        if len(unit) != len(state.get("score", ())):
+            raise ValueError("'unit' must have an entry for each router")
+        if way is None or way.dim() or int(way) not in (0, 1):
+            raise ValueError("'way' must be 0 or 1")
         super().check_state(state)
-        for key, shape in (("unit", state["score"].shape), ("way", ())):
-            if key not in state or state[key].shape != shape:
-                raise ValueError(f"{key!r} must have the shape {list(shape)}")
 
     def hyperparameters(self, state: State) -> dict[str, float]:
         numbers = super().hyperparameters(state)
@@ -217,6 +219,8 @@ class GaussianRouterMethod(VariationalRouterMethod):
         check_choice("prior_unit", self.prior_unit, get_args(PriorUnit))
         if not 0 < self.prior_scale < float("inf"):
             raise ValueError(f"prior_scale must be a positive number, got {self.prior_scale}")
+
+    reported = ("kl", "scale_ratio")
 
     def num_parameters(self, d_in: int, num_experts: int) -> int:
         return self.token_cost(d_in, num_experts, 0).linear + 1  # the heads and the prior's scale

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from abc import abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
@@ -10,35 +9,18 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from bmoe_lightning.methods.base import State
 from bmoe_lightning.methods.batch_view import BatchView
 from bmoe_lightning.methods.router_method import on_devices
 from bmoe_lightning.methods.router_training import RouterTrainingOptions, RouterTrainingResult
 from bmoe_lightning.methods.trained_router import TrainedRouterMethod
 from bmoe_lightning.methods.workbench import Workbench
-from bmoe_lightning.routers.base import BayesianRouter, load_router_state, trained_dtype
+from bmoe_lightning.routers.base import BayesianRouter, trained_dtype
 from bmoe_lightning.routers.fine_tuned_weights import FineTunedWeights
-from bmoe_lightning.routers.types import Router
 
 
 @dataclass(frozen=True)
 class WeightRouterMethod(TrainedRouterMethod):
     """Routers with other or random weights; see `TrainedRouterMethod`."""
-
-    @abstractmethod
-    def stored_net(self, router: Router, tensors: Mapping[str, Tensor]) -> BayesianRouter:
-        """A Bayesian router with parameters and buffers of the shapes of a state.
-
-        Args:
-            router: The router.
-            tensors: Its tensors in the state, by name.
-        """
-
-    def make_nets(self, batch: BatchView, state: State) -> list[BayesianRouter]:
-        found = self.random_routers(batch, state)
-        nets = [self.stored_net(router, own) for router, own in found.items()]
-        load_router_state(nets, {f"{r.index}.{name}": value for r, own in found.items() for name, value in own.items()})
-        return nets
 
     def fine_tuned(
         self, work: Workbench, options: RouterTrainingOptions, *, chooses_epoch: bool

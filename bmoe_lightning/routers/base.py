@@ -66,6 +66,9 @@ class BayesianRouter(nn.Module, ABC):
     """Whether samples use numbers of each token's own alone, so that copies of a batch for several samples are computed
     together; otherwise `samples` is called for each copy."""
 
+    not_negative: ClassVar[tuple[str, ...]] = ()
+    """Names of parameters and buffers that have no negative numbers."""
+
     returns_choice: bool = False
     """Whether samples are logarithms of the weights of the chosen experts, `-inf` for the others, which take the place
     of what the router's module returns. Otherwise they are logits, by which its own code chooses and weights."""

@@ -32,6 +32,8 @@ class DropoutInputs(BayesianRouter):
         ValueError: If the rate is not a probability below one, or the weight is that of another router.
     """
 
+    not_negative = ("rate",)
+
     weight: Tensor
     rate: Tensor
 

@@ -32,6 +32,8 @@ class GaussianRouter(BayesianRouter):
         ValueError: If the scale is negative or not finite.
     """
 
+    not_negative = ("prior_scale",)
+
     prior_scale: Tensor
 
     def __init__(self, router: Router, prior_scale: float, *, dtype: torch.dtype = torch.float32) -> None:

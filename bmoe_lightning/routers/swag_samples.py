@@ -32,6 +32,7 @@ class SwagSamples(BayesianRouter):
     """
 
     numbers_per_token = False
+    not_negative = ("variance",)
 
     mean_shift: Tensor
     variance: Tensor
