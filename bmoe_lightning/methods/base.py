@@ -21,6 +21,7 @@ from torch import Tensor, nn
 
 from bmoe_lightning.curvature.spec import Curvature, LayerSelection
 from bmoe_lightning.methods.needs import Needs
+from bmoe_lightning.routers.discovery import find_routers
 
 if TYPE_CHECKING:
     from bmoe_lightning.laplace.posterior import LaplacePosterior
@@ -190,7 +191,7 @@ class Method(ABC):
         """Check before the first batch of an evaluation that all members can be set up; arguments as of `members`."""
         self.members(model, state, snapshots)
 
-    def check_run(  # noqa: B027  (most methods check nothing else)
+    def check_run(
         self,
         model: nn.Module,
         folder: Path | None,
@@ -208,8 +209,11 @@ class Method(ABC):
                 some do not require gradients, which of all these are trained is known after training only.
 
         Raises:
-            ValueError: If the method could not be fitted.
+            ValueError: If the method could not be fitted; by default if it needs routers and the model has none, or a
+                kernel replaces them.
         """
+        if self.needs.routers:
+            find_routers(model)
 
     def check_routers(  # noqa: B027  (most methods check nothing else)
         self, model: nn.Module, routers: Sequence[Router], run: Callable[[], Tensor]

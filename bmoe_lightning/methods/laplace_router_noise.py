@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from pathlib import Path
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from bmoe_lightning.curvature.spec import Curvature
 from bmoe_lightning.experts.data_record import compared
@@ -26,7 +24,6 @@ from bmoe_lightning.methods.noise_routes import NoiseRoutes, check_noise_state, 
 from bmoe_lightning.methods.routes import route_information, route_moments
 from bmoe_lightning.methods.workbench import Workbench
 from bmoe_lightning.routers.costs import RoutingCost, noise_cost
-from bmoe_lightning.routers.discovery import find_routers
 from bmoe_lightning.utils.fit_warnings import collected_fit_warnings
 
 _JOINT, _SHARE, _MIXTURE = "joint_precision", "posterior_share", "mixture"
@@ -97,21 +94,6 @@ class LaplaceRouterNoise(LaplaceLPO):
     def routing_cost(self, d_in: int, num_experts: int) -> RoutingCost:
         """What a prediction takes in a router; the posterior's forward pass is along the model's own routes."""
         return RoutingCost(self.num_samples + 1, noise_cost(num_experts, 1), parameters=1)
-
-    def check_run(
-        self,
-        model: nn.Module,
-        folder: Path | None,
-        *,
-        ranks_per_node: int = 1,
-        trained: Sequence[nn.Parameter] | None = None,
-    ) -> None:
-        """Check that the model has routers.
-
-        Raises:
-            ValueError: If it has none, or a kernel replaces them.
-        """
-        find_routers(model)
 
     def fit(self, work: Workbench) -> State:
         split = work.labelled_logits()

@@ -8,17 +8,15 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import partial
 
 import torch
 from torch import Tensor
 
 from bmoe_lightning.methods.base import State
 from bmoe_lightning.methods.batch_view import BatchView
-from bmoe_lightning.methods.routes import located_routers, position_noise, route_log_probs
+from bmoe_lightning.methods.routes import located_routers, sampled_log_probs
 from bmoe_lightning.methods.workbench import Workbench
 from bmoe_lightning.routers.fixed_noise import FixedNoise
-from bmoe_lightning.routers.prediction import sampled_routes
 from bmoe_lightning.routers.types import Router
 
 
@@ -85,13 +83,8 @@ class NoiseRoutes:
     def _sampled(self, batch: BatchView, scales: tuple[float, ...], routers: Sequence[Router] | None) -> Tensor:
         if routers is None:
             routers = located_routers(batch, len(scales))
-        routes = partial(
-            sampled_routes,
-            batch.model,
-            noise_nets(routers, scales),
-            noise=position_noise(batch, antithetic=self.antithetic),
-        )
-        return route_log_probs(batch, routes, self.num_samples, per_pass=self.per_pass)
+        nets = noise_nets(routers, scales)
+        return sampled_log_probs(batch, nets, self.num_samples, antithetic=self.antithetic, per_pass=self.per_pass)
 
 
 def noise_nets(routers: Sequence[Router], sigma: Sequence[float]) -> list[FixedNoise]:
@@ -133,10 +126,20 @@ def warn_of_scale(work: Workbench, scale: float, largest: float) -> None:
     """
     if scale == largest:
         work.warn(f"the scale of the routers' noise is the largest candidate ({scale:g}); add larger ones to scales")
-    routers, unit = work.routers(), work.router_gaps()
-    still = [router.name for router, gap in zip(routers, unit.tolist(), strict=True) if gap == 0]
+    gaps = work.router_gaps().tolist()
+    warn_of_still(work, [router for router, gap in zip(work.routers(), gaps, strict=True) if gap == 0], len(gaps))
+
+
+def warn_of_still(work: Workbench, still: Sequence[Router], count: int) -> None:
+    """Warn of routers that get no noise, if there are any.
+
+    Args:
+        work: Workbench of the fit.
+        still: These routers.
+        count: Number of all routers that should get noise.
+    """
     if still:
         work.warn(
-            f"{len(still)} of {len(routers)} routers get no noise, {still[0]!r} for one: at half of the tokens, "
-            "their K-th and next largest logits are equal"
+            f"{len(still)} of {count} routers get no noise, {still[0].name!r} for one: at half of the tokens, their "
+            "K-th and next largest logits are equal"
         )

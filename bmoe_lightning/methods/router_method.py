@@ -5,8 +5,6 @@ from __future__ import annotations
 from abc import abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass, fields, replace
-from functools import partial
-from pathlib import Path
 from typing import Literal, get_args
 
 import torch
@@ -17,11 +15,10 @@ from bmoe_lightning.experts.write_counts import weights_state
 from bmoe_lightning.methods.base import Method, State, check_choice, option
 from bmoe_lightning.methods.batch_view import BatchView
 from bmoe_lightning.methods.evaluation import average_log_probs
-from bmoe_lightning.methods.routes import located_routers, position_noise, route_information, route_log_probs
+from bmoe_lightning.methods.routes import located_routers, position_noise, route_information, sampled_log_probs
 from bmoe_lightning.routers.base import BayesianRouter
 from bmoe_lightning.routers.costs import RouterCost, RoutingCost
-from bmoe_lightning.routers.discovery import find_routers
-from bmoe_lightning.routers.prediction import averaged_scores, mean_routers, sampled_routes
+from bmoe_lightning.routers.prediction import averaged_scores, mean_routers
 from bmoe_lightning.routers.types import SCORES, Router
 
 Average = Literal["predictions", "scores"]
@@ -111,21 +108,6 @@ class RouterMethod(Method):
         cost = self.token_cost(d_in, num_experts, samples)
         return RoutingCost(max(1, passes), cost, parameters=self.num_parameters(d_in, num_experts))
 
-    def check_run(
-        self,
-        model: nn.Module,
-        folder: Path | None,
-        *,
-        ranks_per_node: int = 1,
-        trained: Sequence[nn.Parameter] | None = None,
-    ) -> None:
-        """Check that the model has routers.
-
-        Raises:
-            ValueError: If it has none, or a kernel replaces them.
-        """
-        find_routers(model)
-
     def log_probs(self, batch: BatchView, state: State) -> Tensor:
         nets = self.nets(batch, state)
         if self.sampling.average == "predictions" and self.sampling.num_samples and not _are_still(nets):
@@ -206,10 +188,9 @@ class SampledRouterMethod(RouterMethod):
 
 
 def _sampled(batch: BatchView, nets: Sequence[BayesianRouter], sampling: Sampling) -> Tensor:
-    """Log-probabilities `[S, B, K]` along each route."""
-    noise = position_noise(batch, antithetic=sampling.antithetic)
-    routes = partial(sampled_routes, batch.model, nets, noise=noise)
-    return route_log_probs(batch, routes, sampling.num_samples, per_pass=sampling.samples_per_pass)
+    return sampled_log_probs(
+        batch, nets, sampling.num_samples, antithetic=sampling.antithetic, per_pass=sampling.samples_per_pass
+    )
 
 
 @dataclass(frozen=True)

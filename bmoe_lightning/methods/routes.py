@@ -10,6 +10,7 @@ import weakref
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor, nn
@@ -17,9 +18,11 @@ from torch import Tensor, nn
 from bmoe_lightning.laplace.predictive import entropy
 from bmoe_lightning.methods.batch_view import BatchView
 from bmoe_lightning.methods.evaluation import average_log_probs
+from bmoe_lightning.routers.base import BayesianRouter
 from bmoe_lightning.routers.discovery import find_routers
 from bmoe_lightning.routers.draws import PositionNoise
 from bmoe_lightning.routers.interception import intercepted_routers
+from bmoe_lightning.routers.prediction import sampled_routes
 from bmoe_lightning.routers.probe import probe_routers
 from bmoe_lightning.routers.token_rows import watched_tokens
 from bmoe_lightning.routers.types import Router
@@ -45,6 +48,23 @@ def route_log_probs(batch: BatchView, routes: Routes, num_samples: int, *, per_p
         samples = range(first, min(first + per_pass, num_samples))
         parts.append(batch.forward_copies(len(samples), routes(samples)).log_softmax(-1))
     return torch.cat(parts)
+
+
+def sampled_log_probs(
+    batch: BatchView, nets: Sequence[BayesianRouter], num_samples: int, *, antithetic: bool, per_pass: int
+) -> Tensor:
+    """Log-probabilities of a batch along routes that are sampled by Bayesian routers, `[S, B, K]`.
+
+    Args:
+        batch: View of the batch.
+        nets: The Bayesian routers.
+        num_samples: Number of routes S.
+        antithetic: Whether samples come in pairs of opposite noise.
+        per_pass: Number of routes that one pass computes; see `route_log_probs`.
+    """
+    noise = position_noise(batch, antithetic=antithetic)
+    routes = partial(sampled_routes, batch.model, nets, noise=noise)
+    return route_log_probs(batch, routes, num_samples, per_pass=per_pass)
 
 
 def route_moments(logits: Tensor, log_probs: Tensor) -> tuple[Tensor, Tensor]:

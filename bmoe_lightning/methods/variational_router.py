@@ -16,6 +16,7 @@ from bmoe_lightning.experts.fsdp import unsharded_class
 from bmoe_lightning.methods.base import State, check_choice, option, state_numbers
 from bmoe_lightning.methods.batch_view import BatchView
 from bmoe_lightning.methods.needs import Needs
+from bmoe_lightning.methods.noise_routes import warn_of_still
 from bmoe_lightning.methods.router_method import SampledRouterMethod, on_devices
 from bmoe_lightning.methods.router_training import RouterTrainingOptions, RouterTrainingResult
 from bmoe_lightning.methods.trained_router import TrainedRouterMethod
@@ -103,12 +104,7 @@ class VariationalRouterMethod(TrainedRouterMethod, SampledRouterMethod):
                 for router in chosen
             ],
         )
-        still = [net.router.name for net in nets if net.is_still]
-        if still:
-            work.warn(
-                f"{len(still)} of {len(nets)} routers get no noise, {still[0]!r} for one: at half of the tokens, their "
-                "K-th and next largest logits are equal"
-            )
+        warn_of_still(work, [net.router for net in nets if net.is_still], len(nets))
         random = [net for net in nets if not net.is_still]
         predict = self.predicted_in_training(nets)
         if self.training == "with_model":

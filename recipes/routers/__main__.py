@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from recipes.common.cli import command, parse
-from recipes.common.signals import run_until_stopped
+from recipes.common.study_command import run_study
 from recipes.routers.settings import RouterSettings
 
 PROGRAM = "python -m recipes.routers"
@@ -36,27 +36,13 @@ Methods that replace router logits are found in the registry. A command that was
 def main(arguments: Sequence[str]) -> int:
     """Run the study; returns the exit status as `recipes.qwen_obqa` does."""
     settings = parse(RouterSettings, arguments, program=PROGRAM, description=DESCRIPTION)
-    if settings.report is None:
-        told = f"finished stages are stored in {settings.output_dir}; run the same command again to resume"
-    else:
-        told = f"the report in {Path(settings.report) / 'report'} may be incomplete; run the same command again"
-    return run_until_stopped(lambda: _run(settings), told)
+    return run_study(settings, _steps)
 
 
-def _run(settings: RouterSettings) -> int:
-    # Imported late: torch and transformers take seconds, and --help should not.
-    from recipes.qwen_obqa.sources import RecipeError
+def _steps() -> tuple[Callable[[RouterSettings], object], Callable[[Path], object]]:
     from recipes.routers.run import report, run
 
-    try:
-        if settings.report is not None:
-            report(Path(settings.report))
-        else:
-            run(settings)
-    except RecipeError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
-    return 0
+    return run, report
 
 
 if __name__ == "__main__":

@@ -1,0 +1,46 @@
+"""The command of a study of several runs: run it, or make its report again."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import TypeVar
+
+from recipes.common.signals import run_until_stopped
+from recipes.common.study_settings import StudySettings
+
+S = TypeVar("S", bound=StudySettings)
+
+Steps = Callable[[], tuple[Callable[[S], object], Callable[[Path], object]]]
+"""Imports and returns the functions that run a study and that make its report."""
+
+
+def run_study(settings: S, steps: Steps[S]) -> int:
+    """Run a study, or make its report again if the settings say so; returns the exit status.
+
+    Args:
+        settings: The settings.
+        steps: Called late: torch and transformers take seconds to import, and `--help` should not.
+    """
+    if settings.report is None:
+        told = f"finished stages are stored in {settings.output_dir}; run the same command again to resume"
+    else:
+        told = f"the report in {Path(settings.report) / 'report'} may be incomplete; run the same command again"
+    return run_until_stopped(lambda: _run(settings, steps), told)
+
+
+def _run(settings: S, steps: Steps[S]) -> int:
+    from recipes.qwen_obqa.sources import RecipeError
+
+    run, report = steps()
+    try:
+        if settings.report is not None:
+            report(Path(settings.report))
+        else:
+            run(settings)
+    except RecipeError as error:
+        if str(error):  # empty on all ranks but zero, which reports the error
+            print(f"error: {error}", file=sys.stderr)
+        return 1
+    return 0
