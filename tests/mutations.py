@@ -181,7 +181,7 @@ def tensor_mutated(  # noqa: C901  (one branch a kind)
         value.view(-1)[rng.randrange(value.numel())] = float(kind)
     elif kind == "negative" and value.is_floating_point() and float(value.abs().sum()) > 0:
         if any(part in name for part in ANY_SIGN) or (
-            name.startswith(NET) and name.rpartition(".")[2] not in NET_NOT_NEGATIVE
+            f"/{NET}" in f"/{name}" and name.rpartition(".")[2] not in NET_NOT_NEGATIVE
         ):
             return None
         tensors[name] = -value - 1

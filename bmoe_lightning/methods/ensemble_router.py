@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, replace
 
 from torch import Tensor
@@ -86,8 +86,8 @@ class EnsembleRouter(WeightRouterMethod):
     def loss_counts(self) -> Collection[int]:
         return (2,)  # of the model, and of the method
 
-    def stored_net(self, router: Router, tensors: Mapping[str, Tensor], state: State) -> BayesianRouter:
-        return EnsembleMembers(router, len(tensors["shifts"]))
+    def stored_net(self, router: Router, state: State) -> BayesianRouter:
+        return EnsembleMembers(router, self.size)
 
     def hyperparameters(self, state: State) -> dict[str, float]:
         numbers = super().hyperparameters(state)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass
 
 from torch import Tensor
@@ -53,7 +52,7 @@ class FineTunedRouter(WeightRouterMethod):
     def num_parameters(self, d_in: int, num_experts: int) -> int:
         return d_in * num_experts
 
-    def stored_net(self, router: Router, tensors: Mapping[str, Tensor], state: State) -> BayesianRouter:
+    def stored_net(self, router: Router, state: State) -> BayesianRouter:
         return FineTunedWeights(router)
 
     def uncertainty(self, batch: BatchView, state: State) -> dict[str, Tensor]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -105,10 +105,8 @@ class MCDropoutRouter(WeightRouterMethod, SampledRouterMethod):
     def loss_counts(self) -> Collection[int]:
         return {2, *super().loss_counts}  # without and with dropout, or of its training
 
-    def stored_net(self, router: Router, tensors: Mapping[str, Tensor], state: State) -> BayesianRouter:
-        return DropoutInputs(
-            router, torch.zeros(router.num_experts, router.d_in), 0.0, trains_weight="shift" in tensors
-        )
+    def stored_net(self, router: Router, state: State) -> BayesianRouter:
+        return DropoutInputs(router, torch.zeros(router.num_experts, router.d_in), 0.0, trains_weight=self.epochs > 0)
 
     def hyperparameters(self, state: State) -> dict[str, float]:
         rates = [float(value) for name, value in state.items() if name.endswith(".rate")]

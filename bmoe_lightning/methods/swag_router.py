@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass, replace
 
+import torch
 from torch import Tensor
 
 from bmoe_lightning.methods.base import State, option
@@ -16,6 +17,8 @@ from bmoe_lightning.routers.base import BayesianRouter, router_state, trained_dt
 from bmoe_lightning.routers.costs import RouterCost, weights_cost
 from bmoe_lightning.routers.swag_samples import SwagSamples
 from bmoe_lightning.routers.types import Router
+
+_COUNT = "num_deviations"
 
 
 @dataclass(frozen=True)
@@ -69,7 +72,14 @@ class SWAGRouter(WeightRouterMethod, SampledRouterMethod):
             )
         nets = [self._fitted(work, router, found.collected) for router in self.chosen(work.routers())]
         losses = self.held_out_losses(work, on_devices(work.model, nets))
-        return self.state_of(work, router_state(nets), replace(found, losses=losses))
+        state = self.state_of(work, router_state(nets), replace(found, losses=losses))
+        return {_COUNT: torch.tensor(min(self.rank, count)), **state}
+
+    def check_state(self, state: State) -> None:
+        count = state.get(_COUNT)
+        if count is None or count.dim() or count.is_floating_point() or int(count) not in range(2, self.rank + 1):
+            raise ValueError(f"{_COUNT!r} must be a whole number of 2 to {self.rank}")
+        super().check_state(state)
 
     def token_cost(self, d_in: int, num_experts: int, num_samples: int) -> RouterCost:
         return weights_cost(d_in, num_experts, num_samples)
@@ -81,8 +91,8 @@ class SWAGRouter(WeightRouterMethod, SampledRouterMethod):
     def loss_counts(self) -> Collection[int]:
         return (2,)  # of the model, and of the method
 
-    def stored_net(self, router: Router, tensors: Mapping[str, Tensor], state: State) -> BayesianRouter:
-        return SwagSamples(router, len(tensors["deviations"]))
+    def stored_net(self, router: Router, state: State) -> BayesianRouter:
+        return SwagSamples(router, int(state[_COUNT]))
 
     def _fitted(self, work: Workbench, router: Router, collected: tuple[Mapping[str, Tensor], ...]) -> BayesianRouter:
         net = SwagSamples(router, min(self.rank, len(collected)), dtype=trained_dtype(work.model, router))

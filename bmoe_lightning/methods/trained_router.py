@@ -163,12 +163,11 @@ class TrainedRouterMethod(RouterMethod):
         return type(self), tuple((e.name, getattr(self, e.name)) for e in fields(self) if e.name not in other)
 
     @abstractmethod
-    def stored_net(self, router: Router, tensors: Mapping[str, Tensor], state: State) -> BayesianRouter:
+    def stored_net(self, router: Router, state: State) -> BayesianRouter:
         """A Bayesian router with parameters and buffers of the shapes of a state.
 
         Args:
             router: The router.
-            tensors: Its tensors in the state, by name.
             state: State from `fit`.
         """
 
@@ -184,16 +183,7 @@ class TrainedRouterMethod(RouterMethod):
 
     def _stored_nets(self, routers: Sequence[Router], state: State) -> list[BayesianRouter]:
         """The Bayesian routers of a state beside routers of a model, not loaded."""
-        tensors = _net_state(state)
-        owned = {index: f"{index}." for index in state["random"].tolist()}
-        return [
-            self.stored_net(
-                routers[index],
-                {name.removeprefix(start): value for name, value in tensors.items() if name.startswith(start)},
-                state,
-            )
-            for index, start in owned.items()
-        ]
+        return [self.stored_net(routers[index], state) for index in state["random"].tolist()]
 
     def uncertainty(self, batch: BatchView, state: State) -> dict[str, Tensor]:
         """Mutual information of label and route, variance of the router logits in closed form, entropy of the gate.

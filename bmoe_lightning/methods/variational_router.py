@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal, get_args
@@ -122,7 +122,7 @@ class VariationalRouterMethod(TrainedRouterMethod, SampledRouterMethod):
         """Whether random choices of experts replace what routers return; False where logits are random."""
         return False
 
-    def stored_net(self, router: Router, tensors: Mapping[str, Tensor], state: State) -> BayesianRouter:
+    def stored_net(self, router: Router, state: State) -> BayesianRouter:
         return self.make_net(router, float(state["unit"][router.index]), bool(state["way"]), torch.float32, 0)
 
     @property
