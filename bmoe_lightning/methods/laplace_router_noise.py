@@ -61,6 +61,7 @@ class LaplaceRouterNoise(LaplaceLPO):
     scales: tuple[float, ...] = option(
         (0.5, 1.0, 2.0, 3.0, 4.0, 6.0),
         "Candidates for the scale of the noise, in units of each layer's gap; 0, no noise, is another one.",
+        trial=(1.0,),
     )
     antithetic: bool = option(True, "Whether routes come in pairs of opposite noise.")
     samples_per_pass: int = option(

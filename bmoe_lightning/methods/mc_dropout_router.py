@@ -43,7 +43,9 @@ class MCDropoutRouter(WeightRouterMethod, SampledRouterMethod):
     label: str = "MC-dropout router"
     rate: float | None = option(None, "Probability that an input of a router is dropped; None fits it among `rates`.")
     rates: tuple[float, ...] = option(
-        (0.05, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7), "Candidates for the rate; 0, the model itself, is another one."
+        (0.05, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7),
+        "Candidates for the rate; 0, the model itself, is another one.",
+        trial=(0.3,),
     )
     epochs: int = option(0, "Number of passes over the training data; 0 leaves the routers' weights as they are.")
 

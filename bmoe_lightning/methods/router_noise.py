@@ -47,6 +47,7 @@ class RouterNoise(SampledRouterMethod):
     scales: tuple[float, ...] = option(
         (0.5, 1.0, 2.0, 3.0, 4.0, 6.0),
         "Candidates for the scale of the noise, in units of each layer's gap; 0, the model itself, is another one.",
+        trial=(1.0,),
     )
 
     def __post_init__(self) -> None:

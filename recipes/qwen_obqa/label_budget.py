@@ -40,6 +40,8 @@ def label_budget(
         calibration split's logits.
     """
     targets = {result.seed: result.target for result in results}
+    # The state of another method may be as large as the model, and is checked whenever it is read.
+    methods = [method for method in methods if type(method).refit is not Method.refit]
     losses: dict[tuple[str, int | None], list[float]] = {}
     for seed, fit in fits.items():
         known, labels = (None, None) if fit.calibration is None else fit.calibration

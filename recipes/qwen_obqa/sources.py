@@ -26,7 +26,7 @@ from recipes.qwen_obqa.methods import build_methods
 from recipes.qwen_obqa.reader_model import read_questions
 from recipes.qwen_obqa.settings import ResolvedSettings
 
-_DRY_RUN_BATCHES = 2  # of each split; of calibration more if a method needs more inputs even in a dry run
+_DRY_RUN_BATCHES = 2  # of training and calibration; of that more if a method needs more inputs even in a dry run
 _DRY_RUN_TEST = 8
 _DEFAULT_PROTOCOL = "holdout"
 
@@ -325,7 +325,7 @@ def _limits(settings: ResolvedSettings, methods: Sequence[Method]) -> tuple[int 
     if settings.dry_run:
         inputs = max(method.needs.calibration_inputs for method in methods)
         calibration = max(inputs, _DRY_RUN_BATCHES * settings.eval_batch_size)
-        test = min(_DRY_RUN_TEST, _DRY_RUN_BATCHES * settings.eval_batch_size)
+        test = min(_DRY_RUN_TEST, settings.eval_batch_size)
         caps = (_DRY_RUN_BATCHES * settings.batch_size, calibration, test)
         common = [min(settings.limit or cap, cap) for cap in caps]
     return tuple(own or shared for own, shared in zip(given, common, strict=True))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from dataclasses import make_dataclass, replace
+from dataclasses import fields, make_dataclass, replace
 
 import pytest
 import torch
@@ -11,7 +11,11 @@ from methods_cases import RANK3
 
 from bmoe_lightning.curvature import Curvature, LinearLayers
 from bmoe_lightning.methods import MAP, DeepEnsemble, LaplaceLPO, MCDropout, get_method, method_names
-from bmoe_lightning.methods.base import check_method_names, option_table, state_numbers, trial_options
+from bmoe_lightning.methods.base import CurvatureMethod, check_method_names, option_table, state_numbers, trial_options
+
+
+def _size(value: float | tuple[float, ...]) -> float:
+    return len(value) if isinstance(value, tuple) else value
 
 
 @pytest.mark.parametrize("name", method_names())
@@ -30,9 +34,17 @@ class TestEveryMethod:
         method = get_method(name)
         chosen = trial_options(type(method))
         trial = replace(method, **chosen)
-        assert all(getattr(trial, option) < getattr(method, option) for option in chosen)
+        assert all(_size(getattr(trial, option)) < _size(getattr(method, option)) for option in chosen)
         assert trial.needs.calibration_inputs <= 1
         assert trial.needs.runs <= 1
+
+    def test_a_trial_repeats_nothing_more_than_twice(self, name):
+        method = get_method(name)
+        trial = replace(method, **trial_options(type(method)))
+        repeated = {entry.name for entry in fields(trial)} & {"size", "epochs", "scales", "rates"}
+        if not isinstance(method, CurvatureMethod) or method.needs.routers:  # else samples of logits, in no pass
+            repeated |= {entry.name for entry in fields(trial)} & {"num_samples"}
+        assert all(_size(getattr(trial, option)) <= 2 for option in repeated)
 
     def test_names_its_source_in_full(self, name):
         method = get_method(name)
