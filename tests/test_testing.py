@@ -9,8 +9,8 @@ import torch
 from torch import nn
 
 from bmoe_lightning.methods import MAP, Method, TemperatureScaling, get_method, method_names, option
-from bmoe_lightning.methods.base import trial_options
 from bmoe_lightning.methods.needs import Needs
+from bmoe_lightning.methods.options import trial_options
 from bmoe_lightning.testing import check_method
 
 

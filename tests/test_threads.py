@@ -19,9 +19,9 @@ from bmoe_lightning import LaplacePosterior
 from bmoe_lightning.curvature import Curvature, collect_factors
 from bmoe_lightning.experts import down_proj_weights, expert_dropout, find_expert_layers
 from bmoe_lightning.methods import get_method, method_names, save_snapshot, swapped_weights
-from bmoe_lightning.methods.base import trial_options
 from bmoe_lightning.methods.evaluation import Predictor
 from bmoe_lightning.methods.fitting import fit_methods
+from bmoe_lightning.methods.options import trial_options
 from bmoe_lightning.methods.storage import save_fit
 from bmoe_lightning.testing import tiny_model
 

@@ -8,13 +8,14 @@ from bmoe_lightning.methods.registry import get_method, method_names, register_m
 from bmoe_lightning.utils.late_import import late_import
 
 if TYPE_CHECKING:
-    from bmoe_lightning.methods.base import CurvatureMethod, Method, State, option
+    from bmoe_lightning.methods.base import CurvatureMethod, Method, State
     from bmoe_lightning.methods.batch_view import BatchView
     from bmoe_lightning.methods.data_differences import DataMismatchError
     from bmoe_lightning.methods.evaluation import Predictions, average_log_probs, evaluate
     from bmoe_lightning.methods.fit_result import FitResult, NotFittedError
     from bmoe_lightning.methods.fitting import fit_methods
     from bmoe_lightning.methods.needs import Available, Needs, NeedsError, check_needs
+    from bmoe_lightning.methods.options import option
     from bmoe_lightning.methods.snapshots import apply_snapshot, read_snapshot, save_snapshot, swapped_weights
     from bmoe_lightning.methods.workbench import Workbench
 
@@ -46,7 +47,8 @@ __all__ = [
 ]
 
 _MODULES = {
-    "base": ("CurvatureMethod", "Method", "State", "option"),
+    "base": ("CurvatureMethod", "Method", "State"),
+    "options": ("option",),
     "needs": ("Available", "Needs", "NeedsError", "check_needs"),
     "batch_view": ("BatchView",),
     "evaluation": ("Predictions", "average_log_probs", "evaluate"),

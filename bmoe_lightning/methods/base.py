@@ -12,15 +12,16 @@ import re
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import MISSING, dataclass, field, fields, replace
+from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Self
 
 import torch
 from torch import Tensor, nn
 
-from bmoe_lightning.curvature.spec import Curvature, LayerSelection
+from bmoe_lightning.curvature.spec import Curvature
 from bmoe_lightning.methods.needs import Needs
+from bmoe_lightning.methods.options import affects_predictions_only, option, plain
 from bmoe_lightning.routers.discovery import find_routers
 
 if TYPE_CHECKING:
@@ -35,23 +36,8 @@ State = Mapping[str, Tensor]
 PRIOR_PRECISION = "prior_precision"
 """Key in the states of Laplace methods: `[L]`, one value per layer. Serving without Lightning reads it."""
 
-_PREDICTION_ONLY = "prediction_only"
-_TRIAL = "trial"
 _LONGEST_VECTOR = 1000
 _NAME = re.compile(r"[a-z][a-z0-9_]*")
-
-
-def option(default: Any, help: str, *, prediction_only: bool = False, trial: Any = None) -> Any:
-    """Define an option of a method: a dataclass field with a default and a help text.
-
-    Args:
-        default: Default value.
-        help: Help text, one sentence.
-        prediction_only: Whether the option affects predictions only, so that a fit with another value is reused.
-        trial: Cheaper value for a run that only checks that everything works (see `trial_options`); None keeps the
-            default.
-    """
-    return field(default=default, metadata={"help": help, _PREDICTION_ONLY: prediction_only, _TRIAL: trial})
 
 
 @dataclass(frozen=True)
@@ -290,7 +276,7 @@ class Method(ABC):
         chosen = {
             entry.name: plain(getattr(self, entry.name))
             for entry in fields(self)
-            if entry.name not in ("name", "label") and not entry.metadata.get(_PREDICTION_ONLY)
+            if entry.name not in ("name", "label") and not affects_predictions_only(entry)
         }
         return {"class": f"{type(self).__module__}:{type(self).__qualname__}", **chosen}
 
@@ -329,60 +315,6 @@ def state_numbers(state: State) -> dict[str, float]:
         else:
             numbers |= {f"{key}_{index}": float(entry) for index, entry in enumerate(flat)}
     return numbers
-
-
-def plain(value: Any) -> Any:
-    """An option as a JSON value.
-
-    Raises:
-        TypeError: If it is not JSON-serialisable.
-    """
-    if isinstance(value, (Curvature, LayerSelection)):
-        return value.description()
-    if isinstance(value, (list, tuple)):
-        return [plain(entry) for entry in value]
-    if isinstance(value, Mapping):
-        return {str(key): plain(entry) for key, entry in value.items()}
-    if isinstance(value, Path):
-        return str(value)
-    if value is None or isinstance(value, (bool, int, float, str)):
-        return value
-    raise TypeError(
-        f"the option {value!r} is a {type(value).__name__}, which cannot be stored in a file; use numbers, strings, "
-        "paths, curvatures, and lists and mappings of these"
-    )
-
-
-def option_table(method: type[Method]) -> list[tuple[str, str, str]]:
-    """Name, default and help of each option of a method, for help texts and docs."""
-    rows = []
-    for entry in fields(method):
-        default = "" if entry.default is MISSING else repr(entry.default)
-        rows.append((entry.name, default, entry.metadata.get("help", "")))
-    return rows
-
-
-def trial_options(method: type[Method]) -> dict[str, Any]:
-    """The options with a cheaper value for a run that only checks that everything works, with these values.
-
-    Args:
-        method: Class of the method.
-    """
-    return {entry.name: entry.metadata[_TRIAL] for entry in fields(method) if entry.metadata.get(_TRIAL) is not None}
-
-
-def option_columns(method: Method) -> dict[str, bool | int | float | str]:
-    """The options of a method as columns of a table, those of its curvature by their names; unset ones are omitted.
-
-    Args:
-        method: The method.
-    """
-    columns: dict[str, bool | int | float | str] = {}
-    for name, value in method.options().items():
-        entries = value if isinstance(value, Mapping) else {name: value}
-        columns |= {key: entry for key, entry in entries.items() if isinstance(entry, (bool, int, float, str))}
-    columns.pop("label", None)
-    return columns
 
 
 def check_method_names(methods: Sequence[Method]) -> None:

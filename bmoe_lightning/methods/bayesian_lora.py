@@ -7,9 +7,9 @@ from typing import Self
 
 from bmoe_lightning.curvature.spec import Curvature, ExpertLayers, LoRALayers
 from bmoe_lightning.laplace.prior import Scope
-from bmoe_lightning.methods.base import option
 from bmoe_lightning.methods.laplace_lpo import LaplaceLPO
 from bmoe_lightning.methods.needs import Needs
+from bmoe_lightning.methods.options import option
 
 
 @dataclass(frozen=True)

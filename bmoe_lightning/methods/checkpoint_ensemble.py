@@ -9,8 +9,9 @@ from pathlib import Path
 
 from torch import nn
 
-from bmoe_lightning.methods.base import State, option, scalar
+from bmoe_lightning.methods.base import State, scalar
 from bmoe_lightning.methods.needs import Needs
+from bmoe_lightning.methods.options import option
 from bmoe_lightning.methods.weight_ensemble import WeightEnsemble, weight_members
 from bmoe_lightning.methods.workbench import Workbench
 

@@ -9,8 +9,9 @@ from pathlib import Path
 
 from torch import nn
 
-from bmoe_lightning.methods.base import State, option
+from bmoe_lightning.methods.base import State
 from bmoe_lightning.methods.needs import Needs
+from bmoe_lightning.methods.options import option
 from bmoe_lightning.methods.weight_ensemble import WeightEnsemble, weight_members
 
 

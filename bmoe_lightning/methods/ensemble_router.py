@@ -7,8 +7,9 @@ from dataclasses import dataclass, replace
 
 from torch import Tensor
 
-from bmoe_lightning.methods.base import State, option
+from bmoe_lightning.methods.base import State
 from bmoe_lightning.methods.batch_view import BatchView
+from bmoe_lightning.methods.options import option
 from bmoe_lightning.methods.router_method import Average, Sampling, on_devices
 from bmoe_lightning.methods.weight_router import WeightRouterMethod, stacked_shifts
 from bmoe_lightning.methods.workbench import Workbench

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 import torch
 
-from bmoe_lightning.methods.base import option
+from bmoe_lightning.methods.options import option
 from bmoe_lightning.methods.variational_router import GaussianRouterMethod
 from bmoe_lightning.routers.base import BayesianRouter
 from bmoe_lightning.routers.costs import RouterCost, low_rank_cost, triangular_cost

@@ -12,9 +12,10 @@ from bmoe_lightning.curvature.spec import Curvature
 from bmoe_lightning.laplace.covariance_cache import CovarianceCache
 from bmoe_lightning.laplace.predictive import NUM_SAMPLES, LinkName, check_link, class_probabilities
 from bmoe_lightning.laplace.prior import fit_lpo
-from bmoe_lightning.methods.base import PRIOR_PRECISION, CurvatureMethod, State, option
+from bmoe_lightning.methods.base import PRIOR_PRECISION, CurvatureMethod, State
 from bmoe_lightning.methods.batch_view import BatchView
 from bmoe_lightning.methods.needs import Needs
+from bmoe_lightning.methods.options import option
 from bmoe_lightning.methods.workbench import Workbench
 from bmoe_lightning.utils.fit_warnings import warn_of_fit
 

@@ -9,9 +9,10 @@ from torch import Tensor
 
 from bmoe_lightning.laplace.predictive import NUM_SAMPLES, LinkName, check_link, class_probabilities
 from bmoe_lightning.laplace.prior import SCOPES, Scope
-from bmoe_lightning.methods.base import PRIOR_PRECISION, CurvatureMethod, State, check_choice, option
+from bmoe_lightning.methods.base import PRIOR_PRECISION, CurvatureMethod, State, check_choice
 from bmoe_lightning.methods.batch_view import BatchView
 from bmoe_lightning.methods.needs import Needs
+from bmoe_lightning.methods.options import option
 from bmoe_lightning.methods.uncertainty import posterior_uncertainty
 from bmoe_lightning.methods.workbench import PRIOR_MEANS, PriorMeanName, Workbench
 

@@ -10,8 +10,8 @@ from torch import nn
 from bmoe_lightning.curvature.spec import Curvature, LayerSelection
 from bmoe_lightning.experts import ExpertLayer, find_linear_layers
 from bmoe_lightning.experts.wrappers.transformers import outermost_pretrained
-from bmoe_lightning.methods.base import option
 from bmoe_lightning.methods.laplace_lpo import LaplaceLPO
+from bmoe_lightning.methods.options import option
 
 
 @dataclass(frozen=True)

@@ -15,21 +15,14 @@ from bmoe_lightning.experts.weight_comparison import PresentWeights
 from bmoe_lightning.laplace.posterior import WeightMismatchError
 from bmoe_lightning.laplace.predictive import NUM_SAMPLES, LinkName
 from bmoe_lightning.laplace.prior import Scope
-from bmoe_lightning.methods.base import (
-    PRIOR_PRECISION,
-    CurvatureMethod,
-    MemberFit,
-    State,
-    check_choice,
-    option,
-    state_numbers,
-)
+from bmoe_lightning.methods.base import PRIOR_PRECISION, CurvatureMethod, MemberFit, State, check_choice, state_numbers
 from bmoe_lightning.methods.batch_view import BatchView
 from bmoe_lightning.methods.fit_index import has_fit, unreadable
 from bmoe_lightning.methods.fit_result import FitResult, NotFittedError
 from bmoe_lightning.methods.laplace_evidence import LaplaceEvidence
 from bmoe_lightning.methods.laplace_lpo import LaplaceLPO
 from bmoe_lightning.methods.needs import Needs
+from bmoe_lightning.methods.options import option
 from bmoe_lightning.methods.storage import load_fit
 from bmoe_lightning.methods.weight_ensemble import weight_members
 from bmoe_lightning.methods.workbench import PriorMeanName, Workbench

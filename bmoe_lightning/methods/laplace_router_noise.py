@@ -15,12 +15,13 @@ from bmoe_lightning.laplace.predictive import NUM_SAMPLES, LinkName, check_link,
 from bmoe_lightning.laplace.prior import LogNormalPrior, fit_lpo
 from bmoe_lightning.laplace.uncertainty_scores import uncertainty_scores
 from bmoe_lightning.laplace.widened_cache import WidenedCache
-from bmoe_lightning.methods.base import PRIOR_PRECISION, State, option, scalar, state_numbers
+from bmoe_lightning.methods.base import PRIOR_PRECISION, State, scalar, state_numbers
 from bmoe_lightning.methods.batch_view import BatchView
 from bmoe_lightning.methods.evaluation import average_log_probs
 from bmoe_lightning.methods.laplace_lpo import LaplaceLPO
 from bmoe_lightning.methods.needs import Needs
 from bmoe_lightning.methods.noise_routes import NoiseRoutes, check_noise_state, check_scales, warn_of_scale
+from bmoe_lightning.methods.options import option
 from bmoe_lightning.methods.routes import route_information, route_moments
 from bmoe_lightning.methods.workbench import Workbench
 from bmoe_lightning.routers.costs import RoutingCost, noise_cost

@@ -7,10 +7,11 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from bmoe_lightning.laplace.predictive import NUM_SAMPLES, LinkName, class_probabilities
-from bmoe_lightning.methods.base import PRIOR_PRECISION, State, option, scalar
+from bmoe_lightning.methods.base import PRIOR_PRECISION, State, scalar
 from bmoe_lightning.methods.batch_view import BatchView
 from bmoe_lightning.methods.laplace_evidence import LaplaceEvidence
 from bmoe_lightning.methods.needs import Needs
+from bmoe_lightning.methods.options import option
 from bmoe_lightning.methods.temperature_search import fit_temperature
 from bmoe_lightning.methods.workbench import Workbench
 

@@ -19,9 +19,10 @@ from bmoe_lightning.curvature.gradient_share import GradientShare, GradientShare
 from bmoe_lightning.curvature.spec import Curvature
 from bmoe_lightning.laplace.predictive import MIN_UNLABELLED, mean_variance
 from bmoe_lightning.laplace.prior import SCOPES, Scope
-from bmoe_lightning.methods.base import CurvatureMethod, State, check_choice, option, scalar
+from bmoe_lightning.methods.base import CurvatureMethod, State, check_choice, scalar
 from bmoe_lightning.methods.batch_view import BatchView
 from bmoe_lightning.methods.needs import Needs
+from bmoe_lightning.methods.options import option
 from bmoe_lightning.methods.temperature_search import TEMPERATURE_RANGE
 from bmoe_lightning.methods.workbench import PRIOR_MEANS, PriorMeanName, Workbench
 from bmoe_lightning.utils.fit_warnings import warn_of_fit

@@ -12,10 +12,11 @@ from torch import Tensor, nn
 from bmoe_lightning.curvature.spec import ExpertLayers, LayerSelection, LoRALayers
 from bmoe_lightning.experts import ExpertLayer, expert_dropout
 from bmoe_lightning.experts.wrappers.peft import lora_dropouts
-from bmoe_lightning.methods.base import Method, State, option
+from bmoe_lightning.methods.base import Method, State
 from bmoe_lightning.methods.batch_view import BatchView
 from bmoe_lightning.methods.evaluation import average_log_probs
 from bmoe_lightning.methods.needs import Needs
+from bmoe_lightning.methods.options import option
 
 
 @dataclass(frozen=True)

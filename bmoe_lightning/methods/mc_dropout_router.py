@@ -9,9 +9,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from bmoe_lightning.methods.base import State, option
+from bmoe_lightning.methods.base import State
 from bmoe_lightning.methods.batch_view import BatchView
 from bmoe_lightning.methods.needs import Needs
+from bmoe_lightning.methods.options import option
 from bmoe_lightning.methods.router_method import SampledRouterMethod, on_devices
 from bmoe_lightning.methods.weight_router import WeightRouterMethod, untrained
 from bmoe_lightning.methods.workbench import Workbench

@@ -12,9 +12,10 @@ from torch import Tensor, nn
 
 from bmoe_lightning.experts.fsdp import has_shards
 from bmoe_lightning.experts.write_counts import weights_state
-from bmoe_lightning.methods.base import Method, State, check_choice, option
+from bmoe_lightning.methods.base import Method, State, check_choice
 from bmoe_lightning.methods.batch_view import BatchView
 from bmoe_lightning.methods.evaluation import average_log_probs
+from bmoe_lightning.methods.options import option
 from bmoe_lightning.methods.routes import located_routers, position_noise, route_information, sampled_log_probs
 from bmoe_lightning.routers.base import BayesianRouter
 from bmoe_lightning.routers.costs import RouterCost, RoutingCost

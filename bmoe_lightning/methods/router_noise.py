@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from bmoe_lightning.methods.base import State, option, scalar, state_numbers
+from bmoe_lightning.methods.base import State, scalar, state_numbers
 from bmoe_lightning.methods.batch_view import BatchView
 from bmoe_lightning.methods.evaluation import average_log_probs
 from bmoe_lightning.methods.needs import Needs
@@ -18,6 +18,7 @@ from bmoe_lightning.methods.noise_routes import (
     noise_nets,
     warn_of_scale,
 )
+from bmoe_lightning.methods.options import option
 from bmoe_lightning.methods.router_method import SampledRouterMethod, check_scores, fitted_routers, scores_of
 from bmoe_lightning.methods.workbench import Workbench
 from bmoe_lightning.routers.costs import RouterCost, noise_cost

@@ -9,11 +9,10 @@ one before training, which is untrained noise.
 from __future__ import annotations
 
 import logging
-import math
 from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, nullcontext
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -30,6 +29,7 @@ from bmoe_lightning.experts.threads import model_lock
 from bmoe_lightning.experts.wrappers.compiled import is_compiled
 from bmoe_lightning.methods.batch_view import BatchView
 from bmoe_lightning.methods.data_differences import iterates_once
+from bmoe_lightning.methods.router_schedule import RouterTrainingOptions, collecting_steps, rate_share, router_optimizer
 from bmoe_lightning.methods.training_data import TrainingData
 from bmoe_lightning.routers.base import BayesianRouter, router_state
 from bmoe_lightning.routers.temperature import CollapseWatch
@@ -51,39 +51,6 @@ _NONE = object()
 # Between the first steps of two runs, which have other random numbers.
 _STEPS_OF_RUN = 1 << 40
 _BASELINE_DECAY = 0.9
-_RATE_TIMES_WIDTH = 0.64
-
-
-Optimizer = Literal["adamw", "sgd"]
-
-
-@dataclass(frozen=True)
-class RouterTrainingOptions:
-    """Options of a training of routers.
-
-    Attributes:
-        epochs: Number of passes over the training data, all in the same order.
-        learning_rate: Largest learning rate; None is `0.64 / D` for a router input of width D, so that a step of AdamW
-            moves the logits about as far whatever the width is.
-        beta: What multiplies the penalty, which is a mean over tokens.
-        optimizer: AdamW with warm-up and half a cosine, or SGD with a constant learning rate.
-        collections: Number of states that are collected along the run, equally many steps apart and the last one at the
-            end; fewer where there are fewer steps.
-        run: Number of the run, which its random numbers and the order of its data depend on.
-        warmup: Share of the steps in which the learning rate grows, before it falls along a cosine.
-        weight_decay: Decoupled weight decay.
-        score_function: Whether random choices get the gradient of their log-probability times the loss.
-    """
-
-    epochs: int
-    learning_rate: float | None
-    beta: float = 0.0
-    optimizer: Optimizer = "adamw"
-    collections: int = 0
-    run: int = 0
-    warmup: float = 0.05
-    weight_decay: float = 0.0
-    score_function: bool = False
 
 
 @dataclass(frozen=True)
@@ -217,8 +184,8 @@ class RouterPasses:
             )
         num_steps = options.epochs * self._num_batches()
         run = _Run(self._model, self._class_logits, nets, options, self._rank_seed, self._distributed, num_steps)
-        optimizer = _optimizer(nets, options)
-        rate = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: _rate(step, num_steps, options))
+        optimizer = router_optimizer(nets, options)
+        rate = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: rate_share(step, num_steps, options))
         for _ in range(options.epochs):
             statistics = run.epoch(self._training.batches(None, "Routers", order=options.run), optimizer, rate)
             found.append(_Epoch(router_state(nets), statistics))
@@ -391,36 +358,6 @@ def _set(nets: Sequence[BayesianRouter], state: Mapping[str, Tensor]) -> None:
     """Copy a state into routers, wherever they are."""
     for net in nets:
         net.load_state_dict({name: state[f"{net.router.index}.{name}"] for name in net.state_dict()})
-
-
-def collecting_steps(collections: int, num_steps: int) -> frozenset[int]:
-    """The numbers of the steps, from 1, after which states are collected.
-
-    Args:
-        collections: Their number, at most one after each step.
-        num_steps: Number of steps.
-    """
-    return frozenset(round((number + 1) * num_steps / collections) for number in range(collections)) - {0}
-
-
-def _optimizer(nets: Sequence[BayesianRouter], options: RouterTrainingOptions) -> torch.optim.Optimizer:
-    groups = [{"params": list(net.parameters()), "lr": _largest_rate(options, net)} for net in nets]
-    kind = torch.optim.SGD if options.optimizer == "sgd" else torch.optim.AdamW
-    return kind(groups, weight_decay=options.weight_decay)
-
-
-def _largest_rate(options: RouterTrainingOptions, net: BayesianRouter) -> float:
-    return _RATE_TIMES_WIDTH / net.router.d_in if options.learning_rate is None else options.learning_rate
-
-
-def _rate(step: int, num_steps: int, options: RouterTrainingOptions) -> float:
-    """The share of the largest learning rate in a step: a linear warm-up, then half a cosine; 1 for SGD."""
-    if options.optimizer == "sgd":
-        return 1.0
-    warm = max(1, math.ceil(options.warmup * num_steps))
-    if step < warm:
-        return (step + 1) / warm
-    return 0.5 * (1 + math.cos(math.pi * (step - warm) / max(1, num_steps - warm)))
 
 
 def _line(epoch: int, epochs: int, losses: Sequence[float], statistics: Mapping[str, Sequence[float]]) -> str:

@@ -7,9 +7,10 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from bmoe_lightning.methods.base import Method, State, option, scalar
+from bmoe_lightning.methods.base import Method, State, scalar
 from bmoe_lightning.methods.batch_view import BatchView
 from bmoe_lightning.methods.needs import Needs
+from bmoe_lightning.methods.options import option
 from bmoe_lightning.methods.temperature_search import (
     TEMPERATURE_RANGE,
     check_labelled,

@@ -12,9 +12,10 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from bmoe_lightning.methods.base import Method, State, option
+from bmoe_lightning.methods.base import Method, State
 from bmoe_lightning.methods.batch_view import BatchView
 from bmoe_lightning.methods.needs import Needs
+from bmoe_lightning.methods.options import option
 from bmoe_lightning.methods.snapshots import read_snapshot, swapped_weights
 from bmoe_lightning.methods.workbench import Workbench
 

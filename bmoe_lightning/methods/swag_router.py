@@ -8,9 +8,10 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from bmoe_lightning.methods.base import State, option
+from bmoe_lightning.methods.base import State
+from bmoe_lightning.methods.options import option
 from bmoe_lightning.methods.router_method import SampledRouterMethod, on_devices
-from bmoe_lightning.methods.router_training import RouterTrainingOptions
+from bmoe_lightning.methods.router_schedule import RouterTrainingOptions
 from bmoe_lightning.methods.weight_router import WeightRouterMethod, stacked_shifts
 from bmoe_lightning.methods.workbench import Workbench
 from bmoe_lightning.routers.base import BayesianRouter, router_state, trained_dtype

@@ -8,8 +8,8 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor, nn
 
-from bmoe_lightning.methods.base import option
-from bmoe_lightning.methods.router_training import RouterTrainingOptions
+from bmoe_lightning.methods.options import option
+from bmoe_lightning.methods.router_schedule import RouterTrainingOptions
 from bmoe_lightning.methods.variational_router import VariationalRouterMethod
 from bmoe_lightning.methods.workbench import Workbench
 from bmoe_lightning.routers.base import BayesianRouter, hidden_width

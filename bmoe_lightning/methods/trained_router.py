@@ -11,9 +11,10 @@ from typing import ClassVar
 import torch
 from torch import Tensor, nn
 
-from bmoe_lightning.methods.base import State, option, scalar, state_numbers
+from bmoe_lightning.methods.base import State, scalar, state_numbers
 from bmoe_lightning.methods.batch_view import BatchView
 from bmoe_lightning.methods.needs import Needs
+from bmoe_lightning.methods.options import option
 from bmoe_lightning.methods.router_method import (
     RouterMethod,
     SampledRouterMethod,
@@ -21,7 +22,8 @@ from bmoe_lightning.methods.router_method import (
     fitted_routers,
     scores_of,
 )
-from bmoe_lightning.methods.router_training import RouterTrainingOptions, RouterTrainingResult
+from bmoe_lightning.methods.router_schedule import RouterTrainingOptions
+from bmoe_lightning.methods.router_training import RouterTrainingResult
 from bmoe_lightning.methods.workbench import Workbench
 from bmoe_lightning.routers.base import (
     BayesianRouter,

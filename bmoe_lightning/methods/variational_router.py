@@ -13,12 +13,14 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from bmoe_lightning.experts.fsdp import unsharded_class
-from bmoe_lightning.methods.base import State, check_choice, option, state_numbers
+from bmoe_lightning.methods.base import State, check_choice, state_numbers
 from bmoe_lightning.methods.batch_view import BatchView
 from bmoe_lightning.methods.needs import Needs
 from bmoe_lightning.methods.noise_routes import warn_of_still
+from bmoe_lightning.methods.options import option
 from bmoe_lightning.methods.router_method import SampledRouterMethod, on_devices
-from bmoe_lightning.methods.router_training import RouterTrainingOptions, RouterTrainingResult
+from bmoe_lightning.methods.router_schedule import RouterTrainingOptions
+from bmoe_lightning.methods.router_training import RouterTrainingResult
 from bmoe_lightning.methods.trained_router import TrainedRouterMethod
 from bmoe_lightning.methods.workbench import Workbench
 from bmoe_lightning.routers.attached import BayesianRouters, attached_routers

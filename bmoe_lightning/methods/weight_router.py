@@ -11,7 +11,8 @@ from torch.nn import functional as F
 
 from bmoe_lightning.methods.batch_view import BatchView
 from bmoe_lightning.methods.router_method import on_devices
-from bmoe_lightning.methods.router_training import RouterTrainingOptions, RouterTrainingResult
+from bmoe_lightning.methods.router_schedule import RouterTrainingOptions
+from bmoe_lightning.methods.router_training import RouterTrainingResult
 from bmoe_lightning.methods.trained_router import TrainedRouterMethod
 from bmoe_lightning.methods.workbench import Workbench
 from bmoe_lightning.routers.base import BayesianRouter, trained_dtype

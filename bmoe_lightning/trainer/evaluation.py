@@ -19,9 +19,10 @@ from bmoe_lightning.experts.fsdp import runs_in_lockstep
 from bmoe_lightning.experts.logits_contract import joined_logits
 from bmoe_lightning.laplace.posterior import WeightMismatchError
 from bmoe_lightning.laplace.predictive import entropy, predict_with_uncertainty
-from bmoe_lightning.methods.base import Method, option_columns
+from bmoe_lightning.methods.base import Method
 from bmoe_lightning.methods.evaluation import Evaluation, Predictions, Predictor
 from bmoe_lightning.methods.fit_result import FitResult
+from bmoe_lightning.methods.options import option_columns
 from bmoe_lightning.metrics import calibration_values
 from bmoe_lightning.report import MethodResult, has_comparison, results_table, summarise, write_tensorboard
 from bmoe_lightning.trainer.checks import is_trial

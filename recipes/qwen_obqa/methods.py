@@ -8,8 +8,9 @@ from dataclasses import dataclass, fields, is_dataclass, replace
 from typing import Any
 
 from bmoe_lightning.curvature.spec import Curvature
-from bmoe_lightning.methods.base import CurvatureMethod, Method, check_method_names, trial_options
+from bmoe_lightning.methods.base import CurvatureMethod, Method, check_method_names
 from bmoe_lightning.methods.needs import Available, check_needs
+from bmoe_lightning.methods.options import trial_options
 from bmoe_lightning.methods.registry import get_method
 from recipes.common.cli import UsageError, convert, nearest
 from recipes.qwen_obqa.method_names import ALL, assignment, check_among, listed_methods

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from bmoe_lightning.methods import FitResult, Method, Predictions
-from bmoe_lightning.methods.base import option_columns
+from bmoe_lightning.methods.options import option_columns
 from bmoe_lightning.report import MethodResult
 from bmoe_lightning.utils.file_header import damaged
 from bmoe_lightning.utils.safetensors_io import TensorFile, opened_tensor_file, read_tensor_file, write_tensor_file

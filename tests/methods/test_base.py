@@ -11,7 +11,8 @@ from methods_cases import RANK3
 
 from bmoe_lightning.curvature import Curvature, LinearLayers
 from bmoe_lightning.methods import MAP, DeepEnsemble, LaplaceLPO, MCDropout, get_method, method_names
-from bmoe_lightning.methods.base import CurvatureMethod, check_method_names, option_table, state_numbers, trial_options
+from bmoe_lightning.methods.base import CurvatureMethod, check_method_names, state_numbers
+from bmoe_lightning.methods.options import option_table, trial_options
 
 
 def _size(value: float | tuple[float, ...]) -> float:

@@ -10,8 +10,8 @@ from methods_cases import fitted, predictions
 from oracles.models import answer_logits, toy_model
 
 from bmoe_lightning.methods import DeepEnsemble, save_snapshot
-from bmoe_lightning.methods.base import trial_options
 from bmoe_lightning.methods.evaluation import Predictor
+from bmoe_lightning.methods.options import trial_options
 
 
 @pytest.fixture

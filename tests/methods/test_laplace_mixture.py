@@ -24,8 +24,8 @@ from bmoe_lightning.methods import (
     fit_methods,
     save_snapshot,
 )
-from bmoe_lightning.methods.base import trial_options
 from bmoe_lightning.methods.evaluation import Predictor
+from bmoe_lightning.methods.options import trial_options
 from bmoe_lightning.methods.storage import load_fit, save_fit
 
 EVIDENCE = LaplaceEvidence(curvature=RANK3, num_samples=200)

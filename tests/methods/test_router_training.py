@@ -11,7 +11,8 @@ from forked_processes import run
 from oracles.models import answer_logits, split, tiny_qwen, toy_batch, toy_model
 
 from bmoe_lightning.methods import router_training
-from bmoe_lightning.methods.router_training import RouterPasses, RouterTrainingOptions
+from bmoe_lightning.methods.router_schedule import RouterTrainingOptions
+from bmoe_lightning.methods.router_training import RouterPasses
 from bmoe_lightning.methods.training_data import Batches
 from bmoe_lightning.routers import (
     CollapseWatch,

@@ -8,7 +8,7 @@ from methods_cases import predict
 from weight_router_cases import fit, labelled, opposed, probabilities, sgd, swapped, trained_shifts
 
 from bmoe_lightning.methods import SWAGRouter
-from bmoe_lightning.methods.router_training import collecting_steps
+from bmoe_lightning.methods.router_schedule import collecting_steps
 from bmoe_lightning.methods.storage import load_fit, save_fit
 from bmoe_lightning.routers import PositionNoise, SwagWeights, find_routers
 

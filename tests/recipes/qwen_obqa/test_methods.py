@@ -10,8 +10,9 @@ from typing import Literal
 import pytest
 
 from bmoe_lightning.curvature.spec import Curvature, ExpertLayers, LinearLayers
-from bmoe_lightning.methods.base import Method, option
+from bmoe_lightning.methods.base import Method
 from bmoe_lightning.methods.needs import Needs
+from bmoe_lightning.methods.options import option
 from bmoe_lightning.methods.registry import get_method, method_names
 from recipes.common.cli import UsageError
 from recipes.qwen_obqa.methods import build_methods
