@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
+from bmoe_lightning.data.tasks import Task
 from recipes.common.cli import UsageError
 from recipes.common.study_settings import StudySettings
 from recipes.paper.outcomes import Mode
@@ -21,6 +22,7 @@ class DataSet:
         source: Hub id or folder; None for a generated one of that name.
         protocol: Which questions train, calibrate and are reported; see `bmoe_lightning.data.protocols`.
         prompt: Prompt format; None for that of the run.
+        task: Task of the rows, or its name; None recognises it by the columns.
     """
 
     name: str
@@ -28,6 +30,7 @@ class DataSet:
     source: str | None = None
     protocol: str | None = None
     prompt: str | None = None
+    task: str | Task | None = None
 
 
 @dataclass(frozen=True)
@@ -119,9 +122,9 @@ def chosen_preset(settings: StudySettings, presets: Mapping[str, Preset] = PRESE
 
 
 def _given(entry: str, preset: Preset) -> DataSet:
-    """A data set of `--data`: with label, protocol and prompt of the published one of that name."""
+    """A data set of `--data`: with label, protocol, prompt and task of the published one of that name."""
     name, _, source = entry.partition("=")
     known = {entry.name: entry for entry in (*preset.data, *_PUBLISHED)}.get(name)
     if known is None or known.source is None:
         return DataSet(name, name, source, "paper")
-    return DataSet(name, known.label, source, known.protocol, known.prompt)
+    return replace(known, source=source)

@@ -114,7 +114,7 @@ def _disjoint(given: Mapping[str, Splits], *, pretrains: bool) -> tuple[dict[str
 def _splits(entry: DataSet) -> Splits:
     if entry.source is None:
         return generated_set(entry.name).splits()
-    return load_splits(entry.source, entry.protocol or "paper")
+    return load_splits(entry.source, entry.protocol or "paper", task=entry.task)
 
 
 def num_expert_layers(preset: Preset, *, dry_run: bool) -> int:

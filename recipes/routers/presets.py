@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
+from bmoe_lightning.data.tasks.medmcqa import MedMCQA
 from recipes.paper.presets import DataSet, Preset
 from recipes.routers.settings import RouterSettings
 
@@ -19,6 +20,7 @@ _PUBLISHED = (
     DataSet("openbookqa", "OBQA", "allenai/openbookqa", "holdout"),
     DataSet("arc_easy", "ARC-E", "allenai/ai2_arc:ARC-Easy", "holdout"),
     DataSet("arc_challenge", "ARC-C", "allenai/ai2_arc:ARC-Challenge", "holdout"),
+    DataSet("medmcqa", "MedMCQA", "openlifescienceai/medmcqa", "holdout", task=MedMCQA(subjects=("Medicine",))),
     DataSet("law", "Law", "cais/mmlu:professional_law", "recipes.routers.evaluated_only:EvaluatedOnly"),
 )
 

@@ -22,7 +22,7 @@ class RouterSettings(StudySettings):
     preset: PresetName = option(
         "small",
         "model, data sets and hyper-parameters: small (generated data, CPU), or granite (Granite-3.1-3B-A800M), qwen "
-        "(Qwen1.5-MoE-A2.7B) or deepseek (DeepSeek-MoE-16B) on OpenBookQA, ARC and law questions of MMLU",
+        "(Qwen1.5-MoE-A2.7B) or deepseek (DeepSeek-MoE-16B) on OpenBookQA, ARC, MedMCQA and law questions of MMLU",
     )
     output_dir: str = option("runs/routers", "output folder; runs found there are resumed")
     methods: tuple[str, ...] = option(

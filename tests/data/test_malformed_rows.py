@@ -45,8 +45,10 @@ def kind_of(task, path, row):
         row = row[key]
     if isinstance(row, (dict, list)):
         return CONTAINER
-    if path == ("subject",):
+    if path[0] in ("subject", "choice_type", "exp", "subject_name", "topic_name", "support"):
         return UNREAD
+    if path == ("cop",):
+        return (0, 1, 2, 3)
     if path == ("sentence",):
         return BLANK
     if path in (("answer",), ("label",)):

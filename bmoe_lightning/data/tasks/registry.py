@@ -25,6 +25,8 @@ _TASKS: Registry[Task] = Registry(
         "winogrande": "winogrande:Winogrande",
         "boolq": "boolq:BoolQ",
         "mmlu": "mmlu:MMLU",
+        "medmcqa": "medmcqa:MedMCQA",
+        "sciq": "sciq:SciQ",
     },
 )
 

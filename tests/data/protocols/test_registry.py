@@ -27,6 +27,7 @@ def test_built_in_protocols_say_what_every_task_is_made_of(name):
         ("paper", "arc", HeldOutShare(0.2), "validation"),
         ("paper", "winogrande", HeldOutShare(0.2), "test"),
         ("paper", "boolq", HeldOutShare(0.2), "test"),
+        ("paper", "medmcqa", HeldOutShare(0.2), "test"),
         ("blob", "openbookqa", TrainingSample(500), "validation"),
         ("blob", "winogrande", TrainingSample(500), "test"),
         ("bayesadapt", "openbookqa", "validation", "test"),
@@ -39,7 +40,7 @@ def test_what_is_published(name, task, calibration, test):
     parts = R.get_protocol(name).parts(get_task(task))
     assert (parts.train, parts.calibration, parts.test) == ("train", calibration, test)
     # The role `test` is the file `validation` where the answers of the test split are hidden.
-    public = {"winogrande": "validation", "boolq": "validation"}
+    public = {"winogrande": "validation", "boolq": "validation", "medmcqa": "validation"}
     assert get_task(task).split_names(test)[0] == public.get(task, test)
 
 

@@ -46,7 +46,8 @@ def test_recognised_by_the_most_columns():
     assert R.recognise_task(["question", "subject", "choices", "answer"]).name == "mmlu"
     assert R.recognise_task(["qID", "sentence", "option1", "option2", "answer"]).name == "winogrande"
     with pytest.raises(
-        ValueError, match=r"the columns \['a', 'b'\] fit none of openbookqa, arc, winogrande, boolq, mmlu; name"
+        ValueError,
+        match=r"the columns \['a', 'b'\] fit none of openbookqa, arc, winogrande, boolq, mmlu, medmcqa, sc",
     ):
         R.recognise_task(["b", "a"])
     with pytest.raises(ValueError, match="fit the tasks openbookqa, arc; name the task"):
