@@ -24,12 +24,14 @@ from bmoe_lightning.methods import get_method, method_names
 ROOT = Path(__file__).parents[1]
 DOCS = sorted(path.relative_to(ROOT).as_posix() for path in (ROOT / "docs").rglob("*.md"))
 PAGES = [*DOCS, "README.md", "CONTRIBUTING.md"]
+MAX_WIDTH = 120
 MAX_CODE_WIDTH = 88  # as docs/ruff.toml, which knows no comments
 
 _BLOCK = re.compile(
     r"(?:^<!-- not run: (?P<reason>.*?) -->\n)?^```python\n(?P<code>.*?)^```$", re.MULTILINE | re.DOTALL
 )
 _FENCE = re.compile(r"^```.*?^```$", re.MULTILINE | re.DOTALL)
+_GENERATED = re.compile(r"^<!-- (.+?) -->$.*?^<!-- end of \1 -->$", re.MULTILINE | re.DOTALL)
 _LINK = re.compile(r"\]\(<?([^)\s>]+)>?\)")
 
 
@@ -168,6 +170,13 @@ def test_code_that_is_not_run_says_why(page):
 @pytest.mark.parametrize("page", PAGES)
 def test_code_is_not_too_wide(page):
     wide = [line for _, code in blocks(page) for line in code.splitlines() if len(line) > MAX_CODE_WIDTH]
+    assert not wide
+
+
+@pytest.mark.parametrize("page", [*PAGES, "CHANGELOG.md"])
+def test_prose_is_not_too_wide(page):
+    prose = _GENERATED.sub("", _FENCE.sub("", text_of(page)))
+    wide = [line for line in prose.splitlines() if len(line) > MAX_WIDTH and not line.startswith(("|", "    "))]
     assert not wide
 
 

@@ -18,7 +18,7 @@ Fine-tune the experts of a mixture-of-experts language model on multiple-choice 
 of its answers: plain (MAP), MC dropout, ensembles, temperature scaling, and a Laplace posterior over the experts.
 
   python -m recipes.qwen_obqa
-      a small built-in model and a generated task; no network, under 3 minutes on 2 cores
+      a small built-in model and a generated task; no network, a few minutes on 2 cores
   python -m recipes.qwen_obqa --data FOLDER
       the small model on real questions (train.jsonl and test.jsonl in the hub's columns)
   python -m recipes.qwen_obqa --model Qwen/Qwen1.5-MoE-A2.7B --data allenai/openbookqa
