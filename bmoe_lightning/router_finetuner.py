@@ -129,6 +129,11 @@ class RouterFinetuner(Finetuner):
         self.prior = RouterPrior(prior_scale, prior_unit, beta)
         self.layers = layers = checked_layers(layers)
         _check_numbers(num_samples, seed, router_learning_rate)
+        if score_function and kind != "temperature":
+            raise ValueError(
+                f"score_function is the gradient of drawn experts, which routers of kind {kind!r} do not have; use "
+                "kind='temperature', or leave it out"
+            )
         super().__init__(
             model,
             answer_token_ids,

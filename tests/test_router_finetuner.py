@@ -347,6 +347,7 @@ def test_methods_use_the_model_or_the_routers_that_were_trained_with_it(data, tm
         ({"router_learning_rate": 0.0}, "router_learning_rate must be positive"),
         ({"kind": "full_covariance", "rank": 0}, "rank of at least 1"),
         ({"hidden": 0}, "hidden must be at least 1"),
+        ({"score_function": True}, "routers of kind 'mean_field' do not have"),
     ],
 )
 def test_refuses_bad_settings(options, says):

@@ -84,6 +84,10 @@ class EnsembleRouter(WeightRouterMethod):
         return self.size * d_in * num_experts
 
     @property
+    def chooses_epoch(self) -> bool:
+        return False
+
+    @property
     def loss_counts(self) -> Collection[int]:
         return (2,)  # of the model, and of the method
 

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from bmoe_lightning.curvature.spec import Curvature
 from bmoe_lightning.experts.data_record import compared
@@ -25,6 +26,8 @@ from bmoe_lightning.methods.options import option
 from bmoe_lightning.methods.routes import route_information, route_moments
 from bmoe_lightning.methods.workbench import Workbench
 from bmoe_lightning.routers.costs import RoutingCost, noise_cost
+from bmoe_lightning.routers.gaps import check_gaps
+from bmoe_lightning.routers.types import Router
 from bmoe_lightning.utils.fit_warnings import collected_fit_warnings
 
 _JOINT, _SHARE, _MIXTURE = "joint_precision", "posterior_share", "mixture"
@@ -96,6 +99,10 @@ class LaplaceRouterNoise(LaplaceLPO):
     def routing_cost(self, d_in: int, num_experts: int) -> RoutingCost:
         """What a prediction takes in a router; the posterior's forward pass is along the model's own routes."""
         return RoutingCost(self.num_samples + 1, noise_cost(num_experts, 1), parameters=1)
+
+    def check_routers(self, model: nn.Module, routers: Sequence[Router], run: Callable[[], Tensor]) -> None:
+        super().check_routers(model, routers, run)
+        check_gaps(routers)
 
     def fit(self, work: Workbench) -> State:
         split = work.labelled_logits()

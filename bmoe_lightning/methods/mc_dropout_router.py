@@ -62,6 +62,7 @@ class MCDropoutRouter(WeightRouterMethod, SampledRouterMethod):
         return replace(super().needs, training_labels=self.epochs > 0)
 
     def check_routers(self, model: nn.Module, routers: Sequence[Router], run: Callable[[], Tensor]) -> None:
+        super().check_routers(model, routers, run)
         _check_linear(model, self.chosen(routers), run)
 
     def fit(self, work: Workbench) -> State:
@@ -103,6 +104,10 @@ class MCDropoutRouter(WeightRouterMethod, SampledRouterMethod):
 
     def num_parameters(self, d_in: int, num_experts: int) -> int:
         return (1 + (self.epochs > 0)) * d_in * num_experts + 1  # the weight, its shift, and the rate
+
+    @property
+    def chooses_epoch(self) -> bool:
+        return self.epochs > 0
 
     @property
     def loss_counts(self) -> Collection[int]:

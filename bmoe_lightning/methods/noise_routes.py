@@ -112,8 +112,8 @@ def check_noise_state(state: State) -> None:
         value = state.get(key)
         if value is None or value.dtype != torch.float64 or value.dim() != dimensions or bool((value < 0).any()):
             raise ValueError(f"{key!r} must be float64, of {dimensions} dimensions and not negative")
-    if state["unit"].shape != state["sigma"].shape:
-        raise ValueError("'unit' and 'sigma' must have an entry for each router")
+    if not torch.equal(state["sigma"], state["scale"] * state["unit"]):
+        raise ValueError("'sigma' must be 'scale' times 'unit', of each router")
 
 
 def warn_of_scale(work: Workbench, scale: float, largest: float) -> None:

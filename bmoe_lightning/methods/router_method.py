@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields, replace
 from typing import Literal, get_args
 
@@ -20,6 +20,7 @@ from bmoe_lightning.methods.routes import located_routers, position_noise, route
 from bmoe_lightning.routers.base import BayesianRouter
 from bmoe_lightning.routers.costs import RouterCost, RoutingCost
 from bmoe_lightning.routers.prediction import averaged_scores, mean_routers
+from bmoe_lightning.routers.scores import check_score
 from bmoe_lightning.routers.types import SCORES, Router
 
 Average = Literal["predictions", "scores"]
@@ -108,6 +109,12 @@ class RouterMethod(Method):
         passes, samples = (count, 1) if self.sampling.average == "predictions" else (1, count)
         cost = self.token_cost(d_in, num_experts, samples)
         return RoutingCost(max(1, passes), cost, parameters=self.num_parameters(d_in, num_experts))
+
+    def check_routers(self, model: nn.Module, routers: Sequence[Router], run: Callable[[], Tensor]) -> None:
+        """Refuse an average of scores that are neither a softmax nor a sigmoid; `Method.check_routers` has the rest."""
+        if self.sampling.average == "scores":
+            for router in routers:
+                check_score(router.score)
 
     def log_probs(self, batch: BatchView, state: State) -> Tensor:
         nets = self.nets(batch, state)
@@ -249,8 +256,8 @@ def check_scores(scores: Tensor | None, count: int) -> None:
     Raises:
         ValueError: If it is missing or no such numbers.
     """
-    if scores is None or scores.shape != (count,):
-        raise ValueError("'score' must have an entry for each router")
+    if scores is None or scores.shape != (count,) or scores.dtype != torch.int64:
+        raise ValueError("'score' must be int64 and have an entry for each router")
     if bool(((scores < 0) | (scores >= len(SCORES))).any()):
         raise ValueError(f"'score' must be an index of {', '.join(SCORES)}")
 

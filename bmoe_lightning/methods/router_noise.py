@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from bmoe_lightning.methods.base import State, scalar, state_numbers
 from bmoe_lightning.methods.batch_view import BatchView
@@ -23,6 +24,8 @@ from bmoe_lightning.methods.router_method import SampledRouterMethod, check_scor
 from bmoe_lightning.methods.workbench import Workbench
 from bmoe_lightning.routers.costs import RouterCost, noise_cost
 from bmoe_lightning.routers.fixed_noise import FixedNoise
+from bmoe_lightning.routers.gaps import check_gaps
+from bmoe_lightning.routers.types import Router
 
 
 @dataclass(frozen=True)
@@ -59,6 +62,10 @@ class RouterNoise(SampledRouterMethod):
     @property
     def needs(self) -> Needs:
         return Needs(calibration_labels=True, advised_labels=25, routers=True)
+
+    def check_routers(self, model: nn.Module, routers: Sequence[Router], run: Callable[[], Tensor]) -> None:
+        super().check_routers(model, routers, run)
+        check_gaps(routers)
 
     def fit(self, work: Workbench) -> State:
         routers, unit = work.routers(), work.router_gaps()

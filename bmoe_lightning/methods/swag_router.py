@@ -89,6 +89,10 @@ class SWAGRouter(WeightRouterMethod, SampledRouterMethod):
         return (min(self.rank, self.collections) + 2) * d_in * num_experts
 
     @property
+    def chooses_epoch(self) -> bool:
+        return False
+
+    @property
     def loss_counts(self) -> Collection[int]:
         return (2,)  # of the model, and of the method
 

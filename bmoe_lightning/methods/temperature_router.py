@@ -61,6 +61,7 @@ class TemperatureRouter(VariationalRouterMethod):
         return replace(super().training_options, score_function=self.score_function)
 
     def check_routers(self, model: nn.Module, routers: Sequence[Router], run: Callable[[], Tensor]) -> None:
+        super().check_routers(model, routers, run)
         chosen = self.chosen(routers)
         for router in chosen:
             check_drawn(router)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from abc import abstractmethod
 from collections.abc import Callable, Collection, Hashable, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
@@ -73,7 +74,7 @@ class TrainedRouterMethod(RouterMethod):
         super().__post_init__()
         object.__setattr__(self, "layers", tuple(self.layers))
         rate = 1.0 if self.learning_rate is None else self.learning_rate
-        if self.epochs < 0 or not rate > 0:
+        if self.epochs < 0 or not 0 < rate < math.inf:
             raise ValueError(
                 f"{self.name} needs epochs >= 0 and a positive learning rate, got epochs={self.epochs} and "
                 f"learning_rate={self.learning_rate}"
@@ -82,7 +83,11 @@ class TrainedRouterMethod(RouterMethod):
     @property
     def needs(self) -> Needs:
         return Needs(
-            calibration_labels=True, advised_labels=25, training_labels=True, routers=True, router_training=True
+            calibration_labels=True,
+            advised_labels=25,
+            training_labels=self.epochs > 0,
+            routers=True,
+            router_training=True,
         )
 
     def check_run(
@@ -100,6 +105,9 @@ class TrainedRouterMethod(RouterMethod):
         """
         for router in self.chosen(find_routers(model)):
             self.check_router(router)
+
+    def check_routers(self, model: nn.Module, routers: Sequence[Router], run: Callable[[], Tensor]) -> None:
+        super().check_routers(model, self.chosen(routers), run)
 
     def check_router(self, router: Router) -> None:
         """Check a router that is not probed, before training.
@@ -216,10 +224,18 @@ class TrainedRouterMethod(RouterMethod):
             value = state.get(key)
             if value is None or value.shape != shape or value.dtype != dtype:
                 raise ValueError(f"{key!r} must be {dtype} of the shape {list(shape)}")
+        sizes, top_k = state["sizes"], state["top_k"]
+        if bool((sizes < 1).any()) or bool(((top_k < 0) | (top_k > sizes[:, 0])).any()):
+            raise ValueError("'sizes' must be positive, and 'top_k' from 0 to the number of experts")
         if float(state["epoch"]) not in range(self.epochs + 1):
             raise ValueError(f"'epoch' must be one of 0 to {self.epochs}, and is {float(state['epoch']):g}")
         self._check_statistics(state)
         self._check_nets(state)
+
+    @property
+    def chooses_epoch(self) -> bool:
+        """Whether the held-out losses are those of each epoch, of which the least is the method's, and not the last."""
+        return True
 
     @property
     def loss_counts(self) -> Collection[int]:
@@ -228,9 +244,12 @@ class TrainedRouterMethod(RouterMethod):
 
     def _check_statistics(self, state: State) -> None:
         losses = state.get("held_out_nll")
-        if losses is None or losses.dtype != torch.float64 or losses.dim() != 1 or len(losses) not in self.loss_counts:
-            raise ValueError(f"'held_out_nll' must be float64, of {' or '.join(map(str, self.loss_counts))} numbers")
         count = len(state.get("random", ()))
+        counts = self.loss_counts if count else {1, *self.loss_counts}  # routers without noise are not trained
+        if losses is None or losses.dtype != torch.float64 or losses.dim() != 1 or len(losses) not in counts:
+            raise ValueError(f"'held_out_nll' must be float64, of {' or '.join(map(str, counts))} numbers")
+        if self.chooses_epoch and float(state["epoch"]) >= len(losses):
+            raise ValueError(f"'epoch' is {float(state['epoch']):g}, and there are {len(losses)} held-out losses")
         trained = self.reported if float(state["epoch"]) else ()
         for name in (*trained, *(name for name in self.reported if name in state and name not in trained)):
             value = state.get(name)
@@ -267,7 +286,8 @@ class TrainedRouterMethod(RouterMethod):
     def hyperparameters(self, state: State) -> dict[str, float]:
         numbers = {name: state[name] for name in ("epoch", *self.reported) if name in state}
         losses = state["held_out_nll"].tolist()
-        held_out = {"held_out_nll_untrained": losses[0], "held_out_nll": min(losses)} if losses else {}
+        own = losses[int(state["epoch"])] if self.chooses_epoch else losses[-1]
+        held_out = {"held_out_nll_untrained": losses[0], "held_out_nll": own}
         return {
             "num_samples": self.sampling.num_samples,
             **held_out,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from abc import abstractmethod
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, replace
@@ -12,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from bmoe_lightning.experts.fsdp import unsharded_class
+from bmoe_lightning.experts.fsdp import has_shards, unsharded_class
 from bmoe_lightning.methods.base import State, check_choice, state_numbers
 from bmoe_lightning.methods.batch_view import BatchView
 from bmoe_lightning.methods.needs import Needs
@@ -30,6 +31,8 @@ from bmoe_lightning.routers.base import (
     router_state,
     trained_dtype,
 )
+from bmoe_lightning.routers.discovery import find_routers
+from bmoe_lightning.routers.gaps import check_gaps
 from bmoe_lightning.routers.types import Router
 from bmoe_lightning.utils.messages import first_names
 
@@ -45,7 +48,7 @@ class VariationalRouterMethod(TrainedRouterMethod, SampledRouterMethod):
     options of the training, and of the prior, are those of that class, and `fit` checks that kind and layers agree.
 
     Raises:
-        ValueError: If `beta` is negative.
+        ValueError: If `beta` is negative or infinite.
     """
 
     beta: float = option(
@@ -59,8 +62,8 @@ class VariationalRouterMethod(TrainedRouterMethod, SampledRouterMethod):
     def __post_init__(self) -> None:
         super().__post_init__()
         check_choice("training", self.training, get_args(Training))
-        if not self.beta >= 0:
-            raise ValueError(f"{self.name} needs beta >= 0, got {self.beta}")
+        if not 0 <= self.beta < math.inf:
+            raise ValueError(f"{self.name} needs a finite beta >= 0, got {self.beta}")
 
     @property
     def needs(self) -> Needs:
@@ -79,11 +82,16 @@ class VariationalRouterMethod(TrainedRouterMethod, SampledRouterMethod):
         """As `TrainedRouterMethod.check_run`.
 
         Raises:
-            ValueError: Also if no Bayesian routers are trained with the model that should be.
+            ValueError: Also if no Bayesian routers are trained with the model that should be, or others.
         """
-        if self.training == "with_model":
-            self._given(model)
         super().check_run(model, folder, ranks_per_node=ranks_per_node, trained=trained)
+        if self.training == "with_model":
+            own = [self.make_net(router, 1.0, False, torch.float32, 0) for router in self.chosen(find_routers(model))]
+            self._check_alike(own, self._given(model).nets)
+
+    def check_routers(self, model: nn.Module, routers: Sequence[Router], run: Callable[[], Tensor]) -> None:
+        super().check_routers(model, routers, run)
+        check_gaps(routers)
 
     @abstractmethod
     def make_net(self, router: Router, unit: float, way: bool, dtype: torch.dtype, seed: int) -> BayesianRouter:
@@ -137,7 +145,7 @@ class VariationalRouterMethod(TrainedRouterMethod, SampledRouterMethod):
             raise ValueError("'unit' must be float64, of one dimension and not negative")
         if len(unit) != len(state.get("score", ())):
             raise ValueError("'unit' must have an entry for each router")
-        if way is None or way.dim() or int(way) not in (0, 1):
+        if way is None or way.dtype != torch.int64 or way.dim() or int(way) not in (0, 1):
             raise ValueError("'way' must be 0 or 1")
         super().check_state(state)
 
@@ -158,17 +166,32 @@ class VariationalRouterMethod(TrainedRouterMethod, SampledRouterMethod):
             )
         return found
 
+    def _check_alike(self, own: Sequence[BayesianRouter], given: Sequence[BayesianRouter]) -> None:
+        """Refuse Bayesian routers beside the model that are others than those of the method."""
+        here, there = ([(_kind(net), net.router.index) for net in of] for of in (own, given))
+        if here != there:
+            raise ValueError(
+                f"{self.name} has routers {_shown(here)}, and those that are trained beside the model are "
+                f"{_shown(there)}; use the method of their kind, with the same layers"
+            )
+        for one, other in zip(own, given, strict=True):
+            if has_shards(other):
+                continue
+            shapes = ({name: tuple(value.shape) for name, value in net.state_dict().items()} for net in (one, other))
+            if (expected := next(shapes)) != (found := next(shapes)):
+                name = next(name for name in {**expected, **found} if expected.get(name) != found.get(name))
+                raise ValueError(
+                    f"{self.name} has routers with a tensor {name!r} of shape {expected.get(name)}, and those that are "
+                    f"trained beside the model have {found.get(name)}; give both the same rank, and leave hidden, the "
+                    "width of their hidden layers, at its default"
+                )
+
     def _taken(
         self, work: Workbench, nets: Sequence[BayesianRouter], predict: Callable[[BatchView], Tensor]
     ) -> RouterTrainingResult:
         """Give routers the values of those beside the model, and measure their held-out loss."""
         given = self._given(work.model)
-        here, there = ([(_kind(net), net.router.index) for net in of] for of in (nets, given.nets))
-        if here != there:
-            raise ValueError(
-                f"{self.name} has routers {_shown(here)}, and those that were trained beside the model are "
-                f"{_shown(there)}; use the method of their kind, with the same layers"
-            )
+        self._check_alike(nets, given.nets)
         if given.lacks_scale:
             raise ValueError(
                 f"{self.name} predicts with Bayesian routers that were trained beside the model, and those of "
@@ -182,7 +205,7 @@ class VariationalRouterMethod(TrainedRouterMethod, SampledRouterMethod):
 
     def _warn(self, work: Workbench, found: RouterTrainingResult) -> None:
         """Say where training did no good."""
-        if self.epochs and not found.epoch:
+        if len(found.losses) > 1 and not found.epoch:
             work.warn(
                 f"no epoch of training made the routers of {self.name} better than untrained noise on the held-out "
                 f"labels (NLL {min(found.losses[1:]):.4f}, untrained {found.losses[0]:.4f}), so they are untrained; "

@@ -52,6 +52,7 @@ def injected_routers(
 
     def replace(router: Router, u: Tensor, logits: Tensor) -> Tensor:
         net = of_router[router]
+        pending.choices.pop(router, None)  # of a call that an exception ended
         with torch.autocast(logits.device.type, enabled=False):
             found = logits_of(net, u, logits)
         if found is logits or not net.returns_choice:

@@ -6,6 +6,8 @@ of batches and ranks add up. The median is interpolated within its bin.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
@@ -31,16 +33,33 @@ def count_gaps(logits: Tensor, router: Router) -> Tensor:
     Raises:
         ValueError: If K is unknown.
     """
+    chosen = min(_known_top_k(router), router.num_experts - 1)
+    largest = at_least_float32(logits).topk(chosen + 1, dim=-1).values
+    gaps = (largest[:, chosen - 1] - largest[:, chosen]).nan_to_num(0.0)
+    bins = ((gaps.log2() - _LOWEST) * _BINS_PER_OCTAVE).floor() + 1
+    return bins.clamp(0, NUM_BINS - 1).long().cpu().bincount(minlength=NUM_BINS)
+
+
+def check_gaps(routers: Sequence[Router]) -> None:
+    """Check that gaps of routers can be counted.
+
+    Args:
+        routers: The routers, probed.
+
+    Raises:
+        ValueError: If K of one is unknown.
+    """
+    for router in routers:
+        _known_top_k(router)
+
+
+def _known_top_k(router: Router) -> int:
     if router.top_k is None:
         raise ValueError(
             f"the number of experts that the router {router.name!r} chooses for a token is unknown, since experts drop "
             "tokens; use a model without a limit on the tokens of an expert"
         )
-    chosen = min(router.top_k, router.num_experts - 1)
-    largest = at_least_float32(logits).topk(chosen + 1, dim=-1).values
-    gaps = (largest[:, chosen - 1] - largest[:, chosen]).nan_to_num(0.0)
-    bins = ((gaps.log2() - _LOWEST) * _BINS_PER_OCTAVE).floor() + 1
-    return bins.clamp(0, NUM_BINS - 1).long().cpu().bincount(minlength=NUM_BINS)
+    return router.top_k
 
 
 def median_gap(counts: Tensor) -> float:

@@ -20,6 +20,7 @@ from bmoe_lightning.methods.base import Method
 from bmoe_lightning.methods.registry import get_method, method_names
 from bmoe_lightning.methods.routing_cost import routing_cost
 from recipes.common.cli import UsageError
+from recipes.qwen_obqa.method_names import assignment
 from recipes.routers.gates import GATES
 
 Entry = str | dict[str, Any]
@@ -135,6 +136,28 @@ def layer_entries(names: Sequence[str], selections: Sequence[Selection], num_sam
     return [_entry(method, _selected(method, selection), num_samples) for selection in selections]
 
 
+def with_variants(assignments: Sequence[str], entries: Sequence[Entry], names: Sequence[str]) -> tuple[str, ...]:
+    """Assignments to options of methods, and the same to their variants, which compare what is averaged or where.
+
+    Args:
+        assignments: As of `--set`, in order; those to a variant itself come last.
+        entries: The methods of a run.
+        names: Methods with random routers.
+
+    Raises:
+        UsageError: If an assignment is malformed.
+    """
+    found = []
+    for text in assignments:
+        _, method, options, value = assignment(text)
+        for entry in entries:
+            own = {} if isinstance(entry, str) else entry["init_args"]
+            variant = own.get("name", method)
+            if method in names and variant != method and base_of(variant, names) == method and options[0] not in own:
+                found.append(f"{variant}.{'.'.join(options)}={value}")
+    return (*found, *assignments)
+
+
 def few_samples(method: Method, limit: int) -> Method:
     """The method with no more samples, if each takes a forward pass of its own; otherwise as it is.
 
@@ -186,7 +209,7 @@ def _variants(method: Method) -> Iterator[dict[str, Any]]:
         for choice in typing.get_args(typing.get_type_hints(type(method))[_AVERAGE]):
             if choice != getattr(method, _AVERAGE):
                 yield {_AVERAGE: choice, **_named(method, choice, f" ({choice})")}
-    if _has(method, _SAMPLES):
+    if _has(method, _SAMPLES) and method.needs.training_labels:  # without training, the mean is the model
         options = {_SAMPLES: 0, **_named(method, "mean", " (mean)")}
         with suppress(ValueError):  # of a method that has no mean of its own
             replace(method, **options)

@@ -45,6 +45,7 @@ from recipes.routers.methods import (
     random_router_names,
     read_known,
     selections,
+    with_variants,
 )
 from recipes.routers.presets import PRESETS, default_samples, with_preset
 from recipes.routers.report import RouterReport, write_report
@@ -165,7 +166,8 @@ class _Planned:
             others: Data sets that it is tested on besides its own.
         """
         planned = PlannedRun(self.home, "experts", tuple(methods), tuple(others))
-        return planned, settings_of_run(planned, self.preset, self.settings, self.questions, {"set": self.settings.set})
+        assignments = with_variants(self.settings.set, methods, self.names)
+        return planned, settings_of_run(planned, self.preset, self.settings, self.questions, {"set": assignments})
 
     @contextmanager
     def completed(self, methods: Sequence[Entry], others: Sequence[str] = ()) -> Iterator[list[SeedRun]]:

@@ -225,7 +225,17 @@ def test_refused_options(options, found):
         RouterNoise(**options)
 
 
-@pytest.mark.parametrize("change", [{"sigma": -NOISE["sigma"]}, {"score": NOISE["score"] + 3}, {"unit": None}])
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"sigma": -NOISE["sigma"]},
+        {"sigma": 2 * NOISE["sigma"]},
+        {"scale": 0 * NOISE["scale"]},
+        {"score": NOISE["score"] + 3},
+        {"score": NOISE["score"].double()},
+        {"unit": None},
+    ],
+)
 def test_a_state_of_no_fit_is_refused(change):
     state = {key: value for key, value in {**NOISE, **change}.items() if value is not None}
     with pytest.raises(ValueError, match="must"):

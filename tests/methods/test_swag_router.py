@@ -54,8 +54,11 @@ def test_fewer_steps_than_collections_are_said_and_less_than_two_refused(model):
 def test_routers_that_are_worse_than_the_model_are_said(model):
     train, wrong = opposed(model, 8, 8)
     method = SWAGRouter(epochs=3, num_samples=2, learning_rate=5.0)
-    found, _ = fit(method, model, wrong, train)
+    found, state = fit(method, model, wrong, train)
     assert any("higher NLL on the held-out labels than the model" in one for one in found.warnings_of(method))
+    numbers, own = method.hyperparameters(state), predict(method, model, train[0], state)
+    assert numbers["held_out_nll"] > numbers["held_out_nll_untrained"]
+    assert own.isfinite().all()
 
 
 def test_the_steps_after_which_weights_are_collected():

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from contextlib import nullcontext
 from dataclasses import replace
 
 import pytest
@@ -10,11 +11,26 @@ import torch
 from methods_cases import predict
 from oracles.models import answer_logits, split, toy_batch, toy_model
 
-from bmoe_lightning.methods import MAP, BatchView, FullCovarianceRouter, MeanFieldRouter, fit_methods
+from bmoe_lightning.methods import (
+    MAP,
+    BatchView,
+    FullCovarianceRouter,
+    LaplaceRouterNoise,
+    MeanFieldRouter,
+    RouterNoise,
+    fit_methods,
+)
 from bmoe_lightning.methods.router_training import RouterPasses, RouterTrainingResult
 from bmoe_lightning.methods.routing_cost import routing_cost
 from bmoe_lightning.methods.storage import load_fit, save_fit
-from bmoe_lightning.routers import BayesianRouters, PositionNoise, RouterOptions, router_state, sampled_routes
+from bmoe_lightning.routers import (
+    BayesianRouters,
+    PositionNoise,
+    RouterOptions,
+    find_routers,
+    router_state,
+    sampled_routes,
+)
 
 TRAINING, HELD_OUT = toy_batch(num_rows=12, seed=4), toy_batch(num_rows=30, seed=5)
 METHOD = MeanFieldRouter(num_samples=2, epochs=2, learning_rate=0.02)
@@ -119,7 +135,9 @@ def test_training_data_that_can_be_read_once_are_refused():
     [
         ({"epochs": -1}, "epochs >= 0"),
         ({"learning_rate": 0.0}, "positive learning rate"),
+        ({"learning_rate": math.inf}, "positive learning rate"),
         ({"beta": -1.0}, "beta >= 0"),
+        ({"beta": math.inf}, "beta >= 0"),
         ({"num_samples": -1}, "at least one sample"),
         ({"prior_scale": 0.0}, "positive number"),
         ({"prior_unit": "two"}, "valid are gap, one"),
@@ -131,11 +149,24 @@ def test_refused_options(options, found):
         MeanFieldRouter(**options)
 
 
-@pytest.mark.parametrize("change", [{"score": None}, {"fingerprint": torch.zeros(3)}, {"top_k": None}])
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"score": None},
+        {"score": torch.tensor([0.0, 0.0])},
+        {"fingerprint": torch.zeros(3)},
+        {"top_k": None},
+        {"top_k": torch.tensor([2, 5])},
+        {"top_k": torch.tensor([-1, 2])},
+        {"sizes": torch.tensor([[4, 16], [-4, 16]])},
+        {"way": torch.tensor(0.7)},
+        {"held_out_nll": torch.ones(1, dtype=torch.float64)},
+    ],
+)
 def test_a_state_of_no_fit_is_refused(trained, change):
     state = {**trained.state_of(replace(METHOD, epochs=4)), **change}
     with pytest.raises(ValueError, match="must"):
-        METHOD.check_state({key: value for key, value in state.items() if value is not None})
+        replace(METHOD, epochs=4).check_state({key: value for key, value in state.items() if value is not None})
 
 
 def test_methods_that_average_other_things_share_one_training(monkeypatch):
@@ -160,6 +191,42 @@ def test_forms_share_their_noise_before_training():
     one, other = (kind(num_samples=2, epochs=0) for kind in (MeanFieldRouter, FullCovarianceRouter))
     found = [predict(method, toy_model(), HELD_OUT, fit(method).state_of(method)) for method in (one, other)]
     torch.testing.assert_close(found[0], found[1], rtol=1e-9, atol=1e-9)
+
+
+def test_routers_that_get_no_noise_are_not_trained(tmp_path):
+    model = toy_model()
+    model.get_submodule(find_routers(model)[0].name).weight.data.zero_()
+    method = replace(METHOD, layers=(0,))
+    found = fit(method, model)
+    assert any("1 of 1 routers get no noise" in sentence for sentence in found.warnings_of(method))
+    state = found.state_of(method)
+    assert state["held_out_nll"].shape == (1,)
+    plain = answer_logits(model, HELD_OUT)[0].double().log_softmax(-1)
+    torch.testing.assert_close(predict(method, model, HELD_OUT, state), plain)
+    save_fit(tmp_path, found)
+    assert torch.equal(predict(method, model, HELD_OUT, load_fit(tmp_path)[0].state_of(method)), plain)
+
+
+@pytest.mark.parametrize("method", [METHOD, RouterNoise(), LaplaceRouterNoise()])
+def test_routers_with_an_unknown_number_of_experts_are_refused_before_training(method):
+    model = toy_model()
+    routers = [replace(router, top_k=None) for router in find_routers(model)]
+    with pytest.raises(ValueError, match=r"chooses for a token is unknown"):
+        method.check_routers(model, routers, lambda: answer_logits(model, HELD_OUT)[0])
+
+
+@pytest.mark.parametrize("kind", [MeanFieldRouter, RouterNoise])
+def test_scores_that_cannot_be_averaged_are_refused_before_training(kind):
+    model = toy_model()
+    routers = [replace(router, top_k=2, score="other") for router in find_routers(model)]
+    for method in (kind(), kind(average="scores", name="s", label="S")):
+        with pytest.raises(ValueError, match="score is 'other'") if method.average == "scores" else nullcontext():
+            method.check_routers(model, routers, lambda: answer_logits(model, HELD_OUT)[0])
+
+
+def test_without_epochs_no_labels_of_the_training_data_are_needed():
+    assert METHOD.needs.training_labels
+    assert not replace(METHOD, epochs=0).needs.training_labels
 
 
 class Held(torch.nn.Module):
@@ -215,12 +282,18 @@ def test_routers_that_were_trained_with_the_model_take_the_place_of_training(mon
         (lambda: Held(), r"Held has none; train it with RouterFinetuner or .*training='post_hoc'"),
         (lambda: Held(RouterOptions("full_covariance")), r"beside the model are FullCovarianceLogits of layer 0"),
         (lambda: Held(RouterOptions(), [1]), r"beside the model are MeanFieldLogits of layer 1"),
-        (lambda: Held(RouterOptions(hidden=5)), r"use the options that they were trained with"),
+        (
+            lambda: Held(RouterOptions(hidden=5)),
+            r"tensor .hidden.* leave hidden, the width",
+        ),
     ],
 )
 def test_other_routers_than_the_method_names_are_refused(held, says):
+    module, method = held(), replace(METHOD, training="with_model")
     with pytest.raises(ValueError, match=says):
-        fit_held(replace(METHOD, training="with_model"), held())
+        method.check_run(module, None)  # before training
+    with pytest.raises(ValueError, match=says):
+        fit_held(method, module)
 
 
 def test_routers_that_were_never_trained_are_refused():

@@ -99,3 +99,28 @@ def test_recorded_router_logits_are_those_of_the_model():
         found = model(input_ids=BATCH["ids"], attention_mask=BATCH["mask"], output_router_logits=True).router_logits
     torch.testing.assert_close(found[0], plain[0])
     assert len(find_expert_layers(model)) == len(found)
+
+
+def test_a_choice_of_a_call_that_failed_is_not_used_in_the_next_one(monkeypatch):
+    model = tiny_qwen(norm_topk_prob=False)
+    routers = probed(model)
+    nets = [chooses(router, returns_choice=True) for router in routers]
+    plain, drawn = run(model), [True]
+    other = torch.tensor([[0, 3], [2, 1]]).repeat(18, 1)[: BATCH["ids"].numel()]
+
+    def chosen(_net, _u, logits):
+        return restrict(logits.log_softmax(-1), other) if drawn else logits
+
+    softmax = torch.nn.functional.softmax
+
+    def fails(*arguments, **options):  # behind the router's linear map
+        if drawn:
+            raise MemoryError
+        return softmax(*arguments, **options)
+
+    with injected_routers(model, nets, chosen):
+        monkeypatch.setattr(torch.nn.functional, "softmax", fails)
+        with pytest.raises(MemoryError):
+            run(model)
+        drawn.clear()
+        assert torch.equal(run(model), plain)

@@ -20,6 +20,7 @@ from recipes.routers.methods import (
     random_router_names,
     read_known,
     selections,
+    with_variants,
 )
 
 KNOWN = read_known()
@@ -37,7 +38,7 @@ class Routed(Method):
 
     @property
     def needs(self):
-        return Needs(routers=True)
+        return Needs(routers=True, training_labels=True)
 
     def log_probs(self, batch, state):
         return batch.logits.log_softmax(-1)
@@ -79,6 +80,24 @@ def test_every_option_has_a_variant(routed):
     assert [found["layers"] for found in of_layers] == [[0, 2], [3], [2, 3]]
     assert {base_of(found["name"], ["routed", KNOWN.noise]) for found in of_layers} == {"routed"}
     assert layer_entries(["laplace_lpo"], chosen, None) == []
+
+
+def test_what_is_set_for_a_method_is_set_for_its_variants(routed):
+    names = ["routed", KNOWN.noise]
+    found = [*entries(names, KNOWN, 35), *layer_entries(["routed"], selections(4, [0, 2]), 35)]
+    given = ("routed.num_samples=4", "routed.curvature.rank=2", "routed_mean.curvature.rank=3", "map.label=x")
+    variants = ("routed_scores", "routed_mean", "routed_susceptible", "routed_last", "routed_last_third")
+    added = [f"{name}.curvature.rank=2" for name in variants]
+    assert with_variants(given, found, names) == (*added, *given)  # of two, the last wins
+    assert with_variants((), found, names) == ()
+    with pytest.raises(UsageError, match="METHOD"):
+        with_variants(("routed",), found, names)
+
+
+def test_routers_that_nothing_trains_have_no_row_of_their_mean():
+    dropout = get_method("mc_dropout_router")
+    assert not any("mean" in str(options) for options in methods._variants(dropout))
+    assert any("mean" in str(options) for options in methods._variants(replace(dropout, epochs=2)))
 
 
 def test_samples_are_limited_where_each_takes_a_pass():
