@@ -105,6 +105,8 @@ def mean_routers(model: nn.Module, nets: Sequence[BayesianRouter]) -> AbstractCo
 class RouterSignals:
     """How uncertain routers are at the last real token of each row, by the index of the router, `[R]` for each call.
 
+    Empty where sequences share a row, such as choices after one prompt.
+
     Attributes:
         variances: Variance of the logits without their common shift, in closed form; of routers that have one.
         entropies: Entropy of the gate in nats.
@@ -127,9 +129,11 @@ def recorded_signals(model: nn.Module, nets: Sequence[BayesianRouter]) -> Iterat
     signals, of_router = RouterSignals(), {net.router: net for net in nets}
 
     def record(router: Router, u: Tensor, logits: Tensor) -> Tensor:
-        net = of_router[router]
+        net, last = of_router[router], watch.rows(len(logits)).last
+        if last is None:
+            return logits
+        last = last.to(logits.device)
         with torch.no_grad(), torch.autocast(logits.device.type, enabled=False):
-            last = watch.rows(len(logits)).last.to(logits.device)
             inputs, own = u[last], logits[last]
             found = net.distribution(inputs, own)
             if found is not None:

@@ -37,10 +37,12 @@ class TokenRows:
         mask: `[R, T]` bool, False for padding.
         positions: Position of each token in its row, counted from the row's first real token, or in its sequence where
             several share a row, `[R, T]` int64; 0 for padding before it.
+        is_shared: Whether sequences share the rows.
     """
 
     mask: Tensor
     positions: Tensor
+    is_shared: bool = False
 
     def equals(self, other: TokenRows) -> bool:
         """Whether padding and positions are the same."""
@@ -59,8 +61,13 @@ class TokenRows:
         return None if bool(flat.all()) else flat.nonzero().squeeze(1)
 
     @property
-    def last(self) -> Tensor:
-        """Index of the last real token of each row among all tokens, `[R]`; of the last one in a row without any."""
+    def last(self) -> Tensor | None:
+        """Index of the last real token of each row among all tokens, `[R]`; of the last one in a row without any.
+
+        None where sequences share a row, in which that is the end of any of them.
+        """
+        if self.is_shared:
+            return None
         length = self.mask.shape[1]
         places = torch.arange(length, device=self.mask.device)
         last = torch.where(self.mask.any(1), (self.mask * places).amax(1), length - 1)
@@ -90,7 +97,7 @@ class TokenRows:
         """
         sees = attention[:, 0] if attention.dtype == torch.bool else attention[:, 0] == 0
         real = (sees.sum(2) > 1) | (sees.sum(1) > 1)
-        return cls(real, positions.clamp(min=0).masked_fill(~real, 0))
+        return cls(real, positions.clamp(min=0).masked_fill(~real, 0), is_shared=True)
 
 
 class _Call:

@@ -46,8 +46,8 @@ class TrainedGates(Method):
         with recorded_signals(batch.model, gates) as signals:
             batch.forward()
         entropies = [torch.cat(calls) for calls in signals.entropies.values()]
-        if any(len(of_router) != len(batch.logits) for of_router in entropies):
-            return {}  # where each choice has a row of its own
+        if not entropies or any(len(of_router) != len(batch.logits) for of_router in entropies):
+            return {}  # where each choice has a row of its own, or all share one
         return {"gate_entropy": torch.stack(entropies).mean(0).cpu()}
 
 

@@ -7,7 +7,7 @@ import math
 import numpy as np
 import pytest
 import torch
-from oracles.models import answer_logits, toy_batch, toy_model
+from oracles.models import answer_logits, tiny_qwen, toy_batch, toy_model
 
 from bmoe_lightning.routers import (
     FixedNoise,
@@ -218,3 +218,17 @@ def test_signals_are_those_of_the_last_real_token():
         signals.entropies[1][0], -(probabilities * probabilities.log()).sum(-1), rtol=1e-9, atol=0
     )
     assert not torch.allclose(mean, logits_of(model))
+
+
+def test_rows_that_choices_share_have_no_signals():
+    model = tiny_qwen()
+    nets = [FixedNoise(router, 0.5) for router in find_routers(model)]
+    length = 5
+    sees = torch.ones(length, length, dtype=torch.bool).tril()
+    sees[4, 3] = False  # two choices of one token each after three of a prompt
+    mask = torch.zeros(1, 1, length, length, dtype=torch.float64).masked_fill(~sees, torch.finfo(torch.float64).min)
+    inputs = {"input_ids": torch.ones(1, length, dtype=torch.int64), "position_ids": torch.tensor([[0, 1, 2, 3, 3]])}
+    for attention, count in ((mask, 0), (torch.ones(1, length, dtype=torch.int64), 1)):
+        with torch.no_grad(), recorded_signals(model, nets) as signals:
+            model(**inputs, attention_mask=attention)
+        assert [len(signals.entropies.get(net.router.index, ())) for net in nets] == [count] * len(nets)

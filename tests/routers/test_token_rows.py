@@ -225,6 +225,7 @@ def test_tokens_of_a_row_that_several_sequences_share():
         rows = TokenRows.of_attention(attention, positions)
         assert rows.mask.tolist() == [[False, True, True, True, True]]
         assert rows.positions.tolist() == [[0, 0, 1, 2, 2]]
+        assert rows.last is None  # the end of the prompt, or of either choice
 
     class Packed(torch.nn.Module):
         def forward(self, input_ids, attention_mask, position_ids):
