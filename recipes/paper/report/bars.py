@@ -96,7 +96,7 @@ def section(report: ReportInput) -> Section | None:
     joint, by_chance = joint_verdicts(found), guessed(report, found)
     text = []
     if found:
-        text = [_table(found), *_joint_table(joint), _sets_table(report, found, by_chance)]
+        text = [_table(found), *_joint_table(joint), *_sets_table(report, found, by_chance)]
         text += [*_guessed_words(report, by_chance), _how(found)]
     if lacking:
         text.append("Not compared. " + "; ".join(lacking) + ".")
@@ -235,9 +235,12 @@ def _joint_table(joint: Sequence[Joint]) -> list[str]:
     return ["Met for all of them, or missed for one:\n\n" + markdown_table(head, rows)] if rows else []
 
 
-def _sets_table(report: ReportInput, found: Sequence[Comparison], by_chance: Sequence[Guessed]) -> str:
+def _sets_table(report: ReportInput, found: Sequence[Comparison], by_chance: Sequence[Guessed]) -> list[str]:
+    """The differences by data set; none of one data set, which is the mean, unless a mark is told with it."""
     marked = {(each.data, each.tested_on) for each in by_chance}
     names = [name for name in report.study.labels if any(name in comparison.by_set for comparison in found)]
+    if len(names) == 1 and not marked:
+        return []
     rows = []
     for comparison in found:
         cells = [
@@ -249,7 +252,7 @@ def _sets_table(report: ReportInput, found: Sequence[Comparison], by_chance: Seq
             for name in names
         ]
         rows.append([pair_words(comparison.bar, comparison.labels), comparison.bar.data_words, *cells])
-    return "By data set:\n\n" + markdown_table(["difference", "data", *map(report.label, names)], rows)
+    return ["By data set:\n\n" + markdown_table(["difference", "data", *map(report.label, names)], rows)]
 
 
 def _how(found: Sequence[Comparison]) -> str:

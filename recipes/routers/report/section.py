@@ -112,14 +112,17 @@ def metric_cell(report: RouterReport, group: Sequence[MethodResult], metric: str
 
 
 def _claims(rows: Sequence[str], routes: Routes, known: Known) -> Iterator[Bar]:
-    """What is claimed of every random router: better than untrained noise, and than each control without noise."""
+    """What is claimed of every random router: better than untrained noise, and than each control without noise.
+
+    Of the variants of a method, the first alone.
+    """
     random = [row for row in rows if base_of(row, routes.names) is not None]
     others = [(known.noise, "untrained noise")] if known.noise in rows else []
     plain = (*known.plain, known.trained_name)
     others += [(row, "the control without random routers") for row in rows if row in plain]
     for row in random:
         for other, words in others:
-            if other != row:
+            if other != row and (other == known.noise or row in routes.names):
                 yield Bar(f"better than {words}", "lower", row, (other,), "in_distribution")
 
 
