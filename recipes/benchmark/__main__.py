@@ -14,7 +14,7 @@ Measure what curvature, prediction and the fit of the prior cost, as ratios with
 weights.
 
   python -m recipes.benchmark
-      a small model; under 5 minutes on 2 cores
+      a small model; about 7 minutes on 2 cores
   python -m recipes.benchmark --device cuda --model-shape qwen1.5-moe --json benchmark.json
       the shape of Qwen1.5-MoE-A2.7B in bfloat16; about 60 GiB of GPU memory
   python -m recipes.benchmark --only prediction,growth --repeats 9
