@@ -32,7 +32,6 @@ from bmoe_lightning.methods.data_differences import iterates_once
 from bmoe_lightning.methods.router_schedule import RouterTrainingOptions, collecting_steps, rate_share, router_optimizer
 from bmoe_lightning.methods.training_data import TrainingData
 from bmoe_lightning.routers.base import BayesianRouter, router_state
-from bmoe_lightning.routers.temperature import CollapseWatch
 from bmoe_lightning.routers.training import RouterTraining, trained_routers
 from bmoe_lightning.utils.distributed import (
     failing_together,
@@ -230,7 +229,7 @@ class _Run:
         self._parameters = [p for net in nets for p in net.parameters() if p.requires_grad]
         self._step = 0
         self._baseline: float | None = None
-        self._watches = {net.router.index: CollapseWatch(net.router.num_experts) for net in nets}
+        self._alarms = {net.router.index: alarm for net in nets if (alarm := net.collapse_alarm()) is not None}
 
     def epoch(
         self, batches: Iterable[Any], optimizer: torch.optim.Optimizer, rate: torch.optim.lr_scheduler.LambdaLR
@@ -346,11 +345,13 @@ class _Run:
         for name, of_router in statistics.items():
             for index, value in of_router.items():
                 sums.setdefault(name, {}).setdefault(index, []).append(value)
-        for index, temperature in statistics.get("gate_temperature", {}).items():
-            if self._watches[index].observe(temperature, statistics["gate_entropy"][index]):
+        for index, alarm in list(self._alarms.items()):
+            numbers = {name: values[index] for name, values in statistics.items() if index in values}
+            if numbers and (sentence := alarm(numbers)) is not None:
+                del self._alarms[index]  # said once
                 warn_of_fit(
-                    f"the temperature of router {index} has collapsed to a bound, or its gate to one expert or to all "
-                    f"alike, for {self._watches[index].patience} steps in a row; lower the learning rate, or raise beta"
+                    f"the noise of router {index} has collapsed: in 100 steps in a row it {sentence}; lower the "
+                    "learning rate, or change beta"
                 )
 
 

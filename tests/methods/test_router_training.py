@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import replace
 from functools import partial
 
@@ -10,7 +11,6 @@ import torch
 from forked_processes import run
 from oracles.models import answer_logits, split, tiny_qwen, toy_batch, toy_model
 
-from bmoe_lightning.methods import router_training
 from bmoe_lightning.methods.router_schedule import RouterTrainingOptions
 from bmoe_lightning.methods.router_training import RouterPasses
 from bmoe_lightning.methods.training_data import Batches
@@ -19,9 +19,11 @@ from bmoe_lightning.routers import (
     MeanFieldLogits,
     TemperatureChoice,
     find_routers,
+    gaussian,
     mean_routers,
     probe_routers,
     router_state,
+    temperature,
 )
 from bmoe_lightning.utils.fit_warnings import collected_fit_warnings
 
@@ -160,15 +162,30 @@ def test_random_choices_may_get_the_gradient_of_their_probability():
 
 
 def test_a_collapse_is_warned_about(monkeypatch):
-    monkeypatch.setattr(router_training, "CollapseWatch", partial(CollapseWatch, patience=2))
+    monkeypatch.setattr(temperature, "CollapseWatch", partial(CollapseWatch, patience=2))
     model = tiny_qwen()
     routers = probe_routers(model, find_routers(model), lambda: answer_logits(model, DATA)[0].detach())
     nets = [TemperatureChoice(router, returns_choice=True, dtype=torch.float64) for router in routers]
     nets[1].bias.data.fill_(50.0)
     with collected_fit_warnings() as found:
         passes(model, split(DATA, 5, 4), range(9, 0, -1)).train(0, nets, RouterTrainingOptions(1, 1e-3, 0.01), None)
-    assert any("temperature of router 1 has collapsed" in sentence for sentence in found)
-    assert not any("router 0" in sentence for sentence in found)
+    said = [sentence for sentence in found if "has collapsed" in sentence]
+    assert len(said) == 1
+    assert "router 1" in said[0]
+
+
+def test_gaussian_noise_that_collapses_is_warned_about(monkeypatch):
+    monkeypatch.setattr(gaussian, "_PATIENCE", 2)
+    monkeypatch.setattr(gaussian, "_COLLAPSED", 0.9)
+    model = tiny_qwen()
+    routers = probe_routers(model, find_routers(model), lambda: answer_logits(model, DATA)[0].detach())
+    nets = [MeanFieldLogits(router, 0.5, dtype=torch.float64) for router in routers]
+    nets[0].log_variance.data.fill_(-10.0)
+    with collected_fit_warnings() as found:
+        passes(model, split(DATA, 5, 4), range(9, 0, -1)).train(0, nets, RouterTrainingOptions(1, 1e-6, 0.01), None)
+    said = [sentence for sentence in found if "has collapsed" in sentence]
+    assert len(said) == 1
+    assert re.search(r"router 0 has collapsed.*of its prior scale", said[0])
 
 
 @pytest.mark.parametrize(("batches", "found"), [([], "are empty"), (iter([DATA]), "only once")])
