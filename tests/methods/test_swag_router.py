@@ -8,7 +8,6 @@ from methods_cases import predict
 from weight_router_cases import fit, labelled, opposed, probabilities, sgd, swapped, trained_shifts
 
 from bmoe_lightning.methods import SWAGRouter
-from bmoe_lightning.methods.router_schedule import collecting_steps
 from bmoe_lightning.methods.storage import load_fit, save_fit
 from bmoe_lightning.routers import PositionNoise, SwagWeights, find_routers
 
@@ -59,16 +58,6 @@ def test_routers_that_are_worse_than_the_model_are_said(model):
     numbers, own = method.hyperparameters(state), predict(method, model, train[0], state)
     assert numbers["held_out_nll"] > numbers["held_out_nll_untrained"]
     assert own.isfinite().all()
-
-
-def test_the_steps_after_which_weights_are_collected():
-    assert collecting_steps(5, 12) == {2, 5, 7, 10, 12}
-    assert collecting_steps(20, 4) == {1, 2, 3, 4}
-    assert collecting_steps(20, 20) == set(range(1, 21))
-    assert collecting_steps(3, 100) == {33, 67, 100}
-    assert collecting_steps(0, 5) == set()
-    for steps in (1, 7, 19, 20, 23, 55):
-        assert len(collecting_steps(20, steps)) == min(20, steps)
 
 
 @pytest.mark.parametrize(

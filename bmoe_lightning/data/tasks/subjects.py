@@ -51,4 +51,6 @@ class SubjectTask(Task):
                 yield where, row
         absent = [subject for subject in self.subjects if subject not in found]
         if absent and found - {""}:
-            raise ValueError(f"no row has the subject {absent[0]!r}; the subjects are {', '.join(sorted(found))}")
+            raise ValueError(
+                f"no row has the subject {absent[0]!r}; the subjects are {', '.join(sorted(found - {''}))}"
+            )
