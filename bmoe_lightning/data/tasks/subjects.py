@@ -49,8 +49,7 @@ class SubjectTask(Task):
             found.add(subject)
             if subject in ("", *self.subjects):
                 yield where, row
-        absent = [subject for subject in self.subjects if subject not in found]
-        if absent and found - {""}:
-            raise ValueError(
-                f"no row has the subject {absent[0]!r}; the subjects are {', '.join(sorted(found - {''}))}"
-            )
+        named = found - {""}
+        absent = [subject for subject in self.subjects if subject not in named]
+        if absent and named:
+            raise ValueError(f"no row has the subject {absent[0]!r}; the subjects are {', '.join(sorted(named))}")

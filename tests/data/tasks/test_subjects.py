@@ -26,6 +26,6 @@ class TestSubjects:
         with pytest.raises(ValueError, match=f"line 1: {column} must be a text, found None"):
             list(kind(subjects=("a",)).select(iter([("line 1", {})])))
 
-    def test_one_string_is_refused(self, kind, column):  # noqa: ARG002
+    def test_one_string_is_refused(self, kind, column):
         with pytest.raises(TypeError, match=r"subjects must be a tuple of names, found 'a'; write \('a',\)"):
             kind(subjects="a")
