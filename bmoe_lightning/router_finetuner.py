@@ -19,7 +19,7 @@ from bmoe_lightning.models.loading import DtypeName
 from bmoe_lightning.optim import HalfPrecisionUpdates
 from bmoe_lightning.routers.attached import BayesianRouters, checked_layers
 from bmoe_lightning.routers.draws import PositionNoise
-from bmoe_lightning.routers.kinds import RouterOptions
+from bmoe_lightning.routers.kinds import RouterOptions, check_draws_experts
 from bmoe_lightning.routers.prediction import mean_routers, sampled_routes
 from bmoe_lightning.trainer.learning_rate import Schedule
 from bmoe_lightning.trainer.router_checkpoints import ROUTERS_KEY, read_routers_entry, routers_entry
@@ -129,11 +129,8 @@ class RouterFinetuner(Finetuner):
         self.prior = RouterPrior(prior_scale, prior_unit, beta)
         self.layers = layers = checked_layers(layers)
         _check_numbers(num_samples, seed, router_learning_rate)
-        if score_function and kind != "temperature":
-            raise ValueError(
-                f"score_function is the gradient of drawn experts, which routers of kind {kind!r} do not have; use "
-                "kind='temperature', or leave it out"
-            )
+        if score_function:
+            check_draws_experts(kind)
         super().__init__(
             model,
             answer_token_ids,

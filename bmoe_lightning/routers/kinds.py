@@ -72,6 +72,22 @@ def temperature(router: Router, options: RouterOptions, dtype: torch.dtype) -> B
     return TemperatureChoice(router, hidden=options.hidden, seed=options.seed, dtype=dtype)
 
 
+def check_draws_experts(kind: str) -> None:
+    """Check that routers of a kind draw experts, so that draws have probabilities.
+
+    Args:
+        kind: Name of the kind.
+
+    Raises:
+        ValueError: If they do not.
+    """
+    if KINDS[kind] is not temperature:
+        raise ValueError(
+            f"score_function is the gradient of drawn experts, which routers of kind {kind!r} do not have; use "
+            f"kind={temperature.__name__!r}, or leave it out"
+        )
+
+
 KINDS: dict[str, Callable[[Router, RouterOptions, torch.dtype], BayesianRouter]] = {
     make.__name__: make for make in (mean_field, full_covariance, temperature)
 }
