@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
 from torch import Tensor
@@ -86,10 +86,6 @@ class EnsembleRouter(WeightRouterMethod):
     @property
     def chooses_epoch(self) -> bool:
         return False
-
-    @property
-    def loss_counts(self) -> Collection[int]:
-        return (2,)  # of the model, and of the method
 
     def stored_net(self, router: Router, state: State) -> BayesianRouter:
         return EnsembleMembers(router, self.size)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
 import torch
@@ -91,10 +91,6 @@ class SWAGRouter(WeightRouterMethod, SampledRouterMethod):
     @property
     def chooses_epoch(self) -> bool:
         return False
-
-    @property
-    def loss_counts(self) -> Collection[int]:
-        return (2,)  # of the model, and of the method
 
     def stored_net(self, router: Router, state: State) -> BayesianRouter:
         return SwagSamples(router, int(state[_COUNT]))

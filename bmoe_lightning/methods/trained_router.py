@@ -239,8 +239,11 @@ class TrainedRouterMethod(RouterMethod):
 
     @property
     def loss_counts(self) -> Collection[int]:
-        """The numbers of held-out losses that a state may have: that before training, and one after each epoch."""
-        return (self.epochs + 1,)
+        """The numbers of held-out losses that a state may have: that before training, and one after each epoch.
+
+        Where they choose no epoch, that of the model, and of the method.
+        """
+        return (self.epochs + 1,) if self.chooses_epoch else (2,)
 
     def _check_statistics(self, state: State) -> None:
         losses = state.get("held_out_nll")

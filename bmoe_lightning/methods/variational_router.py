@@ -177,8 +177,10 @@ class VariationalRouterMethod(TrainedRouterMethod, SampledRouterMethod):
         for one, other in zip(own, given, strict=True):
             if has_shards(other):
                 continue
-            shapes = ({name: tuple(value.shape) for name, value in net.state_dict().items()} for net in (one, other))
-            if (expected := next(shapes)) != (found := next(shapes)):
+            expected, found = (
+                {name: tuple(value.shape) for name, value in net.state_dict().items()} for net in (one, other)
+            )
+            if expected != found:
                 name = next(name for name in {**expected, **found} if expected.get(name) != found.get(name))
                 raise ValueError(
                     f"{self.name} has routers with a tensor {name!r} of shape {expected.get(name)}, and those that are "

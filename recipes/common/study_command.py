@@ -31,14 +31,23 @@ def run_study(settings: S, steps: Steps[S]) -> int:
 
 
 def _run(settings: S, steps: Steps[S]) -> int:
+    run, report = steps()
+    if settings.report is not None:
+        folder = Path(settings.report)
+        return reported(lambda: report(folder))
+    return reported(lambda: run(settings))
+
+
+def reported(action: Callable[[], object]) -> int:
+    """Do something, and report what a recipe cannot do; returns the exit status.
+
+    Args:
+        action: Function that may raise `RecipeError`.
+    """
     from recipes.qwen_obqa.sources import RecipeError
 
-    run, report = steps()
     try:
-        if settings.report is not None:
-            report(Path(settings.report))
-        else:
-            run(settings)
+        action()
     except RecipeError as error:
         if str(error):  # empty on all ranks but zero, which reports the error
             print(f"error: {error}", file=sys.stderr)

@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from bmoe_lightning.methods.registry import method_names
 from recipes.common.cli import command, parse
 from recipes.common.signals import run_until_stopped
+from recipes.common.study_command import reported
 from recipes.qwen_obqa.method_names import check_names
 from recipes.qwen_obqa.settings import ResolvedSettings, Settings
 
@@ -49,15 +50,9 @@ def main(arguments: Sequence[str]) -> int:
 
 def _run(settings: ResolvedSettings) -> int:
     # Imported late: torch and transformers take seconds, and --help should not.
-    from recipes.qwen_obqa.experiment import RecipeError, run
+    from recipes.qwen_obqa.experiment import run
 
-    try:
-        run(settings)
-    except RecipeError as error:
-        if str(error):  # empty on all ranks but zero, which reports the error
-            print(f"error: {error}", file=sys.stderr)
-        return 1
-    return 0
+    return reported(lambda: run(settings))
 
 
 if __name__ == "__main__":
