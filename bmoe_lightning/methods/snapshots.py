@@ -71,7 +71,7 @@ def snapshot_info(path: str | Path) -> SnapshotInfo:
         OSError: If it cannot be read, such as a `PermissionError`.
         ValueError: If it is not a snapshot, is truncated, or has another format version.
     """
-    with _opened(path) as file:
+    with opened_snapshot(path) as file:
         return SnapshotInfo(file.shapes, file.fit, file.digest, str(file.description.get("weights", "")))
 
 
@@ -104,7 +104,7 @@ def verify_snapshot(path: str | Path) -> None:
         OSError: If it cannot be read, such as a `PermissionError`.
         ValueError: If it is not a snapshot, is truncated or damaged, or has another format version.
     """
-    with _opened(path) as file:
+    with opened_snapshot(path) as file:
         for name in file.shapes:
             file.read(name)
 
@@ -117,7 +117,7 @@ def read_snapshot(path: str | Path) -> dict[str, Tensor]:
         OSError: If it cannot be read, such as a `PermissionError`.
         ValueError: If it is not a snapshot, is truncated or damaged, or has another format version.
     """
-    with _opened(path) as file:
+    with opened_snapshot(path) as file:
         return {name: file.read(name) for name in file.shapes}
 
 
@@ -191,7 +191,14 @@ def swapped_weights(model: nn.Module, source: str | Path | Mapping[str, Tensor])
                 local_part(parameter).take(original)  # looked up again: the model may be on another device now
 
 
-def _opened(path: str | Path) -> AbstractContextManager[OpenedTensorFile]:
+def opened_snapshot(path: str | Path) -> AbstractContextManager[OpenedTensorFile]:
+    """Open a snapshot, to read its tensors one by one.
+
+    Raises:
+        FileNotFoundError: If the file does not exist.
+        OSError: If it cannot be read, such as a `PermissionError`.
+        ValueError: If it is not a snapshot, is truncated, or has another format version.
+    """
     return opened_tensor_file(path, format=FORMAT, version=VERSION, remedy="train again")
 
 
@@ -204,7 +211,7 @@ def _with_parameters(
         shapes = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
         yield from _checked(model, "the source", shapes, tensors.__getitem__)
         return
-    with _opened(source) as file:
+    with opened_snapshot(source) as file:
         yield from _checked(model, str(source), file.shapes, file.read)
 
 

@@ -32,6 +32,21 @@ def weight_members(
         include_current: Whether the current weights of the model are another member.
 
     Raises:
+        FileNotFoundError, ValueError: See `check_alike`.
+    """
+    check_alike(name, paths)
+    current = [nullcontext()] if include_current else []
+    return [*current, *(swapped_weights(model, path) for path in paths)]
+
+
+def check_alike(name: str, paths: Sequence[Path]) -> None:
+    """Check that snapshots are of the same tensors.
+
+    Args:
+        name: Name of the method, for messages.
+        paths: Snapshot files from `save_snapshot`.
+
+    Raises:
         FileNotFoundError: If a snapshot is missing.
         ValueError: If there is no snapshot, a path is given twice, a file is not a snapshot, or the snapshots contain
             different tensors, in which case members would mix weights of different runs.
@@ -47,5 +62,3 @@ def weight_members(
                 f"the snapshots {paths[0]} and {path} contain different tensors; use runs that train the same "
                 "parameters of the same model"
             )
-    current = [nullcontext()] if include_current else []
-    return [*current, *(swapped_weights(model, path) for path in paths)]

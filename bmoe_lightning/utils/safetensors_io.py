@@ -164,8 +164,12 @@ class OpenedTensorFile:
         self._path, self._file, self._format, self._remedy = path, file, format, remedy
         self._unverified = dict(header.tensors)
 
-    def read(self, name: str) -> Tensor:
+    def read(self, name: str, *, verify: bool = True) -> Tensor:
         """Read a tensor to the CPU; its digest is verified the first time.
+
+        Args:
+            name: Name of the tensor.
+            verify: False if the caller has verified a file with this `digest`.
 
         Raises:
             OSError: If it cannot be read.
@@ -176,7 +180,7 @@ class OpenedTensorFile:
             tensor: Tensor = self._file.get_tensor(name).clone()
         except SafetensorError as error:
             raise OSError(f"could not read the tensor {name!r} from {self._path}: {error}") from error
-        if name in self._unverified:
+        if verify and name in self._unverified:
             if tensor_digest(name, tensor) != self._unverified[name]:
                 raise damaged(
                     self._path, self._format, f"the tensor {name!r} does not match its SHA-256 digest", self._remedy

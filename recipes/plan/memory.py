@@ -252,10 +252,10 @@ def mapped_bytes(model: Architecture) -> int:
     return sum(experts.parameters for experts in model.experts if experts.second_tensors == 1) * model.dtype.itemsize
 
 
-def moments_bytes(model: Architecture, trained: str, snapshots: int) -> int:
-    """Float32 moments and deviations of snapshots of the trained weights, in main memory and in a file."""
+def sample_bytes(model: Architecture, trained: str) -> int:
+    """A sample of the trained weights from a Gaussian over snapshots, float32 in main memory."""
     weights, _ = trained_size(model, trained)
-    return 4 * weights * (snapshots + 2)
+    return 4 * weights
 
 
 def lpo_cache_bytes(model: Architecture, work: Workload, examples: int) -> int:

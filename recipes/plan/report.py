@@ -134,7 +134,7 @@ def plan_json(plan: Plan) -> str:
                 "peak": training.peak,
                 "snapshot": training.gradients,
                 "member": training.gradients,
-                "moments": memory.moments_bytes(model, training.trained, memory.SNAPSHOTS),
+                "sample": memory.sample_bytes(model, training.trained),
                 "checkpoint": training.gradients + training.optimizer,
                 "optimizer_traffic": training.traffic,
                 "fits": {f"{size:g}": training.fits(size) for size in plan.settings.memory},
@@ -272,7 +272,7 @@ def _training_part(plan: Plan) -> str:
     saved = [
         [_TRAINED_NAMES[t.trained], t.trained_dtype + _UPDATE_NAMES[t.updates], gib(t.gradients),
          gib(t.gradients + t.optimizer), gib(t.gradients * memory.SNAPSHOTS),
-         gib(memory.moments_bytes(plan.model, t.trained, memory.SNAPSHOTS)), gib(t.traffic)]
+         gib(memory.sample_bytes(plan.model, t.trained)), gib(t.traffic)]
         for t in plan.trainings if not t.checkpointing
     ]  # fmt: skip
     return "\n".join(
@@ -285,7 +285,7 @@ def _training_part(plan: Plan) -> str:
             f"yes: with {memory.HEADROOM:.0%} of the memory to spare for the driver and for gaps between allocations.",
             *_float32_note(plan),
             "",
-            "Files in GiB, and the GiB of accelerator memory that a step of AdamW reads and writes.",
+            "Files, and a sample of the weights, in GiB, and the GiB that a step of AdamW reads and writes.",
             *table(
                 [
                     "trained",
@@ -293,13 +293,13 @@ def _training_part(plan: Plan) -> str:
                     "snapshot",
                     "checkpoint with AdamW",
                     f"{memory.SNAPSHOTS} snapshots",
-                    "their moments",
+                    "a sample",
                     "AdamW's step",
                 ],
                 saved,
             ),
             "A member of an ensemble is a snapshot beside the model's weights while it predicts, less than training's",
-            "gradients and AdamW. Methods that sample weights from the moments of snapshots hold these in main memory.",
+            "gradients and AdamW. A sample from the Gaussian over snapshots is in float32 and in main memory.",
         ]
     )
 

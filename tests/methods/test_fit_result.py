@@ -90,9 +90,7 @@ def test_one_precision_for_each_layer(posterior):
 
 
 def swag_state(**changes):
-    rows = torch.tensor([[[1.0, 2.0]], [[3.0, 2.0]]])
-    state = {"mean/w": rows.mean(0), "variance/w": rows.var(0), "deviations/w": rows - rows.mean(0)}
-    return {**state, "seed": torch.tensor(0), **changes}
+    return {"seed": torch.tensor(0), "snapshots": double(3)[0], **changes}
 
 
 def test_a_state_from_a_file_is_checked_once_for_each_method(monkeypatch):
@@ -112,15 +110,13 @@ def test_a_state_from_a_file_is_checked_once_for_each_method(monkeypatch):
     ("changes", "said"),
     [
         ({"seed": torch.tensor(0.5)}, "lacks the seed"),
-        ({"mean/v": torch.ones(1)}, "lacks moments"),
-        ({"variance/w": torch.tensor([[-1.0, 1.0]])}, "negative variances"),
-        ({"deviations/w": torch.ones(1, 1, 2)}, "shapes"),
-        ({"deviations/w": torch.ones(2, 2)}, "shapes"),
-        ({"mean/w": torch.ones(1, 2).double()}, "not float32"),
-        ({"mean/w": torch.tensor([[math.nan, 1.0]])}, "non-finite"),
+        ({"snapshots": double(6)[0]}, "2 to 5, and is 6"),
+        ({"snapshots": double(1)[0]}, "2 to 5, and is 1"),
+        ({"snapshots": double(2.5)[0]}, "2 to 5, and is 2.5"),
+        ({"snapshots": torch.tensor(3)}, "dtype"),
     ],
 )
-def test_moments_of_swag_fit_together(changes, said):
+def test_snapshots_of_swag_are_a_possible_number(changes, said):
     assert read(SWAG(), swag_state()).state_of(SWAG())
     with pytest.raises(ValueError, match=said):
         read(SWAG(), swag_state(**changes)).state_of(SWAG())

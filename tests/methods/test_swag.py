@@ -8,8 +8,8 @@ from methods_cases import predictions
 from oracles.models import answer_logits, toy_model
 
 from bmoe_lightning.methods import SWAG, evaluate, fit_methods, save_snapshot
-from bmoe_lightning.methods import swag as swag_module
-from bmoe_lightning.methods.swag import free_memory, free_space, sample
+from bmoe_lightning.methods.swag import SnapshotGaussian, moments
+from bmoe_lightning.utils import safetensors_io
 
 DOWN = ["layers.0.mixture.crew.down_proj", "layers.1.mixture.crew.down_proj"]
 
@@ -27,42 +27,52 @@ def fitted(method, paths):
     return fit_methods([method], toy_model(), answer_logits, [], None, snapshots=paths, seed=7)
 
 
-def test_moments_are_those_of_the_last_snapshots(paths):
+def test_moments_are_those_of_the_snapshots():
+    rows = torch.stack([toy_model(seed).get_parameter(DOWN[0]) for seed in (4, 5, 6)])
+    mean, variance, deviations = moments(list(rows))
+    torch.testing.assert_close(mean, rows.mean(0).float())
+    torch.testing.assert_close(variance, rows.var(0, unbiased=False).float())
+    torch.testing.assert_close(deviations, (rows - rows.mean(0)).float())
+
+
+def test_the_last_snapshots_are_used(paths):
     method = SWAG(num_snapshots=3)
     state = fitted(method, paths).state_of(method)
-    for name in DOWN:
-        rows = torch.stack([toy_model(seed).get_parameter(name).float() for seed in (4, 5, 6)])
-        torch.testing.assert_close(state[f"mean/{name}"], rows.mean(0))
-        torch.testing.assert_close(state[f"variance/{name}"], rows.var(0, unbiased=False))
-        torch.testing.assert_close(state[f"deviations/{name}"], rows - rows.mean(0))
     assert method.hyperparameters(state) == {"members": 10, "snapshots": 3}
+    used = []
+    for seed in (0, 1):
+        model = toy_model(seed)
+        with method.members(model, state, paths)[1]:
+            used.append({name: model.get_parameter(name).clone() for name in DOWN})
+    expected = SnapshotGaussian(paths[1:], seed=7).sample(1)
+    for name in DOWN:
+        torch.testing.assert_close(used[0][name].float(), expected[name])
+        assert torch.equal(used[0][name], used[1][name])
 
 
 def test_samples_have_the_mean_and_the_covariance_of_the_paper(paths):
-    method = SWAG(num_snapshots=4)
-    state = fitted(method, paths).state_of(method)
-    draws = torch.stack([sample(state, index)[DOWN[0]].flatten()[:6] for index in range(4000)])
-    mean, variance, deviations = (
-        state[f"{part}/{DOWN[0]}"].flatten(-3)[..., :6] for part in ("mean", "variance", "deviations")
-    )
-    covariance = torch.diag(variance) / 2 + deviations.T @ deviations / (2 * 3)
+    samples = SnapshotGaussian(paths, seed=7)
+    draws = torch.stack([samples.sample(index)[DOWN[0]].flatten()[:6] for index in range(1500)])
+    rows = torch.stack([toy_model(seed).get_parameter(DOWN[0]).detach().float().flatten()[:6] for seed in (3, 4, 5, 6)])
+    mean, deviations = rows.mean(0), rows - rows.mean(0)
+    covariance = torch.diag(rows.var(0, unbiased=False)) / 2 + deviations.T @ deviations / (2 * 3)
     scale = covariance.diagonal().sqrt()
-    torch.testing.assert_close(draws.mean(0), mean, rtol=0, atol=float(4 * scale.max() / math.sqrt(4000)))
+    torch.testing.assert_close(draws.mean(0), mean, rtol=0, atol=float(4 * scale.max() / math.sqrt(1500)))
     relative = (draws.T.cov() - covariance) / (scale.unsqueeze(1) * scale)
     assert float(relative.abs().max()) < 0.12
-    assert torch.equal(sample(state, 3)[DOWN[1]], sample(state, 3)[DOWN[1]])
-    assert not torch.equal(sample(state, 3)[DOWN[1]], sample(state, 4)[DOWN[1]])
+    assert torch.equal(samples.sample(3)[DOWN[1]], SnapshotGaussian(paths, seed=7).sample(3)[DOWN[1]])
+    assert not torch.equal(samples.sample(3)[DOWN[1]], samples.sample(4)[DOWN[1]])
 
 
 def test_predictions_are_averaged_over_samples(paths, batches):
     method, model = SWAG(num_samples=3), toy_model()
     fit = fitted(method, paths)
-    found = evaluate([method], fit, model, answer_logits, batches)["swag"].log_probs
-    expected = []
+    found = evaluate([method], fit, model, answer_logits, batches, snapshots=paths)["swag"].log_probs
+    samples, expected = SnapshotGaussian(paths, seed=7), []
     for index in range(3):
         other = toy_model()
         with torch.no_grad():
-            for name, value in sample(fit.state_of(method), index).items():
+            for name, value in samples.sample(index).items():
                 other.get_parameter(name).copy_(value)
             expected.append(torch.cat([answer_logits(other, batch)[0].softmax(-1) for batch in batches]))
     torch.testing.assert_close(found.exp(), torch.stack(expected).mean(0), rtol=1e-9, atol=1e-12)
@@ -81,33 +91,36 @@ def test_refuses_too_few_snapshots(paths, batches):
         predictions(toy_model(), batches, SWAG())
 
 
-@pytest.mark.parametrize("what", ["memory", "disk"])
-def test_refuses_a_state_that_does_not_fit_and_names_its_size(tmp_path, monkeypatch, what):
-    model = toy_model().requires_grad_(False)
-    for name in DOWN:
-        model.get_parameter(name).requires_grad_(True)
-    count = sum(model.get_parameter(name).numel() for name in DOWN)
-    size = 4 * count * 7
-    target = {"memory": "free_memory", "disk": "free_space"}[what]
-    monkeypatch.setattr(swag_module, target, lambda *_: size)
-    SWAG().check_run(model, tmp_path / "not" / "there")
-    monkeypatch.setattr(swag_module, target, lambda *_: size - 1)
-    with pytest.raises(ValueError, match=rf"GiB for {count:,} trained weights and 5 snapshots.*free {what}"):
-        SWAG().check_run(model, tmp_path / "not" / "there")
+def test_needs_the_snapshots_of_its_fit(paths, batches):
+    method = SWAG(num_snapshots=4)
+    fit = fitted(method, paths)
+    with pytest.raises(ValueError, match="was fitted to 4 snapshots, and there are 3"):
+        evaluate([method], fit, toy_model(), answer_logits, batches, snapshots=paths[1:])
+    save_snapshot(paths[2], {DOWN[0]: toy_model(5).get_parameter(DOWN[0])})
+    with pytest.raises(ValueError, match="contain different tensors"):
+        evaluate([method], fit, toy_model(), answer_logits, batches, snapshots=paths)
 
 
-def test_processes_of_one_machine_share_its_memory(tmp_path, monkeypatch):
-    model = toy_model().requires_grad_(False)
-    model.get_parameter(DOWN[0]).requires_grad_(True)
-    size = 4 * model.get_parameter(DOWN[0]).numel() * 7
-    monkeypatch.setattr(swag_module, "free_memory", lambda: 4 * size)
-    monkeypatch.setattr(swag_module, "free_space", lambda _: size)  # which one process alone writes to
-    SWAG().check_run(model, tmp_path, ranks_per_node=4)
-    with pytest.raises(ValueError, match="free memory for each process"):
-        SWAG().check_run(model, tmp_path, ranks_per_node=5)
+def test_damage_is_found_by_the_first_sample_and_in_files_that_are_replaced(paths):
+    def damage(path):
+        content = bytearray(path.read_bytes())
+        content[-5] ^= 4
+        path.write_bytes(content)
+
+    samples = SnapshotGaussian(paths, seed=0)
+    samples.sample(0)
+    save_snapshot(paths[1], {name: toy_model(9).get_parameter(name) for name in DOWN})
+    damage(paths[1])
+    for found in (samples, SnapshotGaussian(paths, seed=0)):
+        with pytest.raises(ValueError, match="does not match its SHA-256 digest"):
+            found.sample(1)
 
 
-def test_free_memory_and_space_are_known(tmp_path):
-    assert free_space(tmp_path / "not" / "there") > 0
-    memory = free_memory()
-    assert memory is None or memory > 2**20
+def test_every_file_is_verified_once(paths, monkeypatch):
+    verified = []
+    digest = safetensors_io.tensor_digest
+    monkeypatch.setattr(safetensors_io, "tensor_digest", lambda *args: (verified.append(args[0]), digest(*args))[1])
+    samples = SnapshotGaussian(paths, seed=0)
+    for index in range(3):
+        samples.sample(index)
+    assert sorted(verified) == sorted(DOWN * len(paths))
