@@ -268,13 +268,16 @@ def save_figure(figure: Figure, path: str | Path) -> Path:
     return Path(path)
 
 
-def write_figures(output_dir: str | Path, results: Sequence[MethodResult], rows: Sequence[Row]) -> list[Path]:
+def write_figures(
+    output_dir: str | Path, results: Sequence[MethodResult], rows: Sequence[Row], *, each: bool = True
+) -> list[Path]:
     """Write `reliability_<method>.png` for every method, `reliability.png` with all of them, and `comparison.png`.
 
     Args:
         output_dir: Folder, created if missing.
         results: What the rows were made from.
         rows: From `summarise`.
+        each: Whether every method has a figure of its own.
 
     Raises:
         ModuleNotFoundError: If matplotlib is not installed.
@@ -288,7 +291,7 @@ def write_figures(output_dir: str | Path, results: Sequence[MethodResult], rows:
         save_figure(
             reliability_figure(groups[row.method], row, styles[row.method]), folder / f"reliability_{row.method}.png"
         )
-        for row in rows
+        for row in (rows if each else ())
     ]
     return [
         *paths,

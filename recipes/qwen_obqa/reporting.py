@@ -64,7 +64,7 @@ def report(settings: ResolvedSettings, source: Source, output: Path, runs: Seque
     if points:
         write_text(output / "label_budget.json", json.dumps([asdict(point) for point in points], indent=2) + "\n")
     if matplotlib_available():  # otherwise write_tensorboard has warned
-        write_figures(output / "figures", results, rows)
+        write_figures(output / "figures", results, rows, each=not settings.dry_run)
         if points:
             names = [row.method for row in rows]
             save_figure(label_budget_figure(points, names), output / "figures" / "label_budget.png")

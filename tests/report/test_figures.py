@@ -144,6 +144,9 @@ def test_image_and_files(results, tmp_path):
     ]
     assert all(path.read_bytes().startswith(b"\x89PNG") for path in paths)
     assert len(list((tmp_path / "figures").iterdir())) == 5
+    assert F.write_figures(tmp_path / "of_all", results, rows, each=False) == [
+        tmp_path / "of_all" / name for name in ("reliability.png", "comparison.png")
+    ]
     image = F.figure_image(F.reliability_figure(results[:1], rows[0], MethodStyle("#123456", "^")))
     assert image.dtype == torch.uint8
     assert image.shape == (3, 576, 576)
