@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
 from torch import Tensor
 
 from bmoe_lightning.methods.base import State
-from bmoe_lightning.methods.batch_view import BatchView
 from bmoe_lightning.methods.options import option
 from bmoe_lightning.methods.router_method import Average, Sampling, on_devices
 from bmoe_lightning.methods.weight_router import WeightRouterMethod, stacked_shifts
@@ -59,8 +57,9 @@ class EnsembleRouter(WeightRouterMethod):
     def sampling(self) -> Sampling:
         return Sampling(self.average, self.size, antithetic=False, samples_per_pass=self.samples_per_pass)
 
-    def predicted_in_training(self, nets: Sequence[BayesianRouter]) -> Callable[[BatchView], Tensor]:
-        return lambda view: self.predicted(view, nets)  # all members, which are few
+    @property
+    def held_out_sampling(self) -> Sampling:
+        return self.sampling  # all members, which are few
 
     def fit(self, work: Workbench) -> State:
         found = [

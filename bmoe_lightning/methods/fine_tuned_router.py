@@ -36,6 +36,10 @@ class FineTunedRouter(WeightRouterMethod):
     def sampling(self) -> Sampling:
         return Sampling()
 
+    @property
+    def held_out_sampling(self) -> Sampling:
+        return self.sampling  # none
+
     def fit(self, work: Workbench) -> State:
         found = self.fine_tuned(work, self.training_options, chooses_epoch=True)
         if self.epochs and not found.epoch:

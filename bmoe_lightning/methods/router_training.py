@@ -101,7 +101,7 @@ class RouterPasses:
         model: The model.
         class_logits: Function `(model, batch) -> (logits [B, K], labels [B])`.
         training: The training data.
-        held_out_log_probs: Function from one of views of batches, as of `Workbench.held_out_log_probs`.
+        held_out_log_probs: Function from one of views of batches, and a key, as of `Workbench.held_out_log_probs`.
         seed: Seed of the samples.
         distributed: Whether all ranks of torch.distributed's default group take part, each with its shard of the data.
     """
@@ -111,7 +111,7 @@ class RouterPasses:
         model: nn.Module,
         class_logits: ClassLogits,
         training: TrainingData,
-        held_out_log_probs: Callable[[Callable[[BatchView], Tensor]], tuple[Tensor, Tensor]],
+        held_out_log_probs: Callable[..., tuple[Tensor, Tensor]],
         *,
         seed: int,
         distributed: bool,
@@ -130,6 +130,8 @@ class RouterPasses:
         nets: Sequence[BayesianRouter],
         options: RouterTrainingOptions,
         predict: Callable[[BatchView], Tensor],
+        *,
+        sampling: Hashable = None,
     ) -> RouterTrainingResult:
         """Train routers, and set them to the epoch with the least held-out loss.
 
@@ -138,6 +140,8 @@ class RouterPasses:
             nets: The routers, on the devices of their routers.
             options: Options of the training.
             predict: Function from the view of a batch to log-probabilities `[B, K]` under the routers as they are.
+            sampling: What these depend on besides the routers; with an equal one, an epoch is not predicted again.
+                None if no other method predicts it.
 
         Raises:
             ValueError: If the training data can be iterated over only once, are empty or have no labels.
@@ -146,7 +150,8 @@ class RouterPasses:
         losses: list[float] = []
         for epoch, found in enumerate(trained.epochs):
             _set(nets, found.state)
-            log_probs, labels = self._held_out_log_probs(lambda view: predict(view).unsqueeze(0))
+            one = None if sampling is None else (key, sampling, epoch)
+            log_probs, labels = self._held_out_log_probs(lambda view: predict(view).unsqueeze(0), key=one)
             losses.append(float(F.nll_loss(log_probs[0], labels)))
             if is_rank_zero():
                 _logger.info("%s", _line(epoch, options.epochs, losses, found.statistics))

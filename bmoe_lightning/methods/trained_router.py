@@ -19,6 +19,7 @@ from bmoe_lightning.methods.options import option
 from bmoe_lightning.methods.router_method import (
     RouterMethod,
     SampledRouterMethod,
+    Sampling,
     check_scores,
     fitted_routers,
     scores_of,
@@ -140,10 +141,18 @@ class TrainedRouterMethod(RouterMethod):
         """The options of the training."""
         return RouterTrainingOptions(self.epochs, self.learning_rate)
 
+    @property
+    def held_out_sampling(self) -> Sampling:
+        """How samples make a prediction of the held-out data, by which a fit chooses: few, and at least one.
+
+        So a method that predicts with the routers' means has the routers that are chosen for their samples.
+        """
+        count = self.sampling.num_samples or _LARGEST_HELD_OUT_SAMPLES
+        return replace(self.sampling, num_samples=min(count, _LARGEST_HELD_OUT_SAMPLES))
+
     def predicted_in_training(self, nets: Sequence[BayesianRouter]) -> Callable[[BatchView], Tensor]:
-        """Log-probabilities `[B, K]` of a batch under routers that are trained, of few samples."""
-        few = replace(self.sampling, num_samples=min(self.sampling.num_samples, _LARGEST_HELD_OUT_SAMPLES))
-        return lambda view: self.predicted(view, nets, few)
+        """Log-probabilities `[B, K]` of a held-out batch under routers that are trained."""
+        return lambda view: self.predicted(view, nets, self.held_out_sampling)
 
     def state_of(self, work: Workbench, state: RouterState, found: RouterTrainingResult) -> dict[str, Tensor]:
         """What a state has of the routers of a model, and of their training.

@@ -120,7 +120,8 @@ class VariationalRouterMethod(TrainedRouterMethod, SampledRouterMethod):
         if self.training == "with_model":
             found = self._taken(work, nets, predict)
         else:
-            found = work.router_passes.train(self.training_key, random, self.training_options, predict)
+            key, options = self.training_key, self.training_options
+            found = work.router_passes.train(key, random, options, predict, sampling=self.held_out_sampling)
             self._warn(work, found)
         return {"unit": units, "way": torch.tensor(int(way)), **self.state_of(work, found.state, found)}
 

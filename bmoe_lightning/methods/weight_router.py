@@ -40,7 +40,8 @@ class WeightRouterMethod(TrainedRouterMethod):
         key = FineTunedWeights, self.layers, options
         if not chooses_epoch:
             return work.router_passes.train_fully(key, nets, options)
-        return work.router_passes.train(key, nets, options, self.predicted_in_training(nets))
+        predict, sampling = self.predicted_in_training(nets), self.held_out_sampling
+        return work.router_passes.train(key, nets, options, predict, sampling=sampling)
 
     def held_out_losses(self, work: Workbench, nets: Sequence[BayesianRouter]) -> tuple[float, float]:
         """The held-out NLL of the model, and that under some Bayesian routers; a warning says if the latter is higher.
@@ -54,7 +55,7 @@ class WeightRouterMethod(TrainedRouterMethod):
         def both(view: BatchView) -> Tensor:
             return torch.stack([view.logits.log_softmax(-1), predicted(view)])
 
-        log_probs, labels = work.held_out_log_probs(both)
+        log_probs, labels = work.held_out_log_probs(both, key=(self.training_key, self.held_out_sampling))
         plain, found = (float(F.nll_loss(one, labels)) for one in log_probs)
         if not found <= plain:
             work.warn(

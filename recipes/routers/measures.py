@@ -29,7 +29,7 @@ MEASURES = "stability"
 _FORMAT = "stability of routes"
 _VERSION = 1
 _REMEDY = "delete it, and run the command that made the study again"
-_MOST_ROUTES = 8
+_MOST_ROUTES = 4
 """Number of routes over which the index is averaged, for methods that predict along each."""
 _OTHER_DRAW = 1_000_003
 """What the seed of another draw differs by, which is more than the number of seeds."""

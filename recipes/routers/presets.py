@@ -33,7 +33,7 @@ PRESETS: Mapping[str, Preset] = {
 """The first data set of each is that of the training."""
 
 _SMALL, _OTHERS = "small", "granite"
-_SMALL_SAMPLES, _SAMPLES = 16, 35
+_SMALL_SAMPLES, _SAMPLES = 8, 35
 
 
 def with_preset(settings: RouterSettings) -> RouterSettings:

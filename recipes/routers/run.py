@@ -88,8 +88,6 @@ def run(settings: RouterSettings) -> None:
                 study.write(seeds, reference, selected)
                 outstanding = outstanding_costs(output, measured)
                 if outstanding:
-                    written = _write_report(output)
-                    print(f"\nThe report is in {written}; it is completed with what each method costs.", flush=True)
                     measure_costs(output, measured, outstanding)
             written = _write_report(output)
             print(written.read_text(encoding="utf-8"), flush=True)

@@ -31,7 +31,7 @@ class RouterSettings(StudySettings):
     )
     set: tuple[str, ...] = option((), "option of a method, as METHOD.OPTION=VALUE; may be repeated", repeat=True)
     num_samples: int | None = option(
-        None, "number of samples of every random router; default: 16 for the small model, 35 as in the papers", least=1
+        None, "number of samples of every random router; default: 8 for the small model, 35 as in the papers", least=1
     )
     stability_questions: int = option(
         50, "number of test questions on which the stability of routes is measured; 50 in the papers", least=1

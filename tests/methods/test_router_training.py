@@ -34,7 +34,7 @@ def passes(model, batches, losses=(3.0, 2.0, 2.5), **options):
     """Passes whose held-out loss is given, since there are no held-out data."""
     given = iter(losses)
 
-    def held_out(_predict):
+    def held_out(_predict, *, key=None):
         loss = next(given)
         return torch.tensor([[[-loss, -1.0]]]), torch.tensor([0])
 
@@ -50,7 +50,7 @@ def test_the_epoch_with_the_least_held_out_loss_is_kept():
     options = RouterTrainingOptions(epochs=2, learning_rate=0.02, beta=0.01)
     trained = passes(model, split(DATA, 5, 4), (3.0, 2.0, 2.5, 2.5, 2.6, 2.4))
     first = trained._held_out_log_probs
-    trained._held_out_log_probs = lambda predict: (states.append(router_state(nets)), first(predict))[1]
+    trained._held_out_log_probs = lambda predict, key: (states.append(router_state(nets)), first(predict, key=key))[1]
     found = trained.train(0, nets, options, None)
     assert found.epoch == 1
     assert found.losses == (3.0, 2.0, 2.5)

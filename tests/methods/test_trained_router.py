@@ -16,10 +16,13 @@ from bmoe_lightning.methods import (
     BatchView,
     FullCovarianceRouter,
     LaplaceRouterNoise,
+    MCDropoutRouter,
     MeanFieldRouter,
     RouterNoise,
+    SWAGRouter,
     fit_methods,
 )
+from bmoe_lightning.methods.router_method import RouterMethod
 from bmoe_lightning.methods.router_training import RouterPasses, RouterTrainingResult
 from bmoe_lightning.methods.routing_cost import routing_cost
 from bmoe_lightning.methods.storage import load_fit, save_fit
@@ -67,6 +70,31 @@ def test_held_out_labels_choose_the_epoch(trained, tmp_path):
     assert torch.equal(predict(method, toy_model(), HELD_OUT, loaded), predict(method, toy_model(), HELD_OUT, state))
 
 
+@pytest.mark.parametrize(
+    "method",
+    [
+        replace(METHOD, num_samples=16, epochs=1),
+        SWAGRouter(epochs=2),
+        MCDropoutRouter(rates=(0.3,)),
+        MCDropoutRouter(rates=(0.3,), epochs=1),
+    ],
+    ids=["mean field", "SWAG", "dropout", "trained dropout"],
+)
+def test_a_row_at_the_mean_has_the_routers_of_the_row_of_samples(method, monkeypatch):
+    calls = []
+    predicted = RouterMethod.predicted
+    monkeypatch.setattr(RouterMethod, "predicted", lambda *args: (calls.append(args[0].name), predicted(*args))[1])
+    at_mean = replace(method, num_samples=0, name="at_mean", label="At the mean")
+    data = {"training": split(TRAINING, 6, 6), "calibration": [HELD_OUT]}
+    both = fit_methods([method, at_mean], toy_model(), answer_logits, **data)
+    assert set(calls) == {method.name}  # the held-out data are predicted once
+    alone = fit_methods([at_mean], toy_model(), answer_logits, **data)
+    expected = both.state_of(method)
+    for state in (both.state_of(at_mean), alone.state_of(at_mean)):
+        assert state.keys() == expected.keys()
+        assert all(torch.equal(value, expected[key]) for key, value in state.items())
+
+
 def test_means_scores_and_predictions_differ(trained):
     state, model = trained.state_of(replace(METHOD, epochs=4)), toy_model()
     methods = [METHOD, replace(METHOD, num_samples=0), replace(METHOD, average="scores", name="s", label="S"), MAP()]
@@ -97,7 +125,7 @@ def test_noise_that_training_does_not_improve_is_said():
 
 @pytest.mark.parametrize(("ratio", "said"), [(0.05, True), (0.5, False)])
 def test_noise_that_shrinks_is_said(monkeypatch, ratio, said):
-    def train(self, key, nets, options, predict):
+    def train(self, key, nets, options, predict, *, sampling=None):
         return RouterTrainingResult(router_state(nets), 1, (1.0, 0.9), {"scale_ratio": (ratio, ratio)})
 
     monkeypatch.setattr(RouterPasses, "train", train)

@@ -31,7 +31,7 @@ def test_another_model_gets_the_data_of_the_papers_and_none_of_their_numbers():
 def test_what_is_given_stays_as_it_is():
     for settings in (RouterSettings(), RouterSettings(model="my/model", data=("mine=folder",))):
         assert with_preset(settings) == settings
-    assert default_samples(PRESETS["small"]) == 16
+    assert default_samples(PRESETS["small"]) == 8
 
 
 def test_data_that_are_only_tested_on_need_no_training_split():
