@@ -108,7 +108,7 @@ class LaplaceRouterNoise(LaplaceLPO):
         split = work.labelled_logits()
         cache, prior = work.covariances(self.spec), self._prior(work)
         scales = sorted(self.scales)
-        plain, routes, labels = self._routes.held_out(work, scales)
+        plain, routes, labels = self._routes.held_out(work, scales, work.router_gaps())
         if compared(split, (plain, labels)) != "":
             raise ValueError(
                 f"{self.name} combines passes over the held-out data, and each had another order of the examples; use "
@@ -130,7 +130,7 @@ class LaplaceRouterNoise(LaplaceLPO):
             work.warn(_ONLY_POSTERIOR if best.share else _NEITHER)
         elif not best.share and not best.is_mixture:
             work.warn(_ONLY_ROUTES)
-        warn_of_scale(work, best.scale, scales[-1])
+        warn_of_scale(work, best.scale, scales[-1], work.routers())
         unit = work.router_gaps()
         return {
             PRIOR_PRECISION: candidates[0].precision,

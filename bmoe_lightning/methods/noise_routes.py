@@ -59,25 +59,26 @@ class NoiseRoutes:
         scales = tuple(sigma.tolist())
         return batch.once((self, scales), lambda: self._sampled(batch, scales, routers))
 
-    def held_out(self, work: Workbench, scales: Sequence[float]) -> tuple[Tensor, Tensor, Tensor]:
+    def held_out(self, work: Workbench, scales: Sequence[float], unit: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Log-probabilities of the held-out data without noise, and along routes with noise of several scales.
 
         Methods with the same routes share one pass over the data, and its random numbers.
 
         Args:
             work: Workbench of the fit.
-            scales: Scales of the noise in units of the routers' gaps, positive.
+            scales: Scales of the noise, positive.
+            unit: What each router's noise is scaled by, `[L]` float64; zero for routers without noise.
 
         Returns:
             Log-probabilities `[N, K]` without noise and `[scales, S, N, K]` along routes, and labels `[N]`.
         """
-        routers, unit = work.routers(), work.router_gaps()
+        routers = work.routers()
 
         def candidates(view: BatchView) -> Tensor:
             routes = [self.log_probs(view, scale * unit, routers) for scale in scales]
             return torch.cat([view.logits.log_softmax(-1).unsqueeze(0), *routes])
 
-        found, labels = work.held_out_log_probs(candidates, key=(self, tuple(scales)))
+        found, labels = work.held_out_log_probs(candidates, key=(self, tuple(scales), tuple(unit.tolist())))
         return found[0], found[1:].unflatten(0, (len(scales), self.num_samples)), labels
 
     def _sampled(self, batch: BatchView, scales: tuple[float, ...], routers: Sequence[Router] | None) -> Tensor:
@@ -116,18 +117,19 @@ def check_noise_state(state: State) -> None:
         raise ValueError("'sigma' must be 'scale' times 'unit', of each router")
 
 
-def warn_of_scale(work: Workbench, scale: float, largest: float) -> None:
+def warn_of_scale(work: Workbench, scale: float, largest: float, routers: Sequence[Router]) -> None:
     """Warn where the fitted scale is the largest candidate, and of routers that get no noise.
 
     Args:
         work: Workbench of the fit.
         scale: The fitted scale.
         largest: The largest candidate.
+        routers: The routers that should get noise.
     """
     if scale == largest:
         work.warn(f"the scale of the routers' noise is the largest candidate ({scale:g}); add larger ones to scales")
-    gaps = work.router_gaps().tolist()
-    warn_of_still(work, [router for router, gap in zip(work.routers(), gaps, strict=True) if gap == 0], len(gaps))
+    gaps = work.router_gaps()
+    warn_of_still(work, [router for router in routers if not gaps[router.index]], len(routers))
 
 
 def warn_of_still(work: Workbench, still: Sequence[Router], count: int) -> None:

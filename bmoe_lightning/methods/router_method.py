@@ -5,6 +5,7 @@ from __future__ import annotations
 from abc import abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields, replace
+from pathlib import Path
 from typing import Literal, get_args
 
 import torch
@@ -19,9 +20,11 @@ from bmoe_lightning.methods.options import option
 from bmoe_lightning.methods.routes import located_routers, position_noise, route_information, sampled_log_probs
 from bmoe_lightning.routers.base import BayesianRouter
 from bmoe_lightning.routers.costs import RouterCost, RoutingCost
+from bmoe_lightning.routers.discovery import find_routers
 from bmoe_lightning.routers.prediction import averaged_scores, mean_routers
 from bmoe_lightning.routers.scores import check_score
 from bmoe_lightning.routers.types import SCORES, Router
+from bmoe_lightning.utils.messages import first_names
 
 Average = Literal["predictions", "scores"]
 
@@ -162,6 +165,68 @@ class RouterMethod(Method):
         """Log-probabilities `[S, B, K]` along each route, computed once for predictions and scores of uncertainty."""
         nets = self.nets(batch, state)
         return batch.once((self, id(state)), lambda: _sampled(batch, nets, self.sampling))
+
+
+@dataclass(frozen=True)
+class ChosenRoutersMethod(RouterMethod):
+    """Replaces some or all of the routers of a model; the others stay as they are.
+
+    Raises:
+        ValueError: See `RouterMethod`.
+    """
+
+    layers: tuple[int | str, ...] = option(
+        (), "The routers that are random, by index or name of the router's module; empty for all of them."
+    )
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        object.__setattr__(self, "layers", tuple(self.layers))
+
+    def check_run(
+        self,
+        model: nn.Module,
+        folder: Path | None,
+        *,
+        ranks_per_node: int = 1,
+        trained: Sequence[nn.Parameter] | None = None,
+    ) -> None:
+        """Check that the model has the routers, and that these can be random.
+
+        Raises:
+            ValueError: If it has no routers, `layers` names others, or they have too many experts.
+        """
+        for router in self.chosen(find_routers(model)):
+            self.check_router(router)
+
+    def check_routers(self, model: nn.Module, routers: Sequence[Router], run: Callable[[], Tensor]) -> None:
+        super().check_routers(model, self.chosen(routers), run)
+
+    def check_router(self, router: Router) -> None:
+        """Check a router that is not probed, before training.
+
+        Raises:
+            ValueError: If it has too many experts.
+        """
+
+    def chosen(self, routers: Sequence[Router]) -> list[Router]:
+        """The routers that are random.
+
+        Args:
+            routers: All routers of the model.
+
+        Raises:
+            ValueError: If `layers` names one that does not exist.
+        """
+        known: dict[int | str, int] = {r.index: r.index for r in routers} | {r.name: r.index for r in routers}
+        unknown = [layer for layer in self.layers if layer not in known]
+        if unknown:
+            raise ValueError(
+                f"layers of {self.name} names {unknown[0]!r}, and the model has the routers 0 to {len(routers) - 1}, "
+                f"such as {first_names(router.name for router in routers)}; use their indices or names"
+            )
+        indices = {known[layer] for layer in self.layers}
+        return [router for router in routers if not indices or router.index in indices]
 
 
 @dataclass(frozen=True)

@@ -20,7 +20,13 @@ from bmoe_lightning.methods.noise_routes import (
     warn_of_scale,
 )
 from bmoe_lightning.methods.options import option
-from bmoe_lightning.methods.router_method import SampledRouterMethod, check_scores, fitted_routers, scores_of
+from bmoe_lightning.methods.router_method import (
+    ChosenRoutersMethod,
+    SampledRouterMethod,
+    check_scores,
+    fitted_routers,
+    scores_of,
+)
 from bmoe_lightning.methods.workbench import Workbench
 from bmoe_lightning.routers.costs import RouterCost, noise_cost
 from bmoe_lightning.routers.fixed_noise import FixedNoise
@@ -29,7 +35,7 @@ from bmoe_lightning.routers.types import Router
 
 
 @dataclass(frozen=True)
-class RouterNoise(SampledRouterMethod):
+class RouterNoise(ChosenRoutersMethod, SampledRouterMethod):
     """Averages predictions over `num_samples` routes, sampled by Gaussian noise on the logits of every router.
 
     Nothing is trained. The standard deviation in a layer is one number, fitted on held-out labels, times the layer's
@@ -68,14 +74,17 @@ class RouterNoise(SampledRouterMethod):
         check_gaps(routers)
 
     def fit(self, work: Workbench) -> State:
-        routers, unit = work.routers(), work.router_gaps()
+        routers, chosen = work.routers(), self.chosen(work.routers())
+        unit = torch.zeros_like(work.router_gaps())
+        indices = [router.index for router in chosen]
+        unit[indices] = work.router_gaps()[indices]
         scales = [0.0, *sorted(self.scales)]
 
         def averaged(view: BatchView) -> Tensor:
             return torch.stack([self.predicted(view, noise_nets(routers, (scale * unit).tolist())) for scale in scales])
 
         if self.average == "predictions":
-            plain, routes, labels = self._noise_routes.held_out(work, scales[1:])
+            plain, routes, labels = self._noise_routes.held_out(work, scales[1:], unit)
             log_probs = torch.stack([plain, *map(average_log_probs, routes)])
         else:
             log_probs, labels = work.held_out_log_probs(averaged)
@@ -86,7 +95,7 @@ class RouterNoise(SampledRouterMethod):
                 "the noise of the routers is fitted as 0: none of the scales lowers the NLL of the held-out labels, so "
                 "the predictions are those of the model itself"
             )
-        warn_of_scale(work, scale, scales[-1])
+        warn_of_scale(work, scale, scales[-1], chosen)
         return {"scale": scalar(scale), "unit": unit, "sigma": scale * unit, "score": scores_of(routers)}
 
     def make_nets(self, batch: BatchView, state: State) -> list[FixedNoise]:

@@ -6,18 +6,17 @@ import math
 from abc import abstractmethod
 from collections.abc import Callable, Collection, Hashable, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
-from pathlib import Path
 from typing import ClassVar
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from bmoe_lightning.methods.base import State, scalar, state_numbers
 from bmoe_lightning.methods.batch_view import BatchView
 from bmoe_lightning.methods.needs import Needs
 from bmoe_lightning.methods.options import option
 from bmoe_lightning.methods.router_method import (
-    RouterMethod,
+    ChosenRoutersMethod,
     SampledRouterMethod,
     Sampling,
     check_scores,
@@ -34,17 +33,15 @@ from bmoe_lightning.routers.base import (
     load_router_state,
     router_fingerprint,
 )
-from bmoe_lightning.routers.discovery import find_routers
 from bmoe_lightning.routers.prediction import RouterSignals, mean_routers, recorded_signals
 from bmoe_lightning.routers.types import SCORES, Router
-from bmoe_lightning.utils.messages import first_names
 
 _NET = "net."
 _LARGEST_HELD_OUT_SAMPLES = 8
 
 
 @dataclass(frozen=True)
-class TrainedRouterMethod(RouterMethod):
+class TrainedRouterMethod(ChosenRoutersMethod):
     """Bayesian routers that `fit` trains on the training data, the model being frozen.
 
     The held-out labels choose the epoch, among them the one before training. Then the method is untrained noise, which
@@ -54,9 +51,6 @@ class TrainedRouterMethod(RouterMethod):
         ValueError: If a number is out of range; see `RouterMethod`.
     """
 
-    layers: tuple[int | str, ...] = option(
-        (), "The routers that are random, by index or name of the router's module; empty for all of them."
-    )
     epochs: int = option(10, "Number of passes over the training data.", trial=1)
     learning_rate: float | None = option(
         None,
@@ -73,7 +67,6 @@ class TrainedRouterMethod(RouterMethod):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        object.__setattr__(self, "layers", tuple(self.layers))
         rate = 1.0 if self.learning_rate is None else self.learning_rate
         if self.epochs < 0 or not 0 < rate < math.inf:
             raise ValueError(
@@ -90,51 +83,6 @@ class TrainedRouterMethod(RouterMethod):
             routers=True,
             router_training=True,
         )
-
-    def check_run(
-        self,
-        model: nn.Module,
-        folder: Path | None,
-        *,
-        ranks_per_node: int = 1,
-        trained: Sequence[nn.Parameter] | None = None,
-    ) -> None:
-        """Check that the model has the routers, and that these can be random.
-
-        Raises:
-            ValueError: If it has no routers, `layers` names others, or they have too many experts.
-        """
-        for router in self.chosen(find_routers(model)):
-            self.check_router(router)
-
-    def check_routers(self, model: nn.Module, routers: Sequence[Router], run: Callable[[], Tensor]) -> None:
-        super().check_routers(model, self.chosen(routers), run)
-
-    def check_router(self, router: Router) -> None:
-        """Check a router that is not probed, before training.
-
-        Raises:
-            ValueError: If it has too many experts.
-        """
-
-    def chosen(self, routers: Sequence[Router]) -> list[Router]:
-        """The routers that are random.
-
-        Args:
-            routers: All routers of the model.
-
-        Raises:
-            ValueError: If `layers` names one that does not exist.
-        """
-        known: dict[int | str, int] = {r.index: r.index for r in routers} | {r.name: r.index for r in routers}
-        unknown = [layer for layer in self.layers if layer not in known]
-        if unknown:
-            raise ValueError(
-                f"layers of {self.name} names {unknown[0]!r}, and the model has the routers 0 to {len(routers) - 1}, "
-                f"such as {first_names(router.name for router in routers)}; use their indices or names"
-            )
-        indices = {known[layer] for layer in self.layers}
-        return [router for router in routers if not indices or router.index in indices]
 
     @property
     def training_options(self) -> RouterTrainingOptions:

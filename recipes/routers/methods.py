@@ -123,17 +123,19 @@ def entries(names: Sequence[str], known: Known, num_samples: int | None) -> list
 
 
 def layer_entries(names: Sequence[str], selections: Sequence[Selection], num_samples: int | None) -> list[Entry]:
-    """One method, the first that can, with random routers in some layers alone.
+    """Methods with random routers in some layers alone: the first that can of the untrained and of the trained ones.
+
+    Untrained noise in the same layers is the control for routers that are trained.
 
     Args:
         names: Methods with random routers.
         selections: Which layers.
         num_samples: As for `entries`.
     """
-    method = next((method for method in map(get_method, names) if _has(method, _LAYERS)), None)
-    if method is None:
-        return []
-    return [_entry(method, _selected(method, selection), num_samples) for selection in selections]
+    able = [method for method in map(get_method, names) if _has(method, _LAYERS)]
+    first = {method.needs.router_training: method for method in reversed(able)}
+    methods = [method for method in able if method in first.values()]
+    return [_entry(method, _selected(method, selection), num_samples) for method in methods for selection in selections]
 
 
 def with_variants(assignments: Sequence[str], entries: Sequence[Entry], names: Sequence[str]) -> tuple[str, ...]:

@@ -14,6 +14,7 @@ import torch
 
 from bmoe_lightning.methods import Method
 from bmoe_lightning.report import summarise, write_tensorboard
+from bmoe_lightning.routers.discovery import find_routers
 from bmoe_lightning.routers.noise_sweep import Stability
 from bmoe_lightning.routers.stability import susceptible_layers
 from bmoe_lightning.utils.distributed import num_processes
@@ -213,15 +214,14 @@ class _Planned:
         """
         source = seeds[0].source
         config = load_configuration(source.model_of(seeds[0].seed))
-        architecture = describe(build(config, torch.float32))
-        shapes = [(experts.layer.d_out, experts.layer.num_experts) for experts in architecture.experts]
+        model = build(config, torch.float32)
         routes = Routes(
             names=self.names,
             layers=tuple(reference[0].floor),
             susceptible=tuple(_susceptible(reference)),
             selections={selection.name: (selection.label, selection.indices) for selection in selected},
-            active_macs=active_macs(architecture),
-            counted=count_costs(seeds[0].methods, shapes),
+            active_macs=active_macs(describe(model)),
+            counted=count_costs(seeds[0].methods, find_routers(model)),
             num_questions=min(self.settings.stability_questions, len(source.test)),
         )
         write_routes(self.output, routes)

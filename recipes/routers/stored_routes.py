@@ -8,7 +8,9 @@ from pathlib import Path
 from typing import Any
 
 from bmoe_lightning.methods import Method
+from bmoe_lightning.methods.router_method import ChosenRoutersMethod
 from bmoe_lightning.methods.routing_cost import routing_cost
+from bmoe_lightning.routers.types import Router
 from bmoe_lightning.utils.file_header import damaged
 from bmoe_lightning.utils.json_io import read_json_file, write_json_file
 
@@ -56,16 +58,17 @@ class Routes:
     num_questions: int
 
 
-def count_costs(methods: Sequence[Method], routers: Sequence[tuple[int, int]]) -> dict[str, Counted]:
-    """Count what the predictions of methods take on all layers.
+def count_costs(methods: Sequence[Method], routers: Sequence[Router]) -> dict[str, Counted]:
+    """Count what the predictions of methods take in all routers that they replace.
 
     Args:
         methods: Methods.
-        routers: Width of the input and number of logits of each router.
+        routers: All routers of the model.
     """
     found = {}
     for method in methods:
-        costs = [cost for d_in, experts in routers if (cost := routing_cost(method, d_in, experts)) is not None]
+        chosen = method.chosen(routers) if isinstance(method, ChosenRoutersMethod) else routers
+        costs = [c for r in chosen if (c := routing_cost(method, r.d_in, r.num_experts)) is not None]
         if costs:
             macs, parameters = sum(cost.per_token.total for cost in costs), sum(cost.parameters for cost in costs)
             found[method.name] = Counted(max(cost.passes for cost in costs), macs, parameters)

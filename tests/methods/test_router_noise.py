@@ -175,6 +175,26 @@ class TestFit:
         state = fit_methods([method], model, answer_logits, [], split(batch, 30, 30)).state_of(method)
         assert state["unit"].tolist() == pytest.approx([gaps[0], gaps[1]], rel=0.02)
 
+    def test_noise_in_some_layers_alone(self, confident):
+        model, batch = confident
+        method = RouterNoise(num_samples=4, scales=(2.0,), layers=(1,))
+        everywhere = replace(method, layers=(), name="everywhere", label="Everywhere")
+        fit = fit_methods([everywhere, method], model, answer_logits, [], split(batch, 30, 30))
+        state, of_all = fit.state_of(method), fit.state_of(everywhere)
+        assert state["unit"].tolist() == [0.0, float(of_all["unit"][1])]
+        assert float(state["sigma"][1]) > 0
+        noise, routes = PositionNoise(5), []
+        for sample in range(4):
+            nets = [FixedNoise(find_routers(model)[1], float(state["sigma"][1]))]
+            with torch.no_grad(), sampled_routes(model, nets, [sample], noise):
+                routes.append(answer_logits(model, batch)[0].softmax(-1))
+        view = BatchView(model, answer_logits, batch, seed=5)
+        found = method.log_probs(view, state)
+        torch.testing.assert_close(found.exp(), torch.stack(routes).mean(0), rtol=1e-9, atol=1e-12)
+        assert not torch.allclose(found, everywhere.log_probs(view, of_all))
+        with pytest.raises(ValueError, match="names 7, and the model has the routers 0 to 1"):
+            replace(method, layers=(7,)).check_run(model, None)
+
     def test_no_noise_is_said(self, confident):
         model, batch = confident
         with torch.no_grad():

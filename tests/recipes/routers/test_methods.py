@@ -38,7 +38,7 @@ class Routed(Method):
 
     @property
     def needs(self):
-        return Needs(routers=True, training_labels=True)
+        return Needs(routers=True, training_labels=True, router_training=True)
 
     def log_probs(self, batch, state):
         return batch.logits.log_softmax(-1)
@@ -80,6 +80,10 @@ def test_every_option_has_a_variant(routed):
     assert [found["layers"] for found in of_layers] == [[0, 2], [3], [2, 3]]
     assert {base_of(found["name"], ["routed", KNOWN.noise]) for found in of_layers} == {"routed"}
     assert layer_entries(["laplace_lpo"], chosen, None) == []
+    both = [
+        entry["init_args"]["name"] for entry in layer_entries([KNOWN.noise, "routed", "swag_router"], chosen[:1], 8)
+    ]
+    assert both == [f"{KNOWN.noise}_susceptible", "routed_susceptible"]  # noise is the control
 
 
 def test_what_is_set_for_a_method_is_set_for_its_variants(routed):

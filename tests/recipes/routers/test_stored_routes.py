@@ -8,6 +8,7 @@ import pytest
 
 from bmoe_lightning.methods import get_method
 from bmoe_lightning.routers.noise_sweep import Stability
+from bmoe_lightning.routers.types import Router
 from recipes.routers.measures import StoredStability, read_stability
 from recipes.routers.methods import read_known
 from recipes.routers.stored_routes import ROUTES_FILE, Counted, Routes, count_costs, read_routes, write_routes
@@ -54,8 +55,11 @@ def test_costs_are_counted_by_the_methods(tmp_path):
     known = read_known()
     noise = replace(get_method(known.noise), num_samples=5)
     averaged = replace(noise, average="scores", name="averaged", label="Averaged")
-    found = count_costs([noise, averaged, get_method(known.reference)], [(64, 8), (64, 8)])
+    routers = [Router(f"layers.{index}.router", index, 8, 64, f"layers.{index}.experts") for index in (0, 1)]
+    found = count_costs([noise, averaged, get_method(known.reference)], routers)
     assert found[noise.name].passes == 5
     assert found[noise.name].macs == 2 * 8
     assert found["averaged"] == Counted(1, 2 * 5 * 8, 2)
     assert known.reference not in found
+    some = count_costs([replace(noise, layers=(1,)), replace(averaged, layers=("layers.0.router",))], routers)
+    assert (some[noise.name], some["averaged"]) == (Counted(5, 8, 1), Counted(1, 5 * 8, 1))
