@@ -34,6 +34,7 @@ from bmoe_lightning.methods.training_data import PassFiles, TrainingData
 from bmoe_lightning.routers.types import Router
 from bmoe_lightning.utils.distributed import broadcast_, failing_together, num_processes
 from bmoe_lightning.utils.fit_warnings import collected_fit_warnings, warn_of_fit
+from bmoe_lightning.utils.random_state import unchanged_random_state
 
 PriorMeanName = Literal["pretrained", "zero"]
 PRIOR_MEANS: tuple[PriorMeanName, ...] = ("pretrained", "zero")
@@ -369,7 +370,8 @@ class Workbench:
         if not builders:
             self._logits = self.given.plain_split()
             return
-        with failing_together(distributed=self._distributed):
+        # A loader that shuffles gives further passes over the data, which start from the same state, the same order.
+        with unchanged_random_state(self._calibration), failing_together(distributed=self._distributed):
             for batch in lockstep(self.model, self._calibration):
                 found = posterior_terms(list(posteriors.values()), self.model, self._class_logits, batch)
                 terms = dict(zip(posteriors, found, strict=True))

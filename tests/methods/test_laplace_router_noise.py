@@ -11,6 +11,7 @@ import torch
 from forked_processes import run
 from methods_cases import RANK3
 from oracles.models import answer_logits, split, toy_batch, toy_model
+from torch.utils.data import DataLoader
 
 from bmoe_lightning.curvature import collect_factors
 from bmoe_lightning.laplace import LaplacePosterior
@@ -345,6 +346,21 @@ def test_methods_with_the_same_routes_share_their_passes(confident):
     assert float(fit.state_of(together)["scale"]) == float(fit.state_of(noise)["scale"]) == 1
     evaluate(methods, fit, model, counted, held_out)
     assert len(calls) == len(held_out) * (1 + 4)
+
+
+@pytest.mark.parametrize("own", [False, True], ids=["global", "own"])
+def test_a_loader_that_shuffles_gives_all_passes_one_order(confident, own):
+    model, training, held_out = confident
+    batch = held_out[0]
+    rows = [{name: values[index] for name, values in batch.items()} for index in range(len(batch["labels"]))]
+    generator = torch.Generator().manual_seed(3) if own else None
+    loader = DataLoader(rows, batch_size=10, shuffle=True, generator=generator)
+    state = torch.get_rng_state(), generator and generator.get_state()
+    method = joint(scales=(1.0,))
+    found = fit_methods([method], model, answer_logits, training, loader).state_of(method)
+    assert float(found["scale"]) in (0, 1)
+    assert torch.equal(torch.get_rng_state(), state[0])
+    assert generator is None or torch.equal(generator.get_state(), state[1])
 
 
 def test_data_in_another_order_in_each_pass_are_refused(confident):
