@@ -14,6 +14,7 @@ from torch.nn import functional as F
 from bmoe_lightning import BayesianMoECallback, RouterFinetuner
 from bmoe_lightning.data import MultipleChoiceDataModule, Splits, get_prompt_format, train_word_tokenizer
 from bmoe_lightning.experts import find_expert_layers, weight_fingerprint
+from bmoe_lightning.laplace.posterior import WeightMismatchError
 from bmoe_lightning.methods import get_method
 from bmoe_lightning.routers import find_routers, intercepted_routers, step_noise
 
@@ -328,6 +329,29 @@ def test_methods_use_the_model_or_the_routers_that_were_trained_with_it(data, tm
     plain = module.eval().class_logits(batch)[0].log_softmax(-1).double()
     found = next(iter(callback.predictions.values()))["map"].log_probs[: len(plain)]
     torch.testing.assert_close(found, plain.detach(), rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("added", [False, True], ids=["together", "added later"])
+def test_a_fit_to_routers_that_were_trained_further_is_not_taken_for_theirs(data, tmp_path, added):
+    module = finetuner(train="routers")
+    trained = replace(get_method("mean_field_router"), training="with_model", num_samples=2)
+    folder = str(tmp_path / "fit")
+
+    def callback(*methods):
+        return BayesianMoECallback(methods, dirpath=folder)
+
+    first = callback("map", "temperature") if added else callback("map", trained)
+    trainer(tmp_path, first).fit(module, datamodule=data)
+    both = callback("map", trained)
+    both.fit_posterior(module, trainer=trainer(tmp_path, both), datamodule=data)
+    trainer(tmp_path, callback("map", trained)).test(module, datamodule=data, verbose=False)
+    with torch.no_grad():
+        module.routers[0].shift.add_(0.1)
+    for again in (both, callback("map", trained)):
+        with pytest.raises(WeightMismatchError, match="other weights"):
+            again.fit_posterior(module, trainer=trainer(tmp_path, again), datamodule=data)
+        with pytest.raises(WeightMismatchError, match="other weights"):
+            trainer(tmp_path, again).test(module, datamodule=data, verbose=False)
 
 
 @pytest.mark.parametrize(

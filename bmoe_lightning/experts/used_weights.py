@@ -8,7 +8,7 @@ it differs from one call to the next.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import replace
 from typing import Any
@@ -62,7 +62,18 @@ class UsedWeights:
         self._places += buffers
         # Operations of TorchScript are not seen.
         self._used = {name for name, module, _ in self._places if isinstance(module, torch.jit.ScriptModule)}
+        self._named: set[str] = set()
         self._calls = 0
+
+    def add(self, modules: Iterable[nn.Module]) -> None:
+        """Count the weights of some modules as used, whatever `class_logits` does: what a fit takes from them.
+
+        Args:
+            modules: Modules of the model.
+        """
+        parts = {part for module in modules for part in module.modules()}
+        self._named |= {name for name, module, _ in self._places if module in parts}
+        self._used |= self._named
 
     def observed(self, class_logits: ClassLogits) -> ClassLogits:
         """The same function, some of whose calls are observed: ever fewer, since each takes a little longer."""
@@ -94,10 +105,15 @@ class UsedWeights:
         """A record of the fingerprinted module with that of the used weights outside of it.
 
         Args:
-            record: The record; None if only a fingerprint is known.
+            record: The record; None if only a fingerprint is known. If it has weights outside, those of `add` alone are
+                added to them.
             distributed: See `record`.
             all_without_calls: Whether all weights are added where no call has been observed; otherwise none are.
         """
+        if record is not None and record.outside is not None:
+            known, named = record.outside, self._record.part(self._named)
+            samples, dtypes = {**named.samples, **known.samples}, {**named.dtypes, **known.dtypes}
+            return replace(record, outside=replace(known, samples=samples, dtypes=dtypes))
         used = self._used_by_calls(distributed=distributed)
         if used is None and not all_without_calls:
             return record

@@ -201,6 +201,14 @@ class Method(ABC):
         if self.needs.routers:
             find_routers(model)
 
+    def modules_beside(self, model: nn.Module) -> Sequence[nn.Module]:
+        """Modules that stand beside the model and whose weights `fit` copies: a fit to other ones is not taken for it.
+
+        Args:
+            model: The model.
+        """
+        return ()
+
     def check_routers(  # noqa: B027  (most methods check nothing else)
         self, model: nn.Module, routers: Sequence[Router], run: Callable[[], Tensor]
     ) -> None:

@@ -104,6 +104,7 @@ def fit_methods(
     check_snapshots(used_snapshots, earlier.fit_id)
     missing = [method for method in methods if not earlier.is_finished(method)]
     used = UsedWeights(model, locate_expert_layers(model, earlier.layers))
+    used.add(module for method in missing for module in method.modules_beside(model))
     class_logits = used.observed(class_logits)
     work = Workbench(
         model,
@@ -146,7 +147,7 @@ def fit_methods(
         _log_warnings(fitted, [sentence for sentence in doubts_of_model if sentence not in earlier.warnings])
     warnings = tuple(dict.fromkeys([*earlier.warnings, *doubts_of_model]))
     completed = replace(earlier.with_methods(fitted, collected), shares=work.shares)
-    if missing and (earlier.weights is None or earlier.weights.outside is None):
+    if missing:
         weights = used.added_to(earlier.weights, distributed=distributed, all_without_calls=is_new)
         completed = replace(completed, weights=weights)
     return replace(completed, calibration=calibration, training=work.given.training_record, warnings=warnings)

@@ -93,6 +93,9 @@ class VariationalRouterMethod(TrainedRouterMethod, SampledRouterMethod):
         super().check_routers(model, routers, run)
         check_gaps(routers)
 
+    def modules_beside(self, model: nn.Module) -> Sequence[nn.Module]:
+        return [self._given(model)] if self.training == "with_model" else []
+
     @abstractmethod
     def make_net(self, router: Router, unit: float, way: bool, dtype: torch.dtype, seed: int) -> BayesianRouter:
         """The Bayesian router beside a router, before training.
