@@ -28,8 +28,10 @@ from bmoe_lightning.routers.types import Router
 Logits = Callable[[BayesianRouter, Tensor, Tensor], Tensor]
 """`(net, input u [tokens, D], logits [tokens, N]) -> [tokens, N]` in any dtype: logits, or log-weights of a choice."""
 
-# Relative distance of the model's outputs with the same choice: routers compute scores in float32 at least.
+# Relative distance of the model's outputs with the same choice: routers compute scores in float32 at least, and weights
+# that differ by that rounding may be rounded apart to half precision, wherever the model computes in it.
 _ROUNDING, _HALF_ROUNDING = 1e-5, 3e-2
+_HALF = (torch.bfloat16, torch.float16)
 
 
 @contextmanager
@@ -83,10 +85,10 @@ def choice_ways(model: nn.Module, routers: Sequence[Router], run: Callable[[], T
         ValueError: If neither is exact: weights depend on the experts that are not chosen, and a router does not return
             its choice.
     """
-    plain, half = run(), []
+    plain, half = run(), [any(parameter.dtype in _HALF for parameter in model.parameters())]
 
     def by_logits(router: Router, _u: Tensor, logits: Tensor) -> Tensor:
-        half.append(logits.dtype in (torch.bfloat16, torch.float16))
+        half.append(logits.dtype in _HALF or torch.is_autocast_enabled(logits.device.type))
         return top_choice(router, logits).to(logits.dtype)
 
     with intercepted_routers(model, routers, by_logits):

@@ -73,6 +73,24 @@ def test_the_model_uses_the_chosen_experts_with_its_own_weights(normalised):
     torch.testing.assert_close(seen.found, expected, rtol=1e-5, atol=1e-7)
 
 
+def test_a_model_in_half_precision_may_round_weights_apart_though_its_router_computes_in_float32():
+    model = tiny_qwen(norm_topk_prob=True, dtype=torch.float32)
+    routers, calls = probed(model), []
+
+    def rounded():
+        calls.append(1)
+        return run(model) * (1 if len(calls) == 1 else 1 + 2**-9)
+
+    with pytest.raises(ValueError, match="depend on those that are not chosen"):
+        choice_ways(model, routers, rounded)
+    calls.clear()
+    with torch.autocast("cpu", torch.bfloat16):
+        assert not choice_ways(model, routers, rounded)
+    model.register_parameter("narrow", torch.nn.Parameter(torch.zeros(1, dtype=torch.bfloat16)))
+    calls.clear()
+    assert not choice_ways(model, routers, rounded)
+
+
 @pytest.mark.parametrize("normalised", [False, True])
 def test_its_own_choice_is_the_model(normalised):
     model = tiny_qwen(norm_topk_prob=normalised, dtype=torch.float32)
