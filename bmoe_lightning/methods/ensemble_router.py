@@ -12,7 +12,6 @@ from bmoe_lightning.methods.router_method import Average, Sampling, on_devices
 from bmoe_lightning.methods.weight_router import WeightRouterMethod, stacked_shifts
 from bmoe_lightning.methods.workbench import Workbench
 from bmoe_lightning.routers.base import BayesianRouter, router_state, trained_dtype
-from bmoe_lightning.routers.costs import RouterCost, weights_cost
 from bmoe_lightning.routers.ensemble_members import EnsembleMembers
 from bmoe_lightning.routers.types import Router
 
@@ -75,9 +74,6 @@ class EnsembleRouter(WeightRouterMethod):
             )
         losses = self.held_out_losses(work, on_devices(work.model, nets))
         return self.state_of(work, router_state(nets), replace(found[-1], losses=losses))
-
-    def token_cost(self, d_in: int, num_experts: int, num_samples: int) -> RouterCost:
-        return weights_cost(d_in, num_experts, num_samples)
 
     def num_parameters(self, d_in: int, num_experts: int) -> int:
         return self.size * d_in * num_experts

@@ -12,7 +12,6 @@ from bmoe_lightning.methods.router_method import Sampling
 from bmoe_lightning.methods.weight_router import WeightRouterMethod
 from bmoe_lightning.methods.workbench import Workbench
 from bmoe_lightning.routers.base import BayesianRouter
-from bmoe_lightning.routers.costs import RouterCost, weights_cost
 from bmoe_lightning.routers.fine_tuned_weights import FineTunedWeights
 from bmoe_lightning.routers.types import Router
 
@@ -49,9 +48,6 @@ class FineTunedRouter(WeightRouterMethod):
                 "model's own"
             )
         return self.state_of(work, found.state, found)
-
-    def token_cost(self, d_in: int, num_experts: int, num_samples: int) -> RouterCost:
-        return weights_cost(d_in, num_experts, 1)
 
     def num_parameters(self, d_in: int, num_experts: int) -> int:
         return d_in * num_experts

@@ -15,7 +15,6 @@ from bmoe_lightning.methods.router_schedule import RouterTrainingOptions
 from bmoe_lightning.methods.weight_router import WeightRouterMethod, stacked_shifts
 from bmoe_lightning.methods.workbench import Workbench
 from bmoe_lightning.routers.base import BayesianRouter, router_state, trained_dtype
-from bmoe_lightning.routers.costs import RouterCost, weights_cost
 from bmoe_lightning.routers.swag_samples import SwagSamples
 from bmoe_lightning.routers.types import Router
 
@@ -81,9 +80,6 @@ class SWAGRouter(WeightRouterMethod, SampledRouterMethod):
         if count is None or count.dim() or count.is_floating_point() or int(count) not in range(2, self.rank + 1):
             raise ValueError(f"{_COUNT!r} must be a whole number of 2 to {self.rank}")
         super().check_state(state)
-
-    def token_cost(self, d_in: int, num_experts: int, num_samples: int) -> RouterCost:
-        return weights_cost(d_in, num_experts, num_samples)
 
     def num_parameters(self, d_in: int, num_experts: int) -> int:
         return (min(self.rank, self.collections) + 2) * d_in * num_experts

@@ -16,12 +16,16 @@ from bmoe_lightning.methods.router_training import RouterTrainingResult
 from bmoe_lightning.methods.trained_router import TrainedRouterMethod
 from bmoe_lightning.methods.workbench import Workbench
 from bmoe_lightning.routers.base import BayesianRouter, trained_dtype
+from bmoe_lightning.routers.costs import RouterCost, weights_cost
 from bmoe_lightning.routers.fine_tuned_weights import FineTunedWeights
 
 
 @dataclass(frozen=True)
 class WeightRouterMethod(TrainedRouterMethod):
     """Routers with other or random weights; see `TrainedRouterMethod`."""
+
+    def token_cost(self, d_in: int, num_experts: int, num_samples: int) -> RouterCost:
+        return weights_cost(d_in, num_experts, num_samples)
 
     def fine_tuned(
         self, work: Workbench, options: RouterTrainingOptions, *, chooses_epoch: bool

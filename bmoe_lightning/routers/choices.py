@@ -21,6 +21,7 @@ from bmoe_lightning.experts.threads import applies, scope
 from bmoe_lightning.experts.tied_weights import parameter_owners
 from bmoe_lightning.routers.base import BayesianRouter
 from bmoe_lightning.routers.interception import intercepted_routers, tied_routers
+from bmoe_lightning.routers.probe import relative_distance
 from bmoe_lightning.routers.scores import at_least_float32
 from bmoe_lightning.routers.selection import restrict
 from bmoe_lightning.routers.types import Router
@@ -94,7 +95,7 @@ def choice_ways(model: nn.Module, routers: Sequence[Router], run: Callable[[], T
     with intercepted_routers(model, routers, by_logits):
         output = run()
     tolerance = _HALF_ROUNDING if any(half) else _ROUNDING
-    if _distance(output, plain) <= tolerance:
+    if relative_distance(output, plain) <= tolerance:
         return False
     nets = [_Greedy(router) for router in routers]
     with (
@@ -102,7 +103,7 @@ def choice_ways(model: nn.Module, routers: Sequence[Router], run: Callable[[], T
         injected_routers(model, nets, lambda net, _u, logits: top_choice(net.router, logits)),
     ):
         output = run()
-    if _distance(output, plain) > tolerance:
+    if relative_distance(output, plain) > tolerance:
         raise ValueError(
             f"the weights of the experts of {type(model).__name__} depend on those that are not chosen, and its "
             "routers do not return the choice as a module, so that drawn experts cannot get the weights that the model "
@@ -195,10 +196,3 @@ class _Greedy(BayesianRouter):
         raise NotImplementedError
 
     sampler = trained = distribution = mean  # type: ignore[assignment]
-
-
-def _distance(one: Tensor, other: Tensor) -> float:
-    """Relative distance of the values that are finite in the second, which absent classes are not."""
-    present = other.isfinite()
-    size = torch.linalg.vector_norm(other[present].double()).clamp(min=1e-30)
-    return float((torch.linalg.vector_norm((one - other)[present].double()) / size).nan_to_num(torch.inf))

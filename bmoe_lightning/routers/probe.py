@@ -120,7 +120,7 @@ class _Probe:
         self._model, self._layers, self._run = model, layers, run
         self._plain = run()
         # What the model's own arithmetic changes from run to run, on some GPUs.
-        self._noise = _distance(run(), self._plain)
+        self._noise = relative_distance(run(), self._plain)
         self.top_k: dict[Router, int | None] = {}
 
     def intercepted(self, routers: Sequence[Router]) -> dict[Router, str]:
@@ -225,7 +225,7 @@ class _Probe:
 
     def _distance(self, one: Tensor, other: Tensor) -> float:
         """The relative distance of two outputs, zero if it is within the model's own noise."""
-        distance = _distance(one, other)
+        distance = relative_distance(one, other)
         return distance if distance > 10 * self._noise else 0.0
 
 
@@ -300,8 +300,13 @@ def _counts(calls: Sequence[_Chosen]) -> Tensor:
     return torch.cat([call.experts.cpu() for call in calls]).bincount() if calls else torch.empty(0)
 
 
-def _distance(one: Tensor, other: Tensor) -> float:
-    """Relative distance of the values that are finite in the second, which absent classes are not."""
+def relative_distance(one: Tensor, other: Tensor) -> float:
+    """Relative distance of two outputs, over the values that are finite in the second: absent classes are not.
+
+    Args:
+        one: Output `[B, K]`.
+        other: Another one, whose size is the unit.
+    """
     present = other.isfinite()
     difference = torch.linalg.vector_norm((one - other)[present].double())
     if difference == 0:
