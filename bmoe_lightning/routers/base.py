@@ -13,7 +13,7 @@ from __future__ import annotations
 import hashlib
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import ClassVar
 
@@ -24,7 +24,7 @@ from bmoe_lightning.experts.fingerprint import module_fingerprint
 from bmoe_lightning.experts.fsdp import full_tensor
 from bmoe_lightning.routers.distribution import LogitDistribution
 from bmoe_lightning.routers.draws import Draws
-from bmoe_lightning.routers.scores import at_least_float32
+from bmoe_lightning.routers.scores import at_least_float32, mean_scores
 from bmoe_lightning.routers.types import Router
 
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -104,6 +104,25 @@ class BayesianRouter(nn.Module, ABC):
     def samples(self, u: Tensor, logits: Tensor, draws: Draws) -> Tensor:
         """Samples of the logits, `[S, tokens, N]`; see `sampler`."""
         return self.sampler(u, logits)(draws)
+
+    def averaged(self, u: Tensor, logits: Tensor, chunks: Iterable[Draws]) -> Tensor:
+        """What takes the place of one sample where scores are averaged over samples, `[tokens, N]`.
+
+        That is logits whose scores are the average; or the logarithm of the average weights, see `returns_choice`.
+
+        Args:
+            u: Input of the router.
+            logits: Its logits.
+            chunks: Random numbers of at least one sample, which are computed in these chunks.
+
+        Raises:
+            ValueError: If the router's scores are neither a softmax nor a sigmoid.
+        """
+        sampled = map(self.sampler(u, logits), chunks)
+        if not self.returns_choice:
+            return mean_scores(sampled, self.router.score or "other").logits(self.mean(u, logits))
+        sums, counts = zip(*((chunk.logsumexp(0), len(chunk)) for chunk in sampled), strict=True)
+        return torch.stack(sums).logsumexp(0) - math.log(sum(counts))
 
     @abstractmethod
     def trained(self, u: Tensor, logits: Tensor, draws: Draws) -> TrainedLogits:

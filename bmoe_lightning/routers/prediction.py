@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field
@@ -15,7 +14,7 @@ from bmoe_lightning.routers.base import BayesianRouter
 from bmoe_lightning.routers.choices import injected_routers
 from bmoe_lightning.routers.draws import PositionNoise, SampleDraws, check_copies
 from bmoe_lightning.routers.interception import intercepted_routers
-from bmoe_lightning.routers.scores import at_least_float32, mean_scores, sample_chunks
+from bmoe_lightning.routers.scores import at_least_float32, sample_chunks
 from bmoe_lightning.routers.selection import gate_entropy
 from bmoe_lightning.routers.token_rows import watched_tokens
 from bmoe_lightning.routers.types import Router
@@ -73,15 +72,12 @@ def averaged_scores(
     with watched_tokens(model, [net.router.name for net in nets]) as watch:
 
         def averaged(net: BayesianRouter, u: Tensor, logits: Tensor) -> Tensor:
-            rows, sampled = watch.rows(len(logits), net.router, u), net.sampler(u, logits)
+            rows = watch.rows(len(logits), net.router, u)
             chunks = (
-                sampled(SampleDraws(noise, net.router, rows, chunk, copies=False, device=logits.device))
+                SampleDraws(noise, net.router, rows, chunk, copies=False, device=logits.device)
                 for chunk in sample_chunks(num_samples, len(logits) * net.floats_per_token)
             )
-            if net.returns_choice:
-                sums = torch.stack([chunk.logsumexp(0) for chunk in chunks])
-                return sums.logsumexp(0) - math.log(num_samples)
-            return mean_scores(chunks, net.router.score or "other").logits(net.mean(u, logits))
+            return net.averaged(u, logits, chunks)
 
         with injected_routers(model, nets, averaged):
             yield

@@ -17,23 +17,21 @@ Temperature = float | Tensor
 """A positive number, or one for each token, `[tokens]`."""
 
 
-def sample_experts(logits: Tensor, uniform: Tensor, top_k: int, temperature: Temperature = 1.0) -> Tensor:
+def sample_experts(logits: Tensor, gumbel: Tensor, top_k: int, temperature: Temperature = 1.0) -> Tensor:
     """Draw K distinct experts of each token from `softmax(logits / T)` without replacement.
 
     As T goes to zero, they become the K largest logits.
 
     Args:
         logits: `[tokens, N]`.
-        uniform: Uniform numbers in (0, 1), `[..., tokens, N]`.
+        gumbel: Standard Gumbel numbers, `[..., tokens, N]` float32.
         top_k: Number K of experts.
         temperature: Temperature T.
 
     Returns:
         Indices in the order in which they were drawn, `[..., tokens, K]` int64.
     """
-    logits = _tempered(logits, temperature)
-    gumbel = -(-uniform.to(logits).log()).log()
-    return (logits + gumbel).topk(top_k, dim=-1).indices
+    return (_tempered(logits, temperature) + gumbel).topk(top_k, dim=-1).indices
 
 
 def log_probability(logits: Tensor, chosen: Tensor, temperature: Temperature = 1.0) -> Tensor:
@@ -91,7 +89,7 @@ def tempered_divergence(logits: Tensor, temperature: Temperature) -> Tensor:
 
 
 def _tempered(logits: Tensor, temperature: Temperature) -> Tensor:
-    """In less than float32, a uniform number near 0 or 1 would be rounded to it, and its Gumbel noise be infinite."""
+    """In less than float32, sums with Gumbel noise would be rounded, and many of them be ties."""
     return at_least_float32(logits) / (
         temperature.unsqueeze(-1) if isinstance(temperature, Tensor) and temperature.dim() else temperature
     )

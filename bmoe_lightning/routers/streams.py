@@ -23,8 +23,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-NoiseKind = Literal["normal", "uniform"]
-"""Standard normal, or uniform in (0, 1)."""
+NoiseKind = Literal["normal", "uniform", "gumbel"]
+"""Standard normal, uniform in (0, 1), or standard Gumbel: `-log(-log u)` of a uniform u."""
 
 _SAMPLES, _STEPS, _ROWS = 0, 1, 2
 
@@ -60,7 +60,7 @@ def sample_noise(
         if source not in drawn:
             drawn[source] = _drawn(shape, (_SAMPLES, seed, router, source), kind)
         found.append(drawn[source] if source == sample else _mirrored(drawn[source], kind))
-    return torch.stack(found) if found else torch.empty(0, *shape)
+    return _transformed(torch.stack(found), kind) if found else torch.empty(0, *shape)
 
 
 def step_noise(
@@ -79,7 +79,7 @@ def step_noise(
     Returns:
         `shape`, float32 on the CPU.
     """
-    return _drawn(shape, (_STEPS, seed, router, step, call), kind)
+    return _transformed(_drawn(shape, (_STEPS, seed, router, step, call), kind), kind)
 
 
 def row_noise(shape: Sequence[int], *, seed: int, place: int, rows: Sequence[int]) -> Tensor:
@@ -113,3 +113,8 @@ def _drawn(shape: Sequence[int], key: Sequence[int], kind: NoiseKind) -> Tensor:
 
 def _mirrored(numbers: Tensor, kind: NoiseKind) -> Tensor:
     return -numbers if kind == "normal" else 1 - numbers
+
+
+def _transformed(numbers: Tensor, kind: NoiseKind) -> Tensor:
+    """The numbers of a kind from those that `_drawn` gives for it: normal ones, or uniform ones."""
+    return -(-numbers.log()).log() if kind == "gumbel" else numbers

@@ -9,7 +9,7 @@ the trained router's own probabilities.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 
 import torch
@@ -18,7 +18,7 @@ from torch.nn import functional as F
 
 from bmoe_lightning.routers.base import Alarm, BayesianRouter, TrainedLogits, drawn_matrix, hidden_width, zeros
 from bmoe_lightning.routers.draws import Draws
-from bmoe_lightning.routers.scores import at_least_float32
+from bmoe_lightning.routers.scores import MeanScores, at_least_float32
 from bmoe_lightning.routers.selection import (
     gate_entropy,
     log_probability,
@@ -96,6 +96,23 @@ class TemperatureChoice(BayesianRouter):
         temperature = self.temperature(u)
         return lambda draws: self._chosen(logits, temperature, draws)[0]
 
+    def averaged(self, u: Tensor, logits: Tensor, chunks: Iterable[Draws]) -> Tensor:
+        temperature = self.temperature(u)
+        weighted = self._weighted(logits, temperature)
+        total, count = torch.zeros_like(weighted), 0
+        for draws in chunks:
+            chosen = self._drawn(logits, temperature, draws).movedim(0, 1)  # [tokens, S, K]
+            count += chosen.shape[1]
+            if self.returns_choice:  # an expert's weight is the same whichever others are chosen
+                weights = torch.ones((), dtype=total.dtype, device=total.device).expand(chosen.shape)
+            else:
+                weights = weighted.unsqueeze(1).expand(-1, chosen.shape[1], -1).gather(-1, chosen).softmax(-1)
+            total.scatter_add_(1, chosen.flatten(1), weights.flatten(1))
+        log_mean = (total / count).log()
+        if self.returns_choice:
+            return log_mean + weighted.log_softmax(-1)
+        return MeanScores("softmax", log_mean).logits(self.mean(u, logits))
+
     def trained(self, u: Tensor, logits: Tensor, draws: Draws) -> TrainedLogits:
         temperature = self.temperature(u)
         (sampled,), (chosen,) = self._chosen(logits, temperature, draws)
@@ -137,14 +154,20 @@ class TemperatureChoice(BayesianRouter):
 
     def _chosen(self, logits: Tensor, temperature: Tensor, draws: Draws) -> tuple[Tensor, Tensor]:
         """Log-weights `[S, tokens, N]` of the chosen experts, `-inf` for others, and their indices `[S, tokens, K]`."""
-        assert self.router.top_k is not None
-        uniform = draws.of_tokens(self.router.num_experts, "uniform")
-        chosen = sample_experts(logits.detach(), uniform, self.router.top_k, temperature.detach())
-        weighted = at_least_float32(logits)
-        if self.temper_weights:
-            weighted = weighted / temperature.unsqueeze(-1)
-        log_weights = weighted.log_softmax(-1).expand(*chosen.shape[:-1], -1)
+        chosen = self._drawn(logits, temperature, draws)
+        log_weights = self._weighted(logits, temperature).log_softmax(-1).expand(*chosen.shape[:-1], -1)
         return restrict(log_weights, chosen), chosen
+
+    def _drawn(self, logits: Tensor, temperature: Tensor, draws: Draws) -> Tensor:
+        """The experts that are drawn, `[S, tokens, K]`."""
+        assert self.router.top_k is not None
+        gumbel = draws.of_tokens(self.router.num_experts, "gumbel")
+        return sample_experts(logits.detach(), gumbel, self.router.top_k, temperature.detach())
+
+    def _weighted(self, logits: Tensor, temperature: Tensor) -> Tensor:
+        """The logits by which the drawn experts are weighted, `[tokens, N]`."""
+        weighted = at_least_float32(logits)
+        return weighted / temperature.unsqueeze(-1) if self.temper_weights else weighted
 
 
 def check_drawn(router: Router) -> None:

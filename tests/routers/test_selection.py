@@ -23,8 +23,8 @@ LOGITS = torch.tensor([1.0, 0.2, -0.5, 0.4, -1.3], dtype=torch.float64)
 ORDERED = torch.tensor(list(itertools.permutations(range(N), K)))
 
 
-def uniform(*shape, seed=0):
-    return sample_noise(shape, seed=seed, router=0, samples=[0], kind="uniform")[0]
+def gumbel(*shape, seed=0):
+    return sample_noise(shape, seed=seed, router=0, samples=[0], kind="gumbel")[0]
 
 
 def enumerated(temperature=1.0, num_chosen=K):
@@ -48,7 +48,7 @@ def p_value(counts, expected):
 
 @pytest.mark.parametrize("temperature", [1.0, 0.5])
 def test_frequencies_are_those_of_enumeration(temperature):
-    chosen = sample_experts(LOGITS.expand(DRAWS, N), uniform(DRAWS, N), K, temperature)
+    chosen = sample_experts(LOGITS.expand(DRAWS, N), gumbel(DRAWS, N), K, temperature)
     assert (chosen[:, 0] != chosen[:, 1]).all()
     probabilities = enumerated(temperature)
     code = (chosen * torch.tensor([N, 1])).sum(1)
@@ -92,11 +92,11 @@ def test_gradients(num_chosen):
 
 def test_no_expert_is_favoured_where_logits_are_equal():
     """One-hot samples would make ties of all experts but one, and the same ones would be chosen for most tokens."""
-    chosen = sample_experts(torch.zeros(2000, 8), uniform(2000, 8), 6)
+    chosen = sample_experts(torch.zeros(2000, 8), gumbel(2000, 8), 6)
     assert all(len(set(row)) == 6 for row in chosen.tolist())
     share = chosen[:, 1:].flatten().bincount(minlength=8) / 2000  # those after the first one
     assert share.max() < 0.7
-    few = sample_experts(torch.zeros(2000, 16), uniform(2000, 16), 4).flatten().bincount(minlength=16) / 2000
+    few = sample_experts(torch.zeros(2000, 16), gumbel(2000, 16), 4).flatten().bincount(minlength=16) / 2000
     assert few.max() <= 0.6
     one_hot = torch.nn.functional.gumbel_softmax(torch.zeros(2000, 16), hard=True).topk(4).indices
     assert (one_hot.flatten().bincount(minlength=16) / 2000).max() > 0.6
@@ -104,7 +104,7 @@ def test_no_expert_is_favoured_where_logits_are_equal():
 
 def test_low_temperature_chooses_as_without_noise():
     logits = torch.randn(200, 8, dtype=torch.float64)
-    chosen = sample_experts(logits, uniform(200, 8), 3, 1e-9)
+    chosen = sample_experts(logits, gumbel(200, 8), 3, 1e-9)
     assert torch.equal(chosen, logits.topk(3).indices)
     # With untempered weights, that is the router without noise.
     weights = restrict(logits, chosen).softmax(-1).gather(-1, chosen)
@@ -113,7 +113,7 @@ def test_low_temperature_chooses_as_without_noise():
 
 def test_all_experts_are_chosen_where_k_is_n():
     logits = torch.randn(10, N)
-    chosen = sample_experts(logits, uniform(4, 10, N), N)
+    chosen = sample_experts(logits, gumbel(4, 10, N), N)
     assert chosen.shape == (4, 10, N)
     assert torch.equal(chosen.sort(-1).values, torch.arange(N).expand(4, 10, N))
     assert torch.equal(restrict(logits.expand(4, 10, N), chosen), logits.expand(4, 10, N))
@@ -122,15 +122,15 @@ def test_all_experts_are_chosen_where_k_is_n():
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_frequencies_in_half_precision(dtype):
     logits = LOGITS.to(dtype)
-    chosen = sample_experts(logits.expand(DRAWS, N), uniform(DRAWS, N), K)
-    expected = sample_experts(logits.double().expand(DRAWS, N), uniform(DRAWS, N).double(), K)
+    chosen = sample_experts(logits.expand(DRAWS, N), gumbel(DRAWS, N), K)
+    expected = sample_experts(logits.double().expand(DRAWS, N), gumbel(DRAWS, N).double(), K)
     assert (chosen != expected).any(1).double().mean() < 1e-4
     assert log_probability(logits, chosen[:1]).dtype == gate_entropy(logits[None]).dtype == torch.float32
 
 
 def test_a_temperature_for_each_token():
     logits, temperature = torch.randn(3, 4, dtype=torch.float64), torch.tensor([0.3, 1.0, 5.0], dtype=torch.float64)
-    noise = uniform(3, 4)
+    noise = gumbel(3, 4)
     rows = [sample_experts(logits[i : i + 1], noise[i : i + 1], 2, temperature[i].item()) for i in range(3)]
     assert torch.equal(sample_experts(logits, noise, 2, temperature), torch.cat(rows))
     one = torch.tensor(2.0)

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import math
+
 import pytest
 import torch
 
 from bmoe_lightning.routers import sample_noise, step_noise
 
-KINDS = pytest.mark.parametrize("kind", ["normal", "uniform"])
+KINDS = pytest.mark.parametrize("kind", ["normal", "uniform", "gumbel"])
 
 
 def noise(shape=(7, 3), samples=range(4), **options):
@@ -51,12 +53,18 @@ def test_distributions():
     assert uniform.max() < 1
     assert (uniform.mean() - 0.5).abs() < 0.01
     assert (uniform.std() - 12**-0.5).abs() < 0.01
+    gumbel = noise((20_000,), range(5), kind="gumbel")
+    assert torch.equal(gumbel, -(-uniform.log()).log())
+    assert (gumbel.mean() - 0.5772).abs() < 0.02
+    assert (gumbel.std() - math.pi / 6**0.5).abs() < 0.02
 
 
 def test_mirrored_samples():
     normal, uniform = noise(antithetic=True), noise(antithetic=True, kind="uniform")
     assert torch.equal(normal[1::2], -normal[::2])
     torch.testing.assert_close(uniform[1::2], 1 - uniform[::2])
+    gumbel = noise(antithetic=True, kind="gumbel")
+    assert torch.equal(gumbel, -(-uniform.log()).log())
     assert not torch.equal(normal[0], normal[2])
     assert torch.equal(normal[::2], noise(samples=[0, 2]))
 

@@ -10,6 +10,7 @@ from oracles.models import answer_logits as answers
 from oracles.models import tiny_qwen, toy_batch
 
 from bmoe_lightning.routers import (
+    BayesianRouter,
     CollapseWatch,
     PositionNoise,
     Router,
@@ -53,6 +54,23 @@ def test_it_starts_at_a_temperature_of_one_without_penalty():
     assert len({tuple(row.nonzero().flatten().tolist()) for row in chosen}) == 10
     uniform = net.samples(u, torch.zeros_like(logits), draws(400))[0].isfinite().double().mean(0)
     assert uniform.max() < 0.6
+
+
+@pytest.mark.parametrize("returns_choice", [False, True])
+@pytest.mark.parametrize("temper_weights", [False, True])
+def test_averages_of_choices_are_those_of_their_samples(returns_choice, temper_weights):
+    options = {"returns_choice": returns_choice, "temper_weights": temper_weights, "dtype": torch.float64}
+    net, (u, logits) = colder(TemperatureChoice(ROUTER, **options), 1.7), tokens(40)
+    chunks = [draws(40, step) for step in range(9)]
+    found, expected = net.averaged(u, logits, chunks), BayesianRouter.averaged(net, u, logits, chunks)
+    torch.testing.assert_close(found, expected, rtol=1e-9, atol=1e-12)
+    assert (found == -torch.inf).any()
+    weights = torch.stack([net.samples(u, logits, chunk)[0].exp() for chunk in chunks])
+    if returns_choice:
+        torch.testing.assert_close(found.exp(), weights.mean(0), rtol=1e-9, atol=1e-12)
+    else:
+        normalised = weights / weights.sum(-1, keepdim=True)
+        torch.testing.assert_close(found.softmax(-1), normalised.mean(0), rtol=1e-9, atol=1e-12)
 
 
 def test_the_penalty_is_bounded():
