@@ -40,8 +40,9 @@ class FullCovarianceRouter(GaussianRouterMethod):
 
     def token_cost(self, d_in: int, num_experts: int, num_samples: int) -> RouterCost:
         if self.rank is None:
-            return triangular_cost(d_in, num_experts, num_samples)
-        return low_rank_cost(d_in, num_experts, num_samples, self.rank)
+            return triangular_cost(d_in, num_experts, num_samples, self.hidden)
+        return low_rank_cost(d_in, num_experts, num_samples, self.rank, self.hidden)
 
     def make_net(self, router: Router, unit: float, way: bool, dtype: torch.dtype, seed: int) -> BayesianRouter:
-        return FullCovarianceLogits(router, self.scale_of(unit), rank=self.rank, seed=seed, dtype=dtype)
+        shape = {"rank": self.rank, "hidden": self.hidden}
+        return FullCovarianceLogits(router, self.scale_of(unit), **shape, seed=seed, dtype=dtype)

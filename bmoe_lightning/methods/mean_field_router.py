@@ -31,7 +31,7 @@ class MeanFieldRouter(GaussianRouterMethod):
     label: str = "Mean-field router"
 
     def token_cost(self, d_in: int, num_experts: int, num_samples: int) -> RouterCost:
-        return diagonal_cost(d_in, num_experts, num_samples)
+        return diagonal_cost(d_in, num_experts, num_samples, self.hidden)
 
     def make_net(self, router: Router, unit: float, way: bool, dtype: torch.dtype, seed: int) -> BayesianRouter:
-        return MeanFieldLogits(router, self.scale_of(unit), seed=seed, dtype=dtype)
+        return MeanFieldLogits(router, self.scale_of(unit), hidden=self.hidden, seed=seed, dtype=dtype)

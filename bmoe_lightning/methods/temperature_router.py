@@ -72,10 +72,17 @@ class TemperatureRouter(VariationalRouterMethod):
         return bool(work.on_first_batch(lambda view: choice_ways(view.model, chosen, lambda: view.forward()[0])))
 
     def token_cost(self, d_in: int, num_experts: int, num_samples: int) -> RouterCost:
-        return temperature_cost(d_in, num_experts)
+        return temperature_cost(d_in, num_experts, self.hidden)
 
     def num_parameters(self, d_in: int, num_experts: int) -> int:
-        return self.token_cost(d_in, num_experts, 0).linear + hidden_width(d_in, None) + 1  # and the biases
+        return self.token_cost(d_in, num_experts, 0).linear + hidden_width(d_in, self.hidden) + 1  # and the biases
 
     def make_net(self, router: Router, unit: float, way: bool, dtype: torch.dtype, seed: int) -> BayesianRouter:
-        return TemperatureChoice(router, returns_choice=way, temper_weights=self.temper_weights, seed=seed, dtype=dtype)
+        return TemperatureChoice(
+            router,
+            returns_choice=way,
+            temper_weights=self.temper_weights,
+            hidden=self.hidden,
+            seed=seed,
+            dtype=dtype,
+        )

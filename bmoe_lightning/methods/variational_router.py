@@ -48,11 +48,14 @@ class VariationalRouterMethod(TrainedRouterMethod, SampledRouterMethod):
     options of the training, and of the prior, are those of that class, and `fit` checks that kind and layers agree.
 
     Raises:
-        ValueError: If `beta` is negative or infinite.
+        ValueError: If `beta` is negative or infinite, or `hidden` below 1.
     """
 
     beta: float = option(
         0.1, "What multiplies the penalty, a mean over tokens in nats that is summed over the routers."
+    )
+    hidden: int | None = option(
+        None, "Width of the hidden layers of the routers' networks; by default a quarter of the router's input."
     )
     training: Training = option(
         "post_hoc",
@@ -64,6 +67,8 @@ class VariationalRouterMethod(TrainedRouterMethod, SampledRouterMethod):
         check_choice("training", self.training, get_args(Training))
         if not 0 <= self.beta < math.inf:
             raise ValueError(f"{self.name} needs a finite beta >= 0, got {self.beta}")
+        if self.hidden is not None and self.hidden < 1:
+            raise ValueError(f"{self.name} needs hidden layers of a width of at least 1, got hidden={self.hidden}")
 
     @property
     def needs(self) -> Needs:
@@ -188,8 +193,8 @@ class VariationalRouterMethod(TrainedRouterMethod, SampledRouterMethod):
                 name = next(name for name in {**expected, **found} if expected.get(name) != found.get(name))
                 raise ValueError(
                     f"{self.name} has routers with a tensor {name!r} of shape {expected.get(name)}, and those that are "
-                    f"trained beside the model have {found.get(name)}; give both the same rank, and leave hidden, the "
-                    "width of their hidden layers, at its default"
+                    f"trained beside the model have {found.get(name)}; give both the same rank, and the same hidden, "
+                    "the width of their hidden layers"
                 )
 
     def _taken(

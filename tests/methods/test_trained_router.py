@@ -20,6 +20,7 @@ from bmoe_lightning.methods import (
     MeanFieldRouter,
     RouterNoise,
     SWAGRouter,
+    TemperatureRouter,
     fit_methods,
 )
 from bmoe_lightning.methods.router_method import RouterMethod
@@ -312,7 +313,7 @@ def test_routers_that_were_trained_with_the_model_take_the_place_of_training(mon
         (lambda: Held(RouterOptions(), [1]), r"beside the model are MeanFieldLogits of layer 1"),
         (
             lambda: Held(RouterOptions(hidden=5)),
-            r"tensor .hidden.* leave hidden, the width",
+            r"tensor .hidden.* the same hidden, the width",
         ),
     ],
 )
@@ -322,6 +323,25 @@ def test_other_routers_than_the_method_names_are_refused(held, says):
         method.check_run(module, None)  # before training
     with pytest.raises(ValueError, match=says):
         fit_held(method, module)
+
+
+@pytest.mark.parametrize("kind", [MeanFieldRouter, FullCovarianceRouter, TemperatureRouter])
+def test_the_width_of_hidden_layers_is_that_of_the_routers_beside_the_model(kind):
+    method = kind(training="with_model", num_samples=2, hidden=5)
+    held = Held(RouterOptions(method.name.removesuffix("_router"), hidden=5))
+    method.check_run(held, None)
+    if kind is not TemperatureRouter:  # whose experts this model cannot be told
+        state = fit_held(method, held).state_of(method)
+        assert state["net.0.hidden"].shape[0] == 5
+        method.check_state(state)
+    default = replace(method, hidden=None)
+    with pytest.raises(ValueError, match="the same hidden"):
+        default.check_run(held, None)
+    numbers = [found.num_parameters(16, 4) for found in (method, default, replace(method, hidden=4))]
+    assert numbers[0] > numbers[1] == numbers[2]
+    assert method.token_cost(16, 4, 1).linear > default.token_cost(16, 4, 1).linear
+    with pytest.raises(ValueError, match="hidden=0"):
+        replace(method, hidden=0)
 
 
 def test_routers_that_were_never_trained_are_refused():
