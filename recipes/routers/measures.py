@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import lightning as L
 from torch import Tensor, nn
@@ -24,6 +24,9 @@ from bmoe_lightning.utils.json_io import read_json_file, write_json_file
 from recipes.qwen_obqa.seed_run import SeedRun
 from recipes.qwen_obqa.stored_predictions import origin_of_predictions
 from recipes.routers.methods import few_samples
+
+Split = Literal["test", "calibration"]
+"""The questions on which the stability is measured."""
 
 MEASURES = "stability"
 _FORMAT = "stability of routes"
@@ -43,16 +46,19 @@ class StoredStability:
         output: Folder of the study.
         seed: Seed of the run.
         method: Name of the method.
+        split: The questions.
     """
 
     output: Path
     seed: int
     method: str
+    split: Split = "test"
 
     @property
     def path(self) -> Path:
         """The file."""
-        return self.output / MEASURES / f"seed-{self.seed}" / f"{self.method}.json"
+        folder = self.output / MEASURES / f"seed-{self.seed}"
+        return (folder if self.split == "test" else folder / self.split) / f"{self.method}.json"
 
     def has(self, origin: Mapping[str, Any]) -> bool:
         """Whether it was measured with this fit, and on these questions.
@@ -108,40 +114,48 @@ class StoredStability:
         return read_json_file(self.path, format=_FORMAT, version=_VERSION, remedy=_REMEDY).description
 
 
-def measure_stability(output: Path, run: SeedRun, methods: Sequence[Method], num_questions: int) -> None:
+def measure_stability(
+    output: Path, run: SeedRun, methods: Sequence[Method], num_questions: int, split: Split = "test"
+) -> None:
     """Measure the stability of the routes of methods whose fit is stored, unless it is stored.
 
     Args:
         output: Folder of the study, which this process has locked.
         run: The finished run of a seed.
         methods: Methods of the run, no ensembles.
-        num_questions: Number of test questions.
+        num_questions: Number of questions.
+        split: Which questions.
     """
     wanted = {method: {**origin_of_predictions(run.predictions.path(method)), "questions": num_questions}
               for method in methods}  # fmt: skip
-    missing = [method for method in methods if not _stored(output, run, method).has(wanted[method])]
+    stored = {method: StoredStability(output, run.seed, method.name, split) for method in methods}
+    missing = [method for method in methods if not stored[method].has(wanted[method])]
     if not missing:
         return
-    print(f"[seed {run.seed}] stability of routes: {', '.join(method.name for method in missing)}", flush=True)
+    names = ", ".join(method.name for method in missing)
+    print(f"[seed {run.seed}] stability of routes ({split} questions): {names}", flush=True)
     fitted = load_fit(run.fit_folder)[0]
 
     def measure(trainer: L.Trainer, module: Finetuner, _prior_mean: Mapping[str, Tensor] | None) -> None:
-        batches = _batches(trainer, num_questions)
+        batches = _batches(trainer, num_questions, split)
         for method in missing:
             predict = partial(_predict, trainer, module, fitted, method)
             found = noise_sweep(module, predict, batches, seed=run.seed, gammas=GAMMAS)
-            _stored(output, run, method).write(wanted[method], found)
+            stored[method].write(wanted[method], found)
 
     run.with_trained(measure)
 
 
-def read_stability(output: Path, seeds: Sequence[int], methods: Sequence[str]) -> dict[str, dict[int, Stability]]:
+def read_stability(
+    output: Path, seeds: Sequence[int], methods: Sequence[str], split: Split = "test"
+) -> dict[str, dict[int, Stability]]:
     """The stored stability of methods by seed; without those that were not measured.
 
     Args:
         output: Folder of the study.
         seeds: Seeds.
         methods: Names of methods.
+        split: The questions.
 
     Raises:
         ValueError: If a file is damaged.
@@ -149,25 +163,21 @@ def read_stability(output: Path, seeds: Sequence[int], methods: Sequence[str]) -
     found: dict[str, dict[int, Stability]] = {}
     for method in methods:
         for seed in seeds:
-            stored = StoredStability(output, seed, method)
+            stored = StoredStability(output, seed, method, split)
             if stored.path.is_file():
                 found.setdefault(method, {})[seed] = stored.read()
     return found
-
-
-def _stored(output: Path, run: SeedRun, method: Method) -> StoredStability:
-    return StoredStability(output, run.seed, method.name)
 
 
 def _indices(found: Mapping[str, Any]) -> dict[str, float]:
     return {str(name): float(value) for name, value in found.items()}
 
 
-def _batches(trainer: L.Trainer, num_questions: int) -> DataPass:
+def _batches(trainer: L.Trainer, num_questions: int, split: Split) -> DataPass:
     data = trainer.datamodule  # type: ignore[attr-defined]  # set by trainer.fit
     assert isinstance(data, MultipleChoiceDataModule)
-    loader = data.test_dataloader()
-    chosen = Subset(loader.dataset, range(min(num_questions, len(data.questions("test")))))
+    loader = data.test_dataloader() if split == "test" else data.calibration_dataloader()
+    chosen = Subset(loader.dataset, range(min(num_questions, len(data.questions(split)))))
     few = DataLoader(chosen, batch_size=data.eval_batch_size, collate_fn=loader.collate_fn)
     return DataPass(trainer, few, len(few), "Stability", repeats=True)
 

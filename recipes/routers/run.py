@@ -80,7 +80,7 @@ def run(settings: RouterSettings) -> None:
         with locked_output(output):
             begin_study(output, study.described(), overwrite=settings.overwrite)
             with study.completed(study.entries, study.others) as seeds:
-                reference = study.measured(seeds)
+                reference = study.measured(seeds)  # on calibration questions, which choose layers
                 shifted = [found for found in study.outcomes(seeds) if found.tested_on != study.home]
                 measured: dict[Mode, SeedRun] = {"experts": _with_costs(seeds[0])}
             selected = selections(len(reference[0].floor), _susceptible(reference))
@@ -193,23 +193,31 @@ class _Planned:
         return stored_outcomes(self.output, self.home, "experts", seeds)
 
     def measured(self, seeds: Sequence[SeedRun]) -> list[Stability]:
-        """Measure the stability of all methods where it is not stored; returns that of the fine-tuned model by seed.
+        """Measure the stability of all methods on test questions, and of the fine-tuned model on calibration ones.
+
+        What is stored is not measured again.
 
         Args:
             seeds: Completed runs.
+
+        Returns:
+            That of the fine-tuned model on calibration questions, by seed.
         """
         methods = [method for method in seeds[0].methods if self._has_routes(method)]
+        name, count = self.known.reference, self.settings.stability_questions
         for run_of_seed in seeds:
-            measure_stability(self.output, run_of_seed, methods, self.settings.stability_questions)
-        found = read_stability(self.output, [run_of_seed.seed for run_of_seed in seeds], [self.known.reference])
-        return list(found[self.known.reference].values())
+            measure_stability(self.output, run_of_seed, methods, count)
+            reference = [method for method in methods if method.name == name]
+            measure_stability(self.output, run_of_seed, reference, count, "calibration")
+        found = read_stability(self.output, [run_of_seed.seed for run_of_seed in seeds], [name], "calibration")
+        return list(found[name].values())
 
     def write(self, seeds: Sequence[SeedRun], reference: Sequence[Stability], selected: Sequence[Selection]) -> None:
         """Write what the study knows of its routers, and the comparison in TensorBoard.
 
         Args:
             seeds: Completed runs.
-            reference: Stability of the fine-tuned model by seed.
+            reference: Stability of the fine-tuned model on calibration questions, by seed.
             selected: Layers that are compared with all.
         """
         source = seeds[0].source

@@ -98,7 +98,7 @@ def _layers(report: RouterReport) -> str:
     return (
         f"Susceptible layers: {indices} of {len(report.routes.layers)} expert layers, counted from 0: the third "
         f"(rounded up) with the lowest index of {report.label(report.known.reference)} at gamma {_GAMMA:g} on the "
-        "embeddings, in the mean over seeds."
+        "embeddings, in the mean over seeds, on calibration questions without their labels."
     )
 
 

@@ -31,11 +31,12 @@ def finished(tmp_path_factory):
 def test_the_report_has_every_table(finished):
     text = (finished / "report" / "report.md").read_text()
     assert "DRY RUN, the numbers mean nothing" in text.splitlines()[0]
-    for name in ("calibration", "stability", "router_operations", "costs"):
+    for name in ("calibration", "stability", "router_layers", "router_operations", "costs"):
         assert (finished / "report" / "tables" / f"{name}.tex").is_file()
     found = json.loads((finished / "report" / "results.json").read_text())
     assert len(found["layers"]) == 3
     assert len(found["susceptible_layers"]) == 1
+    assert (finished / MEASURES / "seed-0" / "calibration" / "map.json").is_file()  # which chose them
     assert "trained_gates/gate_entropy" in found["out_of_distribution"]
     assert list((finished / "tensorboard").glob("*"))
 

@@ -46,6 +46,11 @@ def test_stability_is_that_of_one_fit_and_its_questions(tmp_path):
     assert not stored.has({**origin, "questions": 20})
     assert stored.read() == STABILITY
     assert read_stability(tmp_path, [3, 4], ["noise", "other"]) == {"noise": {3: STABILITY}}
+    assert read_stability(tmp_path, [3], ["noise"], "calibration") == {}
+    of_others = replace(STABILITY, floor=INDICES)
+    StoredStability(tmp_path, 3, "noise", "calibration").write(origin, of_others)
+    assert read_stability(tmp_path, [3], ["noise"], "calibration") == {"noise": {3: of_others}}
+    assert stored.read() == STABILITY
     stored.path.write_text(stored.path.read_text()[:-40])
     with pytest.warns(UserWarning, match="The stability is measured again"):
         assert not stored.has(origin)
