@@ -206,6 +206,12 @@ class Method(ABC):
 
         Args:
             model: The model.
+
+        Returns:
+            The modules, parts of the model.
+
+        Raises:
+            ValueError: If there are none, and `fit` needs them.
         """
         return ()
 

@@ -91,7 +91,7 @@ class MCDropoutRouter(WeightRouterMethod, SampledRouterMethod):
         found = untrained([losses[0], losses[chosen]])
         if self.epochs and chosen:
             key = DropoutInputs, self.layers, self.training_options, rates[chosen - 1]
-            predict, sampling = self.predicted_in_training(nets), self.held_out_sampling
+            predict, sampling = self.predicted_in_training(nets), (self.training_key, self.held_out_sampling)
             found = work.router_passes.train(key, nets, self.training_options, predict, sampling=sampling)
             if not found.epoch:
                 work.warn(

@@ -36,7 +36,7 @@ from bmoe_lightning.routers.types import Router
 
 @dataclass(frozen=True)
 class RouterNoise(ChosenRoutersMethod, SampledRouterMethod):
-    """Averages predictions over `num_samples` routes, sampled by Gaussian noise on the logits of every router.
+    """Averages predictions over `num_samples` routes, sampled by Gaussian noise on the logits of routers.
 
     Nothing is trained. The standard deviation in a layer is one number, fitted on held-out labels, times the layer's
     median gap between the K-th and the next largest router logit, so that it changes about as many choices in every

@@ -101,7 +101,7 @@ class RouterPasses:
         model: The model.
         class_logits: Function `(model, batch) -> (logits [B, K], labels [B])`.
         training: The training data.
-        held_out_log_probs: Function from one of views of batches, and a key, as of `Workbench.held_out_log_probs`.
+        held_out_log_probs: `Workbench.held_out_log_probs`.
         seed: Seed of the samples.
         distributed: Whether all ranks of torch.distributed's default group take part, each with its shard of the data.
     """

@@ -93,13 +93,18 @@ class TrainedRouterMethod(ChosenRoutersMethod):
     def held_out_sampling(self) -> Sampling:
         """How samples make a prediction of the held-out data, by which a fit chooses: few, and at least one.
 
-        So a method that predicts with the routers' means has the routers that are chosen for their samples.
+        So a method that predicts with the routers' means has the routers that are chosen for their samples, if these
+        are as many.
         """
         count = self.sampling.num_samples or _LARGEST_HELD_OUT_SAMPLES
         return replace(self.sampling, num_samples=min(count, _LARGEST_HELD_OUT_SAMPLES))
 
     def predicted_in_training(self, nets: Sequence[BayesianRouter]) -> Callable[[BatchView], Tensor]:
-        """Log-probabilities `[B, K]` of a held-out batch under routers that are trained."""
+        """Log-probabilities `[B, K]` of a held-out batch under routers that are trained.
+
+        Methods with equal `training_key` and `held_out_sampling` share them, so that these two have to tell everything
+        that they depend on.
+        """
         return lambda view: self.predicted(view, nets, self.held_out_sampling)
 
     def state_of(self, work: Workbench, state: RouterState, found: RouterTrainingResult) -> dict[str, Tensor]:
@@ -247,7 +252,9 @@ class TrainedRouterMethod(ChosenRoutersMethod):
         numbers = {name: state[name] for name in ("epoch", *self.reported) if name in state}
         losses = state["held_out_nll"].tolist()
         own = losses[int(state["epoch"])] if self.chooses_epoch else losses[-1]
-        held_out = {"held_out_nll_untrained": losses[0], "held_out_nll": own}
+        # That of the means was not measured.
+        of_samples = "" if self.sampling.num_samples or not self.held_out_sampling.num_samples else "_of_samples"
+        held_out = {f"held_out_nll_untrained{of_samples}": losses[0], f"held_out_nll{of_samples}": own}
         return {
             "num_samples": self.sampling.num_samples,
             **held_out,

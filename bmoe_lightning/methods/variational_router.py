@@ -161,7 +161,7 @@ class VariationalRouterMethod(TrainedRouterMethod, SampledRouterMethod):
     def hyperparameters(self, state: State) -> dict[str, float]:
         numbers = super().hyperparameters(state)
         if self.training == "with_model":
-            numbers.pop("held_out_nll_untrained")
+            numbers = {name: value for name, value in numbers.items() if not name.startswith("held_out_nll_untrained")}
         return numbers
 
     def _given(self, model: nn.Module) -> BayesianRouters:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -44,22 +44,25 @@ class WeightRouterMethod(TrainedRouterMethod):
         key = FineTunedWeights, self.layers, options
         if not chooses_epoch:
             return work.router_passes.train_fully(key, nets, options)
-        predict, sampling = self.predicted_in_training(nets), self.held_out_sampling
+        predict, sampling = self.predicted_in_training(nets), (self.training_key, self.held_out_sampling)
         return work.router_passes.train(key, nets, options, predict, sampling=sampling)
 
-    def held_out_losses(self, work: Workbench, nets: Sequence[BayesianRouter]) -> tuple[float, float]:
+    def held_out_losses(
+        self, work: Workbench, nets: Sequence[BayesianRouter], *, key: Hashable = None
+    ) -> tuple[float, float]:
         """The held-out NLL of the model, and that under some Bayesian routers; a warning says if the latter is higher.
 
         Args:
             work: Workbench of the fit.
             nets: The routers, on the model's devices.
+            key: What these depend on; with an equal one, nothing is predicted again. None if no other method has them.
         """
         predicted = self.predicted_in_training(nets)
 
         def both(view: BatchView) -> Tensor:
             return torch.stack([view.logits.log_softmax(-1), predicted(view)])
 
-        log_probs, labels = work.held_out_log_probs(both, key=(self.training_key, self.held_out_sampling))
+        log_probs, labels = work.held_out_log_probs(both, key=None if key is None else (key, self.held_out_sampling))
         plain, found = (float(F.nll_loss(one, labels)) for one in log_probs)
         if not found <= plain:
             work.warn(

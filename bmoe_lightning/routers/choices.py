@@ -12,10 +12,12 @@ import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, field
-from typing import Any
+from itertools import takewhile
+from typing import Any, Self
 
 import torch
 from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
 
 from bmoe_lightning.experts.threads import applies, scope
 from bmoe_lightning.experts.tied_weights import parameter_owners
@@ -29,8 +31,8 @@ from bmoe_lightning.routers.types import Router
 Logits = Callable[[BayesianRouter, Tensor, Tensor], Tensor]
 """`(net, input u [tokens, D], logits [tokens, N]) -> [tokens, N]` in any dtype: logits, or log-weights of a choice."""
 
-# Relative distance of the model's outputs with the same choice: routers compute scores in float32 at least, and weights
-# that differ by that rounding may be rounded apart to half precision, wherever the model computes in it.
+# Relative distance of the outputs of blocks with the same choice: routers compute scores in float32 at least, and
+# weights that differ by that rounding may be rounded apart to half precision, where blocks compute in it.
 _ROUNDING, _HALF_ROUNDING = 1e-5, 3e-2
 _HALF = (torch.bfloat16, torch.float16)
 
@@ -75,35 +77,41 @@ def injected_routers(
 def choice_ways(model: nn.Module, routers: Sequence[Router], run: Callable[[], Tensor]) -> bool:
     """Whether choices have to replace what routers return (True), or can be told by logits (False).
 
-    Measured: the model has to compute the same with the experts that it chooses itself.
+    Measured: with logits that are nearly equal, each MoE block has to compute the same where the logits of the experts
+    that are not chosen are `-inf`. Or else it has to compute the same where the experts that the model chooses itself,
+    with their weights, are put back.
 
     Args:
         model: The model.
         routers: Its routers, probed.
-        run: Runs the model on one batch, in evaluation mode and without gradients; called four times at most.
+        run: Runs the model on one batch, in evaluation mode and without gradients; called four times.
 
     Raises:
         ValueError: If neither is exact: weights depend on the experts that are not chosen, and a router does not return
             its choice.
     """
-    plain, half = run(), [any(parameter.dtype in _HALF for parameter in model.parameters())]
 
-    def by_logits(router: Router, _u: Tensor, logits: Tensor) -> Tensor:
-        half.append(logits.dtype in _HALF or torch.is_autocast_enabled(logits.device.type))
-        return top_choice(router, logits).to(logits.dtype)
+    def flat(_router: Router, _u: Tensor, logits: Tensor) -> Tensor:
+        return _nearly_equal(logits)
 
-    with intercepted_routers(model, routers, by_logits):
-        output = run()
-    tolerance = _HALF_ROUNDING if any(half) else _ROUNDING
-    if relative_distance(output, plain) <= tolerance:
-        return False
-    nets = [_Greedy(router) for router in routers]
-    with (
-        suppress(_NoChoiceError),
-        injected_routers(model, nets, lambda net, _u, logits: top_choice(net.router, logits)),
-    ):
-        output = run()
-    if relative_distance(output, plain) > tolerance:
+    def flat_choice(router: Router, _u: Tensor, logits: Tensor) -> Tensor:
+        return top_choice(router, _nearly_equal(logits)).to(logits.dtype)
+
+    with _Blocks(model, routers, run) as blocks:
+        with intercepted_routers(model, routers, flat):
+            expected = blocks.outputs()
+        with intercepted_routers(model, routers, flat_choice):
+            told = blocks.outputs()
+        if blocks.are_equal(told, expected):
+            return False
+        nets = [_Greedy(router) for router in routers]
+        plain, told = blocks.outputs(), []
+        with (
+            suppress(_NoChoiceError),
+            injected_routers(model, nets, lambda net, _u, logits: top_choice(net.router, logits)),
+        ):
+            told = blocks.outputs()
+    if not blocks.are_equal(told, plain):
         raise ValueError(
             f"the weights of the experts of {type(model).__name__} depend on those that are not chosen, and its "
             "routers do not return the choice as a module, so that drawn experts cannot get the weights that the model "
@@ -122,6 +130,65 @@ def top_choice(router: Router, logits: Tensor) -> Tensor:
     assert router.top_k is not None
     log_weights = at_least_float32(logits).log_softmax(-1)
     return restrict(log_weights, log_weights.topk(router.top_k, dim=-1).indices)
+
+
+def _nearly_equal(logits: Tensor) -> Tensor:
+    """Distinct logits between -.5 and .5: a softmax over all experts gives the K largest little more than K / N."""
+    tokens, num_experts = logits.shape
+    ranks = torch.arange(tokens, device=logits.device).unsqueeze(1) + torch.arange(num_experts, device=logits.device)
+    return (0.5 - (ranks % num_experts) / num_experts).to(logits.dtype)
+
+
+class _Blocks:
+    """Records what MoE blocks compute: the modules that hold a router and its experts, and the model as a whole.
+
+    Weights of experts that differ show there, and hardly in the model's logits.
+
+    Args:
+        model: The model.
+        routers: Its routers.
+        run: Runs the model on one batch.
+    """
+
+    def __init__(self, model: nn.Module, routers: Sequence[Router], run: Callable[[], Tensor]) -> None:
+        names = dict.fromkeys(_common_parent(router.name, router.experts) for router in routers)
+        self._modules = [model.get_submodule(name) for name in names if name]
+        self._run = run
+        self._found: list[Tensor] = []
+        self._is_half = False
+
+    def __enter__(self) -> Self:
+        self._handles = [module.register_forward_hook(self._keep) for module in self._modules]
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for handle in self._handles:
+            handle.remove()
+
+    def outputs(self) -> list[Tensor]:
+        """The outputs of one run."""
+        self._found = []
+        output = self._run()
+        return [*self._found, output]
+
+    def are_equal(self, ones: Sequence[Tensor], others: Sequence[Tensor]) -> bool:
+        """Whether two runs have given the same up to rounding."""
+        tolerance = _HALF_ROUNDING if self._is_half else _ROUNDING
+        return len(ones) == len(others) and all(
+            relative_distance(one, other) <= tolerance for one, other in zip(ones, others, strict=True)
+        )
+
+    def _keep(self, _module: nn.Module, _args: object, output: object) -> None:
+        value = next((value for value in tree_leaves(output) if isinstance(value, Tensor)), None)
+        if value is not None and value.is_floating_point():
+            self._is_half |= value.dtype in _HALF or torch.is_autocast_enabled(value.device.type)
+            self._found.append(value.detach().clone())
+
+
+def _common_parent(one: str, other: str) -> str:
+    """Name of the innermost module that holds two modules; empty for the model itself."""
+    pairs = zip(one.split("."), other.split("."), strict=False)
+    return ".".join(a for a, _ in takewhile(lambda pair: pair[0] == pair[1], pairs))
 
 
 class _NoChoiceError(RuntimeError):

@@ -99,16 +99,18 @@ class TemperatureChoice(BayesianRouter):
     def averaged(self, u: Tensor, logits: Tensor, chunks: Iterable[Draws]) -> Tensor:
         temperature = self.temperature(u)
         weighted = self._weighted(logits, temperature)
-        total, count = torch.zeros_like(weighted), 0
+        # In float64, where it exists: accelerators add in any order, and another rounding may be another choice.
+        wide = weighted.dtype if weighted.device.type == "mps" else torch.float64
+        total, count = torch.zeros_like(weighted, dtype=wide), 0
         for draws in chunks:
             chosen = self._drawn(logits, temperature, draws).movedim(0, 1)  # [tokens, S, K]
             count += chosen.shape[1]
             if self.returns_choice:  # an expert's weight is the same whichever others are chosen
-                weights = torch.ones((), dtype=total.dtype, device=total.device).expand(chosen.shape)
+                weights = weighted.new_ones(()).expand(chosen.shape)
             else:
                 weights = weighted.unsqueeze(1).expand(-1, chosen.shape[1], -1).gather(-1, chosen).softmax(-1)
-            total.scatter_add_(1, chosen.flatten(1), weights.flatten(1))
-        log_mean = (total / count).log()
+            total.scatter_add_(1, chosen.flatten(1), weights.flatten(1).to(wide))
+        log_mean = (total / count).log().to(weighted.dtype)
         if self.returns_choice:
             return log_mean + weighted.log_softmax(-1)
         return MeanScores("softmax", log_mean).logits(self.mean(u, logits))

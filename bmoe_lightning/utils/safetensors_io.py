@@ -1,6 +1,7 @@
 """Tensors with a description on disk: safetensors files, written atomically, with a SHA-256 digest of each tensor.
 
-There is no pickle, so reading a file executes no code from it, and every tensor is verified before it is used.
+There is no pickle, so reading a file executes no code from it, and every tensor is verified before it is used for the
+first time.
 """
 
 from __future__ import annotations

@@ -34,7 +34,8 @@ class LiveBytes(TorchDispatchMode):
 
     def known(self, tensors: Iterable[Tensor]) -> None:
         """Exclude tensors that were allocated before."""
-        self._known |= dict.fromkeys(tensor.untyped_storage()._cdata for tensor in tensors)
+        for tensor in tensors:
+            self._known.setdefault(tensor.untyped_storage()._cdata, None)
 
     def _note(self, storage: torch.UntypedStorage) -> None:
         key = storage._cdata

@@ -252,10 +252,10 @@ def mapped_bytes(model: Architecture) -> int:
     return sum(experts.parameters for experts in model.experts if experts.second_tensors == 1) * model.dtype.itemsize
 
 
-def sample_bytes(model: Architecture, trained: str) -> int:
-    """A sample of the trained weights from a Gaussian over snapshots, float32 in main memory."""
+def sample_bytes(model: Architecture, trained: str, snapshots: int) -> int:
+    """A sample of the trained weights from a Gaussian over snapshots, and what drawing it takes, in main memory."""
     weights, _ = trained_size(model, trained)
-    return 4 * weights
+    return 4 * (weights + (snapshots + 3) * max(_largest_tensor(experts, trained) for experts in model.experts))
 
 
 def lpo_cache_bytes(model: Architecture, work: Workload, examples: int) -> int:

@@ -134,7 +134,7 @@ def plan_json(plan: Plan) -> str:
                 "peak": training.peak,
                 "snapshot": training.gradients,
                 "member": training.gradients,
-                "sample": memory.sample_bytes(model, training.trained),
+                "sample": memory.sample_bytes(model, training.trained, memory.SNAPSHOTS),
                 "checkpoint": training.gradients + training.optimizer,
                 "optimizer_traffic": training.traffic,
                 "fits": {f"{size:g}": training.fits(size) for size in plan.settings.memory},
@@ -272,7 +272,7 @@ def _training_part(plan: Plan) -> str:
     saved = [
         [_TRAINED_NAMES[t.trained], t.trained_dtype + _UPDATE_NAMES[t.updates], gib(t.gradients),
          gib(t.gradients + t.optimizer), gib(t.gradients * memory.SNAPSHOTS),
-         gib(memory.sample_bytes(plan.model, t.trained)), gib(t.traffic)]
+         gib(memory.sample_bytes(plan.model, t.trained, memory.SNAPSHOTS)), gib(t.traffic)]
         for t in plan.trainings if not t.checkpointing
     ]  # fmt: skip
     return "\n".join(

@@ -133,7 +133,7 @@ def layer_entries(names: Sequence[str], selections: Sequence[Selection], num_sam
         num_samples: As for `entries`.
     """
     able = [method for method in map(get_method, names) if _has(method, _LAYERS)]
-    first = {method.needs.router_training: method for method in reversed(able)}
+    first = {method.needs.training_labels: method for method in reversed(able)}
     methods = [method for method in able if method in first.values()]
     return [_entry(method, _selected(method, selection), num_samples) for method in methods for selection in selections]
 

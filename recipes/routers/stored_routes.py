@@ -67,12 +67,22 @@ def count_costs(methods: Sequence[Method], routers: Sequence[Router]) -> dict[st
     """
     found = {}
     for method in methods:
-        chosen = method.chosen(routers) if isinstance(method, ChosenRoutersMethod) else routers
+        chosen = _chosen(method, routers) if isinstance(method, ChosenRoutersMethod) else routers
         costs = [c for r in chosen if (c := routing_cost(method, r.d_in, r.num_experts)) is not None]
         if costs:
             macs, parameters = sum(cost.per_token.total for cost in costs), sum(cost.parameters for cost in costs)
             found[method.name] = Counted(max(cost.passes for cost in costs), macs, parameters)
     return found
+
+
+def _chosen(method: ChosenRoutersMethod, routers: Sequence[Router]) -> list[Router]:
+    """The routers that a method replaces, whose names have a prefix where a module holds the model."""
+    names = tuple(f".{layer}" for layer in method.layers if isinstance(layer, str))
+    return [
+        router
+        for router in routers
+        if not method.layers or router.index in method.layers or any(n.endswith(f".{router.name}") for n in names)
+    ]
 
 
 def write_routes(output: Path, routes: Routes) -> None:

@@ -90,7 +90,7 @@ def test_one_precision_for_each_layer(posterior):
 
 
 def swag_state(**changes):
-    return {"seed": torch.tensor(0), "snapshots": double(3)[0], **changes}
+    return {"seed": torch.tensor(0), "digests": torch.zeros(3, 32, dtype=torch.uint8), **changes}
 
 
 def test_a_state_from_a_file_is_checked_once_for_each_method(monkeypatch):
@@ -110,10 +110,10 @@ def test_a_state_from_a_file_is_checked_once_for_each_method(monkeypatch):
     ("changes", "said"),
     [
         ({"seed": torch.tensor(0.5)}, "lacks the seed"),
-        ({"snapshots": double(6)[0]}, "2 to 5, and is 6"),
-        ({"snapshots": double(1)[0]}, "2 to 5, and is 1"),
-        ({"snapshots": double(2.5)[0]}, "2 to 5, and is 2.5"),
-        ({"snapshots": torch.tensor(3)}, "dtype"),
+        ({"digests": torch.zeros(6, 32, dtype=torch.uint8)}, "6 snapshots, which must be 2 to 5"),
+        ({"digests": torch.zeros(1, 32, dtype=torch.uint8)}, "1 snapshots"),
+        ({"digests": torch.zeros(3, 31, dtype=torch.uint8)}, "shape"),
+        ({"digests": torch.zeros(3, 32)}, "uint8"),
     ],
 )
 def test_snapshots_of_swag_are_a_possible_number(changes, said):

@@ -8,8 +8,10 @@ from methods_cases import predictions
 from oracles.models import answer_logits, toy_model
 
 from bmoe_lightning.methods import SWAG, evaluate, fit_methods, save_snapshot
-from bmoe_lightning.methods.swag import SnapshotGaussian, moments
+from bmoe_lightning.methods import swag as swag_module
+from bmoe_lightning.methods.swag import SnapshotGaussian, free_memory, moments
 from bmoe_lightning.utils import safetensors_io
+from recipes.common.live_bytes import LiveBytes
 
 DOWN = ["layers.0.mixture.crew.down_proj", "layers.1.mixture.crew.down_proj"]
 
@@ -29,7 +31,7 @@ def fitted(method, paths):
 
 def test_moments_are_those_of_the_snapshots():
     rows = torch.stack([toy_model(seed).get_parameter(DOWN[0]) for seed in (4, 5, 6)])
-    mean, variance, deviations = moments(list(rows))
+    mean, variance, deviations = moments(iter(rows), 3)
     torch.testing.assert_close(mean, rows.mean(0).float())
     torch.testing.assert_close(variance, rows.var(0, unbiased=False).float())
     torch.testing.assert_close(deviations, (rows - rows.mean(0)).float())
@@ -94,11 +96,52 @@ def test_refuses_too_few_snapshots(paths, batches):
 def test_needs_the_snapshots_of_its_fit(paths, batches):
     method = SWAG(num_snapshots=4)
     fit = fitted(method, paths)
+
+    def predicted(snapshots):
+        return evaluate([method], fit, toy_model(), answer_logits, batches, snapshots=snapshots)
+
     with pytest.raises(ValueError, match="was fitted to 4 snapshots, and there are 3"):
-        evaluate([method], fit, toy_model(), answer_logits, batches, snapshots=paths[1:])
+        predicted(paths[1:])
+    with pytest.raises(ValueError, match=r"content of .*5.safetensors is not that to which swag was fitted"):
+        predicted([paths[0], paths[2], paths[1], paths[3]])
+    save_snapshot(paths[2], {name: toy_model(9).get_parameter(name) for name in DOWN})
+    with pytest.raises(ValueError, match=r"content of .*5.safetensors is not that"):
+        predicted(paths)
     save_snapshot(paths[2], {DOWN[0]: toy_model(5).get_parameter(DOWN[0])})
     with pytest.raises(ValueError, match="contain different tensors"):
-        evaluate([method], fit, toy_model(), answer_logits, batches, snapshots=paths)
+        predicted(paths)
+    with pytest.raises(ValueError, match="contain different tensors"):
+        fitted(method, paths)
+    paths[2].unlink()
+    with pytest.raises(FileNotFoundError):
+        fitted(method, paths)
+
+
+def test_refuses_a_sample_that_does_not_fit_and_names_its_size(tmp_path, monkeypatch):
+    model = toy_model().requires_grad_(False)
+    for name in DOWN:
+        model.get_parameter(name).requires_grad_(True)
+    largest = model.get_parameter(DOWN[0]).numel()
+    size = 4 * (2 * largest + 8 * largest)
+    monkeypatch.setattr(swag_module, "free_memory", lambda: size)
+    SWAG().check_run(model, tmp_path)
+    with pytest.raises(ValueError, match=rf"GiB for {2 * largest:,} trained weights, {largest:,} of them in the larg"):
+        SWAG().check_run(model, tmp_path, ranks_per_node=2)
+    monkeypatch.setattr(swag_module, "free_memory", lambda: None)
+    SWAG().check_run(model, tmp_path)
+
+
+def test_free_memory_is_known():
+    memory = free_memory()
+    assert memory is None or memory > 2**20
+
+
+def test_moments_hold_few_copies_of_a_tensor():
+    rows = [torch.randn(1 << 16).bfloat16() for _ in range(5)]
+    with LiveBytes() as live:
+        live.known(rows)
+        moments((row.clone() for row in rows), 5)
+    assert live.peak <= 4 * (5 + 2 + 0.5) * (1 << 16)
 
 
 def test_damage_is_found_by_the_first_sample_and_in_files_that_are_replaced(paths):

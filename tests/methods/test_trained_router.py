@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from contextlib import nullcontext
-from dataclasses import replace
+from dataclasses import dataclass, replace
 
 import pytest
 import torch
@@ -14,6 +14,7 @@ from oracles.models import answer_logits, split, toy_batch, toy_model
 from bmoe_lightning.methods import (
     MAP,
     BatchView,
+    FineTunedRouter,
     FullCovarianceRouter,
     LaplaceRouterNoise,
     MCDropoutRouter,
@@ -94,6 +95,27 @@ def test_a_row_at_the_mean_has_the_routers_of_the_row_of_samples(method, monkeyp
     for state in (both.state_of(at_mean), alone.state_of(at_mean)):
         assert state.keys() == expected.keys()
         assert all(torch.equal(value, expected[key]) for key, value in state.items())
+
+
+@dataclass(frozen=True)
+class Flat(FineTunedRouter):
+    """Predicts otherwise than its base, with routers that are trained alike."""
+
+    name: str = "flat"
+    label: str = "Flat"
+
+    def predicted(self, batch, nets, sampling=None):
+        return (super().predicted(batch, nets, sampling) / 3).log_softmax(-1)
+
+
+def test_methods_that_share_a_training_and_predict_otherwise_choose_by_their_own_predictions():
+    plain, flat = FineTunedRouter(epochs=2), Flat(epochs=2)
+    data = {"training": split(TRAINING, 6, 6), "calibration": [HELD_OUT]}
+    both = fit_methods([plain, flat], toy_model(), answer_logits, **data)
+    alone = fit_methods([flat], toy_model(), answer_logits, **data)
+    found = both.state_of(flat)["held_out_nll"]
+    assert torch.equal(found, alone.state_of(flat)["held_out_nll"])
+    assert not torch.equal(found, both.state_of(plain)["held_out_nll"])
 
 
 def test_means_scores_and_predictions_differ(trained):

@@ -79,16 +79,23 @@ def test_a_model_in_half_precision_may_round_weights_apart_though_its_router_com
 
     def rounded():
         calls.append(1)
-        return run(model) * (1 if len(calls) == 1 else 1 + 2**-9)
+        return run(model) * (1 + 2**-9 * len(calls))
 
     with pytest.raises(ValueError, match="depend on those that are not chosen"):
         choice_ways(model, routers, rounded)
-    calls.clear()
     with torch.autocast("cpu", torch.bfloat16):
         assert not choice_ways(model, routers, rounded)
-    model.register_parameter("narrow", torch.nn.Parameter(torch.zeros(1, dtype=torch.bfloat16)))
-    calls.clear()
-    assert not choice_ways(model, routers, rounded)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("normalised", [False, True])
+@pytest.mark.parametrize("alone", [False, True], ids=["all", "the last router"])
+def test_weights_that_are_not_normalised_are_noticed_in_any_precision(dtype, normalised, alone):
+    """However little the weights of one layer, of many with small weights, change in the model's logits."""
+    model = tiny_qwen(norm_topk_prob=normalised, num_hidden_layers=12, initializer_range=0.05, dtype=dtype)
+    model.register_parameter("unused", torch.nn.Parameter(torch.zeros(1, dtype=torch.bfloat16)))
+    routers = probed(model)
+    assert choice_ways(model, routers[-1:] if alone else routers, lambda: run(model)) == (not normalised)
 
 
 @pytest.mark.parametrize("normalised", [False, True])

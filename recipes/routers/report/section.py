@@ -114,16 +114,22 @@ def metric_cell(report: RouterReport, group: Sequence[MethodResult], metric: str
 def _claims(rows: Sequence[str], routes: Routes, known: Known) -> Iterator[Bar]:
     """What is claimed of every random router: better than untrained noise, and than each control without noise.
 
-    Of the variants of a method, the first alone.
+    Of the variants of a method, the first alone: noise in the same layers, for a row of some of them.
     """
-    random = [row for row in rows if base_of(row, routes.names) is not None]
-    others = [(known.noise, "untrained noise")] if known.noise in rows else []
-    plain = (*known.plain, known.trained_name)
-    others += [(row, "the control without random routers") for row in rows if row in plain]
-    for row in random:
-        for other, words in others:
-            if other != row and (other == known.noise or row in routes.names):
-                yield Bar(f"better than {words}", "lower", row, (other,), "in_distribution")
+    plain = [row for row in rows if row in (*known.plain, known.trained_name)]
+    for row in rows:
+        base = base_of(row, routes.names)
+        if base is None:
+            continue
+        if base != known.noise:
+            selection = row.removeprefix(f"{base}_")
+            alike = f"{known.noise}_{selection}"
+            noise = alike if selection in routes.selections and alike in rows else known.noise
+            if noise in rows:
+                yield Bar("better than untrained noise", "lower", row, (noise,), "in_distribution")
+        if row in routes.names:
+            for other in plain:
+                yield Bar("better than the control without random routers", "lower", row, (other,), "in_distribution")
 
 
 def _published(study: Study, path: Path) -> Mapping[str, Any]:

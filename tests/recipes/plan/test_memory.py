@@ -341,5 +341,10 @@ def test_a_sample_of_the_weights(model, tmp_path, part):
     paths = [tmp_path / f"{number}.safetensors" for number in range(3)]
     for path in paths:
         save_snapshot(path, trained)
-    sample = SnapshotGaussian(paths, seed=0).sample(0)
-    assert memory.sample_bytes(describe(model), part) == sum(value.nbytes for value in sample.values())
+    samples = SnapshotGaussian(paths, seed=0)
+    with LiveBytes() as live:
+        size = sum(value.nbytes for value in samples.sample(0).values())
+    largest = max(parameter.numel() for parameter in trained.values())
+    found = memory.sample_bytes(describe(model), part, len(paths))
+    assert found == size + 4 * 6 * largest
+    assert live.peak == pytest.approx(found, abs=100)

@@ -84,6 +84,8 @@ def test_every_option_has_a_variant(routed):
         entry["init_args"]["name"] for entry in layer_entries([KNOWN.noise, "routed", "swag_router"], chosen[:1], 8)
     ]
     assert both == [f"{KNOWN.noise}_susceptible", "routed_susceptible"]  # noise is the control
+    untrained = [entry["init_args"]["name"] for entry in layer_entries(["mc_dropout_router", "routed"], chosen[:1], 8)]
+    assert untrained == ["mc_dropout_router_susceptible", "routed_susceptible"]
 
 
 def test_what_is_set_for_a_method_is_set_for_its_variants(routed):

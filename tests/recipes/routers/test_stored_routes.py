@@ -68,3 +68,5 @@ def test_costs_are_counted_by_the_methods(tmp_path):
     assert known.reference not in found
     some = count_costs([replace(noise, layers=(1,)), replace(averaged, layers=("layers.0.router",))], routers)
     assert (some[noise.name], some["averaged"]) == (Counted(5, 8, 1), Counted(1, 5 * 8, 1))
+    held = replace(noise, layers=("model.layers.1.router",))  # of a module that holds the model
+    assert count_costs([held], routers)[noise.name] == Counted(5, 8, 1)
