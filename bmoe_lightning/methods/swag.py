@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from bmoe_lightning.methods.base import State
 from bmoe_lightning.methods.needs import Needs
 from bmoe_lightning.methods.options import option
-from bmoe_lightning.methods.snapshots import opened_snapshot, snapshot_info, swapped_weights
+from bmoe_lightning.methods.snapshots import opened_snapshot, swapped_weights
 from bmoe_lightning.methods.weight_ensemble import WeightEnsemble, check_alike
 from bmoe_lightning.methods.workbench import Workbench
 
@@ -197,8 +197,12 @@ def _member(model: nn.Module, samples: SnapshotGaussian, index: int) -> Iterator
 
 
 def _digests(paths: Sequence[Path]) -> Tensor:
-    """The SHA-256 digests of the content of snapshots, `[K, 32]` uint8."""
-    return torch.tensor([list(bytes.fromhex(snapshot_info(path).digest)) for path in paths], dtype=torch.uint8)
+    """The SHA-256 digests of the tensors of snapshots, `[K, 32]` uint8."""
+    found = []
+    for path in paths:
+        with opened_snapshot(path) as file:
+            found.append(list(bytes.fromhex(file.tensor_digest)))
+    return torch.tensor(found, dtype=torch.uint8)
 
 
 def free_memory() -> int | None:

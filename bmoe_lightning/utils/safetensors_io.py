@@ -148,6 +148,7 @@ class OpenedTensorFile:
         description: Description by the writer, as JSON values.
         fit: Id of the fit that the file belongs to.
         digest: SHA-256 digest of the content, provided that the tensors match theirs.
+        tensor_digest: The same of the tensors alone, which files of several fits may share.
     """
 
     def __init__(self, path: Path, file: Any, *, format: str, version: int, remedy: str) -> None:
@@ -163,6 +164,7 @@ class OpenedTensorFile:
             raise damaged(path, format, "its tensors are not those that its header lists", remedy)
         self.description, self.fit, self.digest = header.description, header.fit, header.digest
         self._path, self._file, self._format, self._remedy = path, file, format, remedy
+        self.tensor_digest = hashlib.sha256(json.dumps(header.tensors, sort_keys=True).encode()).hexdigest()
         self._unverified = dict(header.tensors)
 
     def read(self, name: str, *, verify: bool = True) -> Tensor:
