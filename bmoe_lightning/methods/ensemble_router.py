@@ -72,7 +72,7 @@ class EnsembleRouter(WeightRouterMethod):
                 f"the members of {self.name} are equal: training data come in one order only, so that all runs are the "
                 "same; pass a list of several batches, or a loader that shuffles"
             )
-        losses = self.held_out_losses(work, on_devices(work.model, nets), key=self.training_key)
+        losses = self.held_out_losses(work, on_devices(work.model, nets), key=self.held_out_key)
         return self.state_of(work, router_state(nets), replace(found[-1], losses=losses))
 
     def num_parameters(self, d_in: int, num_experts: int) -> int:

@@ -76,7 +76,7 @@ class MCDropoutRouter(WeightRouterMethod, SampledRouterMethod):
         def tried(view: BatchView) -> Tensor:
             return torch.stack([view.logits.log_softmax(-1), *(predict(view) for predict in predicted)])
 
-        log_probs, labels = work.held_out_log_probs(tried, key=(self.training_key, self.held_out_sampling))
+        log_probs, labels = work.held_out_log_probs(tried, key=self.held_out_key)
         losses = [float(F.nll_loss(one, labels)) for one in log_probs]
         best = min(range(1, len(losses)), key=lambda index: losses[index])
         chosen = best if self.rate is not None or losses[best] < losses[0] else 0
@@ -91,8 +91,8 @@ class MCDropoutRouter(WeightRouterMethod, SampledRouterMethod):
         found = untrained([losses[0], losses[chosen]])
         if self.epochs and chosen:
             key = DropoutInputs, self.layers, self.training_options, rates[chosen - 1]
-            predict, sampling = self.predicted_in_training(nets), (self.training_key, self.held_out_sampling)
-            found = work.router_passes.train(key, nets, self.training_options, predict, sampling=sampling)
+            predict = self.predicted_in_training(nets)
+            found = work.router_passes.train(key, nets, self.training_options, predict, predict_key=self.held_out_key)
             if not found.epoch:
                 work.warn(
                     f"no epoch of training gave the routers of {self.name} a lower NLL on the held-out labels "

@@ -74,10 +74,10 @@ class RouterNoise(ChosenRoutersMethod, SampledRouterMethod):
         check_gaps(routers)
 
     def fit(self, work: Workbench) -> State:
-        routers, chosen = work.routers(), self.chosen(work.routers())
-        unit = torch.zeros_like(work.router_gaps())
+        routers, gaps = work.routers(), work.router_gaps()
+        chosen, unit = self.chosen(routers), torch.zeros_like(gaps)
         indices = [router.index for router in chosen]
-        unit[indices] = work.router_gaps()[indices]
+        unit[indices] = gaps[indices]
         scales = [0.0, *sorted(self.scales)]
 
         def averaged(view: BatchView) -> Tensor:

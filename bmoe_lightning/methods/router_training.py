@@ -131,7 +131,7 @@ class RouterPasses:
         options: RouterTrainingOptions,
         predict: Callable[[BatchView], Tensor],
         *,
-        sampling: Hashable = None,
+        predict_key: Hashable = None,
     ) -> RouterTrainingResult:
         """Train routers, and set them to the epoch with the least held-out loss.
 
@@ -140,7 +140,7 @@ class RouterPasses:
             nets: The routers, on the devices of their routers.
             options: Options of the training.
             predict: Function from the view of a batch to log-probabilities `[B, K]` under the routers as they are.
-            sampling: What these depend on besides the routers; with an equal one, an epoch is not predicted again.
+            predict_key: What these depend on besides the routers; with an equal one, an epoch is not predicted again.
                 None if no other method predicts it.
 
         Raises:
@@ -150,7 +150,7 @@ class RouterPasses:
         losses: list[float] = []
         for epoch, found in enumerate(trained.epochs):
             _set(nets, found.state)
-            one = None if sampling is None else (key, sampling, epoch)
+            one = None if predict_key is None else (key, predict_key, epoch)
             log_probs, labels = self._held_out_log_probs(lambda view: predict(view).unsqueeze(0), key=one)
             losses.append(float(F.nll_loss(log_probs[0], labels)))
             if is_rank_zero():

@@ -71,7 +71,7 @@ class SWAGRouter(WeightRouterMethod, SampledRouterMethod):
                 "has no more steps; pass smaller batches, or raise epochs"
             )
         nets = [self._fitted(work, router, found.collected) for router in self.chosen(work.routers())]
-        losses = self.held_out_losses(work, on_devices(work.model, nets), key=self.training_key)
+        losses = self.held_out_losses(work, on_devices(work.model, nets), key=self.held_out_key)
         state = self.state_of(work, router_state(nets), replace(found, losses=losses))
         return {_COUNT: torch.tensor(min(self.rank, count)), **state}
 

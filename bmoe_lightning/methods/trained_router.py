@@ -99,11 +99,15 @@ class TrainedRouterMethod(ChosenRoutersMethod):
         count = self.sampling.num_samples or _LARGEST_HELD_OUT_SAMPLES
         return replace(self.sampling, num_samples=min(count, _LARGEST_HELD_OUT_SAMPLES))
 
+    @property
+    def held_out_key(self) -> Hashable:
+        """What predictions of the held-out data depend on; methods with equal ones share them."""
+        return self.training_key, self.held_out_sampling
+
     def predicted_in_training(self, nets: Sequence[BayesianRouter]) -> Callable[[BatchView], Tensor]:
         """Log-probabilities `[B, K]` of a held-out batch under routers that are trained.
 
-        Methods with equal `training_key` and `held_out_sampling` share them, so that these two have to tell everything
-        that they depend on.
+        Methods with an equal `held_out_key` share them, so that it has to tell everything that they depend on.
         """
         return lambda view: self.predicted(view, nets, self.held_out_sampling)
 

@@ -129,7 +129,7 @@ class VariationalRouterMethod(TrainedRouterMethod, SampledRouterMethod):
             found = self._taken(work, nets, predict)
         else:
             key, options = self.training_key, self.training_options
-            found = work.router_passes.train(key, random, options, predict, sampling=self.held_out_sampling)
+            found = work.router_passes.train(key, random, options, predict, predict_key=self.held_out_key)
             self._warn(work, found)
         return {"unit": units, "way": torch.tensor(int(way)), **self.state_of(work, found.state, found)}
 

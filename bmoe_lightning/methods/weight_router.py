@@ -44,8 +44,8 @@ class WeightRouterMethod(TrainedRouterMethod):
         key = FineTunedWeights, self.layers, options
         if not chooses_epoch:
             return work.router_passes.train_fully(key, nets, options)
-        predict, sampling = self.predicted_in_training(nets), (self.training_key, self.held_out_sampling)
-        return work.router_passes.train(key, nets, options, predict, sampling=sampling)
+        predict = self.predicted_in_training(nets)
+        return work.router_passes.train(key, nets, options, predict, predict_key=self.held_out_key)
 
     def held_out_losses(
         self, work: Workbench, nets: Sequence[BayesianRouter], *, key: Hashable = None
@@ -55,14 +55,15 @@ class WeightRouterMethod(TrainedRouterMethod):
         Args:
             work: Workbench of the fit.
             nets: The routers, on the model's devices.
-            key: What these depend on; with an equal one, nothing is predicted again. None if no other method has them.
+            key: What the predictions depend on; with an equal one, nothing is predicted again. None if no other method
+                has them.
         """
         predicted = self.predicted_in_training(nets)
 
         def both(view: BatchView) -> Tensor:
             return torch.stack([view.logits.log_softmax(-1), predicted(view)])
 
-        log_probs, labels = work.held_out_log_probs(both, key=None if key is None else (key, self.held_out_sampling))
+        log_probs, labels = work.held_out_log_probs(both, key=key)
         plain, found = (float(F.nll_loss(one, labels)) for one in log_probs)
         if not found <= plain:
             work.warn(

@@ -21,9 +21,10 @@ from torch.utils._pytree import tree_leaves
 
 from bmoe_lightning.experts.threads import applies, scope
 from bmoe_lightning.experts.tied_weights import parameter_owners
+from bmoe_lightning.experts.wrappers.compiled import eager_code
 from bmoe_lightning.routers.base import BayesianRouter
 from bmoe_lightning.routers.interception import intercepted_routers, tied_routers
-from bmoe_lightning.routers.probe import relative_distance
+from bmoe_lightning.routers.probe import cyclic_ranks, relative_distance
 from bmoe_lightning.routers.scores import at_least_float32
 from bmoe_lightning.routers.selection import restrict
 from bmoe_lightning.routers.types import Router
@@ -97,7 +98,8 @@ def choice_ways(model: nn.Module, routers: Sequence[Router], run: Callable[[], T
     def flat_choice(router: Router, _u: Tensor, logits: Tensor) -> Tensor:
         return top_choice(router, _nearly_equal(logits)).to(logits.dtype)
 
-    with _Blocks(model, routers, run) as blocks:
+    # Of compiled code, the run without an interception would not call the hooks of the blocks.
+    with eager_code(), _Blocks(model, routers, run) as blocks:
         with intercepted_routers(model, routers, flat):
             expected = blocks.outputs()
         with intercepted_routers(model, routers, flat_choice):
@@ -134,13 +136,11 @@ def top_choice(router: Router, logits: Tensor) -> Tensor:
 
 def _nearly_equal(logits: Tensor) -> Tensor:
     """Distinct logits between -.5 and .5: a softmax over all experts gives the K largest little more than K / N."""
-    tokens, num_experts = logits.shape
-    ranks = torch.arange(tokens, device=logits.device).unsqueeze(1) + torch.arange(num_experts, device=logits.device)
-    return (0.5 - (ranks % num_experts) / num_experts).to(logits.dtype)
+    return (0.5 - cyclic_ranks(logits) / logits.shape[1]).to(logits.dtype)
 
 
 class _Blocks:
-    """Records what MoE blocks compute: the modules that hold a router and its experts, and the model as a whole.
+    """Records what MoE blocks compute in this thread: what holds a router and its experts, and the model as a whole.
 
     Weights of experts that differ show there, and hardly in the model's logits.
 
@@ -154,6 +154,7 @@ class _Blocks:
         names = dict.fromkeys(_common_parent(router.name, router.experts) for router in routers)
         self._modules = [model.get_submodule(name) for name in names if name]
         self._run = run
+        self._thread = scope()
         self._found: list[Tensor] = []
         self._is_half = False
 
@@ -179,6 +180,8 @@ class _Blocks:
         )
 
     def _keep(self, _module: nn.Module, _args: object, output: object) -> None:
+        if not applies(self._thread):
+            return
         value = next((value for value in tree_leaves(output) if isinstance(value, Tensor)), None)
         if value is not None and value.is_floating_point():
             self._is_half |= value.dtype in _HALF or torch.is_autocast_enabled(value.device.type)

@@ -189,7 +189,7 @@ class _Probe:
 
         def output(pattern: Pattern) -> Tensor:
             def by_pattern(router: Router, _u: Tensor, logits: Tensor) -> Tensor:
-                return (pattern if router in changed else _small)(_ranks(logits)).to(logits.dtype)
+                return (pattern if router in changed else _small)(cyclic_ranks(logits)).to(logits.dtype)
 
             with intercepted_routers(self._model, routers, by_pattern):
                 return self._run()
@@ -208,7 +208,7 @@ class _Probe:
         tokens: dict[str, list[int]] = {router.name: [] for router in routers}
 
         def by_pattern(router: Router, _u: Tensor, logits: Tensor) -> Tensor:
-            ranks = _ranks(logits)
+            ranks = cyclic_ranks(logits)
             tokens[router.name].append(len(ranks))
             if moved_from is not None:
                 start = int(moved_from[router] * len(ranks))
@@ -314,8 +314,12 @@ def relative_distance(one: Tensor, other: Tensor) -> float:
     return float((difference / torch.linalg.vector_norm(other[present].double())).nan_to_num(torch.inf))
 
 
-def _ranks(logits: Tensor) -> Tensor:
-    """`[tokens, N]` int64: the rank of each expert, from 0; every token prefers another expert than the one before."""
+def cyclic_ranks(logits: Tensor) -> Tensor:
+    """The rank of each expert, from 0, `[tokens, N]` int64; every token prefers another expert than the one before.
+
+    Args:
+        logits: `[tokens, N]`, of which the shape and the device count.
+    """
     tokens, num_experts = logits.shape
     experts = torch.arange(num_experts, device=logits.device)
     return (experts + torch.arange(tokens, device=logits.device).unsqueeze(1)) % num_experts

@@ -148,7 +148,7 @@ def test_noise_that_training_does_not_improve_is_said():
 
 @pytest.mark.parametrize(("ratio", "said"), [(0.05, True), (0.5, False)])
 def test_noise_that_shrinks_is_said(monkeypatch, ratio, said):
-    def train(self, key, nets, options, predict, *, sampling=None):
+    def train(self, key, nets, options, predict, *, predict_key=None):
         return RouterTrainingResult(router_state(nets), 1, (1.0, 0.9), {"scale_ratio": (ratio, ratio)})
 
     monkeypatch.setattr(RouterPasses, "train", train)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import threading
+
 import pytest
 import torch
 from oracles.models import answer_logits, tiny_qwen, toy_batch, toy_model
@@ -96,6 +98,24 @@ def test_weights_that_are_not_normalised_are_noticed_in_any_precision(dtype, nor
     model.register_parameter("unused", torch.nn.Parameter(torch.zeros(1, dtype=torch.bfloat16)))
     routers = probed(model)
     assert choice_ways(model, routers[-1:] if alone else routers, lambda: run(model)) == (not normalised)
+
+
+@pytest.mark.parametrize("normalised", [False, True])
+def test_compiled_code_and_passes_of_other_threads_change_nothing(normalised):
+    model, passes = tiny_qwen(norm_topk_prob=normalised), []
+    routers = probed(model)
+    model.compile(backend="eager")
+    run(model)
+
+    def with_another():
+        passes.append(None)
+        if len(passes) % 2:  # beside one of two passes that are compared
+            other = threading.Thread(target=run, args=(model,))
+            other.start()
+            other.join()
+        return run(model)
+
+    assert choice_ways(model, routers, with_another) == (not normalised)
 
 
 @pytest.mark.parametrize("normalised", [False, True])

@@ -114,7 +114,7 @@ def metric_cell(report: RouterReport, group: Sequence[MethodResult], metric: str
 def _claims(rows: Sequence[str], routes: Routes, known: Known) -> Iterator[Bar]:
     """What is claimed of every random router: better than untrained noise, and than each control without noise.
 
-    Of the variants of a method, the first alone: noise in the same layers, for a row of some of them.
+    Variants of a method are compared with noise alone: in the same layers, for rows of some layers.
     """
     plain = [row for row in rows if row in (*known.plain, known.trained_name)]
     for row in rows:
