@@ -57,6 +57,11 @@ class StudySettings:
     batch_size: int | None = option(None, "fine-tuning batch size", least=1)
     eval_batch_size: int | None = option(None, "batch size of curvature and prediction", least=1)
     accelerator: Literal["auto", "cpu", "gpu"] = option("auto", "Lightning accelerator")
+    jobs: int | None = option(
+        None,
+        "runs at a time, each in a process of its own; default: one a core for the small model on the CPU, otherwise 1",
+        least=1,
+    )
     overwrite: bool = option(False, "replace the runs in the output folder that are asked for")
     dry_run: bool = option(False, "checks that everything runs, with meaningless numbers")
     quiet: bool = option(False, "no progress bars")

@@ -11,14 +11,12 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
-import torch
-
 from bmoe_lightning.methods import Method
-from bmoe_lightning.utils.distributed import is_rank_zero, num_processes
+from bmoe_lightning.utils.distributed import is_rank_zero
+from recipes.common.jobs import Job, JobError, jobs_at_a_time, run_jobs
 from recipes.common.study_settings import StudySettings
 from recipes.paper.attribution import make_attribution, read_attribution
 from recipes.paper.costs import measure_costs, outstanding_costs
-from recipes.paper.jobs import Job, JobError, default_jobs, run_jobs
 from recipes.paper.outcomes import Mode, Study
 from recipes.paper.plan import Columns, PlannedRun, planned_runs
 from recipes.paper.presets import Preset, chosen_preset
@@ -58,7 +56,7 @@ def run(settings: PaperSettings) -> None:
         with locked_output(output):
             described = study.described(settings)
             first_then_others(lambda: begin_study(output, described, overwrite=settings.overwrite))
-            at_a_time = _jobs(settings, study.preset)
+            at_a_time = jobs_at_a_time(settings.jobs, settings.accelerator, small=study.preset.model is None)
             if at_a_time > 1:
                 _run_in_processes(settings, study, at_a_time)
                 study = study.resumed()  # what the processes have made is not replaced
@@ -168,14 +166,6 @@ def _planned(settings: PaperSettings) -> _Planned:
     for of_run in of_runs.values():
         build_methods(of_run)  # raises now what would stop a run later
     return _Planned(preset, questions, runs, of_runs, Path(settings.output_dir))
-
-
-def _jobs(settings: PaperSettings, preset: Preset) -> int:
-    """Number of runs at a time: several by default for the small model on the CPU alone."""
-    if num_processes() > 1:
-        return 1
-    on_gpu = settings.accelerator == "gpu" or (settings.accelerator == "auto" and torch.cuda.is_available())
-    return settings.jobs or (1 if preset.model is not None or on_gpu else default_jobs())
 
 
 def _run_in_processes(settings: PaperSettings, study: _Planned, at_a_time: int) -> None:

@@ -38,11 +38,6 @@ class PaperSettings(StudySettings):
         "whether Tables 1 and 2 have a row for the model before fine-tuning; default: unless the small model is used",
     )
     strategy: Literal["auto", "sharded"] = option("auto", "strategy on several processes under torchrun")
-    jobs: int | None = option(
-        None,
-        "runs at a time, each in a process of its own; default: one a core for the small model on the CPU, otherwise 1",
-        least=1,
-    )
 
     def __post_init__(self) -> None:
         for flag, chosen, known in (("--table", self.table, TABLES), ("--figure", self.figure, FIGURES)):

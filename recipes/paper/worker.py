@@ -1,14 +1,12 @@
-"""One job of a study, in a process that `recipes.paper.jobs` starts."""
+"""One job of a study, in a process that `recipes.common.jobs` starts."""
 
 from __future__ import annotations
 
-import json
 import sys
-from dataclasses import asdict, fields
+from collections.abc import Mapping
 from typing import Any
 
-from recipes.common.cli import exit_status
-from recipes.common.signals import run_until_stopped
+from recipes.common.worker import described_job, do_job
 from recipes.paper.settings import PaperSettings
 
 
@@ -20,7 +18,7 @@ def worker_arguments(settings: PaperSettings, *, run: str | None = None, seed: i
         run: Name of the run to complete; None to pre-train the small model of a seed.
         seed: That seed.
     """
-    return ("-m", "recipes.paper.worker", json.dumps({"settings": asdict(settings), "run": run, "seed": seed}))
+    return ("-m", "recipes.paper.worker", described_job(settings, run=run, seed=seed))
 
 
 def main(description: str) -> int:
@@ -29,28 +27,16 @@ def main(description: str) -> int:
     Args:
         description: JSON as in `worker_arguments`.
     """
-    content = json.loads(description)
-    values: dict[str, Any] = {
-        entry.name: tuple(value) if isinstance(value := content["settings"][entry.name], list) else value
-        for entry in fields(PaperSettings)
-    }
-    settings = PaperSettings(**values)
-    return exit_status(lambda: run_until_stopped(lambda: _run(settings, content["run"], content["seed"])))
+    return do_job(description, PaperSettings, _do)
 
 
-def _run(settings: PaperSettings, run: str | None, seed: int | None) -> int:
+def _do(settings: PaperSettings, job: Mapping[str, Any]) -> None:
     from recipes.paper.run import complete_one, pretrain_one
-    from recipes.qwen_obqa.sources import RecipeError
 
-    try:
-        if run is not None:
-            complete_one(settings, run)
-        elif seed is not None:
-            pretrain_one(settings, seed)
-    except RecipeError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
-    return 0
+    if job["run"] is not None:
+        complete_one(settings, job["run"])
+    elif job["seed"] is not None:
+        pretrain_one(settings, job["seed"])
 
 
 if __name__ == "__main__":

@@ -10,6 +10,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+import torch
+
+from bmoe_lightning.utils.distributed import num_processes
+
 _POLL_SECONDS = 0.2
 _SECONDS_TO_STOP = 60
 
@@ -22,11 +26,13 @@ class Job:
         name: Name for messages.
         arguments: Arguments of the interpreter.
         log: File of its output.
+        after: Name of the job that has to end before it begins; None for none.
     """
 
     name: str
     arguments: tuple[str, ...]
     log: Path
+    after: str | None = None
 
 
 class JobError(RuntimeError):
@@ -40,7 +46,7 @@ def run_jobs(jobs: Sequence[Job], at_a_time: int) -> None:
     process is stopped, they are stopped too, as by SIGTERM: what they have finished is stored.
 
     Args:
-        jobs: The jobs, in the order in which they begin.
+        jobs: The jobs, in the order in which they begin; one that waits for another lets later ones go first.
         at_a_time: Number of processes.
 
     Raises:
@@ -48,10 +54,15 @@ def run_jobs(jobs: Sequence[Job], at_a_time: int) -> None:
     """
     waiting, running, total = list(jobs), dict[subprocess.Popen[bytes], tuple[Job, float]](), len(jobs)
     environment, failed = {**os.environ, **_threads(at_a_time)}, list[str]()
+
+    def next_job() -> Job | None:
+        unfinished = {job.name for job in waiting} | {job.name for job, _ in running.values()}
+        return next((job for job in waiting if job.after not in unfinished), None)
+
     try:
         while running or (waiting and not failed):
-            while waiting and not failed and len(running) < at_a_time:
-                job = waiting.pop(0)
+            while not failed and len(running) < at_a_time and (job := next_job()) is not None:
+                waiting.remove(job)
                 print(f"[{total - len(waiting)} of {total}] {job.name}", flush=True)
                 job.log.parent.mkdir(parents=True, exist_ok=True)
                 with job.log.open("wb") as log:
@@ -80,6 +91,20 @@ def run_jobs(jobs: Sequence[Job], at_a_time: int) -> None:
                 process.wait()
     if failed:
         raise JobError("; ".join(failed))
+
+
+def jobs_at_a_time(given: int | None, accelerator: str, *, small: bool) -> int:
+    """The number of jobs of a study at a time: one, and for a small model on the CPU alone by default several.
+
+    Args:
+        given: `--jobs`, or None.
+        accelerator: Lightning accelerator.
+        small: Whether all models are small ones that a recipe pre-trains.
+    """
+    if num_processes() > 1:
+        return 1
+    on_gpu = accelerator == "gpu" or (accelerator == "auto" and torch.cuda.is_available())
+    return given or (default_jobs() if small and not on_gpu else 1)
 
 
 def default_jobs() -> int:

@@ -9,8 +9,8 @@ import time
 
 import pytest
 
-from recipes.paper import jobs
-from recipes.paper.jobs import Job, JobError, run_jobs
+from recipes.common import jobs
+from recipes.common.jobs import Job, JobError, jobs_at_a_time, run_jobs
 
 
 def job(folder, name, code):
@@ -41,6 +41,26 @@ def test_no_more_than_asked_for_run_at_a_time(tmp_path):
     assert time.monotonic() - started > 1.2
     times = [(tmp_path / f"{name}.started").stat().st_mtime for name in "ab"]
     assert times[1] - times[0] > 0.5
+
+
+def test_a_job_begins_after_the_one_that_it_waits_for(tmp_path, capsys):
+    first = job(tmp_path, "first", "import time; time.sleep(0.6)")
+    then = Job("then", ("-c", ""), tmp_path / "then.log", after="first")
+    run_jobs([first, then, job(tmp_path, "other", "")], 2)
+    lines = [line.split("] ")[-1] for line in capsys.readouterr().out.splitlines()]
+    assert lines.index("other") < lines.index("first: 1 s") < lines.index("then")
+
+
+@pytest.mark.parametrize(
+    ("given", "accelerator", "small", "expected"),
+    [(None, "cpu", True, 7), (None, "auto", True, 7), (None, "cpu", False, 1), (None, "gpu", True, 1), (3, "gpu", False, 3)],
+)  # fmt: skip
+def test_small_models_on_the_cpu_run_several_at_a_time(monkeypatch, given, accelerator, small, expected):
+    monkeypatch.setattr(jobs, "default_jobs", lambda: 7)
+    monkeypatch.setattr(jobs.torch.cuda, "is_available", lambda: False)
+    assert jobs_at_a_time(given, accelerator, small=small) == expected
+    monkeypatch.setattr(jobs, "num_processes", lambda: 2)
+    assert jobs_at_a_time(given, accelerator, small=small) == 1
 
 
 def waiting_for(path, then):
@@ -86,8 +106,8 @@ def test_they_are_stopped_when_this_process_is(tmp_path):
     code = f"""
 from pathlib import Path
 from recipes.common.signals import sigterm_exits
-from recipes.paper import jobs
-from recipes.paper.jobs import Job, run_jobs
+from recipes.common import jobs
+from recipes.common.jobs import Job, run_jobs
 with sigterm_exits():
     run_jobs([Job("waits", ("-c", {waits!r}), Path({str(tmp_path / "waits.log")!r}))], 1)
 """
