@@ -10,10 +10,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-import torch
-
-from bmoe_lightning.utils.distributed import num_processes
-
 _POLL_SECONDS = 0.2
 _SECONDS_TO_STOP = 60
 
@@ -101,6 +97,11 @@ def jobs_at_a_time(given: int | None, accelerator: str, *, small: bool) -> int:
         accelerator: Lightning accelerator.
         small: Whether all models are small ones that a recipe pre-trains.
     """
+    # Late: whoever runs jobs need not load torch, which takes seconds.
+    import torch
+
+    from bmoe_lightning.utils.distributed import num_processes
+
     if num_processes() > 1:
         return 1
     on_gpu = accelerator == "gpu" or (accelerator == "auto" and torch.cuda.is_available())
