@@ -86,8 +86,9 @@ def metrics_table() -> str:
         "| metric | `name` | range | better | definition | class |",
         "| --- | --- | --- | --- | --- | --- |",
     ]
+    words = {True: "higher", False: "lower", None: "neither"}
     for metric in METRICS:
-        better = "higher" if metric.higher_is_better else "lower"
+        better = words[metric.higher_is_better]
         kind = type(metric.torchmetric(Binning())).__name__
         span = f"{_bound(metric.lower)} to {_bound(metric.upper)}"
         definition = _cell(metric.definition)

@@ -282,15 +282,17 @@ def test_table_of_metrics_has_every_metric_and_the_page_of_results_explains_it()
 
     table = hooks().metrics_table().splitlines()
     page = text_of("docs/reading_the_results.md")
+    words = {True: "higher", False: "lower", None: "neither"}
     for metric in METRICS:
         [row] = [line for line in table if f"| `{metric.name}` |" in line]
         assert metric.definition.replace("|", "\\|") in row
-        assert f"| {'higher' if metric.higher_is_better else 'lower'} |" in row
+        assert f"| {words[metric.higher_is_better]} |" in row
     assert "| ACC | `acc` | 0 to 1 | higher |" in table[2]
     assert "| NLL calibration | `nll_calibration` | -∞ to ∞ | lower |" in "\n".join(table)
     explained = page.partition("## The four metrics")[2].partition("\n## The table")[0]
     names = ["ACC", "ECE", "NLL", "Brier", "NLL calibration and refinement", "Smooth ECE", "Adaptive ECE"]
     names += ["Classwise ECE", "AURC", "E-AURC", "AUGRC", "Coverage at 5 % risk", "AUROC, AUPR and FPR95"]
+    names += ["Set size and set coverage"]
     for words in names:
         assert f"**{words}" in explained or f"| {words} |" in explained
 

@@ -14,6 +14,16 @@ from bmoe_lightning.metrics.calibration import (
     get_metric,
 )
 from bmoe_lightning.metrics.classwise_ece import ClasswiseCalibrationError, classwise_calibration_error
+from bmoe_lightning.metrics.conformal import (
+    ConformalScore,
+    PredictionSets,
+    SetCoverage,
+    SetSize,
+    SizeAndCoverage,
+    conformal_threshold,
+    cross_fitted_sets,
+    prediction_sets,
+)
 from bmoe_lightning.metrics.detection import (
     ErrorAUPR,
     ErrorAUROC,
@@ -24,7 +34,7 @@ from bmoe_lightning.metrics.detection import (
     unit_ranks,
 )
 from bmoe_lightning.metrics.ece import CalibrationNorm, ExpectedCalibrationError, expected_calibration_error
-from bmoe_lightning.metrics.inputs import check_predictions, top_label
+from bmoe_lightning.metrics.inputs import check_log_probs, check_predictions, top_label
 from bmoe_lightning.metrics.nll import NegativeLogLikelihood, negative_log_likelihood
 from bmoe_lightning.metrics.out_of_distribution import detect_errors, detect_out_of_distribution
 from bmoe_lightning.metrics.plotting import draw_reliability_curve, new_axes, new_figure
@@ -62,6 +72,7 @@ __all__ = [
     "BrierScore",
     "CalibrationNorm",
     "ClasswiseCalibrationError",
+    "ConformalScore",
     "CoverageAtRisk",
     "ErrorAUPR",
     "ErrorAUROC",
@@ -76,9 +87,13 @@ __all__ = [
     "NLLRefinement",
     "NLLSplit",
     "NegativeLogLikelihood",
+    "PredictionSets",
     "ReliabilityCurve",
     "ReliabilityDiagram",
     "Resamples",
+    "SetCoverage",
+    "SetSize",
+    "SizeAndCoverage",
     "SmoothCalibrationError",
     "accuracy",
     "adaptive_calibration_error",
@@ -89,9 +104,12 @@ __all__ = [
     "calibration_resamples",
     "calibration_values",
     "centred_interval",
+    "check_log_probs",
     "check_predictions",
     "classwise_calibration_error",
+    "conformal_threshold",
     "coverage_at_risk",
+    "cross_fitted_sets",
     "detect_errors",
     "detect_out_of_distribution",
     "detection_metrics",
@@ -104,6 +122,7 @@ __all__ = [
     "negative_log_likelihood_split",
     "new_axes",
     "new_figure",
+    "prediction_sets",
     "reliability_curve",
     "selective_risk",
     "smooth_calibration_error",

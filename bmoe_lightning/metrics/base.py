@@ -82,7 +82,8 @@ class OverAllExamples(Metric):
     """Base class of metrics that need all examples at once; a subclass defines `prefix` and `weighted`.
 
     All predictions are states, so memory grows with the number of examples. Over ranks they are concatenated; neither
-    the order of the examples nor how they are split into batches or over ranks changes the value.
+    the order of the examples nor how they are split into batches or over ranks changes the value, unless the subclass
+    says so.
     """
 
     is_differentiable = False

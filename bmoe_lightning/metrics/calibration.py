@@ -16,6 +16,7 @@ from bmoe_lightning.metrics import (
     adaptive_ece,
     brier,
     classwise_ece,
+    conformal,
     detection,
     ece,
     nll,
@@ -36,6 +37,7 @@ METRICS: tuple[MetricSpec, ...] = (
     classwise_ece.SPEC,
     *selective.SPECS,
     *detection.SPECS,
+    *conformal.SPECS,
 )
 METRIC_NAMES = tuple(metric.name for metric in HEADLINE_METRICS)
 

@@ -34,12 +34,39 @@ def check_predictions(log_probs: Tensor, target: Tensor) -> tuple[Tensor, Tensor
             out of range.
     """
     _check_shapes(log_probs, target)
+    wide = check_log_probs(log_probs)
+    num_classes = wide.shape[1]
+    target = target.to(device=wide.device, dtype=torch.int64)
+    low, high = int(target.min()), int(target.max())
+    if low < 0 or high >= num_classes:
+        raise ValueError(f"target must lie in [0, {num_classes}), the columns of log_probs; found {low} to {high}")
+    return wide, target
+
+
+def check_log_probs(log_probs: Tensor) -> Tensor:
+    """Check log-probabilities of examples without labels, and convert them to float64; see `check_predictions`.
+
+    Args:
+        log_probs: Natural log-probabilities `[N, K]`, floating.
+
+    Returns:
+        `log_probs` `[N, K]` in float64.
+
+    Raises:
+        TypeError: If `log_probs` is not floating.
+        ValueError: If it is not a matrix, there are no examples, a value is NaN, or a row is not normalised.
+    """
+    if not log_probs.is_floating_point():
+        raise TypeError(f"log_probs must be a floating tensor, found {log_probs.dtype}")
+    if log_probs.ndim != 2:
+        raise ValueError(f"expected log_probs [N, K], found {list(log_probs.shape)}")
+    if log_probs.numel() == 0:
+        raise ValueError(f"log_probs is empty ({list(log_probs.shape)}); a metric needs at least one example")
     if torch.isnan(log_probs).any():
         rows = torch.isnan(log_probs).any(dim=1).nonzero().flatten()
         raise ValueError(f"log_probs has NaN in {len(rows)} rows, first in row {int(rows[0])}; check the logits")
     wide = _to_float64(log_probs)
-    num_classes = wide.shape[1]
-    tolerance = max(NORMALISATION_TOLERANCE, torch.finfo(log_probs.dtype).eps * math.log(max(num_classes, 2)))
+    tolerance = max(NORMALISATION_TOLERANCE, torch.finfo(log_probs.dtype).eps * math.log(max(wide.shape[1], 2)))
     off = torch.logsumexp(wide, dim=1)
     bad = ~(off.abs() <= tolerance)
     if bad.any():
@@ -48,11 +75,7 @@ def check_predictions(log_probs: Tensor, target: Tensor) -> tuple[Tensor, Tensor
             f"rows of log_probs must have logsumexp 0 within {tolerance:.1e}, but row {row} has {float(off[row]):.6g}; "
             "if these are logits or probabilities, apply log_softmax or log first"
         )
-    target = target.to(device=wide.device, dtype=torch.int64)
-    low, high = int(target.min()), int(target.max())
-    if low < 0 or high >= num_classes:
-        raise ValueError(f"target must lie in [0, {num_classes}), the columns of log_probs; found {low} to {high}")
-    return wide, target
+    return wide
 
 
 def top_label(log_probs: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
@@ -78,8 +101,6 @@ def _check_shapes(log_probs: Tensor, target: Tensor) -> None:
         raise ValueError(
             f"expected log_probs [N, K] and target [N], found {list(log_probs.shape)} and {list(target.shape)}"
         )
-    if log_probs.numel() == 0:
-        raise ValueError(f"log_probs is empty ({list(log_probs.shape)}); a metric needs at least one example")
 
 
 def _to_float64(values: Tensor) -> Tensor:

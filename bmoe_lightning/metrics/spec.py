@@ -38,7 +38,7 @@ class MetricSpec:
     Attributes:
         name: Key in results and logged names.
         title: Column title.
-        higher_is_better: Whether higher values are better.
+        higher_is_better: Whether higher values are better; None if neither are, as for a value that has a target.
         definition: Definition and convention in a phrase, for the table of all metrics.
         lower: Smallest value that the metric can have.
         upper: Largest value that it can have.
@@ -51,7 +51,7 @@ class MetricSpec:
 
     name: str
     title: str
-    higher_is_better: bool
+    higher_is_better: bool | None
     definition: str
     lower: float
     upper: float
@@ -62,7 +62,9 @@ class MetricSpec:
 
     @property
     def header(self) -> str:
-        """Column title with an arrow in the better direction."""
+        """Column title with an arrow in the better direction, if there is one."""
+        if self.higher_is_better is None:
+            return self.title
         return f"{self.title} {'↑' if self.higher_is_better else '↓'}"
 
 
@@ -91,7 +93,7 @@ def mean_over_examples(
     return MetricSpec(
         name=name,
         title=title,
-        higher_is_better=bool(metric.higher_is_better),
+        higher_is_better=metric.higher_is_better,
         definition=definition,
         lower=0.0,
         upper=upper,
@@ -131,7 +133,7 @@ def over_all_examples(
     return MetricSpec(
         name=name,
         title=title,
-        higher_is_better=bool(metric(Binning()).higher_is_better),
+        higher_is_better=metric(Binning()).higher_is_better,
         definition=definition,
         lower=lower,
         upper=upper,

@@ -137,7 +137,10 @@ def _further_metrics(rows: Sequence[Row]) -> list[list[str]]:
     return lines
 
 
-def _best(rows: Sequence[Row], metric: MetricSpec) -> str:
+def _best(rows: Sequence[Row], metric: MetricSpec) -> str | None:
+    """The best mean as printed; None for a metric without an order."""
+    if metric.higher_is_better is None:
+        return None
     means = [row.metrics[metric.name].mean for row in rows]
     # Compared as printed: a difference that the table does not show must not decide.
     return _number(max(means) if metric.higher_is_better else min(means))

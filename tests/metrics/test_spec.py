@@ -51,3 +51,13 @@ def test_an_infinite_value_that_is_not_drawn_does_not_count():
     metric = mean_over_examples("inverse", "Inverse", Inverse, definition="", upper=torch.inf)
     values = metric.resampled(log_probs, torch.tensor([0, 0]), Binning())(Resamples(torch.tensor([[1, 1], [0, 1]])))
     assert values.tolist() == [2.0, torch.inf]
+
+
+class Target(Margin):
+    higher_is_better = None
+
+
+def test_a_metric_without_an_order_has_no_arrow():
+    metric = mean_over_examples("target", "Target", Target, definition="", upper=1.0)
+    assert metric.higher_is_better is None
+    assert metric.header == "Target"

@@ -3,8 +3,9 @@ import math
 
 import pytest
 
+from bmoe_lightning.metrics import get_metric
 from bmoe_lightning.report.results import MetricSummary, SummarySettings, summarise
-from bmoe_lightning.report.table import caption, results_markdown, results_table
+from bmoe_lightning.report.table import _best, caption, results_markdown, results_table
 
 SETTINGS = SummarySettings(num_samples=200)
 
@@ -151,3 +152,11 @@ def test_further_metrics_are_a_second_table(results):
     assert f"| MAP | {found.mean:.3f} ± {found.std:.3f} [{found.low:.3f}, {found.high:.3f}] |" in lines[at + 2]
     assert lines[0] == "| method | ACC ↑ | ECE ↓ | NLL ↓ | Brier ↓ |"
     assert results_table(rows) == results_table(summarise(results, SummarySettings(num_samples=50)))
+
+
+def test_a_metric_without_an_order_has_neither_arrow_nor_best(results):
+    settings = SummarySettings(num_samples=20, further=("set_size_aps", "set_coverage_aps"))
+    rows = summarise(results, settings)
+    assert "| method | Set size APS ↓ | Set coverage APS |" in results_markdown(rows)
+    assert _best(rows, get_metric("set_coverage_aps")) is None
+    assert _best(rows, get_metric("set_size_aps")) is not None

@@ -10,6 +10,8 @@ from typing import Any, Literal, get_args
 
 import yaml
 
+from bmoe_lightning.metrics import get_metric
+
 Claim = Literal["lower", "higher", "none"]
 DataChoice = Literal["in_distribution", "shift"]
 _FILE = Path(__file__).with_name("compared.yaml")
@@ -30,7 +32,8 @@ class Bar:
         margin: Margin.
 
     Raises:
-        ValueError: If the claim or the data are not among the choices.
+        ValueError: If the claim, the data or the metric are not among the choices, or the better one is asked for of a
+            metric that has no order.
     """
 
     title: str
@@ -51,6 +54,11 @@ class Bar:
         for name, found, choices in (("claim", self.claim, Claim), ("data", self.data, DataChoice)):
             if found not in get_args(choices):
                 raise ValueError(f"{name} of the bar {self.title!r} is {found!r}; take one of {get_args(choices)}")
+        if get_metric(self.metric).higher_is_better is None and self.claim == "none":
+            raise ValueError(
+                f"the bar {self.title!r} names the better one by {self.metric}, but neither higher nor lower values "
+                "are better; take another metric, or claim a direction"
+            )
 
 
 @dataclass(frozen=True)

@@ -245,3 +245,8 @@ def test_the_file_of_claims_is_read_and_unknown_choices_are_refused(tmp_path):
         replace(BAR, claim="lowest")
     with pytest.raises(ValueError, match="data of the bar 'A title' is 'all'"):
         replace(BAR, data="all")
+    with pytest.raises(ValueError, match="no metric 'wer'"):
+        replace(BAR, metric="wer")
+    assert replace(BAR, claim="lower", metric="set_coverage_lac").claim == "lower"
+    with pytest.raises(ValueError, match="but neither higher nor lower values are better"):
+        replace(BAR, claim="none", metric="set_coverage_lac")
