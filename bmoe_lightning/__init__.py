@@ -12,11 +12,13 @@ if TYPE_CHECKING:
     from bmoe_lightning.lora_finetuner import LoRAFinetuner
     from bmoe_lightning.router_callback import RouterTrainingCallback
     from bmoe_lightning.router_finetuner import RouterFinetuner
+    from bmoe_lightning.serving import CalibratedModel
 
 __version__ = "0.1.0"
 
 __all__ = [
     "BayesianMoECallback",
+    "CalibratedModel",
     "ExpertFinetuner",
     "LaplacePosterior",
     "LoRAFinetuner",
@@ -28,6 +30,7 @@ __all__ = [
 
 _HOMES = {
     "BayesianMoECallback": "bmoe_lightning.callback",
+    "CalibratedModel": "bmoe_lightning.serving",
     "ExpertFinetuner": "bmoe_lightning.finetuner",
     "LaplacePosterior": "bmoe_lightning.laplace",
     "LoRAFinetuner": "bmoe_lightning.lora_finetuner",

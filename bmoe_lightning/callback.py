@@ -6,6 +6,7 @@ import warnings
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from functools import partial
+from pathlib import Path
 from typing import Any, Literal
 
 import lightning as L
@@ -131,6 +132,11 @@ class BayesianMoECallback(L.Callback):
     def curvatures(self) -> dict[str, Curvature]:
         """Curvatures of all methods, by digest."""
         return {curvature.digest: curvature for method in self.methods for curvature in method.curvatures}
+
+    @property
+    def snapshots(self) -> tuple[Path, ...]:
+        """Snapshots of the trained weights that the fit has."""
+        return tuple(self._folder.snapshots)
 
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
         """Check trainer and module before any work is done, and turn off `inference_mode` of the evaluation loops."""

@@ -256,6 +256,11 @@ class MultipleChoiceDataModule(LightningDataModule):
         """The answer token of each class, `[K_max]` int64; None where the texts of the choices are scored."""
         return self._ready().answer_token_ids
 
+    @property
+    def collate(self) -> Collate:
+        """How batches are made: as measured for the trainer's module, if that was; see `padding_side`."""
+        return self._ready().collate if self._measured is None else self._measured.collate
+
     def questions(self, split: Part) -> tuple[Question, ...]:
         """The questions of a part, in the order of `index`.
 

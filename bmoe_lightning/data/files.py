@@ -83,7 +83,7 @@ class FolderData:
 def _logged_rows(files: Sequence[Path]) -> Iterator[NumberedRow]:
     count = 0
     for file in files:
-        for row in _file_rows(file):
+        for row in file_rows(file):
             yield row
             count += 1
     # Only once all rows are read: the first one alone may be read to recognise the task.
@@ -151,8 +151,16 @@ def _complete(shards: list[tuple[int, Path]], count: int) -> list[Path]:
     return [path for _, path in shards]
 
 
-def _file_rows(file: Path) -> Iterator[NumberedRow]:
-    """Yield `(location, row)`; lines and rows are counted from 1."""
+def file_rows(file: Path) -> Iterator[NumberedRow]:
+    """The rows of a file in JSON Lines or parquet: `(location, columns)`, lines and rows counted from 1.
+
+    Args:
+        file: The file.
+
+    Raises:
+        ValueError: While iterating, if the file is malformed or is a folder.
+        DataUnavailableError: If it cannot be read.
+    """
     with readable(file):
         if file.is_dir():
             raise ValueError(

@@ -75,6 +75,7 @@ class BatchView:
         self._cached_terms: dict[str, BatchTerms] | None = None
         self._cached_output: tuple[Tensor, Tensor | None] | None = None
         self._cached_values: dict[Hashable, Any] = {}
+        self._seen_labels: tuple[Tensor | None] | None = None
 
     @classmethod
     def of_logits(cls, logits: Tensor, labels: Tensor | None = None) -> BatchView:
@@ -94,6 +95,8 @@ class BatchView:
     @property
     def labels(self) -> Tensor | None:
         """Labels as `class_logits` returned them, or None; see `checked_labels`."""
+        if self._seen_labels is not None and self._cached_output is None and not self._posteriors:
+            return self._seen_labels[0]
         return self._output[1]
 
     def terms(self, curvature: Curvature) -> BatchTerms:
@@ -131,6 +134,7 @@ class BatchView:
         """Run another forward pass in evaluation mode: logits `[B, K]` float64 and labels as returned."""
         with torch.no_grad(), evaluation_mode(self.model):
             logits, labels = run_class_logits(self._class_logits, self.model, self._batch)
+        self._seen_labels = (labels,)
         return masked_logits(logits), labels
 
     def forward_copies(self, copies: int, context: AbstractContextManager[None]) -> Tensor:

@@ -233,6 +233,10 @@ class Predictor:
         """
         return None if self.method.is_ensemble else self.method.logit_covariance(view, self._state)
 
+    def uncertainty(self, view: BatchView) -> dict[str, Tensor]:
+        """Scores `[B]` by name, see `Method.uncertainty`; none of an ensemble."""
+        return {} if self.method.is_ensemble else self.method.uncertainty(view, self._state)
+
 
 def _of_fit(snapshots: Sequence[Path], fitted: FitResult, methods: Sequence[Method]) -> tuple[Path, ...]:
     """Check that no snapshot belongs to another fit: a file may have been replaced since the fit was made or loaded."""

@@ -102,11 +102,12 @@ class HeldOutPasses:
         labels = [torch.empty(0, dtype=torch.int64)]
 
         def predict(view: BatchView, batch: Any) -> None:
-            if view.labels is None:
+            found = candidates(view)
+            if view.labels is None:  # of whatever forward pass there was, so that they need none of their own
                 raise ValueError("class_logits returned None for held-out labels; return (logits, labels)")
-            count = count_of(batch, len(view.logits))
-            labels.append(checked_labels(view.labels, view.logits)[:count].cpu())
-            parts.append(candidates(view)[:, :count].transpose(0, 1).cpu())
+            count = count_of(batch, found.shape[1])
+            labels.append(checked_labels(view.labels, found[0])[:count].cpu())
+            parts.append(found[:, :count].transpose(0, 1).cpu())
 
         self._each(predict)
         num_candidates, num_classes = (max((part.shape[dim] for part in parts), default=0) for dim in (1, 2))

@@ -13,7 +13,7 @@ from bmoe_lightning.base_finetuner import Finetuner
 from bmoe_lightning.methods import apply_snapshot
 from bmoe_lightning.methods.snapshots import snapshot_info
 from bmoe_lightning.models.loading import load_tokenizer
-from recipes.common.new_folder import remove_unfinished
+from bmoe_lightning.utils.new_folder import remove_unfinished
 from recipes.qwen_obqa.saved_model import damaged_file, save_model
 from recipes.qwen_obqa.settings import ResolvedSettings
 from recipes.qwen_obqa.sources import RecipeError

@@ -26,7 +26,7 @@ from bmoe_lightning.utils.atomic_io import remove_all_leftovers, remove_leftover
 from bmoe_lightning.utils.distributed import is_rank_zero, num_processes
 from bmoe_lightning.utils.folder_lock import FolderInUseError, locked_folder
 from bmoe_lightning.utils.json_io import read_json_file, write_json_file
-from recipes.common.new_folder import UNFINISHED
+from bmoe_lightning.utils.new_folder import UNFINISHED
 from recipes.qwen_obqa.distributed import trainer_options
 from recipes.qwen_obqa.exported_model import check_export
 from recipes.qwen_obqa.settings import ResolvedSettings, Settings

@@ -12,7 +12,7 @@ from pathlib import Path
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from recipes.common.new_folder import FolderFilledError, new_folder
+from bmoe_lightning.utils.new_folder import FolderFilledError, new_folder
 
 RECORD_FILE = "pretraining.json"
 """Statistics of the training of a small model, and a SHA-256 digest of every other file of the folder."""

@@ -31,6 +31,7 @@ from recipes.qwen_obqa.exported_model import check_origin, export, export_folder
 from recipes.qwen_obqa.further_runs import FurtherRuns, is_finished
 from recipes.qwen_obqa.run_folder import FIT_FOLDER, MEMBER_FITS, check_pretrained, fingerprint_of
 from recipes.qwen_obqa.seed_training import SeedTraining
+from recipes.qwen_obqa.served_model import write_manifest
 from recipes.qwen_obqa.settings import ResolvedSettings
 from recipes.qwen_obqa.sources import Source
 from recipes.qwen_obqa.stored_predictions import StoredPredictions
@@ -230,6 +231,9 @@ class SeedRun:
         names = ", ".join(method.name for method in missing)
         self._training.say("evaluating" if len(missing) == len(self.methods) else f"evaluating {names}")
         self._evaluate(missing, module, data, self.predictions)
+        if is_rank_zero():
+            write_manifest(self._training, methods, data, self._read(self.predictions, self.source.test))
+        barrier()
 
     def _evaluate_other(self, missing: Sequence[Method], other: str) -> None:
         self._training.say(f"evaluating on {other}")

@@ -13,7 +13,7 @@ from transformers import AutoConfig, PreTrainedModel, PreTrainedTokenizerBase, Q
 
 from bmoe_lightning.experts import find_expert_layers
 from bmoe_lightning.models.loading import check_gguf_packages, load_causal_model, load_tokenizer, model_source
-from recipes.common.new_folder import new_folder, remove_unfinished
+from bmoe_lightning.utils.new_folder import new_folder, remove_unfinished
 from recipes.upcycle.architecture import CannotUpcycleError, dense_tensors, empty_model, moe_config
 from recipes.upcycle.comparison import SAMPLE_TEXT, Difference, difference, logits_of, text_batch, tokens_per_expert
 from recipes.upcycle.report import Summary, count_active, count_parameters, model_card, record

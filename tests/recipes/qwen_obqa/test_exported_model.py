@@ -12,8 +12,8 @@ from recipe_runs import logits_of, run
 from safetensors import safe_open
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from bmoe_lightning.utils.new_folder import UNFINISHED
 from bmoe_lightning.utils.safetensors_io import read_tensor_file
-from recipes.common.new_folder import UNFINISHED
 from recipes.qwen_obqa import experiment, exported_model
 
 

@@ -12,7 +12,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig, 
 
 from bmoe_lightning.experts import find_expert_layers
 from bmoe_lightning.models.loading import load_causal_model, load_tokenizer
-from recipes.common.new_folder import UNFINISHED
+from bmoe_lightning.utils.new_folder import UNFINISHED
 from recipes.upcycle import upcycling
 from recipes.upcycle.architecture import CannotUpcycleError, moe_config
 from recipes.upcycle.upcycling import upcycle

@@ -8,7 +8,7 @@ import uuid
 
 import pytest
 
-from recipes.common.new_folder import UNFINISHED, FolderFilledError, new_folder, remove_unfinished
+from bmoe_lightning.utils.new_folder import UNFINISHED, FolderFilledError, new_folder, remove_unfinished
 
 
 def test_the_folder_appears_when_it_is_complete(tmp_path):
@@ -66,7 +66,7 @@ def test_what_killed_processes_have_left_is_removed(tmp_path):
 
 def test_what_a_running_process_writes_stays(tmp_path):
     code = (
-        "import sys\nfrom pathlib import Path\nfrom recipes.common.new_folder import new_folder\n"
+        "import sys\nfrom pathlib import Path\nfrom bmoe_lightning.utils.new_folder import new_folder\n"
         f"with new_folder(Path({str(tmp_path / 'a')!r})):\n    print('ready', flush=True)\n    sys.stdin.read()\n"
     )
     with subprocess.Popen(

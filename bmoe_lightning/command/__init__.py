@@ -1,0 +1,1 @@
+"""The command `bmoe-lightning`: a fitted model without code."""

@@ -1,0 +1,103 @@
+"""Write a fitted temperature into the generation_config.json of a model folder."""
+
+from __future__ import annotations
+
+import argparse
+import json
+from pathlib import Path
+from typing import Any
+
+from transformers import GenerationConfig
+
+from bmoe_lightning.methods.fit_result import FitResult
+from bmoe_lightning.methods.storage import load_fit
+from bmoe_lightning.serving.loading import Served, digest_of, fitted_methods, load_served
+from bmoe_lightning.serving.manifest import MANIFEST_FILE, Manifest
+from bmoe_lightning.utils.atomic_io import write_text
+
+TEMPERATURE = "temperature"
+"""Entry in the state of methods that predict with one temperature."""
+PROVENANCE = "calibration"
+"""Entry of generation_config.json that says where the temperature is from; transformers keeps and ignores it."""
+_CONFIG_FILE = "generation_config.json"
+
+
+def export_temperature(given: argparse.Namespace) -> None:
+    """Write a temperature; see `bmoe-lightning export-temperature --help`.
+
+    Args:
+        given: Options of the command.
+
+    Raises:
+        ValueError: If the run or the folder cannot be used, or the method has no temperature.
+        OSError: If a file cannot be read or written.
+    """
+    run = Path(given.run)
+    served = load_served(run)
+    if served is None:
+        raise ValueError(
+            f"--run {run} has no {MANIFEST_FILE}; give a folder of CalibratedModel.save_pretrained or of a run"
+        )
+    folder = _model_folder(served, given.model)
+    fitted = load_fit(served.fit)[0]
+    temperature = temperature_of(served, fitted, given.method)
+    config = GenerationConfig.from_pretrained(folder) if (folder / _CONFIG_FILE).is_file() else GenerationConfig()
+    config.temperature, config.do_sample = temperature, True
+    config._from_model_config = False  # otherwise transformers may make it again from config.json
+    provenance = {"method": given.method, "fit": fitted.fit_id, "data": list(served.data)}
+    setattr(config, PROVENANCE, provenance)
+    text = config.to_json_string(use_diff=True)
+    assert json.loads(text)[TEMPERATURE] == temperature
+    write_text(folder / _CONFIG_FILE, text)
+    _seal(folder)
+    print(f"{folder / _CONFIG_FILE} has the temperature {temperature:.4g} of {given.method}.")
+    print(" ".join(served.data) or "What it was fitted on is not recorded.")
+    print("It was fitted on the tokens of answers: check it on held-out text before you use it for anything else.")
+
+
+def temperature_of(served: Served, fitted: FitResult, name: str) -> float:
+    """The fitted temperature of a method that predicts with it alone.
+
+    Args:
+        served: The parts of the model.
+        fitted: Result of its fit.
+        name: Name of the method.
+
+    Raises:
+        ValueError: If there is no such method, or it predicts with something else.
+    """
+    methods = {method.name: method for method in served.methods or fitted_methods(fitted)}
+    states: dict[str, Any] = {
+        method.name: state
+        for method in methods.values()
+        if method.is_fitted_method
+        and TEMPERATURE in (state := fitted.state_of(method))
+        and not method.curvatures_of(state)
+        and not method.is_ensemble
+    }
+    if name not in states:
+        known = f"has no method {name!r}" if name not in methods else f"predicts {name!r} with more than a temperature"
+        raise ValueError(f"this model {known}; its methods with one temperature are {', '.join(states) or 'none'}")
+    return float(states[name][TEMPERATURE])
+
+
+def _model_folder(served: Served, given: str | None) -> Path:
+    folder = Path(served.model if given is None else given)
+    if given is None and served.weights is not None:
+        raise ValueError(
+            "this run has its fine-tuned weights in a file of its own; give --model with the folder of the fine-tuned "
+            "model, which CalibratedModel.save_pretrained or --save-model of the recipe writes"
+        )
+    if not (folder / "config.json").is_file():
+        raise ValueError(f"{folder} is no model folder: it has no config.json")
+    return folder
+
+
+def _seal(folder: Path) -> None:
+    """Give the manifest of a saved model the digest of the file that was changed."""
+    if (folder / MANIFEST_FILE).is_file():
+        from dataclasses import replace
+
+        manifest = Manifest.read(folder)
+        digests = {**manifest.sha256, _CONFIG_FILE: digest_of(folder / _CONFIG_FILE)}
+        replace(manifest, sha256=digests).write(folder)

@@ -1,0 +1,206 @@
+"""Predict the questions of a file, batch by batch; what is finished is not repeated."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers.utils import logging as transformers_logging
+
+from bmoe_lightning.data.files import file_rows
+from bmoe_lightning.data.questions import LETTERS, Question
+from bmoe_lightning.data.tasks.registry import get_task
+from bmoe_lightning.metrics import calibration_values
+from bmoe_lightning.serving import CalibratedModel, method_entry
+from bmoe_lightning.serving.loading import digest_of
+from bmoe_lightning.serving.questions import question_of
+from bmoe_lightning.utils.atomic_io import replaced_file
+from bmoe_lightning.utils.folder_lock import locked_folder
+
+_SUFFIXES = (".jsonl", ".parquet")
+_READ = (*_SUFFIXES, ".json")
+_PARTIAL = "partial"
+_ROWS_OF_A_GROUP = 10_000
+_SECONDS_BETWEEN_LINES = 30.0
+
+
+@dataclass(frozen=True)
+class _Asked:
+    """A question of a file.
+
+    Attributes:
+        question: The question.
+        has_answer: Whether the file says which choice is right.
+    """
+
+    question: Question
+    has_answer: bool
+
+
+def predict_file(given: argparse.Namespace) -> None:
+    """Predict the questions of a file; see `bmoe-lightning predict --help`.
+
+    Args:
+        given: Options of the command.
+
+    Raises:
+        ValueError: If an option or a row is malformed, or the output exists.
+        OSError: If a file cannot be read or written.
+    """
+    data, output = Path(given.data), Path(given.output)
+    _check_files(data, output, overwrite=given.overwrite)
+    if given.batch_size < 1:
+        raise ValueError(f"--batch-size is {given.batch_size}; it must be at least 1")
+    total, num_answers = _checked(data, given.task)  # of all rows, before the model is loaded
+    if given.quiet or not sys.stderr.isatty():
+        transformers_logging.disable_progress_bar()
+    device = ("cuda" if torch.cuda.is_available() else "cpu") if given.device == "auto" else given.device
+    served = CalibratedModel.from_pretrained(given.run, device=device)
+    method = served.method(given.method)
+    identity = {
+        "data": digest_of(data),
+        "task": given.task,
+        "fit": served.fitted.fit_id,
+        "method": method_entry(method),
+        "batch_size": given.batch_size,
+    }
+    partial = output.with_name(f"{output.name}.{_PARTIAL}")
+    output.parent.mkdir(parents=True, exist_ok=True)
+    with locked_folder(output.parent):
+        if given.overwrite:
+            partial.unlink(missing_ok=True)
+        done = _resumed(partial, json.loads(json.dumps(identity)), given.batch_size)
+        remaining = islice(_questions(data, given.task), done, None)
+        with partial.open("a", encoding="utf-8") as file, _progress(done, total, shown=not given.quiet) as advance:
+            while group := list(islice(remaining, given.batch_size)):
+                questions = [asked.question for asked in group]
+                ((_, found),) = served.predict_batches(questions, method.name, batch_size=given.batch_size)
+                rows = list(found.rows(questions))
+                for row, asked in zip(rows, group, strict=True):
+                    if asked.has_answer:
+                        row["answer"] = LETTERS[asked.question.answer]
+                file.write("".join(f"{json.dumps(row)}\n" for row in rows))
+                file.flush()
+                advance(len(group))
+        _write(output, partial)
+        partial.unlink()
+    if not given.quiet:
+        print(f"{total} predictions of {method.name} are in {output}", flush=True)
+        if num_answers == total:
+            print(_summary(output), flush=True)
+
+
+def _check_files(data: Path, output: Path, *, overwrite: bool) -> None:
+    if data.suffix not in _READ:
+        raise ValueError(f"--data {data} must be a file in JSON Lines (.jsonl) or parquet (.parquet)")
+    if output.suffix not in _SUFFIXES:
+        raise ValueError(f"--output {output} must end in {' or '.join(_SUFFIXES)}")
+    if output.exists() and not overwrite:
+        raise ValueError(f"--output {output} exists; give --overwrite to replace it, or another name")
+
+
+def _questions(data: Path, task: str | None) -> Iterator[_Asked]:
+    """The questions of a file, in order."""
+    of_task = None if task is None else get_task(task)
+    for number, (where, row) in enumerate(file_rows(data)):
+        identity = str(number)
+        if of_task is not None:
+            yield _Asked(of_task.read(row, identity, where), has_answer=True)
+        else:
+            yield _Asked(question_of(row, identity, where), has_answer=row.get("answer") is not None)
+
+
+def _checked(data: Path, task: str | None) -> tuple[int, int]:
+    """The number of questions of a file, and of those with an answer; every row is read."""
+    total = num_answers = 0
+    for asked in _questions(data, task):
+        total += 1
+        num_answers += asked.has_answer
+    if not total:
+        raise ValueError(f"--data {data} has no rows; give a file with at least one question")
+    return total, num_answers
+
+
+def _resumed(partial: Path, identity: dict[str, Any], batch_size: int) -> int:
+    """The number of questions that an earlier process has predicted, of whole batches; begins the file otherwise."""
+    with suppress(FileNotFoundError, ValueError):
+        lines = partial.read_bytes().split(b"\n")
+        if json.loads(lines[0]) == {_PARTIAL: identity}:
+            complete = len(lines) - 2  # without the header, and the end of the file, maybe of a line
+            done = complete - complete % batch_size
+            for line in lines[1 : done + 1]:
+                json.loads(line)
+            with partial.open("rb+") as file:
+                file.truncate(sum(len(line) + 1 for line in lines[: done + 1]))
+            return done
+    partial.write_text(json.dumps({_PARTIAL: identity}) + "\n", encoding="utf-8")
+    return 0
+
+
+def _rows(partial: Path) -> Iterator[str]:
+    """The finished rows of a partial file, as lines."""
+    with partial.open(encoding="utf-8") as file:
+        yield from islice(file, 1, None)
+
+
+def _write(output: Path, partial: Path) -> None:
+    """Write the output from the rows of a partial file, under a temporary name first."""
+    with replaced_file(output) as temporary:
+        if output.suffix == ".jsonl":
+            with temporary.open("w", encoding="utf-8") as file:
+                file.writelines(_rows(partial))
+            return
+        from pyarrow import Table
+        from pyarrow.parquet import ParquetWriter
+
+        lines, writer = _rows(partial), None
+        while group := [json.loads(line) for line in islice(lines, _ROWS_OF_A_GROUP)]:
+            schema = None if writer is None else writer.schema
+            table = Table.from_pylist(group, schema=schema)
+            if writer is None:
+                writer = ParquetWriter(temporary, table.schema)
+            writer.write_table(table)
+        assert writer is not None
+        writer.close()
+
+
+def _summary(output: Path) -> str:
+    """Accuracy, ECE and NLL of an output whose rows all have an answer."""
+    rows = [row for _, row in file_rows(output)]
+    width = max(len(row["probabilities"]) for row in rows)
+    probabilities = torch.zeros(len(rows), width, dtype=torch.float64)
+    for number, row in enumerate(rows):
+        probabilities[number, : len(row["probabilities"])] = torch.tensor(row["probabilities"], dtype=torch.float64)
+    labels = torch.tensor([LETTERS.index(row["answer"]) for row in rows])
+    found = calibration_values(probabilities.log(), labels)
+    return ", ".join(f"{name.upper()} {value:.3f}" for name, value in found.items())
+
+
+@contextmanager
+def _progress(done: int, total: int, *, shown: bool) -> Iterator[Callable[[int], object]]:
+    """Show progress on stderr: a bar, or a line now and then where it is no terminal."""
+    if shown and sys.stderr.isatty():
+        from tqdm.auto import tqdm
+
+        with tqdm(total=total, initial=done, unit="question") as bar:
+            yield bar.update
+        return
+    number, told = done, time.monotonic()
+
+    def advance(count: int) -> None:
+        nonlocal number, told
+        number += count
+        if shown and time.monotonic() - told > _SECONDS_BETWEEN_LINES:
+            told = time.monotonic()
+            print(f"{number} of {total} questions", file=sys.stderr, flush=True)
+
+    yield advance

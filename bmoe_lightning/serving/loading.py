@@ -1,0 +1,220 @@
+"""Read a served model: the parts that a manifest names, or those that the caller names."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from bmoe_lightning.methods.base import Method
+from bmoe_lightning.methods.fit_result import FitResult
+from bmoe_lightning.methods.snapshots import apply_snapshot
+from bmoe_lightning.models.buffers import unrounded_buffers
+from bmoe_lightning.models.loading import load_causal_model, load_tokenizer
+from bmoe_lightning.serving.manifest import MANIFEST_FILE, PRECISIONS, LoRAShape, Manifest, place
+from bmoe_lightning.serving.method_entries import method_of_entry, paths_of, with_paths
+from bmoe_lightning.serving.question_format import QuestionFormat, ServedModule
+from bmoe_lightning.utils.file_header import DamagedFileError
+from bmoe_lightning.utils.messages import first_names
+
+_DTYPES = {"64-true": torch.float64, "bf16-true": torch.bfloat16, "16-true": torch.float16}
+_SEED_FOLDERS = "seed-*"
+
+
+@dataclass(frozen=True)
+class Served:
+    """The parts of a served model.
+
+    Attributes:
+        model: Folder or hub id of the model.
+        tokenizer: Folder or hub id of its tokenizer.
+        fit: Folder of the fit.
+        questions: How questions are asked.
+        methods: The methods; none for those of the fit.
+        weights: Fine-tuned weights, a snapshot or a checkpoint of Lightning; None if the model's files have them.
+        precision: Lightning's name of the precision.
+        lora: Adapters that the weights are of; None for none.
+        data: Sentences on its data.
+        results: Rows of its table.
+    """
+
+    model: str
+    tokenizer: str
+    fit: Path
+    questions: QuestionFormat
+    methods: tuple[Method, ...] = ()
+    weights: Path | None = None
+    precision: str = "32-true"
+    lora: LoRAShape | None = None
+    data: tuple[str, ...] = ()
+    results: tuple[Mapping[str, Any], ...] = ()
+
+    @classmethod
+    def of_model(
+        cls, model: str, fit: Path, questions: QuestionFormat, weights: str | Path | None, precision: str
+    ) -> Served:
+        """The parts that a caller names.
+
+        Args:
+            model: Folder or hub id of the model, and of its tokenizer.
+            fit: Folder of the fit.
+            questions: How questions are asked.
+            weights: Fine-tuned weights.
+            precision: Lightning's name of the precision.
+
+        Raises:
+            ValueError: If models are not served in that precision.
+        """
+        if precision not in PRECISIONS:
+            raise ValueError(f"precision is {precision!r}; it must be one of {', '.join(PRECISIONS)}")
+        of_file = None if weights is None else Path(weights)
+        return cls(model, model, fit, questions, weights=of_file, precision=precision)
+
+
+def load_served(folder: Path) -> Served | None:
+    """The parts of the model in a folder; None if it is a model of transformers, or no folder.
+
+    Args:
+        folder: Folder with a manifest, or of a run with one seed.
+
+    Raises:
+        ValueError: If a file is damaged, or the folder has the runs of several seeds.
+    """
+    if not (folder / MANIFEST_FILE).is_file():
+        found = sorted(path.parent for path in folder.glob(f"{_SEED_FOLDERS}/{MANIFEST_FILE}"))
+        if len(found) > 1:
+            raise ValueError(f"{folder} has {len(found)} fine-tuned models; name one of {', '.join(map(str, found))}")
+        return load_served(found[0]) if found else None
+    manifest = Manifest.read(folder)
+    _verify(folder, manifest.sha256)
+    return Served(
+        model=place(folder, manifest.model),
+        tokenizer=place(folder, manifest.tokenizer),
+        fit=folder / manifest.fit,
+        questions=manifest.questions,
+        methods=tuple(_placed(folder, method_of_entry(entry)) for entry in manifest.methods),
+        weights=None if manifest.weights is None else folder / manifest.weights,
+        precision=manifest.precision,
+        lora=manifest.lora,
+        data=manifest.data,
+        results=manifest.results,
+    )
+
+
+def read_model(served: Served) -> tuple[ServedModule, PreTrainedTokenizerBase]:
+    """The model with its fine-tuned weights, on the CPU in evaluation mode, and its tokenizer.
+
+    Args:
+        served: The parts.
+
+    Raises:
+        ModelUnavailableError: If the model cannot be loaded.
+        FileNotFoundError: If the weights are missing.
+        ValueError: If the weights are damaged, or are not those of this model.
+    """
+    model: Any = load_causal_model(served.model)
+    if served.lora is not None:
+        add_adapters(model, served.lora)
+    dtype = _DTYPES.get(served.precision)
+    if dtype is not None:
+        with unrounded_buffers(model):
+            model.to(dtype)
+    module = ServedModule(model)
+    module.requires_grad_(False)
+    if served.weights is not None:
+        _load_weights(module, served.weights)
+    return module.eval(), load_tokenizer(served.tokenizer)
+
+
+def add_adapters(model: PreTrainedModel, shape: LoRAShape) -> None:
+    """Add adapters of PEFT to a model, whose values do not matter yet.
+
+    Args:
+        model: Model without adapters.
+        shape: What adapters.
+
+    Raises:
+        ImportError: If PEFT is not installed.
+    """
+    try:
+        from peft import LoraConfig
+    except ImportError as error:
+        raise ImportError(
+            "this model was fine-tuned with LoRA, and PEFT is not installed; run pip install 'bmoe-lightning[lora]'"
+        ) from error
+    rank: dict[str, Any] = {"r": shape.rank, "lora_alpha": shape.alpha}
+    model.add_adapter(LoraConfig(**rank, target_modules=list(shape.target_modules)))
+
+
+def fitted_methods(fitted: FitResult) -> list[Method]:
+    """The methods of a fit, with the options that they were fitted with and defaults of the others.
+
+    Args:
+        fitted: Result of the fit.
+    """
+    return [method_of_entry({**found.options, "name": name}) for name, found in fitted.methods.items()]
+
+
+def digest_of(path: Path) -> str:
+    """SHA-256 digest of a file, in hexadecimal digits.
+
+    Args:
+        path: The file.
+    """
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _verify(folder: Path, digests: Mapping[str, str]) -> None:
+    for name, digest in digests.items():
+        path = folder / name
+        if not path.is_file():
+            raise FileNotFoundError(f"{path} is missing; copy or download the whole folder again")
+        if digest_of(path) != digest:
+            raise DamagedFileError(f"{path} is damaged or was changed; copy or download the folder again")
+
+
+def _placed(folder: Path, method: Method) -> Method:
+    """The method with the files of further runs as seen from here."""
+    paths = {name: [Path(place(folder, str(path))) for path in found] for name, found in paths_of(method).items()}
+    return with_paths(method, paths)
+
+
+def _load_weights(module: ServedModule, path: Path) -> None:
+    if path.suffix == ".ckpt":
+        _load_checkpoint(module, path)
+    else:
+        apply_snapshot(module, path)
+
+
+def _load_checkpoint(module: ServedModule, path: Path) -> None:
+    """Load the state dict of a Lightning checkpoint: tensors alone, no pickled object is created."""
+    if path.is_dir():
+        raise ValueError(
+            f"{path} is a sharded checkpoint; consolidate it first with python -m "
+            "lightning.pytorch.utilities.consolidate_checkpoint"
+        )
+    try:
+        content = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+        state: Mapping[str, Tensor] = content["state_dict"]
+    except FileNotFoundError:
+        raise FileNotFoundError(f"there is no checkpoint at {path}; check the path") from None
+    except Exception as error:  # noqa: BLE001  # whatever a file that is no such checkpoint makes it raise
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise ValueError(
+            f"{path} is no Lightning checkpoint with tensors alone ({reason}); save its weights again"
+        ) from None
+    expected = {name: tuple(value.shape) for name, value in module.state_dict().items()}
+    wrong = [name for name, value in state.items() if expected.get(name) != tuple(value.shape)]
+    if wrong or not state:
+        raise ValueError(
+            f"{path} has {len(wrong)} of {len(state)} tensors that the model has not, or in another shape: "
+            f"{first_names(wrong)}. Give the checkpoint of a module that holds this model as `model`."
+        )
+    module.load_state_dict(state, strict=False)

@@ -1,0 +1,125 @@
+"""The file by which a folder is served: where model, fit and methods are, and what they were made with."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from bmoe_lightning.serving.question_format import QuestionFormat
+from bmoe_lightning.utils.file_header import damaged
+from bmoe_lightning.utils.json_io import read_json_file, write_json_file
+
+MANIFEST_FILE = "calibrated_model.json"
+_FORMAT, _VERSION = "calibrated model", 1
+_REMEDY = "save the model again, or run the command that made it again"
+
+PRECISIONS = ("32-true", "64-true", "bf16-true", "16-true", "bf16-mixed", "16-mixed")
+"""Lightning's names of the precisions that a model can be served in."""
+
+
+@dataclass(frozen=True)
+class LoRAShape:
+    """The adapters that trained weights are of; see `LoRAFinetuner`.
+
+    Attributes:
+        rank: Rank of the updates.
+        alpha: Scale of the updates.
+        target_modules: Names of the adapted layers.
+    """
+
+    rank: int
+    alpha: float
+    target_modules: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """What a served model consists of. Paths are relative to the folder of the file, or absolute.
+
+    Attributes:
+        model: Folder or hub id of the model in the format of transformers.
+        tokenizer: Folder or hub id of its tokenizer.
+        fit: Folder of the fit.
+        questions: How questions are asked.
+        methods: Methods as of `method_entry`.
+        weights: Snapshot of trained weights that are put into the model; None if its files have them.
+        precision: Lightning's name of the precision of predictions.
+        lora: Adapters that the weights are of; None for none.
+        data: Sentences on what it was trained, fitted and tested on.
+        results: Rows of its table on the test questions, for the model card: values by column.
+        sha256: Digests of files of the folder, by relative path; none for a folder whose files have their own.
+    """
+
+    model: str
+    tokenizer: str
+    fit: str
+    questions: QuestionFormat
+    methods: tuple[Mapping[str, Any], ...]
+    weights: str | None = None
+    precision: str = "32-true"
+    lora: LoRAShape | None = None
+    data: tuple[str, ...] = ()
+    results: tuple[Mapping[str, Any], ...] = ()
+    sha256: Mapping[str, str] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        for name in ("model", "tokenizer", "fit"):
+            if not isinstance(getattr(self, name), str) or not getattr(self, name):
+                raise TypeError(f"{name} must be a path, got {getattr(self, name)!r}")
+        if self.precision not in PRECISIONS:
+            raise ValueError(
+                f"models are served in the precisions {', '.join(PRECISIONS)}, and this one has {self.precision!r}"
+            )
+        if not self.methods:
+            raise ValueError("there are no methods")
+
+    def write(self, folder: Path) -> None:
+        """Write the file atomically.
+
+        Args:
+            folder: Its folder; created if missing.
+
+        Raises:
+            OSError: If it cannot be written.
+        """
+        content = {**asdict(self), "questions": self.questions.description()}
+        write_json_file(folder / MANIFEST_FILE, format=_FORMAT, version=_VERSION, description=content)
+
+    @classmethod
+    def read(cls, folder: Path) -> Manifest:
+        """Read the file of a folder.
+
+        Args:
+            folder: The folder.
+
+        Raises:
+            FileNotFoundError: If it has none.
+            ValueError: If the file is damaged, foreign or of another version.
+        """
+        path = folder / MANIFEST_FILE
+        content = read_json_file(path, format=_FORMAT, version=_VERSION, remedy=_REMEDY).description
+        try:
+            lora = content.get("lora")
+            lists = {name: tuple(content.get(name, ())) for name in ("methods", "data", "results")}
+            objects = {
+                "questions": QuestionFormat.from_description(content["questions"]),
+                "lora": None
+                if lora is None
+                else LoRAShape(**{**lora, "target_modules": tuple(lora["target_modules"])}),
+            }
+            return cls(**{**content, **lists, **objects})
+        except (KeyError, TypeError, AttributeError, ValueError) as error:
+            raise damaged(path, _FORMAT, f"it is incomplete ({error})", _REMEDY) from error
+
+
+def place(folder: Path, path: str) -> str:
+    """A path of a manifest as seen from here: below its folder if it is there, otherwise as it is (a hub id).
+
+    Args:
+        folder: Folder of the manifest.
+        path: The path.
+    """
+    below = folder / path
+    return str(below) if below.exists() else path

@@ -1,0 +1,88 @@
+"""What a served model says of questions."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from bmoe_lightning.data.questions import LETTERS, Question
+from bmoe_lightning.laplace.predictive import entropy
+
+_MUTUAL_INFORMATION, _LOGIT_VARIANCE = "mutual_information", "logit_variance"
+
+
+@dataclass(frozen=True)
+class ServedPredictions:
+    """Predictions of questions, on the CPU, in their order.
+
+    Attributes:
+        log_probs: Log-probabilities `[N, K]` float64, `-inf` for choices that a question lacks.
+        entropy: Entropy of the probabilities `[N]`, in nats.
+        mutual_information: Mutual information of label and weights `[N]`, in nats; None for methods without one.
+        logit_variance: Mean variance of the centred class logits `[N]`; None for methods without one.
+    """
+
+    log_probs: Tensor
+    entropy: Tensor
+    mutual_information: Tensor | None = None
+    logit_variance: Tensor | None = None
+
+    @classmethod
+    def of(cls, log_probs: Tensor, scores: dict[str, Tensor]) -> ServedPredictions:
+        """Predictions of one batch.
+
+        Args:
+            log_probs: Log-probabilities `[B, K]`.
+            scores: Scores of the method, `[B]` each; see `Method.uncertainty`.
+        """
+        known = {name: scores[name].cpu() for name in (_MUTUAL_INFORMATION, _LOGIT_VARIANCE) if name in scores}
+        log_probs = log_probs.cpu()
+        return cls(log_probs, entropy(log_probs), **known)
+
+    @classmethod
+    def joined(cls, parts: Sequence[ServedPredictions]) -> ServedPredictions:
+        """Predictions of several batches with one method.
+
+        Args:
+            parts: The parts, at least one.
+        """
+
+        def scores(name: str) -> Tensor | None:
+            found = [value for part in parts if (value := getattr(part, name)) is not None]
+            return torch.cat(found) if found else None
+
+        return cls(
+            torch.cat([part.log_probs for part in parts]),
+            torch.cat([part.entropy for part in parts]),
+            scores(_MUTUAL_INFORMATION),
+            scores(_LOGIT_VARIANCE),
+        )
+
+    @property
+    def probabilities(self) -> Tensor:
+        """Probabilities `[N, K]` float64."""
+        return self.log_probs.exp()
+
+    def rows(self, questions: Sequence[Question]) -> Iterator[dict[str, Any]]:
+        """A prediction a row, as files have them: probabilities of the choices that a question has, and its scores.
+
+        Args:
+            questions: The questions.
+        """
+        for number, question in enumerate(questions):
+            probabilities = self.log_probs[number, : len(question.choices)].exp()
+            row = {
+                "id": question.id,
+                "prediction": LETTERS[int(probabilities.argmax())],
+                "probabilities": probabilities.tolist(),
+                "entropy": float(self.entropy[number]),
+            }
+            for name in (_MUTUAL_INFORMATION, _LOGIT_VARIANCE):
+                values = getattr(self, name)
+                if values is not None:
+                    row[name] = float(values[number])
+            yield row

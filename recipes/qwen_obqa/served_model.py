@@ -1,0 +1,72 @@
+"""What a finished run is served by: the file that says where its model, weights and fit are."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from pathlib import Path
+
+from bmoe_lightning import LoRAFinetuner, MultipleChoiceDataModule
+from bmoe_lightning.methods import Method
+from bmoe_lightning.metrics import calibration_values
+from bmoe_lightning.report import MethodResult
+from bmoe_lightning.serving import Manifest, QuestionFormat, method_entry
+from bmoe_lightning.serving.calibrated_model import described_data
+from bmoe_lightning.serving.manifest import PRECISIONS, LoRAShape
+from bmoe_lightning.serving.method_entries import FITS, RUNS, paths_of, with_paths
+from recipes.qwen_obqa.run_folder import FIT_FOLDER
+from recipes.qwen_obqa.seed_training import SeedTraining
+
+_METRICS = ("acc", "ece", "nll")
+
+
+def write_manifest(
+    training: SeedTraining, methods: Sequence[Method], data: MultipleChoiceDataModule, results: Sequence[MethodResult]
+) -> None:
+    """Write the manifest of a seed, by which `CalibratedModel.from_pretrained` loads its folder.
+
+    Nothing is written for a precision in which models are not served.
+
+    Args:
+        training: The seed's trainings.
+        methods: Methods with the files of their further runs.
+        data: DataModule of the run, which a trainer has used.
+        results: Predictions of the test questions.
+    """
+    settings, folder = training.settings, training.folder
+    if settings.precision not in PRECISIONS:
+        return
+    lora = None
+    if settings.train == "lora":
+        module = training.module(data)
+        assert isinstance(module, LoRAFinetuner)
+        lora = LoRAShape(module.rank, module.alpha, tuple(module.target_modules))
+    name = settings.data or "the built-in task"
+    values = {result.method: calibration_values(result.log_probs, result.target) for result in results}
+    Manifest(
+        model=_relative(training.model()[0], folder),
+        tokenizer=_relative(training.source.tokenizer, folder),
+        fit=FIT_FOLDER,
+        questions=QuestionFormat.of_data(data),
+        methods=tuple(method_entry(_relative_paths(method, folder)) for method in methods),
+        weights=training.weights(0).name,
+        precision=settings.precision,
+        lora=lora,
+        data=described_data(data, name),
+        results=tuple(
+            {"method": result.label, **{metric: float(values[result.method][metric]) for metric in _METRICS}}
+            for result in results
+        ),
+    ).write(folder)
+
+
+def _relative(path: str, folder: Path) -> str:
+    """A local path as seen from the folder of a seed, so that the output folder can be moved; others unchanged."""
+    return os.path.relpath(path, folder) if Path(path).exists() else path
+
+
+def _relative_paths(method: Method, folder: Path) -> Method:
+    found = paths_of(method)
+    return with_paths(
+        method, {name: [Path(_relative(str(path), folder)) for path in found[name]] for name in (RUNS, FITS)}
+    )
