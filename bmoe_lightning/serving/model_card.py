@@ -21,7 +21,7 @@ def model_card(served: CalibratedModel) -> str:
     Args:
         served: The model.
     """
-    base, fitted = served.model.name_or_path, served.fitted
+    base, fitted = served.model.name_or_path or "", served.fitted
     if Path(base).exists():  # a path on this machine says nothing elsewhere
         base = Path(base).name
     blocks = [
