@@ -74,6 +74,7 @@ def in_turn(
         action()
     times: dict[str, list[float]] = {name: [] for name in actions}
     for _ in range(repeats):
-        for name, action in actions.items():
-            times[name].append(clock(action, device))
+        with without_garbage_collection():  # once for all actions of a round
+            for name, action in actions.items():
+                times[name].append(clock(action, device))
     return {name: tuple(values) for name, values in times.items()}
