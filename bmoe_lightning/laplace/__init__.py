@@ -3,6 +3,7 @@
 from bmoe_lightning.laplace.attribution import Attribution, LayerAttribution
 from bmoe_lightning.laplace.posterior import LaplacePosterior, WeightMismatchError
 from bmoe_lightning.laplace.predictive import Prediction
+from bmoe_lightning.laplace.sequences import SequenceVariance
 from bmoe_lightning.laplace.uncertainty_scores import relative_variance, uncertainty_scores
 
 __all__ = [
@@ -10,6 +11,7 @@ __all__ = [
     "LaplacePosterior",
     "LayerAttribution",
     "Prediction",
+    "SequenceVariance",
     "WeightMismatchError",
     "relative_variance",
     "uncertainty_scores",

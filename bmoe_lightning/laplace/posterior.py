@@ -31,7 +31,7 @@ from bmoe_lightning.experts.threads import model_lock
 from bmoe_lightning.experts.weight_comparison import same_weights
 from bmoe_lightning.laplace.attribution import Attribution, attributed
 from bmoe_lightning.laplace.binding import Binding
-from bmoe_lightning.laplace.covariance import BatchTerms, batch_terms, covariance
+from bmoe_lightning.laplace.covariance import BatchTerms, batch_terms, covariance, prior_covariance
 from bmoe_lightning.laplace.covariance_cache import CovarianceCache
 from bmoe_lightning.laplace.predictive import (
     NUM_SAMPLES,
@@ -46,6 +46,7 @@ from bmoe_lightning.laplace.prior import (
     fit_lpo,
     log_evidence_penalty,
 )
+from bmoe_lightning.laplace.sequences import SequenceLogProb, SequenceVariance, contrast_variance, two_classes
 from bmoe_lightning.laplace.storage import load_posterior, save_posterior
 from bmoe_lightning.laplace.validation_cache import cache_terms
 from bmoe_lightning.utils.distributed import failing_together, is_rank_zero
@@ -280,6 +281,26 @@ class LaplacePosterior:
         with failing_together(distributed=runs_in_lockstep(model)):
             (terms,) = posterior_terms([self], model, class_logits, batch, by_group=True)
             return attributed(terms, self.factors.layers, self.prior_precision)
+
+    def sequence_variance(self, model: nn.Module, sequence_log_prob: SequenceLogProb, batch: Any) -> SequenceVariance:
+        """Mean and variance of `log p(y | x)` of whole texts, from one forward and one backward pass for all of them.
+
+        Args:
+            model: Model that the curvature was collected on.
+            sequence_log_prob: Function `(model, batch) -> log p(y | x) [B]`, such as
+                `bmoe_lightning.models.sequence_log_prob`.
+            batch: Batch that it accepts. Several texts may share a row if no token of one depends on another one.
+
+        Raises:
+            WeightMismatchError: If the model's weights are not those that the curvature was collected on.
+            ValueError: If the function does not return one number for each text.
+        """
+        found: list[Tensor] = []
+        with failing_together(distributed=runs_in_lockstep(model)):
+            terms = self.batch_terms(model, two_classes(sequence_log_prob, found), batch)
+        ones = torch.ones_like(self.prior_precision)
+        isotropic = contrast_variance(prior_covariance(terms, ones))
+        return SequenceVariance(found[-1], contrast_variance(self.covariance_of(terms)), isotropic)
 
     def check_weights(self, model: nn.Module) -> None:
         """Compare the model's weights with those that the curvature was collected on.

@@ -1,4 +1,4 @@
-"""Model families that transformers lacks, so that their published weights load without remote code.
+"""Log-probabilities of texts, and model families that transformers lacks: their weights load without remote code.
 
 Importing this package registers them with the Auto classes of transformers.
 """
@@ -9,8 +9,18 @@ from bmoe_lightning.models.deepseek_moe import (
     DeepseekMoeConfig,
     register_deepseek_moe,
 )
+from bmoe_lightning.models.sequence_logits import TextScores, sequence_log_prob, text_scores
 
-__all__ = ["DeepseekForCausalLM", "DeepseekModel", "DeepseekMoeConfig", "register_deepseek_moe", "register_models"]
+__all__ = [
+    "DeepseekForCausalLM",
+    "DeepseekModel",
+    "DeepseekMoeConfig",
+    "TextScores",
+    "register_deepseek_moe",
+    "register_models",
+    "sequence_log_prob",
+    "text_scores",
+]
 
 
 def register_models() -> None:

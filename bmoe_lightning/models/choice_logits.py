@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from bmoe_lightning.models.attention_masks import pair_mask
 from bmoe_lightning.models.last_logits import logits_at
 
 PROMPT = -1
@@ -117,14 +118,4 @@ class _Rows:
         of_prompt = (self._choices == PROMPT).unsqueeze(1)
         of_same = self._choices.unsqueeze(2) == self._choices.unsqueeze(1)
         seen = earlier & self._mask.unsqueeze(1) & (of_prompt | of_same)
-        # A position of padding sees itself: a softmax over nothing is NaN.
-        seen = (seen | (places.unsqueeze(1) == places)).unsqueeze(1)
-        implementation = getattr(model.config, "_attn_implementation", None)
-        if implementation == "sdpa":
-            return seen
-        if implementation == "eager":
-            return torch.zeros_like(seen, dtype=model.dtype).masked_fill(~seen, torch.finfo(model.dtype).min)
-        raise ValueError(
-            f"the attention implementation {implementation!r} takes no mask of pairs of tokens, so choices cannot "
-            "share a row; give each choice its own row, or load the model with attn_implementation='sdpa'"
-        )
+        return pair_mask(model, seen)

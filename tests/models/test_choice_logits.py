@@ -133,7 +133,7 @@ def test_a_choice_without_tokens_and_a_row_without_a_prompt_are_refused(model, s
 def test_attention_without_a_mask_of_pairs_shares_no_row(model):
     other = tiny_qwen()
     other.config._attn_implementation = "flash_attention_2"
-    with pytest.raises(ValueError, match="cannot share a row; give each choice its own row"):
+    with pytest.raises(ValueError, match="cannot share a row; give each its own row"):
         choice_logits(other, collated(shared=True))
 
 

@@ -1,0 +1,96 @@
+"""Log-probabilities of whole texts, against a loop over texts and tokens."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from oracles.models import tiny_qwen
+
+from bmoe_lightning.models import sequence_log_prob, text_scores
+
+PROMPTS = ([3, 4, 5], [7, 8], [2, 9, 11, 6])
+ANSWERS = ([6, 1], [5, 5, 2, 8], [10])
+
+
+def padded(side, prompts=PROMPTS, answers=ANSWERS):
+    width = max(len(p) + len(a) for p, a in zip(prompts, answers, strict=True))
+    rows = {"input_ids": [], "attention_mask": [], "answer_mask": []}
+    for prompt, answer in zip(prompts, answers, strict=True):
+        pad = [0] * (width - len(prompt) - len(answer))
+        for name, values in zip(
+            rows, (prompt + answer, [1] * len(prompt + answer), [0] * len(prompt) + [1] * len(answer)), strict=True
+        ):
+            rows[name].append(pad + values if side == "left" else values + pad)
+    return {name: torch.tensor(values) for name, values in rows.items()}
+
+
+def packed(order=(2, 0, 1), pad=2):
+    """All texts in one row, in another order than their numbers, with padding between them."""
+    ids, mask, answer, index = [], [], [], []
+    for number in order:
+        prompt, completion = PROMPTS[number], ANSWERS[number]
+        length = len(prompt + completion)
+        ids += prompt + completion + [0] * pad
+        mask += [1] * length + [0] * pad
+        answer += [0] * len(prompt) + [1] * len(completion) + [0] * pad
+        index += [number] * length + [-1] * pad
+    batch = {"input_ids": ids, "attention_mask": mask, "answer_mask": answer, "text_index": index}
+    return {name: torch.tensor([values]) for name, values in batch.items()}
+
+
+def by_hand(model):
+    sums, entropies = [], []
+    for prompt, answer in zip(PROMPTS, ANSWERS, strict=True):
+        logits = model(input_ids=torch.tensor([prompt + answer])).logits[0].double().log_softmax(-1)
+        places = range(len(prompt), len(prompt + answer))
+        sums.append(sum(logits[place - 1, (prompt + answer)[place]] for place in places))
+        entropies.append(sum(-(logits[p - 1].exp() * logits[p - 1]).sum() for p in places) / len(answer))
+    return torch.stack(sums), torch.stack(entropies)
+
+
+@pytest.fixture(scope="module")
+def model():
+    return tiny_qwen().double()
+
+
+@pytest.mark.parametrize("batch", [padded("left"), padded("right"), packed(), packed((0, 1, 2), 0)])
+def test_scores_are_those_of_each_text_alone(model, batch):
+    found = text_scores(model, batch)
+    sums, entropies = by_hand(model)
+    torch.testing.assert_close(found.log_prob.double(), sums, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(found.token_entropy.double(), entropies, rtol=1e-5, atol=1e-5)
+    assert found.num_tokens.tolist() == [2, 4, 1]
+    assert found.log_prob.requires_grad
+    assert not found.token_entropy.requires_grad
+    assert torch.equal(sequence_log_prob(model, batch), found.log_prob)
+
+
+def test_padding_within_an_answer_mask_does_not_count(model):
+    batch = padded("right")
+    batch["answer_mask"] = torch.where(batch["attention_mask"] == 0, 1, batch["answer_mask"])
+    torch.testing.assert_close(sequence_log_prob(model, batch), sequence_log_prob(model, padded("right")))
+
+
+def changed(batch, **values):
+    return {**batch, **values}
+
+
+@pytest.mark.parametrize(
+    ("batch", "said"),
+    [
+        (changed(padded("left"), answer_mask=torch.zeros(3, 6)), "text 0 of the batch has no answer"),
+        (changed(padded("left"), answer_mask=torch.ones(3, 6)), "text 0 of the batch begins with its answer"),
+        (
+            changed(padded("left"), answer_mask=torch.ones(3, 5)),
+            r"one shape \[R, T\], got \(3, 6\), \(3, 6\), \(3, 5\)",
+        ),
+        (changed(padded("left"), attention_mask=torch.zeros(3, 6)), "text 0 of the batch has no token"),
+        (changed(packed(), attention_mask=packed()["attention_mask"] * 0), "there is no text"),
+        (changed(packed(), text_index=torch.full_like(packed()["text_index"], -1)), "must be 0 or more"),
+        (changed(packed(), text_index=packed()["text_index"].clamp(min=0) * 0), "tokens in several places"),
+        (changed(packed(), text_index=packed()["text_index"] * 2), "text 1 of the batch has no token"),
+    ],
+)
+def test_malformed_batches_are_refused(model, batch, said):
+    with pytest.raises(ValueError, match=said):
+        text_scores(model, batch)
