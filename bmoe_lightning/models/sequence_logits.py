@@ -60,8 +60,8 @@ def text_scores(model: PreTrainedModel, batch: Mapping[str, Tensor]) -> TextScor
     texts = torch.arange(len(ids), device=ids.device).unsqueeze(1).expand_as(ids) if numbers is None else numbers
     answer = answer & mask
     size = int(torch.where(mask, texts, -1).max()) + 1 if packed else len(ids)
-    if not size:
-        raise ValueError("there is no text in the batch: attention_mask is zero everywhere")
+    if not bool(mask.any()):
+        raise ValueError("there is no text in the batch: its attention_mask is zero everywhere")
     begins = mask.clone()  # the first token of each text
     begins[:, 1:] &= ~(mask[:, :-1] & (texts[:, 1:] == texts[:, :-1]))
     _check(texts, mask, begins, answer, size)

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import pytest
 import torch
-from models.test_sequence_logits import packed, padded
 from oracles.dense import dense_logit_covariance, low_rank_blocks, weight_jacobians
 from oracles.models import answer_logits, tiny_qwen, toy_batch
+from text_cases import packed, padded
 
 from bmoe_lightning.curvature import collect_factors
 from bmoe_lightning.experts import down_proj_parameters, find_expert_layers

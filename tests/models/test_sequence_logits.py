@@ -5,37 +5,9 @@ from __future__ import annotations
 import pytest
 import torch
 from oracles.models import tiny_qwen
+from text_cases import ANSWERS, PROMPTS, packed, padded
 
 from bmoe_lightning.models import sequence_log_prob, text_scores
-
-PROMPTS = ([3, 4, 5], [7, 8], [2, 9, 11, 6])
-ANSWERS = ([6, 1], [5, 5, 2, 8], [10])
-
-
-def padded(side, prompts=PROMPTS, answers=ANSWERS):
-    width = max(len(p) + len(a) for p, a in zip(prompts, answers, strict=True))
-    rows = {"input_ids": [], "attention_mask": [], "answer_mask": []}
-    for prompt, answer in zip(prompts, answers, strict=True):
-        pad = [0] * (width - len(prompt) - len(answer))
-        for name, values in zip(
-            rows, (prompt + answer, [1] * len(prompt + answer), [0] * len(prompt) + [1] * len(answer)), strict=True
-        ):
-            rows[name].append(pad + values if side == "left" else values + pad)
-    return {name: torch.tensor(values) for name, values in rows.items()}
-
-
-def packed(order=(2, 0, 1), pad=2):
-    """All texts in one row, in another order than their numbers, with padding between them."""
-    ids, mask, answer, index = [], [], [], []
-    for number in order:
-        prompt, completion = PROMPTS[number], ANSWERS[number]
-        length = len(prompt + completion)
-        ids += prompt + completion + [0] * pad
-        mask += [1] * length + [0] * pad
-        answer += [0] * len(prompt) + [1] * len(completion) + [0] * pad
-        index += [number] * length + [-1] * pad
-    batch = {"input_ids": ids, "attention_mask": mask, "answer_mask": answer, "text_index": index}
-    return {name: torch.tensor([values]) for name, values in batch.items()}
 
 
 def by_hand(model):
@@ -84,7 +56,7 @@ def changed(batch, **values):
             changed(padded("left"), answer_mask=torch.ones(3, 5)),
             r"one shape \[R, T\], got \(3, 6\), \(3, 6\), \(3, 5\)",
         ),
-        (changed(padded("left"), attention_mask=torch.zeros(3, 6)), "text 0 of the batch has no token"),
+        (changed(padded("left"), attention_mask=torch.zeros(3, 6)), "there is no text"),
         (changed(packed(), attention_mask=packed()["attention_mask"] * 0), "there is no text"),
         (changed(packed(), text_index=torch.full_like(packed()["text_index"], -1)), "must be 0 or more"),
         (changed(packed(), text_index=packed()["text_index"].clamp(min=0) * 0), "tokens in several places"),
