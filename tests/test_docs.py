@@ -23,7 +23,7 @@ from bmoe_lightning.methods import get_method, method_names
 
 ROOT = Path(__file__).parents[1]
 DOCS = sorted(path.relative_to(ROOT).as_posix() for path in (ROOT / "docs").rglob("*.md"))
-PAGES = [*DOCS, "README.md", "CONTRIBUTING.md"]
+PAGES = [*DOCS, "README.md", "CONTRIBUTING.md", "SECURITY.md"]
 MAX_WIDTH = 120
 MAX_CODE_WIDTH = 88  # as docs/ruff.toml, which knows no comments
 
