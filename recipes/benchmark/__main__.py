@@ -18,6 +18,8 @@ weights.
   python -m recipes.benchmark --device cuda --model-shape qwen1.5-moe --json benchmark.json
       the shape of Qwen1.5-MoE-A2.7B in bfloat16; about 60 GiB of GPU memory
   python -m recipes.benchmark --only prediction,growth --repeats 9
+  python -m recipes.benchmark --only serving
+      predictions of every method at batches of 1 and 32, beside a plain forward pass
 """
 
 

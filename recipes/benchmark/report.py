@@ -19,8 +19,9 @@ from recipes.benchmark.measure import Amount, Growth, Peer, Ratio, Section, Spre
 from recipes.benchmark.peers import SAME, measure_peers
 from recipes.benchmark.prediction import measure_lpo, measure_prediction
 from recipes.benchmark.routers import measure_routers
+from recipes.benchmark.serving import measure_serving
 from recipes.benchmark.settings import BenchmarkSettings
-from recipes.benchmark.workload import PRESETS, Workload
+from recipes.benchmark.workload import PRESETS, Preset, Workload
 
 _PEER_HEAD = ("peer", "work", "peer", "ours", "peer / ours", "difference", "note")
 
@@ -64,6 +65,7 @@ def run_benchmark(settings: BenchmarkSettings, say: Callable[[str], None]) -> Be
             *_on_main_shape(settings, device, say),
             *([measure_head(preset.head, settings.repeats, device, say)] if "head" in settings.only else []),
             *([measure_growth(preset, settings.repeats, device, say)] if "growth" in settings.only else []),
+            *([_serving(preset, settings.repeats, device, say)] if "serving" in settings.only else []),
             *([measure_peers(preset, settings.repeats, device, say)] if "peers" in settings.only else []),
         )
         return Benchmark(settings, _machine(device), str(preset.main), sections)
@@ -95,6 +97,11 @@ def _on_main_shape(settings: BenchmarkSettings, device: torch.device, say: Calla
         say("routers")
         sections.append(measure_routers(work, settings.repeats))
     return sections
+
+
+def _serving(preset: Preset, repeats: int, device: torch.device, say: Callable[[str], None]) -> Section:
+    say(f"serving: {preset.serving}")
+    return measure_serving(Workload(preset.serving, device), repeats)
 
 
 def _machine(device: torch.device) -> dict[str, str]:

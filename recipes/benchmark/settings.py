@@ -7,9 +7,10 @@ from typing import Literal, get_args
 
 from recipes.common.cli import option
 
-SectionName = Literal["curvature", "prediction", "lpo", "routers", "head", "growth", "peers"]
+SectionName = Literal["curvature", "prediction", "lpo", "routers", "head", "growth", "peers", "serving"]
 ShapeName = Literal["default", "qwen1.5-moe", "tiny"]
-SECTIONS: tuple[SectionName, ...] = get_args(SectionName)
+SECTIONS: tuple[SectionName, ...] = tuple(name for name in get_args(SectionName) if name != "serving")
+"""Sections that run by default: all but that which fits every method."""
 
 
 @dataclass(frozen=True)
@@ -20,5 +21,7 @@ class BenchmarkSettings:
     model_shape: ShapeName = option("default", "sizes of model and batch")
     threads: int | None = option(None, "CPU threads; default: torch's", least=1)
     repeats: int = option(4, "rounds that each median is taken over", least=1)
-    only: tuple[SectionName, ...] = option(SECTIONS, "sections to run, separated by commas")
+    only: tuple[SectionName, ...] = option(
+        SECTIONS, "sections to run, separated by commas; serving, which fits every method first, runs if it is named"
+    )
     json: str | None = option(None, "also write every single timing to this JSON file")

@@ -84,6 +84,7 @@ class Preset:
         class_counts: Values of K for which predictions are timed.
         predictive_bar: Upper bound of a prediction's time over its floor.
         head: Shape whose vocabulary is large beside its layers, in which the output embedding is timed.
+        serving: Shape on which predictions are timed as they are served.
     """
 
     main: Shape
@@ -98,6 +99,7 @@ class Preset:
     class_counts: tuple[int, ...] = (2, 4, 5)
     predictive_bar: float = 1.25
     head: Shape = Shape(576, 96, layers=1, experts=8, top_k=2, examples=8, tokens=64, vocabulary=49_152)
+    serving: Shape = Shape(512, 352, layers=8, experts=16, top_k=4, examples=32, tokens=64)
 
 
 _PEERS = Shape(256, 128, layers=2, experts=16, top_k=4, examples=8, tokens=32)
@@ -128,6 +130,10 @@ PRESETS = {
         examples=(16, 32, 64),
         predictive_bar=1.15,
         head=Shape(2048, 1408, layers=1, experts=60, top_k=4, examples=8, tokens=128, head=128, vocabulary=151_936),
+        serving=Shape(
+            2048, 1408, layers=24, experts=60, top_k=4, examples=8, tokens=128, dtype="bfloat16", shared=5632,
+            head=128, vocabulary=151_936,
+        ),
     ),
     "tiny": Preset(
         Shape(16, 12, layers=2, experts=4, top_k=2, examples=3, tokens=8, rank=2, shared=8, head=8, vocabulary=20),
@@ -141,6 +147,9 @@ PRESETS = {
         widths=(16, 32),
         class_counts=(2, 3),
         head=Shape(16, 16, layers=1, experts=4, top_k=2, examples=3, tokens=8, shared=8, head=8, vocabulary=40),
+        serving=Shape(
+            16, 12, layers=4, experts=4, top_k=2, examples=8, tokens=8, rank=2, shared=8, head=8, vocabulary=20,
+        ),
     ),
 }  # fmt: skip
 

@@ -5,11 +5,9 @@ In a study the methods share passes over the data, so that no stage of it says w
 
 from __future__ import annotations
 
-import logging
 import platform
 import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from functools import cache, partial
 from pathlib import Path
@@ -23,6 +21,7 @@ from bmoe_lightning.data.questions import draw
 from bmoe_lightning.methods import Method, get_method
 from bmoe_lightning.trainer.signals import check_sigterm
 from bmoe_lightning.utils.distributed import num_processes
+from recipes.common.silent_fits import silent_fits
 from recipes.paper.method_cost import MOST_SINGLE, OneMethod, Reference
 from recipes.paper.outcomes import Mode
 from recipes.paper.report import Cost
@@ -194,19 +193,5 @@ def _measure_run(run: SeedRun, methods: Sequence[Method], done: Callable[[Method
             print(f"  {run.output.name}: {method.name}", flush=True)
             done(method, one(method, run.with_stored_runs(method)).cost(beside))
 
-    with _silent():
+    with silent_fits():
         run.with_trained(measure)
-
-
-@contextmanager
-def _silent() -> Iterator[None]:
-    """Without the warnings of fits, which the study has given already."""
-    log = logging.getLogger("bmoe_lightning")
-    level = log.level
-    log.setLevel(logging.ERROR)
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            yield
-    finally:
-        log.setLevel(level)

@@ -1,0 +1,238 @@
+"""What the predictions of every method cost where they are served: time and memory relative to a plain forward pass."""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, fields, replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from bmoe_lightning import LaplacePosterior
+from bmoe_lightning.curvature import Curvature
+from bmoe_lightning.experts import down_proj_parameters, expert_parameters
+from bmoe_lightning.methods import Method, fit_methods, get_method, method_names, save_snapshot
+from bmoe_lightning.methods.evaluation import Predictor
+from bmoe_lightning.methods.fit_result import FitResult
+from bmoe_lightning.methods.options import trial_options
+from bmoe_lightning.methods.storage import save_fit
+from recipes.benchmark.measure import Amount, Ratio, Section
+from recipes.benchmark.workload import Workload
+from recipes.common.peak_memory import peak_memory
+from recipes.common.silent_fits import silent_fits
+from recipes.common.timing import Action, in_turn
+
+BATCHES = (1, 32)
+"""Numbers of examples of a served batch."""
+SAMPLES = 8
+"""Number of samples of methods that sample weights or routes."""
+_FORWARD_BAR = 1.02
+_FIXED_BAR = 0.05
+_FITTED_EXAMPLES = 128
+_SAMPLES_OPTION, _CURVATURE_OPTION = "num_samples", "curvature"
+
+
+def measure_serving(work: Workload, repeats: int) -> Section:
+    """Fit every method to random weights, and time and weigh its predictions.
+
+    Args:
+        work: Model, and a batch of which each example is a question.
+        repeats: Number of rounds.
+    """
+    with tempfile.TemporaryDirectory() as folder, silent_fits():
+        fitted = _Fitted.of(work, Path(folder))
+        predictors = {method.name: fitted.predictor(method) for method in fitted.methods}
+        ratios: list[Ratio] = []
+        amounts: list[Amount] = []
+        for size in BATCHES:
+            batch = fitted.batch(size)
+            actions: dict[str, Action] = {"forward": partial(fitted.forward, batch)}
+            for name, predictor in predictors.items():
+                actions[name] = partial(predictor.predict, work.model, work.class_logits(), batch)
+            times = in_turn(actions, repeats, work.device)
+            for method in fitted.methods:
+                bar = _FORWARD_BAR if method.cost == Method.cost and not method.is_ensemble else None
+                name = f"{method.label} / plain forward, batch of {size}"
+                ratios.append(Ratio(name, times[method.name], times["forward"], bar))
+            ratios += _fixed(work, fitted.posterior, batch, size, repeats) if size == 1 else []
+            amounts.append(Amount(f"plain forward, batch of {size}", "s", times["forward"]))
+            plain = fitted.megabytes(actions["forward"])
+            amounts.append(Amount(f"plain forward, batch of {size}", "MB", (plain,)))
+            for method in fitted.methods:
+                more = fitted.megabytes(actions[method.name]) - plain
+                amounts.append(Amount(f"{method.label}, batch of {size}, beyond that", "MB", (more,)))
+    return Section(
+        "serving",
+        "Predictions where they are served / plain forward pass",
+        (
+            f"Shape: {work.shape}. Random weights; methods with samples take {SAMPLES}, ensembles have two members.",
+            f"Left out, since they need another model: {', '.join(fitted.left_out)}.",
+            "The fixed part is what a prediction of one question takes beyond its forward and backward passes: "
+            "checks, set-up of taps, and sums over slots.",
+        ),
+        ratios=tuple(ratios),
+        amounts=tuple(amounts),
+    )
+
+
+def _fixed(work: Workload, posterior: LaplacePosterior, batch: Any, size: int, repeats: int) -> list[Ratio]:
+    """What a linearised prediction takes beyond its floor, relative to a forward pass."""
+    alone = replace_batch(work, batch)
+    times = in_turn(
+        {
+            "prediction": partial(posterior.predict, work.model, work.class_logits(), batch),
+            "floor": alone.floor,
+            "forward": alone.forward,
+        },
+        max(8, repeats),
+        work.device,
+    )
+    fixed = tuple(p - f for p, f in zip(times["prediction"], times["floor"], strict=True))
+    return [
+        Ratio(f"linearised prediction / its floor, batch of {size}", times["prediction"], times["floor"]),
+        Ratio(
+            f"fixed part of a linearised prediction / plain forward, batch of {size}",
+            fixed,
+            times["forward"],
+            _FIXED_BAR,
+        ),
+    ]
+
+
+def replace_batch(work: Workload, batch: Mapping[str, Tensor]) -> Workload:
+    """The same model with another batch.
+
+    Args:
+        work: The workload.
+        batch: Its other batch.
+    """
+    other = object.__new__(Workload)
+    vars(other).update(vars(work))
+    other.batch = dict(batch)
+    return other
+
+
+@dataclass(frozen=True)
+class _Fitted:
+    """Methods that were fitted to the weights of a workload.
+
+    Attributes:
+        work: The workload.
+        methods: The methods.
+        fit: Their fit.
+        snapshots: Snapshots for ensembles.
+        posterior: A posterior over all layers.
+        left_out: Names of methods that cannot be fitted to this model.
+    """
+
+    work: Workload
+    methods: tuple[Method, ...]
+    fit: FitResult
+    snapshots: tuple[Path, ...]
+    posterior: LaplacePosterior
+    left_out: tuple[str, ...]
+
+    @classmethod
+    def of(cls, work: Workload, folder: Path) -> _Fitted:
+        curvature = Curvature(rank=work.shape.rank)
+        known = [_cheap(get_method(name)) for name in method_names()]
+        methods = [method.with_defaults(curvature) for method in known if not method.needs.lora]
+        weights = {name: p for layer in work.layers for name, p in expert_parameters(work.model, layer).items()}
+        count = max(method.needs.snapshots for method in methods)
+        snapshots = [folder / f"snapshot-{number}.safetensors" for number in range(max(2, count))]
+        for number, path in enumerate(snapshots):
+            save_snapshot(path, {name: value * (1 + 1e-3 * number) for name, value in weights.items()})
+        data, held_out = _data(work, 0), _data(work, 1)
+        prior_mean = {
+            name: 0.99 * parameter.detach().cpu()
+            for layer in work.layers
+            for name, parameter in down_proj_parameters(work.model, layer).items()
+        }
+        trained = [parameter for layer in work.layers for parameter in expert_parameters(work.model, layer).values()]
+        fit = partial(
+            fit_methods,
+            model=work.model,
+            class_logits=work.class_logits(),
+            training=data,
+            calibration=held_out,
+            prior_mean=prior_mean,
+            trained=trained,
+        )
+        run = folder / "run.safetensors"
+        save_snapshot(run, weights)
+        completed = []
+        for parameter in trained:
+            parameter.requires_grad_(True)  # which tells what was trained
+        for method in methods:
+            changed: dict[str, Any] = {}
+            if method.needs.runs:
+                changed["runs"] = (str(run),)
+            if method.needs.run_methods:
+                save_fit(folder / method.name, fit(method.needs.run_methods))
+                changed["fits"] = (str(folder / method.name),)
+            completed.append(replace(method, **changed))
+        completed += _of_last_quarter(completed, work)
+        found = fit(completed, snapshots=snapshots)
+        for parameter in trained:
+            parameter.requires_grad_(False)
+        posterior = found.served_posterior(curvature.digest)
+        left_out = tuple(method.name for method in known if method.needs.lora)
+        return cls(work, tuple(completed), found, tuple(snapshots), posterior, left_out)
+
+    def predictor(self, method: Method) -> Predictor:
+        """What predicts with a method."""
+        return Predictor(method, self.fit, self.snapshots)
+
+    def batch(self, size: int) -> dict[str, Tensor]:
+        """A batch of questions."""
+        return _questions(self.work, size, 2)
+
+    def forward(self, batch: Mapping[str, Tensor]) -> None:
+        """A plain forward pass."""
+        with torch.no_grad():
+            self.work.class_logits()(self.work.model, batch)
+
+    def megabytes(self, action: Action) -> float:
+        """Peak memory beyond the model and what is loaded."""
+        with peak_memory(self.work.device, self.work.tensors()) as memory:
+            action()
+            return memory.peak / 1e6
+
+
+def _cheap(method: Method) -> Method:
+    """The method with the options of a trial, since its fit is not measured, and the number of samples of all."""
+    cheap = trial_options(type(method))
+    if any(entry.name == _SAMPLES_OPTION for entry in fields(method)) and _SAMPLES_OPTION in cheap:
+        cheap[_SAMPLES_OPTION] = SAMPLES
+    return replace(method, **cheap)
+
+
+def _of_last_quarter(methods: Sequence[Method], work: Workload) -> list[Method]:
+    """The first method with a posterior, over the last quarter of the layers alone."""
+    indices = [layer.index for layer in work.layers]
+    skipped = tuple(indices[: len(indices) - max(1, len(indices) // 4)])
+    first = next(m for m in methods if getattr(m, _CURVATURE_OPTION, None) is not None and m.needs.calibration_labels)
+    changed: dict[str, Any] = {
+        _CURVATURE_OPTION: replace(first.curvatures[0], skip_layers=skipped),
+        "name": f"{first.name}_last_quarter",
+        "label": f"{first.label}, last quarter of layers",
+    }
+    return [replace(first, **changed)] if skipped else []
+
+
+def _questions(work: Workload, size: int, seed: int) -> dict[str, Tensor]:
+    generator = torch.Generator().manual_seed(seed)
+    shape = work.shape
+    ids = torch.randint(shape.vocabulary, (size, shape.tokens), generator=generator)
+    labels = torch.randint(shape.classes, (size,), generator=generator)
+    return {"ids": ids.to(work.device), "labels": labels.to(work.device)}
+
+
+def _data(work: Workload, seed: int) -> list[dict[str, Tensor]]:
+    """Labelled batches, enough for every method."""
+    count = -(-_FITTED_EXAMPLES // work.shape.examples)
+    return [_questions(work, work.shape.examples, 100 * seed + number) for number in range(3, 3 + count)]
