@@ -44,6 +44,7 @@ from bmoe_lightning.metrics.refinement import (
     NLLSplit,
     negative_log_likelihood_split,
 )
+from bmoe_lightning.metrics.rejection import prediction_rejection_ratio, rejection_ratio_interval
 from bmoe_lightning.metrics.reliability import ReliabilityCurve, ReliabilityDiagram, reliability_curve
 from bmoe_lightning.metrics.selective import (
     AreaUnderGeneralisedRiskCoverage,
@@ -122,7 +123,9 @@ __all__ = [
     "negative_log_likelihood_split",
     "new_axes",
     "new_figure",
+    "prediction_rejection_ratio",
     "prediction_sets",
+    "rejection_ratio_interval",
     "reliability_curve",
     "selective_risk",
     "smooth_calibration_error",
