@@ -17,7 +17,7 @@ def answer_logits(model: PreTrainedModel, batch: Mapping[str, Tensor], answer_id
     Args:
         model: Causal language model.
         batch: `input_ids` and `attention_mask` `[B, T]`, and optionally `choice_mask` `[B, K]`, bool.
-        answer_ids: Token id of each choice, `[K]`.
+        answer_ids: Token id of each choice, `[K]`, or of the choices of each question, `[B, K]`.
 
     Returns:
         Logits `[B, K]`, at least float32, `-inf` where `choice_mask` is False.
@@ -25,7 +25,8 @@ def answer_logits(model: PreTrainedModel, batch: Mapping[str, Tensor], answer_id
     Raises:
         ValueError: If the number of choices in `choice_mask` differs from the number of answer tokens.
     """
-    logits = last_logits(model, batch["input_ids"], batch["attention_mask"])[:, answer_ids]
+    logits = last_logits(model, batch["input_ids"], batch["attention_mask"])
+    logits = logits[:, answer_ids] if answer_ids.dim() == 1 else logits.gather(1, answer_ids)
     logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
     present = batch.get("choice_mask")
     if present is None:

@@ -217,9 +217,14 @@ class CalibratedModel:
         with self.forward_context():
             return self.questions.class_logits(module.model, batch), None
 
+    @property
+    def autocast_dtype(self) -> torch.dtype | None:
+        """Dtype of automatic mixed precision in which the model runs; None for none."""
+        return _AUTOCAST.get(self.precision)
+
     def forward_context(self) -> AbstractContextManager[Any]:
         """Context within which the model runs in the precision of the fit."""
-        dtype = _AUTOCAST.get(self.precision)
+        dtype = self.autocast_dtype
         return nullcontext() if dtype is None else torch.autocast(self.device.type, dtype)
 
     def predict(

@@ -36,6 +36,13 @@ def test_are_those_of_each_prompt_alone(model, side):
     assert found.requires_grad
 
 
+def test_choices_of_each_question(model):
+    batch, ids = prompts("left")[1], torch.tensor([[2, 7, 5], [1, 2, 3], [9, 4, 9]])
+    found = answer_logits(model, batch, ids)
+    for row, answers in enumerate(ids):
+        assert torch.equal(found[row], answer_logits(model, batch, answers)[row])
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32, torch.float64])
 def test_are_at_least_float32(dtype):
     """The softmax of bfloat16 logits would have two digits."""
