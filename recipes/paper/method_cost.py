@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import gc
 import statistics
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +23,7 @@ from bmoe_lightning.methods import BatchView, FitResult, Method, fit_methods
 from bmoe_lightning.methods.base import MemberFit
 from bmoe_lightning.methods.evaluation import prepared_member
 from bmoe_lightning.methods.fit_index import stored_snapshots
+from bmoe_lightning.methods.training_data import Batches, TrainingData
 from bmoe_lightning.trainer.checks import optimised
 from bmoe_lightning.trainer.data_passes import DataPass, TrainerTrainingData, validation_pass
 from recipes.common.peak_memory import peak_memory
@@ -32,6 +34,7 @@ from recipes.qwen_obqa.seed_run import SeedRun
 MOST_SINGLE = 16
 """Largest number of test questions that are predicted alone."""
 _ROUNDS = 3
+_FEW_BATCHES = 2
 _EPOCHS = "epochs"
 """Option of methods that train for several epochs, all of which take the same memory."""
 
@@ -47,6 +50,7 @@ class OneMethod:
         module: The fine-tuned module.
         prior_mean: The weights from before fine-tuning, if a method uses them.
         run: The run, with the questions to measure on.
+        most_batches: Largest number of training and of calibration batches of a fit; None for all.
     """
 
     method: Method
@@ -55,6 +59,7 @@ class OneMethod:
     module: Finetuner
     prior_mean: Mapping[str, Tensor] | None
     run: SeedRun
+    most_batches: int | None = None
 
     @property
     def device(self) -> torch.device:
@@ -86,10 +91,13 @@ class OneMethod:
         )
 
     def peak_bytes(self) -> tuple[int, int]:
-        """Peak memory of the fit and of the predictions, with the model; of a fit that trains, over one epoch of it."""
+        """Peak memory of the fit and of the predictions, with the model.
+
+        Of a fit that trains for epochs, which keeps nothing of its batches, over some batches of one epoch.
+        """
         if getattr(self.stored, _EPOCHS, 1) > 1:
             one_epoch: dict[str, Any] = {_EPOCHS: 1}
-            return replace(self, stored=replace(self.stored, **one_epoch)).peak_bytes()
+            return replace(self, stored=replace(self.stored, **one_epoch), most_batches=_FEW_BATCHES).peak_bytes()
         held = [*self.module.parameters(), *self.module.buffers()]
         resident = sum({storage._cdata: storage.nbytes() for storage in (t.untyped_storage() for t in held)}.values())
         gc.collect()
@@ -108,13 +116,20 @@ class OneMethod:
         """
         if not self._has_fit(methods):
             return FitResult(seed=self.run.seed)
-        trainer = self.trainer
+        trainer, most = self.trainer, self.most_batches
+        training: TrainingData = TrainerTrainingData(trainer)
+        held_out: Iterable[Any] | None = None
+        if any(method.needs.calibration for method in methods):
+            held_out = validation_pass(trainer, "Calibration")
+        if most is not None:
+            training = Batches(list(training.batches(most)))
+            held_out = None if held_out is None else list(islice(held_out, most))
         return fit_methods(
             methods,
             self.module,
             self._class_logits,
-            TrainerTrainingData(trainer),
-            validation_pass(trainer, "Calibration") if any(m.needs.calibration for m in methods) else None,
+            training,
+            held_out,
             prior_mean=self.prior_mean,
             snapshots=self._snapshots,
             trained=optimised(trainer, self.module),

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -46,8 +45,8 @@ def run(settings: RouterSettings) -> None:
         study = plan_study(settings)
         with locked_output(output):
             begin_study(output, study.described(), overwrite=settings.overwrite)
-            _run_in_processes(study, "all_layers")
-            resumed = study if _jobs(study) == 1 else study.resumed()  # what the processes have made is not replaced
+            _run_in_processes(study, *_first_steps(study))
+            resumed = study if _jobs(study) == 1 else study.resumed()  # what the processes made is not replaced
             with resumed.completed(study.entries, study.others) as seeds:
                 study.measure(seeds)  # on calibration questions too, which choose layers
                 shifted = [found for found in study.outcomes(seeds) if found.tested_on != study.home]
@@ -80,6 +79,9 @@ def complete_seed(settings: RouterSettings, seed: int, step: Step) -> None:
         study = plan_study(settings)
         if step == "pretraining":
             study.pretrain(seed)
+        elif step == "home":
+            with study.completed(study.entries, seeds=[seed]):
+                pass
         elif step == "all_layers":
             with study.completed(study.entries, study.others, [seed]) as runs:
                 study.measure(runs)
@@ -88,30 +90,43 @@ def complete_seed(settings: RouterSettings, seed: int, step: Step) -> None:
                 pass
 
 
+_TOLD: dict[Step, str] = {
+    "pretraining": "pre-training",
+    "home": "fine-tuning and fits",
+    "all_layers": "distribution shift and stability",
+    "some_layers": "routers of some layers",
+}
+
+
+def _first_steps(study: PlannedStudy) -> tuple[Step, ...]:
+    """The steps before it is known which layers are compared with all."""
+    return ("home", "all_layers") if study.preset.model is not None else ("pretraining", "home", "all_layers")
+
+
 def _jobs(study: PlannedStudy) -> int:
     """Number of seeds at a time."""
     settings, small = study.settings, study.preset.model is None
     return min(len(study.seeds), jobs_at_a_time(settings.jobs, settings.accelerator, small=small))
 
 
-def _run_in_processes(study: PlannedStudy, step: Step) -> None:
-    """Do a step of the runs of all seeds, several at a time; nothing where the study runs one at a time."""
+def _run_in_processes(study: PlannedStudy, *steps: Step) -> None:
+    """Do steps of the runs of all seeds, several at a time; nothing where the study runs one at a time.
+
+    Jobs are in the order of the steps, so that no seed with all its steps is left for the end.
+    """
     at_a_time = _jobs(study)
     if at_a_time == 1:
         return
-
-    def job(name: str, seed: int, step: Step, after: str | None = None) -> Job:
-        log = study.output / "logs" / f"{step}-{seed}.log"
-        return Job(name, worker_arguments(study.settings, seed, step), log, after)
-
-    first = [job(f"pre-training, seed {seed}", seed, "pretraining") for seed in study.seeds]
-    if study.preset.model is not None or step != "all_layers":
-        first = []
-    names = {"all_layers": "seed {}", "some_layers": "seed {}, some layers"}
-    afters: Sequence[str | None] = [found.name for found in first] or [None] * len(study.seeds)
-    then = [job(names[step].format(seed), seed, step, after) for seed, after in zip(study.seeds, afters, strict=True)]
+    resumed, jobs, before = study.resumed(), list[Job](), dict[int, str]()
+    for step in steps:
+        for seed in study.seeds:
+            # What an earlier step has made is not replaced.
+            settings = (study if step == "home" else resumed).settings
+            name, log = f"seed {seed}, {_TOLD[step]}", study.output / "logs" / f"{step}-{seed}.log"
+            jobs.append(Job(name, worker_arguments(settings, seed, step), log, before.get(seed)))
+            before[seed] = name
     try:
-        run_jobs([*first, *then], at_a_time)
+        run_jobs(jobs, at_a_time)
     except JobError as error:
         raise RecipeError(str(error)) from None
 

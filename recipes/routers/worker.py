@@ -9,8 +9,9 @@ from typing import Any, Literal
 from recipes.common.worker import described_job, do_job
 from recipes.routers.settings import RouterSettings
 
-Step = Literal["pretraining", "all_layers", "some_layers"]
-"""Pre-training the small model of a seed; its run and the stability of its routes; its rows of some layers."""
+Step = Literal["pretraining", "home", "all_layers", "some_layers"]
+"""Steps of a seed, in order: pre-training its small model; its run, tested on its own data set; the same tested on the
+others, and the stability of its routes; its rows of some layers."""
 
 
 def worker_arguments(settings: RouterSettings, seed: int, step: Step) -> tuple[str, ...]:

@@ -72,3 +72,18 @@ def test_the_report_needs_no_model(finished, tmp_path, capsys):
         weights.unlink()
     assert main(["--report", str(folder)]) == 0
     assert (folder / "report" / "report.md").read_text() in capsys.readouterr().out
+
+
+def test_seeds_in_processes_give_the_same_study(finished, tmp_path):
+    """The same numbers as in one process, with the fits of each seed in a folder of its own."""
+    alone, together = tmp_path / "alone", tmp_path / "together"
+    small = ("--stability-questions", "4", "--seeds", "2")
+    assert make(together, *small, "--jobs", "2") == 0
+    assert make(alone, *small, "--jobs", "1") == 0
+    found, expected = (json.loads((folder / "report" / "results.json").read_text()) for folder in (together, alone))
+    assert found["susceptible_layers"] == expected["susceptible_layers"]
+    assert {path.name for path in (together / "logs").iterdir()} == {
+        f"{step}-{seed}.log" for step in ("pretraining", "home", "all_layers", "some_layers") for seed in (0, 1)
+    }
+    assert {path.name for path in (together / "runs").iterdir()} == {"recall-experts-0", "recall-experts-1"}
+    assert (together / MEASURES / "seed-1" / "router_noise.json").is_file()
