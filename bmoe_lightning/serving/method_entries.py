@@ -5,7 +5,7 @@ Only registered classes are looked up: a file that names code must not run it.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
@@ -36,8 +36,22 @@ def method_entry(method: Method) -> dict[str, Any]:
     Args:
         method: The method.
     """
-    options = {entry.name: plain(getattr(method, entry.name)) for entry in fields(method)}
+    options = {entry.name: _plain(getattr(method, entry.name)) for entry in fields(method)}
     return {_CLASS: _class_name(type(method)), **options}
+
+
+def methods_of_entries(entries: Iterable[Mapping[str, Any]], wanted: Sequence[str | Method] = ()) -> list[Method]:
+    """The methods of entries, those that are wanted: a class that is not registered does not matter for others.
+
+    Args:
+        entries: As for `method_of_entry`.
+        wanted: Names of methods, and methods that need no entry; none for the methods of all entries.
+
+    Raises:
+        UnknownMethodError: As `method_of_entry`.
+    """
+    names = [entry for entry in wanted if isinstance(entry, str)]
+    return [method_of_entry(entry) for entry in entries if not wanted or entry.get(_NAME) in names]
 
 
 def method_of_entry(entry: Mapping[str, Any]) -> Method:
@@ -86,12 +100,18 @@ def paths_of(method: Method) -> dict[str, list[Path]]:
     return {name: [Path(path) for path in getattr(method, name, ())] for name in (RUNS, FITS)}
 
 
-def _registered() -> list[type[Method]]:
-    return [type(get_method(name)) for name in method_names()]
+def _registered() -> Iterator[type[Method]]:
+    return (type(get_method(name)) for name in method_names())
 
 
 def _class_name(kind: type[Method]) -> str:
     return f"{kind.__module__}:{kind.__qualname__}"
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, Curvature):  # its description has what affects the factors only
+        return {**plain(value), "offload": value.offload, "cache_bytes": value.cache_bytes}
+    return plain(value)
 
 
 def _value(value: Any) -> Any:
