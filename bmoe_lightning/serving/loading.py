@@ -133,6 +133,8 @@ def read_model(served: Served) -> tuple[ServedModule, PreTrainedTokenizerBase]:
     if dtype is not None:
         with unrounded_buffers(model):
             model.to(dtype)
+    if model.dtype == torch.float64:  # grouped kernels do not support it
+        model.set_experts_implementation("eager")
     module = ServedModule(model)
     module.requires_grad_(False)
     if served.weights is not None:

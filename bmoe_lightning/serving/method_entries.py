@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from bmoe_lightning.curvature.spec import Curvature, ExpertLayers, LayerSelection, LinearLayers, LoRALayers
-from bmoe_lightning.methods.base import Method
+from bmoe_lightning.methods.base import Method, check_method_names
 from bmoe_lightning.methods.options import plain
 from bmoe_lightning.methods.registry import get_method, method_names
 
@@ -72,12 +72,14 @@ def method_of_entry(entry: Mapping[str, Any]) -> Method:
             "pass the method in methods="
         )
     try:
-        return kind(**{option: _value(value) for option, value in given.items()})
-    except (TypeError, ValueError) as error:
+        method = kind(**{option: _value(value) for option, value in given.items()})
+        check_method_names([method])
+    except (AttributeError, TypeError, ValueError) as error:  # whatever values of other types make it raise
         raise UnknownMethodError(
             f"the method {name!r} cannot be made of its description ({error}); use the release that wrote it, or pass "
             "the method in methods="
         ) from error
+    return method
 
 
 def with_paths(method: Method, paths: Mapping[str, Sequence[Path]]) -> Method:
@@ -129,6 +131,6 @@ def _value(value: Any) -> Any:
 def _selection(value: Mapping[str, Any]) -> LayerSelection:
     given = dict(value)
     name = given.pop(_SELECTION)
-    if name not in _SELECTIONS:
+    if not isinstance(name, str) or name not in _SELECTIONS:
         raise ValueError(f"unknown selection of layers {name!r}")
     return _SELECTIONS[name](**{option: _value(entry) for option, entry in given.items()})
