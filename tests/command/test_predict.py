@@ -232,7 +232,12 @@ def test_a_stopped_command_resumes_to_the_same_bytes(saved, data, whole, tmp_pat
 
 @pytest.mark.parametrize(
     "options",
-    [("--method", "map", "--batch-size", "4"), ("--method", "laplace_lpo", "--batch-size", "2"), ("--overwrite",), None],
+    [
+        ("--method", "map", "--batch-size", "4"),
+        ("--method", "laplace_lpo", "--batch-size", "2"),
+        ("--overwrite",),
+        None,
+    ],
 )
 def test_other_work_is_not_resumed(saved, data, whole, tmp_path, monkeypatch, options):
     same = ("--method", "laplace_lpo", "--batch-size", "4")

@@ -80,7 +80,6 @@ def test_an_edited_manifest_under_its_old_digest_is_refused(copied):
         CalibratedModel.from_pretrained(copied)
 
 
-
 @pytest.mark.parametrize("path", ["../other/bayesian_moe", "/etc", "bayesian_moe/../../other/bayesian_moe"])
 @pytest.mark.parametrize("name", ["model", "tokenizer", "fit", "weights", "sha256", "runs", "fits"])
 def test_a_saved_folder_names_nothing_outside_of_it(copied, name, path):
@@ -157,7 +156,9 @@ def test_a_foreign_method_is_refused_unless_it_is_given_or_not_wanted(copied):
     lpo = next(method for method in CalibratedModel.from_pretrained(copied).methods if method.name == "laplace_lpo")
     expected = bits(CalibratedModel.from_pretrained(copied), "laplace_lpo")
     edit_manifest(copied, change)
-    with pytest.raises(UnknownMethodError, match=r"'os:system' of the method 'laplace_lpo'.*pass the method in methods="):
+    with pytest.raises(
+        UnknownMethodError, match=r"'os:system' of the method 'laplace_lpo'.*pass the method in methods="
+    ):
         CalibratedModel.from_pretrained(copied)
     assert torch.equal(bits(CalibratedModel.from_pretrained(copied, methods=[lpo]), "laplace_lpo"), expected)
     assert CalibratedModel.from_pretrained(copied, methods=["map", "swag"]).method().name == "swag"

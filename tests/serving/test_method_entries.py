@@ -37,7 +37,7 @@ def others(method):
             if type(guess) is type(value) or (value is None and not isinstance(guess, type)):
                 try:
                     changed = replace(method, **{entry.name: guess})
-                    changed.fit_options(), changed.curvatures  # noqa: B018
+                    changed.fit_options(), changed.curvatures
                 except (AttributeError, TypeError, ValueError):
                     continue
                 if changed != method:
