@@ -158,7 +158,7 @@ def add_adapters(model: PreTrainedModel, shape: LoRAShape) -> None:
         raise ImportError(
             "this model was fine-tuned with LoRA, and PEFT is not installed; run pip install 'bmoe-lightning[lora]'"
         ) from error
-    rank: dict[str, Any] = {"r": shape.rank, "lora_alpha": shape.alpha}
+    rank: dict[str, Any] = {"r": shape.rank, "lora_alpha": shape.alpha, "lora_dropout": shape.dropout}
     model.add_adapter(LoraConfig(**rank, target_modules=list(shape.target_modules)))
 
 

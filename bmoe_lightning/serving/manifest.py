@@ -27,17 +27,20 @@ class LoRAShape:
         rank: Rank of the updates.
         alpha: Scale of the updates.
         target_modules: Names of the adapted layers.
+        dropout: Probability of dropout in training, which methods may predict with.
     """
 
     rank: int
     alpha: float
     target_modules: tuple[str, ...]
+    dropout: float = 0.0
 
     def __post_init__(self) -> None:
         if type(self.rank) is not int or self.rank < 1:
             raise ValueError(f"rank must be a positive integer, got {self.rank!r}")
-        if isinstance(self.alpha, bool) or not isinstance(self.alpha, (int, float)):
-            raise TypeError(f"alpha must be a number, got {self.alpha!r}")
+        for name, value in (("alpha", self.alpha), ("dropout", self.dropout)):
+            if isinstance(value, bool) or not isinstance(value, (int, float)):
+                raise TypeError(f"{name} must be a number, got {value!r}")
         if not self.target_modules or not all(map(_is_path, self.target_modules)):
             raise TypeError(f"target_modules must be names, got {self.target_modules!r}")
 

@@ -28,6 +28,10 @@ def run(folder, data, output, *options):
     return main(["predict", *map(str, arguments)])
 
 
+def names_in(folder):
+    return sorted(path.name for path in folder.iterdir())
+
+
 def read(path):
     return [row for _, row in file_rows(path)]
 
@@ -137,7 +141,7 @@ def test_a_malformed_row_is_named_before_the_model_is_loaded(tmp_path, monkeypat
     said = capsys.readouterr().err
     assert f"error: {source}, line {len(TEST) + 1}: " in said
     assert message in said
-    assert os.listdir(tmp_path) == ["q.jsonl"]
+    assert names_in(tmp_path) == ["q.jsonl"]
 
 
 @pytest.mark.parametrize(
@@ -164,10 +168,10 @@ def test_options_are_checked_before_the_model_is_loaded(tmp_path, monkeypatch, c
     (tmp_path / "empty.jsonl").write_text("\n")
     (tmp_path / "bad.parquet").write_text("bad")
     (tmp_path / "folder.jsonl").mkdir()
-    before = sorted(os.listdir(tmp_path))
+    before = names_in(tmp_path)
     assert run("gone", tmp_path / names[0], tmp_path / names[1], *options) == 1
     assert message in capsys.readouterr().err
-    assert sorted(os.listdir(tmp_path)) == before
+    assert names_in(tmp_path) == before
     assert (tmp_path / "old.jsonl").read_text() == "old"
 
 
@@ -175,7 +179,7 @@ def test_what_cannot_be_loaded_leaves_nothing(saved, data, tmp_path, capsys):
     assert run(tmp_path / "gone", data, tmp_path / "out.jsonl") == 1
     assert run(saved, data, tmp_path / "out.jsonl", "--method", "nothing") == 1
     assert "it has map, temperature" in capsys.readouterr().err
-    assert os.listdir(tmp_path) == [data.name]
+    assert names_in(tmp_path) == [data.name]
     five = {"question": "a", "choices": list("abcde")}
     assert run(saved, write_rows(data, [five]), tmp_path / "out.jsonl") == 1
     assert "has 5 choices" in capsys.readouterr().err

@@ -156,9 +156,7 @@ def test_a_foreign_method_is_refused_unless_it_is_given_or_not_wanted(copied):
     lpo = next(method for method in CalibratedModel.from_pretrained(copied).methods if method.name == "laplace_lpo")
     expected = bits(CalibratedModel.from_pretrained(copied), "laplace_lpo")
     edit_manifest(copied, change)
-    with pytest.raises(
-        UnknownMethodError, match=r"'os:system' of the method 'laplace_lpo'.*pass the method in methods="
-    ):
+    with pytest.raises(UnknownMethodError, match=r"'os:system' of the method 'laplace_lpo'.*the method in methods="):
         CalibratedModel.from_pretrained(copied)
     assert torch.equal(bits(CalibratedModel.from_pretrained(copied, methods=[lpo]), "laplace_lpo"), expected)
     assert CalibratedModel.from_pretrained(copied, methods=["map", "swag"]).method().name == "swag"
@@ -168,7 +166,7 @@ def test_a_folder_with_several_runs_asks_for_one(copied):
     for seed in (0, 1):
         shutil.copytree(copied, copied.parent / "run" / f"seed-{seed}")
     folder = copied.parent / "run"
-    with pytest.raises(ValueError, match="has 2 fine-tuned models; name one of .*seed-0, .*seed-1"):
+    with pytest.raises(ValueError, match=r"has 2 fine-tuned models; name one of .*seed-0, .*seed-1"):
         CalibratedModel.from_pretrained(folder)
     shutil.rmtree(folder / "seed-1")
     assert load_served(folder).fit == folder / "seed-0" / "bayesian_moe"

@@ -31,8 +31,8 @@ def others(method):
     hints = get_type_hints(type(method))
     for entry in fields(method):
         value = getattr(method, entry.name)
-        guesses = CURVATURES if entry.name == "curvature" else [*get_args(hints[entry.name]), *CURVATURES, "other_name", 2, 3, 0.5, 7.5, not value, None,
-                   ("a", "b"), ("a.safetensors",), (1, 2), (0.5, 2.0)]  # fmt: skip
+        values = ("other_name", 2, 3, 0.5, 7.5, not value, None, ("a", "b"), ("a.safetensors",), (1, 2), (0.5, 2.0))
+        guesses = CURVATURES if entry.name == "curvature" else (*get_args(hints[entry.name]), *CURVATURES, *values)
         for guess in guesses:
             if type(guess) is type(value) or (value is None and not isinstance(guess, type)):
                 try:

@@ -43,7 +43,7 @@ def test_long_questions_lose_words_as_in_training():
     data.setup()
     form = QuestionFormat.of_data(data)
     long = Question("long", " ".join(["is"] * 60), ("c0", "c1"), 0)
-    assert len(form.encoded(data.tokenizer, [long])[0].input_ids) <= 24
+    assert len(form.encoded(data.tokenizer, [long])[0].token_ids) <= 24
 
 
 @pytest.mark.parametrize(

@@ -75,6 +75,6 @@ def test_adapters_are_not_saved(tmp_path):
     trainer(tmp_path, callback).fit(module, datamodule=data)
     served = CalibratedModel.of_run(module, data, callback)
     assert served.predict(TEST).log_probs.shape == (len(TEST), 4)
-    with pytest.raises(ValueError, match="adapters of PEFT.*serve it from the folder of its run"):
+    with pytest.raises(ValueError, match=r"adapters of PEFT.*serve it from the folder of its run"):
         served.save_pretrained(tmp_path / "saved")
     assert not (tmp_path / "saved").exists()

@@ -56,5 +56,5 @@ def test_adapters_are_served_from_the_folder_of_their_run(tmp_path):
     methods = "map,temperature,mc_dropout,bayesian_lora"
     assert run(tmp_path / "run", "--train", "lora", "--methods", methods) == 0
     served = check_served(tmp_path / "run", methods, 1e-5, train="lora")
-    with pytest.raises(ValueError, match="adapters of PEFT.*serve it from the folder of its run"):
+    with pytest.raises(ValueError, match=r"adapters of PEFT.*serve it from the folder of its run"):
         served.save_pretrained(tmp_path / "saved")
