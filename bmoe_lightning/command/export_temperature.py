@@ -10,14 +10,13 @@ from typing import Any
 
 from transformers import GenerationConfig
 
+from bmoe_lightning.methods.base import TEMPERATURE
 from bmoe_lightning.methods.fit_result import FitResult
 from bmoe_lightning.methods.storage import load_fit
 from bmoe_lightning.serving.loading import Served, digest_of, fitted_methods, load_served
 from bmoe_lightning.serving.manifest import MANIFEST_FILE, Manifest
 from bmoe_lightning.utils.atomic_io import write_text
 
-TEMPERATURE = "temperature"
-"""Entry in the state of methods that predict with one temperature."""
 PROVENANCE = "calibration"
 """Entry of generation_config.json that says where the temperature is from; transformers keeps and ignores it."""
 _CONFIG_FILE = "generation_config.json"
