@@ -4,19 +4,19 @@ from __future__ import annotations
 
 import argparse
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from transformers import GenerationConfig
 
+from bmoe_lightning.methods.base import TEMPERATURE
 from bmoe_lightning.methods.fit_result import FitResult
 from bmoe_lightning.methods.storage import load_fit
 from bmoe_lightning.serving.loading import Served, digest_of, fitted_methods, load_served
 from bmoe_lightning.serving.manifest import MANIFEST_FILE, Manifest
 from bmoe_lightning.utils.atomic_io import write_text
 
-TEMPERATURE = "temperature"
-"""Entry in the state of methods that predict with one temperature."""
 PROVENANCE = "calibration"
 """Entry of generation_config.json that says where the temperature is from; transformers keeps and ignores it."""
 _CONFIG_FILE = "generation_config.json"
@@ -46,10 +46,9 @@ def export_temperature(given: argparse.Namespace) -> None:
     config._from_model_config = False  # otherwise transformers may make it again from config.json
     provenance = {"method": given.method, "fit": fitted.fit_id, "data": list(served.data)}
     setattr(config, PROVENANCE, provenance)
-    text = config.to_json_string(use_diff=True)
-    assert json.loads(text)[TEMPERATURE] == temperature
-    write_text(folder / _CONFIG_FILE, text)
-    _seal(folder)
+    # A temperature of 1 is left out of a difference from the defaults.
+    entries = {**json.loads(config.to_json_string(use_diff=True)), TEMPERATURE: temperature, "do_sample": True}
+    _write(folder, json.dumps(entries, indent=2, sort_keys=True) + "\n")
     print(f"{folder / _CONFIG_FILE} has the temperature {temperature:.4g} of {given.method}.")
     print(" ".join(served.data) or "What it was fitted on is not recorded.")
     print("It was fitted on the tokens of answers: check it on held-out text before you use it for anything else.")
@@ -93,11 +92,13 @@ def _model_folder(served: Served, given: str | None) -> Path:
     return folder
 
 
-def _seal(folder: Path) -> None:
-    """Give the manifest of a saved model the digest of the file that was changed."""
-    if (folder / MANIFEST_FILE).is_file():
-        from dataclasses import replace
-
-        manifest = Manifest.read(folder)
-        digests = {**manifest.sha256, _CONFIG_FILE: digest_of(folder / _CONFIG_FILE)}
-        replace(manifest, sha256=digests).write(folder)
+def _write(folder: Path, text: str) -> None:
+    """Write the file. The manifest of a saved model is valid at any time: without its digest before, with it after."""
+    manifest = Manifest.read(folder) if (folder / MANIFEST_FILE).is_file() else None
+    if manifest is None or not manifest.sha256:
+        write_text(folder / _CONFIG_FILE, text)
+        return
+    digests = {name: digest for name, digest in manifest.sha256.items() if name != _CONFIG_FILE}
+    replace(manifest, sha256=digests).write(folder)
+    write_text(folder / _CONFIG_FILE, text)
+    replace(manifest, sha256={**digests, _CONFIG_FILE: digest_of(folder / _CONFIG_FILE)}).write(folder)

@@ -25,7 +25,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
         return _reported(lambda: export_temperature(given))
     except KeyboardInterrupt:
-        print("stopped; run the same command again to resume", file=sys.stderr)
+        remedy = "; run the same command again to resume" if given.command == "predict" else ""
+        print(f"stopped{remedy}", file=sys.stderr)
         return _STOPPED
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -24,12 +25,13 @@ from bmoe_lightning.serving import CalibratedModel, method_entry
 from bmoe_lightning.serving.loading import digest_of
 from bmoe_lightning.serving.questions import question_of
 from bmoe_lightning.utils.atomic_io import replaced_file
-from bmoe_lightning.utils.folder_lock import locked_folder
+from bmoe_lightning.utils.folder_lock import FolderInUseError, locked_folder
 
 _SUFFIXES = (".jsonl", ".parquet")
 _READ = (*_SUFFIXES, ".json")
 _PARTIAL = "partial"
 _ROWS_OF_A_GROUP = 10_000
+_TEXTS, _LIST = ("id", "prediction", "answer"), "probabilities"  # columns of parquet that are not numbers
 _SECONDS_BETWEEN_LINES = 30.0
 
 
@@ -63,21 +65,22 @@ def predict_file(given: argparse.Namespace) -> None:
     total, num_answers = _checked(data, given.task)  # of all rows, before the model is loaded
     if given.quiet or not sys.stderr.isatty():
         transformers_logging.disable_progress_bar()
-    device = ("cuda" if torch.cuda.is_available() else "cpu") if given.device == "auto" else given.device
-    served = CalibratedModel.from_pretrained(given.run, device=device)
-    method = served.method(given.method)
-    identity = {
-        "data": digest_of(data),
-        "task": given.task,
-        "fit": served.fitted.fit_id,
-        "method": method_entry(method),
-        "batch_size": given.batch_size,
-    }
+    device = _device(given.device)
     partial = output.with_name(f"{output.name}.{_PARTIAL}")
     output.parent.mkdir(parents=True, exist_ok=True)
-    with locked_folder(output.parent):
+    with _locked(partial):
+        _check_files(data, output, overwrite=given.overwrite)  # another process may have written it before the lock
+        served = CalibratedModel.from_pretrained(given.run, device=device)
+        method = served.method(given.method)
+        identity = {
+            "data": digest_of(data),
+            "task": given.task,
+            "fit": served.fitted.fit_id,
+            "method": method_entry(method),
+            "batch_size": given.batch_size,
+        }
         if given.overwrite:
-            partial.unlink(missing_ok=True)
+            os.truncate(partial, 0)
         done = _resumed(partial, json.loads(json.dumps(identity)), given.batch_size)
         remaining = islice(_questions(data, given.task), done, None)
         with partial.open("a", encoding="utf-8") as file, _progress(done, total, shown=not given.quiet) as advance:
@@ -104,8 +107,39 @@ def _check_files(data: Path, output: Path, *, overwrite: bool) -> None:
         raise ValueError(f"--data {data} must be a file in JSON Lines (.jsonl) or parquet (.parquet)")
     if output.suffix not in _SUFFIXES:
         raise ValueError(f"--output {output} must end in {' or '.join(_SUFFIXES)}")
+    if output.exists() and data.exists() and output.samefile(data):
+        raise ValueError(f"--output {output} is the file of --data; give another name")
     if output.exists() and not overwrite:
         raise ValueError(f"--output {output} exists; give --overwrite to replace it, or another name")
+
+
+def _device(name: str) -> torch.device:
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        return torch.empty(0, device=name).device
+    except (AssertionError, RuntimeError) as error:  # of torch, for a name or a device that is not there
+        raise ValueError(f"--device {name} cannot be used ({str(error).splitlines()[0]})") from None
+
+
+@contextmanager
+def _locked(partial: Path) -> Iterator[None]:
+    """Lock the partial file, which is created if missing, so that an output has one writer; an empty one is removed."""
+    partial.touch()
+    before = partial.stat()
+    try:
+        with locked_folder(partial):
+            try:
+                if not partial.is_file() or not os.path.samestat(before, partial.stat()):  # its writer has finished
+                    raise FolderInUseError
+                yield
+            finally:
+                if partial.is_file() and not partial.stat().st_size:
+                    partial.unlink()
+    except FolderInUseError:
+        raise ValueError(
+            f"another process is writing {partial}; wait for its end, or give another name with --output"
+        ) from None
 
 
 def _questions(data: Path, task: str | None) -> Iterator[_Asked]:
@@ -135,13 +169,13 @@ def _resumed(partial: Path, identity: dict[str, Any], batch_size: int) -> int:
     with suppress(FileNotFoundError, ValueError):
         lines = partial.read_bytes().split(b"\n")
         if json.loads(lines[0]) == {_PARTIAL: identity}:
-            complete = len(lines) - 2  # without the header, and the end of the file, maybe of a line
+            complete = max(len(lines) - 2, 0)  # without the header, and the end of the file, maybe of a line
             done = complete - complete % batch_size
             for line in lines[1 : done + 1]:
                 json.loads(line)
-            with partial.open("rb+") as file:
-                file.truncate(sum(len(line) + 1 for line in lines[: done + 1]))
-            return done
+            if len(lines) > 1:  # otherwise the header has no end
+                os.truncate(partial, sum(len(line) + 1 for line in lines[: done + 1]))
+                return done
     partial.write_text(json.dumps({_PARTIAL: identity}) + "\n", encoding="utf-8")
     return 0
 
@@ -159,18 +193,17 @@ def _write(output: Path, partial: Path) -> None:
             with temporary.open("w", encoding="utf-8") as file:
                 file.writelines(_rows(partial))
             return
-        from pyarrow import Table
+        import pyarrow as pa
         from pyarrow.parquet import ParquetWriter
 
-        lines, writer = _rows(partial), None
-        while group := [json.loads(line) for line in islice(lines, _ROWS_OF_A_GROUP)]:
-            schema = None if writer is None else writer.schema
-            table = Table.from_pylist(group, schema=schema)
-            if writer is None:
-                writer = ParquetWriter(temporary, table.schema)
-            writer.write_table(table)
-        assert writer is not None
-        writer.close()
+        # Not every row has every column: an answer may be known for some questions only.
+        columns = dict.fromkeys(name for line in _rows(partial) for name in json.loads(line))
+        types = {**dict.fromkeys(_TEXTS, pa.string()), _LIST: pa.list_(pa.float64())}
+        schema = pa.schema([(name, types.get(name, pa.float64())) for name in columns])
+        lines = _rows(partial)
+        with ParquetWriter(temporary, schema) as writer:
+            while group := [json.loads(line) for line in islice(lines, _ROWS_OF_A_GROUP)]:
+                writer.write_table(pa.Table.from_pylist(group, schema=schema))
 
 
 def _summary(output: Path) -> str:

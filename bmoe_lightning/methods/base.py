@@ -36,6 +36,9 @@ State = Mapping[str, Tensor]
 PRIOR_PRECISION = "prior_precision"
 """Key in the states of Laplace methods: `[L]`, one value per layer. Serving without Lightning reads it."""
 
+TEMPERATURE = "temperature"
+"""Key in the states of methods that divide by one temperature; `export-temperature` reads it."""
+
 _LONGEST_VECTOR = 1000
 _NAME = re.compile(r"[a-z][a-z0-9_]*")
 

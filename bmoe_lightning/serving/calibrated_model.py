@@ -14,7 +14,7 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from bmoe_lightning.data.questions import Question
-from bmoe_lightning.methods.base import Method
+from bmoe_lightning.methods.base import Method, check_method_names
 from bmoe_lightning.methods.evaluation import Predictor
 from bmoe_lightning.methods.fit_result import FitResult, NotFittedError
 from bmoe_lightning.methods.registry import get_method, method_names
@@ -56,7 +56,7 @@ class CalibratedModel:
     Raises:
         WeightMismatchError: If the model has other weights than the methods were fitted to.
         NotFittedError: If a method was not fitted.
-        ValueError: If the model lacks a layer of the fit.
+        ValueError: If the model lacks a layer of the fit, there is no method, or two have the same name.
     """
 
     module: ServedModule
@@ -70,6 +70,7 @@ class CalibratedModel:
     results: tuple[Mapping[str, Any], ...] = ()
 
     def __post_init__(self) -> None:
+        check_method_names(self.methods)
         self.module.eval()
         self.fitted.check_weights(self.module)
         for method in self.methods:
@@ -109,7 +110,7 @@ class CalibratedModel:
             ValueError: If a file is damaged, arguments exclude each other, or something does not fit together.
         """
         given = {"fit": fit, "weights": weights, "questions": questions}
-        served = load_served(Path(source))
+        served = load_served(Path(source), methods)
         if served is None:
             if fit is None or questions is None:
                 raise ValueError(
@@ -122,9 +123,10 @@ class CalibratedModel:
                 f"{source} has a {MANIFEST_FILE}, which says what fit=, weights=, questions= and precision= would; "
                 "leave them out"
             )
-        fitted, snapshots = load_fit(served.fit)
+        offload = [curvature.digest for m in served.methods for curvature in m.curvatures if curvature.offload]
+        fitted, snapshots = load_fit(served.fit, offload=offload)
         module, tokenizer = read_model(served)
-        known = {method.name: method for method in served.methods or fitted_methods(fitted)}
+        known = {method.name: method for method in served.methods or fitted_methods(fitted, methods)}
         chosen = [known.get(m) or get_method(m) if isinstance(m, str) else m for m in methods] or list(known.values())
         return cls(
             module.to(device),
@@ -157,14 +159,15 @@ class CalibratedModel:
 
         Raises:
             NotFittedError: If the callback has no fit.
-            RuntimeError: If the model is not loaded.
+            RuntimeError: If the model or the tokenizer is not loaded.
         """
         if callback.fitted is None:
             raise NotFittedError("the callback has no fit yet; train with it, or call its fit_posterior")
         if module.model is None:
             raise RuntimeError("the module has no model yet; train it first")
         tokenizer = data.tokenizer
-        assert not isinstance(tokenizer, str)
+        if isinstance(tokenizer, str):
+            raise RuntimeError("the data have no tokenizer yet; train with them, or call their setup")
         snapshots = callback.snapshots
         served, methods = ServedModule(module.model), tuple(callback.methods)
         form = QuestionFormat.of_data(data)

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
+from pathlib import Path, PurePath
 from typing import Any
 
 import torch
@@ -18,7 +18,7 @@ from bmoe_lightning.methods.snapshots import apply_snapshot
 from bmoe_lightning.models.buffers import unrounded_buffers
 from bmoe_lightning.models.loading import load_causal_model, load_tokenizer
 from bmoe_lightning.serving.manifest import MANIFEST_FILE, PRECISIONS, LoRAShape, Manifest, place
-from bmoe_lightning.serving.method_entries import method_of_entry, paths_of, with_paths
+from bmoe_lightning.serving.method_entries import methods_of_entries, paths_of, with_paths
 from bmoe_lightning.serving.question_format import QuestionFormat, ServedModule
 from bmoe_lightning.utils.file_header import DamagedFileError
 from bmoe_lightning.utils.messages import first_names
@@ -36,7 +36,7 @@ class Served:
         tokenizer: Folder or hub id of its tokenizer.
         fit: Folder of the fit.
         questions: How questions are asked.
-        methods: The methods; none for those of the fit.
+        methods: The methods that are wanted; none for those of the fit.
         weights: Fine-tuned weights, a snapshot or a checkpoint of Lightning; None if the model's files have them.
         precision: Lightning's name of the precision.
         lora: Adapters that the weights are of; None for none.
@@ -77,28 +77,36 @@ class Served:
         return cls(model, model, fit, questions, weights=of_file, precision=precision)
 
 
-def load_served(folder: Path) -> Served | None:
+def load_served(folder: Path, wanted: Sequence[str | Method] = ()) -> Served | None:
     """The parts of the model in a folder; None if it is a model of transformers, or no folder.
 
     Args:
         folder: Folder with a manifest, or of a run with one seed.
+        wanted: Names of the methods that are wanted, and methods that need no description; none for all.
 
     Raises:
+        FileNotFoundError: If a file is missing.
         ValueError: If a file is damaged, or the folder has the runs of several seeds.
     """
     if not (folder / MANIFEST_FILE).is_file():
         found = sorted(path.parent for path in folder.glob(f"{_SEED_FOLDERS}/{MANIFEST_FILE}"))
         if len(found) > 1:
             raise ValueError(f"{folder} has {len(found)} fine-tuned models; name one of {', '.join(map(str, found))}")
-        return load_served(found[0]) if found else None
+        return load_served(found[0], wanted) if found else None
     manifest = Manifest.read(folder)
-    _verify(folder, manifest.sha256)
+    methods = methods_of_entries(manifest.methods, wanted)
+    if manifest.sha256:
+        _check_inside(folder, manifest, methods)
+        _verify(folder, manifest.sha256)
+    model, tokenizer = (
+        str(folder / name) if manifest.sha256 else place(folder, name) for name in (manifest.model, manifest.tokenizer)
+    )
     return Served(
-        model=place(folder, manifest.model),
-        tokenizer=place(folder, manifest.tokenizer),
+        model=model,
+        tokenizer=tokenizer,
         fit=folder / manifest.fit,
         questions=manifest.questions,
-        methods=tuple(_placed(folder, method_of_entry(entry)) for entry in manifest.methods),
+        methods=tuple(_placed(folder, method) for method in methods),
         weights=None if manifest.weights is None else folder / manifest.weights,
         precision=manifest.precision,
         lora=manifest.lora,
@@ -125,6 +133,8 @@ def read_model(served: Served) -> tuple[ServedModule, PreTrainedTokenizerBase]:
     if dtype is not None:
         with unrounded_buffers(model):
             model.to(dtype)
+    if model.dtype == torch.float64:  # grouped kernels do not support it
+        model.set_experts_implementation("eager")
     module = ServedModule(model)
     module.requires_grad_(False)
     if served.weights is not None:
@@ -148,17 +158,19 @@ def add_adapters(model: PreTrainedModel, shape: LoRAShape) -> None:
         raise ImportError(
             "this model was fine-tuned with LoRA, and PEFT is not installed; run pip install 'bmoe-lightning[lora]'"
         ) from error
-    rank: dict[str, Any] = {"r": shape.rank, "lora_alpha": shape.alpha}
+    rank: dict[str, Any] = {"r": shape.rank, "lora_alpha": shape.alpha, "lora_dropout": shape.dropout}
     model.add_adapter(LoraConfig(**rank, target_modules=list(shape.target_modules)))
 
 
-def fitted_methods(fitted: FitResult) -> list[Method]:
+def fitted_methods(fitted: FitResult, wanted: Sequence[str | Method] = ()) -> list[Method]:
     """The methods of a fit, with the options that they were fitted with and defaults of the others.
 
     Args:
         fitted: Result of the fit.
+        wanted: Names of the methods that are wanted, and methods that need no description; none for all.
     """
-    return [method_of_entry({**found.options, "name": name}) for name, found in fitted.methods.items()]
+    entries = [{**found.options, "name": name} for name, found in fitted.methods.items()]
+    return methods_of_entries(entries, wanted)
 
 
 def digest_of(path: Path) -> str:
@@ -169,6 +181,20 @@ def digest_of(path: Path) -> str:
     """
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _check_inside(folder: Path, manifest: Manifest, methods: Sequence[Method]) -> None:
+    """Refuse a saved folder, which holds all of its model, whose manifest names a file outside of it."""
+    named = [manifest.model, manifest.tokenizer, manifest.fit, *manifest.sha256]
+    named += [] if manifest.weights is None else [manifest.weights]
+    named += [str(path) for method in methods for found in paths_of(method).values() for path in found]
+    for name in named:
+        path = PurePath(name)
+        if path.is_absolute() or ".." in path.parts:
+            raise DamagedFileError(
+                f"{folder / MANIFEST_FILE} names {name!r}, which is not in its folder; copy or download the whole "
+                "folder again, or save the model again"
+            )
 
 
 def _verify(folder: Path, digests: Mapping[str, str]) -> None:
@@ -182,7 +208,13 @@ def _verify(folder: Path, digests: Mapping[str, str]) -> None:
 
 def _placed(folder: Path, method: Method) -> Method:
     """The method with the files of further runs as seen from here."""
-    paths = {name: [Path(place(folder, str(path))) for path in found] for name, found in paths_of(method).items()}
+    paths = {name: [folder / path for path in found] for name, found in paths_of(method).items()}
+    for path in (path for found in paths.values() for path in found):
+        if not path.exists():
+            raise FileNotFoundError(
+                f"{path} is missing, which {method.name} predicts with; copy the whole output folder, or leave the "
+                "method out with methods="
+            )
     return with_paths(method, paths)
 
 
@@ -202,7 +234,9 @@ def _load_checkpoint(module: ServedModule, path: Path) -> None:
         )
     try:
         content = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-        state: Mapping[str, Tensor] = content["state_dict"]
+        state: Mapping[str, Tensor] = dict(content["state_dict"])
+        if not all(isinstance(value, Tensor) for value in state.values()):
+            raise TypeError("its state_dict has other values than tensors")
     except FileNotFoundError:
         raise FileNotFoundError(f"there is no checkpoint at {path}; check the path") from None
     except Exception as error:  # noqa: BLE001  # whatever a file that is no such checkpoint makes it raise

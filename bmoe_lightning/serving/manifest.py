@@ -27,11 +27,22 @@ class LoRAShape:
         rank: Rank of the updates.
         alpha: Scale of the updates.
         target_modules: Names of the adapted layers.
+        dropout: Probability of dropout in training, which methods may predict with.
     """
 
     rank: int
     alpha: float
     target_modules: tuple[str, ...]
+    dropout: float = 0.0
+
+    def __post_init__(self) -> None:
+        if type(self.rank) is not int or self.rank < 1:
+            raise ValueError(f"rank must be a positive integer, got {self.rank!r}")
+        for name, value in (("alpha", self.alpha), ("dropout", self.dropout)):
+            if isinstance(value, bool) or not isinstance(value, (int, float)):
+                raise TypeError(f"{name} must be a number, got {value!r}")
+        if not self.target_modules or not all(map(_is_path, self.target_modules)):
+            raise TypeError(f"target_modules must be names, got {self.target_modules!r}")
 
 
 @dataclass(frozen=True)
@@ -49,7 +60,8 @@ class Manifest:
         lora: Adapters that the weights are of; None for none.
         data: Sentences on what it was trained, fitted and tested on.
         results: Rows of its table on the test questions, for the model card: values by column.
-        sha256: Digests of files of the folder, by relative path; none for a folder whose files have their own.
+        sha256: Digests of files of the folder, by relative path, for one that holds all of the model: its paths do not
+            leave it then. None for the folder of a run, whose files have their own.
     """
 
     model: str
@@ -66,8 +78,17 @@ class Manifest:
 
     def __post_init__(self) -> None:
         for name in ("model", "tokenizer", "fit"):
-            if not isinstance(getattr(self, name), str) or not getattr(self, name):
+            if not _is_path(getattr(self, name)):
                 raise TypeError(f"{name} must be a path, got {getattr(self, name)!r}")
+        if self.weights is not None and not _is_path(self.weights):
+            raise TypeError(f"weights must be a path or None, got {self.weights!r}")
+        for name in ("methods", "results"):
+            if not all(isinstance(entry, Mapping) for entry in getattr(self, name)):
+                raise TypeError(f"{name} must be mappings, got {getattr(self, name)!r}")
+        if not all(isinstance(sentence, str) for sentence in self.data):
+            raise TypeError(f"data must be sentences, got {self.data!r}")
+        if not all(_is_path(name) and isinstance(digest, str) for name, digest in self.sha256.items()):
+            raise TypeError(f"sha256 must have a digest for each path, got {self.sha256!r}")
         if self.precision not in PRECISIONS:
             raise ValueError(
                 f"models are served in the precisions {', '.join(PRECISIONS)}, and this one has {self.precision!r}"
@@ -102,12 +123,12 @@ class Manifest:
         content = read_json_file(path, format=_FORMAT, version=_VERSION, remedy=_REMEDY).description
         try:
             lora = content.get("lora")
-            lists = {name: tuple(content.get(name, ())) for name in ("methods", "data", "results")}
+            lists = {name: _list(content.get(name, [])) for name in ("methods", "data", "results")}
             objects = {
                 "questions": QuestionFormat.from_description(content["questions"]),
                 "lora": None
                 if lora is None
-                else LoRAShape(**{**lora, "target_modules": tuple(lora["target_modules"])}),
+                else LoRAShape(**{**lora, "target_modules": _list(lora["target_modules"])}),
             }
             return cls(**{**content, **lists, **objects})
         except (KeyError, TypeError, AttributeError, ValueError) as error:
@@ -115,11 +136,21 @@ class Manifest:
 
 
 def place(folder: Path, path: str) -> str:
-    """A path of a manifest as seen from here: below its folder if it is there, otherwise as it is (a hub id).
+    """A folder or hub id of a manifest as seen from here: a folder if it is there, or can be no hub id.
 
     Args:
         folder: Folder of the manifest.
-        path: The path.
+        path: The folder as seen from there, or a hub id.
     """
     below = folder / path
-    return str(below) if below.exists() else path
+    return str(below) if below.exists() or path.startswith((".", "/")) else path
+
+
+def _is_path(value: object) -> bool:
+    return isinstance(value, str) and bool(value) and "\0" not in value
+
+
+def _list(value: object) -> tuple[Any, ...]:
+    if not isinstance(value, list):
+        raise TypeError(f"a list is expected, got {value!r}")
+    return tuple(value)

@@ -5,13 +5,13 @@ Only registered classes are looked up: a file that names code must not run it.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
 
 from bmoe_lightning.curvature.spec import Curvature, ExpertLayers, LayerSelection, LinearLayers, LoRALayers
-from bmoe_lightning.methods.base import Method
+from bmoe_lightning.methods.base import Method, check_method_names
 from bmoe_lightning.methods.options import plain
 from bmoe_lightning.methods.registry import get_method, method_names
 
@@ -36,8 +36,22 @@ def method_entry(method: Method) -> dict[str, Any]:
     Args:
         method: The method.
     """
-    options = {entry.name: plain(getattr(method, entry.name)) for entry in fields(method)}
+    options = {entry.name: _plain(getattr(method, entry.name)) for entry in fields(method)}
     return {_CLASS: _class_name(type(method)), **options}
+
+
+def methods_of_entries(entries: Iterable[Mapping[str, Any]], wanted: Sequence[str | Method] = ()) -> list[Method]:
+    """The methods of entries, those that are wanted: a class that is not registered does not matter for others.
+
+    Args:
+        entries: As for `method_of_entry`.
+        wanted: Names of methods, and methods that need no entry; none for the methods of all entries.
+
+    Raises:
+        UnknownMethodError: As `method_of_entry`.
+    """
+    names = [entry for entry in wanted if isinstance(entry, str)]
+    return [method_of_entry(entry) for entry in entries if not wanted or entry.get(_NAME) in names]
 
 
 def method_of_entry(entry: Mapping[str, Any]) -> Method:
@@ -58,12 +72,14 @@ def method_of_entry(entry: Mapping[str, Any]) -> Method:
             "pass the method in methods="
         )
     try:
-        return kind(**{option: _value(value) for option, value in given.items()})
-    except (TypeError, ValueError) as error:
+        method = kind(**{option: _value(value) for option, value in given.items()})
+        check_method_names([method])
+    except (AttributeError, TypeError, ValueError) as error:  # whatever values of other types make it raise
         raise UnknownMethodError(
             f"the method {name!r} cannot be made of its description ({error}); use the release that wrote it, or pass "
             "the method in methods="
         ) from error
+    return method
 
 
 def with_paths(method: Method, paths: Mapping[str, Sequence[Path]]) -> Method:
@@ -86,12 +102,18 @@ def paths_of(method: Method) -> dict[str, list[Path]]:
     return {name: [Path(path) for path in getattr(method, name, ())] for name in (RUNS, FITS)}
 
 
-def _registered() -> list[type[Method]]:
-    return [type(get_method(name)) for name in method_names()]
+def _registered() -> Iterator[type[Method]]:
+    return (type(get_method(name)) for name in method_names())
 
 
 def _class_name(kind: type[Method]) -> str:
     return f"{kind.__module__}:{kind.__qualname__}"
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, Curvature):  # its description has what affects the factors only
+        return {**plain(value), "offload": value.offload, "cache_bytes": value.cache_bytes}
+    return plain(value)
 
 
 def _value(value: Any) -> Any:
@@ -109,6 +131,6 @@ def _value(value: Any) -> Any:
 def _selection(value: Mapping[str, Any]) -> LayerSelection:
     given = dict(value)
     name = given.pop(_SELECTION)
-    if name not in _SELECTIONS:
+    if not isinstance(name, str) or name not in _SELECTIONS:
         raise ValueError(f"unknown selection of layers {name!r}")
     return _SELECTIONS[name](**{option: _value(entry) for option, entry in given.items()})

@@ -64,7 +64,7 @@ def model_card(served: CalibratedModel) -> str:
         "Probabilities are calibrated on questions like those above. Under another distribution they may not be; the "
         "scores of uncertainty do not detect that by themselves. Calibrate again, or check on labelled questions.",
         "## Identity",
-        f"Fit `{fitted.fit_id}`, seed {fitted.seed}. `{MANIFEST_FILE}` has the digests of all files.",
+        f"Fit `{fitted.fit_id}`, seed {fitted.seed}. `{MANIFEST_FILE}` has the digests of all other files.",
     ]
     return "\n\n".join(blocks) + "\n"
 

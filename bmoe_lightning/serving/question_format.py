@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, get_args
 
 import torch
 from torch import Tensor, nn
@@ -52,6 +52,12 @@ class QuestionFormat:
     shared_prompts: bool = False
 
     def __post_init__(self) -> None:
+        if not isinstance(self.prompt, str):
+            raise TypeError(f"prompt must be a name, got {self.prompt!r}")
+        if type(self.shared_prompts) is not bool:
+            raise TypeError(f"shared_prompts must be True or False, got {self.shared_prompts!r}")
+        if self.normalise not in get_args(Normalisation):
+            raise ValueError(f"normalise must be one of {', '.join(get_args(Normalisation))}, got {self.normalise!r}")
         for name, least in (("num_choices", 2), ("max_length", 1), ("pad_id", 0)):
             value = getattr(self, name)
             if type(value) is not int or value < least:
@@ -59,6 +65,8 @@ class QuestionFormat:
         if self.padding_side not in _PADDING_SIDES:
             raise ValueError(f"padding_side must be left or right, got {self.padding_side!r}")
         if self.answer_token_ids is not None:
+            if any(type(token) is not int for token in self.answer_token_ids):
+                raise TypeError(f"answer_token_ids must be integers, got {self.answer_token_ids!r}")
             object.__setattr__(self, "answer_token_ids", tuple(checked_answer_ids(self.answer_token_ids)))
         found = None if self.answer_token_ids is None else len(self.answer_token_ids)
         if found != (None if get_prompt_format(self.prompt).cloze else self.num_choices):

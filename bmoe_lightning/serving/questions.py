@@ -44,6 +44,8 @@ def question_of(row: Mapping[str, Any], identity: str, where: str = "") -> Quest
     answer = row.get("answer")
     try:
         found = row.get("id")
+        if found is not None and (isinstance(found, bool) or not isinstance(found, (str, int, float))):
+            raise TypeError(f"id must be a text or a number, found {type(found).__name__}")
         # The right choice is unknown; no prediction depends on it.
         return Question(
             id=identity if found is None else found if isinstance(found, str) else str(found),

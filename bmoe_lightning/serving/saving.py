@@ -49,7 +49,6 @@ def save(served: CalibratedModel, folder: Path) -> None:
         fit = target / _FIT
         save_fit(fit, served.fitted, [_copied(path, fit / SNAPSHOT_FOLDER / path.name) for path in served.snapshots])
         methods = [_with_copies(method, target) for method in served.methods]
-        (target / "README.md").write_text(model_card(served), encoding="utf-8")
         manifest = Manifest(
             model=".",
             tokenizer=".",
@@ -63,6 +62,8 @@ def save(served: CalibratedModel, folder: Path) -> None:
         files = sorted(path for path in target.rglob("*") if path.is_file())
         digests = {path.relative_to(target).as_posix(): digest_of(path) for path in files}
         replace(manifest, sha256=digests).write(target)
+        # Without a digest: people complete a model card by hand.
+        (target / "README.md").write_text(model_card(served), encoding="utf-8")
 
 
 def _with_copies(method: Method, target: Path) -> Method:

@@ -40,7 +40,7 @@ def write_manifest(
     if settings.train == "lora":
         module = training.module(data)
         assert isinstance(module, LoRAFinetuner)
-        lora = LoRAShape(module.rank, module.alpha, tuple(module.target_modules))
+        lora = LoRAShape(module.rank, module.alpha, tuple(module.target_modules), module.dropout)
     name = settings.data or "the built-in task"
     values = {result.method: calibration_values(result.log_probs, result.target) for result in results}
     Manifest(

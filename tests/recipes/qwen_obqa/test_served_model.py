@@ -1,0 +1,60 @@
+"""A finished run is served from its output folder, wherever that lies."""
+
+from __future__ import annotations
+
+import shutil
+
+import pytest
+import torch
+from recipe_runs import run
+
+from bmoe_lightning.serving import CalibratedModel
+from bmoe_lightning.utils.safetensors_io import read_tensor_file
+from recipes.qwen_obqa.methods import build_methods
+from recipes.qwen_obqa.settings import Settings
+from recipes.qwen_obqa.sources import prepare_source
+
+METHODS = "map,temperature,laplace_lpo,checkpoint_ensemble,deep_ensemble,laplace_mixture,router_noise,swag"
+
+
+def check_served(folder, methods, tolerance, **chosen):
+    """A run's stored predictions are those of its folder, served from another place."""
+    names = tuple(methods.split(","))
+    settings = Settings(dry_run=True, quiet=True, output_dir=str(folder), methods=names, **chosen).resolved()
+    data = prepare_source(settings, build_methods(settings)).data(0)
+    questions, size = data.questions("test"), data.eval_batch_size
+    moved = shutil.move(folder, folder.parent / "moved")
+    served = CalibratedModel.from_pretrained(moved)
+    assert [method.name for method in served.methods] == list(names)
+    for name in names:
+        path = moved / "seed-0" / "predictions" / f"{name}.safetensors"
+        stored = read_tensor_file(path, format="predictions", version=1).tensors["log_probs"]
+        found = served.predict(questions, name, batch_size=size).probabilities
+        torch.testing.assert_close(found, stored.exp(), rtol=0, atol=tolerance)
+    return served
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("prompt", ["letters", "cloze"])
+def test_a_moved_run_predicts_what_it_has_stored(tmp_path, prompt):
+    assert run(tmp_path / "run", "--methods", METHODS, "--prompt", prompt) == 0
+    check_served(tmp_path / "run", METHODS, 1e-5, prompt=prompt)
+
+
+@pytest.mark.slow
+def test_a_run_in_half_precision_predicts_what_it_has_stored(tmp_path):
+    methods = "map,temperature,laplace_lpo,swag"
+    assert run(tmp_path / "run", "--methods", methods, "--precision", "bf16-true") == 0
+    served = check_served(tmp_path / "run", methods, 0.02, precision="bf16-true")
+    assert served.precision == "bf16-true"
+    assert served.model.dtype == torch.bfloat16
+
+
+@pytest.mark.slow
+def test_adapters_are_served_from_the_folder_of_their_run(tmp_path):
+    pytest.importorskip("peft")
+    methods = "map,temperature,mc_dropout,bayesian_lora"
+    assert run(tmp_path / "run", "--train", "lora", "--methods", methods) == 0
+    served = check_served(tmp_path / "run", methods, 1e-5, train="lora")
+    with pytest.raises(ValueError, match=r"adapters of PEFT.*serve it from the folder of its run"):
+        served.save_pretrained(tmp_path / "saved")
