@@ -13,8 +13,10 @@ from transformers import GenerationConfig
 from bmoe_lightning.methods.base import TEMPERATURE
 from bmoe_lightning.methods.fit_result import FitResult
 from bmoe_lightning.methods.storage import load_fit
+from bmoe_lightning.models.loading import load_causal_model
 from bmoe_lightning.serving.loading import Served, digest_of, fitted_methods, load_served
 from bmoe_lightning.serving.manifest import MANIFEST_FILE, Manifest
+from bmoe_lightning.serving.question_format import ServedModule
 from bmoe_lightning.utils.atomic_io import write_text
 
 PROVENANCE = "calibration"
@@ -29,7 +31,8 @@ def export_temperature(given: argparse.Namespace) -> None:
         given: Options of the command.
 
     Raises:
-        ValueError: If the run or the folder cannot be used, or the method has no temperature.
+        ValueError: If the run or the folder cannot be used, or the method has no temperature of tokens.
+        WeightMismatchError: If the model has other weights than the temperature was fitted to.
         OSError: If a file cannot be read or written.
     """
     run = Path(given.run)
@@ -38,8 +41,14 @@ def export_temperature(given: argparse.Namespace) -> None:
         raise ValueError(
             f"--run {run} has no {MANIFEST_FILE}; give a folder of CalibratedModel.save_pretrained or of a run"
         )
+    if served.questions.answer_token_ids is None:
+        raise ValueError(
+            "methods of this model were fitted to log-probabilities of the texts of choices, so that their temperature "
+            "is none of tokens; fit them to letters or words"
+        )
     folder = _model_folder(served, given.model)
     fitted = load_fit(served.fit)[0]
+    _check_weights(served, fitted, folder)
     temperature = temperature_of(served, fitted, given.method)
     config = GenerationConfig.from_pretrained(folder) if (folder / _CONFIG_FILE).is_file() else GenerationConfig()
     config.temperature, config.do_sample = temperature, True
@@ -90,6 +99,14 @@ def _model_folder(served: Served, given: str | None) -> Path:
     if not (folder / "config.json").is_file():
         raise ValueError(f"{folder} is no model folder: it has no config.json")
     return folder
+
+
+def _check_weights(served: Served, fitted: FitResult, folder: Path) -> None:
+    """Refuse a model that has other weights than the temperature was fitted to."""
+    manifest = Manifest.read(folder) if (folder / MANIFEST_FILE).is_file() else None
+    if manifest is not None and (folder / manifest.fit).resolve() == served.fit.resolve():
+        return  # the weights are those of the digests, which were verified
+    fitted.check_weights(ServedModule(load_causal_model(str(folder))))
 
 
 def _write(folder: Path, text: str) -> None:

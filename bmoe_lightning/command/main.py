@@ -25,7 +25,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
         return _reported(lambda: export_temperature(given))
     except KeyboardInterrupt:
-        remedy = "; run the same command again to resume" if given.command == "predict" else ""
+        remedy = "; run the same command again, without --overwrite, to resume" if given.command == "predict" else ""
         print(f"stopped{remedy}", file=sys.stderr)
         return _STOPPED
 

@@ -8,9 +8,9 @@ import os
 import sys
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import dataclass
-from itertools import islice
+from itertools import islice, takewhile, tee
 from pathlib import Path
 from typing import Any
 
@@ -21,8 +21,10 @@ from bmoe_lightning.data.files import file_rows
 from bmoe_lightning.data.questions import LETTERS, Question
 from bmoe_lightning.data.tasks.registry import get_task
 from bmoe_lightning.metrics import calibration_values
+from bmoe_lightning.models.loading import load_tokenizer
 from bmoe_lightning.serving import CalibratedModel, method_entry
-from bmoe_lightning.serving.loading import digest_of
+from bmoe_lightning.serving.loading import digest_of, load_served
+from bmoe_lightning.serving.manifest import MANIFEST_FILE
 from bmoe_lightning.serving.questions import question_of
 from bmoe_lightning.utils.atomic_io import replaced_file
 from bmoe_lightning.utils.folder_lock import FolderInUseError, locked_folder
@@ -42,10 +44,12 @@ class _Asked:
     Attributes:
         question: The question.
         has_answer: Whether the file says which choice is right.
+        where: File and line, or row.
     """
 
     question: Question
     has_answer: bool
+    where: str
 
 
 def predict_file(given: argparse.Namespace) -> None:
@@ -66,6 +70,7 @@ def predict_file(given: argparse.Namespace) -> None:
     if given.quiet or not sys.stderr.isatty():
         transformers_logging.disable_progress_bar()
     device = _device(given.device)
+    _check_encoded(data, given.task, Path(given.run))
     partial = output.with_name(f"{output.name}.{_PARTIAL}")
     output.parent.mkdir(parents=True, exist_ok=True)
     with _locked(partial):
@@ -82,18 +87,17 @@ def predict_file(given: argparse.Namespace) -> None:
         if given.overwrite:
             os.truncate(partial, 0)
         done = _resumed(partial, json.loads(json.dumps(identity)), given.batch_size)
-        remaining = islice(_questions(data, given.task), done, None)
+        remaining, asked = tee(islice(_questions(data, given.task), done, None))
+        questions = (entry.question for entry in remaining)
         with partial.open("a", encoding="utf-8") as file, _progress(done, total, shown=not given.quiet) as advance:
-            while group := list(islice(remaining, given.batch_size)):
-                questions = [asked.question for asked in group]
-                ((_, found),) = served.predict_batches(questions, method.name, batch_size=given.batch_size)
-                rows = list(found.rows(questions))
-                for row, asked in zip(rows, group, strict=True):
-                    if asked.has_answer:
-                        row["answer"] = LETTERS[asked.question.answer]
+            for group, found in served.predict_batches(questions, method.name, batch_size=given.batch_size):
+                rows = list(found.rows(group))
+                for row, entry in zip(rows, islice(asked, len(rows)), strict=True):
+                    if entry.has_answer:
+                        row["answer"] = LETTERS[entry.question.answer]
                 file.write("".join(f"{json.dumps(row)}\n" for row in rows))
                 file.flush()
-                advance(len(group))
+                advance(len(rows))
         _write(output, partial)
         partial.unlink()
     if not given.quiet:
@@ -148,9 +152,9 @@ def _questions(data: Path, task: str | None) -> Iterator[_Asked]:
     for number, (where, row) in enumerate(file_rows(data)):
         identity = str(number)
         if of_task is not None:
-            yield _Asked(of_task.read(row, identity, where), has_answer=True)
+            yield _Asked(of_task.read(row, identity, where), True, where)
         else:
-            yield _Asked(question_of(row, identity, where), has_answer=row.get("answer") is not None)
+            yield _Asked(question_of(row, identity, where), row.get("answer") is not None, where)
 
 
 def _checked(data: Path, task: str | None) -> tuple[int, int]:
@@ -164,20 +168,49 @@ def _checked(data: Path, task: str | None) -> tuple[int, int]:
     return total, num_answers
 
 
+def _check_encoded(data: Path, task: str | None, run: Path) -> None:
+    """Refuse a question that the model cannot be asked, with its place in the file."""
+    served = load_served(run, verify=False)
+    if served is None:
+        raise ValueError(
+            f"--run {run} has no {MANIFEST_FILE}; give a folder of CalibratedModel.save_pretrained or of a run"
+        )
+    tokenizer = load_tokenizer(served.tokenizer)
+    for asked in _questions(data, task):
+        try:
+            served.questions.encoded(tokenizer, [asked.question])
+        except ValueError as error:
+            raise ValueError(f"{asked.where}: {error}") from None
+
+
 def _resumed(partial: Path, identity: dict[str, Any], batch_size: int) -> int:
-    """The number of questions that an earlier process has predicted, of whole batches; begins the file otherwise."""
-    with suppress(FileNotFoundError, ValueError):
-        lines = partial.read_bytes().split(b"\n")
-        if json.loads(lines[0]) == {_PARTIAL: identity}:
-            complete = max(len(lines) - 2, 0)  # without the header, and the end of the file, maybe of a line
-            done = complete - complete % batch_size
-            for line in lines[1 : done + 1]:
-                json.loads(line)
-            if len(lines) > 1:  # otherwise the header has no end
-                os.truncate(partial, sum(len(line) + 1 for line in lines[: done + 1]))
-                return done
-    partial.write_text(json.dumps({_PARTIAL: identity}) + "\n", encoding="utf-8")
-    return 0
+    """The number of questions that an earlier process has predicted, of whole batches; begins an empty file.
+
+    Raises:
+        ValueError: If the file is that of another command, or nobody's that this one knows.
+    """
+    header = f"{json.dumps({_PARTIAL: identity})}\n".encode()
+    content = partial.read_bytes()
+    if header.startswith(content):  # empty, or the process was killed before it had written the header
+        partial.write_bytes(header)
+        return 0
+    if not content.startswith(header):
+        raise ValueError(
+            f"{partial} has predictions of another command, or something else; give --overwrite to replace it, or "
+            "another name with --output"
+        )
+    rows = list(takewhile(_is_row, content.removeprefix(header).splitlines(keepends=True)))
+    done = len(rows) - len(rows) % batch_size
+    os.truncate(partial, len(header) + sum(map(len, rows[:done])))
+    return done
+
+
+def _is_row(line: bytes) -> bool:
+    """Whether a line is complete and undamaged."""
+    try:
+        return line.endswith(b"\n") and isinstance(json.loads(line), dict)
+    except ValueError:
+        return False
 
 
 def _rows(partial: Path) -> Iterator[str]:

@@ -45,8 +45,8 @@ def text_scores(model: PreTrainedModel, batch: Mapping[str, Tensor]) -> TextScor
         Scores of the texts, in the order of their numbers; with graph where gradients are enabled.
 
     Raises:
-        ValueError: If shapes differ, a text has no answer, no token precedes it, or its tokens do not follow one
-            another.
+        ValueError: If shapes differ, a text has no answer, no token precedes it, its tokens do not follow one another,
+            or texts that share a row are longer than a window of the model's attention.
     """
     ids, mask, answer = batch["input_ids"], batch["attention_mask"].ne(0), batch["answer_mask"].ne(0)
     numbers = batch.get("text_index")
@@ -70,6 +70,7 @@ def text_scores(model: PreTrainedModel, batch: Mapping[str, Tensor]) -> TextScor
     row, place = answer.nonzero(as_tuple=True)
     kept, column = (place - 1).unique(return_inverse=True)
     if packed:
+        _check_packed(model, torch.bincount(texts[mask]))
         same = texts.unsqueeze(2) == texts.unsqueeze(1)
         attention = pair_mask(model, mask.unsqueeze(1) & same & (places.unsqueeze(2) >= places.unsqueeze(1)))
     else:
@@ -88,6 +89,22 @@ def text_scores(model: PreTrainedModel, batch: Mapping[str, Tensor]) -> TextScor
 def sequence_log_prob(model: PreTrainedModel, batch: Mapping[str, Tensor]) -> Tensor:
     """`log p(y | x)` of the answers of a batch `[B]`; arguments and errors as of `text_scores`."""
     return text_scores(model, batch).log_prob
+
+
+def _check_packed(model: PreTrainedModel, lengths: Tensor) -> None:
+    """Refuse texts in one row where the model's layers do not take the mask that keeps them apart, or need another."""
+    config = model.config.get_text_config()
+    kinds = set(getattr(config, "layer_types", None) or ["sliding_attention"])
+    has_window = "sliding_attention" in kinds and getattr(config, "use_sliding_window", True)
+    window = getattr(config, "sliding_window", None) if has_window else None
+    longest = int(lengths.max())
+    other = kinds - {"full_attention", "sliding_attention"}
+    if other or (window is not None and longest > window):
+        what = f"layers of the kind {', '.join(sorted(other))}" if other else f"a window of {window} tokens"
+        raise ValueError(
+            f"{type(model).__name__} has {what}, so texts of up to {longest} tokens cannot share a row; give each text "
+            "its own row, without text_index"
+        )
 
 
 def _check(texts: Tensor, mask: Tensor, begins: Tensor, answer: Tensor, size: int) -> None:

@@ -20,7 +20,7 @@ from bmoe_lightning.methods.fit_result import FitResult, NotFittedError
 from bmoe_lightning.methods.registry import get_method, method_names
 from bmoe_lightning.methods.storage import load_fit
 from bmoe_lightning.serving.loading import Served, fitted_methods, load_served, read_model
-from bmoe_lightning.serving.manifest import MANIFEST_FILE
+from bmoe_lightning.serving.manifest import MANIFEST_FILE, check_precision
 from bmoe_lightning.serving.predictions import ServedPredictions
 from bmoe_lightning.serving.question_format import QuestionFormat, ServedModule
 from bmoe_lightning.serving.questions import as_questions
@@ -39,11 +39,11 @@ _AUTOCAST = {"bf16-mixed": torch.bfloat16, "16-mixed": torch.float16}
 class CalibratedModel:
     """A fine-tuned model and the methods that were fitted to it.
 
-    Its weights are compared with those of the fit when it is made. Methods of `BayesianMoECallback` predict here as
-    they do in `trainer.test`. Predictions may be made from several threads; those of one model take turns.
+    Its weights are compared with those of the fit when it is made. Methods with the same options predict here as they
+    do in `trainer.test`. Predictions may be made from several threads; those of one model take turns.
 
     Attributes:
-        module: The model, in evaluation mode, as `module.model`.
+        module: The model, as `module.model`; predictions are in evaluation mode.
         tokenizer: Its tokenizer.
         questions: How questions are asked.
         fitted: Result of the fit.
@@ -71,7 +71,7 @@ class CalibratedModel:
 
     def __post_init__(self) -> None:
         check_method_names(self.methods)
-        self.module.eval()
+        check_precision(self.precision)
         self.fitted.check_weights(self.module)
         for method in self.methods:
             self.fitted.state_of(method)
@@ -97,8 +97,8 @@ class CalibratedModel:
             weights: The fine-tuned weights: a Lightning checkpoint, or a snapshot of trained weights; None if the files
                 of the model have them.
             questions: How questions are asked.
-            methods: Methods to predict with; by default those that were fitted, with the options that they were fitted
-                with.
+            methods: Methods to predict with; by default all of the folder. Of a fit alone, those that were fitted; what
+                an option of predictions had, such as a number of samples, is not known of it and has its default.
             precision: Lightning's name of the precision of the fit.
             device: Device of the model.
 
@@ -112,6 +112,10 @@ class CalibratedModel:
         given = {"fit": fit, "weights": weights, "questions": questions}
         served = load_served(Path(source), methods)
         if served is None:
+            if not Path(source).is_dir() and fit is None:
+                raise FileNotFoundError(
+                    f"there is no folder {source}; check the path, or give fit= for a model of the hub"
+                )
             if fit is None or questions is None:
                 raise ValueError(
                     f"{source} has no {MANIFEST_FILE}, so it is taken for a model; give fit= with the folder of its "
@@ -147,18 +151,20 @@ class CalibratedModel:
         data: MultipleChoiceDataModule,
         callback: BayesianMoECallback,
         *,
-        precision: str = "32-true",
+        precision: str | None = None,
     ) -> CalibratedModel:
-        """The model of a finished training, as it is in memory.
+        """The model of a finished training, as it is in memory; nothing about it is changed.
 
         Args:
             module: The fine-tuned module.
             data: Its DataModule, which has been set up.
             callback: Its callback, after the fit.
-            precision: Lightning's name of the trainer's precision.
+            precision: Lightning's name of the precision of the fit; by default that of the module's trainer, or
+                `32-true` where it has none any more.
 
         Raises:
             NotFittedError: If the callback has no fit.
+            ValueError: If models are not served in that precision.
             RuntimeError: If the model or the tokenizer is not loaded.
         """
         if callback.fitted is None:
@@ -168,6 +174,8 @@ class CalibratedModel:
         tokenizer = data.tokenizer
         if isinstance(tokenizer, str):
             raise RuntimeError("the data have no tokenizer yet; train with them, or call their setup")
+        if precision is None:
+            precision = "32-true" if module._trainer is None else str(module.trainer.precision)
         snapshots = callback.snapshots
         served, methods = ServedModule(module.model), tuple(callback.methods)
         form = QuestionFormat.of_data(data)
@@ -302,6 +310,8 @@ def described_data(data: MultipleChoiceDataModule, name: str | None = None) -> t
     numbers = {part: len(data.questions(part)) for part in parts}
     if name is None:
         name = data.data if isinstance(data.data, str) else "a data set that was given in memory"
+    if Path(name).exists():  # a path on this machine says nothing elsewhere
+        name = Path(name).resolve().name
     return (
         f"Trained on {numbers['train']} questions of {name}, with the prompt format {data.prompt_format.name!r}.",
         f"Prior precisions and temperatures were fitted on {numbers['calibration']} held-out questions.",

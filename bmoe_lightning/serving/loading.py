@@ -17,7 +17,7 @@ from bmoe_lightning.methods.fit_result import FitResult
 from bmoe_lightning.methods.snapshots import apply_snapshot
 from bmoe_lightning.models.buffers import unrounded_buffers
 from bmoe_lightning.models.loading import load_causal_model, load_tokenizer
-from bmoe_lightning.serving.manifest import MANIFEST_FILE, PRECISIONS, LoRAShape, Manifest, place
+from bmoe_lightning.serving.manifest import MANIFEST_FILE, LoRAShape, Manifest, check_precision, place
 from bmoe_lightning.serving.method_entries import methods_of_entries, paths_of, with_paths
 from bmoe_lightning.serving.question_format import QuestionFormat, ServedModule
 from bmoe_lightning.utils.file_header import DamagedFileError
@@ -71,18 +71,18 @@ class Served:
         Raises:
             ValueError: If models are not served in that precision.
         """
-        if precision not in PRECISIONS:
-            raise ValueError(f"precision is {precision!r}; it must be one of {', '.join(PRECISIONS)}")
+        check_precision(precision)
         of_file = None if weights is None else Path(weights)
         return cls(model, model, fit, questions, weights=of_file, precision=precision)
 
 
-def load_served(folder: Path, wanted: Sequence[str | Method] = ()) -> Served | None:
+def load_served(folder: Path, wanted: Sequence[str | Method] = (), *, verify: bool = True) -> Served | None:
     """The parts of the model in a folder; None if it is a model of transformers, or no folder.
 
     Args:
         folder: Folder with a manifest, or of a run with one seed.
         wanted: Names of the methods that are wanted, and methods that need no description; none for all.
+        verify: Whether to compare the files of a saved folder with their digests.
 
     Raises:
         FileNotFoundError: If a file is missing.
@@ -92,12 +92,13 @@ def load_served(folder: Path, wanted: Sequence[str | Method] = ()) -> Served | N
         found = sorted(path.parent for path in folder.glob(f"{_SEED_FOLDERS}/{MANIFEST_FILE}"))
         if len(found) > 1:
             raise ValueError(f"{folder} has {len(found)} fine-tuned models; name one of {', '.join(map(str, found))}")
-        return load_served(found[0], wanted) if found else None
+        return load_served(found[0], wanted, verify=verify) if found else None
     manifest = Manifest.read(folder)
     methods = methods_of_entries(manifest.methods, wanted)
     if manifest.sha256:
         _check_inside(folder, manifest, methods)
-        _verify(folder, manifest.sha256)
+        if verify:
+            _verify(folder, manifest.sha256)
     model, tokenizer = (
         str(folder / name) if manifest.sha256 else place(folder, name) for name in (manifest.model, manifest.tokenizer)
     )
@@ -239,6 +240,8 @@ def _load_checkpoint(module: ServedModule, path: Path) -> None:
             raise TypeError("its state_dict has other values than tensors")
     except FileNotFoundError:
         raise FileNotFoundError(f"there is no checkpoint at {path}; check the path") from None
+    except OSError:  # which names the path and the reason
+        raise
     except Exception as error:  # noqa: BLE001  # whatever a file that is no such checkpoint makes it raise
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise ValueError(

@@ -15,6 +15,20 @@ MANIFEST_FILE = "calibrated_model.json"
 _FORMAT, _VERSION = "calibrated model", 1
 _REMEDY = "save the model again, or run the command that made it again"
 
+
+def check_precision(precision: str) -> None:
+    """Check that models are served in a precision.
+
+    Args:
+        precision: Lightning's name.
+
+    Raises:
+        ValueError: If they are not.
+    """
+    if precision not in PRECISIONS:
+        raise ValueError(f"models are served in the precisions {', '.join(PRECISIONS)}, and not in {precision!r}")
+
+
 PRECISIONS = ("32-true", "64-true", "bf16-true", "16-true", "bf16-mixed", "16-mixed")
 """Lightning's names of the precisions that a model can be served in."""
 
@@ -89,10 +103,7 @@ class Manifest:
             raise TypeError(f"data must be sentences, got {self.data!r}")
         if not all(_is_path(name) and isinstance(digest, str) for name, digest in self.sha256.items()):
             raise TypeError(f"sha256 must have a digest for each path, got {self.sha256!r}")
-        if self.precision not in PRECISIONS:
-            raise ValueError(
-                f"models are served in the precisions {', '.join(PRECISIONS)}, and this one has {self.precision!r}"
-            )
+        check_precision(self.precision)
         if not self.methods:
             raise ValueError("there are no methods")
 

@@ -36,6 +36,8 @@ class QuestionFormat:
         padding_side: Side of the padding.
         normalise: What the log-probability of a choice's text is divided by.
         shared_prompts: Whether the choices of a question share the row of its prompt, where their texts are scored.
+        answer_words: Words that answer with each choice, in the order of the choices of every question; None where
+            letters or texts do.
 
     Raises:
         TypeError: If a value has another type.
@@ -50,6 +52,7 @@ class QuestionFormat:
     padding_side: PaddingSide = "left"
     normalise: Normalisation = "sum"
     shared_prompts: bool = False
+    answer_words: tuple[str, ...] | None = None
 
     def __post_init__(self) -> None:
         if not isinstance(self.prompt, str):
@@ -64,6 +67,9 @@ class QuestionFormat:
                 raise ValueError(f"{name} must be an integer of at least {least}, got {value!r}")
         if self.padding_side not in _PADDING_SIDES:
             raise ValueError(f"padding_side must be left or right, got {self.padding_side!r}")
+        self._check_answers()
+
+    def _check_answers(self) -> None:
         if self.answer_token_ids is not None:
             if any(type(token) is not int for token in self.answer_token_ids):
                 raise TypeError(f"answer_token_ids must be integers, got {self.answer_token_ids!r}")
@@ -73,6 +79,14 @@ class QuestionFormat:
             raise ValueError(
                 f"the prompt format {self.prompt!r} with {self.num_choices} choices has {found} answer tokens; give "
                 "one for each choice, and none for cloze"
+            )
+        words = get_prompt_format(self.prompt).words
+        if self.answer_words is not None:
+            object.__setattr__(self, "answer_words", tuple(self.answer_words))
+        if sorted(self.answer_words or ()) != sorted(words):
+            raise ValueError(
+                f"the prompt format {self.prompt!r} has the answer words {list(words)}, not {self.answer_words!r}; "
+                "give them in the order of the choices that the model was fine-tuned with, none where there are none"
             )
 
     @classmethod
@@ -92,6 +106,8 @@ class QuestionFormat:
             padding_side=collate.side,
             normalise=data.normalise,
             shared_prompts=isinstance(collate, ClozeCollate) and collate.shared,
+            # All questions have one order, or the DataModule would have refused them.
+            answer_words=data.prompt_format.answers(data.questions("train")[0]) if data.prompt_format.words else None,
         )
 
     @classmethod
@@ -105,13 +121,16 @@ class QuestionFormat:
             TypeError: If an entry is missing or unknown, or has another type.
             ValueError: As the class.
         """
-        answers = content.get("answer_token_ids")
-        return cls(**{**content, "answer_token_ids": None if answers is None else tuple(answers)})
+        lists = {
+            name: None if (found := content.get(name)) is None else tuple(found)
+            for name in ("answer_token_ids", "answer_words")
+        }
+        return cls(**{**content, **lists})
 
     def description(self) -> dict[str, Any]:
         """The format in values that JSON has."""
-        answers = self.answer_token_ids
-        return {**asdict(self), "answer_token_ids": None if answers is None else list(answers)}
+        values = asdict(self)
+        return {name: list(value) if isinstance(value, tuple) else value for name, value in values.items()}
 
     def encoded(self, tokenizer: PreTrainedTokenizerBase, questions: Sequence[Question]) -> list[EncodedQuestion]:
         """Encode questions.
@@ -121,9 +140,15 @@ class QuestionFormat:
             questions: The questions; what they say of their answers is not used.
 
         Raises:
-            ValueError: If a question has more choices than the format, or does not fit into `max_length` tokens.
+            ValueError: If a question has more choices than the format, or others than its answer words or in another
+                order, or does not fit into `max_length` tokens.
         """
         for question in questions:
+            if self.answer_words is not None and get_prompt_format(self.prompt).answers(question) != self.answer_words:
+                raise ValueError(
+                    f"the choices of question {question.id!r} must be {list(self.answer_words)} in this order, got "
+                    f"{list(question.choices)}"
+                )
             if len(question.choices) > self.num_choices:
                 raise ValueError(
                     f"question {question.id!r} has {len(question.choices)} choices, and the model was fine-tuned for "

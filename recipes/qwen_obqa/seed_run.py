@@ -31,7 +31,7 @@ from recipes.qwen_obqa.exported_model import check_origin, export, export_folder
 from recipes.qwen_obqa.further_runs import FurtherRuns, is_finished
 from recipes.qwen_obqa.run_folder import FIT_FOLDER, MEMBER_FITS, check_pretrained, fingerprint_of
 from recipes.qwen_obqa.seed_training import SeedTraining
-from recipes.qwen_obqa.served_model import write_manifest
+from recipes.qwen_obqa.served_model import lacks_manifest, write_manifest
 from recipes.qwen_obqa.settings import ResolvedSettings
 from recipes.qwen_obqa.sources import Source
 from recipes.qwen_obqa.stored_predictions import StoredPredictions
@@ -119,6 +119,8 @@ class SeedRun:
         missing = [method for method in self.methods if not agreed(self.predictions.has(method))]
         if not missing and not agreed(is_rank_zero() and self._training.fitted(self.fit_folder) is not None):
             missing = list(self.methods)  # the report reads the fit, which is damaged or lost
+        if not missing and agreed(is_rank_zero() and lacks_manifest(self._training)):
+            missing = [self.methods[0]]  # how questions are asked is known after an evaluation
         zero_shot = self.settings.zero_shot and not agreed(self.zero_shot_predictions.has(ZERO_SHOT))
         if (missing or zero_shot) and (weights := self._training.model()[1]):
             self._training.say(f"pre-trained weights {weights}")

@@ -12,7 +12,7 @@ from bmoe_lightning.metrics import calibration_values
 from bmoe_lightning.report import MethodResult
 from bmoe_lightning.serving import Manifest, QuestionFormat, method_entry
 from bmoe_lightning.serving.calibrated_model import described_data
-from bmoe_lightning.serving.manifest import PRECISIONS, LoRAShape
+from bmoe_lightning.serving.manifest import MANIFEST_FILE, PRECISIONS, LoRAShape
 from bmoe_lightning.serving.method_entries import FITS, RUNS, paths_of, with_paths
 from recipes.qwen_obqa.run_folder import FIT_FOLDER
 from recipes.qwen_obqa.seed_training import SeedTraining
@@ -58,6 +58,15 @@ def write_manifest(
             for result in results
         ),
     ).write(folder)
+
+
+def lacks_manifest(training: SeedTraining) -> bool:
+    """Whether a seed should have a manifest and has none: one that was killed, or finished by an earlier version.
+
+    Args:
+        training: The seed's trainings.
+    """
+    return training.settings.precision in PRECISIONS and not (training.folder / MANIFEST_FILE).is_file()
 
 
 def _relative(path: str, folder: Path) -> str:

@@ -54,7 +54,8 @@ def test_transformers_generates_with_it_and_the_folder_stays_valid(copied, capsy
 def test_other_entries_stay(copied, tmp_path):
     model = tmp_path / "model"
     model.mkdir()
-    shutil.copyfile(copied / "config.json", model / "config.json")
+    for name in ("config.json", "model.safetensors"):
+        shutil.copyfile(copied / name, model / name)
     before = {"eos_token_id": [1, 2], "top_p": 0.8, "repetition_penalty": 1.05, "of_a_server": {"a": [1]}, "top_k": 0}
     (model / CONFIG).write_text(json.dumps({**before, "temperature": 0.6, "do_sample": False}))
     assert export(copied, "temperature", "--model", model) == 0
@@ -65,9 +66,30 @@ def test_other_entries_stay(copied, tmp_path):
 
 
 def test_a_model_without_the_file_gets_one(copied, tmp_path):
-    (tmp_path / "config.json").write_text((copied / "config.json").read_text())
-    assert export(copied, "temperature", "--model", tmp_path) == 0
-    assert GenerationConfig.from_pretrained(tmp_path).do_sample is True
+    model = tmp_path / "model"
+    model.mkdir()
+    for name in ("config.json", "model.safetensors"):
+        shutil.copyfile(copied / name, model / name)
+    assert export(copied, "temperature", "--model", model) == 0
+    assert GenerationConfig.from_pretrained(model).do_sample is True
+
+
+def test_a_model_with_other_weights_is_refused(copied, tmp_path, capsys):
+    other = AutoModelForCausalLM.from_pretrained(copied)
+    with torch.no_grad():
+        other.model.layers[0].mlp.experts.down_proj.mul_(1.01)
+    other.save_pretrained(tmp_path / "other")
+    before = {path.name for path in (tmp_path / "other").iterdir()}
+    assert export(copied, "temperature", "--model", tmp_path / "other") == 1
+    assert "fitted to other weights" in capsys.readouterr().err
+    assert {path.name for path in (tmp_path / "other").iterdir()} == before
+
+
+def test_a_temperature_of_texts_is_refused(copied, capsys):
+    cloze = {"prompt": "cloze", "answer_token_ids": None}
+    edit_manifest(copied, lambda content: content["questions"].update(cloze))
+    assert export(copied) == 1
+    assert "their temperature is none of tokens" in capsys.readouterr().err
 
 
 def test_a_temperature_of_one_is_written_too(copied, monkeypatch):

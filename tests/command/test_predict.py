@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import time
+from itertools import islice
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -205,9 +206,10 @@ def predicted(monkeypatch):
     """The numbers of questions of the batches that are predicted from here on."""
     sizes, predict_batches = [], CalibratedModel.predict_batches
 
-    def spy(self, questions, *arguments, **options):
-        sizes.append(len(questions))
-        return predict_batches(self, questions, *arguments, **options)
+    def spy(self, *arguments, **options):
+        for group, found in predict_batches(self, *arguments, **options):
+            sizes.append(len(group))
+            yield group, found
 
     monkeypatch.setattr(CalibratedModel, "predict_batches", spy)
     return sizes
@@ -243,43 +245,61 @@ def test_a_stopped_command_resumes_to_the_same_bytes(saved, data, whole, tmp_pat
         None,
     ],
 )
-def test_other_work_is_not_resumed(saved, data, whole, tmp_path, monkeypatch, options):
+def test_other_work_is_neither_resumed_nor_lost(saved, data, whole, tmp_path, monkeypatch, capsys, options):
     same = ("--method", "laplace_lpo", "--batch-size", "4")
-    (tmp_path / "out.jsonl.partial").write_bytes(whole[1][: len(whole[1]) // 2])
+    (tmp_path / "out.jsonl.partial").write_bytes(before := whole[1][: len(whole[1]) // 2])
     if options is None:  # other data, of the same number of questions
         write_rows(data, rows_of((*EVERY[1:], EVERY[0])))
     elif options == ("--overwrite",):
         options = (*same, "--overwrite")
         (tmp_path / "out.jsonl").write_text("old")
-    sizes = predicted(monkeypatch)
-    assert run(saved, data, tmp_path / "out.jsonl", *(same if options is None else options)) == 0
+    sizes, options = predicted(monkeypatch), same if options is None else options
+    if "--overwrite" not in options:
+        assert run(saved, data, tmp_path / "out.jsonl", *options) == 1
+        assert "has predictions of another command, or something else; give --overwrite" in capsys.readouterr().err
+        assert (tmp_path / "out.jsonl.partial").read_bytes() == before
+        options = (*options, "--overwrite")
+    assert run(saved, data, tmp_path / "out.jsonl", *options) == 0
     assert sum(sizes) == len(EVERY)
     assert len(read(tmp_path / "out.jsonl")) == len(EVERY)
 
 
-def test_a_damaged_partial_file_is_not_resumed(saved, data, whole, tmp_path):
+def test_a_damaged_partial_file_is_resumed_before_the_damage(saved, data, whole, tmp_path):
     expected, partial = whole
     middle = len(partial) // 2
-    for damaged in (b"\xff\xfe", partial[:middle] + b"\0\0\0\n\0" + partial[middle:], b"[]\n", b"3"):
-        (tmp_path / "out.jsonl.partial").write_bytes(damaged)
-        assert run(saved, data, tmp_path / "out.jsonl", "--method", "laplace_lpo", "--batch-size", "4") == 0
-        assert (tmp_path / "out.jsonl").read_bytes() == expected
-        (tmp_path / "out.jsonl").unlink()
+    (tmp_path / "out.jsonl.partial").write_bytes(partial[:middle] + b"\0\0\0\n\0" + partial[middle:])
+    assert run(saved, data, tmp_path / "out.jsonl", "--method", "laplace_lpo", "--batch-size", "4") == 0
+    assert (tmp_path / "out.jsonl").read_bytes() == expected
+
+
+@pytest.mark.parametrize("content", [b"\xff\xfe", b"[]\n", b"3", b"notes of mine\n"])
+def test_a_file_that_is_not_ours_stays(saved, data, tmp_path, capsys, content):
+    (tmp_path / "out.jsonl.partial").write_bytes(content)
+    assert run(saved, data, tmp_path / "out.jsonl") == 1
+    assert "or something else; give --overwrite" in capsys.readouterr().err
+    assert (tmp_path / "out.jsonl.partial").read_bytes() == content
+
+
+def test_what_the_model_cannot_be_asked_is_named_before_it_is_loaded(saved, tmp_path, monkeypatch, capsys):
+    without_model(monkeypatch)
+    source = write_rows(tmp_path / "q.jsonl", [*rows_of(), {"question": "a", "choices": list("abcde")}])
+    assert run(saved, source, tmp_path / "out.jsonl") == 1
+    assert f"error: {source}, line {len(TEST) + 1}: question '{len(TEST)}' has 5 choices" in capsys.readouterr().err
+    assert names_in(tmp_path) == ["q.jsonl"]
 
 
 def test_a_stop_with_the_keyboard_resumes(saved, data, whole, tmp_path, monkeypatch, capsys):
-    count, predict_batches = [], CalibratedModel.predict_batches
+    predict_batches = CalibratedModel.predict_batches
 
     def stopped(self, *arguments, **options):
-        count.append(1)
-        if len(count) == 3:
-            raise KeyboardInterrupt
-        return predict_batches(self, *arguments, **options)
+        yield from islice(predict_batches(self, *arguments, **options), 2)
+        raise KeyboardInterrupt
 
-    monkeypatch.setattr(CalibratedModel, "predict_batches", stopped)
     arguments = (saved, data, tmp_path / "out.jsonl", "--method", "laplace_lpo", "--batch-size", "4")
-    assert run(*arguments) == 130
-    assert "run the same command again to resume" in capsys.readouterr().err
+    with monkeypatch.context() as patch:
+        patch.setattr(CalibratedModel, "predict_batches", stopped)
+        assert run(*arguments) == 130
+    assert "run the same command again, without --overwrite, to resume" in capsys.readouterr().err
     assert not (tmp_path / "out.jsonl").exists()
     assert run(*arguments) == 0
     assert (tmp_path / "out.jsonl").read_bytes() == whole[0]
@@ -293,8 +313,9 @@ from bmoe_lightning.command.main import main
 from bmoe_lightning.serving import CalibratedModel
 predict_batches = CalibratedModel.predict_batches
 def slow(*arguments, **options):
-    time.sleep(float(sys.argv[1]))
-    return predict_batches(*arguments, **options)
+    for found in predict_batches(*arguments, **options):
+        time.sleep(float(sys.argv[1]))
+        yield found
 CalibratedModel.predict_batches = slow
 sys.exit(main(sys.argv[2:]))
 """

@@ -43,6 +43,24 @@ def test_padding_within_an_answer_mask_does_not_count(model):
     torch.testing.assert_close(sequence_log_prob(model, batch), sequence_log_prob(model, padded("right")))
 
 
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        ({"sliding_window": 3, "layer_types": ["sliding_attention"] * 2, "use_sliding_window": True}, "a window of 3"),
+        ({"layer_types": ["full_attention", "linear_attention"]}, "layers of the kind linear_attention"),
+    ],
+)
+def test_texts_share_no_row_of_a_model_that_takes_no_mask_of_pairs(options, said):
+    model = tiny_qwen().double()
+    for name, value in options.items():
+        setattr(model.config, name, value)
+    with pytest.raises(ValueError, match=f"has {said}.*, so texts of up to 6 tokens cannot share a row"):
+        sequence_log_prob(model, packed())
+    if "sliding_window" in options:
+        model.config.sliding_window = 6
+        assert sequence_log_prob(model, packed()).shape == (3,)
+
+
 def changed(batch, **values):
     return {**batch, **values}
 

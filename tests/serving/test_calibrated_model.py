@@ -110,7 +110,7 @@ def test_what_a_manifest_says_is_not_said_again(saved, trained_run):
         CalibratedModel.from_pretrained(saved, fit=trained_run.folder / "fit")
     with pytest.raises(ValueError, match="give fit= with the folder of its fit, and questions="):
         CalibratedModel.from_pretrained(trained_run.folder)
-    with pytest.raises(ValueError, match="precision is '8-true'; it must be one of"):
+    with pytest.raises(ValueError, match="and not in '8-true'"):
         CalibratedModel.from_pretrained(
             trained_run.folder,
             fit=trained_run.folder / "fit",
@@ -222,6 +222,12 @@ def test_what_is_not_ready_is_not_served(trained_run):
     run = trained_run
     with pytest.raises(NotFittedError, match="the callback has no fit yet"):
         CalibratedModel.of_run(run.module, run.data, BayesianMoECallback(["map"]))
+    with pytest.raises(ValueError, match="and not in 'bf16'"):
+        CalibratedModel.of_run(run.module, run.data, run.callback, precision="bf16")
+    run.module.train()
+    CalibratedModel.of_run(run.module, run.data, run.callback).predict(TEST[:2], "map")
+    assert run.module.training
+    assert run.module.model.training
     fresh = data_of()
     fresh.tokenizer = "folder"
     with pytest.raises(RuntimeError, match="no tokenizer yet"):

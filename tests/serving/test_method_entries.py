@@ -78,7 +78,7 @@ def test_missing_options_have_their_default():
         ({"class": None}, "the class None"),
         ({"class": ["a"]}, "is not registered"),
         ({"options": 3}, "unexpected keyword"),
-        ({"curvature": "other"}, ""),
+        ({"curvature": "other"}, "cannot be made of its description"),
         ({"link": "other"}, "link"),
         ({"curvature": {"rank": 3, "layers": {"selection": "os:system"}}}, "unknown selection of layers 'os:system'"),
         ({"curvature": {"rank": 3, "layers": {"selection": ["a"]}}}, "unknown selection"),

@@ -71,6 +71,23 @@ def test_other_values_are_refused(change, message):
         QuestionFormat(**{**LETTERS, **change})
 
 
+def test_words_answer_in_the_order_of_training():
+    """Other orders and other choices have the same prompt, and would get each other's probabilities."""
+    words = {"prompt": "true_false", "num_choices": 2, "answer_token_ids": (3, 4), "answer_words": ("True", "False")}
+    form = QuestionFormat(**words)
+    assert QuestionFormat.from_description(form.description()) == form
+    tokenizer = data_of().tokenizer
+    assert len(form.encoded(tokenizer, [Question("a", "is it", ("true", "False"), 0)])) == 1
+    for choices in (("False", "True"), ("ice", "water")):
+        with pytest.raises(ValueError, match=r"question 'a'"):
+            form.encoded(tokenizer, [Question("a", "is it", choices, 0)])
+    for wrong in (None, ("True",), ("yes", "no")):
+        with pytest.raises(ValueError, match="has the answer words"):
+            QuestionFormat(**{**words, "answer_words": wrong})
+    with pytest.raises(ValueError, match="has the answer words"):
+        QuestionFormat(**LETTERS, answer_words=("True", "False"))
+
+
 def test_answer_tokens_are_for_letters_only():
     assert QuestionFormat(**CLOZE).answer_token_ids is None
     with pytest.raises(ValueError, match="none for cloze"):

@@ -70,7 +70,8 @@ def test_the_command_knows_every_shape():
         ("--threads 0", "--threads must be at least 1, got 0"),
         (
             "--only lpo,speed",
-            "each value of --only must be one of curvature, prediction, lpo, routers, head, growth, peers, got speed",
+            "each value of --only must be one of curvature, prediction, lpo, routers, head, growth, peers, serving, "
+            "got speed",
         ),
         ("--device tpu", "--device must be one of cpu, cuda, got tpu"),
         ("--model-shape large", "--model-shape must be one of default, qwen1.5-moe, tiny, got large"),
