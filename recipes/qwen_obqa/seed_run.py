@@ -233,9 +233,13 @@ class SeedRun:
         names = ", ".join(method.name for method in missing)
         self._training.say("evaluating" if len(missing) == len(self.methods) else f"evaluating {names}")
         self._evaluate(missing, module, data, self.predictions)
-        if is_rank_zero():
-            write_manifest(self._training, methods, data, self._read(self.predictions, self.source.test))
-        barrier()
+
+        def write() -> None:
+            if is_rank_zero():
+                results = self._read(self.predictions, self.source.test)
+                write_manifest(self._training, module, methods, data, results)
+
+        first_then_others(write)
 
     def _evaluate_other(self, missing: Sequence[Method], other: str) -> None:
         self._training.say(f"evaluating on {other}")

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from bmoe_lightning import LoRAFinetuner, MultipleChoiceDataModule
+from bmoe_lightning.base_finetuner import Finetuner
 from bmoe_lightning.methods import Method
 from bmoe_lightning.metrics import calibration_values
 from bmoe_lightning.report import MethodResult
@@ -21,14 +22,19 @@ _METRICS = ("acc", "ece", "nll")
 
 
 def write_manifest(
-    training: SeedTraining, methods: Sequence[Method], data: MultipleChoiceDataModule, results: Sequence[MethodResult]
+    training: SeedTraining,
+    module: Finetuner,
+    methods: Sequence[Method],
+    data: MultipleChoiceDataModule,
+    results: Sequence[MethodResult],
 ) -> None:
     """Write the manifest of a seed, by which `CalibratedModel.from_pretrained` loads its folder.
 
-    Nothing is written for a precision in which models are not served.
+    Nothing is written for a precision in which models are not served. On rank zero alone, so no collective runs.
 
     Args:
         training: The seed's trainings.
+        module: The module of the run.
         methods: Methods with the files of their further runs.
         data: DataModule of the run, which a trainer has used.
         results: Predictions of the test questions.
@@ -38,13 +44,12 @@ def write_manifest(
         return
     lora = None
     if settings.train == "lora":
-        module = training.module(data)
         assert isinstance(module, LoRAFinetuner)
         lora = LoRAShape(module.rank, module.alpha, tuple(module.target_modules), module.dropout)
     name = settings.data or "the built-in task"
     values = {result.method: calibration_values(result.log_probs, result.target) for result in results}
     Manifest(
-        model=_relative(training.model()[0], folder),
+        model=_relative(training.source.model_of(training.seed), folder),
         tokenizer=_relative(training.source.tokenizer, folder),
         fit=FIT_FOLDER,
         questions=QuestionFormat.of_data(data),
