@@ -6,7 +6,7 @@ import pytest
 from mutations import run
 
 
-@pytest.mark.parametrize("count", [60, pytest.param(1000, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("count", [60, pytest.param(500, marks=pytest.mark.slow)])
 def test_nothing_is_accepted_silently(count, tmp_path, capsys):
     outcomes, faults = run(count, tmp_path, seed=count)
     with capsys.disabled():

@@ -35,7 +35,7 @@ def check_served(folder, methods, tolerance, **chosen):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("prompt", ["letters", "cloze"])
+@pytest.mark.parametrize("prompt", ["cloze"])
 def test_a_moved_run_predicts_what_it_has_stored(tmp_path, prompt):
     assert run(tmp_path / "run", "--methods", METHODS, "--prompt", prompt) == 0
     check_served(tmp_path / "run", METHODS, 1e-5, prompt=prompt)
