@@ -15,7 +15,7 @@ ROOT = Path(__file__).parents[3]
 def test_killed_runs_are_completed(tmp_path):
     pytest.importorskip("matplotlib")
     done = subprocess.run(
-        [sys.executable, "-m", "tests.kill_runs", str(tmp_path / "kills"), "--events", "6", "--random", "3"],
+        [sys.executable, "-m", "tests.kill_runs", str(tmp_path / "kills"), "--events", "4", "--random", "2"],
         capture_output=True,
         text=True,
         cwd=ROOT,
