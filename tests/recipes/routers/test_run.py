@@ -8,9 +8,9 @@ import shutil
 import pytest
 
 from recipes.qwen_obqa.seed_run import SeedRun
-from recipes.routers import run
+from recipes.routers import run, worker
 from recipes.routers.__main__ import main
-from recipes.routers.measures import MEASURES, StoredStability
+from recipes.routers.measures import MEASURES
 
 pytestmark = pytest.mark.slow
 
@@ -74,16 +74,30 @@ def test_the_report_needs_no_model(finished, tmp_path, capsys):
     assert (folder / "report" / "report.md").read_text() in capsys.readouterr().out
 
 
-def test_seeds_run_in_processes(finished, tmp_path, monkeypatch):
+def test_steps_of_seeds_are_jobs_in_order(tmp_path, monkeypatch):
+    """Each is done in this process, in place of one of its own."""
+    told = []
+
+    def done_here(jobs, at_a_time):
+        assert at_a_time == 2
+        for job in jobs:
+            told.append((job.name, job.after))
+            assert worker.main(job.arguments[2]) == 0
+
+    monkeypatch.setattr(run, "run_jobs", done_here)
     monkeypatch.setattr(run, "outstanding_costs", lambda *_: [])
-    folder = tmp_path / "together"
-    assert make(folder, "--stability-questions", "4", "--seeds", "2", "--jobs", "2") == 0
-    assert {path.name for path in (folder / "logs").iterdir()} == {
-        f"{step}-{seed}.log" for step in ("pretraining", "home", "all_layers", "some_layers") for seed in (0, 1)
-    }
+    folder = tmp_path / "study"
+    assert make(folder, "--stability-questions", "2", "--seeds", "2", "--jobs", "2") == 0
+    assert [name for name, _ in told[::2]] == [
+        f"seed 0, {what}"
+        for what in (
+            "pre-training",
+            "fine-tuning and fits",
+            "distribution shift and stability",
+            "routers of some layers",
+        )
+    ]
+    assert [after for _, after in told[3:6]] == ["seed 1, pre-training", "seed 0, fine-tuning and fits",
+                                                 "seed 1, fine-tuning and fits"]  # fmt: skip
     assert {path.name for path in (folder / "runs").iterdir()} == {"recall-experts-0", "recall-experts-1"}
-    found, alone = (StoredStability(place, 0, "map").read() for place in (folder, finished))
-    assert found.embeddings.keys() == alone.embeddings.keys()
-    for gamma, indices in found.embeddings.items():  # of another number of threads
-        assert indices == pytest.approx(alone.embeddings[gamma], abs=0.1)
     assert (folder / MEASURES / "seed-1" / "router_noise.json").is_file()
