@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import tempfile
 from collections.abc import Mapping, Sequence
+from copy import copy
 from dataclasses import dataclass, fields, replace
 from functools import partial
 from pathlib import Path
@@ -81,7 +82,7 @@ def measure_serving(work: Workload, repeats: int) -> Section:
 
 def _fixed(work: Workload, posterior: LaplacePosterior, batch: Any, size: int, repeats: int) -> list[Ratio]:
     """What a linearised prediction takes beyond its floor, relative to a forward pass."""
-    alone = replace_batch(work, batch)
+    alone = _with_batch(work, batch)
     times = in_turn(
         {
             "prediction": partial(posterior.predict, work.model, work.class_logits(), batch),
@@ -103,15 +104,9 @@ def _fixed(work: Workload, posterior: LaplacePosterior, batch: Any, size: int, r
     ]
 
 
-def replace_batch(work: Workload, batch: Mapping[str, Tensor]) -> Workload:
-    """The same model with another batch.
-
-    Args:
-        work: The workload.
-        batch: Its other batch.
-    """
-    other = object.__new__(Workload)
-    vars(other).update(vars(work))
+def _with_batch(work: Workload, batch: Mapping[str, Tensor]) -> Workload:
+    """The same model with another batch."""
+    other = copy(work)
     other.batch = dict(batch)
     return other
 
