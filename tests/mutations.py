@@ -258,6 +258,22 @@ def mutations(  # noqa: C901  (one branch a kind)
     return f"{kind}: {name}", apply
 
 
+def tracebacks(sample: Sample) -> Iterator[str]:
+    """A line for each value of a method whose absence, or another name, is not refused in a sentence."""
+    fit, _ = storage.load_fit(sample.folder / "one")
+    for method in sample.methods:
+        state = fit.state_of(method)
+        for name in state:
+            rest = {key: value for key, value in state.items() if key != name}
+            for kind, changed in (("remove", rest), ("rename", {**rest, f"{name}x": state[name]})):
+                try:
+                    method.check_state(changed)
+                except ValueError:
+                    pass
+                except Exception as error:  # noqa: BLE001  (that is what is counted)
+                    yield f"TRACEBACK {kind} {method.name}/{name}: {error!r}"
+
+
 def run(count: int, folder: Path, seed: int = 0) -> tuple[Counter[str], list[str]]:
     """Apply many mutations.
 
@@ -267,7 +283,7 @@ def run(count: int, folder: Path, seed: int = 0) -> tuple[Counter[str], list[str
     sample = make(folder)
     rng = random.Random(seed)
     outcomes: Counter[str] = Counter()
-    faults = []
+    faults = list(tracebacks(sample))
     before = {"one": sample.read_fit(folder / "one"), "pass": None}
     shutil.copytree(folder / "pass", folder / "whole")
     before["pass"] = sample.read_pass(folder / "whole")

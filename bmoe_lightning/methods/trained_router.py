@@ -29,6 +29,7 @@ from bmoe_lightning.methods.workbench import Workbench
 from bmoe_lightning.routers.base import (
     BayesianRouter,
     RouterState,
+    check_router_state,
     check_router_weights,
     load_router_state,
     router_fingerprint,
@@ -242,6 +243,7 @@ class TrainedRouterMethod(ChosenRoutersMethod):
             for index, ((num_experts, d_in), top_k, score) in enumerate(rows)
         ]
         nets = self._stored_nets(routers, state)
+        check_router_state(nets, tensors)
         wide = {f"{net.router.index}.{name}" for net in nets for name, v in net.state_dict().items() if _is_double(v)}
         dtypes = {value.dtype for name, value in tensors.items() if name not in wide}
         if len(dtypes) > 1 or dtypes - {torch.float32, torch.float64} or not all(_is_double(tensors[n]) for n in wide):

@@ -165,8 +165,8 @@ def router_state(nets: Sequence[BayesianRouter]) -> dict[str, Tensor]:
     }
 
 
-def load_router_state(nets: Sequence[BayesianRouter], state: RouterState) -> None:
-    """Load parameters and buffers in the dtype of the state.
+def check_router_state(nets: Sequence[BayesianRouter], state: RouterState) -> None:
+    """Check that a state has the tensors of these routers, in their shapes, and no others.
 
     Args:
         nets: Routers of the same kind and options as those of the state.
@@ -183,6 +183,19 @@ def load_router_state(nets: Sequence[BayesianRouter], state: RouterState) -> Non
             f"the stored routers differ from those that the options describe in {len(differing)} of {len(expected)} "
             f"tensors, {differing[0]!r} for one; use the options that they were trained with"
         )
+
+
+def load_router_state(nets: Sequence[BayesianRouter], state: RouterState) -> None:
+    """Load parameters and buffers in the dtype of the state.
+
+    Args:
+        nets: Routers of the same kind and options as those of the state.
+        state: State of `router_state`.
+
+    Raises:
+        ValueError: If an entry is missing, one is left over, or has another shape.
+    """
+    check_router_state(nets, state)
     for net in nets:
         prefix = f"{net.router.index}."
         own = {name: state[prefix + name].clone() for name in net.state_dict()}
