@@ -76,6 +76,16 @@ def _parser() -> argparse.ArgumentParser:
         "--method", metavar="NAME", help="name of the method; default: the first fitted one of the model"
     )
     predict.add_argument("--task", metavar="NAME", help="data set whose columns the rows have, such as arc or boolq")
+    predict.add_argument(
+        "--sets-from",
+        metavar="FILE",
+        help="questions with answers, like those of --data and in no fit: adds `set`, letters that contain the right "
+        "choice at the rate of --coverage (split conformal prediction)",
+    )
+    predict.add_argument(
+        "--coverage", type=float, default=0.9, metavar="RATE", help="rate of the sets, between 0 and 1; default: 0.9"
+    )
+    predict.add_argument("--set-score", default="lac", choices=("lac", "aps"), help="score of the sets; default: lac")
     predict.add_argument("--batch-size", type=int, default=8, metavar="N", help="questions of a batch; default: 8")
     predict.add_argument(
         "--device", default="auto", metavar="NAME", help="cpu, cuda, ...; default: a GPU if there is one"

@@ -20,6 +20,7 @@ from transformers.utils import logging as transformers_logging
 from bmoe_lightning.data.files import file_rows
 from bmoe_lightning.data.questions import LETTERS, Question
 from bmoe_lightning.data.tasks.registry import get_task
+from bmoe_lightning.methods.base import Method
 from bmoe_lightning.metrics import calibration_values
 from bmoe_lightning.models.loading import load_tokenizer
 from bmoe_lightning.serving import CalibratedModel, method_entry
@@ -33,7 +34,8 @@ _SUFFIXES = (".jsonl", ".parquet")
 _READ = (*_SUFFIXES, ".json")
 _PARTIAL = "partial"
 _ROWS_OF_A_GROUP = 10_000
-_TEXTS, _LIST = ("id", "prediction", "answer"), "probabilities"  # columns of parquet that are not numbers
+# Columns of parquet that are not numbers.
+_TEXTS, _NUMBERS, _LETTERS = ("id", "prediction", "answer"), "probabilities", "set"
 _SECONDS_BETWEEN_LINES = 30.0
 
 
@@ -67,43 +69,60 @@ def predict_file(given: argparse.Namespace) -> None:
     if given.batch_size < 1:
         raise ValueError(f"--batch-size is {given.batch_size}; it must be at least 1")
     total, num_answers = _checked(data, given.task)  # of all rows, before the model is loaded
+    labelled = _checked_labels(given)
     if given.quiet or not sys.stderr.isatty():
         transformers_logging.disable_progress_bar()
     device = _device(given.device)
-    _check_encoded(data, given.task, Path(given.run))
+    for asked in filter(None, (data, labelled)):
+        _check_encoded(asked, given.task, Path(given.run))
     partial = output.with_name(f"{output.name}.{_PARTIAL}")
     output.parent.mkdir(parents=True, exist_ok=True)
     with _locked(partial):
         _check_files(data, output, overwrite=given.overwrite)  # another process may have written it before the lock
         served = CalibratedModel.from_pretrained(given.run, device=device)
         method = served.method(given.method)
-        identity = {
-            "data": digest_of(data),
-            "task": given.task,
-            "fit": served.fitted.fit_id,
-            "method": method_entry(method),
-            "batch_size": given.batch_size,
-        }
-        if given.overwrite:
-            os.truncate(partial, 0)
-        done = _resumed(partial, json.loads(json.dumps(identity)), given.batch_size)
-        remaining, asked = tee(islice(_questions(data, given.task), done, None))
-        questions = (entry.question for entry in remaining)
-        with partial.open("a", encoding="utf-8") as file, _progress(done, total, shown=not given.quiet) as advance:
-            for group, found in served.predict_batches(questions, method.name, batch_size=given.batch_size):
-                rows = list(found.rows(group))
-                for row, entry in zip(rows, islice(asked, len(rows)), strict=True):
-                    if entry.has_answer:
-                        row["answer"] = LETTERS[entry.question.answer]
-                file.write("".join(f"{json.dumps(row)}\n" for row in rows))
-                file.flush()
-                advance(len(rows))
+        _predict(served, method, given, labelled, partial, total)
         _write(output, partial)
         partial.unlink()
     if not given.quiet:
         print(f"{total} predictions of {method.name} are in {output}", flush=True)
         if num_answers == total:
             print(_summary(output), flush=True)
+
+
+def _predict(
+    served: CalibratedModel, method: Method, given: argparse.Namespace, labelled: Path | None, partial: Path, total: int
+) -> None:
+    """Write the predictions that are not there yet into a partial file."""
+    data, size = Path(given.data), given.batch_size
+    identity = {
+        "data": digest_of(data),
+        "task": given.task,
+        "fit": served.fitted.fit_id,
+        "method": method_entry(method),
+        "batch_size": size,
+    }
+    sets = None
+    if labelled is not None:
+        identity["sets"] = [digest_of(labelled), given.coverage, given.set_score]
+        known = (entry.question for entry in _questions(labelled, given.task))
+        sets = served.prediction_sets(
+            known, method.name, coverage=given.coverage, score=given.set_score, batch_size=size
+        )
+    if given.overwrite:
+        os.truncate(partial, 0)
+    done = _resumed(partial, json.loads(json.dumps(identity)), size)
+    remaining, asked = tee(islice(_questions(data, given.task), done, None))
+    questions = (entry.question for entry in remaining)
+    with partial.open("a", encoding="utf-8") as file, _progress(done, total, shown=not given.quiet) as advance:
+        for group, found in served.predict_batches(questions, method.name, batch_size=size):
+            rows = list(found.rows(group, sets))
+            for row, entry in zip(rows, islice(asked, len(rows)), strict=True):
+                if entry.has_answer:
+                    row["answer"] = LETTERS[entry.question.answer]
+            file.write("".join(f"{json.dumps(row)}\n" for row in rows))
+            file.flush()
+            advance(len(rows))
 
 
 def _check_files(data: Path, output: Path, *, overwrite: bool) -> None:
@@ -115,6 +134,27 @@ def _check_files(data: Path, output: Path, *, overwrite: bool) -> None:
         raise ValueError(f"--output {output} is the file of --data; give another name")
     if output.exists() and not overwrite:
         raise ValueError(f"--output {output} exists; give --overwrite to replace it, or another name")
+
+
+def _checked_labels(given: argparse.Namespace) -> Path | None:
+    """The file with the labels of prediction sets, every row of which has an answer."""
+    if given.sets_from is None:
+        return None
+    labelled, data = Path(given.sets_from), Path(given.data)
+    if not 0 < given.coverage < 1:
+        raise ValueError(f"--coverage is {given.coverage}; it must be between 0 and 1")
+    if labelled.suffix not in _READ:
+        raise ValueError(f"--sets-from {labelled} must be a file in JSON Lines (.jsonl) or parquet (.parquet)")
+    if labelled.exists() and data.exists() and labelled.samefile(data):
+        raise ValueError(f"--sets-from {labelled} is the file of --data; sets of its own labels contain them too often")
+    count = 0
+    for asked in _questions(labelled, given.task):
+        count += 1
+        if not asked.has_answer:
+            raise ValueError(f"{asked.where}: no answer; every question of --sets-from needs the right choice")
+    if not count:
+        raise ValueError(f"--sets-from {labelled} has no rows; give a file of questions with answers")
+    return labelled
 
 
 def _device(name: str) -> torch.device:
@@ -231,7 +271,11 @@ def _write(output: Path, partial: Path) -> None:
 
         # Not every row has every column: an answer may be known for some questions only.
         columns = dict.fromkeys(name for line in _rows(partial) for name in json.loads(line))
-        types = {**dict.fromkeys(_TEXTS, pa.string()), _LIST: pa.list_(pa.float64())}
+        types = {
+            **dict.fromkeys(_TEXTS, pa.string()),
+            _NUMBERS: pa.list_(pa.float64()),
+            _LETTERS: pa.list_(pa.string()),
+        }
         schema = pa.schema([(name, types.get(name, pa.float64())) for name in columns])
         lines = _rows(partial)
         with ParquetWriter(temporary, schema) as writer:
@@ -240,15 +284,18 @@ def _write(output: Path, partial: Path) -> None:
 
 
 def _summary(output: Path) -> str:
-    """Accuracy, ECE and NLL of an output whose rows all have an answer."""
+    """Accuracy, ECE and NLL, and what its sets are like, of an output whose rows all have an answer."""
     rows = [row for _, row in file_rows(output)]
     width = max(len(row["probabilities"]) for row in rows)
     probabilities = torch.zeros(len(rows), width, dtype=torch.float64)
     for number, row in enumerate(rows):
         probabilities[number, : len(row["probabilities"])] = torch.tensor(row["probabilities"], dtype=torch.float64)
     labels = torch.tensor([LETTERS.index(row["answer"]) for row in rows])
-    found = calibration_values(probabilities.log(), labels)
-    return ", ".join(f"{name.upper()} {value:.3f}" for name, value in found.items())
+    found = {name.upper(): value for name, value in calibration_values(probabilities.log(), labels).items()}
+    if _LETTERS in rows[0]:
+        found["set size"] = sum(len(row[_LETTERS]) for row in rows) / len(rows)
+        found["set coverage"] = sum(row["answer"] in row[_LETTERS] for row in rows) / len(rows)
+    return ", ".join(f"{name} {value:.3f}" for name, value in found.items())
 
 
 @contextmanager

@@ -24,9 +24,10 @@ from torch import Tensor, nn
 
 from bmoe_lightning.curvature.checkpoint import PassCheckpoint
 from bmoe_lightning.curvature.factors import KroneckerFactors, LayerFactors
-from bmoe_lightning.curvature.fisher import FisherName, fisher_weights
+from bmoe_lightning.curvature.fisher import FisherName
 from bmoe_lightning.curvature.gradient_share import GradientShareRecorder
-from bmoe_lightning.curvature.layer_sums import LayerBatch, LayerSums
+from bmoe_lightning.curvature.layer_sums import LayerSums
+from bmoe_lightning.curvature.pass_sums import PassSums
 from bmoe_lightning.curvature.sketch import SketchName, check_linear
 from bmoe_lightning.curvature.spec import ApproximationName, Curvature
 from bmoe_lightning.experts.counted_batch import lockstep
@@ -35,9 +36,6 @@ from bmoe_lightning.experts.discovery import find_expert_layers
 from bmoe_lightning.experts.fingerprint import weight_fingerprint
 from bmoe_lightning.experts.fsdp import check_collective
 from bmoe_lightning.experts.logits_contract import ClassLogits
-from bmoe_lightning.experts.ownership import slot_owners
-from bmoe_lightning.experts.tapped_batches import TappedBatch, tapped_batch
-from bmoe_lightning.experts.taps import Slots
 from bmoe_lightning.experts.tied_weights import check_distinct
 from bmoe_lightning.experts.types import ExpertLayer
 from bmoe_lightning.experts.used_weights import UsedWeights
@@ -79,7 +77,8 @@ def collect_factors(
 
     The model runs in evaluation mode with frozen parameters; its modes, gradients and the global random state are
     restored. Each batch takes one forward pass and K - 1 (`exact`, K the number of classes that an example has at
-    most) or 1 (`mc`, `empirical`) backward passes to the experts' outputs.
+    most) or 1 (`mc`, `empirical`) backward passes to the experts' outputs. A batch that does not fit in memory runs in
+    parts; see `run_in_parts`.
 
     Args:
         model: Module with expert layers.
@@ -126,7 +125,7 @@ def collect_factors(
     """
     if rank < 1:
         raise ValueError(f"rank must be at least 1, got {rank}")
-    Curvature(rank=rank, fisher=fisher, approximation=approximation, sketch=sketch)  # validates the names
+    options = Curvature(rank=rank, fisher=fisher, approximation=approximation, sketch=sketch)  # validates the names
     if distributed:
         check_linear(sketch)
     if isinstance(num_examples, int) and num_examples < 1:
@@ -159,41 +158,36 @@ def collect_factors(
         used=outside,
         share=share,
     )
-    sums: list[LayerSums] = []
-    used, checked = kept.progress.examples, kept.progress.checked
+    sums = PassSums(
+        model,
+        layers,
+        class_logits,
+        options,
+        seed=seed,
+        generator=generator,
+        begun=lambda found: kept.restore(found, generator),
+        checked=kept.progress.checked,
+    )
+    used = kept.progress.examples
     with forked_random_state(), failing_together(distributed=distributed):
         for batch in kept.remaining(lockstep(model, batches)):
-            with tapped_batch(model, layers, class_logits, batch) as tapped, torch.no_grad():
-                slots = [tapped.taps.slots(position) for position in range(len(layers))]
-                if not sums:
-                    sums = [
-                        LayerSums(layer, s.inputs, rank, sketch, seed) for layer, s in zip(layers, slots, strict=True)
-                    ]
-                    kept.restore(sums, generator)
-                most = max(2, tapped.most_classes) if fisher == "exact" else 0
-                weights = fisher_weights(fisher, tapped.log_probs, tapped.labels, generator, most)
-                weights = tapped.passes(weights * tapped.counts(weights.device).view(1, -1, 1))
-                # Once per model: whether it mixes examples depends on its code, not on the batch.
-                thorough, checked = not checked, checked or len(tapped.logits) > 1
-                _add_batch(sums, tapped, slots, weights, approximation, thorough=thorough)
-                used += tapped.num_counted
-                record.add(torch.where(tapped.present, tapped.logits, -torch.inf), tapped.labels, tapped.num_counted)
-            del tapped, slots  # frees this batch's graph before the next forward pass
-            share.add(model, layers, class_logits, batch, len(weights))
-            kept.batch_done(sums, generator, used, checked=checked)
-        if not sums and (distributed or kept.resumed):
+            added = sums.add(batch)
+            used += added.num_counted
+            record.add(added.logits, added.labels, added.num_counted)
+            share.add(model, layers, class_logits, added.batch, added.num_passes)
+            kept.batch_done(sums.layers, generator, used, checked=sums.checked)
+        if not sums.layers and (distributed or kept.resumed):
             # A rank without a batch contributes zeros, or the sums of its checkpoint.
-            sums = [LayerSums(layer, _parameter_of(model, layer), rank, sketch, seed) for layer in layers]
-            kept.restore(sums, generator)
-        kept.pass_done(sums, generator, used, checked=checked)
+            sums.begin([_parameter_of(model, layer) for layer in layers])
+        kept.pass_done(sums.layers, generator, used, checked=sums.checked)
     if distributed:
-        used = _sum_up(sums, used)
+        used = _sum_up(sums.layers, used)
     if used == 0:
         raise ValueError("no batch to collect curvature from: `batches` is empty; pass at least one")
     num_examples = _represented(num_examples, used)
-    _warn_of_underflow(sums)
+    _warn_of_underflow(sums.layers)
     with failing_together(distributed=distributed):
-        finished = tuple(layer_sums.finish(num_examples / used).to(device) for layer_sums in sums)
+        finished = tuple(layer_sums.finish(num_examples / used).to(device) for layer_sums in sums.layers)
     if distributed:
         # Decompositions of equal sums may differ between machines in rounding and in sign.
         broadcast_([tensor for layer in finished for tensor in layer.tensors().values()])
@@ -282,33 +276,3 @@ def _warn_of_underflow(sums: Sequence[LayerSums]) -> None:
             "float32",
             stacklevel=3,
         )
-
-
-def _add_batch(
-    sums: Sequence[LayerSums],
-    tapped: TappedBatch,
-    slots: Sequence[Slots],
-    weights: Tensor,
-    approximation: str,
-    *,
-    thorough: bool,
-) -> None:
-    """Add one batch's slots to every layer: first the gradients as they are computed, then the counted inputs."""
-    owners: list[Tensor] | list[None] = [None] * len(slots)
-    if approximation == "reduce":
-        owners = slot_owners(tapped, slots, thorough=thorough)
-    num_examples = len(tapped.logits)
-    batches = [
-        LayerBatch(x, layer_slots, owner, num_examples, tapped.taps.num_rows)
-        for x, layer_slots, owner in zip(sums, slots, owners, strict=True)
-    ]
-    for pass_weights in weights:
-        tapped.taps.stream_gradients(
-            tapped.logits,
-            pass_weights.to(tapped.logits.device),
-            lambda position, gradient: batches[position].add_gradients(
-                gradient, tapped.taps.smallest_gradient(position)
-            ),
-        )
-    for batch in batches:
-        batch.add_inputs()

@@ -15,6 +15,7 @@ from __future__ import annotations
 import copy
 import logging
 from collections.abc import Iterable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +24,7 @@ from torch import Tensor, nn
 
 from bmoe_lightning.curvature.factors import KroneckerFactors, LayerFactors
 from bmoe_lightning.curvature.spec import CACHE_BYTES
+from bmoe_lightning.experts.batch_parts import run_in_parts
 from bmoe_lightning.experts.counted_batch import lockstep
 from bmoe_lightning.experts.discovery import locate_expert_layers
 from bmoe_lightning.experts.fsdp import reshard, runs_in_lockstep
@@ -33,6 +35,7 @@ from bmoe_lightning.laplace.attribution import Attribution, attributed
 from bmoe_lightning.laplace.binding import Binding
 from bmoe_lightning.laplace.covariance import BatchTerms, batch_terms, covariance, prior_covariance
 from bmoe_lightning.laplace.covariance_cache import CovarianceCache
+from bmoe_lightning.laplace.joined_terms import joined_terms
 from bmoe_lightning.laplace.predictive import (
     NUM_SAMPLES,
     LinkName,
@@ -368,7 +371,7 @@ def posterior_terms(
     """The covariance terms of a batch under several posteriors, from one forward pass.
 
     The covariance is a sum over layers: layers whose factors several posteriors share (`without_layers`) are computed
-    once.
+    once. A batch that does not fit in memory runs in parts; see `run_in_parts`.
 
     Args:
         posteriors: Posteriors over the same or different layers of one model.
@@ -390,16 +393,18 @@ def posterior_terms(
                 shared.setdefault((id(layer.a_basis), id(layer.g_basis), posterior.offload), moved)
                 for layer, moved in zip(posterior.factors.layers, binding.factors, strict=True)
             )
-        terms = batch_terms(
+        run = partial(
+            batch_terms,
             model,
             [list(zip(binding.layers, binding.factors, strict=True)) for binding in bound],
             class_logits,
-            batch,
             centred=centred,
             # Once per model: whether it mixes examples depends on its code, not on the batch.
             thorough=not all(binding.owners_checked for binding in bound),
             by_group=by_group,
         )
+        parts = run_in_parts(model, batch, run, lambda found: len(found[0].logits), work="linearised prediction")
+        terms = [joined_terms(of_parts) for of_parts in zip(*parts, strict=True)]
     for binding in bound:
         binding.owners_checked = binding.owners_checked or len(terms[0].logits) > 1
     return terms

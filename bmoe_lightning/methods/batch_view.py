@@ -12,7 +12,8 @@ from torch import Tensor, nn
 
 from bmoe_lightning.curvature.spec import Curvature
 from bmoe_lightning.experts.batch_copies import batch_rows
-from bmoe_lightning.experts.logits_contract import ClassLogits, masked_logits, run_class_logits
+from bmoe_lightning.experts.batch_parts import joined_labels, run_in_parts
+from bmoe_lightning.experts.logits_contract import ClassLogits, joined_logits, masked_logits, run_class_logits
 from bmoe_lightning.experts.model_state import evaluation_mode
 from bmoe_lightning.laplace.covariance import BatchTerms, prior_covariance
 from bmoe_lightning.laplace.posterior import LaplacePosterior, posterior_terms
@@ -132,10 +133,9 @@ class BatchView:
 
     def forward(self) -> tuple[Tensor, Tensor | None]:
         """Run another forward pass in evaluation mode: logits `[B, K]` float64 and labels as returned."""
-        with torch.no_grad(), evaluation_mode(self.model):
-            logits, labels = run_class_logits(self._class_logits, self.model, self._batch)
+        logits, labels = self._run(self._batch)
         self._seen_labels = (labels,)
-        return masked_logits(logits), labels
+        return logits, labels
 
     def forward_copies(self, copies: int, context: AbstractContextManager[None]) -> Tensor:
         """Run one forward pass in evaluation mode on copies of the batch's rows, one after another.
@@ -198,5 +198,12 @@ class BatchView:
             terms = next(iter(self._terms.values()))
             return terms.logits, terms.labels  # one forward pass gives both
         if self._cached_output is None:
-            self._cached_output = self.forward()
+            parts = run_in_parts(self.model, self._batch, self._run, lambda part: len(part[0]), work="forward pass")
+            logits, labels = zip(*parts, strict=True)
+            self._cached_output = joined_logits(logits), joined_labels(labels)
         return self._cached_output
+
+    def _run(self, batch: Any) -> tuple[Tensor, Tensor | None]:
+        with torch.no_grad(), evaluation_mode(self.model):
+            logits, labels = run_class_logits(self._class_logits, self.model, batch)
+        return masked_logits(logits), labels

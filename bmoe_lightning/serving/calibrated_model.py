@@ -23,13 +23,15 @@ from bmoe_lightning.serving.loading import Served, fitted_methods, load_served, 
 from bmoe_lightning.serving.manifest import MANIFEST_FILE, check_precision
 from bmoe_lightning.serving.predictions import ServedPredictions
 from bmoe_lightning.serving.question_format import QuestionFormat, ServedModule
-from bmoe_lightning.serving.questions import as_questions
+from bmoe_lightning.serving.questions import as_questions, labelled_questions
 
 if TYPE_CHECKING:
     from bmoe_lightning.base_finetuner import Finetuner
     from bmoe_lightning.callback import BayesianMoECallback
     from bmoe_lightning.data import MultipleChoiceDataModule
     from bmoe_lightning.data.datamodule import Part
+    from bmoe_lightning.metrics import PredictionSets
+    from bmoe_lightning.metrics.conformal import ConformalScore
 
 _BATCH_SIZE = 8
 _AUTOCAST = {"bf16-mixed": torch.bfloat16, "16-mixed": torch.float16}
@@ -283,6 +285,40 @@ class CalibratedModel:
             batch = self.questions.batch(self.questions.encoded(self.tokenizer, group), self.device)
             log_probs, view = predictor.predict(self.module, self.class_logits, batch)
             yield group, ServedPredictions.of(log_probs, predictor.uncertainty(view))
+
+    def prediction_sets(
+        self,
+        questions: Iterable[Question | Mapping[str, Any]],
+        method: str | None = None,
+        *,
+        coverage: float = 0.9,
+        score: ConformalScore = "lac",
+        batch_size: int = _BATCH_SIZE,
+    ) -> PredictionSets:
+        """Sets of choices that contain the right one at a chosen rate, from labelled questions (split conformal).
+
+        The rate holds for questions that are exchangeable with these: of the same kind, and neither trained on nor
+        used to fit a method.
+
+        Args:
+            questions: Questions, or mappings with `answer`; see `labelled_questions`.
+            method: Name of the method; None for the default one.
+            coverage: Probability in (0, 1) with which a set should contain the right choice.
+            score: Score of a choice; see `PredictionSets`.
+            batch_size: Number of questions of a batch.
+
+        Returns:
+            What gives the sets of `ServedPredictions.log_probs`.
+
+        Raises:
+            ValueError: As `predict`, if a question has no answer, or a setting is not supported.
+        """
+        from bmoe_lightning.metrics import PredictionSets
+
+        labelled = list(labelled_questions(questions))
+        found = self.predict(labelled, method, batch_size=batch_size)
+        answers = torch.tensor([question.answer for question in labelled])
+        return PredictionSets.fit(found.log_probs, answers, coverage=coverage, score=score)
 
     def save_pretrained(self, folder: str | Path) -> None:
         """Write model, tokenizer, fit, files of methods and a model card into one folder, under a temporary name first.

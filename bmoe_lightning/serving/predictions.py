@@ -4,13 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
 from bmoe_lightning.data.questions import LETTERS, Question
 from bmoe_lightning.laplace.predictive import entropy
+
+if TYPE_CHECKING:
+    from bmoe_lightning.metrics import PredictionSets
 
 _MUTUAL_INFORMATION, _LOGIT_VARIANCE = "mutual_information", "logit_variance"
 
@@ -67,20 +70,24 @@ class ServedPredictions:
         """Probabilities `[N, K]` float64."""
         return self.log_probs.exp()
 
-    def rows(self, questions: Sequence[Question]) -> Iterator[dict[str, Any]]:
+    def rows(self, questions: Sequence[Question], sets: PredictionSets | None = None) -> Iterator[dict[str, Any]]:
         """A prediction a row, as files have them: probabilities of the choices that a question has, and its scores.
 
         Args:
             questions: The questions.
+            sets: Prediction sets, whose letters the rows then have too.
         """
+        chosen = None if sets is None else sets(self.log_probs)
         for number, question in enumerate(questions):
             probabilities = self.log_probs[number, : len(question.choices)].exp()
-            row = {
+            row: dict[str, Any] = {
                 "id": question.id,
                 "prediction": LETTERS[int(probabilities.argmax())],
                 "probabilities": probabilities.tolist(),
                 "entropy": float(self.entropy[number]),
             }
+            if chosen is not None:
+                row["set"] = [LETTERS[choice] for choice in chosen[number].nonzero().flatten().tolist()]
             for name in (_MUTUAL_INFORMATION, _LOGIT_VARIANCE):
                 values = getattr(self, name)
                 if values is not None:

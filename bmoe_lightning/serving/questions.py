@@ -24,6 +24,21 @@ def as_questions(given: Iterable[Question | Mapping[str, Any]]) -> Iterator[Ques
         yield entry if isinstance(entry, Question) else question_of(entry, str(number))
 
 
+def labelled_questions(given: Iterable[Question | Mapping[str, Any]]) -> Iterator[Question]:
+    """Questions whose right choice is known; as `as_questions`.
+
+    Args:
+        given: Questions, or mappings with `answer` besides.
+
+    Raises:
+        ValueError: While iterating, if one is malformed or has no answer; the message names it.
+    """
+    for number, entry in enumerate(given):
+        if isinstance(entry, Mapping) and entry.get("answer") is None:
+            raise ValueError(f"question {entry.get('id', number)} has no answer; give the position of the right choice")
+        yield entry if isinstance(entry, Question) else question_of(entry, str(number))
+
+
 def question_of(row: Mapping[str, Any], identity: str, where: str = "") -> Question:
     """The question of a mapping; see `as_questions`.
 

@@ -12,7 +12,7 @@ from oracles.models import answer_logits, split, toy_batch, toy_model
 
 import bmoe_lightning
 from bmoe_lightning.curvature import checkpoint as checkpoint_module
-from bmoe_lightning.curvature import collect_factors, kfac, remove_checkpoint
+from bmoe_lightning.curvature import collect_factors, kfac, pass_sums, remove_checkpoint
 from bmoe_lightning.curvature.checkpoint import FORMAT, VERSION, rank_path
 from bmoe_lightning.experts import find_expert_layers
 from bmoe_lightning.utils.safetensors_io import read_tensor_file, write_tensor_file
@@ -156,13 +156,13 @@ class TestGoingOn:
     def test_the_thorough_check_is_not_made_again(self, path, monkeypatch):
         """It is a matter of the model's code, and costs a backward pass for each example."""
         thorough = []
-        found = kfac.slot_owners
+        found = pass_sums.slot_owners
 
         def watched(tapped, slots, **options):
             thorough.append(options["thorough"])
             return found(tapped, slots, **options)
 
-        monkeypatch.setattr(kfac, "slot_owners", watched)
+        monkeypatch.setattr(pass_sums, "slot_owners", watched)
         cut_off(path, 5, approximation="reduce")
         go_on(path, approximation="reduce")
         assert thorough == [True, True, False, False, False, False, False, False]

@@ -15,7 +15,7 @@ from forked_processes import run
 from oracles.models import answer_logits, split, taken, tiny_qwen, toy_batch, toy_model
 from oracles.training import train_only
 
-from bmoe_lightning.curvature import collect_factors, kfac
+from bmoe_lightning.curvature import collect_factors, pass_sums
 from bmoe_lightning.curvature.gradient_share import (
     MAX_PASSES,
     GradientShare,
@@ -210,8 +210,8 @@ class TestPass:
             monkeypatch.setattr(f"{MODULE}.squared_gradients", refused(squared_gradients))
         else:
             name = {"ownership": "slot_owners", "curvature": "_add_batch"}[place]
-            module = "bmoe_lightning.curvature.kfac"
-            monkeypatch.setattr(f"{module}.{name}", refused(getattr(kfac, name)))
+            module = "bmoe_lightning.curvature.pass_sums"
+            monkeypatch.setattr(f"{module}.{name}", refused(getattr(pass_sums, name)))
         layers = find_expert_layers(model)
         recorder = GradientShareRecorder(model, layers)
         found = collect_factors(model, class_logits, batches(6), **options, share=recorder)

@@ -46,19 +46,19 @@ def killed_at(folder, batch, *arguments):
     """Have the process killed by a batch of the curvature pass, or by none; how many batches it has added."""
     script = (
         "import os, signal, sys, torch\n"
-        "from bmoe_lightning.curvature import kfac\n"
+        "from bmoe_lightning.curvature import pass_sums\n"
         "from recipe_runs import run\n"
         "from recipes.qwen_obqa import reporting\n"
         "reporting.matplotlib_available = lambda: False\n"
         "torch.set_num_threads(1)\n"
-        "added, add = [], kfac._add_batch\n"
+        "added, add = [], pass_sums._add_batch\n"
         "def deadly(*args, **options):\n"
         "    if str(len(added)) == sys.argv[2]:\n"
         "        os.kill(os.getpid(), signal.SIGKILL)\n"
         "    add(*args, **options)\n"
         "    added.append(0)\n"
         "    print('added', len(added), file=sys.stderr, flush=True)\n"
-        "kfac._add_batch = deadly\n"
+        "pass_sums._add_batch = deadly\n"
         "assert run(sys.argv[1], *sys.argv[3:]) == 0\n"
     )
     paths = [str(Path(bmoe_lightning.__file__).parents[1]), str(Path(__file__).parents[2])]

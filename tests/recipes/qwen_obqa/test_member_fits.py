@@ -8,7 +8,7 @@ import shutil
 import pytest
 from recipe_runs import run
 
-from bmoe_lightning.curvature import kfac
+from bmoe_lightning.curvature import pass_sums
 from bmoe_lightning.methods.storage import load_fit, save_fit
 from recipes.qwen_obqa.seed_training import SeedTraining
 
@@ -72,7 +72,7 @@ def test_a_run_is_trained_once_and_the_same_with_and_without_a_fit(finished, tmp
 def test_a_killed_pass_of_a_member_is_resumed(finished, tmp_path, monkeypatch):
     folder = tmp_path / "run"
     flags = ("--methods", "laplace_mixture", "--curvature-checkpoint-every", "1")
-    added, add = [], kfac._add_batch
+    added, add = [], pass_sums._add_batch
 
     def killed(*arguments, **options):
         if len(added) == 1:
@@ -81,7 +81,7 @@ def test_a_killed_pass_of_a_member_is_resumed(finished, tmp_path, monkeypatch):
         added.append(0)
 
     with monkeypatch.context() as patch:
-        patch.setattr(kfac, "_add_batch", killed)
+        patch.setattr(pass_sums, "_add_batch", killed)
         with pytest.raises(RuntimeError, match="killed"):
             run(folder, *flags)
     member = folder / "seed-0" / "member-1-bayesian_moe"
@@ -93,7 +93,7 @@ def test_a_killed_pass_of_a_member_is_resumed(finished, tmp_path, monkeypatch):
         add(*arguments, **options)
         total.append(0)
 
-    monkeypatch.setattr(kfac, "_add_batch", counted)
+    monkeypatch.setattr(pass_sums, "_add_batch", counted)
     assert run(folder, *flags) == 0
     assert len(total) == 2 * 2 - 1  # two batches each of the member and of this run
     assert not list(member.glob("curvature_state-*"))

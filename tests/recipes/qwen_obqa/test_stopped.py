@@ -29,7 +29,7 @@ FLAGS = (
 )
 STAGES = {  # stage: a function that it calls several times, and the call at which the signal comes
     "training": ("bmoe_lightning.finetuner.ExpertFinetuner.training_step", 1),
-    "curvature": ("bmoe_lightning.curvature.kfac._add_batch", 3),
+    "curvature": ("bmoe_lightning.curvature.pass_sums._add_batch", 3),
     "calibration": ("bmoe_lightning.methods.plain_passes._SplitBuilder.add", 2),
     "evaluation": ("bmoe_lightning.methods.evaluation.Evaluation.add", 2),
     "report": ("recipes.qwen_obqa.reporting.write_results", 1),
