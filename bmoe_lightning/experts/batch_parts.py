@@ -62,12 +62,13 @@ def run_in_parts(
     """
     if runs_in_lockstep(model):
         return [run(batch)]
-    size, most = _num_rows(batch), _most_examples.get(model, {}).get(work)
-    if most is None or size <= most:
+    most = _most_examples.get(model, {}).get(work)
+    if most is None or _num_rows(batch) <= most:
         found = _tried(run, batch)
         if not isinstance(found, _Failure):
             return [found]
-        most = _halved(model, work, size, found)
+        most = _halved(model, work, _num_rows(batch), found)
+    size = _num_rows(batch)
     results: list[T] = []
     begin = 0
     while begin < size:

@@ -42,7 +42,7 @@ def measure_serving(work: Workload, repeats: int) -> Section:
 
     Args:
         work: Model, and a batch of which each example is a question.
-        repeats: Number of rounds.
+        repeats: Number of rounds; half as many for batches of several questions.
     """
     with tempfile.TemporaryDirectory() as folder, silent_fits():
         fitted = _Fitted.of(work, Path(folder))
@@ -54,17 +54,19 @@ def measure_serving(work: Workload, repeats: int) -> Section:
             actions: dict[str, Action] = {"forward": partial(fitted.forward, batch)}
             for name, predictor in predictors.items():
                 actions[name] = partial(predictor.predict, work.model, work.class_logits(), batch)
-            times = in_turn(actions, repeats, work.device)
+            peaks = {name: fitted.megabytes(action) for name, action in actions.items()}  # which warms up, too
+            rounds = repeats if size == 1 else max(1, repeats // 2)
+            times = in_turn(actions, rounds, work.device, warm_up=False)
             for method in fitted.methods:
                 bar = _FORWARD_BAR if method.cost == Method.cost and not method.is_ensemble else None
                 name = f"{method.label} / plain forward, batch of {size}"
                 ratios.append(Ratio(name, times[method.name], times["forward"], bar))
             ratios += _fixed(work, fitted.posterior, batch, size, repeats) if size == 1 else []
+            plain = peaks["forward"]
             amounts.append(Amount(f"plain forward, batch of {size}", "s", times["forward"]))
-            plain = fitted.megabytes(actions["forward"])
             amounts.append(Amount(f"plain forward, batch of {size}", "MB", (plain,)))
             for method in fitted.methods:
-                more = fitted.megabytes(actions[method.name]) - plain
+                more = peaks[method.name] - plain
                 amounts.append(Amount(f"{method.label}, batch of {size}, beyond that", "MB", (more,)))
     return Section(
         "serving",
