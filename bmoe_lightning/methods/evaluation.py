@@ -207,24 +207,40 @@ class Predictor:
         Returns:
             Log-probabilities `[B, K]` float64, and the view of the batch under the current weights.
         """
-        with failing_together(distributed=runs_in_lockstep(model)):
-            return self._predicted(model, class_logits, batch)
+        return self.predict_batches(model, class_logits, [batch])[0]
 
-    def _predicted(self, model: nn.Module, class_logits: ClassLogits, batch: Any) -> tuple[Tensor, BatchView]:
-        method, seed = self.method, self._fitted.seed
-        if self._posteriors is None:
-            self._posteriors = self._fitted.posteriors_for(method.curvatures_of(self._state), model)
-        posteriors = {} if method.is_ensemble else self._posteriors
-        view = BatchView(model, class_logits, batch, posteriors, seed=seed, lasting=self._lasting)
-        if not method.is_ensemble:
-            return method.log_probs(view, self._state), view
-        own = MemberFit(self._state, self._posteriors)
-        members = []
-        for context in method.members(model, self._state, self._snapshots):
+    def predict_batches(
+        self, model: nn.Module, class_logits: ClassLogits, batches: Sequence[Any]
+    ) -> list[tuple[Tensor, BatchView]]:
+        """Predict several batches; each member of an ensemble is set up once for all of them.
+
+        Returns:
+            As `predict`, for each batch.
+        """
+        with failing_together(distributed=runs_in_lockstep(model)):
+            if self._posteriors is None:
+                self._posteriors = self._fitted.posteriors_for(self.method.curvatures_of(self._state), model)
+            posteriors = {} if self.method.is_ensemble else self._posteriors
+            views = [
+                BatchView(model, class_logits, batch, posteriors, seed=self._fitted.seed, lasting=self._lasting)
+                for batch in batches
+            ]
+            if not self.method.is_ensemble:
+                return [(self.method.log_probs(view, self._state), view) for view in views]
+            found = self._of_members(model, class_logits, batches, MemberFit(self._state, self._posteriors))
+            return [(average_log_probs(torch.stack(members)), view) for members, view in zip(found, views, strict=True)]
+
+    def _of_members(
+        self, model: nn.Module, class_logits: ClassLogits, batches: Sequence[Any], own: MemberFit
+    ) -> list[list[Tensor]]:
+        """Log-probabilities of each batch and member."""
+        found: list[list[Tensor]] = [[] for _ in batches]
+        for context in self.method.members(model, self._state, self._snapshots):
             with prepared_member(model, context, own) as fit:
-                member = BatchView(model, class_logits, batch, fit.posteriors, seed=seed)
-                members.append(method.log_probs(member, fit.state))
-        return average_log_probs(torch.stack(members)), view
+                for members, batch in zip(found, batches, strict=True):
+                    view = BatchView(model, class_logits, batch, fit.posteriors, seed=self._fitted.seed)
+                    members.append(self.method.log_probs(view, fit.state))
+        return found
 
     def covariance(self, view: BatchView) -> tuple[Tensor, Tensor] | None:
         """Logits and their covariance, see `Method.logit_covariance`.

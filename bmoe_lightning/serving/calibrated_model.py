@@ -34,6 +34,7 @@ if TYPE_CHECKING:
     from bmoe_lightning.metrics.conformal import ConformalScore
 
 _BATCH_SIZE = 8
+_BATCHES_OF_A_MEMBER = 16
 _AUTOCAST = {"bf16-mixed": torch.bfloat16, "16-mixed": torch.float16}
 
 
@@ -275,16 +276,23 @@ class CalibratedModel:
     ) -> Iterator[tuple[list[Question], ServedPredictions]]:
         """Predict questions batch by batch, as they come; arguments and errors as of `predict`.
 
+        An ensemble takes several batches at a time, since the weights of a member are loaded for all of them.
+
         Yields:
             The questions of a batch, and their predictions.
         """
         if batch_size < 1:
             raise ValueError(f"batch_size is {batch_size}; it must be at least 1")
         predictor, remaining = self.predictor(method), as_questions(questions)
-        while group := list(islice(remaining, batch_size)):
-            batch = self.questions.batch(self.questions.encoded(self.tokenizer, group), self.device)
-            log_probs, view = predictor.predict(self.module, self.class_logits, batch)
-            yield group, ServedPredictions.of(log_probs, predictor.uncertainty(view))
+        at_a_time = batch_size * (_BATCHES_OF_A_MEMBER if predictor.method.is_ensemble else 1)
+        while several := list(islice(remaining, at_a_time)):
+            groups = [several[begin : begin + batch_size] for begin in range(0, len(several), batch_size)]
+            batches = [
+                self.questions.batch(self.questions.encoded(self.tokenizer, group), self.device) for group in groups
+            ]
+            predicted = predictor.predict_batches(self.module, self.class_logits, batches)
+            for group, (log_probs, view) in zip(groups, predicted, strict=True):
+                yield group, ServedPredictions.of(log_probs, predictor.uncertainty(view))
 
     def prediction_sets(
         self,

@@ -138,6 +138,25 @@ def test_predictions_do_not_depend_on_the_batches(saved):
             torch.testing.assert_close(found.logit_variance, expected.logit_variance, rtol=1e-5, atol=1e-5)
 
 
+def test_members_of_an_ensemble_are_set_up_once_for_several_batches(trained_run, monkeypatch):
+    served, calls = served_of(trained_run), []
+    kind = type(served.method("deep_ensemble"))
+    members = kind.members
+
+    def counted(self, *arguments):
+        calls.append(self.name)
+        return members(self, *arguments)
+
+    monkeypatch.setattr(kind, "members", counted)
+    questions = [*TEST, *TRAIN, *CALIBRATION]
+    alone = served.predict(questions[:3], "deep_ensemble", batch_size=1)
+    assert calls == ["deep_ensemble"]
+    found = list(served.predict_batches(questions, "deep_ensemble", batch_size=1))
+    assert len(calls) == 1 + -(-len(questions) // 16)
+    assert [group for group, _ in found] == [[question] for question in questions]
+    assert torch.equal(torch.cat([part.log_probs for _, part in found[:3]]), alone.log_probs)
+
+
 def test_choices_that_a_question_lacks_have_no_probability(saved):
     found = CalibratedModel.from_pretrained(saved).predict(TEST)
     for row, question in zip(found.probabilities, TEST, strict=True):
