@@ -10,6 +10,7 @@ if TYPE_CHECKING:
     from bmoe_lightning.finetuner import ExpertFinetuner
     from bmoe_lightning.laplace import LaplacePosterior
     from bmoe_lightning.lora_finetuner import LoRAFinetuner
+    from bmoe_lightning.prediction_writer import PredictionWriter
     from bmoe_lightning.router_callback import RouterTrainingCallback
     from bmoe_lightning.router_finetuner import RouterFinetuner
     from bmoe_lightning.serving import CalibratedModel
@@ -23,6 +24,7 @@ __all__ = [
     "LaplacePosterior",
     "LoRAFinetuner",
     "MultipleChoiceDataModule",
+    "PredictionWriter",
     "RouterFinetuner",
     "RouterTrainingCallback",
     "__version__",
@@ -35,6 +37,7 @@ _HOMES = {
     "LaplacePosterior": "bmoe_lightning.laplace",
     "LoRAFinetuner": "bmoe_lightning.lora_finetuner",
     "MultipleChoiceDataModule": "bmoe_lightning.data",
+    "PredictionWriter": "bmoe_lightning.prediction_writer",
     "RouterFinetuner": "bmoe_lightning.router_finetuner",
     "RouterTrainingCallback": "bmoe_lightning.router_callback",
 }

@@ -84,6 +84,7 @@ class Finetuner(LightningModule):
         self.shared_logits = SharedLogits()
         self._answer_ids: Tensor | None
         self.register_buffer("_answer_ids", None, persistent=False)
+        self._has_own_answers = answer_token_ids is not None
         if answer_token_ids is not None:
             self._answer_ids = torch.tensor(checked_answer_ids(answer_token_ids))
         self.model: PreTrainedModel | None = None
@@ -117,7 +118,7 @@ class Finetuner(LightningModule):
         Raises:
             ValueError: If neither has them.
         """
-        if self.hparams[_ANSWERS_KEY] is not None:
+        if self._has_own_answers:
             return
         datamodule = getattr(self.trainer, "datamodule", None)
         if hasattr(datamodule, _ANSWERS_KEY):
@@ -293,11 +294,16 @@ class Finetuner(LightningModule):
             RuntimeError: If tensors are missing or unexpected; the message names them.
         """
         stored = checkpoint.get(self.CHECKPOINT_HYPER_PARAMS_KEY, {})
-        here, then = ({name: known.get(name) for name in self.decisive} for known in (self.hparams, stored))
+        # A command line stores lists for tuples, and of a subclass its own arguments only.
+        here, then = (
+            {n: list(v) if isinstance(v := known.get(n), tuple) else v for n in self.decisive}
+            for known in (self.hparams, stored)
+        )
+        differ = any(then[n] != here[n] for n in self.decisive if n in stored and n in self.hparams)
         expected = self.stored_names()
         # ModelParallelStrategy has loaded the state dict, and does not pass it on.
-        found = set(checkpoint.get("state_dict", expected if here == then else ()))
-        if expected != found or (stored and here != then):
+        found = set(checkpoint.get("state_dict", expected if stored and not differ else ()))
+        if expected != found or differ:
             raise RuntimeError(
                 f"the checkpoint does not contain the tensors that this module trains ({_arguments(here)}; the "
                 f"checkpoint says {_arguments(then)}): missing are {first_names(expected - found)}, unexpected are "

@@ -38,6 +38,7 @@ from bmoe_lightning.methods.snapshots import swapped_weights
 from bmoe_lightning.methods.storage import save_fit
 from bmoe_lightning.methods.training_data import Batches
 from bmoe_lightning.methods.workbench import Workbench
+from bmoe_lightning.prediction_writer import PredictionWriter
 from bmoe_lightning.trainer import run_folder as run_files
 from bmoe_lightning.trainer.evaluation import EvaluationRun
 
@@ -216,7 +217,8 @@ def whole(world_size: int, folder: Path, weights: Path) -> None:
     run.fit(module, loader(TRAIN, 1, shuffle=True, batch_size=8), loader(CALIBRATION, 2))
     # The process of the test is another one, and finds the posterior by its folder.
     again = BayesianMoECallback(methods(folder), dirpath=written, predict_method="laplace_lpo")
-    run = trainer(folder, [again, Witness(folder, again)], **options(world_size, logger=logger))
+    writer = PredictionWriter(str(folder / f"rows-{world_size}.jsonl"))
+    run = trainer(folder, [again, Witness(folder, again), writer], **options(world_size, logger=logger))
     run.test(module, loader(TEST, 3), verbose=False)
     run.predict(module, loader(TEST, 3), return_predictions=False)
 

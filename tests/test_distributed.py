@@ -166,6 +166,16 @@ class SameAsOneProcess:
         probs = torch.stack([found[tuple(ids.tolist())] for ids in ToyData(TEST, 3).ids])
         torch.testing.assert_close(probs, read(folder, "test", 1, 0)[1]["laplace_lpo"].exp(), rtol=1e-6, atol=1e-6)
 
+    def test_the_file_of_predictions_has_each_row_once_in_order(self, folder):
+        found, expected = (
+            [json.loads(line) for line in (folder / f"rows-{size}.jsonl").read_text().splitlines()]
+            for size in (self.world_size, 1)
+        )
+        assert [row["id"] for row in found] == [row["id"] for row in expected] == list(map(str, range(TEST)))
+        for row, other in zip(found, expected, strict=True):
+            assert row["answer"] == other["answer"]
+            assert row["probabilities"] == pytest.approx(other["probabilities"], rel=1e-6, abs=1e-6)
+
 
 class TestTwoProcesses(SameAsOneProcess):
     world_size = 2

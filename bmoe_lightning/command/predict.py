@@ -26,16 +26,13 @@ from bmoe_lightning.models.loading import load_tokenizer
 from bmoe_lightning.serving import CalibratedModel, method_entry
 from bmoe_lightning.serving.loading import digest_of, load_served
 from bmoe_lightning.serving.manifest import MANIFEST_FILE
+from bmoe_lightning.serving.prediction_files import PREDICTION_SUFFIXES, write_prediction_file
 from bmoe_lightning.serving.questions import question_of
-from bmoe_lightning.utils.atomic_io import replaced_file
 from bmoe_lightning.utils.folder_lock import FolderInUseError, locked_folder
 
-_SUFFIXES = (".jsonl", ".parquet")
-_READ = (*_SUFFIXES, ".json")
+_READ = (*PREDICTION_SUFFIXES, ".json")
 _PARTIAL = "partial"
-_ROWS_OF_A_GROUP = 10_000
-# Columns of parquet that are not numbers.
-_TEXTS, _NUMBERS, _LETTERS = ("id", "prediction", "answer"), "probabilities", "set"
+_LETTERS = "set"
 _SECONDS_BETWEEN_LINES = 30.0
 
 
@@ -128,8 +125,8 @@ def _predict(
 def _check_files(data: Path, output: Path, *, overwrite: bool) -> None:
     if data.suffix not in _READ:
         raise ValueError(f"--data {data} must be a file in JSON Lines (.jsonl) or parquet (.parquet)")
-    if output.suffix not in _SUFFIXES:
-        raise ValueError(f"--output {output} must end in {' or '.join(_SUFFIXES)}")
+    if output.suffix not in PREDICTION_SUFFIXES:
+        raise ValueError(f"--output {output} must end in {' or '.join(PREDICTION_SUFFIXES)}")
     if output.exists() and data.exists() and output.samefile(data):
         raise ValueError(f"--output {output} is the file of --data; give another name")
     if output.exists() and not overwrite:
@@ -260,27 +257,8 @@ def _rows(partial: Path) -> Iterator[str]:
 
 
 def _write(output: Path, partial: Path) -> None:
-    """Write the output from the rows of a partial file, under a temporary name first."""
-    with replaced_file(output) as temporary:
-        if output.suffix == ".jsonl":
-            with temporary.open("w", encoding="utf-8") as file:
-                file.writelines(_rows(partial))
-            return
-        import pyarrow as pa
-        from pyarrow.parquet import ParquetWriter
-
-        # Not every row has every column: an answer may be known for some questions only.
-        columns = dict.fromkeys(name for line in _rows(partial) for name in json.loads(line))
-        types = {
-            **dict.fromkeys(_TEXTS, pa.string()),
-            _NUMBERS: pa.list_(pa.float64()),
-            _LETTERS: pa.list_(pa.string()),
-        }
-        schema = pa.schema([(name, types.get(name, pa.float64())) for name in columns])
-        lines = _rows(partial)
-        with ParquetWriter(temporary, schema) as writer:
-            while group := [json.loads(line) for line in islice(lines, _ROWS_OF_A_GROUP)]:
-                writer.write_table(pa.Table.from_pylist(group, schema=schema))
+    """Write the output from the rows of a partial file."""
+    write_prediction_file(output, lambda: _rows(partial))
 
 
 def _summary(output: Path) -> str:

@@ -10,6 +10,8 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset, Sampler
 
+from bmoe_lightning.data.questions import Question
+
 PaddingSide = Literal["left", "right"]
 
 
@@ -61,10 +63,16 @@ class EncodedQuestion:
 
 
 class EncodedQuestions(Dataset[EncodedQuestion]):
-    """The encoded questions of one split, in order."""
+    """The encoded questions of one split, in order.
 
-    def __init__(self, items: Sequence[EncodedQuestion]) -> None:
+    Args:
+        items: The questions as model input.
+        questions: The questions themselves.
+    """
+
+    def __init__(self, items: Sequence[EncodedQuestion], questions: Sequence[Question]) -> None:
         self._items = tuple(items)
+        self.questions = tuple(questions)
 
     def __len__(self) -> int:
         return len(self._items)

@@ -244,7 +244,7 @@ class MultipleChoiceDataModule(LightningDataModule):
                 UserWarning,
                 stacklevel=2,
             )
-        return EncodedQuestions(items)
+        return EncodedQuestions(items, questions)
 
     @property
     def num_choices(self) -> int:

@@ -77,17 +77,35 @@ class ServedPredictions:
             questions: The questions.
             sets: Prediction sets, whose letters the rows then have too.
         """
+        ids, counts = [question.id for question in questions], [len(question.choices) for question in questions]
+        return self.rows_of(ids, counts, sets=sets)
+
+    def rows_of(
+        self,
+        ids: Sequence[str],
+        num_classes: Sequence[int],
+        class_names: Sequence[str] = LETTERS,
+        sets: PredictionSets | None = None,
+    ) -> Iterator[dict[str, Any]]:
+        """A prediction a row, of anything that has classes.
+
+        Args:
+            ids: What each row is called.
+            num_classes: Number of classes of each row, the first ones.
+            class_names: What each class is called.
+            sets: Prediction sets, whose classes the rows then have too.
+        """
         chosen = None if sets is None else sets(self.log_probs)
-        for number, question in enumerate(questions):
-            probabilities = self.log_probs[number, : len(question.choices)].exp()
+        for number, (identity, count) in enumerate(zip(ids, num_classes, strict=True)):
+            probabilities = self.log_probs[number, :count].exp()
             row: dict[str, Any] = {
-                "id": question.id,
-                "prediction": LETTERS[int(probabilities.argmax())],
+                "id": identity,
+                "prediction": class_names[int(probabilities.argmax())],
                 "probabilities": probabilities.tolist(),
                 "entropy": float(self.entropy[number]),
             }
             if chosen is not None:
-                row["set"] = [LETTERS[choice] for choice in chosen[number].nonzero().flatten().tolist()]
+                row["set"] = [class_names[choice] for choice in chosen[number].nonzero().flatten().tolist()]
             for name in (_MUTUAL_INFORMATION, _LOGIT_VARIANCE):
                 values = getattr(self, name)
                 if values is not None:

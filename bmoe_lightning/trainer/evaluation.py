@@ -18,7 +18,7 @@ from bmoe_lightning.experts.batch_copies import WriteCheck, copied_containers
 from bmoe_lightning.experts.fsdp import runs_in_lockstep
 from bmoe_lightning.experts.logits_contract import joined_logits
 from bmoe_lightning.laplace.posterior import WeightMismatchError
-from bmoe_lightning.laplace.predictive import entropy, predict_with_uncertainty
+from bmoe_lightning.laplace.predictive import entropy
 from bmoe_lightning.methods.base import Method
 from bmoe_lightning.methods.evaluation import Evaluation, Predictions, Predictor
 from bmoe_lightning.methods.fit_result import FitResult
@@ -28,6 +28,7 @@ from bmoe_lightning.report import MethodResult, has_comparison, results_table, s
 from bmoe_lightning.trainer.checks import is_trial
 from bmoe_lightning.trainer.data_passes import DataPass
 from bmoe_lightning.trainer.lightning_internals import logged_step
+from bmoe_lightning.trainer.logged_figures import FigureWriter, figure_writers, log_figures
 from bmoe_lightning.trainer.sampler_shards import SamplerShard, find_sampler_shard
 from bmoe_lightning.trainer.shared_logits import shared_logits
 from bmoe_lightning.trainer.signals import check_sigterm
@@ -208,7 +209,7 @@ class EvaluationRun:
         return self.finish(module, class_logits, passes, shards)
 
     def log(self, trainer: L.Trainer, module: L.LightningModule, name: str) -> None:
-        """Log the metrics of every method; after a test, print the table and write the TensorBoard comparison.
+        """Log the metrics of every method; after a test, print the table, and write the comparison where it is shown.
 
         Like Lightning's own table, ours is left out with `trainer.test(verbose=False)`.
 
@@ -225,6 +226,7 @@ class EvaluationRun:
                 [Path(logger.log_dir) / name for logger in trainer.loggers if isinstance(logger, TensorBoardLogger)],
                 logged_step(trainer),
                 verbose=trainer.test_loop.verbose,
+                writers=figure_writers(trainer.loggers, name),
             )
 
     def metrics(self) -> dict[str, float]:
@@ -258,19 +260,23 @@ class EvaluationRun:
             for method in self._methods
         ]
 
-    def report(self, folders: Sequence[Path], step: int, *, verbose: bool) -> None:
-        """Print the results table of each loader, and write its TensorBoard sub-runs.
+    def report(
+        self, folders: Sequence[Path], step: int, *, verbose: bool, writers: Sequence[FigureWriter] = ()
+    ) -> None:
+        """Print the results table of each loader, and write its TensorBoard sub-runs and the figures of other loggers.
 
         Args:
             folders: Folders of TensorBoard loggers. The sub-runs of an earlier test stay as they are.
             step: Number of training steps, as on the axis of the training curves.
             verbose: Whether to print.
+            writers: What writes figures to other loggers.
         """
-        if not folders and not verbose:
+        if not folders and not verbose and not writers:
             return
         for loader, name in self._names.items():
             results = self.results(loader)
             rows = summarise(results)
+            log_figures(writers, results, rows, name, step)
             if verbose:
                 print("", *([] if name == self.stage else [name]), results_table(rows), sep="\n", flush=True)
             for folder in folders:
@@ -319,12 +325,13 @@ def predicted(predictor: Predictor, module: nn.Module, class_logits: ClassLogits
 
     Returns:
         `method` (its name), `probs` and `log_probs` `[B, K]`, `logits` `[B, K]` of the model itself, and `entropy`
-        `[B]` of `probs` in nats. Methods with a posterior add `logit_covariance` `[B, K, K]` of the centred logits and
-        `mutual_information` `[B]` in nats between label and weights (always from Monte Carlo).
+        `[B]` of `probs` in nats; the method's scores of uncertainty `[B]` by name, see `Method.uncertainty`; and, of
+        methods with a posterior, `logit_covariance` `[B, K, K]` of the centred logits. `labels` `[B]`, if there are any.
     """
     with failing_together(distributed=runs_in_lockstep(module)):
         log_probs, view = predictor.predict(module, class_logits, batch)
         found: dict[str, Any] = {
+            **predictor.uncertainty(view),
             "method": predictor.method.name,
             "probs": log_probs.exp(),
             "log_probs": log_probs,
@@ -333,8 +340,9 @@ def predicted(predictor: Predictor, module: nn.Module, class_logits: ClassLogits
         }
         gaussian = predictor.covariance(view)
         if gaussian is not None:
-            sampled = predict_with_uncertainty(*gaussian, seed=view.seed)
-            found |= {"logit_covariance": gaussian[1], "mutual_information": sampled.mutual_information}
+            found["logit_covariance"] = gaussian[1]
+        if view.labels is not None:
+            found["labels"] = view.labels
         return found
 
 
@@ -344,8 +352,8 @@ def replace_predict_step(
     """Patch a module's `predict_step` to return a prediction beside its original output.
 
     If the original output is a mapping, its entries (an `index`, say) are merged, and those of `predicted` take
-    precedence; any other output becomes the entry `step_output`. The batch's `index`, if it has one, is added. SIGTERM
-    stops the trainer before the next batch, which its loop of predictions does not do.
+    precedence, except for `labels`; any other output becomes the entry `step_output`. The batch's `index`, if it has
+    one, is added. SIGTERM stops the trainer before the next batch, which its loop of predictions does not do.
 
     Args:
         trainer: Trainer that predicts.
@@ -371,10 +379,11 @@ def replace_predict_step(
         check_sigterm(trainer)
         output = step(batch, *args) if has_step else None
         found = predicted(predictor, module, class_logits, batch)
-        index = {"index": batch["index"]} if isinstance(batch, Mapping) and "index" in batch else {}
+        known = {"index": batch["index"]} if isinstance(batch, Mapping) and "index" in batch else {}
+        known |= {name: found.pop(name) for name in ("labels",) if name in found}
         if isinstance(output, Mapping):
-            return {**index, **output, **found}
-        return {**index, **found} if output is None else {**index, **found, "step_output": output}
+            return {**known, **output, **found}
+        return {**known, **found} if output is None else {**known, **found, "step_output": output}
 
     def restore() -> None:
         if own is None:

@@ -22,6 +22,7 @@ FOLDER = "bayesian_moe"
 _CLAIM = ".training"
 _MARK = re.compile(r"(?P<fit>[0-9a-f]{32})(?: (?P<weights>[0-9a-f]{64}))?")
 _VERSION = re.compile(r"-v\d+$")
+_NUMBERED = re.compile(r"version_\d+")
 
 
 def default_folder(trainer: L.Trainer, name: str = "") -> Path:
@@ -61,6 +62,8 @@ def versions_with_fit(folder: Path) -> list[Path]:
 def folders_of_other_runs(trainer: L.Trainer, name: str = "") -> list[Path]:
     """The default folders, with a fit, of the other runs of a trainer's logger, the latest fit first.
 
+    Beside `version_3` these are other numbers; beside the id of a run, as W&B and MLflow have them, all other folders.
+
     Args:
         trainer: The trainer.
         name: Name of the callback, a subfolder.
@@ -71,7 +74,8 @@ def folders_of_other_runs(trainer: L.Trainer, name: str = "") -> list[Path]:
     found = []
     with suppress(OSError, ValueError):
         for run in sorted(log_folder.parent.iterdir()):
-            if run.name != log_folder.name and re.match(r"version_\d+$", run.name):
+            is_like = not _NUMBERED.fullmatch(log_folder.name) or _NUMBERED.fullmatch(run.name)
+            if run.name != log_folder.name and is_like:
                 found += versions_with_fit(run / FOLDER / name)
     return sorted(found, key=_time_of_fit, reverse=True)
 

@@ -14,7 +14,7 @@ from typing import Any
 
 import lightning as L
 from lightning.fabric.utilities.distributed import DistributedSamplerWrapper
-from lightning.pytorch.overrides.distributed import UnrepeatedDistributedSamplerWrapper
+from lightning.pytorch.overrides.distributed import UnrepeatedDistributedSamplerWrapper, _IndexBatchSamplerWrapper
 from lightning.pytorch.utilities.combined_loader import CombinedLoader
 from torch.utils.data import DataLoader
 
@@ -88,6 +88,14 @@ def wrapped_samplers(loader: Any) -> list[Any]:
     samplers = (loader.sampler, getattr(loader.batch_sampler, "sampler", None))
     found = [inner for inner in map(wrapped_sampler, samplers) if inner is not None]
     return list({id(inner): inner for inner in found}.values())
+
+
+def has_batch_indices(loader: Any) -> bool:
+    """Whether Lightning knows which entries of the data set each batch of a predict loader has.
+
+    Looks for `_IndexBatchSamplerWrapper` (tested with 2.5.0 to 2.6.6), which it puts around the batch sampler.
+    """
+    return isinstance(getattr(loader, "batch_sampler", None), _IndexBatchSamplerWrapper)
 
 
 @contextmanager

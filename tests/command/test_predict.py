@@ -19,7 +19,7 @@ from serving_cases import rows_of, write_rows
 from bmoe_lightning.command import predict as command
 from bmoe_lightning.command.main import main
 from bmoe_lightning.data.files import file_rows
-from bmoe_lightning.serving import CalibratedModel
+from bmoe_lightning.serving import CalibratedModel, prediction_files
 
 EVERY = (*TEST, *TRAIN, *CALIBRATION)
 
@@ -82,7 +82,7 @@ def test_answers_may_be_known_of_some_questions_only(saved, tmp_path):
 
 
 def test_many_groups_of_parquet_have_one_schema(saved, data, tmp_path, monkeypatch):
-    monkeypatch.setattr(command, "_ROWS_OF_A_GROUP", 3)
+    monkeypatch.setattr(prediction_files, "_ROWS_OF_A_GROUP", 3)
     assert run(saved, data, tmp_path / "out.parquet", "--method", "laplace_lpo") == 0
     assert run(saved, data, tmp_path / "out.jsonl", "--method", "laplace_lpo") == 0
     assert read(tmp_path / "out.parquet") == read(tmp_path / "out.jsonl")

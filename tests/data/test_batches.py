@@ -38,7 +38,7 @@ def test_absent_choices_are_masked():
 
 
 def test_the_data_set_is_the_items_in_order():
-    data = EncodedQuestions(ITEMS)
+    data = EncodedQuestions(ITEMS, ())
     assert [data[i] for i in range(len(data))] == ITEMS
 
 

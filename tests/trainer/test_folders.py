@@ -77,6 +77,14 @@ class TestFoldersWithFits:
         assert folders_of_other_runs(FakeTrainer(default_root_dir=str(tmp_path / "name"))) == []
         assert folders_of_other_runs(FakeTrainer(loggers=[logger(tmp_path / "new", 0)])) == []
 
+    def test_those_of_other_runs_with_ids_for_names(self, tmp_path):
+        for position, version in enumerate(("k3j2", "version_1", "9abc")):
+            folder = fit_in(tmp_path / "name" / version / "bayesian_moe")
+            os.utime(folder / "index.json", (position, position))
+        (tmp_path / "name" / "meta.yaml").write_text("")
+        found = folders_of_other_runs(FakeTrainer(loggers=[logger(tmp_path, "k3j2")]))
+        assert [path.parent.name for path in found] == ["9abc", "version_1"]
+
     def test_those_beside_a_checkpoint(self, tmp_path):
         saved = tmp_path / "run" / "checkpoints" / "last.ckpt"
         folder, second, mine = (tmp_path / "run" / name for name in ("bayesian_moe", "bayesian_moe-v1", "mine"))

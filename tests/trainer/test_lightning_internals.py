@@ -11,6 +11,7 @@ from torch.utils.data import BatchSampler, DataLoader, DistributedSampler, Subse
 from toy import ToyModule, loader, trainer
 
 from bmoe_lightning.trainer import lightning_internals as internals
+from bmoe_lightning.trainer.data_passes import as_list
 
 
 class Probe(L.Callback):
@@ -140,3 +141,16 @@ def test_call_after_fit_loop(tmp_path):
         replaced = run.fit_loop.run
         internals.call_after_fit_loop(run, lambda: None)()
         assert run.fit_loop.run is replaced
+
+
+class Batches:
+    def __iter__(self):
+        return iter(loader(8, 1))
+
+
+@pytest.mark.parametrize(("data", "known"), [(loader(8, 1), True), (Batches(), False)])
+def test_entries_of_predicted_batches_are_known_of_a_data_loader(tmp_path, data, known):
+    probe = Probe("on_predict_start", lambda t: internals.has_batch_indices(as_list(t.predict_dataloaders)[0]))
+    trainer(tmp_path, [probe]).predict(ToyModule(), data)
+    assert probe.results == [known]
+    assert not internals.has_batch_indices(loader(8, 1))
