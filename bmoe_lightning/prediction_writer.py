@@ -95,7 +95,7 @@ class _Loader:
 class PredictionWriter(BasePredictionWriter):
     """Writes what `trainer.predict` predicts with a method into a file, a row for each entry of the data set.
 
-    Stands beside a `BayesianMoECallback` with a `predict_method`. A row has what those of `bmoe-lightning predict` have:
+    Stands beside a `BayesianMoECallback` with a `predict_method`. Rows have the columns of `bmoe-lightning predict`:
     `id`, `prediction`, `probabilities`, `entropy`, and, where the method has them, `mutual_information` and
     `logit_variance`; and `answer`, where the label is known. The `id` is that of the question, if the loader is one of
     `MultipleChoiceDataModule`, and the position in the data set otherwise. Rows are in the order of the data set, each
@@ -148,11 +148,11 @@ class PredictionWriter(BasePredictionWriter):
     def on_predict_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Check that the file of each loader can be written, and that its rows have an order."""
         sources = as_list(trainer.predict_dataloaders)
-        stem, suffix = self.path.stem, self.path.suffix
-        paths = [self.path.with_name(f"{stem}_{number}{suffix}") for number in range(len(sources))]
-        self._loaders = [
-            _Loader(path, source) for path, source in zip(paths if len(paths) > 1 else [self.path], sources, strict=True)
-        ]
+        paths = [self.path]
+        if len(sources) > 1:
+            names = [f"{self.path.stem}_{number}{self.path.suffix}" for number in range(len(sources))]
+            paths = [self.path.with_name(name) for name in names]
+        self._loaders = [_Loader(path, source) for path, source in zip(paths, sources, strict=True)]
         check = partial(self._check_loaders, trainer.world_size, writes=trainer.is_global_zero)
         together(check, distributed=trainer.world_size > 1)
 
@@ -221,8 +221,8 @@ class PredictionWriter(BasePredictionWriter):
             if world_size > 1 and not has_batch_indices(loader.source):
                 raise ValueError(
                     f"on {world_size} ranks PredictionWriter orders rows by the entries that a batch sampler chooses, "
-                    f"and a {type(loader.source).__name__} over an iterable data set has none; predict in one process, "
-                    "or from a data set with a length"
+                    f"and this {type(loader.source).__name__} has none; predict in one process, or from a DataLoader "
+                    "over a data set with a length"
                 )
 
     def _lines(self, loader: _Loader, rows: _Rows) -> Iterator[str]:

@@ -326,7 +326,7 @@ def predicted(predictor: Predictor, module: nn.Module, class_logits: ClassLogits
     Returns:
         `method` (its name), `probs` and `log_probs` `[B, K]`, `logits` `[B, K]` of the model itself, and `entropy`
         `[B]` of `probs` in nats; the method's scores of uncertainty `[B]` by name, see `Method.uncertainty`; and, of
-        methods with a posterior, `logit_covariance` `[B, K, K]` of the centred logits. `labels` `[B]`, if there are any.
+        methods with a posterior, `logit_covariance` `[B, K, K]` of the centred logits; and `labels` `[B]` where known.
     """
     with failing_together(distributed=runs_in_lockstep(module)):
         log_probs, view = predictor.predict(module, class_logits, batch)

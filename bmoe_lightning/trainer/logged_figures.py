@@ -22,10 +22,14 @@ def figure_writers(loggers: Sequence[Logger], prefix: str = "") -> list[FigureWr
         loggers: Loggers of a trainer.
         prefix: Prefix of all names, or empty.
     """
-    known = ((WandbLogger, _write_wandb), (MLFlowLogger, _write_mlflow))
     place = f"{prefix}/" if prefix else ""
-    found = [partial(write, logger, place) for logger in loggers for kind, write in known if isinstance(logger, kind)]
-    return found if matplotlib_available() else []
+    found: list[FigureWriter] = []
+    for logger in loggers if matplotlib_available() else ():
+        if isinstance(logger, WandbLogger):
+            found.append(partial(_write_wandb, logger, place))
+        elif isinstance(logger, MLFlowLogger):
+            found.append(partial(_write_mlflow, logger, place))
+    return found
 
 
 def log_figures(
