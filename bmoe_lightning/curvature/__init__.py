@@ -5,6 +5,7 @@ from bmoe_lightning.curvature.factors import KroneckerFactors, LayerFactors
 from bmoe_lightning.curvature.gradient_share import GradientShare
 from bmoe_lightning.curvature.kfac import collect_factors
 from bmoe_lightning.curvature.spec import Curvature, ExpertLayers, LayerSelection, LinearLayers, LoRALayers
+from bmoe_lightning.curvature.texts import collect_text_factors
 
 __all__ = [
     "Curvature",
@@ -16,5 +17,6 @@ __all__ = [
     "LinearLayers",
     "LoRALayers",
     "collect_factors",
+    "collect_text_factors",
     "remove_checkpoint",
 ]

@@ -24,6 +24,7 @@ from torch import Tensor, nn
 
 from bmoe_lightning.curvature.factors import KroneckerFactors, LayerFactors
 from bmoe_lightning.curvature.spec import CACHE_BYTES
+from bmoe_lightning.curvature.texts import SequenceLogProb, contrast_logits
 from bmoe_lightning.experts.batch_parts import run_in_parts
 from bmoe_lightning.experts.counted_batch import lockstep
 from bmoe_lightning.experts.discovery import locate_expert_layers
@@ -49,7 +50,7 @@ from bmoe_lightning.laplace.prior import (
     fit_lpo,
     log_evidence_penalty,
 )
-from bmoe_lightning.laplace.sequences import SequenceLogProb, SequenceVariance, contrast_variance, two_classes
+from bmoe_lightning.laplace.sequences import SequenceVariance, contrast_variance
 from bmoe_lightning.laplace.storage import load_posterior, save_posterior
 from bmoe_lightning.laplace.validation_cache import cache_terms
 from bmoe_lightning.utils.distributed import failing_together, is_rank_zero
@@ -300,7 +301,7 @@ class LaplacePosterior:
         """
         found: list[Tensor] = []
         with failing_together(distributed=runs_in_lockstep(model)):
-            terms = self.batch_terms(model, two_classes(sequence_log_prob, found), batch)
+            terms = self.batch_terms(model, contrast_logits(sequence_log_prob, found=found), batch)
         ones = torch.ones_like(self.prior_precision)
         isotropic = contrast_variance(prior_covariance(terms, ones))
         return SequenceVariance(found[-1], contrast_variance(self.covariance_of(terms)), isotropic)

@@ -6,17 +6,9 @@ its variance under the linearised model, whatever the number of tokens.
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
 
-import torch
 from torch import Tensor
-
-from bmoe_lightning.experts.logits_contract import ClassLogits
-
-SequenceLogProb = Callable[[Any, Any], Tensor]
-"""Function `(model, batch) -> log p(y | x) [B]`, with graph."""
 
 
 @dataclass(frozen=True)
@@ -38,28 +30,6 @@ class SequenceVariance:
     def standard_deviation(self) -> Tensor:
         """Standard deviation of the log-probability, `[B]`, in nats."""
         return self.variance.sqrt()
-
-
-def two_classes(log_prob: SequenceLogProb, found: list[Tensor]) -> ClassLogits:
-    """Class logits `[B, 2]` whose contrast has the gradient of the log-probability, and the value 0.
-
-    Log-probabilities of long texts are thousands below zero, and a class that far below another one is read as absent.
-
-    Args:
-        log_prob: The function.
-        found: List to which its result is appended, detached.
-    """
-
-    def class_logits(model: Any, batch: Any) -> tuple[Tensor, None]:
-        value = log_prob(model, batch)
-        if not isinstance(value, Tensor) or value.dim() != 1 or not value.is_floating_point():
-            shape = tuple(value.shape) if isinstance(value, Tensor) else type(value).__name__
-            raise ValueError(f"sequence_log_prob must return log-probabilities [B], one for each text, got {shape}")
-        found.append(value.detach())
-        moved = value - value.detach()
-        return torch.stack([moved, torch.zeros_like(moved)], 1), None
-
-    return class_logits
 
 
 def contrast_variance(covariance: Tensor) -> Tensor:

@@ -1,4 +1,4 @@
-"""Log-probabilities of texts, and model families that transformers lacks: their weights load without remote code.
+"""Texts, their log-probabilities, and model families that transformers lacks: weights load without remote code.
 
 Importing this package registers them with the Auto classes of transformers.
 """
@@ -9,13 +9,16 @@ from bmoe_lightning.models.deepseek_moe import (
     DeepseekMoeConfig,
     register_deepseek_moe,
 )
+from bmoe_lightning.models.generation import GeneratedAnswers, generate_answers
 from bmoe_lightning.models.sequence_logits import TextScores, sequence_log_prob, text_scores
 
 __all__ = [
     "DeepseekForCausalLM",
     "DeepseekModel",
     "DeepseekMoeConfig",
+    "GeneratedAnswers",
     "TextScores",
+    "generate_answers",
     "register_deepseek_moe",
     "register_models",
     "sequence_log_prob",

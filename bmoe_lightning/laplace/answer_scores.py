@@ -1,0 +1,84 @@
+"""Scores of how uncertain written answers are; **higher is more uncertain**.
+
+The direction of each score is fixed here and never found from data. `bmoe_lightning.metrics.detect_errors` and
+`rejection_ratio_interval` say what a score is worth. Shapes: `B` texts.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from bmoe_lightning.laplace.posterior import LaplacePosterior
+from bmoe_lightning.models.sequence_logits import TextScores, text_scores
+
+
+@dataclass(frozen=True, eq=False)
+class AnswerScores:
+    """What model and posterior say of answers.
+
+    Attributes:
+        log_prob: `log p(y | x)`, `[B]`, in nats.
+        num_tokens: Number of tokens of each answer, `[B]` int64.
+        token_entropy: Mean entropy of the next-token distribution over the answer's tokens, `[B]`, in nats.
+        variance: Variance of `log p(y | x)` under the posterior, `[B]`.
+        isotropic: The same with covariance 1 of every weight: the squared norm of the gradient, `[B]`.
+    """
+
+    log_prob: Tensor
+    num_tokens: Tensor
+    token_entropy: Tensor
+    variance: Tensor
+    isotropic: Tensor
+
+    def uncertainties(self) -> dict[str, Tensor]:
+        """All scores by name, `[B]` float64 each, higher is more uncertain.
+
+        - `sequence_probability`: `-log p(y | x)`.
+        - `length_normalised`: the same for each token.
+        - `token_entropy`: mean entropy of the tokens.
+        - `posterior_variance`: variance of `log p(y | x)` under the posterior.
+        - `isotropic_variance`: the same under covariance 1 of every weight, without a curvature pass.
+        - `variance_ratio`: the former over the latter, the share that data left; 0 where no weight matters.
+        - `lower_bound`: `-log p(y | x)` plus the standard deviation: what the log-probability may be as low as.
+        """
+        log_prob, variance, isotropic = self.log_prob.double(), self.variance.double(), self.isotropic.double()
+        return {
+            "sequence_probability": -log_prob,
+            "length_normalised": -log_prob / self.num_tokens,
+            "token_entropy": self.token_entropy.double(),
+            "posterior_variance": variance,
+            "isotropic_variance": isotropic,
+            "variance_ratio": torch.where(isotropic > 0, variance / isotropic, 0),
+            "lower_bound": variance.sqrt() - log_prob,
+        }
+
+
+def score_answers(model: PreTrainedModel, batch: Mapping[str, Tensor], posterior: LaplacePosterior) -> AnswerScores:
+    """Score the answers of a batch of texts, in one forward and one backward pass for all of them.
+
+    Args:
+        model: Causal language model that the posterior was fitted to.
+        batch: Texts as `bmoe_lightning.models.text_scores` takes them, such as `GeneratedAnswers.batch`.
+        posterior: The posterior.
+
+    Raises:
+        WeightMismatchError: If the model's weights are not those that the curvature was collected on.
+        ValueError: As `text_scores`.
+    """
+    seen: list[TextScores] = []
+
+    def log_prob(model: Any, batch: Any) -> Tensor:
+        seen.append(text_scores(model, batch))
+        return seen[-1].log_prob
+
+    found = posterior.sequence_variance(model, log_prob, batch)
+    scores = seen[-1]
+    return AnswerScores(
+        found.log_prob, scores.num_tokens, scores.token_entropy.detach(), found.variance, found.isotropic
+    )

@@ -1,0 +1,57 @@
+"""Scores of answers: each by its definition, from one forward pass."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from oracles.models import tiny_qwen
+from text_cases import packed, padded
+
+from bmoe_lightning.curvature import collect_text_factors
+from bmoe_lightning.laplace import AnswerScores, LaplacePosterior, answer_scores, score_answers
+from bmoe_lightning.models import sequence_log_prob, text_scores
+
+
+@pytest.fixture(scope="module")
+def model():
+    return tiny_qwen().eval()
+
+
+@pytest.fixture(scope="module")
+def posterior(model):
+    return LaplacePosterior(collect_text_factors(model, sequence_log_prob, [padded("left")], rank=3), 2.0)
+
+
+@pytest.mark.parametrize("batch", [padded("right"), packed()])
+def test_scores_are_those_of_model_and_posterior(model, posterior, batch, monkeypatch):
+    expected, variance = text_scores(model, batch), posterior.sequence_variance(model, sequence_log_prob, batch)
+    calls = []
+    with monkeypatch.context() as patch:
+        patch.setattr(answer_scores, "text_scores", lambda *args: calls.append(1) or text_scores(*args))
+        found = score_answers(model, batch, posterior)
+    assert len(calls) == 1
+    torch.testing.assert_close(found.log_prob, expected.log_prob.detach())
+    torch.testing.assert_close(found.token_entropy, expected.token_entropy)
+    assert torch.equal(found.num_tokens, expected.num_tokens)
+    torch.testing.assert_close(found.variance, variance.variance)
+    torch.testing.assert_close(found.isotropic, variance.isotropic)
+    assert not any(value.requires_grad for value in vars(found).values())
+
+
+def test_every_score_is_higher_where_the_answer_is_less_certain():
+    found = AnswerScores(
+        log_prob=torch.tensor([-8.0, -2.0]),
+        num_tokens=torch.tensor([4, 2]),
+        token_entropy=torch.tensor([0.5, 0.25]),
+        variance=torch.tensor([9.0, 4.0]),
+        isotropic=torch.tensor([12.0, 0.0]),
+    )
+    assert {name: value.tolist() for name, value in found.uncertainties().items()} == {
+        "sequence_probability": [8.0, 2.0],
+        "length_normalised": [2.0, 1.0],
+        "token_entropy": [0.5, 0.25],
+        "posterior_variance": [9.0, 4.0],
+        "isotropic_variance": [12.0, 0.0],
+        "variance_ratio": [0.75, 0.0],
+        "lower_bound": [11.0, 4.0],
+    }
