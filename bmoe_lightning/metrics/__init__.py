@@ -44,7 +44,11 @@ from bmoe_lightning.metrics.refinement import (
     NLLSplit,
     negative_log_likelihood_split,
 )
-from bmoe_lightning.metrics.rejection import prediction_rejection_ratio, rejection_ratio_interval
+from bmoe_lightning.metrics.rejection import (
+    prediction_rejection_ratio,
+    rejection_ratio_interval,
+    weighted_rejection_ratio,
+)
 from bmoe_lightning.metrics.reliability import ReliabilityCurve, ReliabilityDiagram, reliability_curve
 from bmoe_lightning.metrics.selective import (
     AreaUnderGeneralisedRiskCoverage,
@@ -131,4 +135,5 @@ __all__ = [
     "smooth_calibration_error",
     "top_label",
     "unit_ranks",
+    "weighted_rejection_ratio",
 ]

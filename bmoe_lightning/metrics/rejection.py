@@ -14,6 +14,7 @@ import math
 import torch
 from torch import Tensor
 
+from bmoe_lightning.metrics.base import WeightedValue
 from bmoe_lightning.metrics.bootstrap import Estimate, centred_interval, draw_resamples
 from bmoe_lightning.metrics.ranking import Groups, before, grouped
 
@@ -68,6 +69,21 @@ def rejection_ratio_interval(
     found = torch.cat([_ratios(score, quality, drawn.counts, max_rejection) for drawn in resamples])
     interval = centred_interval(found, value, level, upper=1.0)
     return Estimate(value, interval.low, interval.high)
+
+
+def weighted_rejection_ratio(score: Tensor, quality: Tensor, *, max_rejection: float = 1.0) -> WeightedValue:
+    """The ratio as a function of multiplicities `[R, N]` of the answers, for resamples; see the function above.
+
+    Args:
+        score: Uncertainties `[N]`.
+        quality: Qualities `[N]`.
+        max_rejection: Largest share that is rejected.
+
+    Raises:
+        ValueError: As `prediction_rejection_ratio`.
+    """
+    score, quality = _checked(score, quality, max_rejection)
+    return lambda weights: _ratios(score, quality, weights, max_rejection)
 
 
 def _checked(score: Tensor, quality: Tensor, max_rejection: float) -> tuple[Tensor, Tensor]:

@@ -1,7 +1,7 @@
 """Comparison of several methods: table, files, figures and TensorBoard."""
 
 from bmoe_lightning.report.attribution import AttributionMap, attribution_figure, attribution_map
-from bmoe_lightning.report.differences import Difference, Paired, paired_difference
+from bmoe_lightning.report.differences import Difference, Paired, SeedValues, paired_difference, seed_difference
 from bmoe_lightning.report.figures import (
     LabelBudgetPoint,
     comparison_figure,
@@ -35,6 +35,7 @@ __all__ = [
     "NumberFormat",
     "Paired",
     "Row",
+    "SeedValues",
     "SummarySettings",
     "attribution_figure",
     "attribution_map",
@@ -54,6 +55,7 @@ __all__ = [
     "results_table",
     "save_figure",
     "score_figure",
+    "seed_difference",
     "stability_figure",
     "summarise",
     "write_figures",

@@ -24,7 +24,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from bmoe_lightning.metrics import MetricSpec, Resamples, centred_interval, check_predictions
+from bmoe_lightning.metrics import Estimate, MetricSpec, Resamples, centred_interval, check_predictions
 from bmoe_lightning.report.results import MethodResult, SummarySettings, by_method
 
 _GRID = 20_001
@@ -75,6 +75,44 @@ class Paired:
     others: Sequence[MethodResult]
 
 
+@dataclass(frozen=True, eq=False)
+class SeedValues:
+    """A metric of one method, a mean over data sets.
+
+    Attributes:
+        on_data: Value of each seed, `[S]` float64.
+        on_resamples: Value of each seed on every resample, `[R, S]` float64.
+    """
+
+    on_data: Tensor
+    on_resamples: Tensor
+
+    @classmethod
+    def of(
+        cls,
+        groups: Sequence[Sequence[MethodResult]],
+        resamples: Sequence[Resamples],
+        metric: MetricSpec,
+        settings: SummarySettings,
+    ) -> SeedValues:
+        """The values from results.
+
+        Args:
+            groups: Results of the method on each data set, in the order of the seeds.
+            resamples: Resamples of each data set.
+            metric: The metric.
+            settings: ECE convention.
+        """
+        on_data, on_resamples = [], []
+        for group, drawn in zip(groups, resamples, strict=True):
+            checked = [check_predictions(r.log_probs.detach().cpu(), r.target.cpu()) for r in group]
+            on_data.append(torch.stack([metric.value(*each, settings.binning) for each in checked]))
+            on_resamples.append(
+                torch.stack([metric.resampled(*each, settings.binning)(drawn) for each in checked], dim=1)
+            )
+        return cls(torch.stack(on_data).mean(0), torch.stack(on_resamples).mean(0))
+
+
 def paired_difference(
     pairs: Sequence[Paired], metric: MetricSpec, settings: SummarySettings | None = None, *, relative: bool = False
 ) -> Difference:
@@ -102,23 +140,37 @@ def paired_difference(
         seed=chosen.bootstrap_seed,
     )
     ours, others = (
-        _Values.of([_in_order(group, seeds) for group in groups], drawn_items, metric, chosen)
+        SeedValues.of([_in_order(group, seeds) for group in groups], drawn_items, metric, chosen)
         for groups in ([pair.ours for pair in pairs], [pair.others for pair in pairs])
     )
-    contrast = _Contrast.of(float(ours.on_data.mean()), float(others.on_data.mean()), relative)
-    low, high = _interval(ours, others, contrast, chosen)
+    found = seed_difference(ours, others, chosen, relative=relative)
     return Difference(
         method=pairs[0].ours[0].method,
         other=pairs[0].others[0].method,
         metric=metric.name,
         relative=relative,
-        estimate=contrast.estimate,
-        low=low,
-        high=high,
+        estimate=found.value,
+        low=found.low,
+        high=found.high,
         level=chosen.level,
         seeds=seeds,
         num_examples=tuple(len(pair.ours[0].ids) for pair in pairs),
     )
+
+
+def seed_difference(
+    ours: SeedValues, others: SeedValues, settings: SummarySettings, *, relative: bool = False
+) -> Estimate:
+    """The difference of two means over seeds, with its interval over new items and new seeds.
+
+    Args:
+        ours: A metric of the one method.
+        others: The same of the other, on the same resamples and seeds.
+        settings: Number of resamples, level and seed of the bootstrap.
+        relative: Whether to divide by the other's mean.
+    """
+    contrast = _Contrast.of(float(ours.on_data.mean()), float(others.on_data.mean()), relative)
+    return Estimate(contrast.estimate, *_interval(ours, others, contrast, settings))
 
 
 def joint_resamples(ids: Sequence[tuple[str, ...]], *, num_samples: int, seed: int) -> list[Resamples]:
@@ -169,36 +221,6 @@ def student_quantile(probability: float, degrees: float) -> float:
     return math.sqrt(degrees) * math.tan(float(angle[place] + inside * (angle[place + 1] - angle[place])))
 
 
-@dataclass(frozen=True, eq=False)
-class _Values:
-    """A metric of one method, a mean over data sets.
-
-    Attributes:
-        on_data: Value of each seed, `[S]` float64.
-        on_resamples: Value of each seed on every resample, `[R, S]` float64.
-    """
-
-    on_data: Tensor
-    on_resamples: Tensor
-
-    @classmethod
-    def of(
-        cls,
-        groups: Sequence[Sequence[MethodResult]],
-        resamples: Sequence[Resamples],
-        metric: MetricSpec,
-        settings: SummarySettings,
-    ) -> _Values:
-        on_data, on_resamples = [], []
-        for group, drawn in zip(groups, resamples, strict=True):
-            checked = [check_predictions(r.log_probs.detach().cpu(), r.target.cpu()) for r in group]
-            on_data.append(torch.stack([metric.value(*each, settings.binning) for each in checked]))
-            on_resamples.append(
-                torch.stack([metric.resampled(*each, settings.binning)(drawn) for each in checked], dim=1)
-            )
-        return cls(torch.stack(on_data).mean(0), torch.stack(on_resamples).mean(0))
-
-
 @dataclass(frozen=True)
 class _Contrast:
     """The difference as a linear function of the values of both methods around those on the data.
@@ -225,7 +247,9 @@ class _Contrast:
         return self.slopes[0] * ours + self.slopes[1] * others
 
 
-def _interval(ours: _Values, others: _Values, contrast: _Contrast, settings: SummarySettings) -> tuple[float, float]:
+def _interval(
+    ours: SeedValues, others: SeedValues, contrast: _Contrast, settings: SummarySettings
+) -> tuple[float, float]:
     values = torch.cat([ours.on_data, others.on_data])
     if not (math.isfinite(contrast.estimate) and bool(values.isfinite().all())):
         # Infinite values have no spread over seeds, and weights of both signs would make NaN of them.
@@ -269,7 +293,7 @@ def _seed_weights(number: int, num_samples: int, seed: int) -> Tensor:
     return 1 / number + math.sqrt(number / (number - 1)) * (drawn.counts / number - 1 / number)
 
 
-def _widening(ours: _Values, others: _Values, level: float, contrast: _Contrast) -> float:
+def _widening(ours: SeedValues, others: SeedValues, level: float, contrast: _Contrast) -> float:
     """Student's t over the normal quantile, for the variance over seeds and that over items together."""
     number = len(ours.on_data)
     per_seed = contrast.of_samples(ours.on_data, others.on_data)

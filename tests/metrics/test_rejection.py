@@ -8,8 +8,7 @@ import math
 import pytest
 import torch
 
-from bmoe_lightning.metrics import prediction_rejection_ratio, rejection_ratio_interval
-from bmoe_lightning.metrics.rejection import _ratios
+from bmoe_lightning.metrics import prediction_rejection_ratio, rejection_ratio_interval, weighted_rejection_ratio
 
 
 def by_hand(score, quality, max_rejection=1.0):
@@ -80,7 +79,7 @@ def test_resamples_are_those_of_repeated_answers():
         expected = [
             prediction_rejection_ratio(score[row], quality[row], max_rejection=max_rejection) for row in indices
         ]
-        found = _ratios(score, quality, counts, max_rejection)
+        found = weighted_rejection_ratio(score, quality, max_rejection=max_rejection)(counts)
         torch.testing.assert_close(found, torch.tensor(expected, dtype=torch.float64), equal_nan=True)
 
 
