@@ -14,11 +14,13 @@ if TYPE_CHECKING:
     from bmoe_lightning.router_callback import RouterTrainingCallback
     from bmoe_lightning.router_finetuner import RouterFinetuner
     from bmoe_lightning.serving import CalibratedModel
+    from bmoe_lightning.text_callback import BayesianTextCallback
 
 __version__ = "0.1.0"
 
 __all__ = [
     "BayesianMoECallback",
+    "BayesianTextCallback",
     "CalibratedModel",
     "ExpertFinetuner",
     "LaplacePosterior",
@@ -32,6 +34,7 @@ __all__ = [
 
 _HOMES = {
     "BayesianMoECallback": "bmoe_lightning.callback",
+    "BayesianTextCallback": "bmoe_lightning.text_callback",
     "CalibratedModel": "bmoe_lightning.serving",
     "ExpertFinetuner": "bmoe_lightning.finetuner",
     "LaplacePosterior": "bmoe_lightning.laplace",

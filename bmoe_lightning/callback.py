@@ -31,7 +31,7 @@ from bmoe_lightning.trainer.checks import (
     with_enough_snapshots,
 )
 from bmoe_lightning.trainer.data_passes import as_list
-from bmoe_lightning.trainer.evaluation import EvaluationRun, log_scalars, replace_predict_step, without_fit
+from bmoe_lightning.trainer.evaluation import EvaluationRun, log_scalars, predicted, replace_predict_step, without_fit
 from bmoe_lightning.trainer.first_batches import FirstBatches, no_logging
 from bmoe_lightning.trainer.fit_only import fit_only
 from bmoe_lightning.trainer.lightning_internals import call_after_fit_loop, is_restoring_checkpoint
@@ -303,7 +303,8 @@ class BayesianMoECallback(L.Callback):
         check_prediction(trainer, as_list(trainer.predict_dataloaders))
         method = next(method for method in self.methods if method.name == self.predict_method)
         predictor = Predictor(method, self._ready(trainer, pl_module), self._folder.snapshots)
-        self._undo.append(replace_predict_step(trainer, pl_module, predictor, self._logits))
+        prediction = partial(predicted, predictor, pl_module, self._logits)
+        self._undo.append(replace_predict_step(trainer, pl_module, prediction))
 
     def teardown(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
         """Restore loops and module."""

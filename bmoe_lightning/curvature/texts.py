@@ -54,9 +54,7 @@ def text_class_logits(sequence_log_prob: SequenceLogProb) -> ClassLogits:
     return contrast_logits(sequence_log_prob, scale=_SCALE)
 
 
-def contrast_logits(
-    sequence_log_prob: SequenceLogProb, *, scale: float = 1.0, found: list[Tensor] | None = None
-) -> ClassLogits:
+def contrast_logits(sequence_log_prob: SequenceLogProb, *, scale: float = 1.0, keep: bool = False) -> ClassLogits:
     """Class logits `[B, 2]` whose contrast has the gradient of the log-probability, and the value 0; labels are 0.
 
     Log-probabilities of long texts are thousands below zero, and a class that far below another one is read as absent.
@@ -64,7 +62,7 @@ def contrast_logits(
     Args:
         sequence_log_prob: The function.
         scale: Factor of the gradient.
-        found: List to which each result is appended, detached.
+        keep: Whether the log-probabilities `[B]` stand in place of the labels.
     """
 
     def class_logits(model: Any, batch: Any) -> tuple[Tensor, Tensor]:
@@ -72,9 +70,8 @@ def contrast_logits(
         if not isinstance(value, Tensor) or value.dim() != 1 or not value.is_floating_point():
             shape = tuple(value.shape) if isinstance(value, Tensor) else type(value).__name__
             raise ValueError(f"sequence_log_prob must return log-probabilities [B], one for each text, got {shape}")
-        if found is not None:
-            found.append(value.detach())
         moved = scale * (value - value.detach())
-        return torch.stack([moved, torch.zeros_like(moved)], 1), value.new_zeros(len(value), dtype=torch.int64)
+        labels = value.detach() if keep else value.new_zeros(len(value), dtype=torch.int64)
+        return torch.stack([moved, torch.zeros_like(moved)], 1), labels
 
     return class_logits

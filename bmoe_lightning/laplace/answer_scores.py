@@ -6,7 +6,7 @@ The direction of each score is fixed here and never found from data. `bmoe_light
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -37,26 +37,31 @@ class AnswerScores:
     isotropic: Tensor
 
     def uncertainties(self) -> dict[str, Tensor]:
-        """All scores by name, `[B]` float64 each, higher is more uncertain.
+        """All scores by name, `[B]` float64 each, higher is more uncertain; see `ANSWER_SCORES`."""
+        return {name: score(self).double() for name, score in _SCORES.items()}
 
-        - `sequence_probability`: `-log p(y | x)`.
-        - `length_normalised`: the same for each token.
-        - `token_entropy`: mean entropy of the tokens.
-        - `posterior_variance`: variance of `log p(y | x)` under the posterior.
-        - `isotropic_variance`: the same under covariance 1 of every weight, without a curvature pass.
-        - `variance_ratio`: the former over the latter, the share that data left; 0 where no weight matters.
-        - `lower_bound`: `-log p(y | x)` plus the standard deviation: what the log-probability may be as low as.
-        """
-        log_prob, variance, isotropic = self.log_prob.double(), self.variance.double(), self.isotropic.double()
-        return {
-            "sequence_probability": -log_prob,
-            "length_normalised": -log_prob / self.num_tokens,
-            "token_entropy": self.token_entropy.double(),
-            "posterior_variance": variance,
-            "isotropic_variance": isotropic,
-            "variance_ratio": torch.where(isotropic > 0, variance / isotropic, 0),
-            "lower_bound": variance.sqrt() - log_prob,
-        }
+
+_SCORES: Mapping[str, Callable[[AnswerScores], Tensor]] = {
+    "sequence_probability": lambda found: -found.log_prob,
+    "length_normalised": lambda found: -found.log_prob.double() / found.num_tokens,
+    "token_entropy": lambda found: found.token_entropy,
+    "posterior_variance": lambda found: found.variance,
+    "isotropic_variance": lambda found: found.isotropic,
+    "variance_ratio": lambda found: torch.where(found.isotropic > 0, found.variance / found.isotropic, 0),
+    "lower_bound": lambda found: found.variance.sqrt() - found.log_prob,
+}
+
+ANSWER_SCORES = tuple(_SCORES)
+"""Names of the scores, all higher where an answer is more uncertain.
+
+- `sequence_probability`: `-log p(y | x)`.
+- `length_normalised`: the same for each token.
+- `token_entropy`: mean entropy of the tokens.
+- `posterior_variance`: variance of `log p(y | x)` under the posterior.
+- `isotropic_variance`: the same under covariance 1 of every weight, without a curvature pass.
+- `variance_ratio`: the former over the latter, the share that data left; 0 where no weight matters.
+- `lower_bound`: `-log p(y | x)` plus its standard deviation: how low the log-probability may be.
+"""
 
 
 def score_answers(model: PreTrainedModel, batch: Mapping[str, Tensor], posterior: LaplacePosterior) -> AnswerScores:

@@ -299,12 +299,12 @@ class LaplacePosterior:
             WeightMismatchError: If the model's weights are not those that the curvature was collected on.
             ValueError: If the function does not return one number for each text.
         """
-        found: list[Tensor] = []
         with failing_together(distributed=runs_in_lockstep(model)):
-            terms = self.batch_terms(model, contrast_logits(sequence_log_prob, found=found), batch)
+            terms = self.batch_terms(model, contrast_logits(sequence_log_prob, keep=True), batch)
+        assert terms.labels is not None
         ones = torch.ones_like(self.prior_precision)
         isotropic = contrast_variance(prior_covariance(terms, ones))
-        return SequenceVariance(found[-1], contrast_variance(self.covariance_of(terms)), isotropic)
+        return SequenceVariance(terms.labels, contrast_variance(self.covariance_of(terms)), isotropic)
 
     def check_weights(self, model: nn.Module) -> None:
         """Compare the model's weights with those that the curvature was collected on.

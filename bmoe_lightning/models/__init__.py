@@ -9,7 +9,7 @@ from bmoe_lightning.models.deepseek_moe import (
     DeepseekMoeConfig,
     register_deepseek_moe,
 )
-from bmoe_lightning.models.generation import GeneratedAnswers, generate_answers
+from bmoe_lightning.models.generation import GeneratedAnswers, generate_answers, with_answers
 from bmoe_lightning.models.sequence_logits import TextScores, sequence_log_prob, text_scores
 
 __all__ = [
@@ -23,6 +23,7 @@ __all__ = [
     "register_models",
     "sequence_log_prob",
     "text_scores",
+    "with_answers",
 ]
 
 

@@ -5,7 +5,7 @@ Shapes: `B` prompts of at most `T` tokens, `N` written tokens at most.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -91,6 +91,26 @@ def generate_answers(
         rows = [row[of_row] for row, of_row in zip(written, answer_mask.bool(), strict=True)]
         text = tuple(tokenizer.decode(row, skip_special_tokens=True) for row in rows)
     return GeneratedAnswers(written, torch.cat([mask, answer], 1), answer_mask, mask.sum(1), text)
+
+
+def with_answers(batch: Mapping[str, Tensor], answers: Sequence[Sequence[int]]) -> GeneratedAnswers:
+    """Prompts with answers that something else has written, in the form that they are scored in.
+
+    Args:
+        batch: `input_ids` and `attention_mask` `[B, T]` of the prompts, padded on either side.
+        answers: Token ids of each answer, its end token included.
+
+    Raises:
+        ValueError: If the prompts are not such tensors, one of them or an answer is empty, or their numbers differ.
+    """
+    ids, mask = _prompts(batch)
+    if len(answers) != len(ids) or not all(answers):
+        raise ValueError(f"there must be an answer of at least one token to each of {len(ids)} prompts, got {answers}")
+    rows = [torch.as_tensor(list(answer), dtype=ids.dtype, device=ids.device) for answer in answers]
+    answer = torch.nn.utils.rnn.pad_sequence([torch.ones_like(row) for row in rows], batch_first=True)
+    written = torch.cat([ids, torch.nn.utils.rnn.pad_sequence(rows, batch_first=True)], 1)
+    answer_mask = torch.cat([torch.zeros_like(mask), answer], 1)
+    return GeneratedAnswers(written, torch.cat([mask, answer], 1), answer_mask, mask.sum(1))
 
 
 def _prompts(batch: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:

@@ -194,9 +194,11 @@ def check_callable(module: L.LightningModule, class_logits: ClassLogits | None) 
             "pass a function, or None for the module's method class_logits(batch)"
         )
     if class_logits is None and not callable(getattr(module, "class_logits", None)):
+        texts = callable(getattr(module, "sequence_log_prob", None))
         raise TypeError(
             f"{type(module).__name__} has no method class_logits(batch) -> (logits [B, K], labels [B]), and "
             "BayesianMoECallback got no class_logits argument; define the method, or pass the argument"
+            + ("; it has sequence_log_prob: for texts there is BayesianTextCallback" if texts else "")
         )
 
 

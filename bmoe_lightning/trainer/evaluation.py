@@ -347,7 +347,7 @@ def predicted(predictor: Predictor, module: nn.Module, class_logits: ClassLogits
 
 
 def replace_predict_step(
-    trainer: L.Trainer, module: L.LightningModule, predictor: Predictor, class_logits: ClassLogits
+    trainer: L.Trainer, module: L.LightningModule, predicted: Callable[[Any], dict[str, Any]]
 ) -> Callable[[], None]:
     """Patch a module's `predict_step` to return a prediction beside its original output.
 
@@ -358,8 +358,7 @@ def replace_predict_step(
     Args:
         trainer: Trainer that predicts.
         module: The module.
-        predictor: Predictor of one method.
-        class_logits: Function as in `predicted`.
+        predicted: Prediction of a batch, such as `predicted` with all but that given.
 
     Returns:
         A function that takes the replacement out again.
@@ -378,7 +377,7 @@ def replace_predict_step(
     def predict_step(batch: Any, *args: Any) -> dict[str, Any]:
         check_sigterm(trainer)
         output = step(batch, *args) if has_step else None
-        found = predicted(predictor, module, class_logits, batch)
+        found = predicted(batch)
         known = {"index": batch["index"]} if isinstance(batch, Mapping) and "index" in batch else {}
         known |= {name: found.pop(name) for name in ("labels",) if name in found}
         if isinstance(output, Mapping):

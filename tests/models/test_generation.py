@@ -8,7 +8,7 @@ import pytest
 import torch
 from oracles.models import tiny_qwen
 
-from bmoe_lightning.models import generate_answers, text_scores
+from bmoe_lightning.models import generate_answers, text_scores, with_answers
 
 PROMPTS = ([3, 4, 5], [7, 8], [2, 9, 11, 6], [1])
 LENGTH = 5
@@ -134,3 +134,16 @@ def test_what_cannot_be_continued_is_refused(changes, options, said):
 def test_a_model_that_writes_no_text_is_refused():
     with pytest.raises(TypeError, match="Qwen2MoeModel continues no prompt; pass a causal language model"):
         generate_answers(tiny_qwen().model, prompts("left"), max_new_tokens=2)
+
+
+@pytest.mark.parametrize("side", ["left", "right"])
+def test_answers_of_others_stand_where_written_ones_do(side, end):
+    written = generate_answers(model_with(end, 0), prompts(side), max_new_tokens=LENGTH)
+    given = with_answers(prompts(side), written.tokens())
+    assert given.tokens() == written.tokens()
+    for name in ("attention_mask", "answer_mask", "prompt_lengths"):
+        assert torch.equal(getattr(given, name), getattr(written, name))
+    with pytest.raises(ValueError, match="an answer of at least one token to each of 4 prompts, got"):
+        with_answers(prompts(side), [[1], [2], []])
+    with pytest.raises(ValueError, match="an answer of at least one token"):
+        with_answers(prompts(side), [[1], [2], [], [3]])
