@@ -23,6 +23,7 @@ RECIPES = {
     "recipes.supported_models": ("recipes.supported_models.settings", "SurveySettings"),
     "recipes.paper": ("recipes.paper.settings", "PaperSettings"),
     "recipes.routers": ("recipes.routers.settings", "RouterSettings"),
+    "recipes.generation": ("recipes.generation.settings", "GenerationSettings"),
     "recipes.upcycle": ("recipes.upcycle.settings", "UpcycleSettings"),
     "recipes.common.readme": ("recipes.common.readme", "ReadmeSettings"),
 }

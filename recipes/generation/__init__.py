@@ -1,0 +1,1 @@
+"""Which score finds wrong answers in generated text: a comparison on generated tasks with right and wrong answers."""
