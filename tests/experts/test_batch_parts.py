@@ -109,6 +109,25 @@ def test_the_prediction_of_parts_is_that_of_the_batch(caplog):
     )
 
 
+def test_the_variance_of_texts_of_parts_is_that_of_the_batch():
+    model, batch = toy_model(), toy_batch(num_rows=7, seed=5)
+    posterior = LaplacePosterior(factors(), 2.0)
+
+    def log_prob(model, batch):
+        logits, labels = answer_logits(model, batch)
+        return logits.log_softmax(-1).gather(1, labels[:, None])[:, 0]
+
+    def scarce(model, batch):
+        value = log_prob(model, batch)
+        if len(batch["ids"]) in (7, 3):  # of the whole, and of the second half
+            raise NO_MEMORY
+        return value
+
+    expected, found = (posterior.sequence_variance(model, function, batch) for function in (log_prob, scarce))
+    torch.testing.assert_close(found.log_prob, expected.log_prob, rtol=1e-12, atol=1e-12)
+    torch.testing.assert_close(found.variance, expected.variance, rtol=1e-10, atol=1e-14)
+
+
 def test_the_logits_of_parts_are_those_of_the_batch():
     model, batch = toy_model(), toy_batch(num_rows=9)
     view = BatchView(model, Scarce(3, with_graph=False), batch)
