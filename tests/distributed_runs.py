@@ -1,7 +1,7 @@
 """Fit, test and predict with one process and with several, and write down what each process has to say.
 
 A script of its own, since a process that has run a backward pass cannot be forked: `python distributed_runs.py FOLDER
-whole|small|launched WORLD_SIZE...`.
+whole|few|small|launched WORLD_SIZE...`.
 """
 
 from __future__ import annotations
@@ -223,6 +223,17 @@ def whole(world_size: int, folder: Path, weights: Path) -> None:
     run.predict(module, loader(TEST, 3), return_predictions=False)
 
 
+def few(world_size: int, folder: Path, weights: Path) -> None:
+    """A fit and a test with a few methods alone."""
+    callback = BayesianMoECallback(
+        ("map", "temperature", "laplace_evidence"), dirpath=str(folder / f"fit-{world_size}")
+    )
+    module = SameWeights(weights).double()
+    run = trainer(folder, [callback, Witness(folder, callback)], **options(world_size))
+    run.fit(module, loader(TRAIN, 1, batch_size=8), loader(CALIBRATION, 2))
+    run.test(module, loader(TEST, 3), verbose=False)
+
+
 def small(world_size: int, folder: Path, weights: Path) -> None:
     """Less data than processes, a capped pass, a sampler of the user's own, labels that are drawn, no labels."""
     sets = {
@@ -361,6 +372,6 @@ if __name__ == "__main__":
     if kind != "launched":
         train_elsewhere(learned)
     for size in sizes:
-        for run in {"whole": [whole], "small": [small, direct], "launched": [launched]}[kind]:
+        for run in {"whole": [whole], "few": [few], "small": [small, direct], "launched": [launched]}[kind]:
             run(size, where, learned)
     leave()

@@ -66,7 +66,7 @@ def _check_round_trip(write: Write, read: Read, path: Path) -> None:
     if os.name == "posix":
         mode = stat.S_IMODE(path.stat().st_mode)
         _require(mode == 0o640, f"a file must get the permissions of the umask (0o640), and has {mode:#o}")
-    _require(_same(read(path), read(path)), "reading a file twice must give the same content")
+    _require(same_content(read(path), read(path)), "reading a file twice must give the same content")
 
 
 def _check_interrupted_writes(write: Write, path: Path) -> None:
@@ -145,7 +145,7 @@ def _check_foreign(read: Read, path: Path) -> None:
 
 def _check_headers(read: Read, path: Path, sample: bytes) -> None:
     path.write_bytes(sample)
-    content, header = read(path), _header(sample)
+    content, header = read(path), header_of(sample)
     version = header["version"]
 
     path.write_bytes(with_header(sample, {**header, "format": "other thing"}))
@@ -170,7 +170,7 @@ def _check_headers(read: Read, path: Path, sample: bytes) -> None:
     found = read(path)
     # A digest is one of all that the header holds.
     _require(
-        _same(found, content, ignoring=("digest", "description")),
+        same_content(found, content, ignoring=("digest", "description")),
         "keys that a reader does not know must change nothing",
     )
 
@@ -189,7 +189,7 @@ def _check_flipped_bits(read: Read, path: Path, sample: bytes) -> None:
         except Exception as error:
             raise AssertionError(f"a flipped bit in byte {position} must be a ValueError, and is {error!r}") from error
         else:
-            _require(_same(found, content), f"a flipped bit in byte {position} must not go unnoticed")
+            _require(same_content(found, content), f"a flipped bit in byte {position} must not go unnoticed")
     path.write_bytes(sample)
 
 
@@ -214,7 +214,15 @@ def _check_error(read: Read, path: Path, what: str, kind: type[Exception]) -> Ex
     raise AssertionError(f"{what} must raise {kind.__name__}, and was read")
 
 
-def _header(sample: bytes) -> dict[str, Any]:
+def header_of(sample: bytes) -> dict[str, Any]:
+    """The header of a file, without verifying it.
+
+    Args:
+        sample: Bytes of a file.
+
+    Raises:
+        ValueError, LookupError, TypeError: If the file has none.
+    """
     if sample.startswith(b"{"):
         return dict(json.loads(sample))
     length = int.from_bytes(sample[:8], "little")
@@ -241,8 +249,14 @@ def with_header(sample: bytes, header: Mapping[str, Any], *, sealed: bool = True
     return len(written).to_bytes(8, "little") + written + sample[8 + length :]
 
 
-def _same(one: Any, other: Any, *, ignoring: Sequence[str] = ()) -> bool:
-    """Whether two contents are equal bit by bit, fields of dataclasses of the names `ignoring` aside."""
+def same_content(one: Any, other: Any, *, ignoring: Sequence[str] = ()) -> bool:
+    """Whether two contents are equal bit by bit.
+
+    Args:
+        one: Tensors, mappings, sequences, dataclasses and plain values.
+        other: What it is compared with.
+        ignoring: Names of fields of dataclasses that are not compared.
+    """
     if type(one) is not type(other):
         return False
     if isinstance(one, Tensor):
@@ -250,11 +264,13 @@ def _same(one: Any, other: Any, *, ignoring: Sequence[str] = ()) -> bool:
         return same_kind and torch.equal(_bits(one), _bits(other))
     if dataclasses.is_dataclass(one):
         names = [field.name for field in dataclasses.fields(one) if field.name not in ignoring]
-        return all(_same(getattr(one, name), getattr(other, name), ignoring=ignoring) for name in names)
+        return all(same_content(getattr(one, name), getattr(other, name), ignoring=ignoring) for name in names)
     if isinstance(one, Mapping):
-        return one.keys() == other.keys() and all(_same(one[key], other[key], ignoring=ignoring) for key in one)
+        return one.keys() == other.keys() and all(same_content(one[key], other[key], ignoring=ignoring) for key in one)
     if isinstance(one, (list, tuple)):
-        return len(one) == len(other) and all(_same(a, b, ignoring=ignoring) for a, b in zip(one, other, strict=True))
+        return len(one) == len(other) and all(
+            same_content(a, b, ignoring=ignoring) for a, b in zip(one, other, strict=True)
+        )
     return bool(one == other)
 
 

@@ -10,6 +10,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
+from safetensors import SafetensorError
+
 from bmoe_lightning.utils.folder_lock import FolderInUseError, locked_folder
 
 UNFINISHED = ".unfinished-"
@@ -47,6 +49,8 @@ def new_folder(folder: Path) -> Iterator[Path]:
                 if not folder.is_dir():
                     raise
                 raise FolderFilledError(f"another process has written {folder} in the meantime") from error
+    except SafetensorError as error:  # what libraries that write models raise on a full disk
+        raise OSError(f"could not write {folder}: {error}") from error
     finally:
         shutil.rmtree(unfinished, ignore_errors=True)
 

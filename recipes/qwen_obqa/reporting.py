@@ -27,6 +27,7 @@ from bmoe_lightning.report import (
 )
 from bmoe_lightning.report.results import Row
 from bmoe_lightning.utils.atomic_io import write_text
+from recipes.qwen_obqa.hashes import run_hashes
 from recipes.qwen_obqa.label_budget import DRAWS, DRY_RUN_DRAWS, label_budget
 from recipes.qwen_obqa.settings import ResolvedSettings
 from recipes.qwen_obqa.sources import Source
@@ -47,12 +48,13 @@ def report(settings: ResolvedSettings, source: Source, output: Path, runs: Seque
     """
     results = [result for run_of_seed in runs for result in run_of_seed.results()]
     rows = summarise(results)
-    hashes = {str(run_of_seed.seed): source.model_hash(run_of_seed.seed) for run_of_seed in runs}
-    config = {**asdict(settings), "pretrained_weights": hashes}
     fits = {run_of_seed.seed: load_fit(run_of_seed.fit_folder)[0] for run_of_seed in runs}
+    hashes = run_hashes(source, runs, fits)
+    pretrained = {seed: found["pretrained_weights"] for seed, found in hashes["seeds"].items()}
+    config = {**asdict(settings), "pretrained_weights": pretrained}
     curvatures = [entry for seed, fit in fits.items() for entry in curvature_entries(seed, fit)]
     notes = [*accuracy_notes(rows), *curvature_notes(curvatures)]
-    details = {"curvatures": curvatures}
+    details = {"curvatures": curvatures, "hashes": hashes}
     write_results(output, results, rows, config=config, versions=library_versions(), details=details, notes=notes)
     comparison = output / "tensorboard"
     if comparison.is_dir():  # of the resumed run; event files cannot be replaced, so the folder is rewritten

@@ -78,6 +78,11 @@ class SeedRun:
         return self.folder / FIT_FOLDER
 
     @property
+    def trained_weights(self) -> Path:
+        """The file of this seed's fine-tuned weights."""
+        return self._training.weights(0)
+
+    @property
     def predictions(self) -> StoredPredictions:
         """This seed's predictions of the test split."""
         return self._stored(self.folder)
@@ -141,7 +146,7 @@ class SeedRun:
         """Refuse another run's model in the folder of this seed's; see `check_origin`."""
         folder = export_folder(self.settings, self.seed)
         if folder is not None:
-            check_origin(folder, self._trained, self._training.stage(0))
+            check_origin(folder, self.trained_weights, self._training.stage(0))
 
     def lost_of(self, method: Method, keeps: Callable[[Path, str], bool] = keeps_weights) -> str | None:
         """What a method is fitted to or predicts with that is not stored or damaged, in words; None if it is all there.
@@ -175,7 +180,7 @@ class SeedRun:
         """
         module, data = self._training.fresh(0)
         prior_mean = PriorMean(self.methods)
-        load = LoadTrained(self._trained, before=prior_mean.capture)
+        load = LoadTrained(self.trained_weights, before=prior_mean.capture)
 
         def run(trainer: L.Trainer, trained: L.LightningModule) -> None:
             assert isinstance(trained, Finetuner)
@@ -198,17 +203,17 @@ class SeedRun:
 
     def _save_model(self, folder: Path) -> None:
         """Write the fine-tuned model for transformers, unless an earlier run has."""
-        if not agreed(has_weights(self._trained, self._training.stage(0))):
+        if not agreed(has_weights(self.trained_weights, self._training.stage(0))):
             methods = [self._further.completed(method) for method in self.methods]
             self._train_and_fit(*self._training.fresh(0), methods)
-        if agreed(first_then_others(lambda: is_rank_zero() and is_exported(folder, self._trained))):
+        if agreed(first_then_others(lambda: is_rank_zero() and is_exported(folder, self.trained_weights))):
             return
         self._training.say(f"saving the fine-tuned model in {folder}")
         module, trainer = self._training.fresh(0)[0], self._training.trainer([])
 
         def write() -> None:
             if is_rank_zero():
-                export(folder, self._trained, module, trainer, self.source.tokenizer)
+                export(folder, self.trained_weights, module, trainer, self.source.tokenizer)
 
         first_then_others(write)
 
@@ -256,7 +261,7 @@ class SeedRun:
         """Predict the test split of a DataModule with fitted methods."""
         # A new callback, so that the evaluation uses the files of the fit.
         callback = self._training.callback([self._further.completed(method) for method in missing], self.fit_folder)
-        load = LoadTrained(self._trained)
+        load = LoadTrained(self.trained_weights)
         self._training.trainer([load, callback]).test(module, datamodule=data, verbose=False)
         self._training.detach(module, data)
         if is_rank_zero():
@@ -265,22 +270,18 @@ class SeedRun:
                 stored.write(method, callback.fitted, callback.predictions["test"][method.name])
         barrier()
 
-    @property
-    def _trained(self) -> Path:
-        return self._training.weights(0)
-
     def _train_and_fit(self, module: Finetuner, data: MultipleChoiceDataModule, methods: Sequence[Method]) -> None:
         """Fine-tune the module and fit the methods, unless an earlier run has."""
         training = self._training
-        if not agreed(has_weights(self._trained, training.stage(0))):
+        if not agreed(has_weights(self.trained_weights, training.stage(0))):
             if is_rank_zero() and self.fit_folder.is_dir():
                 shutil.rmtree(self.fit_folder)  # of a training that was killed, or of weights that are trained again
             trained = "LoRA's matrices" if self.settings.train == "lora" else "the experts"
             training.say(f"fine-tuning {trained}, then curvature and calibration")
-            save = SaveTrained(self._trained, training.stage(0))
+            save = SaveTrained(self.trained_weights, training.stage(0))
             callback = training.callback(methods, self.fit_folder)
             training.trainer([save, callback], "training").fit(module, datamodule=data)
             training.detach(module, data)
         elif missing := training.unfitted(methods, self.fit_folder):
             training.say(f"fitting {', '.join(missing)} to the fine-tuned weights")
-            training.fit(methods, self._trained, self.fit_folder, module, data)
+            training.fit(methods, self.trained_weights, self.fit_folder, module, data)

@@ -7,12 +7,12 @@ import random
 from dataclasses import replace
 
 import pytest
-from mutations import edited_json
 
 from bmoe_lightning.methods import get_method
 from bmoe_lightning.serving import MANIFEST_FILE, CalibratedModel, Manifest, QuestionFormat, method_entry
 from bmoe_lightning.serving.manifest import LoRAShape, place
 from bmoe_lightning.utils.file_header import DamagedFileError, seal
+from recipes.faults.mutations import edited_json
 
 MANIFEST = Manifest(
     model="owner/model",

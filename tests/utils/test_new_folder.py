@@ -7,6 +7,7 @@ import sys
 import uuid
 
 import pytest
+from safetensors import SafetensorError
 
 from bmoe_lightning.utils.new_folder import UNFINISHED, FolderFilledError, new_folder, remove_unfinished
 
@@ -20,6 +21,12 @@ def test_the_folder_appears_when_it_is_complete(tmp_path):
         assert folder.parent == target.parent
     assert (target / "inner" / "file").read_text() == "content"
     assert [path.name for path in target.parent.iterdir()] == ["folder"]
+
+
+def test_an_error_of_safetensors_is_an_error_of_the_system(tmp_path):
+    with pytest.raises(OSError, match=r"could not write .*folder: .*File too large"), new_folder(tmp_path / "folder"):
+        raise SafetensorError("I/O error: File too large (os error 27)")
+    assert not list(tmp_path.iterdir())
 
 
 def test_an_empty_folder_is_filled(tmp_path):

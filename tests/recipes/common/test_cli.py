@@ -24,6 +24,7 @@ RECIPES = {
     "recipes.paper": ("recipes.paper.settings", "PaperSettings"),
     "recipes.routers": ("recipes.routers.settings", "RouterSettings"),
     "recipes.generation": ("recipes.generation.settings", "GenerationSettings"),
+    "recipes.faults": ("recipes.faults.settings", "FaultSettings"),
     "recipes.upcycle": ("recipes.upcycle.settings", "UpcycleSettings"),
     "recipes.common.readme": ("recipes.common.readme", "ReadmeSettings"),
 }
