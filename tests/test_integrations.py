@@ -118,6 +118,33 @@ class TestCommandLine:
         assert "test/loss" in metrics[0]
 
 
+    @pytest.mark.parametrize(
+        ("name", "options"),
+        [
+            ("BayesianMoECallback", {"methods": ["map"], "class_logits": "toy.ToyModule.class_logits", "seed": 3}),
+            ("RouterTrainingCallback", {"kind": "full_covariance", "layers": [0], "rank": 2, "prior_unit": "one"}),
+            ("PredictionWriter", {"path": "rows.parquet", "class_names": ["bad", "good"], "overwrite": True}),
+            ("ExpertFinetuner", {"model": "m", "betas": [0.8, 0.9], "schedule": "cosine", "dtype": "bfloat16"}),
+            ("LoRAFinetuner", {"model": "m", "target_modules": ["q_proj"], "alpha": 3.5}),
+            ("RouterFinetuner", {"model": "m", "layers": [1], "beta": 0.5, "score_function": False}),
+        ],
+    )
+    def test_everything_that_a_trainer_meets_can_be_written_in_yaml(self, name, options):
+        jsonargparse = pytest.importorskip("jsonargparse")
+        parser = jsonargparse.ArgumentParser(exit_on_error=False)
+        parser.add_subclass_arguments((L.Callback, L.LightningModule), "it")
+        given = {"it": {"class_path": f"bmoe_lightning.{name}", "init_args": options}}
+        values = parser.parse_object(given)
+        again = parser.parse_string(parser.dump(values))  # what SaveConfigCallback writes
+        instantiate = getattr(parser, "instantiate", None) or parser.instantiate_classes
+        made = instantiate(again).it
+        assert type(made).__name__ == name
+        assert parser.dump(again) == parser.dump(values)
+        for option in set(options) - {"class_logits", "methods"}:
+            found = again.it.init_args[option]
+            assert (list(found) if isinstance(found, tuple) else found) == options[option]
+
+
 class OwnFinetuner(ExpertFinetuner):
     """A module of a user's own with another signature."""
 
