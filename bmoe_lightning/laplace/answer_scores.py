@@ -8,14 +8,17 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
-from transformers import PreTrainedModel
 
 from bmoe_lightning.laplace.posterior import LaplacePosterior
-from bmoe_lightning.models.sequence_logits import TextScores, text_scores
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+    from bmoe_lightning.models import TextScores
 
 
 @dataclass(frozen=True, eq=False)
@@ -76,6 +79,9 @@ def score_answers(model: PreTrainedModel, batch: Mapping[str, Tensor], posterior
         WeightMismatchError: If the model's weights are not those that the curvature was collected on.
         ValueError: As `text_scores`.
     """
+    # Imported late: serving a posterior needs no transformers.
+    from bmoe_lightning.models.sequence_logits import text_scores
+
     seen: list[TextScores] = []
 
     def log_prob(model: Any, batch: Any) -> Tensor:

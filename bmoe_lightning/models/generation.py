@@ -80,8 +80,8 @@ def generate_answers(
     config = _config(model, max_new_tokens, temperature)
     with evaluation_mode(model), forked_random_state():
         torch.manual_seed(seed)
-        written = model.generate(input_ids=ids, attention_mask=mask, generation_config=config)
-    assert isinstance(written, Tensor)
+        generate: Any = model.generate
+        written: Tensor = generate(input_ids=ids, attention_mask=mask, generation_config=config)
     width = ids.shape[1]
     answer = _until_end(written[:, width:], model.generation_config.eos_token_id)
     zeros = torch.zeros_like(mask)
@@ -89,7 +89,7 @@ def generate_answers(
     text = None
     if tokenizer is not None:
         rows = [row[of_row] for row, of_row in zip(written, answer_mask.bool(), strict=True)]
-        text = tuple(tokenizer.decode(row, skip_special_tokens=True) for row in rows)
+        text = tuple(str(tokenizer.decode(row, skip_special_tokens=True)) for row in rows)
     return GeneratedAnswers(written, torch.cat([mask, answer], 1), answer_mask, mask.sum(1), text)
 
 

@@ -22,7 +22,7 @@ class GenerationSettings:
     tasks: tuple[str, ...] = option(TASKS, "generated tasks")
     seeds: int = option(3, "number of seeds, each with a model of its own", least=1)
     first_seed: int = option(0, "first seed", least=0)
-    steps: int = option(560, "training steps of each model", least=1)
+    steps: int = option(600, "training steps of each model", least=1)
     questions: int = option(400, "test questions of each task", least=2)
     rank: int = option(10, "eigenpairs of each Kronecker factor", least=1)
     fisher: Literal["mc", "empirical"] = option(

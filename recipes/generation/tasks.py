@@ -74,7 +74,9 @@ def _addition(questions: int) -> WrittenTask:
     pairs = list(itertools.product(range(100), repeat=2))
     random.Random("addition").shuffle(pairs)
     made = [WrittenQuestion(f"{_spaced(a)} + {_spaced(b)} =", f"{_spaced(a + b)} {END}") for a, b in pairs]
-    return WrittenTask("addition", tuple(made[questions : questions + 3000]), tuple(made[:questions]))
+    return WrittenTask(
+        "addition", tuple(made[questions : questions + min(3000, 8 * questions)]), tuple(made[:questions])
+    )
 
 
 def _recall(questions: int) -> WrittenTask:

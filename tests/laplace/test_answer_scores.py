@@ -8,8 +8,8 @@ from oracles.models import tiny_qwen
 from text_cases import packed, padded
 
 from bmoe_lightning.curvature import collect_text_factors
-from bmoe_lightning.laplace import AnswerScores, LaplacePosterior, answer_scores, score_answers
-from bmoe_lightning.models import sequence_log_prob, text_scores
+from bmoe_lightning.laplace import AnswerScores, LaplacePosterior, score_answers
+from bmoe_lightning.models import sequence_log_prob, sequence_logits, text_scores
 
 
 @pytest.fixture(scope="module")
@@ -27,7 +27,7 @@ def test_scores_are_those_of_model_and_posterior(model, posterior, batch, monkey
     expected, variance = text_scores(model, batch), posterior.sequence_variance(model, sequence_log_prob, batch)
     calls = []
     with monkeypatch.context() as patch:
-        patch.setattr(answer_scores, "text_scores", lambda *args: calls.append(1) or text_scores(*args))
+        patch.setattr(sequence_logits, "text_scores", lambda *args: calls.append(1) or text_scores(*args))
         found = score_answers(model, batch, posterior)
     assert len(calls) == 1
     torch.testing.assert_close(found.log_prob, expected.log_prob.detach())
