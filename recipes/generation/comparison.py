@@ -54,6 +54,7 @@ class TaskComparison:
         num_questions: Number of questions N.
         accuracy: Share of right answers of each seed.
         values: Values by score and measure (`prr`, `auroc`).
+        curvature: What the curvature adds, by measure: the variance under the posterior less the isotropic one.
     """
 
     task: str
@@ -61,6 +62,7 @@ class TaskComparison:
     num_questions: int
     accuracy: tuple[float, ...]
     values: Mapping[str, Mapping[str, ScoreValue]]
+    curvature: Mapping[str, Estimate]
 
 
 @dataclass(frozen=True)
@@ -107,6 +109,7 @@ def _compared(task: str, answers: Sequence[ScoredAnswers], settings: SummarySett
     count = len(answers[0].right)
     counts = torch.cat([drawn.counts for drawn in draw_resamples(count, settings.num_samples, settings.bootstrap_seed)])
     values: dict[str, dict[str, ScoreValue]] = {name: {} for name in answers[0].scores}
+    curvature = {}
     for measure_name, measure in MEASURES.items():
         of_scores = {name: _seed_values(measure, name, answers, counts) for name in values}
         baseline = of_scores[BASELINE]
@@ -115,8 +118,10 @@ def _compared(task: str, answers: Sequence[ScoredAnswers], settings: SummarySett
             difference = None if name == BASELINE else seed_difference(found, baseline, settings)
             estimate = seed_difference(found, nothing, settings)
             values[name][measure_name] = ScoreValue(estimate, difference, tuple(found.on_data.tolist()))
+        with_curvature, without = (of_scores[name] for name in ("posterior_variance", "isotropic_variance"))
+        curvature[measure_name] = seed_difference(with_curvature, without, settings)
     accuracy = tuple(float(of_seed.right.double().mean()) for of_seed in answers)
-    return TaskComparison(task, tuple(of_seed.seed for of_seed in answers), count, accuracy, values)
+    return TaskComparison(task, tuple(of_seed.seed for of_seed in answers), count, accuracy, values, curvature)
 
 
 def _seed_values(measure: Measure, name: str, answers: Sequence[ScoredAnswers], counts: Tensor) -> SeedValues:

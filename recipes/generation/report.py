@@ -78,6 +78,10 @@ def verdict(found: TaskComparison) -> str:
         if undecided := by_verdict.get("no difference is decided"):
             parts.append(f"no difference is decided for {', '.join(undecided)}")
         sentences.append(f"By {of_measure.title}, against the sequence probability: {'; '.join(parts)}.")
+    gains = [
+        f"{of_measure.title} {_interval(found.curvature[name], signed=True)}" for name, of_measure in MEASURES.items()
+    ]
+    sentences.append(f"The variance under the posterior less the isotropic variance: {', '.join(gains)}.")
     return " ".join(sentences)
 
 

@@ -44,7 +44,10 @@ def test_a_better_a_worse_and_an_equal_score_are_told_apart():
         assert values[BASELINE].difference is None
         for value in values.values():
             assert value.estimate.low <= value.estimate.value <= value.estimate.high
+        # The isotropic variance is noise here, and the posterior's the worst order.
+        assert found.curvature[measure].high < 0
     said = verdict(found)
+    assert "The variance under the posterior less the isotropic variance: PRR -" in said
     assert "By PRR, against the sequence probability: better are mean token entropy; worse are variance under" in said
     assert "no difference is decided for sequence probability for each token" in said
 
