@@ -358,6 +358,8 @@ class BayesianMoECallback(L.Callback):
                 needs_fit = self._found(trainer, module) is None and self._folder.ended_without_fit(trainer, module)
             if needs_fit:
                 self._complete(trainer, module)
+            elif self.fitted is not None:  # by a process that may have been killed once it had written the fit
+                self._folder.remove_pass_files()
         self._folder.resumes = False
 
     def _logits(self, model: Any, batch: Any) -> tuple[Tensor, Tensor | None]:

@@ -15,6 +15,7 @@ from toy import ToyModule, calibration_loader, loader, test_loader, trainer
 
 from bmoe_lightning import BayesianMoECallback
 from bmoe_lightning.methods.needs import NeedsError
+from bmoe_lightning.trainer.run_folder import RunFolder
 
 METHODS = ("map", "temperature", "laplace_evidence", "checkpoint_ensemble")
 
@@ -109,6 +110,21 @@ def test_a_finished_training_is_left_as_it_is(tmp_path, whole):
     job()
     assert {path: path.stat().st_mtime_ns for path in (tmp_path / "fit").rglob("*")} == before
     assert job.run.test(job.module, test_loader(), verbose=False)[0] == first
+
+
+def test_the_sums_of_a_process_that_was_killed_after_its_fit_are_removed(tmp_path, whole, monkeypatch):
+    job, save = Job(tmp_path), RunFolder.save
+
+    def killed(self, *args):
+        save(self, *args)
+        raise RuntimeError("killed")
+
+    with monkeypatch.context() as patch, pytest.raises(RuntimeError, match="killed"):
+        patch.setattr(RunFolder, "save", killed)
+        job()
+    assert list((tmp_path / "fit").glob("curvature_state-*"))
+    assert job() == whole[0]
+    assert not list((tmp_path / "fit").glob("curvature_state-*"))
 
 
 def test_a_callback_that_training_did_not_have_is_fitted(tmp_path):
