@@ -28,7 +28,7 @@ class FaultSettings:
     seed: int = option(0, "seed of places, times and mutations", least=0)
     overwrite: bool = option(False, "repeat finished stages")
     dry_run: bool = option(
-        False, "at most 6 kills, 4 full disks, 2 folders, 6 signals and 150 mutations: what the test suite runs"
+        False, "at most 4 kills, 4 full disks, 2 folders, 6 signals and 60 mutations: what the test suite runs"
     )
     quiet: bool = option(False, "no progress bars")
     write: str | None = option(None, "also write the table to this markdown file: docs/faults.md")
@@ -51,5 +51,5 @@ class FaultSettings:
         }
         if not self.dry_run:
             return found
-        most = {"kills": 6, "disks": 4, "read-only": 2, "signals": 6, "mutations": 150}
+        most = {"kills": 4, "disks": 4, "read-only": 2, "signals": 6, "mutations": 60}
         return {stage: most[stage] if count is None else min(count, most[stage]) for stage, count in found.items()}

@@ -37,7 +37,7 @@ def test_an_unknown_stage_is_named(capsys):
 
 def test_a_dry_run_bounds_the_counts():
     counts = FaultSettings(dry_run=True, kills=2).counts
-    assert counts == {"kills": 2, "disks": 4, "read-only": 2, "signals": 6, "mutations": 150}
+    assert counts == {"kills": 2, "disks": 4, "read-only": 2, "signals": 6, "mutations": 60}
     assert FaultSettings().counts == {"kills": 100, "disks": 40, "read-only": 12, "signals": None, "mutations": 1000}
     with pytest.raises(UsageError, match="--write"):
         FaultSettings(dry_run=True, write="page.md")
