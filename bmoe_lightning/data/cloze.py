@@ -20,6 +20,7 @@ from transformers import PreTrainedTokenizerBase
 from bmoe_lightning.data.batches import Batch, Collate, EncodedQuestion
 from bmoe_lightning.data.prompts import PromptFormat, encode_prompts, longest_cut
 from bmoe_lightning.data.questions import LETTERS, Question
+from bmoe_lightning.utils.messages import shown
 
 Normalisation = Literal["sum", "characters", "bytes"]
 """What the log-probability of a choice is divided by: 1, or the number of characters or UTF-8 bytes of its text."""
@@ -109,7 +110,8 @@ def fit_cloze(
 
         def encode(prompt: str, question: Question = question) -> _Tokens:
             answers = prompt_format.answers(question)
-            whole = encode_prompts(tokenizer, [prompt, *(f"{prompt} {answer}" for answer in answers)])
+            texts = [prompt, *(f"{prompt} {answer}" for answer in answers)]
+            whole = encode_prompts(tokenizer, texts, questions=[question] * len(texts))
             return _split(question, whole[0], whole[1:])
 
         tokens[row] = longest_cut(prompt_format, question, max_length, encode, lambda found: found.longest)
@@ -135,10 +137,11 @@ def _encode(
         for prompt, question in zip(prompts, questions, strict=True)
         for answer in prompt_format.answers(question)
     ]
-    whole = iter(encode_prompts(tokenizer, texts))
+    asked = [question for question in questions for _ in question.choices]
+    whole = iter(encode_prompts(tokenizer, texts, questions=asked))
     return [
         _split(question, ids, [next(whole) for _ in question.choices])
-        for question, ids in zip(questions, encode_prompts(tokenizer, prompts), strict=True)
+        for question, ids in zip(questions, encode_prompts(tokenizer, prompts, questions=questions), strict=True)
     ]
 
 
@@ -152,13 +155,14 @@ def _split(question: Question, prompt: Sequence[int], whole: Sequence[Sequence[i
     for letter, ids in zip(LETTERS, whole, strict=False):
         if len(ids) <= common:
             raise ValueError(
-                f"question {question.id!r}: the tokenizer encodes choice {letter} as no token; drop or repair the item"
+                f"question {shown(question.id)}: the tokenizer encodes choice {letter} as no token; drop or repair "
+                "the item"
             )
     if not common:
         raise ValueError(
-            f"question {question.id!r}: the tokenizer encodes the prompt differently from its first token on when a "
-            "choice follows, so no token is left that the choices could be given; use a tokenizer that encodes a text "
-            "from the left to the right"
+            f"question {shown(question.id)}: the tokenizer encodes the prompt differently from its first token on when "
+            "a choice follows, so no token is left that the choices could be given; use a tokenizer that encodes a "
+            "text from the left to the right"
         )
     return _Tokens(tuple(prompt[:common]), tuple(tuple(ids[common:]) for ids in whole))
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import codecs
 import json
 import logging
 import re
@@ -12,8 +13,10 @@ from pathlib import Path
 from typing import Any
 
 from bmoe_lightning.data.tasks.base import NumberedRow
+from bmoe_lightning.utils.messages import first_line, shown
 
 _SUFFIXES = (".jsonl", ".json", ".parquet")
+_ROWS_AT_A_TIME = 1000
 _logger = logging.getLogger(__name__)
 
 
@@ -100,7 +103,7 @@ def readable(path: Path) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        raise DataUnavailableError(f"{path} cannot be read ({_reason(error)}); check or download it again") from None
+        raise DataUnavailableError(f"{path} cannot be read ({first_line(error)}); check or download it again") from None
 
 
 def warn_of_unread_files(folder: Path, names: Collection[str]) -> None:
@@ -174,25 +177,48 @@ def _parquet_rows(file: Path) -> Iterator[NumberedRow]:
     import pyarrow.parquet
 
     try:
-        rows = pyarrow.parquet.read_table(file).to_pylist()
+        table = pyarrow.parquet.read_table(file)
     except (pyarrow.ArrowException, UnicodeDecodeError) as error:
-        raise ValueError(f"{file} is no valid parquet file ({_reason(error)}); download it again") from None
-    for number, row in enumerate(rows, start=1):
-        yield f"{file}, row {number}", row
+        raise ValueError(f"{file} is no valid parquet file ({first_line(error)}); download it again") from None
+    for start in range(0, len(table), _ROWS_AT_A_TIME):
+        for number, row in enumerate(_python_rows(table, start, file), start=start + 1):
+            yield f"{file}, row {number}", row
+
+
+def _python_rows(table: Any, start: int, file: Path) -> list[dict[str, Any]]:
+    """Some rows of a parquet file."""
+    import pyarrow as pa
+
+    # Text that is not UTF-8, and times that Python does not have.
+    unreadable = (pa.ArrowException, ValueError, OverflowError)
+    part = table.slice(start, _ROWS_AT_A_TIME)
+    try:
+        return part.to_pylist()
+    except unreadable:
+        for position in range(len(part)):  # only to say which row it is
+            try:
+                part.slice(position, 1).to_pylist()
+            except unreadable as error:
+                raise ValueError(
+                    f"{file}, row {start + position + 1}: a value cannot be read ({first_line(error)}); repair or drop "
+                    "the row"
+                ) from None
+        raise
 
 
 def _json_rows(file: Path) -> Iterator[NumberedRow]:
     for number, line in enumerate(file.read_bytes().splitlines(), start=1):
-        if line.strip():
+        text = line.removeprefix(codecs.BOM_UTF8)
+        if text.strip():
             where = f"{file}, line {number}"
-            yield where, _json_object(line, where)
+            yield where, _json_object(text, where)
 
 
 def _json_object(line: bytes, where: str) -> dict[str, Any]:
     try:
-        row = json.loads(line.decode("utf-8-sig"), object_pairs_hook=_unique)
+        row = json.loads(line.decode(), object_pairs_hook=_unique)
     except (ValueError, RecursionError) as error:
-        raise ValueError(f"{where}: not a JSON object ({_reason(error)}); write one object a line") from None
+        raise ValueError(f"{where}: not a JSON object ({first_line(error)}); write one object a line") from None
     if not isinstance(row, dict):
         raise ValueError(f"{where}: a JSON {type(row).__name__}; write one object a line")
     return row
@@ -202,9 +228,5 @@ def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     row = dict(pairs)
     if len(row) != len(pairs):
         names = [name for name, _ in pairs]
-        raise ValueError(f"the key {next(name for name in names if names.count(name) > 1)!r} is duplicate")
+        raise ValueError(f"the key {shown(next(name for name in names if names.count(name) > 1))} is duplicate")
     return row
-
-
-def _reason(error: BaseException) -> str:
-    return str(error).splitlines()[0].rstrip(".") if str(error) else type(error).__name__

@@ -13,7 +13,7 @@ from bmoe_lightning.data.files import DataUnavailableError, FolderData, readable
 from bmoe_lightning.data.questions import Question, has_ambiguous_answer
 from bmoe_lightning.data.tasks.base import SPLIT_NAMES, NumberedRow, SplitName, Task
 from bmoe_lightning.data.tasks.registry import get_task, recognise_task, task_names, task_of_hub_id
-from bmoe_lightning.utils.messages import first_names
+from bmoe_lightning.utils.messages import first_line, first_names, shown
 
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 
@@ -155,10 +155,9 @@ def _hub_rows(source: str, task: Task | None, revision: str | None) -> _RowsOf:
     try:
         splits = datasets.load_dataset(name, config or None, revision=revision)
     except OSError as error:
-        reason = str(error).splitlines()[0].rstrip(".") if str(error) else type(error).__name__
         raise DataUnavailableError(
-            f"{source!r} could not be loaded from the hub ({reason}); the path of a local folder with train.jsonl and "
-            "test.jsonl, or parquet files, works instead"
+            f"{source!r} could not be loaded from the hub ({first_line(error)}); the path of a local folder with "
+            "train.jsonl and test.jsonl, or parquet files, works instead"
         ) from None
 
     def rows(names: Sequence[str]) -> Iterator[NumberedRow] | None:
@@ -198,7 +197,9 @@ def _questions(task: Task, split: SplitName, rows: Iterator[NumberedRow]) -> tup
         question = task.read(row, f"{split}-{number}", where)
         # Ids must be unique: predictions are reported by id.
         if question.id in seen:
-            raise ValueError(f"{where}: the id {question.id!r} is that of {seen[question.id]} too; make ids unique")
+            raise ValueError(
+                f"{where}: the id {shown(question.id)} is that of {seen[question.id]} too; make ids unique"
+            )
         seen[question.id] = where
         questions.append(question)
     ambiguous = [question.id for question in questions if has_ambiguous_answer(question)]

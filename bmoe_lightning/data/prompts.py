@@ -1,11 +1,10 @@
 """Prompts that end right before the answer, and the tokens that answer them.
 
 A question is answered by the next token after `Answer:`, among the letters of its choices, or among True and False (or
-by the text of a choice, in the format `cloze`: see `bmoe_lightning.data.cloze`). The
-answer token is the letter or word *with* its leading space (` A`), because that is what a model generates; scoring the
-bare letter costs accuracy and calibration. The formats follow the styles named in appendix C of
-https://arxiv.org/abs/2511.08968, reworded: there the prompt with True and False ends in its passage, here, as all
-others, in `Answer:`.
+by the text of a choice, in the format `cloze`: see `bmoe_lightning.data.cloze`). The answer token is the letter or word
+*with* its leading space (` A`), because that is what a model generates; scoring the bare letter costs accuracy and
+calibration. The formats follow the styles named in appendix C of https://arxiv.org/abs/2511.08968, reworded: there the
+prompt with True and False ends in its passage, here, as all others, in `Answer:`.
 """
 
 from collections.abc import Callable, Sequence
@@ -17,6 +16,7 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from bmoe_lightning.data.questions import LETTERS, Question
+from bmoe_lightning.utils.messages import shown
 
 T = TypeVar("T")
 
@@ -114,8 +114,8 @@ class PromptFormat:
             return tuple(choice.strip() for choice in question.choices)
         if not self.applies(question):
             raise ValueError(
-                f"question {question.id!r} has the choices {list(question.choices)}, and the prompt {self.name!r} is "
-                f"answered by {' or '.join(self.words)}; use a prompt format with letters"
+                f"question {shown(question.id)} has the choices {shown(list(question.choices))}, and the prompt "
+                f"{self.name!r} is answered by {' or '.join(self.words)}; use a prompt format with letters"
             )
         words = {_folded(word): word for word in self.words}
         return tuple(words[_folded(choice)] for choice in question.choices)
@@ -137,8 +137,8 @@ class PromptFormat:
         for question in rest:
             if self.answers(question) != words:
                 raise ValueError(
-                    f"the choices of question {question.id!r} are in another order than those of {first.id!r}, and the "
-                    f"prompt {self.name!r} needs one order; bring them into one"
+                    f"the choices of question {shown(question.id)} are in another order than those of "
+                    f"{shown(first.id)}, and the prompt {self.name!r} needs one order; bring them into one"
                 )
         return words
 
@@ -220,12 +220,15 @@ def leading_special_ids(tokenizer: PreTrainedTokenizerBase) -> list[int]:
     )
 
 
-def encode_prompts(tokenizer: PreTrainedTokenizerBase, prompts: Sequence[str]) -> list[list[int]]:
+def encode_prompts(
+    tokenizer: PreTrainedTokenizerBase, prompts: Sequence[str], *, questions: Sequence[Question] = ()
+) -> list[list[int]]:
     """Encode prompts without special tokens at the end.
 
     Args:
         tokenizer: Tokenizer, whose settings are not changed.
         prompts: Texts to encode.
+        questions: The question of each prompt, for messages.
 
     Returns:
         One list of token ids for each prompt: leading special tokens, then the text, and nothing after it.
@@ -241,12 +244,13 @@ def encode_prompts(tokenizer: PreTrainedTokenizerBase, prompts: Sequence[str]) -
     leading = leading_special_ids(tokenizer)
     encoded = tokenizer(list(prompts), add_special_tokens=False, truncation=False, padding=False, verbose=False)
     refused = set(tokenizer.all_special_ids) - {tokenizer.unk_token_id}
-    for prompt, ids in zip(prompts, encoded["input_ids"], strict=True):
+    for number, (prompt, ids) in enumerate(zip(prompts, encoded["input_ids"], strict=True)):
         if not ids or ids[-1] in refused:
-            shown = tokenizer.convert_ids_to_tokens(list(ids[-3:]))
+            tokens = tokenizer.convert_ids_to_tokens(list(ids[-3:]))
+            whose = f"question {shown(questions[number].id)}: " if questions else ""
             raise ValueError(
-                f"the prompt that ends in {prompt[-12:]!r} is encoded with {shown} at its end; nothing may follow the "
-                "prompt's text; switch off the tokenizer's end-of-sequence token (add_eos_token=False)"
+                f"{whose}the prompt that ends in {prompt[-12:]!r} is encoded with {tokens} at its end; nothing may "
+                "follow the prompt's text; switch off the tokenizer's end-of-sequence token (add_eos_token=False)"
             )
     return [leading + list(ids) for ids in encoded["input_ids"]]
 
@@ -304,9 +308,9 @@ def _answer_id(tokenizer: PreTrainedTokenizerBase, prompt: str, letter: str) -> 
     before, after = _plain_ids(tokenizer, prompt), _plain_ids(tokenizer, f"{prompt} {letter}")
     answer = after[len(before) :]
     if after[: len(before)] != before or len(answer) != 1:
-        shown = tokenizer.convert_ids_to_tokens(after[-4:])
+        tokens = tokenizer.convert_ids_to_tokens(after[-4:])
         raise ValueError(
-            f"' {letter}' after {prompt[-12:]!r} is not one token: the text then ends in {shown}; "
+            f"' {letter}' after {prompt[-12:]!r} is not one token: the text then ends in {tokens}; "
             f"use a tokenizer that has the space and {letter}, or {letter}, as one token"
         )
     return answer[0]
@@ -335,7 +339,7 @@ def fit_prompts(
         ValueError: If the question does not fit without its passage, or not even the last word of one that has none;
             the message names the question and both lengths.
     """
-    encoded = encode_prompts(tokenizer, [prompt_format.render(question) for question in questions])
+    encoded = encode_prompts(tokenizer, [*map(prompt_format.render, questions)], questions=questions)
     long = [row for row, ids in enumerate(encoded) if len(ids) > max_length]
     for row in long:
         encoded[row] = longest_cut(
@@ -374,15 +378,14 @@ def longest_cut(
     def cut(count: int) -> T:
         """The prompt with some words of what is cut."""
         text = " ".join(words[:count] if from_the_end else words[len(words) - count :])
-        if question.passage is None:
-            return encode(prompt_format.compose(question, None, text))
-        return encode(prompt_format.compose(question, text or None, question.question))
+        parts = (None, text) if question.passage is None else (text or None, question.question)
+        return encode(prompt_format.compose(question, *parts))
 
     best = cut(least)
     if length(best) > max_length:
         what = "cut to the last word of its text" if least else "without its passage"
         raise ValueError(
-            f"question {question.id!r}: {what}, the prompt still has {length(best)} tokens, and "
+            f"question {shown(question.id)}: {what}, the prompt still has {length(best)} tokens, and "
             f"max_length is {max_length}; raise max_length or drop the item"
         )
     # Bisection for the largest number of words that fit; `low` words always do.

@@ -10,6 +10,8 @@ import unicodedata
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
+from bmoe_lightning.utils.messages import shown
+
 LETTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
 _INVISIBLE = ("Zs", "Zl", "Zp", "Cc", "Cf")
 
@@ -42,12 +44,16 @@ class Question:
         object.__setattr__(self, "choices", tuple(self.choices))
         _check_texts(self)
         if not 2 <= len(self.choices) <= len(LETTERS):
-            raise ValueError(f"question {self.id!r} has {len(self.choices)} choices; 2 to {len(LETTERS)} are supported")
+            raise ValueError(
+                f"question {shown(self.id)} has {len(self.choices)} choices; 2 to {len(LETTERS)} are supported"
+            )
         if isinstance(self.answer, bool) or not isinstance(self.answer, int):
-            raise TypeError(f"question {self.id!r}: answer must be an integer position, found {self.answer!r}")
+            raise TypeError(
+                f"question {shown(self.id)}: answer must be an integer position, found {shown(self.answer)}"
+            )
         if not 0 <= self.answer < len(self.choices):
             raise ValueError(
-                f"question {self.id!r}: answer {self.answer} is outside its {len(self.choices)} choices; "
+                f"question {shown(self.id)}: answer {self.answer} is outside its {len(self.choices)} choices; "
                 "positions count from 0"
             )
 
@@ -55,7 +61,7 @@ class Question:
 def _check_is_sequence(identity: str, choices: object) -> None:
     # One string is a sequence too, and would pass as one choice a character.
     if isinstance(choices, str) or not isinstance(choices, Sequence):
-        raise TypeError(f"question {identity!r}: choices must be a tuple of texts, found {type(choices).__name__}")
+        raise TypeError(f"question {shown(identity)}: choices must be a tuple of texts, found {type(choices).__name__}")
 
 
 def _check_texts(question: Question) -> None:
@@ -64,11 +70,11 @@ def _check_texts(question: Question) -> None:
     named += [] if question.passage is None else [("passage", question.passage)]
     for name, text in named:
         if not isinstance(text, str):
-            raise TypeError(f"question {question.id!r}: {name} must be a string, found {type(text).__name__}")
+            raise TypeError(f"question {shown(question.id)}: {name} must be a string, found {type(text).__name__}")
         if is_blank(text):
-            raise ValueError(f"question {question.id!r}: {name} is empty; drop or repair the item")
+            raise ValueError(f"question {shown(question.id)}: {name} is empty; drop or repair the item")
         if not is_encodable(text):
-            raise ValueError(f"question {question.id!r}: {name} is not valid Unicode; drop or repair the item")
+            raise ValueError(f"question {shown(question.id)}: {name} is not valid Unicode; drop or repair the item")
 
 
 def is_blank(text: str) -> bool:

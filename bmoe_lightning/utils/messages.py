@@ -2,8 +2,15 @@
 
 from __future__ import annotations
 
+import reprlib
 from collections.abc import Iterable, Mapping
 from pathlib import Path
+
+_SHORT = reprlib.Repr()
+_SHORT.maxlevel = 3
+_SHORT.maxlist = _SHORT.maxtuple = 26
+_SHORT.maxdict = 8
+_SHORT.maxstring = _SHORT.maxother = 100
 
 
 def first_names(names: Iterable[str], count: int = 3) -> str:
@@ -39,6 +46,17 @@ def shown_path(path: str | Path, limit: int = 300) -> str:
         limit: Number of characters.
     """
     text = str(path) if str(path).isprintable() else repr(str(path))
+    return text if len(text) <= limit else f"{text[: limit - 3]}..."
+
+
+def shown(value: object, limit: int = 300) -> str:
+    """A value of the user's data for a message: its `repr`, shortened where it is long or deeply nested.
+
+    Args:
+        value: Any value.
+        limit: Number of characters.
+    """
+    text = _SHORT.repr(value)
     return text if len(text) <= limit else f"{text[: limit - 3]}..."
 
 

@@ -8,7 +8,8 @@ from pathlib import Path
 
 import pytest
 from datamodule_cases import CALIBRATION, TEST, TRAIN, make, module
-from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
+from tokenizer_cases import byte_level
+from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerFast
 
 from bmoe_lightning.data import MultipleChoiceDataModule, Splits, load_questions
@@ -21,20 +22,6 @@ TEST_DATA = Path(os.environ.get("BMOE_TEST_DATA", Path(__file__).parents[3] / "s
 CLOZE = get_prompt_format("cloze")
 QUESTION = Question("q1", " What do bees make? ", (" wax", "sweet honey ", "café"), 1, passage="Bees fly.")
 LONG = Question("long", " ".join(f"word{i}" for i in range(40)) + " why?", ("left", "right over there"), 0)
-
-
-def byte_level(corpus, *, splits=True):
-    """A BPE tokenizer that, if it does not split texts first, merges over the end of the prompt."""
-    tokenizer = Tokenizer(models.BPE())
-    if splits:
-        tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-        tokenizer.decoder = decoders.ByteLevel()
-    alphabet = pre_tokenizers.ByteLevel.alphabet() if splits else sorted(set("".join(corpus)))
-    trainer = trainers.BpeTrainer(
-        vocab_size=400, special_tokens=["<s>", "</s>"], initial_alphabet=alphabet, show_progress=False
-    )
-    tokenizer.train_from_iterator(corpus, trainer)
-    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token="<s>", eos_token="</s>")
 
 
 def texts(*questions):

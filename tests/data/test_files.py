@@ -6,6 +6,8 @@ import re
 from pathlib import Path
 
 import datasets
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 from unprivileged import unprivileged_folder
 
@@ -184,6 +186,16 @@ def test_damaged_parquet_is_named(tmp_path, content):
     file.write_bytes(content)
     with pytest.raises((ValueError, DataUnavailableError), match=r"train\.parquet (is no valid|cannot be read)"):
         numbers(tmp_path, "train")
+
+
+def test_a_value_of_a_parquet_file_that_python_does_not_have_is_named(tmp_path):
+    file = tmp_path / "train.parquet"
+    years = pa.array([0, 2**60], pa.timestamp("ms"))
+    words = pa.Array.from_buffers(pa.string(), 2, pa.array([b"a", b"\xff"]).buffers())
+    for column, reason in ((years, "year|range|large"), (words, "utf-8")):
+        pq.write_table(pa.table({"n": [1, 2], "other": column}), file)
+        with pytest.raises(ValueError, match=rf"train\.parquet, row 2: a value cannot be read \(.*({reason})"):
+            numbers(tmp_path, "train")
 
 
 def test_a_file_that_cannot_be_read_is_one_sentence(tmp_path, monkeypatch):

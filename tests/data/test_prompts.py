@@ -1,8 +1,9 @@
 from dataclasses import replace
 
 import pytest
+import tokenizer_cases
 import torch
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
+from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
 from bmoe_lightning.data.prompts import (
@@ -22,24 +23,8 @@ PROMPTS = [get_prompt_format(name).render(QUESTION) for name in LETTERED_PROMPT_
 CORPUS = [*PROMPTS * 3, " A A A B B B C C C D D D E E E", "Answer: A Answer: B Answer: C Answer: D Answer: E" * 5]
 
 
-def byte_level(*, bos=False, eos=False, corpus=CORPUS) -> PreTrainedTokenizerFast:
-    """A GPT-like tokenizer in which the space belongs to the word that follows it."""
-    tokenizer = Tokenizer(models.BPE())
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    tokenizer.decoder = decoders.ByteLevel()
-    trainer = trainers.BpeTrainer(
-        vocab_size=600,
-        special_tokens=["<s>", "</s>"],
-        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
-        show_progress=False,
-    )
-    tokenizer.train_from_iterator(corpus, trainer)
-    if bos or eos:
-        tokenizer.post_processor = processors.TemplateProcessing(
-            single=f"{'<s> ' if bos else ''}$A{' </s>' if eos else ''}",
-            special_tokens=[("<s>", 0), ("</s>", 1)],
-        )
-    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token="<s>", eos_token="</s>")
+def byte_level(corpus=CORPUS, **options):
+    return tokenizer_cases.byte_level(corpus, **options)
 
 
 def word_level(vocabulary: list[str], pre_tokenizer=None) -> PreTrainedTokenizerFast:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from bmoe_lightning.utils.messages import first_line, first_names, numbered, shown_path
+from bmoe_lightning.utils.messages import first_line, first_names, numbered, shown, shown_path
 
 
 def test_first_names():
@@ -26,3 +26,15 @@ def test_a_path_is_printable_and_short():
 def test_first_line():
     assert first_line(OSError("not there.\nSee the docs.")) == "not there"
     assert first_line(KeyError()) == "KeyError"
+
+
+def test_a_shown_value_is_short_and_printable():
+    assert shown(["a", 1, None]) == "['a', 1, None]"
+    nested = []
+    for _ in range(5000):
+        nested = [nested]
+    for value in ("word " * 600, "\ud800\n" * 600, nested, [["x" * 90] * 26] * 26, {str(n): n for n in range(500)}):
+        text = shown(value)
+        assert len(text) <= 300
+        assert text.isprintable()
+        assert "..." in text

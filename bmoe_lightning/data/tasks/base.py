@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from bmoe_lightning.data.questions import Question
+from bmoe_lightning.utils.messages import shown
 
 Row = Mapping[str, Any]
 NumberedRow = tuple[str, Row]
@@ -88,7 +89,7 @@ class Task(ABC):
         try:
             return self.question(row, row_id)
         except KeyError as error:
-            raise ValueError(f"{where}: {error.args[0]} missing; the columns found are {sorted(row)}") from None
+            raise ValueError(f"{where}: {error.args[0]} missing; the columns found are {shown(sorted(row))}") from None
         except (TypeError, ValueError) as error:
             raise ValueError(f"{where}: {error}") from None
 

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from bmoe_lightning.data.questions import Question
 from bmoe_lightning.data.tasks.base import Row, Task
 from bmoe_lightning.data.tasks.columns import bool_column, index_column, text_column
+from bmoe_lightning.utils.messages import shown
 
 
 @dataclass(frozen=True)
@@ -28,7 +29,10 @@ class BoolQ(Task):
     def question(self, row: Row, row_id: str) -> Question:
         """Turn one row into a question; `Task.question` describes the arguments."""
         if row.get("answer") is None and row.get("label") is None:
-            raise ValueError(f"answer (or label) missing; the columns found are {sorted(row)}")
-        is_true = index_column(row, "label", 2) if row.get("answer") is None else int(bool_column(row, "answer"))
+            raise ValueError(f"answer (or label) missing; the columns found are {shown(sorted(row))}")
+        given = [] if row.get("answer") is None else [int(bool_column(row, "answer"))]
+        given += [] if row.get("label") is None else [index_column(row, "label", 2)]
+        if len(set(given)) > 1:
+            raise ValueError(f"answer is {bool(given[0])}, and label is {given[1]}; leave out the one that is wrong")
         passage = text_column(row, "passage")
-        return Question(row_id, text_column(row, "question"), ("False", "True"), is_true, passage=passage)
+        return Question(row_id, text_column(row, "question"), ("False", "True"), given[0], passage=passage)

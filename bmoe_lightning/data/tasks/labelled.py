@@ -8,6 +8,7 @@ from typing import Any
 from bmoe_lightning.data.questions import Question
 from bmoe_lightning.data.tasks.base import Row
 from bmoe_lightning.data.tasks.columns import id_column, list_of, name_of, present, text_column, texts_of
+from bmoe_lightning.utils.messages import shown
 
 
 def labelled_question(row: Row, column: str) -> Question:
@@ -25,7 +26,11 @@ def labelled_question(row: Row, column: str) -> Question:
     flat: Mapping[str, Any] = row
     nested = row.get("question")
     if isinstance(nested, Mapping):
-        flat = {**row, column: nested.get("stem"), "choices": nested.get("choices")}
+        inner = {column: nested.get("stem"), "choices": nested.get("choices")}
+        for name in inner.keys() - {"question"}:
+            if row.get(name) not in (None, inner[name]):
+                raise ValueError(f"{name} stands beside the nested question too, and differs; leave out one of the two")
+        flat = {**row, **inner}
     text = text_column(flat, column)
     texts, labels = labelled_choices(present(flat, "choices"))
     return Question(id=identity, question=text, choices=texts, answer=label_position(row, "answerKey", labels))
@@ -51,13 +56,13 @@ def labelled_choices(choices: object, column: str = "choices") -> tuple[tuple[st
             texts, labels = [c["text"] for c in choices], [c["label"] for c in choices]  # type: ignore[attr-defined]
     except (KeyError, TypeError):
         raise ValueError(
-            f"{column} must hold 'text' and 'label', as two lists or as a list of pairs; found {choices!r}"
+            f"{column} must hold 'text' and 'label', as two lists or as a list of pairs; found {shown(choices)}"
         ) from None
     texts, labels = texts_of(texts, f"text of {column}"), _labels(labels, f"label of {column}")
     if len(texts) != len(labels):
         raise ValueError(f"{column} has {len(texts)} texts but {len(labels)} labels")
     if len(set(labels)) != len(labels):
-        raise ValueError(f"the labels {list(labels)} of {column} are not all different")
+        raise ValueError(f"the labels {shown(list(labels))} of {column} are not all different")
     return texts, labels
 
 
@@ -80,7 +85,7 @@ def label_position(row: Row, column: str, labels: Sequence[str]) -> int:
         raise ValueError(f"{column} is empty; use a split whose answers are public")
     key = name_of(value, column)
     if key not in labels:
-        raise ValueError(f"{column} {key!r} is none of the labels {list(labels)}")
+        raise ValueError(f"{column} {shown(key)} is none of the labels {shown(list(labels))}")
     return list(labels).index(key)
 
 

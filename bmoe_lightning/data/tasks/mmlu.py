@@ -8,6 +8,7 @@ from bmoe_lightning.data.questions import Question
 from bmoe_lightning.data.tasks.base import Row
 from bmoe_lightning.data.tasks.columns import index_column, text_column, texts_column
 from bmoe_lightning.data.tasks.subjects import SubjectTask
+from bmoe_lightning.utils.messages import shown
 
 
 @dataclass(frozen=True)
@@ -33,5 +34,5 @@ class MMLU(SubjectTask):
         """Turn one row into a question; `Task.question` describes the arguments."""
         choices = texts_column(row, "choices")
         if len(choices) != 4:
-            raise ValueError(f"choices must be four texts, found {list(choices)}")
+            raise ValueError(f"choices must be four texts, found {shown(list(choices))}")
         return Question(row_id, text_column(row, "question"), choices, index_column(row, "answer", len(choices)))

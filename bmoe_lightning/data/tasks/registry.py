@@ -10,6 +10,7 @@ from collections.abc import Collection
 from typing import TypeVar
 
 from bmoe_lightning.data.tasks.base import Task
+from bmoe_lightning.utils.messages import shown
 from bmoe_lightning.utils.registry import Registry
 
 ENTRY_POINT_GROUP = "bmoe_lightning.tasks"
@@ -93,4 +94,4 @@ def recognise_task(columns: Collection[str]) -> Task:
     if len(best) == 1:
         return best[0]
     fit = f"the tasks {', '.join(task.name for task in best)}" if best else f"none of {', '.join(task_names())}"
-    raise ValueError(f"the columns {sorted(columns)} fit {fit}; name the task (task=)")
+    raise ValueError(f"the columns {shown(sorted(columns))} fit {fit}; name the task (task=)")

@@ -8,6 +8,7 @@ from bmoe_lightning.data.questions import Question
 from bmoe_lightning.data.tasks.base import Row, Task
 from bmoe_lightning.data.tasks.columns import text_column
 from bmoe_lightning.data.tasks.labelled import label_position
+from bmoe_lightning.utils.messages import shown
 
 
 @dataclass(frozen=True)
@@ -31,6 +32,6 @@ class Winogrande(Task):
         """Turn one row into a question; `Task.question` describes the arguments."""
         sentence = text_column(row, "sentence")
         if "_" not in sentence:
-            raise ValueError(f"sentence has no blank (_): {sentence!r}")
+            raise ValueError(f"sentence has no blank (_): {shown(sentence)}")
         options = (text_column(row, "option1"), text_column(row, "option2"))
         return Question(row_id, sentence, options, label_position(row, "answer", ("1", "2")))
