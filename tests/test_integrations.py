@@ -117,7 +117,6 @@ class TestCommandLine:
         )
         assert "test/loss" in metrics[0]
 
-
     @pytest.mark.parametrize(
         ("name", "options"),
         [
