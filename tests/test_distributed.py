@@ -166,6 +166,12 @@ class SameAsOneProcess:
         probs = torch.stack([found[tuple(ids.tolist())] for ids in ToyData(TEST, 3).ids])
         torch.testing.assert_close(probs, read(folder, "test", 1, 0)[1]["laplace_lpo"].exp(), rtol=1e-6, atol=1e-6)
 
+
+class WritesPredictions:
+    """The file of a run that has one."""
+
+    world_size: int
+
     def test_the_file_of_predictions_has_each_row_once_in_order(self, folder):
         found, expected = (
             [json.loads(line) for line in (folder / f"rows-{size}.jsonl").read_text().splitlines()]
@@ -177,7 +183,7 @@ class SameAsOneProcess:
             assert row["probabilities"] == pytest.approx(other["probabilities"], rel=1e-6, abs=1e-6)
 
 
-class TestTwoProcesses(SameAsOneProcess):
+class TestTwoProcesses(WritesPredictions, SameAsOneProcess):
     world_size = 2
 
     @pytest.fixture
@@ -210,7 +216,7 @@ class TestTwoProcesses(SameAsOneProcess):
 
 
 @pytest.mark.slow
-class TestThreeProcesses(SameAsOneProcess):
+class TestThreeProcesses(WritesPredictions, SameAsOneProcess):
     world_size = 3
 
     @pytest.fixture
