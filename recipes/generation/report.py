@@ -74,7 +74,7 @@ def verdict(found: TaskComparison) -> str:
         by_verdict: dict[str, list[str]] = {}
         for name, label in LABELS.items():
             by_verdict.setdefault(found.values[name][measure].verdict, []).append(label.lower())
-        parts = [f"{kind} are {', '.join(by_verdict[kind])}" for kind in ("better", "worse") if kind in by_verdict]
+        parts = [f"{kind}: {', '.join(by_verdict[kind])}" for kind in ("better", "worse") if kind in by_verdict]
         if undecided := by_verdict.get("no difference is decided"):
             parts.append(f"no difference is decided for {', '.join(undecided)}")
         sentences.append(f"By {of_measure.title}, against the sequence probability: {'; '.join(parts)}.")

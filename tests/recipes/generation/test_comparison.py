@@ -48,7 +48,7 @@ def test_a_better_a_worse_and_an_equal_score_are_told_apart():
         assert found.curvature[measure].high < 0
     said = verdict(found)
     assert "The variance under the posterior less the isotropic variance: PRR -" in said
-    assert "By PRR, against the sequence probability: better are mean token entropy; worse are variance under" in said
+    assert "By PRR, against the sequence probability: better: mean token entropy; worse: variance under" in said
     assert "no difference is decided for sequence probability for each token" in said
 
 
