@@ -21,12 +21,15 @@ from bmoe_lightning.methods.registry import built_in_names
 from bmoe_lightning.serving import CalibratedModel
 from recipes.faults.damaged_files import Part, checked_states
 from recipes.faults.lightning_script import Classifier, loader
+from recipes.faults.mutations import DAMAGES
 from recipes.qwen_obqa.builtin_task import World
 from recipes.qwen_obqa.run_folder import FIT_FOLDER
 
 _SNAPSHOTS = 3
 _CURVATURE = Curvature(rank=2)
 _SAMPLES = 20
+# An edited manifest under a digest of its own is the manifest of another model; `tests/serving` has those.
+_OF_SERVED = (*DAMAGES, "swap", "tensor")
 
 
 def class_logits(module: Any, batch: Any) -> tuple[Tensor, Tensor | None]:
@@ -116,7 +119,7 @@ def served_part(run: Path, folder: Path) -> Part:
         folder: Folder of the model, missing or empty.
     """
     CalibratedModel.from_pretrained(run / "seed-0").save_pretrained(folder)
-    return Part("served model", folder, _answers)
+    return Part("served model", folder, _answers, kinds=_OF_SERVED)
 
 
 def run_part(name: str, run: Path) -> Part:
@@ -126,10 +129,8 @@ def run_part(name: str, run: Path) -> Part:
         name: Name for the table.
         run: Folder of a finished run of the recipe.
     """
-    # An edited manifest under a digest of its own is the manifest of another model; `tests/serving` has those.
-    kinds = ("bytes", "bytes", "unsealed", "swap", "tensor")
     chosen = ("seed-0/*.*", f"seed-0/{FIT_FOLDER}/**/*.*")
-    return Part(name, run, lambda where: _answers(where / "seed-0"), chosen, run / "seed-1", kinds)
+    return Part(name, run, lambda where: _answers(where / "seed-0"), chosen, run / "seed-1", _OF_SERVED)
 
 
 def _answers(folder: Path) -> dict[str, Tensor]:

@@ -119,9 +119,10 @@ def test_the_sums_of_a_process_that_was_killed_after_its_fit_are_removed(tmp_pat
         save(self, *args)
         raise RuntimeError("killed")
 
-    with monkeypatch.context() as patch, pytest.raises(RuntimeError, match="killed"):
+    with monkeypatch.context() as patch:
         patch.setattr(RunFolder, "save", killed)
-        job()
+        with pytest.raises(RuntimeError, match="killed"):
+            job()
     assert list((tmp_path / "fit").glob("curvature_state-*"))
     assert job() == whole[0]
     assert not list((tmp_path / "fit").glob("curvature_state-*"))
