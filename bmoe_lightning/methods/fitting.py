@@ -130,7 +130,7 @@ def fit_methods(
     fitted = {}
     for method in missing:
         with collected_fit_warnings() as doubts:
-            found = dict(method.fit(work))
+            found = _fitted(method, work)
             _warn_of_inputs(method, work)
         # A copy: a state may be an expanded tensor, or share memory with a weight or another entry. Each entry is freed
         # when it is copied: together they may be several times the trained weights.
@@ -151,6 +151,16 @@ def fit_methods(
         weights = used.added_to(earlier.weights, distributed=distributed, all_without_calls=is_new)
         completed = replace(completed, weights=weights)
     return replace(completed, calibration=calibration, training=work.given.training_record, warnings=warnings)
+
+
+def _fitted(method: Method, work: Workbench) -> dict[str, Tensor]:
+    """The state of a method; a refusal names it."""
+    try:
+        return dict(method.fit(work))
+    except ValueError as error:
+        if type(error) is not ValueError or method.name in str(error):
+            raise
+        raise ValueError(f"{method.name} cannot be fitted: {error}") from error
 
 
 def _collect(methods: Sequence[Method], work: Workbench, tell: Callable[[str], None]) -> None:
