@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack, nullcontext
 from functools import partial
@@ -24,7 +23,7 @@ from bmoe_lightning.models.choice_logits import choice_logits, has_choice_tokens
 from bmoe_lightning.models.loading import DtypeName, load_causal_model
 from bmoe_lightning.optim import HalfPrecisionUpdates, check_half_precision_updates, make_adamw
 from bmoe_lightning.trainer.checks import check_tensor_parallel
-from bmoe_lightning.trainer.learning_rate import Schedule, make_scheduler
+from bmoe_lightning.trainer.learning_rate import Schedule, check_numbers, make_scheduler
 from bmoe_lightning.trainer.moved_weights import watch_moved_weights
 from bmoe_lightning.trainer.shared_logits import SharedLogits
 from bmoe_lightning.utils.distributed import sequential_per_node
@@ -69,7 +68,7 @@ class Finetuner(LightningModule):
         check_choice("schedule", schedule, get_args(Schedule))
         check_choice("dtype", dtype, get_args(DtypeName))
         check_half_precision_updates(half_precision_updates)
-        _check_numbers(learning_rate, weight_decay, betas, warmup_fraction, dropout)
+        check_numbers(learning_rate, weight_decay, betas, warmup_fraction, dropout)
         # A checkpoint lacks frozen weights; `on_load_checkpoint` checks that it has the trained ones.
         self.strict_loading = False
         self.learning_rate = learning_rate
@@ -384,22 +383,3 @@ class _ReleaseOnException(Callback):
 
 def _arguments(values: Mapping[str, Any]) -> str:
     return ", ".join(f"{name}={value!r}" for name, value in values.items())
-
-
-def _check_numbers(
-    learning_rate: float,
-    weight_decay: float,
-    betas: Sequence[float],
-    warmup_fraction: float,
-    dropout: tuple[str, float],
-) -> None:
-    checks = (
-        ("learning_rate", learning_rate, 0 < learning_rate < math.inf, "positive"),
-        ("weight_decay", weight_decay, 0 <= weight_decay < math.inf, "0 or more"),
-        ("betas", betas, len(betas) == 2 and all(0 <= beta < 1 for beta in betas), "two numbers in [0, 1)"),
-        ("warmup_fraction", warmup_fraction, 0 <= warmup_fraction < 1, "in [0, 1)"),
-        (*dropout, 0 <= dropout[1] < 1, "in [0, 1)"),
-    )
-    for name, value, holds, valid in checks:
-        if not holds:
-            raise ValueError(f"{name} must be {valid}, got {value}")

@@ -1,8 +1,9 @@
-"""Learning-rate schedules with a linear warm-up."""
+"""Learning-rate schedules with a linear warm-up, and checks of the numbers of an optimizer."""
 
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import Literal
 
 from torch.optim import Optimizer
@@ -47,3 +48,34 @@ def make_scheduler(optimizer: Optimizer, schedule: Schedule, total: float, warmu
         )
     warmup = 0 if math.isinf(total) else round(warmup_fraction * total)
     return LambdaLR(optimizer, lambda step: learning_rate_factor(step, total, warmup, schedule))
+
+
+def check_numbers(
+    learning_rate: float,
+    weight_decay: float,
+    betas: Sequence[float],
+    warmup_fraction: float,
+    dropout: tuple[str, float],
+) -> None:
+    """Check the numbers of an optimizer, its schedule, and a dropout.
+
+    Args:
+        learning_rate: Peak learning rate.
+        weight_decay: Weight decay.
+        betas: Betas of AdamW.
+        warmup_fraction: Fraction of the steps with warm-up.
+        dropout: Name of the argument, and its probability.
+
+    Raises:
+        ValueError: If one is out of range; the message names it.
+    """
+    checks = (
+        ("learning_rate", learning_rate, 0 < learning_rate < math.inf, "positive"),
+        ("weight_decay", weight_decay, 0 <= weight_decay < math.inf, "0 or more"),
+        ("betas", betas, len(betas) == 2 and all(0 <= beta < 1 for beta in betas), "two numbers in [0, 1)"),
+        ("warmup_fraction", warmup_fraction, 0 <= warmup_fraction < 1, "in [0, 1)"),
+        (*dropout, 0 <= dropout[1] < 1, "in [0, 1)"),
+    )
+    for name, value, holds, valid in checks:
+        if not holds:
+            raise ValueError(f"{name} must be {valid}, got {value}")
