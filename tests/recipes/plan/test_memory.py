@@ -242,15 +242,17 @@ class TestPeaks:
         assert 0.95 < self.prediction(model, batch, BFLOAT16) < 1.3
 
     @pytest.mark.filterwarnings("ignore:.*gradient_checkpointing.*:FutureWarning")
-    @pytest.mark.parametrize("options", [{}, WIDE], ids=["narrow", "wide"])
+    # Enough layers to outweigh what is alive in one of them, which is more where experts are wide.
+    @pytest.mark.parametrize(
+        "options", [{"num_hidden_layers": 16}, {**WIDE, "num_hidden_layers": 6}], ids=["narrow", "wide"]
+    )
     def test_gradient_checkpointing(self, without_kernel, batch, options):
-        model = built(torch.bfloat16, **{**options, "num_hidden_layers": 16})
+        model = built(torch.bfloat16, **options)
         model.gradient_checkpointing_enable()
         ratios = [
             self.curvature(model, batch, "exact", BFLOAT16, checkpointing=True),
             self.prediction(model, batch, BFLOAT16, checkpointing=True),
         ]
-        print(ratios)
         assert min(ratios) > 0.9
         assert max(ratios) < 1.35
 
