@@ -25,6 +25,7 @@ from bmoe_lightning.curvature.sketch import check_state
 from bmoe_lightning.utils.atomic_io import remove_leftovers
 from bmoe_lightning.utils.distributed import failing_together, gather_number, num_processes, process_rank
 from bmoe_lightning.utils.interruption import InterruptedPassError
+from bmoe_lightning.utils.memory import is_out_of_memory
 from bmoe_lightning.utils.safetensors_io import (
     read_tensor_file,
     remove_tensor_file,
@@ -149,7 +150,7 @@ class PassCheckpoint:
         if not self.resumed:
             return
         try:
-            state = self._tensors.pop(_GENERATOR)
+            state = self._tensors[_GENERATOR]
             check_state({_GENERATOR: generator.get_state()}, {_GENERATOR: state})
             generator.set_state(state)
             for start, part in self._parts(sums):
@@ -157,6 +158,8 @@ class PassCheckpoint:
                     {name.removeprefix(start): t for name, t in self._tensors.items() if name.startswith(start)}
                 )
         except (KeyError, RuntimeError, ValueError) as error:
+            if is_out_of_memory(error):
+                raise
             raise _refusal(self._path, f"does not fit this pass ({error})") from error
         self._tensors = {}
 

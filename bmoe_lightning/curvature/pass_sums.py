@@ -89,14 +89,17 @@ class PassSums:
             like: A tensor with the device and dtype of the activations of each layer.
         """
         rank, sketch = self._options.rank, self._options.sketch
-        self.layers = [
+        layers = [
             LayerSums(layer, values, rank, sketch, self._seed)
             for layer, values in zip(self._expert_layers, like, strict=True)
         ]
-        self._begun(self.layers)
+        self._begun(layers)
+        self.layers = layers  # not before: what is begun may fail for lack of memory
 
     def add(self, batch: Any) -> AddedBatch:
         """Add a batch, in parts if it does not fit in memory (see `run_in_parts`).
+
+        It is not cut for the sketch `rsvd`, whose result depends on the batches.
 
         Args:
             batch: Batch as `class_logits` takes it, or a `CountedBatch`.
@@ -105,7 +108,12 @@ class PassSums:
             RuntimeError: If there was no more memory while the gradients were added, on the CPU or for a batch that is
                 no larger than one that did fit; the sums are then of no use.
         """
-        parts = run_in_parts(self._model, batch, self._added, lambda part: part.num_counted, work="curvature pass")
+        if self._options.sketch == "rsvd":
+            parts = [self._added(batch)]
+        else:
+            parts = run_in_parts(
+                self._model, self._class_logits, batch, self._added, _counted_logits, work="curvature pass"
+            )
         self.checked = self.checked or any(len(part.logits) > 1 for part in parts)
         return AddedBatch(
             joined_logits([part.logits for part in parts]),
@@ -161,6 +169,10 @@ class PassSums:
         most = max(2, tapped.most_classes) if fisher == "exact" else 0
         weights = fisher_weights(fisher, tapped.log_probs, tapped.labels, self._generator, most)
         return tapped.passes(weights * tapped.counts(weights.device).view(1, -1, 1))
+
+
+def _counted_logits(added: AddedBatch) -> Tensor:
+    return added.logits[: added.num_counted]
 
 
 def _add_batch(

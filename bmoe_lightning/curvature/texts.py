@@ -54,7 +54,9 @@ def text_class_logits(sequence_log_prob: SequenceLogProb) -> ClassLogits:
     return contrast_logits(sequence_log_prob, scale=_SCALE)
 
 
-def contrast_logits(sequence_log_prob: SequenceLogProb, *, scale: float = 1.0, keep: bool = False) -> ClassLogits:
+def contrast_logits(
+    sequence_log_prob: SequenceLogProb, *, scale: float = 1.0, keep: Callable[[Tensor], Tensor] | None = None
+) -> ClassLogits:
     """Class logits `[B, 2]` whose contrast has the gradient of the log-probability, and the value 0; labels are 0.
 
     Log-probabilities of long texts are thousands below zero, and a class that far below another one is read as absent.
@@ -62,7 +64,7 @@ def contrast_logits(sequence_log_prob: SequenceLogProb, *, scale: float = 1.0, k
     Args:
         sequence_log_prob: The function.
         scale: Factor of the gradient.
-        keep: Whether the log-probabilities `[B]` stand in place of the labels.
+        keep: Function of the log-probabilities that gives what stands in place of the labels, `[B, ...]`.
     """
 
     def class_logits(model: Any, batch: Any) -> tuple[Tensor, Tensor]:
@@ -71,7 +73,7 @@ def contrast_logits(sequence_log_prob: SequenceLogProb, *, scale: float = 1.0, k
             shape = tuple(value.shape) if isinstance(value, Tensor) else type(value).__name__
             raise ValueError(f"sequence_log_prob must return log-probabilities [B], one for each text, got {shape}")
         moved = scale * (value - value.detach())
-        labels = value.detach() if keep else value.new_zeros(len(value), dtype=torch.int64)
+        labels = value.new_zeros(len(value), dtype=torch.int64) if keep is None else keep(value)
         return torch.stack([moved, torch.zeros_like(moved)], 1), labels
 
     return class_logits

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from bmoe_lightning.laplace.posterior import LaplacePosterior
+from bmoe_lightning.laplace.sequences import text_variance
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -82,14 +83,17 @@ def score_answers(model: PreTrainedModel, batch: Mapping[str, Tensor], posterior
     # Imported late: serving a posterior needs no transformers.
     from bmoe_lightning.models.sequence_logits import text_scores
 
-    seen: list[TextScores] = []
+    last: list[TextScores] = []
 
     def log_prob(model: Any, batch: Any) -> Tensor:
-        seen.append(text_scores(model, batch))
-        return seen[-1].log_prob
+        last.append(text_scores(model, batch))
+        return last[-1].log_prob
 
-    found = posterior.sequence_variance(model, log_prob, batch)
-    scores = seen[-1]
-    return AnswerScores(
-        found.log_prob, scores.num_tokens, scores.token_entropy.detach(), found.variance, found.isotropic
-    )
+    def keep(_log_prob: Tensor) -> Tensor:
+        scores = last.pop()  # whose graph is not held beyond its batch
+        values = (scores.log_prob, scores.token_entropy, scores.num_tokens)
+        return torch.stack([value.detach().to(scores.log_prob.dtype) for value in values], dim=1)
+
+    values, variance, isotropic = text_variance(posterior, model, log_prob, keep, batch)
+    log_probs, entropies, counts = values.unbind(1)
+    return AnswerScores(log_probs, counts.long(), entropies, variance, isotropic)

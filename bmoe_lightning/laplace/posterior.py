@@ -24,7 +24,7 @@ from torch import Tensor, nn
 
 from bmoe_lightning.curvature.factors import KroneckerFactors, LayerFactors
 from bmoe_lightning.curvature.spec import CACHE_BYTES
-from bmoe_lightning.curvature.texts import SequenceLogProb, contrast_logits
+from bmoe_lightning.curvature.texts import SequenceLogProb
 from bmoe_lightning.experts.batch_parts import run_in_parts
 from bmoe_lightning.experts.counted_batch import lockstep
 from bmoe_lightning.experts.discovery import locate_expert_layers
@@ -34,7 +34,7 @@ from bmoe_lightning.experts.threads import model_lock
 from bmoe_lightning.experts.weight_comparison import same_weights
 from bmoe_lightning.laplace.attribution import Attribution, attributed
 from bmoe_lightning.laplace.binding import Binding
-from bmoe_lightning.laplace.covariance import BatchTerms, batch_terms, covariance, prior_covariance
+from bmoe_lightning.laplace.covariance import BatchTerms, batch_terms, covariance
 from bmoe_lightning.laplace.covariance_cache import CovarianceCache
 from bmoe_lightning.laplace.joined_terms import joined_terms
 from bmoe_lightning.laplace.predictive import (
@@ -50,7 +50,7 @@ from bmoe_lightning.laplace.prior import (
     fit_lpo,
     log_evidence_penalty,
 )
-from bmoe_lightning.laplace.sequences import SequenceVariance, contrast_variance
+from bmoe_lightning.laplace.sequences import SequenceVariance, text_variance
 from bmoe_lightning.laplace.storage import load_posterior, save_posterior
 from bmoe_lightning.laplace.validation_cache import cache_terms
 from bmoe_lightning.utils.distributed import failing_together, is_rank_zero
@@ -299,12 +299,7 @@ class LaplacePosterior:
             WeightMismatchError: If the model's weights are not those that the curvature was collected on.
             ValueError: If the function does not return one number for each text.
         """
-        with failing_together(distributed=runs_in_lockstep(model)):
-            terms = self.batch_terms(model, contrast_logits(sequence_log_prob, keep=True), batch)
-        assert terms.labels is not None
-        ones = torch.ones_like(self.prior_precision)
-        isotropic = contrast_variance(prior_covariance(terms, ones))
-        return SequenceVariance(terms.labels, contrast_variance(self.covariance_of(terms)), isotropic)
+        return SequenceVariance(*text_variance(self, model, sequence_log_prob, Tensor.detach, batch))
 
     def check_weights(self, model: nn.Module) -> None:
         """Compare the model's weights with those that the curvature was collected on.
@@ -404,10 +399,12 @@ def posterior_terms(
             thorough=not all(binding.owners_checked for binding in bound),
             by_group=by_group,
         )
-        parts = run_in_parts(model, batch, run, lambda found: len(found[0].logits), work="linearised prediction")
+        parts = run_in_parts(
+            model, class_logits, batch, run, lambda found: found[0].logits, work="linearised prediction"
+        )
         terms = [joined_terms(of_parts) for of_parts in zip(*parts, strict=True)]
     for binding in bound:
-        binding.owners_checked = binding.owners_checked or len(terms[0].logits) > 1
+        binding.owners_checked = binding.owners_checked or any(len(part[0].logits) > 1 for part in parts)
     return terms
 
 

@@ -198,7 +198,9 @@ class BatchView:
             terms = next(iter(self._terms.values()))
             return terms.logits, terms.labels  # one forward pass gives both
         if self._cached_output is None:
-            parts = run_in_parts(self.model, self._batch, self._run, lambda part: len(part[0]), work="forward pass")
+            parts = run_in_parts(
+                self.model, self._class_logits, self._batch, self._run, lambda part: part[0], work="forward pass"
+            )
             logits, labels = zip(*parts, strict=True)
             self._cached_output = joined_logits(logits), joined_labels(labels)
         return self._cached_output

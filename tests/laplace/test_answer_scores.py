@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import weakref
+
 import pytest
 import torch
 from oracles.models import tiny_qwen
@@ -9,6 +11,7 @@ from text_cases import packed, padded
 
 from bmoe_lightning.curvature import collect_text_factors
 from bmoe_lightning.laplace import AnswerScores, LaplacePosterior, score_answers
+from bmoe_lightning.laplace import posterior as posterior_module
 from bmoe_lightning.models import sequence_log_prob, sequence_logits, text_scores
 
 
@@ -36,6 +39,32 @@ def test_scores_are_those_of_model_and_posterior(model, posterior, batch, monkey
     torch.testing.assert_close(found.variance, variance.variance)
     torch.testing.assert_close(found.isotropic, variance.isotropic)
     assert not any(value.requires_grad for value in vars(found).values())
+
+
+def test_scores_of_a_batch_in_parts_are_those_of_the_batch(posterior, monkeypatch):
+    model, batch, graphs = tiny_qwen().eval(), padded("right"), []  # of a model that no limit is known of
+
+    def scarce(model, batch):
+        graphs[:] = [graph for graph in graphs if graph() is not None]
+        assert not graphs
+        scores = text_scores(model, batch)
+        graphs.append(weakref.ref(scores))
+        return scores
+
+    expected = score_answers(model, batch, posterior)
+    count, covariance = len(batch["input_ids"]), posterior_module.batch_terms
+
+    def without_memory(model, posteriors, class_logits, batch, **options):
+        terms = covariance(model, posteriors, class_logits, batch, **options)
+        if len(batch["input_ids"]) > count // 2:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return terms
+
+    monkeypatch.setattr(sequence_logits, "text_scores", scarce)
+    monkeypatch.setattr(posterior_module, "batch_terms", without_memory)
+    found = score_answers(model, batch, posterior)
+    for name, value in vars(expected).items():
+        torch.testing.assert_close(getattr(found, name), value, rtol=1e-4, atol=1e-6)
 
 
 def test_every_score_is_higher_where_the_answer_is_less_certain():
