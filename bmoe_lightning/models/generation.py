@@ -5,7 +5,8 @@ Shapes: `B` prompts of at most `T` tokens, `N` written tokens at most.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,10 +16,6 @@ from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerB
 
 from bmoe_lightning.experts.model_state import evaluation_mode
 from bmoe_lightning.utils.random_state import forked_random_state
-
-# What would make the answers others than those of the model's own distribution, log p of which they are scored by.
-_NO_SEARCH = {"num_beams": 1, "num_return_sequences": 1, "repetition_penalty": 1.0, "no_repeat_ngram_size": 0}
-_NO_CUT = {"top_k": 0, "top_p": 1.0, "min_p": 0.0, "typical_p": 1.0, "epsilon_cutoff": 0.0, "eta_cutoff": 0.0}
 
 
 @dataclass(frozen=True, eq=False)
@@ -60,9 +57,10 @@ def generate_answers(
 ) -> GeneratedAnswers:
     """Let a model write an answer to each prompt of a batch.
 
-    Greedy, or sampled from the model's own distribution: cuts such as `top_k`, penalties and beams of the model's
-    `generation_config` are not used, its end tokens are. A model without a padding token needs none. The model's modes
-    and the global random state are restored.
+    Greedy, or sampled from the model's own distribution, which the answers are scored by: of the model's
+    `generation_config` only the token ids of begin, end and padding are used, and no cut, penalty, ban or beam. A model
+    without a padding token needs none. The model's modes, its `generation_config` and the global random state are
+    restored.
 
     Args:
         model: Causal language model of transformers.
@@ -78,7 +76,7 @@ def generate_answers(
     """
     ids, mask = _prompts(batch)
     config = _config(model, max_new_tokens, temperature)
-    with evaluation_mode(model), forked_random_state():
+    with evaluation_mode(model), _only_token_ids(model), forked_random_state():
         torch.manual_seed(seed)
         generate: Any = model.generate
         written: Tensor = generate(input_ids=ids, attention_mask=mask, generation_config=config)
@@ -135,14 +133,39 @@ def _config(model: PreTrainedModel, max_new_tokens: int, temperature: float | No
         raise ValueError(f"max_new_tokens must be at least 1, got {max_new_tokens}")
     if temperature is not None and not temperature > 0:
         raise ValueError(f"temperature must be above 0, or None for greedy decoding, got {temperature}")
-    own = model.generation_config
-    end = own.eos_token_id
+    ids = _token_ids(model)
+    end = ids["eos_token_id"]
     # What stands behind an end token, which the masks leave out: any token does, and without end tokens there is none.
-    pad = own.pad_token_id if own.pad_token_id is not None else (end[0] if isinstance(end, list) else end or 0)
-    options: dict[str, Any] = {"max_new_tokens": max_new_tokens, "pad_token_id": pad, **_NO_SEARCH}
+    if ids["pad_token_id"] is None:
+        ids["pad_token_id"] = end[0] if isinstance(end, list) else end or 0
     if temperature is None:
-        return GenerationConfig(do_sample=False, temperature=1.0, top_k=50, top_p=1.0, **options)  # no warning of them
-    return GenerationConfig(do_sample=True, temperature=float(temperature), **_NO_CUT, **options)
+        return GenerationConfig(do_sample=False, max_new_tokens=max_new_tokens, **ids)
+    # transformers cuts at 50 tokens by default.
+    return GenerationConfig(
+        do_sample=True, temperature=float(temperature), top_k=0, max_new_tokens=max_new_tokens, **ids
+    )
+
+
+def _token_ids(model: PreTrainedModel) -> dict[str, Any]:
+    return {name: getattr(model.generation_config, name) for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
+
+
+@contextmanager
+def _only_token_ids(model: PreTrainedModel) -> Iterator[None]:
+    """Leave nothing but the token ids in a model's generation config; under the lock of `evaluation_mode`.
+
+    `generate` takes from it whatever the config that it is called with leaves at None, bans and penalties among others.
+    """
+    # In place: a model of PEFT gives the object to the model that it wraps.
+    options = vars(model.generation_config)
+    before, ids = dict(options), _token_ids(model)
+    try:
+        options.clear()
+        options.update(vars(GenerationConfig(**ids)))
+        yield
+    finally:
+        options.clear()
+        options.update(before)
 
 
 def _until_end(written: Tensor, end: int | list[int] | None) -> Tensor:

@@ -90,10 +90,12 @@ def test_samples_depend_on_the_seed_alone_and_nothing_of_the_user_changes():
     assert torch.equal(first.input_ids, again.input_ids)
     assert not torch.equal(first.input_ids, other.input_ids)
     assert not torch.equal(first.input_ids, generate_answers(model, prompts("left"), max_new_tokens=LENGTH).input_ids)
+    broken = model_with().train()
+    broken.generation_config.suppress_tokens = [3]
     with pytest.raises(RuntimeError):
-        generate_answers(broken := model_with().train(), {**prompts("left")} | {"input_ids": 99 * torch.ones(4, 4)},
-                         max_new_tokens=1)  # fmt: skip
+        generate_answers(broken, prompts("left") | {"input_ids": 99 * torch.ones(4, 4)}, max_new_tokens=1)
     assert broken.training
+    assert broken.generation_config.suppress_tokens == [3]
 
 
 def test_samples_are_of_the_models_own_distribution():
@@ -108,6 +110,53 @@ def test_samples_are_of_the_models_own_distribution():
     probability = model(**one).logits[0, -1].softmax(-1).detach()
     assert float((share - probability).abs().max()) < 0.03
     assert int((share > 0).sum()) > 5
+
+
+@pytest.fixture(scope="module")
+def written(end):
+    """A model with end and padding token, and its answers by temperature."""
+    model = model_with(end, 0)
+    return model, {temperature: written_by(model, temperature) for temperature in (None, 1.0)}
+
+
+def written_by(model, temperature):
+    return generate_answers(model, prompts("left"), max_new_tokens=LENGTH, temperature=temperature).tokens()
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("suppress_tokens", list(range(2, 30))),
+        ("begin_suppress_tokens", list(range(2, 30))),
+        ("bad_words_ids", [[token] for token in range(2, 30)]),
+        ("sequence_bias", {(0,): 50.0}),
+        ("min_new_tokens", LENGTH),
+        ("min_length", 20),
+        ("max_time", 0.0),
+        ("stop_strings", ["a"]),
+        ("repetition_penalty", 5.0),
+        ("encoder_repetition_penalty", 5.0),
+        ("exponential_decay_length_penalty", (0, 50.0)),
+        ("encoder_no_repeat_ngram_size", 1),
+        ("guidance_scale", 9.0),
+        ("forced_eos_token_id", 0),
+        ("watermarking_config", {"bias": 50.0}),
+        ("num_beams", 3),
+        ("top_h", 0.01),
+        ("return_dict_in_generate", True),
+        ("prompt_lookup_num_tokens", 2),
+        ("custom_of_the_user", 1),
+    ],
+)
+def test_options_of_the_models_generation_config_are_not_used_and_stay(monkeypatch, written, name, value):
+    model, expected = written
+    config = model.generation_config
+    monkeypatch.setattr(config, name, value, raising=False)
+    before = dict(vars(config))
+    temperature = 1.0 if name == "top_h" else None
+    assert written_by(model, temperature) == expected[temperature]
+    assert model.generation_config is config
+    assert vars(config) == before
 
 
 def test_text_is_that_of_the_answer():
