@@ -31,12 +31,13 @@ from bmoe_lightning.trainer.checks import (
     with_enough_snapshots,
 )
 from bmoe_lightning.trainer.data_passes import as_list
-from bmoe_lightning.trainer.evaluation import EvaluationRun, log_scalars, predicted, replace_predict_step, without_fit
+from bmoe_lightning.trainer.evaluation import EvaluationRun, log_scalars, without_fit
 from bmoe_lightning.trainer.first_batches import FirstBatches, no_logging
 from bmoe_lightning.trainer.fit_only import fit_only
 from bmoe_lightning.trainer.lightning_internals import call_after_fit_loop, is_restoring_checkpoint
 from bmoe_lightning.trainer.loaders import evaluation_loaders
 from bmoe_lightning.trainer.moved_weights import watch_moved_weights
+from bmoe_lightning.trainer.predict_step import predicted, replace_predict_step
 from bmoe_lightning.trainer.prior_mean import PriorMean
 from bmoe_lightning.trainer.run_fit import check_completion, fit_run
 from bmoe_lightning.trainer.run_folder import RunFolder

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import tempfile
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -25,6 +25,7 @@ from bmoe_lightning.serving.predictions import ServedPredictions
 from bmoe_lightning.trainer.checks import is_trial
 from bmoe_lightning.trainer.data_passes import as_list
 from bmoe_lightning.trainer.lightning_internals import has_batch_indices
+from bmoe_lightning.trainer.predict_step import predicted_labels
 from bmoe_lightning.utils.distributed import gather_examples, gather_number, together
 
 _SCORES = ("mutual_information", "logit_variance")
@@ -185,7 +186,7 @@ class PredictionWriter(BasePredictionWriter):
             )
         unknown = torch.full((count,), torch.nan, dtype=torch.float64)
         scores = torch.stack([prediction[name].cpu() if name in prediction else unknown for name in _SCORES], dim=1)
-        loader.parts.append(_Rows(positions, log_probs, scores, _labels(prediction, num_classes, count)))
+        loader.parts.append(_Rows(positions, log_probs, scores, _labels(pl_module, num_classes, count)))
 
     def on_predict_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Write the files, on rank zero."""
@@ -245,9 +246,9 @@ class PredictionWriter(BasePredictionWriter):
             yield f"{json.dumps(row)}\n"
 
 
-def _labels(prediction: Mapping[str, Any], num_classes: int, count: int) -> Tensor:
+def _labels(module: L.LightningModule, num_classes: int, count: int) -> Tensor:
     """The labels of a batch `[B]` int64, `_UNKNOWN` where there is none."""
-    labels = prediction.get("labels")
+    labels = predicted_labels(module)
     if not isinstance(labels, Tensor) or labels.shape != (count,) or labels.is_floating_point():
         return torch.full((count,), _UNKNOWN, dtype=torch.int64)
     labels = labels.cpu().long()

@@ -16,8 +16,8 @@ from bmoe_lightning.methods.base import PRIOR_PRECISION, Method
 from bmoe_lightning.methods.registry import get_method, method_names
 from bmoe_lightning.trainer.checks import check_prediction
 from bmoe_lightning.trainer.data_passes import as_list
-from bmoe_lightning.trainer.evaluation import replace_predict_step
 from bmoe_lightning.trainer.first_batches import no_logging
+from bmoe_lightning.trainer.predict_step import replace_predict_step
 
 
 class BayesianTextCallback(BayesianMoECallback):

@@ -111,17 +111,19 @@ class TestRows:
         labels = ToyData(48, 3).labels.tolist()
         assert [row.get("answer") for row in rows] == [None if label == 1 else "ABC"[label] for label in labels]
 
-    def test_the_user_s_own_labels_are_left_to_them(self, fitted, tmp_path):
-        class Own(ToyModule):
+    @pytest.mark.parametrize("label", ["x", torch.tensor(1)])
+    def test_labels_of_the_user_s_step_are_left_to_them_and_are_no_answers(self, fitted, tmp_path, label):
+        class Labelling(ToyModule):
             def predict_step(self, batch, batch_idx):
-                return {"labels": ["x"] * len(batch["labels"])}
+                return {"labels": [label] * 16 if isinstance(label, str) else label.expand(16)}
 
         module, folder = fitted
-        other = Own()
+        other = Labelling()
         other.load_state_dict(module.state_dict())
         batches = predicted((other, folder), tmp_path / "rows.jsonl", test_loader())
-        assert batches[0]["labels"] == ["x"] * 16
-        assert "answer" not in rows_in(tmp_path / "rows.jsonl")[0]
+        assert list(batches[0]["labels"]) == [label] * 16
+        answers = [row["answer"] for row in rows_in(tmp_path / "rows.jsonl")]
+        assert answers == ["ABC"[index] for index in ToyData(48, 3).labels.tolist()]
 
     def test_several_loaders_have_a_file_each(self, fitted, tmp_path):
         module, folder = fitted

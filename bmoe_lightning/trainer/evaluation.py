@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 import warnings
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -18,9 +18,8 @@ from bmoe_lightning.experts.batch_copies import WriteCheck, copied_containers
 from bmoe_lightning.experts.fsdp import runs_in_lockstep
 from bmoe_lightning.experts.logits_contract import joined_logits
 from bmoe_lightning.laplace.posterior import WeightMismatchError
-from bmoe_lightning.laplace.predictive import entropy
 from bmoe_lightning.methods.base import Method
-from bmoe_lightning.methods.evaluation import Evaluation, Predictions, Predictor
+from bmoe_lightning.methods.evaluation import Evaluation, Predictions
 from bmoe_lightning.methods.fit_result import FitResult
 from bmoe_lightning.methods.options import option_columns
 from bmoe_lightning.metrics import calibration_values
@@ -31,10 +30,7 @@ from bmoe_lightning.trainer.lightning_internals import logged_step
 from bmoe_lightning.trainer.logged_figures import FigureWriter, figure_writers, log_figures
 from bmoe_lightning.trainer.sampler_shards import SamplerShard, find_sampler_shard
 from bmoe_lightning.trainer.shared_logits import shared_logits
-from bmoe_lightning.trainer.signals import check_sigterm
 from bmoe_lightning.utils.distributed import failing_together, gather_number
-
-_REPLACES = "_replaces_predict_step"
 
 
 def without_fit(methods: Sequence[Method], seed: int, reason: Exception) -> tuple[list[Method], FitResult]:
@@ -312,85 +308,3 @@ def _gathered(predictions: Predictions, shard: SamplerShard) -> Predictions:
     uncertainty = {name: shard.gather(scores) for name, scores in predictions.uncertainty.items()}
     labels = shard.gather(predictions.labels)
     return replace(predictions, log_probs=log_probs, labels=labels, logits=logits, uncertainty=uncertainty)
-
-
-def predicted(predictor: Predictor, module: nn.Module, class_logits: ClassLogits, batch: Any) -> dict[str, Any]:
-    """The output of `trainer.predict` for a batch.
-
-    Args:
-        predictor: Predictor of one method.
-        module: The model.
-        class_logits: Function `(module, batch) -> (logits [B, K], labels [B] or None)`.
-        batch: Batch that `class_logits` accepts.
-
-    Returns:
-        `method` (its name), `probs` and `log_probs` `[B, K]`, `logits` `[B, K]` of the model itself, and `entropy`
-        `[B]` of `probs` in nats; the method's scores of uncertainty `[B]` by name, see `Method.uncertainty`; and, of
-        methods with a posterior, `logit_covariance` `[B, K, K]` of the centred logits; and `labels` `[B]` where known.
-    """
-    with failing_together(distributed=runs_in_lockstep(module)):
-        log_probs, view = predictor.predict(module, class_logits, batch)
-        found: dict[str, Any] = {
-            **predictor.uncertainty(view),
-            "method": predictor.method.name,
-            "probs": log_probs.exp(),
-            "log_probs": log_probs,
-            "logits": view.logits,
-            "entropy": entropy(log_probs),
-        }
-        gaussian = predictor.covariance(view)
-        if gaussian is not None:
-            found["logit_covariance"] = gaussian[1]
-        if view.labels is not None:
-            found["labels"] = view.labels
-        return found
-
-
-def replace_predict_step(
-    trainer: L.Trainer, module: L.LightningModule, predicted: Callable[[Any], dict[str, Any]]
-) -> Callable[[], None]:
-    """Patch a module's `predict_step` to return a prediction beside its original output.
-
-    If the original output is a mapping, its entries (an `index`, say) are merged, and those of `predicted` take
-    precedence, except for `labels`; any other output becomes the entry `step_output`. The batch's `index`, if it has
-    one, is added. SIGTERM stops the trainer before the next batch, which its loop of predictions does not do.
-
-    Args:
-        trainer: Trainer that predicts.
-        module: The module.
-        predicted: Prediction of a batch, such as `predicted` with all but that given.
-
-    Returns:
-        A function that takes the replacement out again.
-
-    Raises:
-        ValueError: If another callback has patched the step already.
-    """
-    own = vars(module).get("predict_step")
-    if hasattr(own, _REPLACES):
-        raise ValueError(
-            "two callbacks have a predict_method, and only one prediction can be returned; set one of them to None"
-        )
-    step = module.predict_step
-    has_step = own is not None or type(module).predict_step is not L.LightningModule.predict_step
-
-    def predict_step(batch: Any, *args: Any) -> dict[str, Any]:
-        check_sigterm(trainer)
-        output = step(batch, *args) if has_step else None
-        found = predicted(batch)
-        known = {"index": batch["index"]} if isinstance(batch, Mapping) and "index" in batch else {}
-        known |= {name: found.pop(name) for name in ("labels",) if name in found}
-        if isinstance(output, Mapping):
-            return {**known, **output, **found}
-        return {**known, **found} if output is None else {**known, **found, "step_output": output}
-
-    def restore() -> None:
-        if own is None:
-            del module.predict_step
-        else:
-            module.predict_step = own  # type: ignore[method-assign]
-
-    setattr(predict_step, _REPLACES, True)
-    # On the instance, so that the class stays as it is.
-    module.predict_step = predict_step  # type: ignore[method-assign]
-    return restore
