@@ -98,10 +98,11 @@ class PredictionWriter(BasePredictionWriter):
 
     Stands beside a `BayesianMoECallback` with a `predict_method`. Rows have the columns of `bmoe-lightning predict`:
     `id`, `prediction`, `probabilities`, `entropy`, and, where the method has them, `mutual_information` and
-    `logit_variance`; and `answer`, where the label is known. The `id` is that of the question, if the loader is one of
-    `MultipleChoiceDataModule`, and the position in the data set otherwise. Rows are in the order of the data set, each
-    entry once, for any number of processes and any order of the loader. Several loaders have a file each, with the
-    number of the loader at the end of its name: `predictions_0.jsonl`.
+    `logit_variance`; and `answer`, where the label is known. A row whose score is not a number lacks it. The `id` is
+    that of the question, if the loader is one of `MultipleChoiceDataModule`, and the position in the data set
+    otherwise. Rows are in the order of the data set, each entry once, for any number of processes and any order of the
+    loader. Several loaders have a file each, with the number of the loader at the end of its name,
+    `predictions_0.jsonl`; that of a loader without entries is empty.
 
     Rank zero writes when all is predicted, under a temporary name first; a stopped run leaves no file, and a
     `fast_dev_run` writes none. Until then a few numbers for each entry are in CPU memory; so
@@ -191,12 +192,10 @@ class PredictionWriter(BasePredictionWriter):
     def on_predict_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Write the files, on rank zero."""
         loaders, self._loaders = self._loaders, []
-        for loader in loaders:
-            rows = _Rows.joined(loader.parts).gathered()
-            writes = trainer.is_global_zero and not is_trial(trainer)
-            lines = partial(self._lines, loader, rows)
-            write = partial(write_prediction_file, loader.path, lines) if writes else _nothing
-            together(write, distributed=trainer.world_size > 1)
+        rows = [_Rows.joined(loader.parts).gathered() for loader in loaders]
+        writes = trainer.is_global_zero and not is_trial(trainer)
+        write = partial(self._write, loaders, rows) if writes else _nothing
+        together(write, distributed=trainer.world_size > 1)
 
     def teardown(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
         """Forget what was predicted."""
@@ -226,12 +225,20 @@ class PredictionWriter(BasePredictionWriter):
                     "over a data set with a length"
                 )
 
+    def _write(self, loaders: Sequence[_Loader], rows: Sequence[_Rows]) -> None:
+        # All lines before the first file, so that rows which cannot be told leave none.
+        lines = [list(self._lines(loader, found)) for loader, found in zip(loaders, rows, strict=True)]
+        for loader, of_loader in zip(loaders, lines, strict=True):
+            write_prediction_file(loader.path, of_loader.__iter__)
+
     def _lines(self, loader: _Loader, rows: _Rows) -> Iterator[str]:
         """The rows of a file, as lines of JSON."""
+        if not len(rows.positions):
+            return
         scores = {
             name: values
             for name, values in zip(_SCORES, rows.scores.unbind(1), strict=True)
-            if not bool(values.isnan().any())
+            if not bool(values.isnan().all())
         }
         found = ServedPredictions(rows.log_probs, entropy(rows.log_probs), **scores)
         dataset = getattr(loader.source, "dataset", None)

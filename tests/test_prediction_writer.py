@@ -17,6 +17,7 @@ from bmoe_lightning import BayesianMoECallback, PredictionWriter
 from bmoe_lightning.command.main import main
 from bmoe_lightning.data.files import file_rows
 from bmoe_lightning.methods import LaplaceLPO
+from bmoe_lightning.serving import ServedPredictions
 
 METHODS = ("map", LaplaceLPO(num_samples=100))
 SCORES = ("mutual_information", "logit_variance")
@@ -35,6 +36,20 @@ def fitted(tmp_path_factory):
         module, loader(32, 1), calibration_loader()
     )
     return module, folder
+
+
+@pytest.fixture(scope="module")
+def of_several(fitted):
+    """The same with a module that predicts from several loaders."""
+
+    class Several(ToyModule):
+        def predict_step(self, batch, batch_idx, dataloader_idx=0):
+            return None
+
+    module, folder = fitted
+    other = Several()
+    other.load_state_dict(module.state_dict())
+    return other, folder
 
 
 def predicted(fitted, path, data, method="laplace_lpo", *, options=None, **arguments):
@@ -125,21 +140,45 @@ class TestRows:
         answers = [row["answer"] for row in rows_in(tmp_path / "rows.jsonl")]
         assert answers == ["ABC"[index] for index in ToyData(48, 3).labels.tolist()]
 
-    def test_several_loaders_have_a_file_each(self, fitted, tmp_path):
-        module, folder = fitted
-
-        class Several(ToyModule):
-            def predict_step(self, batch, batch_idx, dataloader_idx=0):
-                return None
-
-        other = Several()
-        other.load_state_dict(module.state_dict())
+    def test_several_loaders_have_a_file_each(self, of_several, tmp_path):
         data = [loader(12, 3, batch_size=8), loader(9, 4)]
-        predicted((other, folder), tmp_path / "rows.jsonl", data)
+        predicted(of_several, tmp_path / "rows.jsonl", data)
         assert sorted(path.name for path in tmp_path.iterdir()) == ["rows_0.jsonl", "rows_1.jsonl"]
         assert [len(rows_in(tmp_path / f"rows_{number}.jsonl")) for number in (0, 1)] == [12, 9]
         with pytest.raises(ValueError, match=r"rows_0\.jsonl exists"):
-            predicted((other, folder), tmp_path / "rows.jsonl", data)
+            predicted(of_several, tmp_path / "rows.jsonl", data)
+
+    @pytest.mark.parametrize("suffix", [".jsonl", ".parquet"])
+    def test_a_loader_without_entries_has_an_empty_file(self, of_several, tmp_path, suffix):
+        predicted(of_several, tmp_path / f"rows{suffix}", [loader(3, 3), DataLoader(ToyData(0, 3)), loader(2, 4)])
+        assert [len(rows_in(tmp_path / f"rows_{number}{suffix}")) for number in range(3)] == [3, 0, 2]
+
+    def test_a_score_that_is_no_number_is_left_out_of_its_row_alone(self, fitted, tmp_path):
+        class Unknown(L.Callback):
+            def on_predict_batch_end(self, trainer, pl_module, outputs, batch, batch_idx, dataloader_idx=0):
+                outputs["logit_variance"][:1] = torch.nan
+                outputs["mutual_information"][:] = torch.nan
+
+        module, folder = fitted
+        callback = BayesianMoECallback(METHODS, dirpath=str(folder / "b"), predict_method="laplace_lpo")
+        writer = PredictionWriter(str(tmp_path / "rows.jsonl"))
+        trainer(folder, [callback, Unknown(), writer]).predict(module, loader(5, 3))
+        rows = rows_in(tmp_path / "rows.jsonl")
+        assert [row["id"] for row in rows if "logit_variance" not in row] == ["0"]
+        assert not any("mutual_information" in row for row in rows)
+
+    def test_a_row_that_cannot_be_told_leaves_no_file(self, of_several, tmp_path, monkeypatch):
+        rows_of = ServedPredictions.rows_of
+
+        def fails(self, ids, *others):
+            if len(ids) == 2:
+                raise RuntimeError("no such row")
+            return rows_of(self, ids, *others)
+
+        monkeypatch.setattr(ServedPredictions, "rows_of", fails)
+        with pytest.raises(RuntimeError, match="no such row"):
+            predicted(of_several, tmp_path / "rows.jsonl", [loader(3, 3), loader(2, 4)])
+        assert list(tmp_path.iterdir()) == []
 
     def test_limits_and_trials(self, fitted, tmp_path):
         predicted(fitted, tmp_path / "rows.jsonl", test_loader(), limit_predict_batches=2)

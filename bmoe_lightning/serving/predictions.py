@@ -108,6 +108,6 @@ class ServedPredictions:
                 row["set"] = [class_names[choice] for choice in chosen[number].nonzero().flatten().tolist()]
             for name in (_MUTUAL_INFORMATION, _LOGIT_VARIANCE):
                 values = getattr(self, name)
-                if values is not None:
+                if values is not None and not bool(values[number].isnan()):  # JSON has no word for it
                     row[name] = float(values[number])
             yield row
