@@ -22,6 +22,7 @@ from bmoe_lightning.experts.logits_contract import joined_logits
 from bmoe_lightning.laplace.predictive import entropy
 from bmoe_lightning.serving.prediction_files import PREDICTION_SUFFIXES, write_prediction_file
 from bmoe_lightning.serving.predictions import ServedPredictions
+from bmoe_lightning.text_callback import BayesianTextCallback
 from bmoe_lightning.trainer.checks import is_trial
 from bmoe_lightning.trainer.data_passes import as_list
 from bmoe_lightning.trainer.lightning_internals import has_batch_indices
@@ -140,7 +141,13 @@ class PredictionWriter(BasePredictionWriter):
         if stage != "predict":
             return
         callbacks = trainer.callbacks  # type: ignore[attr-defined]
-        if not any(isinstance(other, BayesianMoECallback) and other.predict_method for other in callbacks):
+        predicting = [other for other in callbacks if isinstance(other, BayesianMoECallback) and other.predict_method]
+        if any(isinstance(other, BayesianTextCallback) for other in predicting):
+            raise ValueError(
+                "PredictionWriter writes probabilities of classes, and BayesianTextCallback scores texts, which have "
+                "none; leave PredictionWriter out, and store what trainer.predict returns"
+            )
+        if not predicting:
             raise ValueError(
                 "PredictionWriter writes what a method predicts, and no callback of the trainer predicts with one; add "
                 "BayesianMoECallback(predict_method=...), or set it"
@@ -186,8 +193,10 @@ class PredictionWriter(BasePredictionWriter):
                 "writes one for each entry; use a data set with an entry for each example"
             )
         unknown = torch.full((count,), torch.nan, dtype=torch.float64)
-        scores = torch.stack([prediction[name].cpu() if name in prediction else unknown for name in _SCORES], dim=1)
-        loader.parts.append(_Rows(positions, log_probs, scores, _labels(pl_module, num_classes, count)))
+        scores = [prediction[name].cpu() if name in prediction else unknown for name in _SCORES]
+        loader.parts.append(
+            _Rows(positions, log_probs, torch.stack(scores, dim=1), _labels(pl_module, num_classes, count))
+        )
 
     def on_predict_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Write the files, on rank zero."""

@@ -13,7 +13,7 @@ from serving_cases import data_of, rows_of, served_of, write_rows
 from torch.utils.data import DataLoader, IterableDataset
 from toy import ToyData, ToyModule, calibration_loader, loader, test_loader, trainer
 
-from bmoe_lightning import BayesianMoECallback, PredictionWriter
+from bmoe_lightning import BayesianMoECallback, BayesianTextCallback, PredictionWriter
 from bmoe_lightning.command.main import main
 from bmoe_lightning.data.files import file_rows
 from bmoe_lightning.methods import LaplaceLPO
@@ -225,6 +225,13 @@ class TestRefusals:
         writer = PredictionWriter(str(tmp_path / "rows.jsonl"))
         with pytest.raises(ValueError, match="no callback of the trainer predicts with one"):
             trainer(tmp_path, [*callbacks, writer]).predict(ToyModule(), test_loader())
+
+    def test_scores_of_texts(self, tmp_path):
+        callbacks = [BayesianTextCallback(), PredictionWriter(str(tmp_path / "rows.jsonl"))]
+        module = ToyModule()
+        module.sequence_log_prob = lambda batch: None
+        with pytest.raises(ValueError, match="BayesianTextCallback scores texts, which have none; leave"):
+            trainer(tmp_path, callbacks).predict(module, test_loader())
 
     def test_an_existing_file(self, fitted, tmp_path):
         path = tmp_path / "rows.jsonl"
