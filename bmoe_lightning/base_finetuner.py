@@ -83,7 +83,7 @@ class Finetuner(LightningModule):
         self.shared_logits = SharedLogits()
         self._answer_ids: Tensor | None
         self.register_buffer("_answer_ids", None, persistent=False)
-        self._has_own_answers = answer_token_ids is not None
+        self._answers_are_given = answer_token_ids is not None
         if answer_token_ids is not None:
             self._answer_ids = torch.tensor(checked_answer_ids(answer_token_ids))
         self.model: PreTrainedModel | None = None
@@ -117,7 +117,7 @@ class Finetuner(LightningModule):
         Raises:
             ValueError: If neither has them.
         """
-        if self._has_own_answers:
+        if self._answers_are_given:
             return
         datamodule = getattr(self.trainer, "datamodule", None)
         if hasattr(datamodule, _ANSWERS_KEY):

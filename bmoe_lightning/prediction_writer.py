@@ -21,7 +21,7 @@ from bmoe_lightning.data.questions import LETTERS
 from bmoe_lightning.experts.logits_contract import joined_logits
 from bmoe_lightning.laplace.predictive import entropy
 from bmoe_lightning.serving.prediction_files import PREDICTION_SUFFIXES, write_prediction_file
-from bmoe_lightning.serving.predictions import ServedPredictions
+from bmoe_lightning.serving.predictions import SCORE_COLUMNS, ServedPredictions
 from bmoe_lightning.text_callback import BayesianTextCallback
 from bmoe_lightning.trainer.checks import is_trial
 from bmoe_lightning.trainer.data_passes import as_list
@@ -29,7 +29,6 @@ from bmoe_lightning.trainer.lightning_internals import has_batch_indices
 from bmoe_lightning.trainer.predict_step import predicted_labels
 from bmoe_lightning.utils.distributed import gather_examples, gather_number, together
 
-_SCORES = ("mutual_information", "logit_variance")
 _UNKNOWN = -1  # label
 
 
@@ -40,7 +39,7 @@ class _Rows:
     Attributes:
         positions: Position in the data set `[n]` int64.
         log_probs: Log-probabilities `[n, K]` float64.
-        scores: Those of `_SCORES` `[n, 2]` float64, NaN where a method has none.
+        scores: Those of `SCORE_COLUMNS` `[n, 2]` float64, NaN where a method has none.
         labels: Labels `[n]` int64, `_UNKNOWN` where there is none.
     """
 
@@ -53,7 +52,7 @@ class _Rows:
     def joined(cls, parts: Sequence[_Rows]) -> _Rows:
         """The rows of several batches, maybe none."""
         empty = torch.zeros(0, dtype=torch.int64)
-        parts = [cls(empty, torch.zeros(0, 0).double(), torch.zeros(0, len(_SCORES)).double(), empty), *parts]
+        parts = [cls(empty, torch.zeros(0, 0).double(), torch.zeros(0, len(SCORE_COLUMNS)).double(), empty), *parts]
         return cls(
             torch.cat([part.positions for part in parts]),
             joined_logits([part.log_probs for part in parts]),
@@ -193,7 +192,7 @@ class PredictionWriter(BasePredictionWriter):
                 "writes one for each entry; use a data set with an entry for each example"
             )
         unknown = torch.full((count,), torch.nan, dtype=torch.float64)
-        scores = [prediction[name].cpu() if name in prediction else unknown for name in _SCORES]
+        scores = [prediction[name].cpu() if name in prediction else unknown for name in SCORE_COLUMNS]
         loader.parts.append(
             _Rows(positions, log_probs, torch.stack(scores, dim=1), _labels(pl_module, num_classes, count))
         )
@@ -246,7 +245,7 @@ class PredictionWriter(BasePredictionWriter):
             return
         scores = {
             name: values
-            for name, values in zip(_SCORES, rows.scores.unbind(1), strict=True)
+            for name, values in zip(SCORE_COLUMNS, rows.scores.unbind(1), strict=True)
             if not bool(values.isnan().all())
         }
         found = ServedPredictions(rows.log_probs, entropy(rows.log_probs), **scores)

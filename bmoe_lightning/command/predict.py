@@ -27,12 +27,12 @@ from bmoe_lightning.serving import CalibratedModel, method_entry
 from bmoe_lightning.serving.loading import digest_of, load_served
 from bmoe_lightning.serving.manifest import MANIFEST_FILE
 from bmoe_lightning.serving.prediction_files import PREDICTION_SUFFIXES, write_prediction_file
+from bmoe_lightning.serving.predictions import SET_COLUMN
 from bmoe_lightning.serving.questions import question_of
 from bmoe_lightning.utils.folder_lock import FolderInUseError, locked_folder
 
 _READ = (*PREDICTION_SUFFIXES, ".json")
 _PARTIAL = "partial"
-_LETTERS = "set"
 _SECONDS_BETWEEN_LINES = 30.0
 
 
@@ -270,9 +270,9 @@ def _summary(output: Path) -> str:
         probabilities[number, : len(row["probabilities"])] = torch.tensor(row["probabilities"], dtype=torch.float64)
     labels = torch.tensor([LETTERS.index(row["answer"]) for row in rows])
     found = {name.upper(): value for name, value in calibration_values(probabilities.log(), labels).items()}
-    if _LETTERS in rows[0]:
-        found["set size"] = sum(len(row[_LETTERS]) for row in rows) / len(rows)
-        found["set coverage"] = sum(row["answer"] in row[_LETTERS] for row in rows) / len(rows)
+    if SET_COLUMN in rows[0]:
+        found["set size"] = sum(len(row[SET_COLUMN]) for row in rows) / len(rows)
+        found["set coverage"] = sum(row["answer"] in row[SET_COLUMN] for row in rows) / len(rows)
     return ", ".join(f"{name} {value:.3f}" for name, value in found.items())
 
 

@@ -7,12 +7,13 @@ from collections.abc import Callable, Iterator
 from itertools import islice
 from pathlib import Path
 
+from bmoe_lightning.serving.predictions import SET_COLUMN
 from bmoe_lightning.utils.atomic_io import replaced_file
 
 PREDICTION_SUFFIXES = (".jsonl", ".parquet")
 _ROWS_OF_A_GROUP = 10_000
 # Columns of parquet that are not numbers.
-_TEXTS, _NUMBERS, _LETTERS = ("id", "prediction", "answer"), "probabilities", "set"
+_TEXTS, _NUMBERS = ("id", "prediction", "answer"), "probabilities"
 
 
 def write_prediction_file(path: Path, lines: Callable[[], Iterator[str]]) -> None:
@@ -38,7 +39,7 @@ def write_prediction_file(path: Path, lines: Callable[[], Iterator[str]]) -> Non
         types = {
             **dict.fromkeys(_TEXTS, pa.string()),
             _NUMBERS: pa.list_(pa.float64()),
-            _LETTERS: pa.list_(pa.string()),
+            SET_COLUMN: pa.list_(pa.string()),
         }
         schema = pa.schema([(name, types.get(name, pa.float64())) for name in columns])
         remaining = lines()

@@ -15,7 +15,9 @@ from bmoe_lightning.laplace.predictive import entropy
 if TYPE_CHECKING:
     from bmoe_lightning.metrics import PredictionSets
 
-_MUTUAL_INFORMATION, _LOGIT_VARIANCE = "mutual_information", "logit_variance"
+# Columns of rows: the scores that not every method has, in their order, and the classes of a prediction set.
+SCORE_COLUMNS = ("mutual_information", "logit_variance")
+SET_COLUMN = "set"
 
 
 @dataclass(frozen=True)
@@ -42,7 +44,7 @@ class ServedPredictions:
             log_probs: Log-probabilities `[B, K]`.
             scores: Scores of the method, `[B]` each; see `Method.uncertainty`.
         """
-        known = {name: scores[name].cpu() for name in (_MUTUAL_INFORMATION, _LOGIT_VARIANCE) if name in scores}
+        known = {name: scores[name].cpu() for name in SCORE_COLUMNS if name in scores}
         log_probs = log_probs.cpu()
         return cls(log_probs, entropy(log_probs), **known)
 
@@ -61,8 +63,7 @@ class ServedPredictions:
         return cls(
             torch.cat([part.log_probs for part in parts]),
             torch.cat([part.entropy for part in parts]),
-            scores(_MUTUAL_INFORMATION),
-            scores(_LOGIT_VARIANCE),
+            **{name: scores(name) for name in SCORE_COLUMNS},
         )
 
     @property
@@ -105,8 +106,8 @@ class ServedPredictions:
                 "entropy": float(self.entropy[number]),
             }
             if chosen is not None:
-                row["set"] = [class_names[choice] for choice in chosen[number].nonzero().flatten().tolist()]
-            for name in (_MUTUAL_INFORMATION, _LOGIT_VARIANCE):
+                row[SET_COLUMN] = [class_names[choice] for choice in chosen[number].nonzero().flatten().tolist()]
+            for name in SCORE_COLUMNS:
                 values = getattr(self, name)
                 if values is not None and not bool(values[number].isnan()):  # JSON has no word for it
                     row[name] = float(values[number])
