@@ -142,8 +142,10 @@ def _checked_labels(given: argparse.Namespace) -> Path | None:
         raise ValueError(f"--coverage is {given.coverage}; it must be between 0 and 1")
     if labelled.suffix not in _READ:
         raise ValueError(f"--sets-from {labelled} must be a file in JSON Lines (.jsonl) or parquet (.parquet)")
-    if labelled.exists() and data.exists() and labelled.samefile(data):
-        raise ValueError(f"--sets-from {labelled} is the file of --data; sets of its own labels contain them too often")
+    if labelled.is_file() and digest_of(labelled) == digest_of(data):
+        raise ValueError(
+            f"--sets-from {labelled} is the file of --data, or a copy; sets of its own labels contain them too often"
+        )
     count = 0
     for asked in _questions(labelled, given.task):
         count += 1

@@ -425,8 +425,11 @@ class TestSets:
         labelled = write_rows(tmp_path / "labelled.jsonl", rows)
         assert run(saved, data, tmp_path / "out.jsonl", "--sets-from", labelled, *options) == 1
         assert sentence in capsys.readouterr().err
-        assert run(saved, data, tmp_path / "out.jsonl", "--sets-from", data) == 1
-        assert "is the file of --data" in capsys.readouterr().err
+        copy = tmp_path / "copy.jsonl"
+        copy.write_bytes(data.read_bytes())
+        for same in (data, copy):
+            assert run(saved, data, tmp_path / "out.jsonl", "--sets-from", same) == 1
+            assert "is the file of --data" in capsys.readouterr().err
 
 
 def whole_partial(saved, source, tmp_path, options):
