@@ -33,7 +33,7 @@ SAMPLES = 8
 """Number of samples of methods that sample weights or routes."""
 _FORWARD_BAR = 1.02
 _FIXED_BAR = 0.05
-_FITTED_EXAMPLES = 128
+_FITTED_EXAMPLES, _FITTED_TOKENS = 128, 4
 _SAMPLES_OPTION, _CURVATURE_OPTION = "num_samples", "curvature"
 
 
@@ -186,7 +186,7 @@ class _Fitted:
 
     def batch(self, size: int) -> dict[str, Tensor]:
         """A batch of questions."""
-        return _questions(self.work, size, 2)
+        return _questions(self.work, size, self.work.shape.tokens, 2)
 
     def forward(self, batch: Mapping[str, Tensor]) -> None:
         """A plain forward pass."""
@@ -221,15 +221,16 @@ def _of_last_quarter(methods: Sequence[Method], work: Workload) -> list[Method]:
     return [replace(first, **changed)] if skipped else []
 
 
-def _questions(work: Workload, size: int, seed: int) -> dict[str, Tensor]:
+def _questions(work: Workload, size: int, tokens: int, seed: int) -> dict[str, Tensor]:
     generator = torch.Generator().manual_seed(seed)
     shape = work.shape
-    ids = torch.randint(shape.vocabulary, (size, shape.tokens), generator=generator)
+    ids = torch.randint(shape.vocabulary, (size, tokens), generator=generator)
     labels = torch.randint(shape.classes, (size,), generator=generator)
     return {"ids": ids.to(work.device), "labels": labels.to(work.device)}
 
 
 def _data(work: Workload, seed: int) -> list[dict[str, Tensor]]:
-    """Labelled batches, enough for every method."""
-    count = -(-_FITTED_EXAMPLES // work.shape.examples)
-    return [_questions(work, work.shape.examples, 100 * seed + number) for number in range(3, 3 + count)]
+    """Labelled batches, enough for every method; of few tokens, since fits are not measured."""
+    shape = work.shape
+    count, tokens = -(-_FITTED_EXAMPLES // shape.examples), min(_FITTED_TOKENS, shape.tokens)
+    return [_questions(work, shape.examples, tokens, 100 * seed + number) for number in range(3, 3 + count)]
