@@ -205,7 +205,7 @@ class Workload:
         labels = torch.randint(2, (shape.examples,), generator=generator)
         self.batch = {"ids": ids.to(device), "labels": labels.to(device)}
         # A number instead would give the output embedding a slice that is not contiguous, which costs B times as much.
-        self._last = torch.tensor([shape.tokens - 1], device=device)
+        self._last = torch.tensor([-1], device=device)
 
     @cached_property
     def _trained(self) -> dict[str, list[nn.Parameter]]:
