@@ -69,30 +69,43 @@ def kill_after(seconds: float) -> Inject:
 def full_at_operation(number: int) -> Inject:
     """Have a disk that is full from a file operation on: whatever needs space there fails.
 
+    The process reports how many operations have failed.
+
     Args:
         number: Number of operations that are done before.
     """
 
     def inject(folder: Path) -> Callable[[], object]:
         seen: list[str] = []
+        refused: list[str] = []
 
         def before(event: str, path: str) -> None:
             seen.append(event)
             if len(seen) > number and event in _GROWS:
+                refused.append(event)
                 raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), path)
 
         _at_operations(folder, before)
-        return lambda: len(seen)
+        return lambda: len(refused)
 
     return inject
 
 
 def largest_file(num_bytes: int) -> Inject:
-    """Have the system refuse to write more than some bytes into a file, whatever library writes it."""
+    """Have the system refuse to write more than some bytes into a file, whatever library writes it.
+
+    The process reports how many writes have failed; of several at once it may count one.
+
+    Args:
+        num_bytes: The largest size.
+    """
 
     def inject(folder: Path) -> Callable[[], object]:  # noqa: ARG001
+        refused: list[int] = []
+        # The system also sends a signal, which Python ignores; the write fails all the same with a handler.
+        signal.signal(signal.SIGXFSZ, lambda number, _: refused.append(number))
         resource.setrlimit(resource.RLIMIT_FSIZE, (num_bytes, num_bytes))
-        return _nothing
+        return lambda: len(refused)
 
     return inject
 

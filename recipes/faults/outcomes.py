@@ -17,6 +17,7 @@ MEANINGS = {
     "refused": "one sentence says what was found, with the path",
     "no effect": "the same numbers",
     "repaired": "what the file held was made again, with the same numbers",
+    "not reached": "the run ended as without a fault before this one came, however often another was drawn",
 }
 """Outcomes that are no faults, and what they mean."""
 
@@ -58,7 +59,7 @@ class Outcome:
 
     @property
     def tried(self) -> int:
-        """Number of injected faults."""
+        """Number of faults that were drawn, also of those that were not reached."""
         return self.counts.total() + len(self.faults)
 
 

@@ -91,12 +91,16 @@ def test_a_full_disk_refuses_what_needs_space_alone(tmp_path):
     assert ended.status == 1
     assert f"No space left on device: '{tmp_path / 'b'}'" in ended.text
     assert names(tmp_path) == ["aa"]
+    assert ended.told == "1"
+    assert run(tmp_path, full_at_operation(4)).told == "0"
 
 
 def test_a_file_that_may_not_grow(tmp_path):
     ended = run(tmp_path, largest_file(3))
     assert ended.status == 1
     assert "File too large" in ended.text
+    assert int(ended.told) > 0
+    assert run(tmp_path, largest_file(7)).told == "0"
 
 
 def test_a_signal_comes_in_a_call(tmp_path):
