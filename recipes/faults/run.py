@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import random
-import shutil
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict
 from importlib.util import find_spec
@@ -35,8 +34,14 @@ from recipes.faults.trials import (
     signalled,
     undisturbed,
 )
+from recipes.faults.work_folder import emptied_folder, remove_folder
 
 _SECONDS = 3600.0  # for all mutations of a kind
+_PACKAGES = (
+    "bmoe-lightning", "torch", "lightning", "transformers", "torchmetrics", "safetensors", "tensorboard", "matplotlib",
+    "peft",
+)  # fmt: skip
+"""What a stored stage depends on; some are optional."""
 RESULTS, REPORT = "results.json", "report.md"
 _SHARES = {"fit": 50, "killed pass": 15, "served model": 15, "adapters": 17, "run again": 3}
 """Percentages of the mutations; a command that is run again takes a hundred times as long as a file that is read."""
@@ -54,14 +59,15 @@ def run(settings: FaultSettings) -> list[Outcome]:
     Raises:
         UndisturbedError: If something fails without a fault.
         FolderInUseError: If another process uses the output folder.
+        FileExistsError: If the output folder has a folder of another origin where the runs go.
         OSError: If it cannot be written.
     """
     output = Path(settings.output_dir).resolve()
     output.mkdir(parents=True, exist_ok=True)
     with locked_folder(output):
-        runs = _Runs(settings, output / "work")
+        runs = _Runs(settings, emptied_folder(output))
         found = [outcome for stage in STAGES if stage in settings.stages for outcome in _stage(stage, runs, output)]
-        shutil.rmtree(runs.folder, ignore_errors=True)
+        remove_folder(output)
         _report(settings, found, output)
     return found
 
@@ -73,7 +79,6 @@ class _Runs:
         self.settings = settings
         self.folder = folder
         self._made: dict[str, Undisturbed] = {}
-        shutil.rmtree(folder, ignore_errors=True)
         torch.set_num_threads(1)  # or children that are forked would wait for threads that they do not have
         draw_nothing()
 
@@ -94,7 +99,7 @@ def _stage(stage: Stage, runs: _Runs, output: Path) -> list[Outcome]:
     """The outcomes of a stage, from its file if it is finished."""
     settings, count = runs.settings, runs.settings.counts[stage]
     path = output / f"{stage}.json"
-    key = {"count": count, "seed": settings.seed}
+    key = {"count": count, "seed": settings.seed, "versions": library_versions(_PACKAGES)}
     found = None if settings.overwrite else stored(path, key)
     if found is None:
         total = 2 * sum(len(subject.stages) for subject in (RecipeRun, ScriptRun)) if count is None else count
@@ -187,7 +192,7 @@ _INJECTED: dict[Stage, Callable[[_Runs, int, random.Random, Step], Iterable[Outc
 def _report(settings: FaultSettings, outcomes: Sequence[Outcome], output: Path) -> None:
     content = {
         "settings": asdict(settings),
-        "versions": library_versions(),
+        "versions": library_versions(_PACKAGES),
         "outcomes": [outcome.described() for outcome in outcomes],
         "faults": faults_of(outcomes),
     }
