@@ -268,8 +268,11 @@ def _unnoticed(subject: Subject, ended: Ended) -> str:
 
 
 def _unnamed(subject: Subject, locked: Path, ended: Ended) -> str:
-    fault = _unnoticed(subject, ended)
-    return fault or ("" if str(locked) in ended.text else f"does not name the folder: {end_of(ended)}")
+    """What is wrong with the end of a run that could not write into a folder; another permission may be the reason."""
+    # What removes a whole folder names the entry alone.
+    names = [str(locked), *(repr(path.name) for path in locked.iterdir())]
+    named = any(name in ended.text for name in names)
+    return _unnoticed(subject, ended) or ("" if named else f"does not name the folder: {end_of(ended)}")
 
 
 def _unstopped(run: Undisturbed, number: signal.Signals, ended: Ended) -> str:

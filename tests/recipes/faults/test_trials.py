@@ -192,6 +192,17 @@ def test_folders_into_which_nothing_is_written_are_counted_apart(tmp_path):
     assert read_only(tmp_path, *[KILLED, WHOLE] * 9) == ({NOT_REACHED: 1}, [])
 
 
+def test_a_refusal_may_name_what_is_in_the_folder(tmp_path):
+    class Filled(Scripted):
+        def run(self, folder, inject=no_fault):
+            ended = super().run(folder, inject)
+            (folder / "file").touch()
+            return ended
+
+    run = Undisturbed(Filled(KILLED, Ended(1, "error: Permission denied: 'file'", "1")), tmp_path / "whole", 40, {})
+    assert counted(read_only_folders(run, 1, random.Random(0), nothing)) == [({"finished": 1}, [])]
+
+
 def test_a_refusal_that_does_not_name_the_folder_is_a_fault(tmp_path):
     counts, (fault,) = read_only(tmp_path, KILLED, REFUSED)
     assert counts == {}
