@@ -43,7 +43,7 @@ def joined_terms(parts: Sequence[BatchTerms]) -> BatchTerms:
 def _joined_layer(parts: Sequence[LayerTerms], begins: Sequence[int], contrasts: int) -> LayerTerms:
     square = (contrasts, contrasts)
     groups, uncancelled = [part.by_group for part in parts], [part.uncancelled for part in parts]
-    with_groups = [group for group in groups if group is not None]
+    known_groups = [group for group in groups if group is not None]
     known = [values for values in uncancelled if values is not None]
     return replace(
         parts[0],
@@ -52,9 +52,10 @@ def _joined_layer(parts: Sequence[LayerTerms], begins: Sequence[int], contrasts:
         examples=torch.cat([part.examples + begin for part, begin in zip(parts, begins, strict=False)]),
         experts=torch.cat([part.experts for part in parts]),
         by_group=GroupTerms(
-            torch.cat([_padded(group.prior, square) for group in with_groups]), torch.cat([group.sizes for group in with_groups])
+            torch.cat([_padded(group.prior, square) for group in known_groups]),
+            torch.cat([group.sizes for group in known_groups]),
         )
-        if with_groups
+        if known_groups
         else None,
         uncancelled=torch.cat(known) if known else None,
     )
