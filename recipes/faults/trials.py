@@ -260,9 +260,8 @@ def _unnoticed(subject: Subject, ended: Ended) -> str:
         return f"ends with status 0 after {ended.told} writes that failed: {end_of(ended)}"
     if ended.status < 0:
         return f"was killed by signal {-ended.status}: {end_of(ended)}"
-    # Threads of other libraries may have printed what they could not write before.
-    last = ended.text.strip().rpartition("\n")[2]
-    if subject.tells and not last.startswith("error: "):
+    # Threads of other libraries may print what they could not write before it, after it or on both sides.
+    if subject.tells and not any(line.startswith("error: ") for line in ended.text.splitlines()):
         return f"ends with status {ended.status} and no sentence: {end_of(ended)}"
     return ""
 

@@ -153,6 +153,7 @@ def test_disks_that_never_become_full_are_counted_apart(tmp_path):
     ("ended", "fault"),
     [
         (REFUSED, ""),
+        (Ended(1, "Exception in thread\nerror: no space\n    self.run()", "1"), ""),
         (Ended(1, "Traceback", "1"), "ends with status 1 and no sentence"),
         (Ended(0, "", "2"), "ends with status 0 after 2 writes that failed"),
         (Ended(-7, ""), "was killed by signal 7"),
