@@ -15,7 +15,7 @@ from torch import nn
 from bmoe_lightning.curvature.checkpoint import remove_checkpoint
 from bmoe_lightning.experts.fingerprint import module_fingerprint
 from bmoe_lightning.experts.fsdp import gathered, has_shards, reshard
-from bmoe_lightning.methods.fit_index import has_fit, stored_snapshots
+from bmoe_lightning.methods.fit_index import SNAPSHOT_FOLDER, has_fit, stored_snapshots
 from bmoe_lightning.methods.fit_result import FitResult
 from bmoe_lightning.methods.snapshots import remove_snapshot, save_snapshot
 from bmoe_lightning.methods.storage import load_fit, save_fit
@@ -38,6 +38,7 @@ from bmoe_lightning.trainer.killed_runs import check_replaceable, ended_without_
 from bmoe_lightning.trainer.signals import report_stop
 from bmoe_lightning.trainer.snapshot_files import copied, epoch_of, new_snapshot
 from bmoe_lightning.trainer.stored_fits import Search, find_fit, places_of_fit
+from bmoe_lightning.utils.atomic_io import remove_all_leftovers
 from bmoe_lightning.utils.distributed import together
 from bmoe_lightning.utils.folder_lock import FolderLock
 
@@ -247,6 +248,8 @@ class RunFolder:
             snapshots = [copied(path, folder) for path in self.snapshots]
             save_fit(folder, fit, snapshots)
             unmark_training(folder, fit.fit_id)
+            for written in (folder, folder / SNAPSHOT_FOLDER):  # of an earlier process that was killed
+                remove_all_leftovers(written)
             self._lock.release()
             return snapshots
 

@@ -167,3 +167,16 @@ def test_two_callbacks_of_one_trainer(tmp_path):
     run.fit(ToyModule(), loader(160, 1), ckpt_path=str(tmp_path / "last.ckpt"), weights_only=True)
     assert all(callback.fitted is not None for callback in callbacks)
     assert "run" not in vars(run.fit_loop)
+
+
+def test_what_a_process_left_that_was_killed_while_it_wrote_is_removed(tmp_path, whole):
+    left = [tmp_path / "fit" / "snapshots" / "a.safetensors", tmp_path / "fit" / "training"]
+    left = [path.with_name(f".{path.name}.elsewhere-1-{'0' * 32}.tmp") for path in left]
+    for path in left:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.touch()
+    other = tmp_path / "fit" / ".of_mine.tmp"
+    other.touch()
+    assert Job(tmp_path)() == whole[0]
+    assert not any(path.exists() for path in left)
+    assert other.exists()
