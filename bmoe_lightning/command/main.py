@@ -66,8 +66,8 @@ def _parser() -> argparse.ArgumentParser:
         description="Predict the questions of a file, a row each.\n\n"
         "A row has `question` and `choices` (a list of texts), and maybe `passage`, `id` and `answer` (the position\n"
         "of the right choice, from 0). A row of the output has `id`, `prediction` (a letter), `probabilities`,\n"
-        "`entropy` and, where the method has them, `mutual_information` and `logit_variance`. A command that was\n"
-        "stopped resumes.",
+        "`entropy` and, where the method has them, `mutual_information` and `logit_variance`; and `answer`, the\n"
+        "letter of the right choice, where it is known. A command that was stopped resumes.",
     )
     _add_run(predict)
     predict.add_argument("--data", required=True, metavar="FILE", help="questions, JSON Lines or parquet")
@@ -83,9 +83,9 @@ def _parser() -> argparse.ArgumentParser:
         "choice at the rate of --coverage (split conformal prediction)",
     )
     predict.add_argument(
-        "--coverage", type=float, default=0.9, metavar="RATE", help="rate of the sets, between 0 and 1; default: 0.9"
+        "--coverage", type=float, metavar="RATE", help="rate of the sets, between 0 and 1; default: 0.9"
     )
-    predict.add_argument("--set-score", default="lac", choices=("lac", "aps"), help="score of the sets; default: lac")
+    predict.add_argument("--set-score", choices=("lac", "aps"), help="score of the sets; default: lac")
     predict.add_argument("--batch-size", type=int, default=8, metavar="N", help="questions of a batch; default: 8")
     predict.add_argument(
         "--device", default="auto", metavar="NAME", help="cpu, cuda, ...; default: a GPU if there is one"

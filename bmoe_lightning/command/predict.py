@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import os
 import sys
 import time
@@ -22,6 +23,7 @@ from bmoe_lightning.data.questions import LETTERS, Question
 from bmoe_lightning.data.tasks.registry import get_task
 from bmoe_lightning.methods.base import Method
 from bmoe_lightning.metrics import calibration_values
+from bmoe_lightning.metrics.conformal import ConformalScore
 from bmoe_lightning.models.loading import load_tokenizer
 from bmoe_lightning.serving import CalibratedModel, method_entry
 from bmoe_lightning.serving.loading import digest_of, load_served
@@ -33,6 +35,9 @@ from bmoe_lightning.utils.folder_lock import FolderInUseError, locked_folder
 
 _READ = (*PREDICTION_SUFFIXES, ".json")
 _PARTIAL = "partial"
+_COVERAGE: float = 0.9
+_SCORE: ConformalScore = "lac"
+_ROUNDING = 1e-9  # of .9 / (1 - .9), which is above 9
 _SECONDS_BETWEEN_LINES = 30.0
 
 
@@ -101,10 +106,10 @@ def _predict(
     }
     sets = None
     if labelled is not None:
-        identity["sets"] = [digest_of(labelled), given.coverage, given.set_score]
+        identity["sets"] = [digest_of(labelled), _coverage(given), _set_score(given)]
         known = (entry.question for entry in _questions(labelled, given.task))
         sets = served.prediction_sets(
-            known, method.name, coverage=given.coverage, score=given.set_score, batch_size=size
+            known, method.name, coverage=_coverage(given), score=_set_score(given), batch_size=size
         )
     if given.overwrite:
         os.truncate(partial, 0)
@@ -136,16 +141,11 @@ def _check_files(data: Path, output: Path, *, overwrite: bool) -> None:
 def _checked_labels(given: argparse.Namespace) -> Path | None:
     """The file with the labels of prediction sets, every row of which has an answer."""
     if given.sets_from is None:
+        if given.coverage is not None or given.set_score is not None:
+            raise ValueError("--coverage and --set-score are those of sets; give --sets-from too, or leave them out")
         return None
-    labelled, data = Path(given.sets_from), Path(given.data)
-    if not 0 < given.coverage < 1:
-        raise ValueError(f"--coverage is {given.coverage}; it must be between 0 and 1")
-    if labelled.suffix not in _READ:
-        raise ValueError(f"--sets-from {labelled} must be a file in JSON Lines (.jsonl) or parquet (.parquet)")
-    if labelled.is_file() and digest_of(labelled) == digest_of(data):
-        raise ValueError(
-            f"--sets-from {labelled} is the file of --data, or a copy; sets of its own labels contain them too often"
-        )
+    labelled, coverage = Path(given.sets_from), _coverage(given)
+    _check_sets(labelled, Path(given.data), Path(given.output), coverage)
     count = 0
     for asked in _questions(labelled, given.task):
         count += 1
@@ -153,7 +153,34 @@ def _checked_labels(given: argparse.Namespace) -> Path | None:
             raise ValueError(f"{asked.where}: no answer; every question of --sets-from needs the right choice")
     if not count:
         raise ValueError(f"--sets-from {labelled} has no rows; give a file of questions with answers")
+    needed = math.ceil(coverage / (1 - coverage) - _ROUNDING)
+    if count < needed:
+        raise ValueError(
+            f"--sets-from {labelled} has {count} questions, with which every set of a coverage of {coverage} has all "
+            f"choices; give at least {needed}, or a lower --coverage"
+        )
     return labelled
+
+
+def _check_sets(labelled: Path, data: Path, output: Path, coverage: float) -> None:
+    if not 0 < coverage < 1:
+        raise ValueError(f"--coverage is {coverage}; it must be between 0 and 1, exclusive")
+    if output.exists() and labelled.exists() and output.samefile(labelled):
+        raise ValueError(f"--output {output} is the file of --sets-from; give another name")
+    if labelled.suffix not in _READ:
+        raise ValueError(f"--sets-from {labelled} must be a file in JSON Lines (.jsonl) or parquet (.parquet)")
+    if labelled.is_file() and digest_of(labelled) == digest_of(data):
+        raise ValueError(
+            f"--sets-from {labelled} is the file of --data, or a copy; sets of its own labels contain them too often"
+        )
+
+
+def _coverage(given: argparse.Namespace) -> float:
+    return _COVERAGE if given.coverage is None else float(given.coverage)
+
+
+def _set_score(given: argparse.Namespace) -> ConformalScore:
+    return _SCORE if given.set_score is None else given.set_score
 
 
 def _device(name: str) -> torch.device:
@@ -187,7 +214,10 @@ def _locked(partial: Path) -> Iterator[None]:
 
 def _questions(data: Path, task: str | None) -> Iterator[_Asked]:
     """The questions of a file, in order."""
-    of_task = None if task is None else get_task(task)
+    try:
+        of_task = None if task is None else get_task(task)
+    except TypeError as error:  # something else that can be imported
+        raise ValueError(f"--task {task}: {error}") from None
     for number, (where, row) in enumerate(file_rows(data)):
         identity = str(number)
         if of_task is not None:

@@ -21,9 +21,6 @@ RUNS, FITS = "runs", "fits"
 _CLASS, _NAME = "class", "name"
 _SELECTION = "selection"
 _LAYERS = "layers"
-_SELECTIONS: dict[str, type[LayerSelection]] = {
-    f"{kind.__module__}:{kind.__qualname__}": kind for kind in (ExpertLayers, LinearLayers, LoRALayers)
-}
 
 
 class UnknownMethodError(ValueError):
@@ -106,7 +103,14 @@ def _registered() -> Iterator[type[Method]]:
     return (type(get_method(name)) for name in method_names())
 
 
-def _class_name(kind: type[Method]) -> str:
+def _selections() -> Iterator[type[LayerSelection]]:
+    """The selections of layers of this package, and those of the registered methods' own curvatures."""
+    yield from (ExpertLayers, LinearLayers, LoRALayers)
+    for name in method_names():
+        yield from (type(curvature.layers) for curvature in get_method(name).with_defaults(Curvature()).curvatures)
+
+
+def _class_name(kind: type[Method | LayerSelection]) -> str:
     return f"{kind.__module__}:{kind.__qualname__}"
 
 
@@ -131,6 +135,7 @@ def _value(value: Any) -> Any:
 def _selection(value: Mapping[str, Any]) -> LayerSelection:
     given = dict(value)
     name = given.pop(_SELECTION)
-    if not isinstance(name, str) or name not in _SELECTIONS:
+    kind = next((kind for kind in _selections() if _class_name(kind) == name), None)
+    if kind is None:
         raise ValueError(f"unknown selection of layers {name!r}")
-    return _SELECTIONS[name](**{option: _value(entry) for option, entry in given.items()})
+    return kind(**{option: _value(entry) for option, entry in given.items()})

@@ -394,7 +394,7 @@ class TestSets:
     def test_of_other_labels_do_not_resume(self, saved, tmp_path, capsys):
         labelled = write_rows(tmp_path / "labelled.jsonl", rows_of(CALIBRATION))
         source, output = write_rows(tmp_path / "q.jsonl", rows_of(TEST)), tmp_path / "out.jsonl"
-        options = ("--method", "map", "--batch-size", "2", "--sets-from", labelled)
+        options = ("--method", "map", "--batch-size", "2", "--sets-from", labelled, "--coverage", "0.7")
         assert run(saved, source, output, *options) == 0
         whole = output.read_bytes()
         header, first = whole_partial(saved, source, tmp_path, options)
@@ -414,9 +414,14 @@ class TestSets:
         [
             (rows_of(CALIBRATION), ("--coverage", "1"), "--coverage is 1.0; it must be between 0 and 1"),
             ([], (), "has no rows"),
+            (
+                rows_of(CALIBRATION[:3]),
+                (),
+                "has 3 questions, with which every set of a coverage of 0.9 has all choices; give at least 9",
+            ),
             ([*rows_of(CALIBRATION), {"question": "Which?", "choices": ["a", "b"]}], (), "no answer; every question"),
         ],
-        ids=["coverage", "empty", "unlabelled"],
+        ids=["coverage", "empty", "few", "unlabelled"],
     )
     def test_are_refused_before_the_model_is_loaded(
         self, saved, data, tmp_path, monkeypatch, capsys, rows, options, sentence
@@ -440,3 +445,16 @@ def whole_partial(saved, source, tmp_path, options):
         assert run(saved, source, tmp_path / "other.jsonl", *options) == 0
     lines = kept.read_bytes().splitlines(keepends=True)
     return lines[0], b"".join(lines[1:3])
+
+
+def test_labels_of_sets_are_not_replaced_and_options_of_sets_need_them(saved, data, tmp_path, capsys, monkeypatch):
+    without_model(monkeypatch)
+    labelled = write_rows(tmp_path / "mine.jsonl", rows_of(CALIBRATION))
+    before = labelled.read_bytes()
+    assert run(saved, data, labelled, "--sets-from", labelled, "--overwrite") == 1
+    assert "is the file of --sets-from; give another name" in capsys.readouterr().err
+    assert labelled.read_bytes() == before
+    assert run(saved, data, tmp_path / "out.jsonl", "--coverage", "0.8") == 1
+    assert "give --sets-from too, or leave them out" in capsys.readouterr().err
+    assert run(saved, data, tmp_path / "out.jsonl", "--task", "os:path") == 1
+    assert "--task os:path" in capsys.readouterr().err

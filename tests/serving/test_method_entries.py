@@ -26,6 +26,12 @@ def of(entry):
     return method_of_entry(json.loads(json.dumps(entry)))
 
 
+@pytest.mark.parametrize("name", method_names())
+def test_a_method_with_its_own_layers_is_read_as_it_was_written(name):
+    completed = get_method(name).with_defaults(Curvature(rank=3))
+    assert of(method_entry(completed)) == completed
+
+
 def others(method):
     """The method with each of its options changed, one at a time, where another value is valid."""
     hints = get_type_hints(type(method))
