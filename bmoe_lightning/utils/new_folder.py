@@ -39,8 +39,11 @@ def new_folder(folder: Path) -> Iterator[Path]:
     try:
         with locked_folder(unfinished):
             yield unfinished
+            # Libraries create some files for their owner alone; all are as readable as the folder.
+            mode = unfinished.stat().st_mode & 0o666
             for path in unfinished.rglob("*"):
                 if path.is_file():
+                    path.chmod(mode)
                     with path.open("rb+") as written:
                         os.fsync(written.fileno())
             try:

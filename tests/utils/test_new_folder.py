@@ -7,7 +7,9 @@ import sys
 import uuid
 
 import pytest
+import torch
 from safetensors import SafetensorError
+from safetensors.torch import save_file
 
 from bmoe_lightning.utils.new_folder import UNFINISHED, FolderFilledError, new_folder, remove_unfinished
 
@@ -85,3 +87,11 @@ def test_what_a_running_process_writes_stays(tmp_path):
         process.stdin.close()
         assert process.wait() == 0
     assert [path.name for path in tmp_path.iterdir()] == ["a"]
+
+
+def test_files_are_as_readable_as_their_folder(tmp_path):
+    with new_folder(tmp_path / "model") as folder:
+        folder.chmod(0o755)
+        save_file({"weight": torch.zeros(2)}, folder / "model.safetensors")  # for its owner alone
+        (folder / "config.json").write_text("{}")
+    assert {path.stat().st_mode & 0o777 for path in (tmp_path / "model").iterdir()} == {0o644}
