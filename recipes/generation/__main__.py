@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Sequence
+from pathlib import Path
 
 from recipes.common.cli import command, parse
 from recipes.common.signals import run_until_stopped
@@ -37,6 +38,7 @@ def main(arguments: Sequence[str]) -> int:
 
 
 def _run(settings: GenerationSettings) -> int:
+    Path(settings.output_dir).mkdir(parents=True, exist_ok=True)  # before anything is trained
     # Imported late: torch and transformers take seconds, and --help should not.
     from bmoe_lightning.report import SummarySettings
     from recipes.generation.comparison import compare

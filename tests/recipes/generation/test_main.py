@@ -39,3 +39,13 @@ def test_a_dry_run_writes_everything_and_repeats_nothing(tmp_path, capsys):
 def test_wrong_options_have_one_sentence(capsys, arguments, message):
     assert main(arguments) == 2
     assert message in capsys.readouterr().err
+
+
+def test_an_output_folder_that_cannot_be_one_is_refused_before_training(tmp_path, capsys, monkeypatch):
+    def trained(settings):
+        raise AssertionError("something is trained")
+
+    monkeypatch.setattr("recipes.generation.experiment.all_answers", trained)
+    (tmp_path / "file").touch()
+    assert main(["--dry-run", "--output-dir", str(tmp_path / "file")]) == 1
+    assert "File exists" in capsys.readouterr().err
