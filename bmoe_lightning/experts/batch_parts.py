@@ -18,7 +18,6 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from bmoe_lightning.data.padding import row_errors
 from bmoe_lightning.experts.batch_copies import batch_rows, copied_containers
 from bmoe_lightning.experts.counted_batch import CountedBatch, plain_batch
 from bmoe_lightning.experts.fsdp import runs_in_lockstep
@@ -162,6 +161,8 @@ def _remember(model: nn.Module, work: Work, most: int, size: int, values: int) -
 
 def _check_cut(model: nn.Module, class_logits: ClassLogits, batch: Any, size: int, most: int) -> None:
     """Check that the first part of a batch has the logits that it has in the batch."""
+    # Imported late: serving a posterior needs no transformers.
+    from bmoe_lightning.data.padding import row_errors
 
     def logits(rows: int) -> Tensor:
         part = plain_batch(batch) if rows == size else plain_batch(_part(batch, 0, rows, size))
