@@ -170,19 +170,21 @@ def _check_cut(model: nn.Module, class_logits: ClassLogits, batch: Any, size: in
             return masked_logits(run_class_logits(class_logits, model, part)[0])
 
     whole = _tried(logits, size)
-    if isinstance(whole, _Failure) and most == 1:
+    # Where there is no memory for the logits of the batch, those of one example stand for them.
+    rows = 1 if isinstance(whole, _Failure) else size
+    if rows == most:
         return  # there is nothing to compare with
     try:
         first = logits(most)
-        expected = logits(1) if isinstance(whole, _Failure) else whole
+        expected = logits(rows) if isinstance(whole, _Failure) else whole
     except Exception as error:
         if isinstance(error, (RuntimeError, MemoryError)) and is_out_of_memory(error):
             return  # smaller parts may fit
         raise _not_cut(size, f"class_logits does not take a part of it ({first_line(error)})") from error
-    rows = 1 if isinstance(whole, _Failure) else most
-    if len(first) != most or len(expected) != (rows if isinstance(whole, _Failure) else size):
+    if len(first) != most or len(expected) != rows:
         raise _not_cut(size, f"class_logits gives {len(first)} examples for {most} rows, and {len(expected)} in all")
-    first, expected = first[:rows], expected[:rows]
+    shared = min(rows, most)
+    first, expected = first[:shared], expected[:shared]
     same = first.shape == expected.shape and torch.equal(first == -torch.inf, expected == -torch.inf)
     if not same or float(row_errors(first, expected).median()) > _LARGEST_ERROR:
         raise _not_cut(size, "class_logits gives other logits for the same example in a smaller batch")
