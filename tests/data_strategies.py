@@ -224,14 +224,9 @@ def extended(draw, rows):
     return Stored(row, stored.question, stored.damages)
 
 
-@st.composite
-def damaged(draw, rows):
-    """A malformed row, and what names the place of the fault."""
-    stored = draw(rows)
-    path = draw(st.sampled_from(sorted(stored.damages, key=str)))
-    name, bad = stored.damages[path]
-    value = draw(bad)
-    row = copy.deepcopy(stored.row)
+def changed(row, path, value):
+    """A copy of a row with another value in a place, or none."""
+    row = copy.deepcopy(row)
     place = row
     for key in path[:-1]:
         place = place[key]
@@ -239,4 +234,14 @@ def damaged(draw, rows):
         del place[path[-1]]
     else:
         place[path[-1]] = value
-    return row, name
+    return row
+
+
+@st.composite
+def damaged(draw, rows):
+    """A malformed row, and what names the place of the fault."""
+    stored = draw(rows)
+    path = draw(st.sampled_from(sorted(stored.damages, key=str)))
+    name, bad = stored.damages[path]
+    value = draw(bad)
+    return changed(stored.row, path, value), name

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import json
 import re
 import warnings
@@ -10,6 +9,7 @@ from pathlib import Path
 
 import datasets
 import pytest
+from data_strategies import REMOVED, changed
 
 from bmoe_lightning.data.files import DataUnavailableError
 from bmoe_lightning.data.hub import load_questions
@@ -20,7 +20,6 @@ TASKS = sorted(path.stem for path in SAMPLES.glob("*.jsonl"))
 TEXT, KEY, CONTAINER, BLANK, UNREAD = "text", "key", "container", "blank", "unread"
 # What the answer may be, where it is no label of the row's own.
 ANSWERS = {"winogrande": ("1", "2"), "boolq": (True, False), "mmlu": (0, 1, 2, 3)}
-REMOVED = object()
 BAD = [
     REMOVED, None, "", "  ", "\t\n", True, False, 1.5, -0.0, float("nan"), float("inf"), [], {}, [[]], [None], ["x"],
     {"text": "x"}, {"x": 1}, "\ud800", "a\udfff", [1, 2], {"text": ["a"], "label": ["A"]}, "ABCD",
@@ -69,18 +68,6 @@ def is_valid(kind, value):
         and not re.search("[\ud800-\udfff]", value)
         and (kind != BLANK or "_" in value)
     )
-
-
-def changed(row, path, value):
-    row = copy.deepcopy(row)
-    place = row
-    for key in path[:-1]:
-        place = place[key]
-    if value is REMOVED:
-        del place[path[-1]]
-    else:
-        place[path[-1]] = value
-    return row
 
 
 def read(folder, task):
