@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 from torch import nn
 from torch.utils.checkpoint import checkpoint, set_checkpoint_early_stop
 
+from bmoe_lightning.experts.module_tree import all_modules
 from bmoe_lightning.experts.threads import applies, in_this_thread, scope
 from bmoe_lightning.experts.wrappers.transformers import (
     can_checkpoint_with_cache,
@@ -43,7 +44,7 @@ def recomputed_activations(model: nn.Module) -> Iterator[None]:
         RuntimeError: If the model is called with a cache; raised from within the model.
     """
     layer_class = imported_class("transformers.modeling_layers", "GradientCheckpointingLayer")
-    layers = [m for m in model.modules() if isinstance(m, layer_class) and m.gradient_checkpointing]
+    layers = [m for m in all_modules(model) if isinstance(m, layer_class) and m.gradient_checkpointing]
     with ExitStack() as stack:
         if layers:
             for owner in outermost_pretrained(model):

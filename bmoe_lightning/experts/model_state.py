@@ -14,6 +14,7 @@ from torch.autograd.graph import get_gradient_edge
 from torch.utils._pytree import tree_map_only
 
 from bmoe_lightning.experts.fsdp import reshard
+from bmoe_lightning.experts.module_tree import all_modules, own_parameters
 from bmoe_lightning.experts.threads import model_lock
 
 
@@ -24,7 +25,7 @@ def evaluation_mode(model: nn.Module) -> Iterator[None]:
     The model's lock is held meanwhile: another thread that predicts would restore the modes too early.
     """
     with model_lock(model):
-        modes = [(module, module.training) for module in model.modules()]
+        modes = [(module, module.training) for module in all_modules(model)]
         if any(training for _, training in modes):
             model.eval()
         try:
@@ -43,8 +44,8 @@ def frozen_parameters(model: nn.Module) -> Iterator[None]:
     refused if a module with such parameters was called meanwhile, or if it reaches one of them meanwhile.
     """
     reshard(model)
-    modules = list(model.modules())
-    owned = [(module, [p for p in module.parameters(recurse=False) if p.requires_grad]) for module in modules]
+    modules = all_modules(model)
+    owned = [(module, [p for p in own_parameters(module) if p.requires_grad]) for module in modules]
     trained = [parameter for _, parameters in owned for parameter in parameters]
     thread = threading.get_ident()
     detach, mark = functools.partial(_detached, thread), functools.partial(_marked, thread)

@@ -16,6 +16,7 @@ from bmoe_lightning.experts.fsdp import runs_in_lockstep, unsharded_roots
 from bmoe_lightning.experts.gradient_checkpointing import recomputed_activations
 from bmoe_lightning.experts.logits_contract import ClassLogits, present_classes, run_class_logits
 from bmoe_lightning.experts.model_state import evaluation_mode, frozen_parameters
+from bmoe_lightning.experts.module_tree import all_parameters
 from bmoe_lightning.experts.sharded_calls import BackwardPasses
 from bmoe_lightning.experts.taps import Taps
 from bmoe_lightning.experts.threads import model_lock
@@ -106,7 +107,7 @@ def tapped_batch(
         with nullcontext() if passes is None else passes.through(model):
             logits, labels = run_class_logits(class_logits, model, plain_batch(batch))
         stack.enter_context(failing_together(distributed=passes is not None))
-        taps.notice(logits, *model.parameters())
+        taps.notice(logits, *all_parameters(model))
         taps.finish_recording()
         present = present_classes(logits)
         # A caller's autocast applies to the model alone, not to computations on its slots.

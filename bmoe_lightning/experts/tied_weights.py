@@ -8,12 +8,13 @@ from collections.abc import Iterable, Sequence
 from torch import nn
 
 from bmoe_lightning.experts.layouts.registry import LAYOUTS
+from bmoe_lightning.experts.module_tree import all_modules, own_parameters
 from bmoe_lightning.experts.types import ExpertLayer
 
 
 def parameter_owners(model: nn.Module) -> Counter[int]:
     """The number of modules that hold each parameter directly, by the parameter's id."""
-    return Counter(id(p) for module in model.modules() for p in module.parameters(recurse=False))
+    return Counter(key for module in all_modules(model) for key in set(map(id, own_parameters(module))))
 
 
 def tied_modules(model: nn.Module, layer: ExpertLayer, owners: Counter[int]) -> list[nn.Module]:

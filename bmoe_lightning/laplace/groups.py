@@ -12,6 +12,7 @@ are computed on the device and copied to the CPU for all layers at once.
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -115,8 +116,7 @@ def padded_groups(
     # Heights 1, 2, 3, 4, 6, 8, 12, 16, ...: two heights per octave, so that padding adds at most a third.
     power = 2 ** np.ceil(np.log2(sizes)).astype(np.int64)
     height = np.where((4 * sizes <= 3 * power) & (power > 2), 3 * power // 4, power)
-    if len(sizes) and height.max() * len(sizes) * (d_in + 2 * num_contrasts * d_out) <= _SMALL_FLOATS:
-        height[:] = height.max()  # padding costs less than another iteration
+    height = _merged(height, d_in + 2 * num_contrasts * d_out)
     for h in np.unique(height).tolist():
         members = np.flatnonzero(height == h)
         at_a_time = max(1, _CHUNK_FLOATS // (h * (d_in + 2 * num_contrasts * d_out + h)))
@@ -125,6 +125,20 @@ def padded_groups(
             filled = np.arange(h) < sizes[chosen, None]
             rows = np.where(filled, starts[chosen, None] + np.arange(h), 0)
             yield on_device(chosen, device), on_device(rows, device), on_device(filled, device)
+
+
+def _merged(height: NDArray[np.int64], floats: int) -> NDArray[np.int64]:
+    """Heights without those that few slots of padding lift to the next one: padding then costs less than an iteration.
+
+    Args:
+        height: Height `[N]` of each group.
+        floats: Number of temporary floats of a slot.
+    """
+    for h, following in itertools.pairwise(np.unique(height).tolist()):
+        lifted = height == h
+        if lifted.sum() * (following - h) * floats <= _SMALL_FLOATS:
+            height = np.where(lifted, following, height)
+    return height
 
 
 def on_device(array: NDArray[Any], device: torch.device) -> Tensor:

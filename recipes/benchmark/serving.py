@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import tempfile
+import time
 from collections.abc import Mapping, Sequence
 from copy import copy
 from dataclasses import dataclass, fields, replace
@@ -25,7 +26,7 @@ from recipes.benchmark.measure import Amount, Ratio, Section
 from recipes.benchmark.workload import Workload
 from recipes.common.peak_memory import peak_memory
 from recipes.common.silent_fits import silent_fits
-from recipes.common.timing import Action, in_turn
+from recipes.common.timing import Action, in_turn, seconds, synchronise, without_garbage_collection
 
 BATCHES = (1, 32)
 """Numbers of examples of a served batch."""
@@ -33,6 +34,7 @@ SAMPLES = 8
 """Number of samples of methods that sample weights or routes."""
 _FORWARD_BAR = 1.02
 _FIXED_BAR = 0.05
+_MANY_ROUNDS = 16  # of short computations
 _FITTED_EXAMPLES, _FITTED_TOKENS = 128, 4
 _SAMPLES_OPTION, _CURVATURE_OPTION = "num_samples", "curvature"
 
@@ -74,8 +76,8 @@ def measure_serving(work: Workload, repeats: int) -> Section:
         (
             f"Shape: {work.shape}. Random weights; methods with samples take {SAMPLES}, ensembles have two members.",
             f"Left out, since they need another model: {', '.join(fitted.left_out)}.",
-            "The fixed part is what a prediction of one question takes beyond its forward and backward passes: "
-            "checks, set-up of taps, and sums over slots.",
+            "The fixed part is what a prediction of one question takes before its forward pass, and between that and "
+            "its first backward pass: checks of weights and logits, and the set-up of taps.",
         ),
         ratios=tuple(ratios),
         amounts=tuple(amounts),
@@ -83,27 +85,52 @@ def measure_serving(work: Workload, repeats: int) -> Section:
 
 
 def _fixed(work: Workload, posterior: LaplacePosterior, batch: Any, size: int, repeats: int) -> list[Ratio]:
-    """What a linearised prediction takes beyond its floor, relative to a forward pass."""
-    alone = _with_batch(work, batch)
+    """What a linearised prediction takes beyond its floor, and its fixed part, relative to a forward pass."""
+    alone, rounds = _with_batch(work, batch), max(_MANY_ROUNDS, repeats)
     times = in_turn(
         {
             "prediction": partial(posterior.predict, work.model, work.class_logits(), batch),
             "floor": alone.floor,
             "forward": alone.forward,
         },
-        max(8, repeats),
+        rounds,
         work.device,
     )
-    fixed = tuple(p - f for p, f in zip(times["prediction"], times["floor"], strict=True))
+    fixed, forward = [], []
+    for _ in range(rounds):
+        with without_garbage_collection():
+            fixed.append(_seconds_around(work, posterior, batch))
+            forward.append(seconds(alone.forward, work.device))
     return [
         Ratio(f"linearised prediction / its floor, batch of {size}", times["prediction"], times["floor"]),
         Ratio(
             f"fixed part of a linearised prediction / plain forward, batch of {size}",
-            fixed,
-            times["forward"],
+            tuple(fixed),
+            tuple(forward),
             _FIXED_BAR,
         ),
     ]
+
+
+def _seconds_around(work: Workload, posterior: LaplacePosterior, batch: Any) -> float:
+    """Seconds of a prediction before its forward pass, and between that and its first backward pass."""
+    marks: list[float] = []
+
+    def mark(*_: Any) -> None:
+        synchronise(work.device)
+        marks.append(time.perf_counter())
+
+    def class_logits(model: Any, given: Any) -> tuple[Tensor, Tensor | None]:
+        mark()
+        logits, labels = work.class_logits()(model, given)
+        mark()
+        logits.register_hook(mark)  # each backward pass reaches the logits first
+        return logits, labels
+
+    mark()
+    posterior.predict(work.model, class_logits, batch)
+    start, forward, end, backward = marks[:4]
+    return forward - start + backward - end
 
 
 def _with_batch(work: Workload, batch: Mapping[str, Tensor]) -> Workload:

@@ -27,6 +27,16 @@ def test_padded_groups_hold_every_slot_once(size):
     assert sorted(found) == [0, 1, 2, 3]
 
 
+@pytest.mark.parametrize(("d_in", "heights"), [(1, [64]), (3000, [16, 64]), (10**6, [1, 3, 8, 16, 64])])
+def test_groups_are_padded_further_where_that_takes_few_slots(d_in, heights):
+    sizes = np.array([1, 3, 7, 14, 61])
+    order = torch.zeros(int(sizes.sum()), dtype=torch.int64)
+    found = [
+        rows.shape[1] for _, rows, _ in padded_groups(SlotGroups(order, np.arange(5), sizes, 0), d_in, (1, 1), CPU)
+    ]
+    assert found == heights
+
+
 def drawn(num_groups, height, d_in, d_out, num_contrasts):
     generator = torch.Generator().manual_seed(height)
     a = torch.randn(num_groups, height, d_in, generator=generator, dtype=torch.float64)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
@@ -41,10 +41,17 @@ def execution_device(model: nn.Module) -> torch.device:
 
     Reads `AlignDevicesHook.execution_device` (seen in accelerate 1.0.0 to 1.15.0).
     """
-    devices = [parameter.device for parameter in model.parameters()]
-    hooks = [offload_hook(module) for module in model.modules()]
-    devices += [torch.device(hook.execution_device) for hook in hooks if getattr(hook, "execution_device", None)]
-    return next((device for device in devices if device.type != "meta"), torch.device("meta"))
+    found = (device for device in _devices(model) if device.type != "meta")
+    return next(found, torch.device("meta"))
+
+
+def _devices(model: nn.Module) -> Iterator[torch.device]:
+    for parameter in model.parameters():
+        yield parameter.device
+    for module in model.modules():
+        device = getattr(offload_hook(module), "execution_device", None)
+        if device:
+            yield torch.device(device)
 
 
 def materialized(module: nn.Module, name: str) -> Tensor:

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from bmoe_lightning.experts.fsdp import is_sharded, sharding_refusal
+from bmoe_lightning.experts.module_tree import all_modules
 from bmoe_lightning.experts.threads import in_this_thread
 from bmoe_lightning.experts.wrappers.names import unwrapped
 
@@ -27,10 +28,11 @@ def is_packed(tensor: Tensor) -> bool:
 
 def unusable(weight: Any) -> str | None:
     """The reason why a weight is not supported, in words; None for a floating-point weight, sharded by FSDP2 or not."""
-    if isinstance(weight, Tensor) and is_sharded(weight):
-        return sharding_refusal(weight)
-    if not isinstance(weight, Tensor) or is_packed(weight):
-        return f"quantised ({type(weight).__name__})"
+    if type(weight) is not nn.Parameter:  # a plain one is neither sharded nor packed, and is looked at most often
+        if isinstance(weight, Tensor) and is_sharded(weight):
+            return sharding_refusal(weight)
+        if not isinstance(weight, Tensor) or is_packed(weight):
+            return f"quantised ({type(weight).__name__})"
     return None if weight.dtype in _FLOATS else f"quantised ({weight.dtype})"
 
 
@@ -55,19 +57,25 @@ def check_down_proj(name: str, weight: Any) -> None:
 
 def is_linear(module: nn.Module) -> bool:
     """Whether a module is a linear layer below its wrappers; a quantised one is often no `nn.Linear`."""
-    module = unwrapped(module)
+    return _is_unwrapped_linear(unwrapped(module))
+
+
+def _is_quantised_linear(module: nn.Module) -> bool:
+    return _is_unwrapped_linear(module) and unusable(getattr(module, "weight", None)) is not None
+
+
+def _is_unwrapped_linear(module: nn.Module) -> bool:
     if isinstance(module, nn.Linear):
         return True
-    sizes = (getattr(module, "in_features", None), getattr(module, "out_features", None))
+    if "in_features" not in vars(module) and not hasattr(type(module), "in_features"):
+        return False  # nearly all other modules, of which `getattr` takes long
+    sizes = (getattr(module, name, None) for name in ("in_features", "out_features"))
     return all(isinstance(size, int) for size in sizes) and unusable(getattr(module, "weight", None)) is not None
 
 
 def has_quantised_linear(model: nn.Module) -> bool:
     """Whether linear layers of a model are quantised, the values that flow through them perhaps too."""
-    return any(
-        is_linear(module) and unusable(getattr(unwrapped(module), "weight", None)) is not None
-        for module in model.modules()
-    )
+    return any(map(_is_quantised_linear, all_modules(model)))
 
 
 @contextmanager
@@ -78,11 +86,11 @@ def gradients_checked(model: nn.Module) -> Iterator[None]:
         RuntimeError: If one does not; raised from within the model, naming the layer.
     """
     with ExitStack() as stack:
-        for name, module in model.named_modules():
-            if type(module) is nn.Linear and unusable(module.weight) is None:
-                continue  # nearly all of them; the next line costs more
-            if is_linear(module) and unusable(getattr(unwrapped(module), "weight", None)) is not None:
-                stack.callback(module.register_forward_hook(in_this_thread(_gradient_check(name))).remove)
+        # Inside a wrapper, its inner module is found.
+        quantised = [module for module in all_modules(model) if _is_quantised_linear(module)]
+        names = {module: name for name, module in model.named_modules()} if quantised else {}
+        for module in quantised:
+            stack.callback(module.register_forward_hook(in_this_thread(_gradient_check(names[module]))).remove)
         yield
 
 
