@@ -11,14 +11,18 @@ from torch import nn
 
 def all_modules(model: nn.Module) -> list[nn.Module]:
     """A model and the modules in it, each once, in the order of `nn.Module.modules`."""
-    found: dict[int, nn.Module] = {}
-    waiting = [model]
+    found: list[nn.Module] = []
+    seen: set[nn.Module | None] = {None}
+    waiting: list[nn.Module | None] = [model]
     while waiting:
         module = waiting.pop()
-        if id(module) not in found:
-            found[id(module)] = module
-            waiting += [child for child in reversed(module._modules.values()) if child is not None]
-    return list(found.values())
+        if module in seen or module is None:
+            continue
+        seen.add(module)
+        found.append(module)
+        if module._modules:
+            waiting.extend(reversed(module._modules.values()))
+    return found
 
 
 def own_parameters(module: nn.Module) -> list[nn.Parameter]:
