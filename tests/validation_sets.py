@@ -2,7 +2,8 @@
 
 import torch
 
-from bmoe_lightning.laplace.covariance import BatchTerms, LayerTerms, _contrasts, covariance
+from bmoe_lightning.laplace.covariance import BatchTerms, contrasts, covariance
+from bmoe_lightning.laplace.slot_terms import LayerTerms
 from bmoe_lightning.laplace.validation_cache import CacheBuilder
 
 PRECISIONS = [(0.01, 0.01), (0.5, 20.0), (1e3, 1e3)]
@@ -28,7 +29,7 @@ def set_of(num_examples, num_classes, num_layers=2, seed=0, dtype=torch.float64)
             logits[::3, 2] = -torch.inf
         present = logits != -torch.inf
         labels = torch.multinomial((logits / 3).softmax(1), 1, generator=generator).squeeze(1)
-        weights, embedding = _contrasts(present, True)
+        weights, embedding = contrasts(present, True)
         layers = []
         for _ in range(num_layers):
             examples = torch.arange(size).repeat_interleave(2)

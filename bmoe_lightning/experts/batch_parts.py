@@ -92,17 +92,17 @@ def run_in_parts(
     if runs_in_lockstep(model):
         return [run(batch)]
     limit = _limits.get(model, {}).get(work)
-    if limit is None or _num_rows(batch) <= limit.examples or num_values(batch) < limit.values:
+    if limit is None or num_rows(batch) <= limit.examples or num_values(batch) < limit.values:
         found = _tried(run, batch)
         if not isinstance(found, _Failure):
             return [found]
-        size = _num_rows(batch)
+        size = num_rows(batch)
         most = _halved(size, found)
         if limit is None:
             _check_cut(model, class_logits, batch, size, most)
         _remember(model, work, most, size, num_values(batch))
     else:
-        size, most = _num_rows(batch), limit.examples
+        size, most = num_rows(batch), limit.examples
     results: list[T] = []
     begin = 0
     while begin < size:
@@ -205,6 +205,11 @@ def _part(batch: Any, begin: int, end: int, size: int) -> Any:
 
 def num_values(batch: Any) -> int:
     """The number of values of all tensors of a batch, from which the memory that it needs grows."""
+    return sum(tensor_sizes(batch))
+
+
+def tensor_sizes(batch: Any) -> list[int]:
+    """The number of values of each tensor of a batch."""
     found: list[int] = []
 
     def see(values: Tensor) -> Tensor:
@@ -212,10 +217,10 @@ def num_values(batch: Any) -> int:
         return values
 
     copied_containers(plain_batch(batch), see)
-    return sum(found)
+    return found
 
 
-def _num_rows(batch: Any) -> int:
+def num_rows(batch: Any) -> int:
     """The number of entries that most tensors, arrays and lists of a batch have; 0 for a batch without any."""
     if isinstance(batch, CountedBatch):
         return batch.size

@@ -17,7 +17,8 @@ import torch
 from torch import Tensor
 
 from bmoe_lightning.curvature.factors import LayerFactors
-from bmoe_lightning.laplace.covariance import BatchTerms, LayerTerms, group_covariance
+from bmoe_lightning.laplace.covariance import BatchTerms, group_covariance
+from bmoe_lightning.laplace.slot_terms import LayerTerms
 
 
 @dataclass(frozen=True)

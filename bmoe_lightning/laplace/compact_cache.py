@@ -21,10 +21,11 @@ from torch import Tensor
 from torch.nn.functional import pad
 from torch.utils.checkpoint import checkpoint
 
-from bmoe_lightning.laplace.covariance import BatchTerms, LayerTerms
+from bmoe_lightning.laplace.covariance import BatchTerms
 from bmoe_lightning.laplace.covariance_cache import CovarianceCache
 from bmoe_lightning.laplace.predictive import standard_normal
 from bmoe_lightning.laplace.present import of_classes, present_first
+from bmoe_lightning.laplace.slot_terms import LayerTerms
 
 MAX_DIRECTIONS = 8
 """Maximum number of directions q of an example's covariance."""

@@ -20,12 +20,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from bmoe_lightning.curvature.factors import LayerFactors, orthonormal
 from bmoe_lightning.experts.logits_contract import ClassLogits
 from bmoe_lightning.experts.ownership import slot_owners
 from bmoe_lightning.experts.tapped_batches import tapped_batch
 from bmoe_lightning.experts.types import ExpertLayer
-from bmoe_lightning.laplace.groups import SlotGroups, SlotKeys, group_slots, inner_products, on_device, padded_groups
+from bmoe_lightning.laplace.slot_terms import LayersWithFactors, LayerTerms, LayerTermsByFactors, reduced_slots
 
 GRADIENT_BYTES = 1 << 33
 """Memory of the gradients of one batch in bytes: 8 GiB, or what those of five contrasts take; see `num_sweeps`."""
@@ -34,42 +33,6 @@ _FEW_CONTRASTS = 5
 # Negative eigenvalues that are rounding, relative to the trace of the prior's covariance and to the terms of its sums.
 _MISMATCH = 1e-4
 _ROUNDING = 64 * torch.finfo(torch.float32).eps
-
-
-@dataclass(frozen=True)
-class GroupTerms:
-    """Terms of one layer by group.
-
-    Attributes:
-        prior: Inner products `<G_i, G_j>` of each group, `[N, P, P]` float64.
-        sizes: Number of slots of each group, `[N]` int64.
-    """
-
-    prior: Tensor
-    sizes: Tensor
-
-
-@dataclass(frozen=True)
-class LayerTerms:
-    """Terms of one layer in the covariance of a batch, for any prior precision.
-
-    Attributes:
-        prior: Inner products `<G_i, G_j>` summed over experts, `[B, P, P]` float64.
-        projections: Projections `R_i` of each group, `[N, P, r_g, r_a]`.
-        examples: Example of each group, `[N]` int64.
-        experts: Expert of each group, `[N]` int64.
-        by_group: What is only needed to attribute the variance to experts, if it was asked for.
-        uncancelled: Sum of `|a_s|^2 |g_s|^2` over the slots of each example, for its first contrast, `[B]` float64.
-            Inner products are sums of such terms, whose rounding errors stay where the terms cancel. None for terms
-            whose covariance is not checked.
-    """
-
-    prior: Tensor
-    projections: Tensor
-    examples: Tensor
-    experts: Tensor
-    by_group: GroupTerms | None = None
-    uncancelled: Tensor | None = None
 
 
 @dataclass(frozen=True)
@@ -87,10 +50,6 @@ class BatchTerms:
     labels: Tensor | None
     embedding: Tensor
     layers: tuple[LayerTerms, ...]
-
-
-LayersWithFactors = Sequence[tuple[ExpertLayer, LayerFactors]]
-"""The layers of one posterior, each with its curvature."""
 
 
 def batch_terms(
@@ -125,16 +84,9 @@ def batch_terms(
     Raises:
         RuntimeError: If a slot that affects a logit belongs to no example.
     """
-    union = {layer.name: layer for posterior in posteriors for layer, _ in posterior}
-    layers = list(union.values())
-    if len(posteriors) > 1:  # in model order, as within each posterior: slot_owners reads the last layer
-        position = {name: index for index, (name, _) in enumerate(model.named_modules())}
-        layers.sort(key=lambda layer: (position[layer.module_name], not layer.is_first))
-    factors = {  # by identity: posteriors over parts of the same layers share them
-        name: {id(f): f for posterior in posteriors for x, f in posterior if x.name == name} for name in union
-    }
+    layers = layers_of(model, posteriors)
     with tapped_batch(model, layers, class_logits, batch) as tapped, torch.no_grad():
-        weights, embedding = _contrasts(tapped.present, centred, tapped.most_classes)
+        weights, embedding = contrasts(tapped.present, centred, tapped.most_classes)
         weights = weights * tapped.counts(weights.device).unsqueeze(1)  # so that slots of other examples do not count
         num_examples = len(embedding)
         slots = [tapped.taps.slots(position) for position in range(len(layers))]
@@ -143,7 +95,7 @@ def batch_terms(
         held = sum(len(s.experts) * x.d_out * size for s, x, size in zip(slots, layers, itemsizes, strict=True))
         count = tapped.taps.agreed_maximum(num_sweeps(len(weights), len(layers), held))
         every_pass = tapped.passes(weights)
-        terms: dict[str, dict[int, LayerTerms]] = {}
+        terms: LayerTermsByFactors = {}
         for part in torch.arange(len(layers)).tensor_split(count):
             positions = part.tolist()
             passes = [tapped.taps.gradients(tapped.logits, of_pass, positions) for of_pass in every_pass]
@@ -153,27 +105,34 @@ def batch_terms(
                 for position, gradients in zip(positions, zip(*passes, strict=True), strict=True)
             ]
             del passes
-            grouped = group_slots([SlotKeys.of(s, g, owner, x.num_experts, num_examples) for s, g, owner, x in seen])
-            for (layer_slots, gradients, _, layer), groups in zip(seen, grouped, strict=True):
-                if groups.num_orphans:
-                    raise RuntimeError(
-                        f"a slot of layer {layer.name!r} affects a logit, but belongs to no example, since its "
-                        "gradients cancel or underflow; try bfloat16 or float32 weights"
-                    )
-                of_layer = factors[layer.name]
-                found = layer_terms(
-                    layer_slots.inputs, gradients, groups, list(of_layer.values()), num_examples, by_group=by_group
-                )
-                terms[layer.name] = dict(zip(of_layer, found, strict=True))
-            del seen, gradients, layer_slots
+            terms |= reduced_slots(seen, posteriors, num_examples, by_group=by_group)
+            del seen
         logits = tapped.logits.detach().double().masked_fill(~tapped.present, -torch.inf)
-        return [
-            _first(
-                BatchTerms(logits, tapped.labels, embedding, tuple(terms[x.name][id(f)] for x, f in posterior)),
-                tapped.num_counted,
-            )
-            for posterior in posteriors
-        ]
+        found = terms_of_posteriors(terms, posteriors, logits, tapped.labels, embedding)
+        return [_first(of_posterior, tapped.num_counted) for of_posterior in found]
+
+
+def layers_of(model: nn.Module, posteriors: Sequence[LayersWithFactors]) -> list[ExpertLayer]:
+    """The layers of one or several posteriors, in the order of the model: `slot_owners` reads the last one."""
+    layers = list({layer.name: layer for posterior in posteriors for layer, _ in posterior}.values())
+    if len(posteriors) > 1:  # those of one posterior are in this order
+        position = {name: index for index, (name, _) in enumerate(model.named_modules())}
+        layers.sort(key=lambda layer: (position[layer.module_name], not layer.is_first))
+    return layers
+
+
+def terms_of_posteriors(
+    terms: LayerTermsByFactors,
+    posteriors: Sequence[LayersWithFactors],
+    logits: Tensor,
+    labels: Any,
+    embedding: Tensor,
+) -> list[BatchTerms]:
+    """The terms of a batch under each posterior, from those of layers; shapes as in `BatchTerms`."""
+    return [
+        BatchTerms(logits, labels, embedding, tuple(terms[x.name][id(f)] for x, f in posterior))
+        for posterior in posteriors
+    ]
 
 
 def num_sweeps(num_contrasts: int, num_layers: int, gradient_bytes: int) -> int:
@@ -218,7 +177,7 @@ def without_absent_classes(terms: BatchTerms) -> BatchTerms:
     return replace(terms, embedding=terms.embedding[:, :, :count], layers=layers)
 
 
-def _contrasts(present: Tensor, centred: bool, most_classes: int = 0) -> tuple[Tensor, Tensor]:
+def contrasts(present: Tensor, centred: bool, most_classes: int = 0) -> tuple[Tensor, Tensor]:
     """Weights of each backward pass `[P, B, K]`, and the embedding `[B, K, P]` of contrasts into logits, float64.
 
     Args:
@@ -239,76 +198,6 @@ def _contrasts(present: Tensor, centred: bool, most_classes: int = 0) -> tuple[T
     weights = others - unit[reference].unsqueeze(1) * has_class.unsqueeze(2)
     centring = torch.diag_embed(mask) - mask.unsqueeze(2) * mask.unsqueeze(1) / mask.sum(1).view(-1, 1, 1)
     return weights.transpose(0, 1), centring @ others.mT
-
-
-def layer_terms(
-    inputs: Tensor,
-    gradients: Sequence[Tensor],
-    groups: SlotGroups,
-    factors: Sequence[LayerFactors],
-    num_examples: int,
-    *,
-    by_group: bool = False,
-) -> list[LayerTerms]:
-    """Reduce the slots of one layer to its covariance terms, under each of several curvatures.
-
-    Args:
-        inputs: Inputs `[S, d_in]` of the slots.
-        gradients: Gradients `[S, d_out]` of the P contrasts.
-        groups: Groups of the slots.
-        factors: Curvatures of this layer, one or more.
-        num_examples: Number of examples B.
-        by_group: Whether `GroupTerms` are returned too.
-    """
-    dtype = torch.promote_types(inputs.dtype, torch.float32)
-    for layer in factors:
-        dtype = torch.promote_types(layer.a_basis.dtype, dtype)
-    num_contrasts, d_out = len(gradients), gradients[0].shape[1]
-    bases = [
-        tuple(orthonormal(basis.to(inputs.device), dtype) for basis in (layer.a_basis, layer.g_basis))
-        for layer in factors
-    ]
-    keys = on_device(groups.keys, inputs.device)
-    experts = keys // num_examples
-    prior = inputs.new_zeros(num_examples, num_contrasts, num_contrasts, dtype=torch.float64)
-    uncancelled = inputs.new_zeros(num_examples, dtype=torch.float64)
-    kept = None
-    if by_group:
-        products_of_group = prior.new_zeros(len(keys), num_contrasts, num_contrasts)
-        kept = GroupTerms(products_of_group, on_device(groups.sizes, inputs.device))
-    projections = [
-        a_basis.new_zeros(len(keys), num_contrasts, g_basis.shape[2], a_basis.shape[2]) for a_basis, g_basis in bases
-    ]
-    for chosen, rows, filled in padded_groups(groups, inputs.shape[1], (num_contrasts, d_out), inputs.device):
-        slots = groups.order[rows]
-        # The inputs of padding are zero, so it adds nothing for any finite gradient.
-        a = inputs[slots].to(dtype) * filled.unsqueeze(2)  # [n, h, d_in]
-        g = _gathered(gradients, slots, dtype)  # [P, n, h, d_out]
-        products = inner_products(a, g).double()
-        prior.index_add_(0, keys[chosen] % num_examples, products)
-        norms = a.square().sum(2) * g[0].square().sum(2)  # [n, h]
-        uncancelled.index_add_(0, keys[chosen] % num_examples, norms.double().sum(1))
-        if kept is not None:
-            kept.prior[chosen] = products
-        of_groups = experts[chosen]
-        for (a_basis, g_basis), projection in zip(bases, projections, strict=True):
-            if a_basis.shape[2] and g_basis.shape[2]:
-                projected = (g @ g_basis[of_groups]).mT @ (a @ a_basis[of_groups])
-                projection[chosen] = projected.transpose(0, 1)
-    examples = keys % num_examples
-    return [LayerTerms(prior, projection, examples, experts, kept, uncancelled) for projection in projections]
-
-
-def _gathered(gradients: Sequence[Tensor], slots: Tensor, dtype: torch.dtype) -> Tensor:
-    """Gradients of the given slots for all contrasts: `[P, *slots.shape, d_out]`."""
-    d_out = gradients[0].shape[1]
-    gathered = gradients[0].new_empty(len(gradients), slots.numel(), d_out, dtype=dtype)
-    for gradient, rows in zip(gradients, gathered, strict=True):
-        if gradient.dtype == dtype:
-            torch.index_select(gradient, 0, slots.flatten(), out=rows)
-        else:
-            rows.copy_(gradient[slots.flatten()])
-    return gathered.unflatten(1, slots.shape)
 
 
 def covariance(terms: BatchTerms, curvature: Sequence[Tensor], prior_precision: Tensor) -> Tensor:

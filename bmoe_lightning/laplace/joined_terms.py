@@ -12,7 +12,8 @@ from torch.nn.functional import pad
 
 from bmoe_lightning.experts.batch_parts import joined_labels
 from bmoe_lightning.experts.logits_contract import joined_logits
-from bmoe_lightning.laplace.covariance import BatchTerms, GroupTerms, LayerTerms
+from bmoe_lightning.laplace.covariance import BatchTerms
+from bmoe_lightning.laplace.slot_terms import GroupTerms, LayerTerms
 
 
 def joined_terms(parts: Sequence[BatchTerms]) -> BatchTerms:

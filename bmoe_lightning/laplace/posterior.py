@@ -34,6 +34,7 @@ from bmoe_lightning.experts.threads import model_lock
 from bmoe_lightning.experts.weight_comparison import same_weights
 from bmoe_lightning.laplace.attribution import Attribution, attributed
 from bmoe_lightning.laplace.binding import Binding
+from bmoe_lightning.laplace.contrast_copies import terms_by_copies
 from bmoe_lightning.laplace.covariance import BatchTerms, batch_terms, covariance
 from bmoe_lightning.laplace.covariance_cache import CovarianceCache
 from bmoe_lightning.laplace.joined_terms import joined_terms
@@ -367,7 +368,8 @@ def posterior_terms(
     """The covariance terms of a batch under several posteriors, from one forward pass.
 
     The covariance is a sum over layers: layers whose factors several posteriors share (`without_layers`) are computed
-    once. A batch that does not fit in memory runs in parts; see `run_in_parts`.
+    once. A batch that does not fit in memory runs in parts; see `run_in_parts`. A batch of one short example runs as
+    copies of it; see `terms_by_copies`.
 
     Args:
         posteriors: Posteriors over the same or different layers of one model.
@@ -389,10 +391,14 @@ def posterior_terms(
                 shared.setdefault((id(layer.a_basis), id(layer.g_basis), posterior.offload), moved)
                 for layer, moved in zip(posterior.factors.layers, binding.factors, strict=True)
             )
+        layers = [list(zip(binding.layers, binding.factors, strict=True)) for binding in bound]
+        copied = terms_by_copies(model, layers, class_logits, batch, by_group=by_group) if centred else None
+        if copied is not None:
+            return copied
         run = partial(
             batch_terms,
             model,
-            [list(zip(binding.layers, binding.factors, strict=True)) for binding in bound],
+            layers,
             class_logits,
             centred=centred,
             # Once per model: whether it mixes examples depends on its code, not on the batch.

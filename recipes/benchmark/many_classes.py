@@ -17,8 +17,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from bmoe_lightning.laplace.covariance import BatchTerms, LayerTerms
+from bmoe_lightning.laplace.covariance import BatchTerms
 from bmoe_lightning.laplace.prior import fit_lpo
+from bmoe_lightning.laplace.slot_terms import LayerTerms
 from bmoe_lightning.laplace.validation_cache import ValidationCache, cache_terms
 from bmoe_lightning.utils.fit_warnings import FitWarning
 

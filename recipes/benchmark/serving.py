@@ -19,6 +19,7 @@ from bmoe_lightning import LaplacePosterior
 from bmoe_lightning.curvature import Curvature
 from bmoe_lightning.experts import down_proj_parameters, expert_parameters
 from bmoe_lightning.experts.taps import Taps
+from bmoe_lightning.laplace import contrast_copies
 from bmoe_lightning.methods import Method, fit_methods, get_method, method_names, save_snapshot
 from bmoe_lightning.methods.evaluation import Predictor
 from bmoe_lightning.methods.fit_result import FitResult
@@ -37,6 +38,7 @@ SAMPLES = 8
 _FORWARD_BAR = 1.02
 _FIXED_BAR = 0.05
 _MANY_ROUNDS = 16  # of short computations
+_COPIED_TOKENS = (8, 16, 32, 64, 128)
 _FITTED_EXAMPLES, _FITTED_TOKENS = 128, 4
 _SAMPLES_OPTION, _CURVATURE_OPTION = "num_samples", "curvature"
 
@@ -65,7 +67,10 @@ def measure_serving(work: Workload, repeats: int) -> Section:
                 bar = _FORWARD_BAR if method.cost == Method.cost and not method.is_ensemble else None
                 name = f"{method.label} / plain forward, batch of {size}"
                 ratios.append(Ratio(name, times[method.name], times["forward"], bar))
-            ratios += _fixed(work, fitted.posterior, batch, size, repeats) if size == 1 else []
+            if size == 1:
+                ratios += _fixed(work, fitted.posterior, batch, size, repeats) + _copies(
+                    work, fitted.posterior, repeats
+                )
             plain = peaks["forward"]
             amounts.append(Amount(f"plain forward, batch of {size}", "s", times["forward"]))
             amounts.append(Amount(f"plain forward, batch of {size}", "MB", (plain,)))
@@ -112,6 +117,28 @@ def _fixed(work: Workload, posterior: LaplacePosterior, batch: Any, size: int, r
             _FIXED_BAR,
         ),
     ]
+
+
+def _copies(work: Workload, posterior: LaplacePosterior, repeats: int) -> list[Ratio]:
+    """Predictions of one question on copies of it, relative to those with a backward pass for each contrast."""
+    ratios = []
+    for tokens in _COPIED_TOKENS:
+        question = _questions(work, 1, tokens, 2)
+        predict = partial(posterior.predict, work.model, work.class_logits(), question)
+        times = in_turn(
+            {"copies": partial(_limited, tokens, predict), "passes": partial(_limited, 0, predict)},
+            max(_MANY_ROUNDS, repeats),
+            work.device,
+        )
+        name = f"one question of {tokens} tokens: one backward pass on copies / a pass for each contrast"
+        ratios.append(Ratio(name, times["copies"], times["passes"]))
+    return ratios
+
+
+def _limited(tokens: int, predict: Action) -> None:
+    """Predict where copies are made of examples of so many tokens."""
+    with mock.patch.object(contrast_copies, "MAX_TOKENS", tokens):
+        predict()
 
 
 def _seconds_around(work: Workload, posterior: LaplacePosterior, batch: Any) -> float:

@@ -7,7 +7,8 @@ import torch
 
 from bmoe_lightning.laplace import compact_cache
 from bmoe_lightning.laplace.compact_cache import CompactCache, Nodes, cholesky, compact_products, compact_terms
-from bmoe_lightning.laplace.covariance import BatchTerms, LayerTerms
+from bmoe_lightning.laplace.covariance import BatchTerms
+from bmoe_lightning.laplace.slot_terms import LayerTerms
 
 
 def normal(*shape, seed=0):

@@ -9,9 +9,10 @@ from validation_sets import PRECISIONS, at, compact, set_of
 
 from bmoe_lightning.laplace import compact_cache, validation_cache
 from bmoe_lightning.laplace.compact_cache import CompactCache
-from bmoe_lightning.laplace.covariance import BatchTerms, LayerTerms
+from bmoe_lightning.laplace.covariance import BatchTerms
 from bmoe_lightning.laplace.predictive import class_probabilities, mean_variance, standard_normal
 from bmoe_lightning.laplace.prior import fit_lpo
+from bmoe_lightning.laplace.slot_terms import LayerTerms
 from bmoe_lightning.laplace.validation_cache import CacheBuilder, ValidationCache, cache_terms
 from bmoe_lightning.utils.fit_warnings import collected_fit_warnings
 

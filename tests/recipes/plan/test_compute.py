@@ -16,8 +16,8 @@ from bmoe_lightning.curvature.sketch import make_sketch
 from bmoe_lightning.experts.grouped_matmul import ExpertGroups
 from bmoe_lightning.experts.taps import Slots
 from bmoe_lightning.laplace import LaplacePosterior
-from bmoe_lightning.laplace.covariance import layer_terms
 from bmoe_lightning.laplace.groups import SlotGroups, SlotKeys, group_slots, padded_groups
+from bmoe_lightning.laplace.slot_terms import layer_terms
 from recipes.plan import compute
 from recipes.plan.architecture import describe
 
