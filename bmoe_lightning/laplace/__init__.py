@@ -2,6 +2,7 @@
 
 from bmoe_lightning.laplace.answer_scores import ANSWER_SCORES, AnswerScores, score_answers
 from bmoe_lightning.laplace.attribution import Attribution, LayerAttribution
+from bmoe_lightning.laplace.contrast_copies import copied_examples
 from bmoe_lightning.laplace.posterior import LaplacePosterior, WeightMismatchError
 from bmoe_lightning.laplace.predictive import Prediction
 from bmoe_lightning.laplace.sequences import SequenceVariance
@@ -16,6 +17,7 @@ __all__ = [
     "Prediction",
     "SequenceVariance",
     "WeightMismatchError",
+    "copied_examples",
     "relative_variance",
     "score_answers",
     "uncertainty_scores",

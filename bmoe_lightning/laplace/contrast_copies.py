@@ -3,13 +3,17 @@
 A linearised prediction takes a backward pass for each contrast of the logits. For one short example a pass takes
 nearly as long as for a few of them: it reads all weights of its experts, or waits for the launch of its kernels. So the
 example is copied, the model runs on the copies, and one backward pass differentiates another contrast for each of them.
+
+The logits of a copy are those of the example up to rounding, and not bit for bit, so copies are made on request only.
 """
 
 from __future__ import annotations
 
 import logging
 import weakref
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from contextvars import ContextVar
 from dataclasses import dataclass
 from typing import Any
 
@@ -30,9 +34,7 @@ from bmoe_lightning.laplace.slot_terms import LayersWithFactors, reduced_slots
 from bmoe_lightning.utils.devices import to_cpu
 from bmoe_lightning.utils.messages import first_line
 
-MAX_TOKENS = 64
-"""Number of tokens of an example, the values of its largest tensor, up to which copies were measured to be faster."""
-
+_most_tokens: ContextVar[int] = ContextVar("most tokens of a copied example", default=0)
 _logger = logging.getLogger(__name__)
 _FEWEST = 2  # contrasts: a single one takes a single pass anyway
 _LEAST_ERROR = 1e-3  # of the spread of the logits
@@ -60,10 +62,32 @@ class _NoCopiesError(Exception):
     """The model does not treat copies alike."""
 
 
+@contextmanager
+def copied_examples(most_tokens: int) -> Iterator[None]:
+    """Within this context, linearised predictions of a single short example run on copies of it, in this thread.
+
+    They take one backward pass in place of K - 1, and their logits and covariance are the same up to rounding.
+
+    Args:
+        most_tokens: Number of tokens of an example up to which it is copied: of the values of the largest tensor of its
+            batch. 0 for no copies.
+
+    Raises:
+        ValueError: If it is negative.
+    """
+    if most_tokens < 0:
+        raise ValueError(f"most_tokens must be at least 0, got {most_tokens}")
+    token = _most_tokens.set(most_tokens)
+    try:
+        yield
+    finally:
+        _most_tokens.reset(token)
+
+
 def terms_by_copies(
     model: nn.Module, posteriors: Sequence[LayersWithFactors], class_logits: ClassLogits, batch: Any, *, by_group: bool
 ) -> list[BatchTerms] | None:
-    """The terms of a batch of one short example, from one forward and one backward pass on copies of it.
+    """The terms of a batch of one short example within `copied_examples`, from one forward and one backward pass.
 
     Before a model's first example the number of its classes is found by a plain forward pass, and gradients tell that
     each copy has its own row of the model's input. Where copies do not have the same logits and routes, or anything
@@ -79,7 +103,8 @@ def terms_by_copies(
     Returns:
         Terms under each posterior, of the centred logits; None for other batches and models.
     """
-    if isinstance(batch, CountedBatch) or num_rows(batch) != 1 or max(tensor_sizes(batch), default=0) > MAX_TOKENS:
+    most = _most_tokens.get()
+    if not most or isinstance(batch, CountedBatch) or num_rows(batch) != 1 or max(tensor_sizes(batch)) > most:
         return None
     known = _known.setdefault(model, _Known())
     if known.refused or runs_in_lockstep(model):

@@ -128,7 +128,9 @@ def padded_groups(
 
 
 def _merged(height: NDArray[np.int64], floats: int) -> NDArray[np.int64]:
-    """Heights without those that few slots of padding lift to the next one: padding then costs less than an iteration.
+    """Heights of which the lower ones are lifted to the next where all that are padded to it are small together.
+
+    Padding then costs less than another iteration.
 
     Args:
         height: Height `[N]` of each group.
@@ -136,7 +138,7 @@ def _merged(height: NDArray[np.int64], floats: int) -> NDArray[np.int64]:
     """
     for h, following in itertools.pairwise(np.unique(height).tolist()):
         lifted = height == h
-        if lifted.sum() * (following - h) * floats <= _SMALL_FLOATS:
+        if (lifted | (height == following)).sum() * following * floats <= _SMALL_FLOATS:
             height = np.where(lifted, following, height)
     return height
 

@@ -369,7 +369,7 @@ def posterior_terms(
 
     The covariance is a sum over layers: layers whose factors several posteriors share (`without_layers`) are computed
     once. A batch that does not fit in memory runs in parts; see `run_in_parts`. A batch of one short example runs as
-    copies of it; see `terms_by_copies`.
+    copies of it within `copied_examples`.
 
     Args:
         posteriors: Posteriors over the same or different layers of one model.

@@ -19,7 +19,7 @@ from bmoe_lightning import LaplacePosterior
 from bmoe_lightning.curvature import Curvature
 from bmoe_lightning.experts import down_proj_parameters, expert_parameters
 from bmoe_lightning.experts.taps import Taps
-from bmoe_lightning.laplace import contrast_copies
+from bmoe_lightning.laplace import copied_examples
 from bmoe_lightning.methods import Method, fit_methods, get_method, method_names, save_snapshot
 from bmoe_lightning.methods.evaluation import Predictor
 from bmoe_lightning.methods.fit_result import FitResult
@@ -126,7 +126,7 @@ def _copies(work: Workload, posterior: LaplacePosterior, repeats: int) -> list[R
         question = _questions(work, 1, tokens, 2)
         predict = partial(posterior.predict, work.model, work.class_logits(), question)
         times = in_turn(
-            {"copies": partial(_limited, tokens, predict), "passes": partial(_limited, 0, predict)},
+            {"copies": partial(_on_copies, tokens, predict), "passes": predict},
             max(_MANY_ROUNDS, repeats),
             work.device,
         )
@@ -135,9 +135,9 @@ def _copies(work: Workload, posterior: LaplacePosterior, repeats: int) -> list[R
     return ratios
 
 
-def _limited(tokens: int, predict: Action) -> None:
-    """Predict where copies are made of examples of so many tokens."""
-    with mock.patch.object(contrast_copies, "MAX_TOKENS", tokens):
+def _on_copies(tokens: int, predict: Action) -> None:
+    """Predict on copies of an example of so many tokens."""
+    with copied_examples(tokens):
         predict()
 
 

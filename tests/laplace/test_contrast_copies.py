@@ -19,7 +19,7 @@ from oracles.models import (
 from bmoe_lightning.curvature import collect_factors
 from bmoe_lightning.experts.counted_batch import CountedBatch
 from bmoe_lightning.experts.taps import Taps
-from bmoe_lightning.laplace import LaplacePosterior, contrast_copies
+from bmoe_lightning.laplace import LaplacePosterior, copied_examples
 from bmoe_lightning.laplace.posterior import posterior_terms
 
 DATA = toy_batch(num_rows=12, seed=3)
@@ -44,14 +44,12 @@ def fitted(model, class_logits=answer_logits, data=DATA):
     return LaplacePosterior(collect_factors(model, class_logits, [data], rank=3), 2.0)
 
 
-def both(monkeypatch, posterior, model, batch, class_logits=answer_logits, calls=1):
+def both(posterior, model, batch, class_logits=answer_logits, calls=1):
     """Logits and covariance with copies and without, the copies those of the last of several calls."""
-    for _ in range(calls):
-        found = posterior.logit_covariance(model, class_logits, batch, centred=True)
-    with monkeypatch.context() as patch:
-        patch.setattr(contrast_copies, "MAX_TOKENS", 0)
-        expected = posterior.logit_covariance(model, class_logits, batch, centred=True)
-    return found, expected
+    with copied_examples(64):
+        for _ in range(calls):
+            found = posterior.logit_covariance(model, class_logits, batch, centred=True)
+    return found, posterior.logit_covariance(model, class_logits, batch, centred=True)
 
 
 def assert_same(found, expected):
@@ -60,34 +58,35 @@ def assert_same(found, expected):
 
 
 @pytest.mark.parametrize("make", [toy_model, tiny_qwen])
-def test_the_covariance_is_that_of_one_pass_for_each_contrast(make, monkeypatch, passes):
+def test_the_covariance_is_that_of_one_pass_for_each_contrast(make, passes):
     model = make()
     posterior = fitted(model)
     del passes[:]
-    posterior.logit_covariance(model, answer_logits, QUESTION, centred=True)
+    with copied_examples(64):
+        posterior.logit_covariance(model, answer_logits, QUESTION, centred=True)
     assert passes[0] == 3  # which checks the rows
     del passes[:]
-    assert_same(*both(monkeypatch, posterior, model, QUESTION))
+    assert_same(*both(posterior, model, QUESTION))
     assert passes == [3, 1, 1, 1]
 
 
-def test_slots_of_unknown_rows_are_not_copied(monkeypatch, passes):
+def test_slots_of_unknown_rows_are_not_copied(passes):
     model = as_modules(toy_model())
-    assert_same(*both(monkeypatch, fitted(model), model, QUESTION))
+    assert_same(*both(fitted(model), model, QUESTION))
     assert passes[-6:] == [1] * 6
 
 
-def test_absent_classes(monkeypatch, passes):
+def test_absent_classes(passes):
     model = toy_model()
     posterior = fitted(model)
     absent = {**QUESTION, "absent": torch.tensor([[True, False, False, False]])}
-    found, expected = both(monkeypatch, posterior, model, absent, calls=2)
+    found, expected = both(posterior, model, absent, calls=2)
     assert_same(found, expected)
     assert found[0][0, 0] == -torch.inf
     assert passes[-3:] == [3, 1, 1]
 
 
-def test_attribution_and_several_posteriors(monkeypatch):
+def test_attribution_and_several_posteriors():
     model = toy_model(num_layers=3)
     posterior = fitted(model)
     several = [posterior, posterior.without_layers([0]), fitted(model, data=taken(DATA, slice(5)))]
@@ -97,8 +96,8 @@ def test_attribution_and_several_posteriors(monkeypatch):
         terms = posterior_terms(several, model, answer_logits, QUESTION)
         return [layer.variance for layer in attribution.layers], [x.prior for of_one in terms for x in of_one.layers]
 
-    found = parts()
-    monkeypatch.setattr(contrast_copies, "MAX_TOKENS", 0)
+    with copied_examples(64):
+        found = parts()
     for one, other in zip(found, parts(), strict=True):
         assert_same(one, other)
 
@@ -130,22 +129,23 @@ def joined_rows(model, batch):
 
 
 @pytest.mark.parametrize("class_logits", [reversed_rows, mixed_rows, single_rows, numbered_rows, joined_rows])
-def test_a_function_that_does_not_treat_copies_alike_gets_none(class_logits, monkeypatch, passes):
+def test_a_function_that_does_not_treat_copies_alike_gets_none(class_logits, passes):
     model = toy_model()
     posterior = fitted(model)
-    found, expected = both(monkeypatch, posterior, model, QUESTION, class_logits)
+    found, expected = both(posterior, model, QUESTION, class_logits)
     assert_same(found, expected)
     del passes[:]
-    posterior.logit_covariance(model, class_logits, QUESTION, centred=True)
+    with copied_examples(64):
+        posterior.logit_covariance(model, class_logits, QUESTION, centred=True)
     assert passes == [1, 1, 1]  # nor is it tried again
 
 
 @pytest.mark.parametrize("class_logits", [choices_by_example, choices_by_class])
-def test_an_example_of_several_rows_is_not_copied(class_logits, monkeypatch, passes):
+def test_an_example_of_several_rows_is_not_copied(class_logits, passes):
     model = toy_model()
     posterior = fitted(model, class_logits, choice_batch())
     question = taken(choice_batch(seed=4), slice(1))
-    assert_same(*both(monkeypatch, posterior, model, question, class_logits))
+    assert_same(*both(posterior, model, question, class_logits))
     assert passes[-2:] == [1, 1]
 
 
@@ -163,7 +163,8 @@ def test_other_batches_are_not_copied(batch, centred, passes):
     model = toy_model(max_length=80)
     posterior = fitted(model)
     del passes[:]
-    posterior.logit_covariance(model, answer_logits, batch, centred=centred)
+    with copied_examples(64):
+        posterior.logit_covariance(model, answer_logits, batch, centred=centred)
     assert set(passes[-3:]) <= {1, 2}
 
 
@@ -175,11 +176,12 @@ def test_two_classes_take_one_pass_anyway(passes):
     model = toy_model()
     posterior = fitted(model, two)
     del passes[:]
-    posterior.logit_covariance(model, two, QUESTION, centred=True)
+    with copied_examples(64):
+        posterior.logit_covariance(model, two, QUESTION, centred=True)
     assert passes == [1]
 
 
-def test_other_routes_of_a_copy_are_noticed(monkeypatch, passes):
+def test_other_routes_of_a_copy_are_noticed(passes):
     model = toy_model()
     posterior = fitted(model)
     router = next(module for name, module in model.named_modules() if name.endswith("router"))
@@ -191,15 +193,27 @@ def test_other_routes_of_a_copy_are_noticed(monkeypatch, passes):
         return moved.view(output.shape)
 
     router.register_forward_hook(of_rows)
-    assert_same(*both(monkeypatch, posterior, model, QUESTION))
+    assert_same(*both(posterior, model, QUESTION))
     assert passes[-6:] == [1] * 6
 
 
-def test_a_lack_of_memory_for_copies_is_no_error(monkeypatch):
+def test_a_lack_of_memory_for_copies_is_no_error():
     def scarce(model, batch):
         if len(batch["ids"]) == 3 and torch.is_grad_enabled():
             raise torch.OutOfMemoryError("XPU out of memory. Tried to allocate 2.00 GiB")
         return answer_logits(model, batch)
 
     model = toy_model()
-    assert_same(*both(monkeypatch, fitted(model), model, QUESTION, scarce))
+    assert_same(*both(fitted(model), model, QUESTION, scarce))
+
+
+def test_nothing_is_copied_unless_asked_for(passes):
+    model = toy_model()
+    posterior = fitted(model)
+    del passes[:]
+    with copied_examples(QUESTION["ids"].numel() - 1):
+        posterior.logit_covariance(model, answer_logits, QUESTION, centred=True)
+    posterior.logit_covariance(model, answer_logits, QUESTION, centred=True)
+    assert passes == [1] * 6
+    with pytest.raises(ValueError, match="at least 0, got -1"), copied_examples(-1):
+        pass

@@ -10,8 +10,7 @@ from torch import nn
 
 from bmoe_lightning.curvature import collect_factors
 from bmoe_lightning.experts import down_proj_parameters, find_expert_layers, squared_distances
-from bmoe_lightning.laplace import LaplacePosterior, Prediction, WeightMismatchError
-from bmoe_lightning.laplace import covariance as covariance_module
+from bmoe_lightning.laplace import LaplacePosterior, Prediction, WeightMismatchError, slot_terms
 from bmoe_lightning.laplace.posterior import posterior_terms
 from bmoe_lightning.laplace.predictive import (
     class_probabilities,
@@ -307,7 +306,7 @@ def test_half_precision_never_explains_more_than_the_prior(monkeypatch):
     ]
     half = replace(factors, layers=tuple(layers)).to(dtype=torch.bfloat16)
     LaplacePosterior(half, 1e-6).logit_covariance(model, answer_logits, batch)
-    monkeypatch.setattr(covariance_module, "orthonormal", lambda basis, dtype: basis.to(dtype))
+    monkeypatch.setattr(slot_terms, "orthonormal", lambda basis, dtype: basis.to(dtype))
     with pytest.raises(ValueError, match="eigenvalue of -"):
         LaplacePosterior(half, 1e-6).logit_covariance(model, answer_logits, batch)
 
@@ -329,10 +328,8 @@ class TestPartsOfOnePosterior:
         model, batch = toy_model(), toy_batch()
         whole = fit(model).with_prior_precision(torch.tensor([0.5, 2.0]))
         parts = [whole.without_layers([1]), whole.without_layers([0]), whole]
-        calls, compute = [], covariance_module.layer_terms
-        monkeypatch.setattr(
-            covariance_module, "layer_terms", lambda *a, **k: calls.append(len(a[3])) or compute(*a, **k)
-        )
+        calls, compute = [], slot_terms.layer_terms
+        monkeypatch.setattr(slot_terms, "layer_terms", lambda *a, **k: calls.append(len(a[3])) or compute(*a, **k))
         terms = posterior_terms(parts, model, answer_logits, batch)
         assert calls == [1, 1]
         assert terms[0].layers[0].projections is terms[2].layers[0].projections
