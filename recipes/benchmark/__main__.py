@@ -18,8 +18,9 @@ weights.
   python -m recipes.benchmark --device cuda --model-shape qwen1.5-moe --json benchmark.json
       the shape of Qwen1.5-MoE-A2.7B in bfloat16; about 60 GiB of GPU memory
   python -m recipes.benchmark --only prediction,growth --repeats 9
-  python -m recipes.benchmark --only serving
-      predictions of every method at batches of 1 and 32, beside a plain forward pass
+  python -m recipes.benchmark --only serving --write docs/serving.md
+      predictions of every method at batches of 1 and 32, beside a plain forward pass; about 11 minutes
+      (puts a short table between `<!-- serving -->` and `<!-- end of serving -->`)
 """
 
 
@@ -30,9 +31,13 @@ def main(arguments: Sequence[str]) -> int:
     A missed bound is shown in its table and does not change the status: timings depend on the machine's other load.
     """
     settings = parse(BenchmarkSettings, arguments, program="python -m recipes.benchmark", description=DESCRIPTION)
+    if settings.write is not None and "serving" not in settings.only:
+        print("error: --write writes the table of serving, which is not measured; add --only serving", file=sys.stderr)
+        return 2
     # Imported late: torch and transformers take seconds, and --help should not.
     from recipes.benchmark.report import benchmark_json, benchmark_text, run_benchmark
-    from recipes.common.output_flags import json_written
+    from recipes.benchmark.serving_table import serving_table
+    from recipes.common.output_flags import json_written, place_filled
 
     start = time.perf_counter()
 
@@ -45,7 +50,11 @@ def main(arguments: Sequence[str]) -> int:
         print(f"error: {error}", file=sys.stderr)
         return 1
     print(benchmark_text(benchmark))
-    return 0 if json_written(settings.json, benchmark_json(benchmark)) else 1
+    written = json_written(settings.json, benchmark_json(benchmark))
+    if settings.write is not None:
+        section = next(section for section in benchmark.sections if section.name == "serving")
+        written = place_filled(settings.write, "serving", serving_table(section, benchmark.machine)) and written
+    return 0 if written else 1
 
 
 if __name__ == "__main__":

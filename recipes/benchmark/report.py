@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import platform
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -22,6 +22,7 @@ from recipes.benchmark.routers import measure_routers
 from recipes.benchmark.serving import measure_serving
 from recipes.benchmark.settings import BenchmarkSettings
 from recipes.benchmark.workload import PRESETS, Preset, Workload
+from recipes.common.report_parts import markdown_table
 
 _PEER_HEAD = ("peer", "work", "peer", "ours", "peer / ours", "difference", "note")
 
@@ -151,7 +152,7 @@ def benchmark_text(benchmark: Benchmark) -> str:
             (("", "with", "sizes", "measured", "exponent", "bar", ""), [_growth_cells(row) for row in section.growth]),
             (_PEER_HEAD, [_peer_cells(row) for row in section.peers]),
         )
-        parts += [_table(head, rows) for head, rows in tables if rows]
+        parts += [markdown_table(head, rows) for head, rows in tables if rows]
     return "\n\n".join(parts)
 
 
@@ -195,8 +196,3 @@ def _bar(value: float, bar: float | None) -> tuple[str, str]:
     if bar is None:
         return "", ""
     return f"{bar:.3g}", "met" if value <= bar else "**missed**"
-
-
-def _table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    lines = [head, ["---"] * len(head), *rows]
-    return "\n".join("| " + " | ".join(line) + " |" for line in lines)

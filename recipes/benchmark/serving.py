@@ -65,18 +65,16 @@ def measure_serving(work: Workload, repeats: int) -> Section:
             times = in_turn(actions, rounds, work.device, warm_up=False)
             for method in fitted.methods:
                 bar = _FORWARD_BAR if method.cost == Method.cost and not method.is_ensemble else None
-                name = f"{method.label} / plain forward, batch of {size}"
-                ratios.append(Ratio(name, times[method.name], times["forward"], bar))
+                ratios.append(Ratio(time_name(method.label, size), times[method.name], times["forward"], bar))
             if size == 1:
-                ratios += _fixed(work, fitted.posterior, batch, size, repeats) + _copies(
-                    work, fitted.posterior, repeats
-                )
+                ratios += _fixed(work, fitted.posterior, batch, size, repeats)
+                ratios += _copies(work, fitted.posterior, repeats)
             plain = peaks["forward"]
-            amounts.append(Amount(f"plain forward, batch of {size}", "s", times["forward"]))
-            amounts.append(Amount(f"plain forward, batch of {size}", "MB", (plain,)))
+            amounts.append(Amount(memory_name(None, size), "s", times["forward"]))
+            amounts.append(Amount(memory_name(None, size), "MB", (plain,)))
             for method in fitted.methods:
                 more = peaks[method.name] - plain
-                amounts.append(Amount(f"{method.label}, batch of {size}, beyond that", "MB", (more,)))
+                amounts.append(Amount(memory_name(method.label, size), "MB", (more,)))
     return Section(
         "serving",
         "Predictions where they are served / plain forward pass",
@@ -89,6 +87,16 @@ def measure_serving(work: Workload, repeats: int) -> Section:
         ratios=tuple(ratios),
         amounts=tuple(amounts),
     )
+
+
+def time_name(label: str, size: int) -> str:
+    """The name of the ratio of a method's time to that of a plain forward pass."""
+    return f"{label} / plain forward, batch of {size}"
+
+
+def memory_name(label: str | None, size: int) -> str:
+    """The name of the memory of a method beyond that of a plain forward pass, or of that pass."""
+    return f"plain forward, batch of {size}" if label is None else f"{label}, batch of {size}, beyond that"
 
 
 def _fixed(work: Workload, posterior: LaplacePosterior, batch: Any, size: int, repeats: int) -> list[Ratio]:

@@ -25,3 +25,4 @@ class BenchmarkSettings:
         SECTIONS, "sections to run, separated by commas; serving, which fits every method first, runs if it is named"
     )
     json: str | None = option(None, "also write every single timing to this JSON file")
+    write: str | None = option(None, "also write the table of serving to this markdown file: docs/serving.md")

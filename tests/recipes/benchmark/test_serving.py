@@ -6,7 +6,9 @@ import pytest
 import torch
 
 from recipes.benchmark import serving
+from recipes.benchmark.__main__ import main
 from recipes.benchmark.serving import measure_serving
+from recipes.benchmark.serving_table import serving_table
 from recipes.benchmark.settings import SECTIONS
 from recipes.benchmark.workload import PRESETS, Workload
 
@@ -47,3 +49,20 @@ def test_bars_are_those_of_plain_forward_passes(measured):
 
 def test_it_runs_if_it_is_named():
     assert "serving" not in SECTIONS
+
+
+def test_the_short_table_has_a_row_for_each_method(measured):
+    text = serving_table(measured, {"torch": "2.0", "threads": "1"})
+    rows = [line for line in text.split("\n") if line.startswith("| ")]
+    (temperature,) = [row for row in rows if row.startswith("| Temperature scaling |")]
+    assert temperature.count(" MB |") == 2
+    assert len([row for row in rows if row.count("|") == 6]) == 1 + 1 + 7  # head, rule and methods
+    assert any(row.startswith("| fixed part of a linearised prediction / plain forward, batch of 1 |") for row in rows)
+    assert any(row.startswith("| one question of 32 tokens: one backward pass on copies / ") for row in rows)
+    assert "Measured with torch 2.0, threads 1." in text
+
+
+def test_a_table_that_is_not_measured_is_not_written(tmp_path, capsys):
+    page = tmp_path / "serving.md"
+    assert main(["--model-shape", "tiny", "--only", "prediction", "--write", str(page)]) == 2
+    assert "--write writes the table of serving, which is not measured; add --only serving" in capsys.readouterr().err
