@@ -21,6 +21,7 @@ from bmoe_lightning.experts.wrappers.quantised import is_linear
 from bmoe_lightning.models.loading import DtypeName
 from bmoe_lightning.optim import HalfPrecisionUpdates
 from bmoe_lightning.trainer.learning_rate import Schedule
+from bmoe_lightning.utils.late_import import how_to_install
 from bmoe_lightning.utils.messages import first_names
 from bmoe_lightning.utils.random_state import forked_random_state
 
@@ -162,8 +163,8 @@ class LoRAFinetuner(Finetuner):
 def _check_peft() -> None:
     if find_spec("peft") is None:
         raise ImportError(
-            "LoRAFinetuner needs PEFT, which is not installed; run pip install 'bmoe-lightning[lora]', or fine-tune "
-            "experts with ExpertFinetuner"
+            f"LoRAFinetuner needs PEFT, which is not installed; {how_to_install('lora')}, or fine-tune experts with "
+            "ExpertFinetuner"
         )
 
 

@@ -6,6 +6,7 @@ import importlib.util
 import re
 import subprocess
 import sys
+import tomllib
 import types
 from functools import cache
 from pathlib import Path
@@ -204,6 +205,15 @@ def test_commands_exist(page):
     modules = set(re.findall(r"(?<=-m )(?:recipes|bmoe_lightning)[\w.]*", text))
     assert not [name for name in modules if importlib.util.find_spec(name) is None]
     assert not [n for n in modules if (s := importlib.util.find_spec(n)).submodule_search_locations and not has_main(s)]
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_what_is_installed_comes_from_the_clone_with_tested_versions(page):
+    extras = tomllib.loads(text_of("pyproject.toml"))["project"]["optional-dependencies"]
+    for line in code_of(page):
+        for arguments in re.findall(r"pip install ([^#]*)", line):
+            [named] = re.findall(r"^-c constraints\.txt -e '\.\[([\w,-]+)\]'\s*$", arguments)
+            assert set(named.split(",")) <= set(extras), line
 
 
 def has_main(package) -> bool:

@@ -29,6 +29,7 @@ from bmoe_lightning.methods.map import MAP
 from bmoe_lightning.methods.temperature import TemperatureScaling
 from bmoe_lightning.serving import CalibratedModel, QuestionFormat
 from bmoe_lightning.serving.question_format import ServedModule
+from bmoe_lightning.utils.late_import import how_to_install
 
 ROOT = Path(__file__).parents[1]
 WORDS = [f"w{i}" for i in range(12)]
@@ -44,7 +45,7 @@ def test_without_the_harness_the_runner_names_the_extra(monkeypatch, capsys):
     assert main() == 1
     [line] = capsys.readouterr().err.splitlines()
     assert line.startswith("error: the model bmoe needs lm-evaluation-harness, which cannot be imported (")
-    assert line.endswith("); run pip install 'bmoe-lightning[lm-eval]'")
+    assert line.endswith(f"); {how_to_install('lm-eval')}")
 
 
 def test_extra_and_entry_point_are_declared():

@@ -25,7 +25,7 @@ def test_without_lm_polygraph_the_extra_is_named(monkeypatch):
     monkeypatch.delitem(sys.modules, MODULE, raising=False)
     for name in ("lm_polygraph", "lm_polygraph.estimators.estimator"):
         monkeypatch.setitem(sys.modules, name, None)
-    with pytest.raises(ImportError, match=r"which cannot be imported \(.*\); run pip install 'bmoe-lightning\[lm-pol"):
+    with pytest.raises(ImportError, match=r"which cannot be imported \(.*\); install the extra lm-polygraph"):
         import_module(MODULE)
     extras = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"]
     assert any(entry.startswith("lm-polygraph") for entry in extras["lm-polygraph"])

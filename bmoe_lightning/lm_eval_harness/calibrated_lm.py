@@ -16,6 +16,7 @@ from tqdm import tqdm
 from bmoe_lightning.data.batches import Collate, EncodedQuestion
 from bmoe_lightning.models.answer_logits import answer_logits
 from bmoe_lightning.serving import CalibratedModel
+from bmoe_lightning.utils.late_import import how_to_install
 
 try:
     from lm_eval.api.model import CacheHook
@@ -23,8 +24,7 @@ try:
     from lm_eval.models.huggingface import HFLM
 except ImportError as error:
     raise ImportError(
-        f"the model bmoe needs lm-evaluation-harness, which cannot be imported ({error}); run pip install "
-        "'bmoe-lightning[lm-eval]'"
+        f"the model bmoe needs lm-evaluation-harness, which cannot be imported ({error}); {how_to_install('lm-eval')}"
     ) from error
 
 _logger = logging.getLogger(__name__)

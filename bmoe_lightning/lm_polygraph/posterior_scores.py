@@ -14,6 +14,7 @@ import numpy as np
 
 from bmoe_lightning.laplace import ANSWER_SCORES, LaplacePosterior, score_answers
 from bmoe_lightning.models import with_answers
+from bmoe_lightning.utils.late_import import how_to_install
 
 try:
     from lm_polygraph.estimators.estimator import Estimator
@@ -21,8 +22,8 @@ try:
     from lm_polygraph.utils.factory_stat_calculator import StatCalculatorContainer
 except ImportError as error:
     raise ImportError(
-        f"the scores of a posterior need lm-polygraph, which cannot be imported ({error}); run pip install "
-        "'bmoe-lightning[lm-polygraph]'"
+        f"the scores of a posterior need lm-polygraph, which cannot be imported ({error}); "
+        f"{how_to_install('lm-polygraph')}"
     ) from error
 
 STATISTIC = "laplace_answer_scores"

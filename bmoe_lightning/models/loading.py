@@ -23,6 +23,7 @@ from transformers import (
 )
 
 from bmoe_lightning.models import register_models
+from bmoe_lightning.utils.late_import import how_to_install
 from bmoe_lightning.utils.messages import first_line, first_names
 
 DtypeName = Literal["auto", "float32", "bfloat16", "float16"]
@@ -126,7 +127,7 @@ def check_gguf_packages(gguf_file: str | None) -> None:
     if missing:
         raise MissingPackageError(
             f"transformers reads the GGUF file {gguf_file!r} with {' and '.join(missing)}, which cannot be imported; "
-            "install it with pip install 'bmoe-lightning[gguf]'"
+            f"{how_to_install('gguf')}"
         )
 
 

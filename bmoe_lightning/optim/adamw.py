@@ -11,6 +11,7 @@ from torch import nn
 from torch.optim import AdamW, Optimizer
 
 from bmoe_lightning.optim.master_weights import HALF_PRECISION, MasterWeightAdamW
+from bmoe_lightning.utils.late_import import how_to_install
 
 HalfPrecisionUpdates = Literal["master_weights", "stochastic_rounding", "nearest"]
 
@@ -27,8 +28,8 @@ def check_half_precision_updates(updates: str) -> None:
         raise ValueError(f"unknown half_precision_updates {updates!r}; valid are {', '.join(valid)}")
     if updates == "stochastic_rounding" and find_spec("torchao") is None:
         raise ImportError(
-            "half_precision_updates='stochastic_rounding' needs torchao, which is not installed; run pip install "
-            "'bmoe-lightning[torchao]', or use 'master_weights'"
+            "half_precision_updates='stochastic_rounding' needs torchao, which is not installed; "
+            f"{how_to_install('torchao')}, or use 'master_weights'"
         )
 
 

@@ -23,6 +23,7 @@ from bmoe_lightning.report.figures import (
 from bmoe_lightning.report.files import check_rows_match
 from bmoe_lightning.report.results import HyperparameterValue, MethodResult, Row, by_method
 from bmoe_lightning.report.table import results_markdown
+from bmoe_lightning.utils.late_import import how_to_install
 
 _logger = logging.getLogger(__name__)
 _COVERAGES = range(5, 101, 5)
@@ -74,7 +75,7 @@ def write_tensorboard(
         raise ValueError(f"{log_dir} has a comparison already, and TensorBoard would mix the two; pass another log_dir")
     with_figures = matplotlib_available()
     if not with_figures:
-        _logger.warning("matplotlib is not installed, figures are left out; pip install 'bmoe-lightning[plots]'")
+        _logger.warning("matplotlib is not installed, figures are left out; %s", how_to_install("plots"))
     settings = {row.method: {**(hyperparameters or {}), **row.hyperparameters} for row in rows}
     # TensorBoard reads the columns of the HParams table from one run only, so every run declares the columns of all.
     columns = {key: value for of_method in settings.values() for key, value in of_method.items()}

@@ -1,4 +1,4 @@
-"""Imports that are made when a name is first asked for."""
+"""Imports that are made when a name is first asked for, and what is said where a package is missing."""
 
 from __future__ import annotations
 
@@ -43,6 +43,15 @@ def raise_for_torchvision(error: BaseException) -> None:
         "wherever it is installed. Uninstall torchvision, which this package does not need, or install the build that "
         "belongs to this torch"
     ) from error
+
+
+def how_to_install(extra: str) -> str:
+    """The part of an error message that says how to install what an optional feature needs.
+
+    Args:
+        extra: Extra of this package that has it.
+    """
+    return f"install the extra {extra} (in a clone: pip install -c constraints.txt -e '.[{extra}]')"
 
 
 def _chain(error: BaseException | None) -> Iterator[BaseException]:

@@ -11,12 +11,13 @@ from typing import TYPE_CHECKING, Any
 from bmoe_lightning.report import Grid, grid_json, grid_latex, grid_markdown, matplotlib_available, save_figure
 from bmoe_lightning.report.files import jsonable
 from bmoe_lightning.utils.atomic_io import write_text
+from bmoe_lightning.utils.late_import import how_to_install
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 REPORT, RESULTS = "report.md", "results.json"
-_NO_FIGURES = "Figures are left out, since matplotlib is not installed; pip install 'bmoe-lightning[plots]'."
+_NO_FIGURES = f"Figures are left out, since matplotlib is not installed; {how_to_install('plots')}."
 
 
 @dataclass(frozen=True)

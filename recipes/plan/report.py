@@ -360,8 +360,8 @@ def _torchao_note(plan: Plan) -> list[str]:
     if all(launch.training.updates != "stochastic_rounding" for launch in plan.launches):
         return []
     return [
-        "Stochastic rounding needs torchao (pip install 'bmoe-lightning[torchao]'). Without that option a line trains",
-        "with a float32 copy, which takes 8 bytes more for each trained weight.",
+        "Stochastic rounding needs the extra torchao. Without that option a line trains with a float32 copy, which",
+        "takes 8 bytes more for each trained weight.",
     ]
 
 

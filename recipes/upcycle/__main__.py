@@ -19,7 +19,7 @@ other recipes.
   python -m recipes.upcycle --model HuggingFaceTB/SmolLM2-135M-Instruct --output FOLDER
       8 copies of the MLP in the upper half of the layers, 2 of them for each token
   python -m recipes.upcycle --model FOLDER --gguf-file NAME.gguf --output FOLDER
-      from a GGUF file; pip install 'bmoe-lightning[gguf]'
+      from a GGUF file, which needs the extra gguf
   python -m recipes.upcycle --model FOLDER_OR_ID --layers all --experts 8 --top-k 2 --segments 4 --output FOLDER
       fine-grained: 32 experts of a quarter of the width, 8 of them for each token
 """

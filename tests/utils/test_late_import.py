@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import os
+import re
 import subprocess
 import sys
+import tomllib
 from pathlib import Path
 
 import pytest
 
-from bmoe_lightning.utils.late_import import late_import, raise_for_torchvision
+from bmoe_lightning.utils.late_import import how_to_install, late_import, raise_for_torchvision
 
 ROOT = Path(__file__).parents[2]
 
@@ -62,3 +64,12 @@ def test_other_failures_are_left_alone():
 
 def test_a_missing_torchvision_is_another_failure():
     raise_for_torchvision(ImportError("please install torchvision"))
+
+
+def test_every_extra_that_a_message_names_can_be_installed_in_a_clone():
+    extras = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"]
+    sources = [path.read_text() for folder in ("bmoe_lightning", "recipes") for path in (ROOT / folder).rglob("*.py")]
+    named = {extra for text in sources for extra in re.findall(r"how_to_install\(['\"]([\w-]+)['\"]\)", text)}
+    assert {"plots", "gguf", "lm-eval"} <= named <= set(extras)
+    [constraints] = re.findall(r"pip install -c (\S+) -e '\.\[gguf\]'", how_to_install("gguf"))
+    assert (ROOT / constraints).is_file()

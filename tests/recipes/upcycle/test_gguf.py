@@ -11,6 +11,7 @@ from tokenizers.pre_tokenizers import ByteLevel
 
 from bmoe_lightning.models import loading
 from bmoe_lightning.models.loading import MissingPackageError, load_causal_model, load_tokenizer
+from bmoe_lightning.utils.late_import import how_to_install
 from recipes.upcycle.__main__ import main
 
 FILE = "tiny.gguf"
@@ -125,8 +126,8 @@ def test_a_missing_package_is_1_and_names_the_extra(tmp_path, capsys, monkeypatc
     found = importlib.util.find_spec
     monkeypatch.setattr(loading, "find_spec", lambda name: None if name == "gguf" else found(name))
     assert main(["--model", str(tmp_path), "--gguf-file", FILE, "--output", str(tmp_path / "moe")]) == 1
-    sentence = "error: transformers reads the GGUF file 'tiny.gguf' with gguf, which cannot be imported; install"
-    assert capsys.readouterr().err == f"{sentence} it with pip install 'bmoe-lightning[gguf]'\n"
+    sentence = "error: transformers reads the GGUF file 'tiny.gguf' with gguf, which cannot be imported"
+    assert capsys.readouterr().err == f"{sentence}; {how_to_install('gguf')}\n"
     for load in (load_causal_model, load_tokenizer):
         with pytest.raises(MissingPackageError, match="gguf"):
             load(str(tmp_path), gguf_file=FILE)
