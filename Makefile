@@ -6,7 +6,7 @@ BIN := $(VENV)/bin
 PYTEST := $(BIN)/python -m pytest --numprocesses logical --maxprocesses 4 --dist loadfile
 
 .DEFAULT_GOAL := help
-.PHONY: help demo peers test test-all lint docs audit clean
+.PHONY: help demo peers test test-all lint docs tables audit clean
 
 help:  ## Show the commands
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
@@ -49,6 +49,9 @@ test-all: lint peers  ## The same with the slow tests
 
 docs: $(VENV)/installed-docs  ## Build the documentation into build/site; warnings are errors
 	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict --quiet
+
+tables: $(VENV)/installed  ## Write the tables of methods, metrics, tasks and protocols into the pages of docs/
+	$(BIN)/python -m docs.mkdocs_hooks
 
 audit:  ## Compare the pinned versions with the databases of known vulnerabilities (needs a network)
 	$(PYTHON) -m venv $(VENV)-audit

@@ -1,6 +1,7 @@
 """What MkDocs builds from the code and the repository: tables of methods, tasks and protocols, changelog, figures.
 
-Nothing here is written by hand twice: the tables come from the registries each time the site is built.
+Nothing here is written by hand twice: the tables come from the registries each time the site is built. Those that fit
+are in the pages of the repository too, for readers without the site; `make tables` writes them again.
 """
 
 from __future__ import annotations
@@ -10,6 +11,8 @@ import inspect
 import re
 from pathlib import Path
 from typing import TYPE_CHECKING
+
+from recipes.common.readme import between, fill
 
 if TYPE_CHECKING:
     from mkdocs.config.defaults import MkDocsConfig
@@ -52,40 +55,46 @@ def on_page_markdown(
 ) -> str:
     """Put what the registries say into the pages that have places for it."""
     for place, make in PLACES.get(page.file.src_uri, {}).items():
-        pattern = re.compile(rf"<!-- {place} -->.*?<!-- end of {place} -->", re.DOTALL)
-        markdown, count = pattern.subn(lambda _, make=make: make(), markdown)
-        if count != 1:
-            raise ValueError(
-                f"docs/{page.file.src_uri} must have one place marked {place!r}, "
-                f"found {count}"
-            )
+        try:
+            markdown = between(markdown, place, make())
+        except ValueError as error:
+            raise ValueError(f"docs/{page.file.src_uri}: {error}") from None
     return markdown
 
 
-def methods_page() -> str:
-    """An overview of all registered methods, then a section for each."""
+def fill_pages() -> None:
+    """Write the tables that the pages of the repository have, too."""
+    for page, places in PLACES.items():
+        for place, make in places.items():
+            if place not in SITE_ONLY:
+                fill(ROOT / "docs" / page, place, make())
+
+
+def methods_table() -> str:
+    """An overview of all registered methods."""
+    rows = [
+        [f"`{method.name}`", _cell(_summary(method)), _cell(_needs(method))]
+        for method in _methods()
+    ]
+    return _table("name | what it does | needs besides the model", rows)
+
+
+def methods_sections() -> str:
+    """A section for each registered method, with its options."""
+    return "\n\n".join(map(_section, _methods()))
+
+
+def _methods() -> list[Method]:
     from bmoe_lightning.methods import get_method, method_names
 
-    methods = [get_method(name) for name in method_names()]
-    overview = [
-        "| name | what it does | needs besides the model |",
-        "| --- | --- | --- |",
-    ]
-    overview += [
-        f"| [`{method.name}`](#{method.name}) | {_cell(_summary(method))} | {_cell(_needs(method))} |"
-        for method in methods
-    ]
-    return "\n\n".join(["\n".join(overview), *(_section(method) for method in methods)])
+    return [get_method(name) for name in method_names()]
 
 
 def metrics_table() -> str:
     """All metrics of the registry with range, direction, class and definition."""
     from bmoe_lightning.metrics import METRICS, Binning
 
-    rows = [
-        "| metric | `name` | range | better | definition | class |",
-        "| --- | --- | --- | --- | --- | --- |",
-    ]
+    rows = []
     words = {True: "higher", False: "lower", None: "neither"}
     for metric in METRICS:
         better = words[metric.higher_is_better]
@@ -93,10 +102,9 @@ def metrics_table() -> str:
         span = f"{_bound(metric.lower)} to {_bound(metric.upper)}"
         definition = _cell(metric.definition)
         rows.append(
-            f"| {metric.title} | `{metric.name}` | {span} | {better} "
-            f"| {definition} | `{kind}` |"
+            [metric.title, f"`{metric.name}`", span, better, definition, f"`{kind}`"]
         )
-    return "\n".join(rows)
+    return _table("metric | `name` | range | better | definition | class", rows)
 
 
 def _bound(value: float) -> str:
@@ -256,7 +264,7 @@ def _cell(text: str) -> str:
 # What goes into the places of each page, which are marked by name.
 PLACES = {
     "metrics.md": {"metrics": metrics_table},
-    "methods.md": {"methods": methods_page},
+    "methods.md": {"overview": methods_table, "methods": methods_sections},
     "tasks.md": {
         "tasks": tasks_table,
         "prompts": prompts_table,
@@ -264,3 +272,9 @@ PLACES = {
         "parts": parts_table,
     },
 }
+# Too long for the pages of the repository.
+SITE_ONLY = {"methods"}
+
+
+if __name__ == "__main__":
+    fill_pages()

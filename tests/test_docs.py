@@ -259,9 +259,10 @@ def hooks() -> types.ModuleType:
 
 
 def test_page_of_methods_has_every_method_with_its_options():
-    page = hooks().methods_page()
+    page, overview = f"\n{hooks().methods_sections()}", hooks().methods_table()
     for name in method_names():
         method = get_method(name)
+        assert overview.count(f"\n| `{name}` |") == 1
         section = page.partition(f"\n## {method.label}: `{name}` {{#{name}}}\n")[2].partition("\n## ")[0]
         assert section, name
         assert all(f"| `{option}` |" in section for option in method.options() if option != "label")
@@ -276,11 +277,28 @@ def test_every_place_for_what_the_registries_say_is_in_its_page_once():
             assert text.count(f"<!-- {place} -->") == text.count(f"<!-- end of {place} -->") == 1
             assert make().strip()
         built = hooks().on_page_markdown(text, page_of(page), None, None)
-        assert "<!-- end of" not in built
         assert all(make() in built for make in places.values())
-    with pytest.raises(ValueError, match="must have one place marked 'methods', found 0"):
+    with pytest.raises(ValueError, match=r"docs/methods\.md: there must be one place marked .*overview.*, found 0"):
         hooks().on_page_markdown("", page_of("methods.md"), None, None)
     assert hooks().on_page_markdown("as it is", page_of("index.md"), None, None) == "as it is"
+
+
+def test_tables_in_the_pages_of_the_repository_are_those_of_the_registries(tmp_path, monkeypatch):
+    (tmp_path / "docs").mkdir()
+    for page in hooks().PLACES:
+        text = text_of(f"docs/{page}")
+        (tmp_path / "docs" / page).write_text(text.replace("|", ""), encoding="utf-8")
+    monkeypatch.setattr(hooks(), "ROOT", tmp_path)
+    hooks().fill_pages()
+    for page, places in hooks().PLACES.items():
+        filled = (tmp_path / "docs" / page).read_text(encoding="utf-8")
+        for place in places:
+            assert place_in(filled, place) == place_in(text_of(f"docs/{page}"), place), "run `make tables`"
+    assert "| `openbookqa` |" in text_of("docs/tasks.md")
+
+
+def place_in(text: str, place: str) -> str:
+    return text.partition(f"<!-- {place} -->")[2].partition(f"<!-- end of {place} -->")[0]
 
 
 def page_of(uri):
@@ -325,6 +343,15 @@ def test_page_of_tasks_has_every_task_prompt_and_protocol_with_its_parts():
     assert all(f"| `{name}` |" in hooks().prompts_table() for name in PROMPT_NAMES)
     assert "Winogrande | `bayesadapt` | train | train of winogrande_xl that is not in winogrande_l | validation |" in (
         hooks().parts_table()
+    )
+
+
+def test_the_table_of_contributing_names_every_module_and_package():
+    listed = text_of("CONTRIBUTING.md").partition("## Where things are")[2].partition("\n## ")[0]
+    package = ROOT / "bmoe_lightning"
+    found = {f"{path.parent.name}/" for path in package.glob("*/__init__.py")} | {p.name for p in package.glob("*.py")}
+    assert set(re.findall(r"`([\w.]+/?)`", listed.partition("\n`recipes/`")[0])) - {"bmoe_lightning/"} >= (
+        found - {"__init__.py", "__main__.py"}
     )
 
 
