@@ -10,6 +10,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from recipes.common.errors import RecipeError
+
 _POLL_SECONDS = 0.2
 _SECONDS_TO_STOP = 60
 
@@ -31,10 +33,6 @@ class Job:
     after: str | None = None
 
 
-class JobError(RuntimeError):
-    """Jobs failed; the message names each and the end of its output."""
-
-
 def run_jobs(jobs: Sequence[Job], at_a_time: int) -> None:
     """Run jobs, some at a time, and print a line when one begins and when it ends.
 
@@ -46,7 +44,7 @@ def run_jobs(jobs: Sequence[Job], at_a_time: int) -> None:
         at_a_time: Number of processes.
 
     Raises:
-        JobError: If jobs fail; it names all of them.
+        RecipeError: If jobs fail; it names each, and the end of its output.
     """
     waiting, running, total = list(jobs), dict[subprocess.Popen[bytes], tuple[Job, float]](), len(jobs)
     environment, failed = {**os.environ, **_threads(at_a_time)}, list[str]()
@@ -86,7 +84,7 @@ def run_jobs(jobs: Sequence[Job], at_a_time: int) -> None:
                 process.kill()
                 process.wait()
     if failed:
-        raise JobError("; ".join(failed))
+        raise RecipeError("; ".join(failed))
 
 
 def jobs_at_a_time(given: int | None, accelerator: str, *, small: bool) -> int:

@@ -7,6 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TypeVar
 
+from recipes.common.errors import RecipeError
 from recipes.common.signals import run_until_stopped
 from recipes.common.study_settings import StudySettings
 
@@ -44,8 +45,6 @@ def reported(action: Callable[[], object]) -> int:
     Args:
         action: Function that may raise `RecipeError`.
     """
-    from recipes.qwen_obqa.sources import RecipeError
-
     try:
         action()
     except RecipeError as error:

@@ -13,7 +13,8 @@ from typing import Any
 
 from bmoe_lightning.methods import Method
 from bmoe_lightning.utils.distributed import is_rank_zero
-from recipes.common.jobs import Job, JobError, jobs_at_a_time, run_jobs
+from recipes.common.errors import RecipeError
+from recipes.common.jobs import Job, jobs_at_a_time, run_jobs
 from recipes.common.study_settings import StudySettings
 from recipes.paper.attribution import make_attribution, read_attribution
 from recipes.paper.costs import measure_costs, outstanding_costs
@@ -32,7 +33,7 @@ from recipes.qwen_obqa.methods import build_methods
 from recipes.qwen_obqa.run_folder import locked_output, plain_notes
 from recipes.qwen_obqa.seed_run import SeedRun
 from recipes.qwen_obqa.settings import ResolvedSettings, Settings
-from recipes.qwen_obqa.sources import RecipeError, Source
+from recipes.qwen_obqa.sources import Source
 
 _MODELS = "model"
 
@@ -178,12 +179,9 @@ def _run_in_processes(settings: PaperSettings, study: _Planned, at_a_time: int) 
             models.append(Job(f"pre-training, seed {seed}", arguments, logs / f"pretraining-{seed}.log"))
     for entry in study.runs:
         runs.append(Job(entry.name, worker_arguments(settings, run=entry.name), logs / f"{entry.name}.log"))
-    try:
-        # All runs need the models, of which two processes would train the same.
-        run_jobs(models, at_a_time)
-        run_jobs(runs, at_a_time)
-    except JobError as error:
-        raise RecipeError(str(error)) from None
+    # All runs need the models, of which two processes would train the same.
+    run_jobs(models, at_a_time)
+    run_jobs(runs, at_a_time)
 
 
 def report(output: Path) -> None:

@@ -16,6 +16,7 @@ from bmoe_lightning.data.splits import load_splits
 from bmoe_lightning.experts import find_expert_layers
 from bmoe_lightning.methods import Method
 from bmoe_lightning.models.loading import ModelUnavailableError
+from recipes.common.errors import RecipeError
 from recipes.paper.generated import WORLD, generated_set
 from recipes.paper.plan import PlannedRun
 from recipes.paper.presets import DataSet, Preset
@@ -25,7 +26,6 @@ from recipes.qwen_obqa.settings import ResolvedSettings, default_prompt
 from recipes.qwen_obqa.sources import (
     OtherSet,
     PretrainedBySeed,
-    RecipeError,
     Source,
     check_model,
     limited,

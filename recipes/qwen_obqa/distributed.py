@@ -17,8 +17,8 @@ import torch.distributed as dist
 from lightning.pytorch.strategies import ModelParallelStrategy
 
 from bmoe_lightning.utils.distributed import barrier, gather_number, is_rank_zero, num_processes
+from recipes.common.errors import RecipeError
 from recipes.qwen_obqa.settings import ResolvedSettings
-from recipes.qwen_obqa.sources import RecipeError
 
 T = TypeVar("T")
 

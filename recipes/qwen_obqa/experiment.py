@@ -16,6 +16,7 @@ import transformers
 from bmoe_lightning.methods import Method, NeedsError
 from bmoe_lightning.utils.distributed import is_rank_zero
 from bmoe_lightning.utils.file_header import DamagedFileError
+from recipes.common.errors import RecipeError
 from recipes.qwen_obqa.distributed import first_then_others, joined
 from recipes.qwen_obqa.methods import build_methods
 from recipes.qwen_obqa.reporting import report
@@ -29,7 +30,7 @@ from recipes.qwen_obqa.run_folder import (
 )
 from recipes.qwen_obqa.seed_run import SeedRun
 from recipes.qwen_obqa.settings import ResolvedSettings
-from recipes.qwen_obqa.sources import RecipeError, Source, prepare_source
+from recipes.qwen_obqa.sources import Source, prepare_source
 
 __all__ = ["RecipeError", "completed_run", "quieten", "run"]
 

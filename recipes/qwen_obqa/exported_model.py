@@ -14,9 +14,9 @@ from bmoe_lightning.methods import apply_snapshot
 from bmoe_lightning.methods.snapshots import snapshot_info
 from bmoe_lightning.models.loading import load_tokenizer
 from bmoe_lightning.utils.new_folder import remove_unfinished
+from recipes.common.errors import RecipeError
 from recipes.qwen_obqa.saved_model import damaged_file, save_model
 from recipes.qwen_obqa.settings import ResolvedSettings
-from recipes.qwen_obqa.sources import RecipeError
 
 RECORD_FILE = "fine_tuning.json"
 """The model that was fine-tuned, digests of its run and of its trained weights, and one of every other file."""

@@ -27,10 +27,11 @@ from bmoe_lightning.utils.distributed import is_rank_zero, num_processes
 from bmoe_lightning.utils.folder_lock import FolderInUseError, locked_folder
 from bmoe_lightning.utils.json_io import read_json_file, write_json_file
 from bmoe_lightning.utils.new_folder import UNFINISHED
+from recipes.common.errors import RecipeError
 from recipes.qwen_obqa.distributed import trainer_options
 from recipes.qwen_obqa.exported_model import check_export
 from recipes.qwen_obqa.settings import ResolvedSettings, Settings
-from recipes.qwen_obqa.sources import RecipeError, Source
+from recipes.qwen_obqa.sources import Source
 
 RUN_FILE = "run.json"
 FIT_FOLDER = "bayesian_moe"

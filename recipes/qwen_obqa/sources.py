@@ -20,6 +20,7 @@ from bmoe_lightning.data.questions import Splits, draw
 from bmoe_lightning.methods import Available, Method, check_needs
 from bmoe_lightning.models import register_models
 from bmoe_lightning.models.loading import ModelUnavailableError, model_source
+from recipes.common.errors import RecipeError
 from recipes.qwen_obqa.builtin_model import SmallModel
 from recipes.qwen_obqa.builtin_task import World
 from recipes.qwen_obqa.methods import build_methods
@@ -29,10 +30,6 @@ from recipes.qwen_obqa.settings import ResolvedSettings
 _DRY_RUN_BATCHES = 2  # of training and calibration; of that more if a method needs more inputs even in a dry run
 _DRY_RUN_TEST = 8
 _DEFAULT_PROTOCOL = "holdout"
-
-
-class RecipeError(RuntimeError):
-    """The recipe cannot run with these settings; the message is one line for the user."""
 
 
 @dataclass(frozen=True)

@@ -7,7 +7,8 @@ from dataclasses import replace
 from pathlib import Path
 
 from bmoe_lightning.utils.distributed import num_processes
-from recipes.common.jobs import Job, JobError, jobs_at_a_time, run_jobs
+from recipes.common.errors import RecipeError
+from recipes.common.jobs import Job, jobs_at_a_time, run_jobs
 from recipes.paper.costs import measure_costs, outstanding_costs
 from recipes.paper.outcomes import Mode
 from recipes.paper.stored_costs import reported_costs
@@ -15,7 +16,6 @@ from recipes.paper.stored_study import begin_study, read_study, write_study
 from recipes.qwen_obqa.experiment import quieten
 from recipes.qwen_obqa.run_folder import locked_output, plain_notes
 from recipes.qwen_obqa.seed_run import SeedRun
-from recipes.qwen_obqa.sources import RecipeError
 from recipes.routers.gates import TrainedGates
 from recipes.routers.measures import read_stability
 from recipes.routers.planned import PlannedStudy, plan_study
@@ -125,10 +125,7 @@ def _run_in_processes(study: PlannedStudy, *steps: Step) -> None:
             name, log = f"seed {seed}, {_TOLD[step]}", study.output / "logs" / f"{step}-{seed}.log"
             jobs.append(Job(name, worker_arguments(settings, seed, step), log, before.get(seed)))
             before[seed] = name
-    try:
-        run_jobs(jobs, at_a_time)
-    except JobError as error:
-        raise RecipeError(str(error)) from None
+    run_jobs(jobs, at_a_time)
 
 
 def report(output: Path) -> None:

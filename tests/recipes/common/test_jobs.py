@@ -11,7 +11,8 @@ import pytest
 import torch
 
 from recipes.common import jobs
-from recipes.common.jobs import Job, JobError, jobs_at_a_time, run_jobs
+from recipes.common.errors import RecipeError
+from recipes.common.jobs import Job, jobs_at_a_time, run_jobs
 
 
 def job(folder, name, code):
@@ -92,7 +93,7 @@ def test_a_failure_is_named_and_the_running_ones_are_waited_for(tmp_path, monkey
     begins = f"import pathlib; pathlib.Path({str(begun)!r}).touch()\n"
     slow = job(tmp_path, "slow", begins + waiting_for(told, f"pathlib.Path({str(done)!r}).touch()"))
     fails = job(tmp_path, "fails", waiting_for(begun, "sys.exit('gone')"))
-    with pytest.raises(JobError, match=r"^fails failed with exit status 1: gone \(all of it is in .*fails\.log\)$"):
+    with pytest.raises(RecipeError, match=r"^fails failed with exit status 1: gone \(all of it is in .*fails\.log\)$"):
         run_jobs([slow, fails, job(tmp_path, "never", "")], 2)
     assert done.exists()
     assert not (tmp_path / "never.log").exists()
@@ -102,7 +103,7 @@ def test_a_failure_is_named_and_the_running_ones_are_waited_for(tmp_path, monkey
 
 def test_all_that_failed_are_named(tmp_path):
     failing = [job(tmp_path, "a", "import sys; sys.exit('gone')"), job(tmp_path, "b", "import sys; sys.exit(3)")]
-    with pytest.raises(JobError) as caught:
+    with pytest.raises(RecipeError) as caught:
         run_jobs(failing, 2)
     assert "a failed with exit status 1: gone" in str(caught.value)
     assert "b failed with exit status 3: no output" in str(caught.value)

@@ -6,9 +6,9 @@ from dataclasses import dataclass
 
 import pytest
 
+from recipes.common.errors import RecipeError
 from recipes.common.study_command import run_study
 from recipes.common.study_settings import StudySettings
-from recipes.qwen_obqa.sources import RecipeError
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -9,6 +9,7 @@ import pytest
 from transformers import AutoTokenizer
 
 from bmoe_lightning.data.questions import question_key
+from recipes.common.errors import RecipeError
 from recipes.paper import run as paper_run
 from recipes.paper import sources
 from recipes.paper.generated import GENERATED_SETS
@@ -20,7 +21,6 @@ from recipes.paper.sources import load_study_questions, source_of
 from recipes.qwen_obqa import sources as main_sources
 from recipes.qwen_obqa.methods import build_methods
 from recipes.qwen_obqa.reader_model import read_questions
-from recipes.qwen_obqa.sources import RecipeError
 
 METHODS = ("map", "laplace_lpo")
 

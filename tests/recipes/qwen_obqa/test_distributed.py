@@ -13,9 +13,9 @@ import torch
 from lightning.pytorch.strategies import ModelParallelStrategy
 
 from bmoe_lightning.methods.storage import load_fit
+from recipes.common.errors import RecipeError
 from recipes.qwen_obqa.distributed import agreed, first_then_others, joined, trainer_options
 from recipes.qwen_obqa.settings import Settings
-from recipes.qwen_obqa.sources import RecipeError
 
 METHODS = "map,checkpoint_ensemble,temperature,laplace_evidence,laplace_lpo"
 

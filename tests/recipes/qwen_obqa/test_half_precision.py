@@ -10,11 +10,11 @@ import pytest
 from bmoe_lightning import base_finetuner as finetuner
 from bmoe_lightning.optim import MasterWeightAdamW, adamw
 from recipes.common.cli import UsageError
+from recipes.common.errors import RecipeError
 from recipes.qwen_obqa.__main__ import main
 from recipes.qwen_obqa.methods import build_methods
 from recipes.qwen_obqa.run_folder import check_start
 from recipes.qwen_obqa.settings import Settings
-from recipes.qwen_obqa.sources import RecipeError
 
 PAPER = {"model": "Qwen/Qwen1.5-MoE-A2.7B"}
 

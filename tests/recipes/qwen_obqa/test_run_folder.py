@@ -15,6 +15,7 @@ from bmoe_lightning.data import Question
 from bmoe_lightning.utils.folder_lock import locked_folder
 from bmoe_lightning.utils.json_io import read_json_file, write_json_file
 from bmoe_lightning.utils.safetensors_io import write_tensor_file
+from recipes.common.errors import RecipeError
 from recipes.qwen_obqa import experiment
 from recipes.qwen_obqa.methods import build_methods
 from recipes.qwen_obqa.run_folder import (
@@ -26,7 +27,7 @@ from recipes.qwen_obqa.run_folder import (
     run_identity,
 )
 from recipes.qwen_obqa.settings import CurvatureSettings, Settings
-from recipes.qwen_obqa.sources import RecipeError, Source
+from recipes.qwen_obqa.sources import Source
 
 OWN = ("results.json", "results.csv", "results.md", "predictions.jsonl", "label_budget.json")
 

@@ -11,12 +11,13 @@ import pytest
 from transformers import AutoTokenizer
 
 from bmoe_lightning.data.questions import Splits, question_key
+from recipes.common.errors import RecipeError
 from recipes.qwen_obqa import builtin_model, sources
 from recipes.qwen_obqa.builtin_task import World
 from recipes.qwen_obqa.methods import build_methods
 from recipes.qwen_obqa.reader_model import read_questions
 from recipes.qwen_obqa.settings import Settings
-from recipes.qwen_obqa.sources import OtherSet, RecipeError, limited
+from recipes.qwen_obqa.sources import OtherSet, limited
 from recipes.qwen_obqa.sources import prepare_source as prepared
 
 PLAIN = ("map", "temperature", "laplace_lpo")
