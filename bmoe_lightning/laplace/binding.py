@@ -24,7 +24,9 @@ class Binding:
         device: Its device.
         weights: State of its weights; see `weights_state`.
         layers: The model's layer for each layer of the factors.
-        factors: The factors of each layer, on its device unless they are offloaded.
+        stored: The factors of each layer, where the posterior has them.
+        factors: The same on the layer's device, unless they are offloaded.
+        offload: Whether they are.
         owners_checked: Whether it was checked that the model does not mix examples.
     """
 
@@ -32,7 +34,9 @@ class Binding:
     device: torch.device
     weights: tuple[tuple[int, int], ...]
     layers: list[ExpertLayer]
+    stored: tuple[LayerFactors, ...]
     factors: tuple[LayerFactors, ...]
+    offload: bool
     owners_checked: bool = False
 
     @classmethod
@@ -56,7 +60,7 @@ class Binding:
                 layer.to(device if place.type == "meta" else place) for layer, place in zip(moved, places, strict=True)
             )
         weights = weights_state(model)
-        return cls(weakref.ref(model), device, weights, layers, moved)
+        return cls(weakref.ref(model), device, weights, layers, factors.layers, moved, offload)
 
     def is_of(self, model: nn.Module) -> bool:
         """Whether this is of a model, on its device and with its weights."""

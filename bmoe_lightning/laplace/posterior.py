@@ -15,17 +15,15 @@ from __future__ import annotations
 import copy
 import logging
 from collections.abc import Iterable, Mapping, Sequence
-from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from bmoe_lightning.curvature.factors import KroneckerFactors, LayerFactors
+from bmoe_lightning.curvature.factors import KroneckerFactors
 from bmoe_lightning.curvature.spec import CACHE_BYTES
 from bmoe_lightning.curvature.texts import SequenceLogProb
-from bmoe_lightning.experts.batch_parts import run_in_parts
 from bmoe_lightning.experts.counted_batch import lockstep
 from bmoe_lightning.experts.discovery import locate_expert_layers
 from bmoe_lightning.experts.fsdp import reshard, runs_in_lockstep
@@ -34,10 +32,8 @@ from bmoe_lightning.experts.threads import model_lock
 from bmoe_lightning.experts.weight_comparison import same_weights
 from bmoe_lightning.laplace.attribution import Attribution, attributed
 from bmoe_lightning.laplace.binding import Binding
-from bmoe_lightning.laplace.contrast_copies import terms_by_copies
-from bmoe_lightning.laplace.covariance import BatchTerms, batch_terms, covariance
+from bmoe_lightning.laplace.covariance import BatchTerms, covariance
 from bmoe_lightning.laplace.covariance_cache import CovarianceCache
-from bmoe_lightning.laplace.joined_terms import joined_terms
 from bmoe_lightning.laplace.predictive import (
     NUM_SAMPLES,
     LinkName,
@@ -45,13 +41,9 @@ from bmoe_lightning.laplace.predictive import (
     class_probabilities,
     predict_with_uncertainty,
 )
-from bmoe_lightning.laplace.prior import (
-    Scope,
-    fit_evidence,
-    fit_lpo,
-    log_evidence_penalty,
-)
+from bmoe_lightning.laplace.prior import Scope, fit_evidence, fit_lpo, log_evidence_penalty
 from bmoe_lightning.laplace.sequences import SequenceVariance, text_variance
+from bmoe_lightning.laplace.shared_terms import shared_terms
 from bmoe_lightning.laplace.storage import load_posterior, save_posterior
 from bmoe_lightning.laplace.validation_cache import cache_terms
 from bmoe_lightning.utils.distributed import failing_together, is_rank_zero
@@ -384,34 +376,7 @@ def posterior_terms(
     """
     with model_lock(model):
         bound = [posterior._bind(model) for posterior in posteriors]
-        shared: dict[tuple[int, int, bool], LayerFactors] = {}
-        for posterior, binding in zip(posteriors, bound, strict=True):
-            # Of the copies on a device too one is left.
-            binding.factors = tuple(
-                shared.setdefault((id(layer.a_basis), id(layer.g_basis), posterior.offload), moved)
-                for layer, moved in zip(posterior.factors.layers, binding.factors, strict=True)
-            )
-        layers = [list(zip(binding.layers, binding.factors, strict=True)) for binding in bound]
-        copied = terms_by_copies(model, layers, class_logits, batch, by_group=by_group) if centred else None
-        if copied is not None:
-            return copied
-        run = partial(
-            batch_terms,
-            model,
-            layers,
-            class_logits,
-            centred=centred,
-            # Once per model: whether it mixes examples depends on its code, not on the batch.
-            thorough=not all(binding.owners_checked for binding in bound),
-            by_group=by_group,
-        )
-        parts = run_in_parts(
-            model, class_logits, batch, run, lambda found: found[0].logits, work="linearised prediction"
-        )
-        terms = [joined_terms(of_parts) for of_parts in zip(*parts, strict=True)]
-    for binding in bound:
-        binding.owners_checked = binding.owners_checked or any(len(part[0].logits) > 1 for part in parts)
-    return terms
+        return shared_terms(bound, model, class_logits, batch, centred=centred, by_group=by_group)
 
 
 def _precision_tensor(factors: KroneckerFactors, value: float | Tensor | Mapping[str, float]) -> Tensor:
