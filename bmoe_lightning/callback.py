@@ -41,7 +41,7 @@ from bmoe_lightning.trainer.predict_step import predicted, replace_predict_step
 from bmoe_lightning.trainer.prior_mean import PriorMean
 from bmoe_lightning.trainer.run_fit import check_completion, fit_run
 from bmoe_lightning.trainer.run_folder import RunFolder
-from bmoe_lightning.utils.distributed import failing_together
+from bmoe_lightning.utils.distributed import together
 
 
 class BayesianMoECallback(L.Callback):
@@ -98,15 +98,13 @@ class BayesianMoECallback(L.Callback):
         name: str = "",
         seed: int = 0,
     ) -> None:
-        default = Curvature() if curvature is None else curvature
-        self.methods = tuple(get_method(method).with_defaults(default) for method in methods)
+        self.methods = tuple(get_method(method).with_defaults(curvature or Curvature()) for method in methods)
         check_method_names(self.methods)
         check_choice("fit_at", fit_at, ("last", "best"))
         if curvature_checkpoint_every is not None and curvature_checkpoint_every < 1:
             raise ValueError(f"curvature_checkpoint_every must be at least 1, got {curvature_checkpoint_every}")
-        names = [method.name for method in self.methods]
-        if predict_method is not None and predict_method not in names:
-            raise ValueError(f"predict_method must be one of the methods ({', '.join(names)}), got {predict_method!r}")
+        if predict_method is not None:
+            check_choice("predict_method", predict_method, [method.name for method in self.methods])
         check_needs(self.methods, Available())
         self.fit_at = fit_at
         self.predict_method = predict_method
@@ -118,7 +116,6 @@ class BayesianMoECallback(L.Callback):
         self._num_snapshots = max(method.needs.max_snapshots for method in self.methods)
         self._folder = RunFolder(dirpath, curvature_checkpoint_every, name)
         self._prior_mean = PriorMean(self.methods)
-        self._given_prior_mean: Mapping[str, Tensor] | None = None
         self._precision: Callable[[], AbstractContextManager[Any]] = nullcontext
         self._undo: list[Callable[[], None]] = []
         self._run: EvaluationRun | None = None
@@ -153,7 +150,7 @@ class BayesianMoECallback(L.Callback):
         if stage == "fit":
             self._prior_mean.setup(trainer, pl_module)
             self._undo.append(self._prior_mean.remove_hook)
-            self._undo.append(call_after_fit_loop(trainer, partial(self._complete_resumed, trainer, pl_module)))
+            self._undo.append(call_after_fit_loop(trainer, self, partial(self._complete_resumed, trainer, pl_module)))
 
     def on_load_checkpoint(self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]) -> None:
         """Record that training resumes, so that the snapshots of the resumed run are used."""
@@ -172,7 +169,7 @@ class BayesianMoECallback(L.Callback):
         fingerprinted_layers(self.methods, pl_module)
         for curvature in self.curvatures.values():
             curvature.find_layers(pl_module)
-        known = self._given_prior_mean is not None or self._prior_mean.is_of(pl_module)
+        known = self._prior_mean.is_known(pl_module)
         check_needs(self.methods, Available(prior_mean=known or not is_restoring_checkpoint(trainer)))
         self._prior_mean.capture(pl_module)
 
@@ -190,8 +187,7 @@ class BayesianMoECallback(L.Callback):
     def on_train_epoch_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Check that the best checkpoint so far can be loaded when training ends."""
         if self.fit_at == "best":
-            with failing_together(distributed=trainer.world_size > 1):
-                check_best_so_far(trainer)
+            together(partial(check_best_so_far, trainer), distributed=trainer.world_size > 1)
 
     def on_train_batch_start(self, trainer: L.Trainer, pl_module: L.LightningModule, batch: Any, *_: Any) -> None:
         """Check `class_logits` on the first training batch, before the first step."""
@@ -245,12 +241,9 @@ class BayesianMoECallback(L.Callback):
             ValueError: If data, labels or the prior mean that a method needs are missing, or a file is damaged.
             DataMismatchError, WeightMismatchError: If the folder has a fit or snapshots of other data or weights.
         """
-        self._given_prior_mean = prior_mean
-        try:
-            data = {"train_dataloaders": train_dataloaders, "val_dataloaders": val_dataloaders}
+        data = {"train_dataloaders": train_dataloaders, "val_dataloaders": val_dataloaders}
+        with self._prior_mean.given(prior_mean):
             fit_only(trainer, self, module, self._complete, datamodule=datamodule, ckpt_path=ckpt_path, **data)
-        finally:
-            self._given_prior_mean = None
 
     def on_validation_epoch_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Load and check the fit, once other callbacks have swapped weights; not for a validation within training."""
@@ -333,8 +326,7 @@ class BayesianMoECallback(L.Callback):
         methods: Sequence[Method],
         earlier: FitResult | None = None,
     ) -> None:
-        prior_mean = self._prior_mean.weights if self._given_prior_mean is None else self._given_prior_mean
-        options: dict[str, Any] = {"prior_mean": prior_mean, "earlier": earlier, "seed": self.seed}
+        options: dict[str, Any] = {"prior_mean": self._prior_mean.used, "earlier": earlier, "seed": self.seed}
         self.fitted = fit_run(trainer, module, methods or self.methods, self._logits, self._folder, **options)
         self._folder.save(trainer, self.fitted)
         self._folder.remove_pass_files()
@@ -346,14 +338,12 @@ class BayesianMoECallback(L.Callback):
             earlier = self._found(trainer, module)
             self._folder.begin_completion(trainer, module, earlier, self._num_snapshots)
             missing = [method for method in self.methods if earlier is None or not earlier.is_finished(method)]
-            self._prior_mean.check(trainer, module, missing if self._given_prior_mean is None else [], trains=False)
+            self._prior_mean.check(trainer, module, missing, trains=False)
             check_completion(trainer, module, missing, self._logits, self._folder, is_new=earlier is None)
             self._fit(trainer, module, self.methods, earlier)
 
     def _complete_resumed(self, trainer: L.Trainer, module: L.LightningModule) -> None:
         """Fit the methods after a resumed training that was already complete, unless it has a fit."""
-        if self not in getattr(trainer, "callbacks", ()):  # a trial run of Lightning's tuner, of other weights
-            return
         if self._folder.resumes and trainer.train_dataloader is not None and trainer.num_training_batches:
             with weights_to_fit(trainer, module, self.fit_at):
                 needs_fit = self._found(trainer, module) is None and self._folder.ended_without_fit(trainer, module)

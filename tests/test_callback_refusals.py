@@ -155,7 +155,7 @@ class TestRefusals:
             ({"fit_at": "middle"}, "fit_at"),
             (
                 {"predict_method": "temperature"},
-                r"one of the methods \(map, shrunk_temperature, laplace_lpo\), got 'temperature'",
+                "unknown predict_method 'temperature'; valid are map, shrunk_temperature, laplace_lpo",
             ),
             ({"curvature_checkpoint_every": 0}, "curvature_checkpoint_every must be at least 1, got 0"),
             ({"methods": ("deep_ensemble",)}, "pass runs="),

@@ -114,8 +114,10 @@ def replaced_fit_loop(trainer: L.Trainer, action: Callable[[], None]) -> Iterato
         del loop.run
 
 
-def call_after_fit_loop(trainer: L.Trainer, action: Callable[[], None]) -> Callable[[], None]:
-    """Have `trainer.fit` call a function after its loop, while the trainer is still set up for training.
+def call_after_fit_loop(trainer: L.Trainer, callback: L.Callback, action: Callable[[], None]) -> Callable[[], None]:
+    """Have `trainer.fit` call a callback's function after its loop, while the trainer is still set up for training.
+
+    Not after a trial run of Lightning's tuner, which takes the callbacks away and leaves other weights.
 
     Replaces `fit_loop.run` on the instance (tested with 2.5.0 to 2.6.6), unless `replaced_fit_loop` has: the loop calls
     no hook of a callback if a resumed training is already complete.
@@ -126,13 +128,16 @@ def call_after_fit_loop(trainer: L.Trainer, action: Callable[[], None]) -> Calla
     loop = trainer.fit_loop
     if getattr(loop.run, "func", None) is _set_up_and_call:
         return lambda: None
-    loop.run = partial(_run_and_call, loop.run, action)  # type: ignore[method-assign]
+    loop.run = partial(_run_and_call, loop.run, trainer, callback, action)  # type: ignore[method-assign]
     return partial(vars(loop).pop, "run", None)
 
 
-def _run_and_call(run: Callable[[], None], action: Callable[[], None]) -> None:
+def _run_and_call(
+    run: Callable[[], None], trainer: L.Trainer, callback: L.Callback, action: Callable[[], None]
+) -> None:
     run()
-    action()
+    if callback in getattr(trainer, "callbacks", ()):
+        action()
 
 
 def _set_up_and_call(loop: Any, action: Callable[[], None]) -> None:

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import warnings
 import weakref
-from collections.abc import Mapping, Sequence
-from contextlib import suppress
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from typing import Any
 
 import lightning as L
@@ -47,6 +47,7 @@ class PriorMean:
     def __init__(self, methods: Sequence[Method]) -> None:
         self.weights: dict[str, Tensor] | None = None
         self._methods = tuple(methods)
+        self._given: Mapping[str, Tensor] | None = None
         self._samples: dict[str, SampledValues] = {}
         self._recorded: dict[str, SampledValues] | None = None  # in the checkpoint of this run; None if it loads none
         self._of_training = False
@@ -57,6 +58,28 @@ class PriorMean:
     def __getstate__(self) -> dict[str, Any]:
         """All attributes except those that refer to the module, which another process does not share."""
         return vars(self) | {"_module": None, "_hook": None}
+
+    @contextmanager
+    def given(self, weights: Mapping[str, Tensor] | None) -> Iterator[None]:
+        """Use weights that the user gives in the place of captured ones, within the context.
+
+        Args:
+            weights: Weights by the names of `down_proj_weights`; None for those that were captured.
+        """
+        self._given = weights
+        try:
+            yield
+        finally:
+            self._given = None
+
+    @property
+    def used(self) -> Mapping[str, Tensor] | None:
+        """The weights that a fit uses: given or captured ones, or None."""
+        return self.weights if self._given is None else self._given
+
+    def is_known(self, module: nn.Module) -> bool:
+        """Whether weights were given, or captured from this module object."""
+        return self._given is not None or self.is_of(module)
 
     def is_of(self, module: nn.Module) -> bool:
         """Whether weights were captured from this module object."""
@@ -154,7 +177,7 @@ class PriorMean:
     def check(self, trainer: L.Trainer, module: nn.Module, methods: Sequence[Method], *, trains: bool) -> None:
         """Check that a run that resumes from a checkpoint began with the weights that its training began with.
 
-        A collective.
+        Nothing is compared where the user gives weights. A collective.
 
         Args:
             trainer: The trainer, after it has loaded its checkpoint, if there is one.
@@ -173,6 +196,7 @@ class PriorMean:
             if not self._of_training:
                 self._samples = {}
             return
+        methods = methods if self._given is None else ()
         recorded, names = self._recorded, [method.name for method in methods if method.needs.prior_mean]
         layers = [plain_name(layer.name) for layer in prior_mean_layers(methods, module)]
 

@@ -128,18 +128,19 @@ def test_an_action_in_place_of_training(tmp_path):
 
 
 def test_call_after_fit_loop(tmp_path):
-    data, seen = loader(32, 1), []
-    run = trainer(tmp_path, [], max_epochs=1)
-    first = internals.call_after_fit_loop(run, lambda: seen.append(("first", run.global_step, run.training)))
-    second = internals.call_after_fit_loop(run, lambda: seen.append(("second", run.train_dataloader)))
+    data, seen, callback = loader(32, 1), [], L.Callback()
+    run = trainer(tmp_path, [callback], max_epochs=1)
+    first = internals.call_after_fit_loop(run, callback, lambda: seen.append(("first", run.global_step, run.training)))
+    second = internals.call_after_fit_loop(run, callback, lambda: seen.append(("second", run.train_dataloader)))
+    taken_away = internals.call_after_fit_loop(run, L.Callback(), lambda: seen.append("in a trial run of a tuner"))
     run.fit(ToyModule(), data)
     assert seen == [("first", 2, True), ("second", data)]
-    for undo in (first, second, first):
+    for undo in (first, second, taken_away, first):
         undo()
         assert "run" not in vars(run.fit_loop)
     with internals.replaced_fit_loop(run, lambda: None):
         replaced = run.fit_loop.run
-        internals.call_after_fit_loop(run, lambda: None)()
+        internals.call_after_fit_loop(run, callback, lambda: None)()
         assert run.fit_loop.run is replaced
 
 
