@@ -124,18 +124,7 @@ class PredictionSets:
     def fit(
         cls, log_probs: Tensor, target: Tensor, *, coverage: float = 0.9, score: ConformalScore = "lac"
     ) -> PredictionSets:
-        """Take the threshold from labelled examples.
-
-        Args:
-            log_probs: Normalised natural log-probabilities `[N, K]` of examples that the method was not fitted on.
-            target: Class indices, `[N]`.
-            coverage: Probability in (0, 1) with which a set should contain the label.
-            score: Score of a class.
-
-        Raises:
-            TypeError: If a tensor has the wrong dtype; see `check_predictions`.
-            ValueError: If the predictions are refused, see `check_predictions`, or a setting is not supported.
-        """
+        """Take the threshold from labelled examples; arguments and errors are those of `conformal_threshold`."""
         threshold = conformal_threshold(log_probs, target, coverage=coverage, score=score)
         return cls(score, coverage, float(threshold), len(target))
 
@@ -180,8 +169,8 @@ def cross_fitted_sets(
         score: Score of a class.
 
     Raises:
-        TypeError: If a tensor has the wrong dtype; see `check_predictions`.
-        ValueError: If the predictions are refused, see `check_predictions`, or a setting is not supported.
+        TypeError: As `conformal_threshold`.
+        ValueError: As `conformal_threshold`.
     """
     _check_settings(coverage, score)
     log_probs, target = check_predictions(log_probs.detach(), target)
@@ -191,13 +180,20 @@ def cross_fitted_sets(
 
 
 class _OfSets(OverAllExamples):
-    """Base class of both; a subclass defines `prefix` and `weighted`."""
+    """Base class of both; a subclass defines `prefix`, and which part of `SizeAndCoverage` it is."""
+
+    part: Literal["size", "coverage"]
 
     def __init__(self, score: ConformalScore = "lac", coverage: float = 0.9, **kwargs: Any) -> None:
         _check_settings(coverage, score)
         super().__init__(**kwargs)
         self.score: ConformalScore = score
         self.coverage = coverage
+
+    def weighted(self, log_probs: Tensor, target: Tensor) -> WeightedValue:
+        """The value as a function of multiplicities; all copies of an example are in one fold."""
+        of_weights = _cross_fitted(log_probs, target, self.coverage, self.score)
+        return lambda weights: getattr(of_weights(weights), self.part)
 
 
 class SetSize(_OfSets):
@@ -216,33 +212,19 @@ class SetSize(_OfSets):
     plot_lower_bound = 1.0
     plot_upper_bound = None
     prefix = "set_size"
-
-    def weighted(self, log_probs: Tensor, target: Tensor) -> WeightedValue:
-        """The size as a function of multiplicities; all copies of an example are in one fold."""
-        of_weights = _cross_fitted(log_probs, target, self.coverage, self.score)
-        return lambda weights: of_weights(weights).size
+    part = "size"
 
 
 class SetCoverage(_OfSets):
     """Share of prediction sets that contain the label; a torchmetrics class of `cross_fitted_sets`.
 
-    Args:
-        score: Score of a class.
-        coverage: Probability in (0, 1) with which a set should contain the label.
-        kwargs: Passed on to `torchmetrics.Metric`.
-
-    Raises:
-        ValueError: If a setting is not supported.
+    Arguments and errors are those of `SetSize`.
     """
 
     # It should be near the chosen one: less is a broken promise, and more is paid for with larger sets.
     higher_is_better = None
     prefix = "set_coverage"
-
-    def weighted(self, log_probs: Tensor, target: Tensor) -> WeightedValue:
-        """The coverage as a function of multiplicities; all copies of an example are in one fold."""
-        of_weights = _cross_fitted(log_probs, target, self.coverage, self.score)
-        return lambda weights: of_weights(weights).coverage
+    part = "coverage"
 
 
 def _check_settings(coverage: float, score: ConformalScore) -> None:
