@@ -93,5 +93,17 @@ def recognise_task(columns: Collection[str]) -> Task:
     best = [task for task in fitting if len(task.columns) == most]
     if len(best) == 1:
         return best[0]
-    fit = f"the tasks {', '.join(task.name for task in best)}" if best else f"none of {', '.join(task_names())}"
+    fit = f"the tasks {', '.join(task.name for task in best)}" if best else f"none of {_nearest(columns)}"
     raise ValueError(f"the columns {shown(sorted(columns))} fit {fit}; name the task (task=)")
+
+
+def _nearest(columns: Collection[str]) -> str:
+    """The names of all tasks, and which columns those that lack fewest expect besides."""
+    lacking = {
+        task.name: [name for name in task.columns if name not in columns]
+        for task in map(get_task, task_names())
+        if set(task.columns) & set(columns)
+    }
+    fewest = min(map(len, lacking.values()), default=0)
+    hints = [f"{name} needs {' and '.join(names)} too" for name, names in lacking.items() if len(names) == fewest]
+    return ", ".join(task_names()) + (f" ({', '.join(hints)})" if hints else "")
