@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-import tempfile
+import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import partial
@@ -28,6 +28,8 @@ from bmoe_lightning.trainer.data_passes import as_list
 from bmoe_lightning.trainer.lightning_internals import has_batch_indices
 from bmoe_lightning.trainer.predict_step import predicted_labels
 from bmoe_lightning.utils.distributed import gather_examples, gather_number, together
+from bmoe_lightning.utils.messages import shown
+from bmoe_lightning.utils.writable_folder import make_writable
 
 _UNKNOWN = -1  # label
 
@@ -115,28 +117,30 @@ class PredictionWriter(BasePredictionWriter):
         >>> trainer.predict(module, datamodule=data, return_predictions=False)           # doctest: +SKIP
 
     Args:
-        path: File to write, in JSON Lines (`.jsonl`) or parquet (`.parquet`). Its folder is created if missing.
+        path: File to write, in JSON Lines (`.jsonl`) or parquet (`.parquet`). Its folder is created if missing; one
+            that cannot be written to is refused before the model runs.
         class_names: Names of the classes for `prediction` and `answer`; by default the letters of choices, from A on.
         overwrite: Whether to replace an existing file.
 
     Raises:
-        ValueError: If the file has another suffix, or class names are repeated or none.
+        TypeError: If an argument is of another type.
+        ValueError: In `setup`, before any work is done, if the file has another suffix, or class names are empty,
+            repeated or none. A `ValueError` of the constructor would be buried by LightningCLI among what else the
+            YAML of a callback may be.
     """
 
     def __init__(self, path: str, class_names: Sequence[str] | None = None, overwrite: bool = False) -> None:
         super().__init__(write_interval="batch")
+        _check_types(path, class_names, overwrite)
         self.path = Path(path)
         self.class_names = LETTERS if class_names is None else tuple(class_names)
         self.overwrite = overwrite
-        if self.path.suffix not in PREDICTION_SUFFIXES:
-            raise ValueError(f"path {path} must end in {' or '.join(PREDICTION_SUFFIXES)}")
-        if isinstance(class_names, str) or len(set(self.class_names)) != len(self.class_names) or not self.class_names:
-            raise ValueError(f"class_names must be different names in the order of the classes, got {class_names!r}")
         self._loaders: list[_Loader] = []
 
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
-        """Check that a callback predicts, and that there is no file yet."""
+        """Check the arguments, that a callback predicts, and that the file can be written and is not there yet."""
         super().setup(trainer, pl_module, stage)
+        self._check_values()
         if stage != "predict":
             return
         callbacks = trainer.callbacks  # type: ignore[attr-defined]
@@ -151,7 +155,8 @@ class PredictionWriter(BasePredictionWriter):
                 "PredictionWriter writes what a method predicts, and no callback of the trainer predicts with one; add "
                 "BayesianMoECallback(predict_method=...), or set it"
             )
-        together(partial(self._check_missing, self.path), distributed=trainer.world_size > 1)
+        writes = trainer.is_global_zero and not is_trial(trainer)
+        together(partial(self._check_file, writes=writes), distributed=trainer.world_size > 1)
 
     def on_predict_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Check that the file of each loader can be written, and that its rows have an order."""
@@ -161,7 +166,7 @@ class PredictionWriter(BasePredictionWriter):
             names = [f"{self.path.stem}_{number}{self.path.suffix}" for number in range(len(sources))]
             paths = [self.path.with_name(name) for name in names]
         self._loaders = [_Loader(path, source) for path, source in zip(paths, sources, strict=True)]
-        check = partial(self._check_loaders, trainer.world_size, writes=trainer.is_global_zero)
+        check = partial(self._check_loaders, trainer.world_size)
         together(check, distributed=trainer.world_size > 1)
 
     def write_on_batch_end(
@@ -213,19 +218,27 @@ class PredictionWriter(BasePredictionWriter):
         """Forget what was predicted: Lightning does not call `teardown` after an exception."""
         self._loaders = []
 
+    def _check_values(self) -> None:
+        names = self.class_names
+        if self.path.suffix not in PREDICTION_SUFFIXES:
+            raise ValueError(f"path {self.path} must end in {' or '.join(PREDICTION_SUFFIXES)}")
+        if not names or not all(map(str.strip, names)) or len(set(names)) != len(names):
+            raise ValueError(f"class_names must be different names in the order of the classes, got {shown(names)}")
+
+    def _check_file(self, *, writes: bool) -> None:
+        self._check_missing(self.path)
+        if writes:
+            make_writable(self.path.parent, "the predictions", "give PredictionWriter another path", dry=True)
+
     def _check_missing(self, path: Path) -> None:
         if path.is_dir():
             raise ValueError(f"{path} is a folder; pass the path of a file")
         if path.exists() and not self.overwrite:
             raise ValueError(f"{path} exists; pass PredictionWriter(overwrite=True) to replace it, or another path")
 
-    def _check_loaders(self, world_size: int, *, writes: bool) -> None:
+    def _check_loaders(self, world_size: int) -> None:
         for loader in self._loaders:
             self._check_missing(loader.path)
-            if writes:
-                loader.path.parent.mkdir(parents=True, exist_ok=True)
-                with tempfile.TemporaryFile(dir=loader.path.parent):  # raises before anything is predicted
-                    pass
             if world_size > 1 and not has_batch_indices(loader.source):
                 raise ValueError(
                     f"on {world_size} ranks PredictionWriter orders rows by the entries that a batch sampler chooses, "
@@ -236,6 +249,7 @@ class PredictionWriter(BasePredictionWriter):
     def _write(self, loaders: Sequence[_Loader], rows: Sequence[_Rows]) -> None:
         # All lines before the first file, so that rows which cannot be told leave none.
         lines = [list(self._lines(loader, found)) for loader, found in zip(loaders, rows, strict=True)]
+        self.path.parent.mkdir(parents=True, exist_ok=True)
         for loader, of_loader in zip(loaders, lines, strict=True):
             write_prediction_file(loader.path, of_loader.__iter__)
 
@@ -259,6 +273,16 @@ class PredictionWriter(BasePredictionWriter):
             if label != _UNKNOWN:
                 row["answer"] = self.class_names[label]
             yield f"{json.dumps(row)}\n"
+
+
+def _check_types(path: object, names: object, overwrite: object) -> None:
+    if not isinstance(path, str | os.PathLike):
+        raise TypeError(f"path must be the path of a file, got {shown(path)}")
+    entries = names if isinstance(names, Sequence) and not isinstance(names, str) else [None]
+    if names is not None and not all(isinstance(name, str) for name in entries):
+        raise TypeError(f"class_names must be a list of names in the order of the classes, got {shown(names)}")
+    if not isinstance(overwrite, bool):
+        raise TypeError(f"overwrite must be True or False, got {shown(overwrite)}")
 
 
 def _labels(module: L.LightningModule, num_classes: int, count: int) -> Tensor:

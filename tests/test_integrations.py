@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import json
 import sys
 import warnings
 from pathlib import Path
@@ -81,6 +82,42 @@ class TestCommandLine:
         data = MultipleChoiceDataModule("path/to/questions", "path/to/model")
         run = trainer(tmp_path, [])
         run.test(again, datamodule=data, ckpt_path=str(checkpoint), verbose=False)
+
+    @pytest.mark.parametrize(
+        ("command", "given", "instead", "kind", "sentence"),
+        [
+            (
+                "fit",
+                "predictions.jsonl",
+                "predictions.csv",
+                ValueError,
+                r"path predictions\.csv must end in \.jsonl or",
+            ),
+            (
+                "predict",
+                "predictions.jsonl",
+                "config.yaml/p.jsonl",
+                OSError,
+                "the predictions cannot be written to conf",
+            ),
+            (
+                "fit",
+                "path/to/questions",
+                "lacking",
+                ValueError,
+                r"lacking/train\.jsonl, line 1: .*needs answerKey too",
+            ),
+        ],
+    )
+    def test_what_is_wrong_in_the_file_is_one_sentence(self, folder, call, command, given, instead, kind, sentence):
+        rows = [json.loads(line) for line in (folder / "path/to/questions/train.jsonl").read_text().splitlines()]
+        (folder / "lacking").mkdir(exist_ok=True)
+        for split in ("train", "validation", "test"):
+            lines = [json.dumps({name: row[name] for name in row if name != "answerKey"}) for row in rows]
+            (folder / "lacking" / f"{split}.jsonl").write_text("\n".join(lines))
+        (folder / "wrong.yaml").write_text((folder / "config.yaml").read_text().replace(given, instead))
+        with pytest.raises(kind, match=f"^{sentence}[^\n]*$"):
+            call(command, "--config", "wrong.yaml", "--trainer.logger=false")
 
     def test_a_subclass_with_arguments_of_its_own(self, folder, call, tmp_path, monkeypatch):
         code = (

@@ -213,12 +213,35 @@ def test_rows_of_questions_are_those_of_the_command(tmp_path):
 
 
 class TestRefusals:
-    def test_of_arguments(self):
-        with pytest.raises(ValueError, match=r"must end in \.jsonl or \.parquet"):
-            PredictionWriter("rows.csv")
-        for names in ("abc", [], ["a", "a"]):
-            with pytest.raises(ValueError, match="must be different names"):
+    def test_of_arguments_of_another_type(self):
+        for path in (3, None, ["rows.jsonl"]):
+            with pytest.raises(TypeError, match="path must be the path of a file, got "):
+                PredictionWriter(path)
+        for names in ("abc", 3, [1, 2], {"a": 0, "b": 1}):
+            with pytest.raises(TypeError, match="class_names must be a list of names in the order of the classes"):
                 PredictionWriter("rows.jsonl", class_names=names)
+        with pytest.raises(TypeError, match="overwrite must be True or False, got 'no'"):
+            PredictionWriter("rows.jsonl", overwrite="no")
+
+    @pytest.mark.parametrize("stage", ["fit", "predict"])
+    def test_of_arguments_before_any_work(self, tmp_path, stage):
+        def refused(message, *arguments):
+            run = trainer(tmp_path, [PredictionWriter(*arguments), BayesianMoECallback(["map"], predict_method="map")])
+            with pytest.raises(ValueError, match=message):
+                getattr(run, stage)(ToyModule(), loader(8, 1))
+
+        refused(r"^path rows\.csv must end in \.jsonl or \.parquet$", "rows.csv")
+        for names in ([], ["a", "a"], ["a", " "]):
+            refused("^class_names must be different names", "rows.jsonl", names)
+
+    @pytest.mark.parametrize("name", ["file/rows.jsonl", "file/below/rows.jsonl"])
+    def test_of_a_folder_that_cannot_be_created(self, tmp_path, name):
+        (tmp_path / "file").write_text("")
+        callbacks = [BayesianMoECallback(["map"], predict_method="map"), PredictionWriter(str(tmp_path / name))]
+        module = ToyModule()
+        module.configure_model = lambda: pytest.fail("refused too late")
+        with pytest.raises(OSError, match=r"predictions cannot be written to .*file is not a writable folder \(Not a"):
+            trainer(tmp_path, callbacks).predict(module, test_loader())
 
     @pytest.mark.parametrize("callbacks", [[], [BayesianMoECallback(["map"])]])
     def test_no_method_predicts(self, tmp_path, callbacks):
@@ -272,7 +295,7 @@ class TestRefusals:
         writer = PredictionWriter("rows.jsonl")
         writer._loaders = [type("Found", (), {"path": writer.path, "source": [1]})()]
         with pytest.raises(ValueError, match=r"on 2 ranks .* and this list has none"):
-            writer._check_loaders(2, writes=False)
+            writer._check_loaders(2)
 
 
 def test_nothing_is_left_of_a_prediction_that_fails(fitted, tmp_path):

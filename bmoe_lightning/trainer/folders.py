@@ -5,7 +5,6 @@ from __future__ import annotations
 import itertools
 import os
 import re
-import tempfile
 from collections.abc import Iterator
 from contextlib import suppress
 from pathlib import Path
@@ -16,7 +15,7 @@ from bmoe_lightning.methods.fit_index import INDEX_FILE, has_fit, stored_fit_id,
 from bmoe_lightning.trainer.snapshot_files import has_snapshots
 from bmoe_lightning.utils.atomic_io import write_text
 from bmoe_lightning.utils.folder_lock import FolderInUseError, FolderLock
-from bmoe_lightning.utils.messages import shown_path
+from bmoe_lightning.utils.writable_folder import make_writable
 
 FOLDER = "bayesian_moe"
 _CLAIM = ".training"
@@ -226,27 +225,7 @@ def _create_mark(folder: Path, fit_id: str) -> bool:
 
 
 def _make_folder(folder: Path) -> None:
-    """Create a folder, and check that it is writable before there is anything to write.
-
-    Raises:
-        OSError: If it is not, or no folder can have this path; the message says why.
-    """
-    place = folder
-    try:
-        place = next(path for path in (folder, *folder.absolute().parents) if os.path.lexists(path))
-        # Permissions do not tell of a full disk, a quota or a file system that is read-only.
-        with tempfile.NamedTemporaryFile(dir=place, prefix=".bayesian-moe-") as file:
-            file.write(bytes(4096))
-            file.flush()
-            os.fsync(file.fileno())
-        folder.mkdir(parents=True, exist_ok=True)
-        os.scandir(folder).close()
-    except (OSError, ValueError) as error:
-        reason = error.strerror if isinstance(error, OSError) else error
-        raise OSError(
-            f"the fit cannot be written to {shown_path(folder)}: {shown_path(place)} is not a writable folder "
-            f"({reason}); pass another dirpath="
-        ) from error
+    make_writable(folder, "the fit", "pass another dirpath=")
 
 
 def _log_folder(trainer: L.Trainer) -> Path:
