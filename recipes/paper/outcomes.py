@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import itertools
-from dataclasses import dataclass
-from typing import Literal
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any, Literal
 
 from bmoe_lightning.report import MethodResult
 
@@ -42,6 +43,8 @@ class Study:
         tables: Numbers of the tables that were asked for.
         figures: Numbers of the figures that were asked for.
         outcomes: The predictions.
+        versions: Versions of the libraries that the study was finished with; empty if an earlier version made it.
+        hashes: Digests of what each run's numbers were made from, by the name of the run; see `run_hashes`.
     """
 
     preset: str
@@ -51,6 +54,8 @@ class Study:
     tables: tuple[int, ...]
     figures: tuple[int, ...]
     outcomes: tuple[Outcome, ...]
+    versions: Mapping[str, str] = field(default_factory=dict)
+    hashes: Mapping[str, Any] = field(default_factory=dict)
 
     def results(self, trained_on: str, tested_on: str, mode: Mode = "experts") -> tuple[MethodResult, ...]:
         """The predictions of models trained on one data set, on the test questions of another or the same.

@@ -29,6 +29,7 @@ from recipes.paper.stored_study import StoredOutcome, begin_study, read_study, s
 from recipes.paper.worker import worker_arguments
 from recipes.qwen_obqa.distributed import first_then_others, joined
 from recipes.qwen_obqa.experiment import completed_run, quieten
+from recipes.qwen_obqa.hashes import stored_run_hashes
 from recipes.qwen_obqa.methods import build_methods
 from recipes.qwen_obqa.run_folder import locked_output, plain_notes
 from recipes.qwen_obqa.seed_run import SeedRun
@@ -62,6 +63,7 @@ def run(settings: PaperSettings) -> None:
                 _run_in_processes(settings, study, at_a_time)
                 study = study.resumed()  # what the processes have made is not replaced
             outcomes: list[StoredOutcome] = []
+            hashes: dict[str, Any] = {}
             measured: dict[Mode, SeedRun] = {}
             announce = at_a_time == 1
             for number, entry in enumerate(study.runs, 1):
@@ -69,11 +71,13 @@ def run(settings: PaperSettings) -> None:
                     print(f"\n[{number} of {len(study.runs)}] {entry.name}", flush=True)
                 with study.completed(entry, announce=announce) as seeds:
                     outcomes += stored_outcomes(output, entry.data, entry.mode, seeds)
+                    if is_rank_zero():
+                        hashes[entry.name] = stored_run_hashes(seeds)
                     if entry.data == study.home:
                         measured[entry.mode] = seeds[0]
             if not is_rank_zero():
                 return
-            write_study(output, described, outcomes)
+            write_study(output, described, outcomes, hashes)
             if "experts" in measured:
                 make_attribution(output, measured["experts"])
             outstanding = outstanding_costs(output, measured)

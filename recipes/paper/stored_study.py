@@ -6,14 +6,15 @@ import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
-from bmoe_lightning.report import MethodResult
+from bmoe_lightning.report import MethodResult, library_versions
 from bmoe_lightning.utils.file_header import damaged
 from bmoe_lightning.utils.json_io import read_json_file, write_json_file
+from recipes.common.errors import RecipeError
 from recipes.paper.outcomes import MODES, Outcome, Study
 from recipes.qwen_obqa.seed_run import SeedRun
-from recipes.qwen_obqa.sources import RecipeError
 from recipes.qwen_obqa.stored_predictions import read_predictions
 from recipes.qwen_obqa.zero_shot import ZERO_SHOT
 
@@ -107,15 +108,19 @@ def begin_study(output: Path, study: Study, *, overwrite: bool) -> None:
         write_study(output, study, ())
 
 
-def write_study(output: Path, study: Study, outcomes: Sequence[StoredOutcome]) -> None:
-    """Write the index of a study atomically.
+def write_study(
+    output: Path, study: Study, outcomes: Sequence[StoredOutcome], hashes: Mapping[str, Any] = MappingProxyType({})
+) -> None:
+    """Write the index of a study atomically, with the versions of the libraries.
 
     Args:
         output: Folder of the study.
         study: The study; its outcomes are not written.
         outcomes: Where its predictions are.
+        hashes: Digests of what each run's numbers were made from, by the name of the run.
     """
-    write_json_file(output / STUDY_FILE, format=_FORMAT, version=_VERSION, description=_description(study, outcomes))
+    description = _description(study, outcomes) | {"versions": library_versions(), "hashes": dict(hashes)}
+    write_json_file(output / STUDY_FILE, format=_FORMAT, version=_VERSION, description=description)
 
 
 def _description(study: Study, outcomes: Sequence[StoredOutcome]) -> dict[str, Any]:
@@ -159,6 +164,8 @@ def read_study(output: Path) -> Study:
             tuple(content["tables"]),
             tuple(content["figures"]),
             tuple(outcomes),
+            dict(content.get("versions", {})),
+            dict(content.get("hashes", {})),
         )
     except (KeyError, TypeError, AttributeError) as error:
         raise damaged(path, _FORMAT, f"it is incomplete ({error!r})", _REMEDY) from error

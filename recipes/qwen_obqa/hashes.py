@@ -12,12 +12,33 @@ from torch import Tensor
 from bmoe_lightning.laplace import LaplacePosterior
 from bmoe_lightning.methods import FitResult
 from bmoe_lightning.methods.snapshots import FORMAT, VERSION
+from bmoe_lightning.methods.storage import load_fit
 from bmoe_lightning.utils.safetensors_io import opened_tensor_file, tensor_digest
 from recipes.qwen_obqa.run_folder import fingerprint_of
 from recipes.qwen_obqa.sources import Source
 
 if TYPE_CHECKING:
     from recipes.qwen_obqa.seed_run import SeedRun
+
+
+def stored_run_hashes(runs: Sequence[SeedRun]) -> dict[str, Any]:
+    """The digests of `run_hashes`, with the fits that the runs have stored.
+
+    Args:
+        runs: The completed runs of all seeds, of one model and the same questions.
+    """
+    return run_hashes(runs[0].source, runs, {run.seed: load_fit(run.fit_folder)[0] for run in runs})
+
+
+def data_hashes(source: Source) -> dict[str, str]:
+    """The digest of the questions of each split, and of those of each further test set by its name.
+
+    Args:
+        source: Model and questions.
+    """
+    parts = {"train": source.train, "calibration": source.calibration, "test": source.test}
+    parts |= {f"test of {name}": other.splits.test for name, other in source.others.items()}
+    return {name: fingerprint_of(questions) for name, questions in parts.items()}
 
 
 def run_hashes(source: Source, runs: Sequence[SeedRun], fits: Mapping[int, FitResult]) -> dict[str, Any]:
@@ -29,11 +50,10 @@ def run_hashes(source: Source, runs: Sequence[SeedRun], fits: Mapping[int, FitRe
         fits: Their fits by seed.
 
     Returns:
-        `data`: digest of the questions of each split. `seeds`: for each seed those of the weights before fine-tuning
+        `data`: see `data_hashes`. `seeds`: for each seed those of the weights before fine-tuning
         (empty for `--model`, which its name identifies) and after it (empty if their file was removed), of each
         posterior's factors by the digest of its curvature's options, and of all that methods have fitted.
     """
-    parts = {"train": source.train, "calibration": source.calibration, "test": source.test}
     seeds = {
         str(run.seed): {
             "pretrained_weights": source.model_hash(run.seed),
@@ -43,7 +63,7 @@ def run_hashes(source: Source, runs: Sequence[SeedRun], fits: Mapping[int, FitRe
         }
         for run in runs
     }
-    return {"data": {name: fingerprint_of(questions) for name, questions in parts.items()}, "seeds": seeds}
+    return {"data": data_hashes(source), "seeds": seeds}
 
 
 def _weights(run: SeedRun) -> str:

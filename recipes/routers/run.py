@@ -14,6 +14,7 @@ from recipes.paper.outcomes import Mode
 from recipes.paper.stored_costs import reported_costs
 from recipes.paper.stored_study import begin_study, read_study, write_study
 from recipes.qwen_obqa.experiment import quieten
+from recipes.qwen_obqa.hashes import data_hashes, stored_run_hashes
 from recipes.qwen_obqa.run_folder import locked_output, plain_notes
 from recipes.qwen_obqa.seed_run import SeedRun
 from recipes.routers.gates import TrainedGates
@@ -50,10 +51,12 @@ def run(settings: RouterSettings) -> None:
             with resumed.completed(study.entries, study.others) as seeds:
                 study.measure(seeds)  # on calibration questions too, which choose layers
                 shifted = [found for found in study.outcomes(seeds) if found.tested_on != study.home]
+                data = data_hashes(seeds[0].source)
                 measured: dict[Mode, SeedRun] = {"experts": _with_costs(seeds[0])}
             _run_in_processes(study.resumed(), "some_layers")
             with study.resumed().completed([*study.entries, *study.of_layers(study.selected())]) as seeds:
-                write_study(output, study.described(), [*study.outcomes(seeds), *shifted])
+                hashes = {f"{study.home}-experts": {**stored_run_hashes(seeds), "data": data}}
+                write_study(output, study.described(), [*study.outcomes(seeds), *shifted], hashes)
                 study.write(seeds)
                 outstanding = outstanding_costs(output, measured)
                 if outstanding:

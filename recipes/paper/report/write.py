@@ -64,7 +64,7 @@ def write_report(
     )
     sections = [section for make in SECTIONS if (section := make(report)) is not None]
     pairs = f" {_PAIRS}" if _SECOND & set(study.tables) else ""
-    introduction = f"Preset `{study.preset}`. {conventions(report.settings)}{pairs}"
+    introduction = f"Preset `{study.preset}`. {conventions(report.settings)}{pairs}{made_with(study)}"
     return write_sections(output, f"Results: {study.model}", introduction, sections, description(report))
 
 
@@ -78,6 +78,18 @@ def conventions(settings: SummarySettings) -> str:
         "±: standard deviation over seeds (n - 1). **Bold**: best of a column, <u>underlined</u>: second best, as "
         f"printed. NLL in nats. ECE: {settings.ece_convention()}."
     )
+
+
+def made_with(study: Study) -> str:
+    """A paragraph on the versions that a study was made with; empty if they are not known.
+
+    Args:
+        study: The study.
+    """
+    if not study.versions:
+        return ""
+    versions = ", ".join(f"{name} {version}" for name, version in study.versions.items())
+    return f"\n\nMade with {versions}. `results.json` has the digests of data, weights, posteriors and fits."
 
 
 def description(report: ReportInput) -> dict[str, Any]:
@@ -96,4 +108,6 @@ def description(report: ReportInput) -> dict[str, Any]:
         "num_resamples": settings.num_samples,
         "level": settings.level,
         "bootstrap_seed": settings.bootstrap_seed,
+        "versions": study.versions,
+        "hashes": study.hashes,
     }

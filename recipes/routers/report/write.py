@@ -7,7 +7,7 @@ from pathlib import Path
 
 from recipes.common.report_parts import Section, write_sections
 from recipes.paper.report import all_metrics, reliability, warned
-from recipes.paper.report.write import conventions, description
+from recipes.paper.report.write import conventions, description, made_with
 from recipes.routers.report import benefit, calibration, cost, layers, shift, stability
 from recipes.routers.report.section import RouterReport
 
@@ -38,6 +38,6 @@ def write_report(output: Path, report: RouterReport) -> list[Path]:
     """
     study, routes = report.given.study, report.routes
     sections = [section for make in SECTIONS if (section := make(report)) is not None]
-    samples = f"{len(routes.layers)} expert layers. {conventions(report.given.settings)}"
+    introduction = f"{len(routes.layers)} expert layers. {conventions(report.given.settings)}{made_with(study)}"
     content = {**description(report.given), "susceptible_layers": routes.susceptible, "layers": routes.layers}
-    return write_sections(output, f"Experts or routers? {study.model}", f"{samples}", sections, content)
+    return write_sections(output, f"Experts or routers? {study.model}", introduction, sections, content)

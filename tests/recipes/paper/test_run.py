@@ -114,6 +114,14 @@ def test_the_report_needs_no_model(finished, tmp_path, capsys):
     assert "without part" not in costs
     found = json.loads((folder / "report" / "results.json").read_text())
     assert found["attribution"]["method"] == "laplace_lpo"
+    assert found["versions"]["torch"] in (folder / "report" / "report.md").read_text()
+    assert found["hashes"].keys() == {"recall-experts", "recall-lora"}
+    of_experts = found["hashes"]["recall-experts"]
+    assert {"train", "calibration", "test", "test of judged"} <= of_experts["data"].keys()
+    digests = of_experts["seeds"]["0"]
+    assert digests["trained_weights"]
+    assert digests["posteriors"]
+    assert "laplace_lpo" in digests["methods"]
     assert "| 0 |" in (folder / "report" / "tables" / "attribution.md").read_text()
 
 

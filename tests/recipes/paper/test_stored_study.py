@@ -9,11 +9,13 @@ import torch
 
 from bmoe_lightning.data import Question
 from bmoe_lightning.methods import FitResult, Predictions, get_method
+from bmoe_lightning.report import library_versions
+from recipes.common.errors import RecipeError
 from recipes.paper.outcomes import Study
 from recipes.paper.stored_study import STUDY_FILE, begin_study, read_study, stored_outcomes, write_study
 from recipes.qwen_obqa.seed_run import SeedRun
 from recipes.qwen_obqa.settings import Settings
-from recipes.qwen_obqa.sources import RecipeError, Source
+from recipes.qwen_obqa.sources import Source
 from recipes.qwen_obqa.zero_shot import ZERO_SHOT
 
 MAP = get_method("map")
@@ -87,6 +89,15 @@ def test_a_study_without_outcomes_is_not_finished(tmp_path):
     begin_study(tmp_path, study(), overwrite=False)
     with pytest.raises(FileNotFoundError, match="holds no finished study"):
         read_study(tmp_path)
+
+
+def test_what_the_numbers_were_made_from_is_read_back(tmp_path):
+    outcomes = stored_outcomes(tmp_path, "mine", "experts", finished(tmp_path, zero_shot=False))
+    hashes = {"mine-experts": {"data": {"test": "abc"}}}
+    write_study(tmp_path, study(), outcomes, hashes)
+    found = read_study(tmp_path)
+    assert found.hashes == hashes
+    assert found.versions == library_versions()
 
 
 def test_predictions_that_are_missing_are_named(tmp_path):

@@ -39,6 +39,10 @@ def test_the_report_has_every_table(finished):
     assert (finished / MEASURES / "seed-0" / "calibration" / "map.json").is_file()  # which chose them
     assert "trained_gates/gate_entropy" in found["out_of_distribution"]
     assert list((finished / "tensorboard").glob("*"))
+    (hashes,) = found["hashes"].values()
+    assert "test of judged" in hashes["data"]
+    assert "router_noise" in hashes["seeds"]["0"]["methods"]
+    assert found["versions"]["torch"] in text
 
 
 def test_a_finished_study_is_not_repeated(finished, tmp_path, monkeypatch):

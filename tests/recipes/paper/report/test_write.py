@@ -71,6 +71,14 @@ def test_the_same_study_gives_the_same_bytes(written, small, tmp_path):
     assert contents(tmp_path) == contents(folder)
 
 
+def test_the_report_names_what_it_was_made_with(few, small, tmp_path):
+    versions, hashes = {"python": "3.0", "torch": "2.0"}, {"home-experts": {"data": {"test": "abc"}}}
+    paths = write_report(tmp_path, replace(small, versions=versions, hashes=hashes), settings=SETTINGS)
+    assert "Made with python 3.0, torch 2.0." in paths[0].read_text()
+    found = json.loads(paths[-1].read_text())
+    assert (found["versions"], found["hashes"]) == (versions, hashes)
+
+
 def test_the_report_has_every_section_and_every_link_leads_somewhere(written):
     folder, _ = written
     text = (folder / "report.md").read_text()
