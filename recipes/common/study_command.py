@@ -13,8 +13,8 @@ from recipes.common.study_settings import StudySettings
 
 S = TypeVar("S", bound=StudySettings)
 
-Steps = Callable[[], tuple[Callable[[S], object], Callable[[Path], object]]]
-"""Imports and returns the functions that run a study and that make its report."""
+Steps = Callable[[], tuple[Callable[[S], object], Callable[[Path], Path]]]
+"""Imports and returns the functions that run a study, and that make its report and return the path of its text."""
 
 
 def run_study(settings: S, steps: Steps[S]) -> int:
@@ -35,7 +35,7 @@ def _run(settings: S, steps: Steps[S]) -> int:
     run, report = steps()
     if settings.report is not None:
         folder = Path(settings.report)
-        return reported(lambda: report(folder))
+        return reported(lambda: print(report(folder).read_text(encoding="utf-8"), flush=True))
     return reported(lambda: run(settings))
 
 

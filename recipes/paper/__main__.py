@@ -40,7 +40,7 @@ def main(arguments: Sequence[str]) -> int:
     return run_study(settings, _steps)
 
 
-def _steps() -> tuple[Callable[[PaperSettings], object], Callable[[Path], object]]:
+def _steps() -> tuple[Callable[[PaperSettings], object], Callable[[Path], Path]]:
     from recipes.paper.run import report, run
 
     return run, report

@@ -81,11 +81,11 @@ def run(settings: PaperSettings) -> None:
             if "experts" in measured:
                 make_attribution(output, measured["experts"])
             outstanding = outstanding_costs(output, measured)
-            written = _write_report(output)
+            written = report(output)
             if outstanding:  # after a report without them, so that an error or a signal leaves a finished study one
                 print(f"\nThe report is in {written}; it is completed with what each method costs.", flush=True)
                 measure_costs(output, measured, outstanding)
-                written = _write_report(output)
+                written = report(output)
             print(written.read_text(encoding="utf-8"), flush=True)
             print(f"\nDone in {time.monotonic() - started:.0f} s. Everything is in {output}.", flush=True)
 
@@ -188,8 +188,8 @@ def _run_in_processes(settings: PaperSettings, study: _Planned, at_a_time: int) 
     run_jobs(runs, at_a_time)
 
 
-def report(output: Path) -> None:
-    """Make the report of a finished study from its stored predictions, and print it.
+def report(output: Path) -> Path:
+    """Make the report of a finished study from its stored predictions, and return the path of its text.
 
     Args:
         output: Folder of the study.
@@ -197,11 +197,6 @@ def report(output: Path) -> None:
     Raises:
         RecipeError: If there is no study, or a file is missing or damaged.
     """
-    print(_write_report(output).read_text(encoding="utf-8"), flush=True)
-
-
-def _write_report(output: Path) -> Path:
-    """Write the report of a finished study, and return the path of its text."""
     try:
         study = read_study(output)
     except (FileNotFoundError, ValueError) as error:

@@ -39,7 +39,7 @@ def main(arguments: Sequence[str]) -> int:
     return run_study(settings, _steps)
 
 
-def _steps() -> tuple[Callable[[RouterSettings], object], Callable[[Path], object]]:
+def _steps() -> tuple[Callable[[RouterSettings], object], Callable[[Path], Path]]:
     from recipes.routers.run import report, run
 
     return run, report

@@ -61,7 +61,7 @@ def run(settings: RouterSettings) -> None:
                 outstanding = outstanding_costs(output, measured)
                 if outstanding:
                     measure_costs(output, measured, outstanding)
-            written = _write_report(output)
+            written = report(output)
             print(written.read_text(encoding="utf-8"), flush=True)
             print(f"\nDone in {time.monotonic() - started:.0f} s. Everything is in {output}.", flush=True)
 
@@ -131,8 +131,14 @@ def _run_in_processes(study: PlannedStudy, *steps: Step) -> None:
     run_jobs(jobs, at_a_time)
 
 
-def report(output: Path) -> None:
-    """Make the report of a finished study from its stored files, and print it.
+def _with_costs(run_of_seed: SeedRun) -> SeedRun:
+    """The run with the methods whose costs are measured: neither means of random routers, nor the gates."""
+    methods = [m for m in run_of_seed.methods if m.name != TrainedGates().name and getattr(m, "num_samples", 1) > 0]
+    return replace(run_of_seed, methods=tuple(methods))
+
+
+def report(output: Path) -> Path:
+    """Make the report of a finished study from its stored files, and return the path of its text.
 
     Args:
         output: Folder of the study.
@@ -140,17 +146,6 @@ def report(output: Path) -> None:
     Raises:
         RecipeError: If there is no study, or a file is missing or damaged.
     """
-    print(_write_report(output).read_text(encoding="utf-8"), flush=True)
-
-
-def _with_costs(run_of_seed: SeedRun) -> SeedRun:
-    """The run with the methods whose costs are measured: neither means of random routers, nor the gates."""
-    methods = [m for m in run_of_seed.methods if m.name != TrainedGates().name and getattr(m, "num_samples", 1) > 0]
-    return replace(run_of_seed, methods=tuple(methods))
-
-
-def _write_report(output: Path) -> Path:
-    """Write the report of a finished study, and return the path of its text."""
     try:
         study, routes = read_study(output), read_routes(output)
         outcome = study.outcomes[0]

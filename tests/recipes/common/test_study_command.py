@@ -23,18 +23,21 @@ def steps(done, error=None):
             done.append((what, given))
             if error is not None:
                 raise error
+            return given / "report.md" if what == "report" else None
 
         return step
 
     return lambda: (act("run"), act("report"))
 
 
-def test_a_study_is_run_or_only_reported(tmp_path):
+def test_a_study_is_run_or_only_reported(tmp_path, capsys):
     done = []
+    (tmp_path / "report.md").write_text("the report")
     settings = Settings()
     assert run_study(settings, steps(done)) == 0
     assert run_study(Settings(report=str(tmp_path)), steps(done)) == 0
     assert done == [("run", settings), ("report", tmp_path)]
+    assert capsys.readouterr().out == "the report\n"
 
 
 @pytest.mark.parametrize(("sentence", "told"), [("the folder is in use", "error: the folder is in use\n"), ("", "")])
