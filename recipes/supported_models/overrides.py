@@ -148,6 +148,14 @@ class FamilySettings:
 
 _SLIDING = ["sliding_attention", "full_attention", "sliding_attention"]
 _LINEAR = ["linear_attention", "full_attention", "linear_attention"]
+_INKLING = {
+    "layer_types": ["hybrid_sliding", "hybrid", "hybrid_sliding"],
+    "swa_num_attention_heads": 2,
+    "swa_num_key_value_heads": 2,
+    "swa_head_dim": 8,
+    "d_rel": 4,
+    "rel_extent": 8,
+}
 # Multimodal rotary embeddings: how the rotated half of a head is split over time, height and width.
 _MROPE = {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": [2, 1, 1]}
 _HALF_MROPE = _MROPE | {"partial_rotary_factor": 0.5, "mrope_section": [1, 1, 0]}
@@ -267,29 +275,12 @@ OVERRIDES: Mapping[str, FamilySettings] = {
     ),
     "granitemoehybrid": _config(layer_types=_LINEAR, mamba_n_heads=4, mamba_chunk_size=4),
     "inkling": FamilySettings(
-        config={
-            "layer_types": ["hybrid_sliding", "hybrid", "hybrid_sliding"],
-            "swa_num_attention_heads": 2,
-            "swa_num_key_value_heads": 2,
-            "swa_head_dim": 8,
-            "d_rel": 4,
-            "rel_extent": 8,
-            "logits_mup_width_multiplier": 1.0,
-        },
+        config={**_INKLING, "logits_mup_width_multiplier": 1.0},
         # With fewer layers than scales it would need scipy.
         wrapper={"vision_config": {"patch_size": 2, "temporal_patch_size": 2, "num_hidden_layers": 3}},
     ),
     "inkling2": FamilySettings(
-        config={
-            "layer_types": ["hybrid_sliding", "hybrid", "hybrid_sliding"],
-            "swa_num_attention_heads": 2,
-            "swa_num_key_value_heads": 2,
-            "swa_head_dim": 8,
-            "d_rel": 4,
-            "rel_extent": 8,
-            "unpadded_vocab_size": VOCABULARY,
-            "n_layers_per_attn_res_block": 2,
-        },
+        config={**_INKLING, "unpadded_vocab_size": VOCABULARY, "n_layers_per_attn_res_block": 2},
         # Its norms hand float32 to linear layers, whatever the weights are.
         dtype=torch.float32,
     ),
