@@ -17,6 +17,7 @@ from bmoe_lightning.methods.base import CurvatureMethod, State, check_choice, sc
 from bmoe_lightning.methods.batch_view import BatchView
 from bmoe_lightning.methods.needs import Needs
 from bmoe_lightning.methods.options import option
+from bmoe_lightning.methods.posterior_options import prior_mean_option, scope_option
 from bmoe_lightning.methods.temperature_search import fit_temperature, negative_log_likelihood
 from bmoe_lightning.methods.workbench import PRIOR_MEANS, PriorMeanName, Workbench
 from bmoe_lightning.utils.fit_warnings import collected_fit_warnings, warn_of_fit
@@ -40,10 +41,8 @@ class EvidenceTemperature(CurvatureMethod):
 
     name: str = "evidence_temperature"
     label: str = "Evidence temperature"
-    scope: Scope = option("layer", "Scope of the prior precision: one per layer (`layer`), or a single one (`global`).")
-    prior_mean: PriorMeanName = option(
-        "pretrained", "Prior mean: the weights before fine-tuning (`pretrained`), or `zero`."
-    )
+    scope: Scope = scope_option()
+    prior_mean: PriorMeanName = prior_mean_option()
     min_inputs: int = option(
         MIN_UNLABELLED, "Number of held-out inputs below which the fit is refused: their median is noisy.", trial=1
     )

@@ -10,12 +10,13 @@ from torch import Tensor
 
 from bmoe_lightning.curvature.spec import Curvature
 from bmoe_lightning.laplace.covariance_cache import CovarianceCache
-from bmoe_lightning.laplace.predictive import NUM_SAMPLES, LinkName, check_link, class_probabilities
+from bmoe_lightning.laplace.predictive import LinkName, check_link, class_probabilities
 from bmoe_lightning.laplace.prior import fit_lpo
 from bmoe_lightning.methods.base import PRIOR_PRECISION, CurvatureMethod, State
 from bmoe_lightning.methods.batch_view import BatchView
 from bmoe_lightning.methods.needs import Needs
 from bmoe_lightning.methods.options import option
+from bmoe_lightning.methods.posterior_options import link_option, num_samples_option
 from bmoe_lightning.methods.workbench import Workbench
 from bmoe_lightning.utils.fit_warnings import warn_of_fit
 
@@ -40,12 +41,8 @@ class Isotropic(CurvatureMethod):
     label: str = "Isotropic"
     use_labels: bool = option(True, "Whether sigma is fitted on held-out labels; otherwise none are used.")
     tolerance: float = option(0.003, "Accepted relative change of the NLL, without labels.")
-    link: LinkName = option(
-        "mc",
-        "Link from logits to probabilities: `mc`, `isotropic`, `probit` or `laplace_bridge`.",
-        prediction_only=True,
-    )
-    num_samples: int = option(NUM_SAMPLES, "Number of Monte Carlo samples per prediction.", prediction_only=True)
+    link: LinkName = link_option()
+    num_samples: int = num_samples_option()
 
     positive_state = (PRIOR_PRECISION,)
     source = "https://arxiv.org/abs/2412.05723"

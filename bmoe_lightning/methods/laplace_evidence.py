@@ -7,12 +7,12 @@ from typing import ClassVar
 
 from torch import Tensor
 
-from bmoe_lightning.laplace.predictive import NUM_SAMPLES, LinkName, check_link, class_probabilities
+from bmoe_lightning.laplace.predictive import LinkName, check_link, class_probabilities
 from bmoe_lightning.laplace.prior import SCOPES, Scope
 from bmoe_lightning.methods.base import PRIOR_PRECISION, CurvatureMethod, State, check_choice
 from bmoe_lightning.methods.batch_view import BatchView
 from bmoe_lightning.methods.needs import Needs
-from bmoe_lightning.methods.options import option
+from bmoe_lightning.methods.posterior_options import link_option, num_samples_option, prior_mean_option, scope_option
 from bmoe_lightning.methods.uncertainty import posterior_uncertainty
 from bmoe_lightning.methods.workbench import PRIOR_MEANS, PriorMeanName, Workbench
 
@@ -31,16 +31,10 @@ class LaplaceEvidence(CurvatureMethod):
 
     name: str = "laplace_evidence"
     label: str = "Bayesian-MoE (evidence)"
-    scope: Scope = option("layer", "Scope of the prior precision: one per layer (`layer`), or a single one (`global`).")
-    prior_mean: PriorMeanName = option(
-        "pretrained", "Prior mean: the weights before fine-tuning (`pretrained`), or `zero`."
-    )
-    link: LinkName = option(
-        "mc",
-        "Link from logits to probabilities: `mc`, `isotropic`, `probit` or `laplace_bridge`.",
-        prediction_only=True,
-    )
-    num_samples: int = option(NUM_SAMPLES, "Number of Monte Carlo samples per prediction.", prediction_only=True)
+    scope: Scope = scope_option()
+    prior_mean: PriorMeanName = prior_mean_option()
+    link: LinkName = link_option()
+    num_samples: int = num_samples_option()
 
     positive_state: ClassVar[tuple[str, ...]] = (PRIOR_PRECISION,)
     source = "https://arxiv.org/abs/2511.08968"

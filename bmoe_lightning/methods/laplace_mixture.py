@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from bmoe_lightning.experts.threads import model_lock
 from bmoe_lightning.experts.weight_comparison import PresentWeights
 from bmoe_lightning.laplace.posterior import WeightMismatchError
-from bmoe_lightning.laplace.predictive import NUM_SAMPLES, LinkName
+from bmoe_lightning.laplace.predictive import LinkName
 from bmoe_lightning.laplace.prior import Scope
 from bmoe_lightning.methods.base import PRIOR_PRECISION, CurvatureMethod, MemberFit, State, check_choice, state_numbers
 from bmoe_lightning.methods.batch_view import BatchView
@@ -23,6 +23,7 @@ from bmoe_lightning.methods.laplace_evidence import LaplaceEvidence
 from bmoe_lightning.methods.laplace_lpo import LaplaceLPO
 from bmoe_lightning.methods.needs import Needs
 from bmoe_lightning.methods.options import option
+from bmoe_lightning.methods.posterior_options import link_option, num_samples_option, prior_mean_option, scope_option
 from bmoe_lightning.methods.storage import load_fit
 from bmoe_lightning.methods.weight_ensemble import weight_members
 from bmoe_lightning.methods.workbench import PriorMeanName, Workbench
@@ -66,16 +67,10 @@ class LaplaceMixture(CurvatureMethod):
         "For each of `runs` the folder of its fit of the component, `dirpath` of its callback; recipes set this.",
         prediction_only=True,
     )
-    scope: Scope = option("layer", "Scope of the prior precision: one per layer (`layer`), or a single one (`global`).")
-    prior_mean: PriorMeanName = option(
-        "pretrained", "Prior mean of the evidence: the weights before fine-tuning (`pretrained`), or `zero`."
-    )
-    link: LinkName = option(
-        "mc",
-        "Link from logits to probabilities: `mc`, `isotropic`, `probit` or `laplace_bridge`.",
-        prediction_only=True,
-    )
-    num_samples: int = option(NUM_SAMPLES, "Number of Monte Carlo samples per prediction.", prediction_only=True)
+    scope: Scope = scope_option()
+    prior_mean: PriorMeanName = prior_mean_option("Prior mean of the evidence")
+    link: LinkName = link_option()
+    num_samples: int = num_samples_option()
 
     positive_state: ClassVar[tuple[str, ...]] = (PRIOR_PRECISION,)
     source = "https://arxiv.org/abs/2111.03577"

@@ -23,6 +23,7 @@ from bmoe_lightning.methods.laplace_lpo import LaplaceLPO
 from bmoe_lightning.methods.needs import Needs
 from bmoe_lightning.methods.noise_routes import NoiseRoutes, check_noise_state, check_scales, warn_of_scale
 from bmoe_lightning.methods.options import option
+from bmoe_lightning.methods.posterior_options import link_option
 from bmoe_lightning.methods.routes import route_information, route_moments
 from bmoe_lightning.methods.workbench import Workbench
 from bmoe_lightning.routers.costs import RoutingCost, noise_cost
@@ -74,7 +75,7 @@ class LaplaceRouterNoise(LaplaceLPO):
         prediction_only=True,
     )
     # What is predicted decides between the candidates, so these two affect the fit here.
-    link: LinkName = option("mc", "Link from logits to probabilities: `mc`, `isotropic`, `probit` or `laplace_bridge`.")
+    link: LinkName = link_option(prediction_only=False)
     link_samples: int = option(NUM_SAMPLES, "Number of Monte Carlo samples of the link.")
 
     cost = (

@@ -6,12 +6,12 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from bmoe_lightning.laplace.predictive import NUM_SAMPLES, LinkName, class_probabilities
+from bmoe_lightning.laplace.predictive import LinkName, class_probabilities
 from bmoe_lightning.methods.base import PRIOR_PRECISION, State, scalar
 from bmoe_lightning.methods.batch_view import BatchView
 from bmoe_lightning.methods.laplace_evidence import LaplaceEvidence
 from bmoe_lightning.methods.needs import Needs
-from bmoe_lightning.methods.options import option
+from bmoe_lightning.methods.posterior_options import link_option, num_samples_option
 from bmoe_lightning.methods.temperature_search import fit_temperature
 from bmoe_lightning.methods.workbench import Workbench
 
@@ -26,8 +26,8 @@ class LaplaceTemperature(LaplaceEvidence):
 
     name: str = "laplace_temperature"
     label: str = "Bayesian-MoE + temperature"
-    link: LinkName = option("mc", "Link from logits to probabilities: `mc`, `isotropic`, `probit` or `laplace_bridge`.")
-    num_samples: int = option(NUM_SAMPLES, "Number of Monte Carlo samples per prediction.")
+    link: LinkName = link_option(prediction_only=False)
+    num_samples: int = num_samples_option(prediction_only=False)
 
     positive_state = (PRIOR_PRECISION, "temperature")
 

@@ -23,6 +23,7 @@ from bmoe_lightning.methods.base import CurvatureMethod, State, check_choice, sc
 from bmoe_lightning.methods.batch_view import BatchView
 from bmoe_lightning.methods.needs import Needs
 from bmoe_lightning.methods.options import option
+from bmoe_lightning.methods.posterior_options import prior_mean_option, scope_option
 from bmoe_lightning.methods.temperature_search import TEMPERATURE_RANGE
 from bmoe_lightning.methods.workbench import PRIOR_MEANS, PriorMeanName, Workbench
 from bmoe_lightning.utils.fit_warnings import warn_of_fit
@@ -49,10 +50,8 @@ class LeaveOneOutTemperature(CurvatureMethod):
 
     name: str = "leave_one_out_temperature"
     label: str = "Leave-one-out temperature"
-    scope: Scope = option("layer", "Scope of the prior precision: one per layer (`layer`), or a single one (`global`).")
-    prior_mean: PriorMeanName = option(
-        "pretrained", "Prior mean: the weights before fine-tuning (`pretrained`), or `zero`."
-    )
+    scope: Scope = scope_option()
+    prior_mean: PriorMeanName = prior_mean_option()
     train_inputs: int = option(
         512, "Number of training examples that the accuracy is estimated from, rounded up to whole batches.", trial=8
     )
