@@ -80,7 +80,9 @@ def label_position(row: Row, column: str, labels: Sequence[str]) -> int:
     Raises:
         ValueError: If the column is missing, empty, or not one of the labels.
     """
-    value = row[column] if column in row else present(row, column)
+    if column not in row:
+        present(row, column)  # raises, and names the columns found
+    value = row[column]
     if value is None or (isinstance(value, str) and not value.strip()):
         raise ValueError(f"{column} is empty; use a split whose answers are public")
     key = name_of(value, column)

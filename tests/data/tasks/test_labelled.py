@@ -32,6 +32,15 @@ def test_the_key_is_looked_up_even_where_labels_are_out_of_order():
     assert question.choices[question.answer] == "y"
 
 
+def test_a_missing_key_is_told_from_an_empty_one():
+    missing = {name: value for name, value in row().items() if name != "answerKey"}
+    with pytest.raises(ValueError, match=r"answerKey missing; the columns found are \['choices', 'id', 'question'\]"):
+        labelled_question(missing, "question")
+    for empty in (None, " "):
+        with pytest.raises(ValueError, match="answerKey is empty; use a split whose answers are public"):
+            labelled_question(row(answerKey=empty), "question")
+
+
 @pytest.mark.parametrize(("labels", "key", "answer"), [([1, 2, 3], " 3\n", 2), ([0, 1, 2], 0, 0), ([0, 1, 2], "1", 1)])
 def test_integer_labels_and_keys(labels, key, answer):
     assert labelled_question(row(choices=choices([*"abc"], labels), answerKey=key), "question").answer == answer

@@ -50,6 +50,8 @@ def test_recognised_by_the_most_columns():
         match=r"the columns \['a', 'b'\] fit none of openbookqa, arc, winogrande, boolq, mmlu, medmcqa, sc",
     ):
         R.recognise_task(["b", "a"])
+    with pytest.raises(ValueError, match=r"\(openbookqa needs question_stem too, arc needs question too\); name"):
+        R.recognise_task(["id", "answerKey", "choices"])
     with pytest.raises(ValueError, match="fit the tasks openbookqa, arc; name the task"):
         R.recognise_task(["question", "question_stem", "answerKey"])
 
