@@ -28,8 +28,8 @@ def shared_terms(
 ) -> list[BatchTerms]:
     """The terms of a batch under each posterior; layers whose factors several of them share are computed once.
 
-    A batch that does not fit in memory runs in parts; see `run_in_parts`. A batch of one short example runs as copies of
-    it within `copied_examples`.
+    A batch that does not fit in memory runs in parts; see `run_in_parts`. A batch of one short example runs as copies
+    of it within `copied_examples`.
 
     Args:
         bound: The posteriors, located in the model. Of copies of the same factors on a device one is left.
