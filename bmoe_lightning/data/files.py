@@ -217,6 +217,8 @@ def _json_rows(file: Path) -> Iterator[NumberedRow]:
 def _json_object(line: bytes, where: str) -> dict[str, Any]:
     try:
         row = json.loads(line.decode(), object_pairs_hook=_unique)
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{where}: no text in UTF-8 ({first_line(error)}); save the file in UTF-8") from None
     except (ValueError, RecursionError) as error:
         raise ValueError(f"{where}: not a JSON object ({first_line(error)}); write one object a line") from None
     if not isinstance(row, dict):

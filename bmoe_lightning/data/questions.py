@@ -10,7 +10,7 @@ import unicodedata
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
-from bmoe_lightning.utils.messages import shown
+from bmoe_lightning.utils.messages import described, shown
 
 LETTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
 _INVISIBLE = ("Zs", "Zl", "Zp", "Cc", "Cf")
@@ -49,7 +49,8 @@ class Question:
             )
         if isinstance(self.answer, bool) or not isinstance(self.answer, int):
             raise TypeError(
-                f"question {shown(self.id)}: answer must be an integer position, found {shown(self.answer)}"
+                f"question {shown(self.id)}: answer must be an integer position counted from 0, found "
+                f"{described(self.answer)}"
             )
         if not 0 <= self.answer < len(self.choices):
             raise ValueError(
@@ -61,7 +62,7 @@ class Question:
 def _check_is_sequence(identity: str, choices: object) -> None:
     # One string is a sequence too, and would pass as one choice a character.
     if isinstance(choices, str) or not isinstance(choices, Sequence):
-        raise TypeError(f"question {shown(identity)}: choices must be a tuple of texts, found {type(choices).__name__}")
+        raise TypeError(f"question {shown(identity)}: choices must be a list of texts, found {described(choices)}")
 
 
 def _check_texts(question: Question) -> None:
@@ -70,7 +71,7 @@ def _check_texts(question: Question) -> None:
     named += [] if question.passage is None else [("passage", question.passage)]
     for name, text in named:
         if not isinstance(text, str):
-            raise TypeError(f"question {shown(question.id)}: {name} must be a string, found {type(text).__name__}")
+            raise TypeError(f"question {shown(question.id)}: {name} must be a text, found {described(text)}")
         if is_blank(text):
             raise ValueError(f"question {shown(question.id)}: {name} is empty; drop or repair the item")
         if not is_encodable(text):

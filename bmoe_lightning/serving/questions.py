@@ -6,8 +6,8 @@ from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 from bmoe_lightning.data.questions import Question
-
-_COLUMNS = ("question", "choices", "passage", "id", "answer")
+from bmoe_lightning.data.tasks.columns import list_of, present, text_column
+from bmoe_lightning.utils.messages import described
 
 
 def as_questions(given: Iterable[Question | Mapping[str, Any]]) -> Iterator[Question]:
@@ -53,21 +53,23 @@ def question_of(row: Mapping[str, Any], identity: str, where: str = "") -> Quest
     prefix = where or f"question {identity}"
     if not isinstance(row, Mapping):
         raise ValueError(f"{prefix}: a {type(row).__name__}; give a Question, or a mapping with question and choices")
-    missing = [name for name in _COLUMNS[:2] if row.get(name) is None]
-    if missing:
-        raise ValueError(f"{prefix}: {' and '.join(missing)} missing; found are {sorted(map(str, row))}")
-    answer = row.get("answer")
     try:
-        found = row.get("id")
-        if found is not None and (isinstance(found, bool) or not isinstance(found, (str, int, float))):
-            raise TypeError(f"id must be a text or a number, found {type(found).__name__}")
-        # The right choice is unknown; no prediction depends on it.
+        # The right choice may be unknown; no prediction depends on it.
+        answer, passage = row.get("answer"), row.get("passage")
         return Question(
-            id=identity if found is None else found if isinstance(found, str) else str(found),
-            question=row["question"],
-            choices=row["choices"],
+            id=_identity(row.get("id"), identity),
+            question=text_column(row, "question"),
+            choices=tuple(list_of(present(row, "choices"), "choices")),
             answer=0 if answer is None else answer,
-            passage=row.get("passage"),
+            passage=None if passage is None else text_column(row, "passage"),
         )
     except (TypeError, ValueError) as error:
         raise ValueError(f"{prefix}: {error}") from None
+
+
+def _identity(found: object, otherwise: str) -> str:
+    if found is None:
+        return otherwise
+    if isinstance(found, bool) or not isinstance(found, (str, int, float)):
+        raise TypeError(f"id must be a text or a number, found {described(found)}")
+    return str(found)

@@ -11,6 +11,14 @@ _SHORT.maxlevel = 3
 _SHORT.maxlist = _SHORT.maxtuple = 26
 _SHORT.maxdict = 8
 _SHORT.maxstring = _SHORT.maxother = 100
+# In the words of JSON and parquet; a bool is an int too, so it goes first.
+_KINDS: dict[type | tuple[type, ...], str] = {
+    bool: "the boolean",
+    str: "the text",
+    (int, float): "the number",
+    (list, tuple): "the list",
+    Mapping: "the object",
+}
 
 
 def first_names(names: Iterable[str], count: int = 3) -> str:
@@ -58,6 +66,20 @@ def shown(value: object, limit: int = 300) -> str:
     """
     text = _SHORT.repr(value)
     return text if len(text) <= limit else f"{text[: limit - 3]}..."
+
+
+def described(value: object) -> str:
+    """A value of a file for a message, with its kind: `the text 'abcd'`, `the number 3`, `null`; shortened.
+
+    Args:
+        value: Any value.
+    """
+    if value is None:
+        return "null"
+    for kinds, name in _KINDS.items():
+        if isinstance(value, kinds):
+            return f"{name} {shown(value)}"
+    return f"{type(value).__name__} {shown(value)}"
 
 
 def first_line(error: BaseException) -> str:

@@ -163,7 +163,7 @@ def test_a_folder_that_cannot_be_entered_is_one_sentence(inner):
         (b"{oops", "not a JSON object"),
         (b"[1, 2]", "a JSON list"),
         (b"3", "a JSON int"),
-        (b"\xff", "not a JSON object"),
+        (b"\xff", "no text in UTF-8"),
         (b"[" * 100_000, "not a JSON object"),
         (b'{"n": 1, "n": 2}', "the key 'n' is duplicate"),
     ],

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from bmoe_lightning.utils.messages import first_line, first_names, numbered, shown, shown_path
+from bmoe_lightning.utils.messages import described, first_line, first_names, numbered, shown, shown_path
 
 
 def test_first_names():
@@ -38,3 +38,12 @@ def test_a_shown_value_is_short_and_printable():
         assert len(text) <= 300
         assert text.isprintable()
         assert "..." in text
+
+
+def test_a_described_value_has_its_kind_in_words():
+    values = {None: "null", True: "the boolean True", 3: "the number 3", 0.5: "the number 0.5", "a": "the text 'a'"}
+    assert [described(value) for value in values] == list(values.values())
+    assert described(["a"]) == "the list ['a']"
+    assert described({"a": 1}) == "the object {'a': 1}"
+    assert described(b"a") == "bytes b'a'"
+    assert len(described("word " * 600)) < 300

@@ -7,7 +7,7 @@ from typing import Any
 
 from bmoe_lightning.data.questions import is_blank, is_encodable
 from bmoe_lightning.data.tasks.base import Row
-from bmoe_lightning.utils.messages import shown
+from bmoe_lightning.utils.messages import described, shown
 
 
 def text_column(row: Row, column: str) -> str:
@@ -22,7 +22,7 @@ def text_column(row: Row, column: str) -> str:
     """
     value = present(row, column)
     if not isinstance(value, str):
-        raise ValueError(f"{column} must be a text, found {shown(value)}")
+        raise ValueError(f"{column} must be a text, found {described(value)}")
     return _checked(value, column)
 
 
@@ -54,7 +54,7 @@ def index_column(row: Row, column: str, size: int) -> int:
     """
     value = present(row, column)
     if isinstance(value, bool) or not isinstance(value, int) or not 0 <= value < size:
-        raise ValueError(f"{column} must be an integer from 0 to {size - 1}, found {shown(value)}")
+        raise ValueError(f"{column} must be an integer from 0 to {size - 1}, found {described(value)}")
     return value
 
 
@@ -70,7 +70,7 @@ def bool_column(row: Row, column: str) -> bool:
     """
     value = present(row, column)
     if not isinstance(value, bool):
-        raise ValueError(f"{column} must be true or false, found {shown(value)}")
+        raise ValueError(f"{column} must be true or false, found {described(value)}")
     return value
 
 
@@ -97,10 +97,11 @@ def present(row: Row, column: str) -> Any:
     Raises:
         ValueError: If the column is missing or null.
     """
-    value = row.get(column)
-    if value is None:
-        raise ValueError(f"{column} missing; the columns found are {shown(sorted(row))}")
-    return value
+    if column not in row:
+        raise ValueError(f"{column} missing; the columns found are {shown(sorted(map(str, row)))}")
+    if row[column] is None:
+        raise ValueError(f"{column} is null; give a value, or drop the row")
+    return row[column]
 
 
 def name_of(value: object, column: str) -> str:
@@ -114,7 +115,7 @@ def name_of(value: object, column: str) -> str:
         ValueError: If it is neither, or empty.
     """
     if isinstance(value, bool) or not isinstance(value, int | str):
-        raise ValueError(f"{column} must be a text or an integer, found {shown(value)}")
+        raise ValueError(f"{column} must be a text or an integer, found {described(value)}")
     return _checked(str(value), column).strip()
 
 
@@ -130,7 +131,7 @@ def list_of(value: object, column: str) -> Sequence[Any]:
     """
     # A string is a sequence too, and would pass as one choice a character.
     if isinstance(value, str) or not isinstance(value, Sequence):
-        raise ValueError(f"{column} must be a list, found {shown(value)}")
+        raise ValueError(f"{column} must be a list, found {described(value)}")
     if not value:
         raise ValueError(f"{column} is empty")
     return value
@@ -149,7 +150,7 @@ def texts_of(value: object, column: str) -> tuple[str, ...]:
     texts = list_of(value, column)
     for text in texts:
         if not isinstance(text, str):
-            raise ValueError(f"{column} must be a list of texts, found {shown(text)} among them")
+            raise ValueError(f"{column} must be a list of texts, found {described(text)} among them")
     return tuple(texts)
 
 

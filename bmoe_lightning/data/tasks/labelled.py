@@ -8,7 +8,7 @@ from typing import Any
 from bmoe_lightning.data.questions import Question
 from bmoe_lightning.data.tasks.base import Row
 from bmoe_lightning.data.tasks.columns import id_column, list_of, name_of, present, text_column, texts_of
-from bmoe_lightning.utils.messages import shown
+from bmoe_lightning.utils.messages import described, shown
 
 
 def labelled_question(row: Row, column: str) -> Question:
@@ -30,7 +30,7 @@ def labelled_question(row: Row, column: str) -> Question:
         for name in inner.keys() - {"question"}:
             if row.get(name) not in (None, inner[name]):
                 raise ValueError(f"{name} stands beside the nested question too, and differs; leave out one of the two")
-        flat = {**row, **inner}
+        flat = {name: value for name, value in {**row, **inner}.items() if value is not None or name not in inner}
     text = text_column(flat, column)
     texts, labels = labelled_choices(present(flat, "choices"))
     return Question(id=identity, question=text, choices=texts, answer=label_position(row, "answerKey", labels))
@@ -56,7 +56,7 @@ def labelled_choices(choices: object, column: str = "choices") -> tuple[tuple[st
             texts, labels = [c["text"] for c in choices], [c["label"] for c in choices]  # type: ignore[attr-defined]
     except (KeyError, TypeError):
         raise ValueError(
-            f"{column} must hold 'text' and 'label', as two lists or as a list of pairs; found {shown(choices)}"
+            f"{column} must hold 'text' and 'label', as two lists or as a list of pairs; found {described(choices)}"
         ) from None
     texts, labels = texts_of(texts, f"text of {column}"), _labels(labels, f"label of {column}")
     if len(texts) != len(labels):

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 from bmoe_lightning.data.tasks.base import NumberedRow, Task
-from bmoe_lightning.utils.messages import shown
+from bmoe_lightning.utils.messages import described
 
 
 @dataclass(frozen=True)
@@ -46,7 +46,7 @@ class SubjectTask(Task):
         for where, row in rows:
             subject = row.get(self.subject_column)
             if not isinstance(subject, str):
-                raise ValueError(f"{where}: {self.subject_column} must be a text, found {shown(subject)}")
+                raise ValueError(f"{where}: {self.subject_column} must be a text, found {described(subject)}")
             found.add(subject)
             if subject in ("", *self.subjects):
                 yield where, row

@@ -31,7 +31,7 @@ def test_read_names_the_place_of_a_malformed_row():
     row = {"q": "Why?", "c": ["x", "y"], "a": 1}
     assert Plain().read(row, "test-4", "f, line 4") == Question("test-4", "Why?", ("x", "y"), 1)
     for changes, message in (
-        ({"q": 3}, "f, line 4: question 'test-4': question must be a string"),
+        ({"q": 3}, "f, line 4: question 'test-4': question must be a text, found the number 3"),
         ({"a": 2}, "f, line 4: question 'test-4': answer 2 is outside"),
     ):
         with pytest.raises(ValueError, match=message) as caught:

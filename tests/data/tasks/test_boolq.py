@@ -22,10 +22,10 @@ def test_true_is_the_answer_true(column, value, right):
     ("columns", "message"),
     [
         ({}, r"answer \(or label\) missing"),
-        ({"answer": 1}, "answer must be true or false, found 1"),
+        ({"answer": 1}, "answer must be true or false, found the number 1"),
         ({"answer": "true"}, "answer must be true or false"),
-        ({"label": -1}, "label must be an integer from 0 to 1, found -1"),
-        ({"label": True}, "label must be an integer from 0 to 1, found True"),
+        ({"label": -1}, "label must be an integer from 0 to 1, found the number -1"),
+        ({"label": True}, "label must be an integer from 0 to 1, found the boolean True"),
         ({"answer": None, "label": None}, r"answer \(or label\) missing"),
     ],
 )

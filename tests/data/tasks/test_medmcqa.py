@@ -48,5 +48,5 @@ def test_named_subjects_are_read(tmp_path):
     with pytest.raises(ValueError, match="no row has the subject 'Law'; the subjects are Anatomy, Medicine, Surgery"):
         load_questions(data, "train", task=MedMCQA(subjects=("Law",)))
     rows = iter([("line 1", {"question": "?", "subject": "Medicine"})])
-    with pytest.raises(ValueError, match="line 1: subject_name must be a text, found None"):
+    with pytest.raises(ValueError, match="line 1: subject_name must be a text, found null"):
         list(MedMCQA(subjects=("Medicine",)).select(rows))

@@ -82,5 +82,5 @@ def test_unknown_subjects_are_refused_with_those_there_are(hub):
     with pytest.raises(TypeError, match=r"subjects must be a tuple of names, found 'anatomy'; write \('anatomy',\)"):
         MMLU(subjects="anatomy")
     rows = iter([("line 1", {"question": "?"})])
-    with pytest.raises(ValueError, match="line 1: subject must be a text, found None"):
+    with pytest.raises(ValueError, match="line 1: subject must be a text, found null"):
         list(MMLU(subjects=("anatomy",)).select(rows))

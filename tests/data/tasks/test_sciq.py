@@ -27,5 +27,5 @@ def test_the_order_depends_on_the_question_alone():
 
 @pytest.mark.parametrize("column", ["question", "correct_answer", "distractor1", "distractor2", "distractor3"])
 def test_a_missing_text_is_refused(column):
-    with pytest.raises(ValueError, match=f"^here: {column} missing"):
+    with pytest.raises(ValueError, match=f"^here: {column} is null"):
         SciQ().read({**row(1), column: None}, "train-1", "here")

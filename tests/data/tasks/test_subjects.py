@@ -23,7 +23,7 @@ class TestSubjects:
         assert len(list(kind(subjects=("d",)).select(unnamed))) == 1  # a split without subjects, for training
 
     def test_a_row_without_the_column_is_refused(self, kind, column):
-        with pytest.raises(ValueError, match=f"line 1: {column} must be a text, found None"):
+        with pytest.raises(ValueError, match=f"line 1: {column} must be a text, found null"):
             list(kind(subjects=("a",)).select(iter([("line 1", {})])))
 
     def test_one_string_is_refused(self, kind, column):

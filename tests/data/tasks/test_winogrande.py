@@ -22,7 +22,7 @@ def test_the_answer_counts_options_from_one(answer, position):
         ("3", r"answer '3' is none of the labels \['1', '2'\]"),
         ("0", "answer '0' is none"),
         ("A", "answer 'A' is none"),
-        (True, "answer must be a text or an integer, found True"),
+        (True, "answer must be a text or an integer, found the boolean True"),
     ],
 )
 def test_a_row_without_an_answer_is_refused(answer, message):
