@@ -92,7 +92,7 @@ def served():
         )
         for i in range(32)
     ]
-    items = form.encoded(words, questions)
+    items, _ = form.encoded(words, questions)
     batches = [
         {**form.batch(items[i : i + 8]), "label": torch.tensor([item.label for item in items[i : i + 8]])}
         for i in range(0, len(items), 8)

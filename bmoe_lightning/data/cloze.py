@@ -18,8 +18,9 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from bmoe_lightning.data.batches import Batch, Collate, EncodedQuestion
-from bmoe_lightning.data.prompts import PromptFormat, encode_prompts, longest_cut
+from bmoe_lightning.data.prompts import PromptFormat, encode_prompts
 from bmoe_lightning.data.questions import LETTERS, Question
+from bmoe_lightning.data.truncation import longest_cut
 from bmoe_lightning.utils.messages import shown
 
 Normalisation = Literal["sum", "characters", "bytes"]
@@ -100,7 +101,8 @@ def fit_cloze(
         `(encoded questions, number of truncated prompts)`.
 
     Raises:
-        ValueError: If a question does not fit, a choice has no token, or no token precedes it.
+        PromptTooLongError: If a question does not fit.
+        ValueError: If a choice has no token, or no token precedes it.
     """
     length = _LENGTHS[normalise]
     tokens = _encode(tokenizer, prompt_format, questions)

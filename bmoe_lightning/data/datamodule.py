@@ -19,7 +19,7 @@ from bmoe_lightning.data.cloze import ClozeCollate, Normalisation, check_cloze, 
 from bmoe_lightning.data.duplicates import make_disjoint
 from bmoe_lightning.data.files import DataUnavailableError
 from bmoe_lightning.data.padding import measured_padding_side, shares_prompts
-from bmoe_lightning.data.prompts import answer_token_ids, fit_prompts, get_prompt_format
+from bmoe_lightning.data.prompts import answer_token_ids, get_prompt_format
 from bmoe_lightning.data.protocols.base import Protocol
 from bmoe_lightning.data.protocols.holdout import Holdout
 from bmoe_lightning.data.protocols.registry import get_protocol
@@ -27,6 +27,7 @@ from bmoe_lightning.data.questions import Question, Splits, draw
 from bmoe_lightning.data.splits import download_splits, load_splits
 from bmoe_lightning.data.tasks.base import Task
 from bmoe_lightning.data.tasks.registry import get_task
+from bmoe_lightning.data.truncation import TRUNCATED, TruncationWarning, fit_prompts
 from bmoe_lightning.models.loading import load_tokenizer
 
 Part = Literal["train", "calibration", "test"]
@@ -231,9 +232,8 @@ class MultipleChoiceDataModule(LightningDataModule):
             items, cut = fit_cloze(tokenizer, self.prompt_format, questions, self.max_length, self.normalise)
         if cut:
             warnings.warn(
-                f"{cut} of {len(questions)} {part} prompts were longer than max_length={self.max_length}; "
-                "words were cut from their passage, or from the front of a question without one",
-                UserWarning,
+                f"{cut} of {len(questions)} {part} prompts were longer than max_length={self.max_length}; {TRUNCATED}",
+                TruncationWarning,
                 stacklevel=2,
             )
         alike = indistinct(items)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
@@ -14,6 +15,7 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from bmoe_lightning.data.questions import Question
+from bmoe_lightning.data.truncation import TRUNCATED, TruncationWarning
 from bmoe_lightning.methods.base import Method, check_method_names
 from bmoe_lightning.methods.evaluation import Predictor
 from bmoe_lightning.methods.fit_result import FitResult, NotFittedError
@@ -203,15 +205,7 @@ class CalibratedModel:
         Raises:
             ValueError: If there is no method of that name.
         """
-        found = {method.name: method for method in self.methods}
-        if name is None:
-            return next((method for method in self.methods if method.is_fitted_method), self.methods[0])
-        if name in found:
-            return found[name]
-        unfitted = get_method(name) if name in method_names() else None
-        if unfitted is None or unfitted.is_fitted_method or unfitted.is_ensemble:
-            raise ValueError(f"this model has no method {name!r}; it has {', '.join(found)}")
-        return unfitted
+        return method_of(self.methods, name)
 
     def predictor(self, method: str | None = None) -> Predictor:
         """Predicts batches of your own with a method, for `class_logits` of your own.
@@ -280,19 +274,29 @@ class CalibratedModel:
 
         Yields:
             The questions of a batch, and their predictions.
+
+        Warns:
+            TruncationWarning: Once, at the end, if questions were longer than prompts of the training, and lost words.
         """
         if batch_size < 1:
             raise ValueError(f"batch_size is {batch_size}; it must be at least 1")
         predictor, remaining = self.predictor(method), as_questions(questions)
         at_a_time = batch_size * (_BATCHES_OF_A_MEMBER if predictor.method.is_ensemble else 1)
-        while several := list(islice(remaining, at_a_time)):
-            groups = [several[begin : begin + batch_size] for begin in range(0, len(several), batch_size)]
-            batches = [
-                self.questions.batch(self.questions.encoded(self.tokenizer, group), self.device) for group in groups
-            ]
-            predicted = predictor.predict_batches(self.module, self.class_logits, batches)
-            for group, (log_probs, view) in zip(groups, predicted, strict=True):
-                yield group, ServedPredictions.of(log_probs, predictor.uncertainty(view))
+        total = cut = 0
+        try:
+            while several := list(islice(remaining, at_a_time)):
+                groups = [several[begin : begin + batch_size] for begin in range(0, len(several), batch_size)]
+                encoded = [self.questions.encoded(self.tokenizer, group) for group in groups]
+                total, cut = total + len(several), cut + sum(count for _, count in encoded)
+                batches = [self.questions.batch(items, self.device) for items, _ in encoded]
+                predicted = predictor.predict_batches(self.module, self.class_logits, batches)
+                for group, (log_probs, view) in zip(groups, predicted, strict=True):
+                    yield group, ServedPredictions.of(log_probs, predictor.uncertainty(view))
+        finally:  # also for a caller that takes some batches only
+            if cut:
+                longest = f"the {self.questions.max_length} tokens of prompts that the model was fine-tuned with"
+                message = f"{cut} of {total} questions were longer than {longest}; {TRUNCATED}"
+                warnings.warn(message, TruncationWarning, stacklevel=2)
 
     def prediction_sets(
         self,
@@ -341,6 +345,27 @@ class CalibratedModel:
         from bmoe_lightning.serving.saving import save
 
         save(self, Path(folder))
+
+
+def method_of(methods: Sequence[Method], name: str | None) -> Method:
+    """A method of a served model by name; see `CalibratedModel.method`.
+
+    Args:
+        methods: The methods of the model, at least one.
+        name: Name of one of them, or of a registered method that needs no fit and no files; None for the default one.
+
+    Raises:
+        ValueError: If there is no method of that name.
+    """
+    found = {method.name: method for method in methods}
+    if name is None:
+        return next((method for method in methods if method.is_fitted_method), methods[0])
+    if name in found:
+        return found[name]
+    unfitted = get_method(name) if name in method_names() else None
+    if unfitted is None or unfitted.is_fitted_method or unfitted.is_ensemble:
+        raise ValueError(f"this model has no method {name!r}; it has {', '.join(found)}")
+    return unfitted
 
 
 def described_data(data: MultipleChoiceDataModule, name: str | None = None) -> tuple[str, ...]:

@@ -12,8 +12,9 @@ from transformers import PreTrainedTokenizerBase
 
 from bmoe_lightning.data.batches import Collate, EncodedQuestion, PaddingSide
 from bmoe_lightning.data.cloze import ClozeCollate, Normalisation, fit_cloze
-from bmoe_lightning.data.prompts import fit_prompts, get_prompt_format
+from bmoe_lightning.data.prompts import get_prompt_format
 from bmoe_lightning.data.questions import Question
+from bmoe_lightning.data.truncation import PromptTooLongError, fit_prompts
 from bmoe_lightning.models.answer_logits import answer_logits, checked_answer_ids
 from bmoe_lightning.models.choice_logits import choice_logits, has_choice_tokens
 
@@ -132,16 +133,21 @@ class QuestionFormat:
         values = asdict(self)
         return {name: list(value) if isinstance(value, tuple) else value for name, value in values.items()}
 
-    def encoded(self, tokenizer: PreTrainedTokenizerBase, questions: Sequence[Question]) -> list[EncodedQuestion]:
-        """Encode questions.
+    def encoded(
+        self, tokenizer: PreTrainedTokenizerBase, questions: Sequence[Question]
+    ) -> tuple[list[EncodedQuestion], int]:
+        """Encode questions; those that are too long lose words, as in training (see `fit_prompts`).
 
         Args:
             tokenizer: Tokenizer of the model.
             questions: The questions; what they say of their answers is not used.
 
+        Returns:
+            `(encoded questions, number of those that lost words)`.
+
         Raises:
             ValueError: If a question has more choices than the format, or others than its answer words or in another
-                order, or does not fit into `max_length` tokens.
+                order, or does not fit into `max_length` tokens even so.
         """
         for question in questions:
             if self.answer_words is not None and get_prompt_format(self.prompt).answers(question) != self.answer_words:
@@ -155,13 +161,19 @@ class QuestionFormat:
                     f"at most {self.num_choices}; drop choices, or fine-tune with such questions"
                 )
         form = get_prompt_format(self.prompt)
-        if form.cloze:
-            return fit_cloze(tokenizer, form, questions, self.max_length, self.normalise)[0]
-        rows = fit_prompts(tokenizer, form, questions, self.max_length)[0]
+        try:
+            if form.cloze:
+                return fit_cloze(tokenizer, form, questions, self.max_length, self.normalise)
+            rows, cut = fit_prompts(tokenizer, form, questions, self.max_length)
+        except PromptTooLongError as error:
+            raise ValueError(
+                f"{error.found}, and the model was fine-tuned with prompts of at most {self.max_length}; shorten or "
+                "drop it"
+            ) from None
         return [
             EncodedQuestion(tuple(ids), len(question.choices), question.answer, index)
             for index, (ids, question) in enumerate(zip(rows, questions, strict=True))
-        ]
+        ], cut
 
     def batch(self, items: Sequence[EncodedQuestion], device: torch.device | str = "cpu") -> dict[str, Tensor]:
         """One batch of encoded questions, without labels; see `bmoe_lightning.data.batches.Batch`.

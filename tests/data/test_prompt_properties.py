@@ -16,11 +16,11 @@ from bmoe_lightning.data.prompts import (
     PROMPT_NAMES,
     answer_token_ids,
     encode_prompts,
-    fit_prompts,
     get_prompt_format,
 )
 from bmoe_lightning.data.questions import Question, question_key
 from bmoe_lightning.data.tokenizer import train_word_tokenizer
+from bmoe_lightning.data.truncation import fit_prompts
 from bmoe_lightning.utils.messages import shown
 
 CLOZE = get_prompt_format("cloze")

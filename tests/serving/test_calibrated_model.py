@@ -14,6 +14,7 @@ from serving_cases import CURVATURE, NAMES, bits, data_of, fitted, rows_of, serv
 
 from bmoe_lightning import BayesianMoECallback
 from bmoe_lightning.data import Question
+from bmoe_lightning.data.truncation import TruncationWarning
 from bmoe_lightning.laplace.posterior import WeightMismatchError
 from bmoe_lightning.methods import NotFittedError, method_names
 from bmoe_lightning.serving import CalibratedModel, QuestionFormat
@@ -176,9 +177,9 @@ def test_the_answer_of_a_question_does_not_matter(saved):
         ([Question("five", "is it ?", tuple("abcde"), 0)], "'five' has 5 choices.*at most 4"),
         ([{"question": "is it ?"}], "question 0: choices missing"),
         ([{"question": "is it ?", "choices": ["yes"]}], "question 0: .*1 choices"),
-        ([{"question": "is it ?", "choices": "yes"}], "question 0: .*tuple of texts"),
+        ([{"question": "is it ?", "choices": "yes"}], "question 0: choices must be a list, found the text 'yes'"),
         ([{"question": " ", "choices": ["yes", "no"]}], "question 0: .*empty"),
-        ([{"question": "is it ?", "choices": ["yes", 3]}], "question 0: .*must be a string"),
+        ([{"question": "is it ?", "choices": ["yes", 3]}], "question 0: .*must be a text"),
         ([{"question": "is it ?", "choices": ["yes", "no"], "answer": 2}], "question 0: .*outside"),
         ([{"question": "is it ?", "choices": ["yes", "no"], "answer": "A"}], "question 0: .*integer"),
         ([{"question": "is it ?", "choices": ["yes", "no"], "id": ["a"]}], "question 0: id must be a text or a number"),
@@ -277,6 +278,19 @@ def test_threads_get_what_they_get_alone(saved):
 
 def test_batches_of_ones_own_are_predicted(saved):
     served = CalibratedModel.from_pretrained(saved)
-    batch = served.questions.batch(served.questions.encoded(served.tokenizer, TEST), served.device)
+    batch = served.questions.batch(served.questions.encoded(served.tokenizer, TEST)[0], served.device)
     found, _ = served.predictor("laplace_lpo").predict(served.module, served.class_logits, batch)
     assert torch.equal(found, served.predict(TEST, "laplace_lpo").log_probs)
+
+
+def test_questions_that_lose_words_are_counted_once(saved):
+    served = CalibratedModel.from_pretrained(saved, methods=["map"])
+    long = {"question": " ".join(["is"] * 3000), "choices": ["c0", "c1"]}
+    message = r"2 of 4 questions were longer than the 256 tokens of prompts .* words were cut from their passage, or"
+    with pytest.warns(TruncationWarning, match=message) as warned:
+        served.predict([long, TEST[0], TEST[1], long], "map", batch_size=1)
+    assert len(warned) == 1
+    several = served.predict_batches([long, TEST[0]], "map", batch_size=1)
+    next(several)
+    with pytest.warns(TruncationWarning, match="1 of 1 questions were longer"):
+        several.close()

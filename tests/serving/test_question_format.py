@@ -28,7 +28,7 @@ def test_batches_and_logits_are_those_of_the_data(prompt, side):
     for expected in data.test_dataloader():
         questions = TEST[start : start + len(expected["label"])]
         start += len(questions)
-        found = form.batch(form.encoded(data.tokenizer, questions))
+        found = form.batch(form.encoded(data.tokenizer, questions)[0])
         assert set(found) == set(expected) - {"label", "index"}
         for name, value in found.items():
             assert torch.equal(value, expected[name]), name
@@ -43,7 +43,13 @@ def test_long_questions_lose_words_as_in_training():
     data.setup()
     form = QuestionFormat.of_data(data)
     long = Question("long", " ".join(["is"] * 60), ("c0", "c1"), 0)
-    assert len(form.encoded(data.tokenizer, [long])[0].token_ids) <= 24
+    (item,), cut = form.encoded(data.tokenizer, [long])
+    assert len(item.token_ids) <= 24
+    assert cut == 1
+    assert form.encoded(data.tokenizer, [TEST[0], long, long])[1] == 2
+    too_long = Question("choices", "is it", (" ".join(["c0"] * 30), "c1"), 0)
+    with pytest.raises(ValueError, match=r"tokens, and the model was fine-tuned with prompts of at most 24; shorten"):
+        form.encoded(data.tokenizer, [too_long])
 
 
 @pytest.mark.parametrize(
@@ -77,7 +83,7 @@ def test_words_answer_in_the_order_of_training():
     form = QuestionFormat(**words)
     assert QuestionFormat.from_description(form.description()) == form
     tokenizer = data_of().tokenizer
-    assert len(form.encoded(tokenizer, [Question("a", "is it", ("true", "False"), 0)])) == 1
+    assert len(form.encoded(tokenizer, [Question("a", "is it", ("true", "False"), 0)])[0]) == 1
     for choices in (("False", "True"), ("ice", "water")):
         with pytest.raises(ValueError, match=r"question 'a'"):
             form.encoded(tokenizer, [Question("a", "is it", choices, 0)])
