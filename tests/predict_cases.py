@@ -11,9 +11,9 @@ from bmoe_lightning.serving import CalibratedModel
 EVERY = (*TEST, *TRAIN, *CALIBRATION)
 
 
-def run(folder, data, output, *options):
-    arguments = ["--run", folder, "--data", data, "--output", output, "--device", "cpu", "--quiet", *options]
-    return main(["predict", *map(str, arguments)])
+def run(folder, data, output, *options, quiet=True):
+    arguments = ["--run", folder, "--data", data, "--output", output, "--device", "cpu", *options]
+    return main(["predict", *map(str, arguments), *(["--quiet"] if quiet else [])])
 
 
 def names_in(folder):

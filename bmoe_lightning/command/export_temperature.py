@@ -10,11 +10,12 @@ from typing import Any
 
 from transformers import GenerationConfig
 
+from bmoe_lightning.command.given import served_run, written
 from bmoe_lightning.methods.base import TEMPERATURE
 from bmoe_lightning.methods.fit_result import FitResult
 from bmoe_lightning.methods.storage import load_fit
 from bmoe_lightning.models.loading import load_causal_model
-from bmoe_lightning.serving.loading import Served, digest_of, fitted_methods, load_served
+from bmoe_lightning.serving.loading import Served, digest_of, fitted_methods
 from bmoe_lightning.serving.manifest import MANIFEST_FILE, Manifest
 from bmoe_lightning.serving.question_format import ServedModule
 from bmoe_lightning.utils.atomic_io import write_text
@@ -36,20 +37,16 @@ def export_temperature(given: argparse.Namespace) -> None:
         OSError: If a file cannot be read or written.
     """
     run = Path(given.run)
-    served = load_served(run)
-    if served is None:
-        raise ValueError(
-            f"--run {run} has no {MANIFEST_FILE}; give a folder of CalibratedModel.save_pretrained or of a run"
-        )
+    served = served_run(run)
     if served.questions.answer_token_ids is None:
         raise ValueError(
             "methods of this model were fitted to log-probabilities of the texts of choices, so that their temperature "
             "is none of tokens; fit them to letters or words"
         )
-    folder = _model_folder(served, given.model)
     fitted = load_fit(served.fit)[0]
-    _check_weights(served, fitted, folder)
     temperature = temperature_of(served, fitted, given.method)
+    folder = _model_folder(served, given.model)
+    _check_weights(served, fitted, folder)
     config = GenerationConfig.from_pretrained(folder) if (folder / _CONFIG_FILE).is_file() else GenerationConfig()
     config.temperature, config.do_sample = temperature, True
     config._from_model_config = False  # otherwise transformers may make it again from config.json
@@ -57,7 +54,8 @@ def export_temperature(given: argparse.Namespace) -> None:
     setattr(config, PROVENANCE, provenance)
     # A temperature of 1 is left out of a difference from the defaults.
     entries = {**json.loads(config.to_json_string(use_diff=True)), TEMPERATURE: temperature, "do_sample": True}
-    _write(folder, json.dumps(entries, indent=2, sort_keys=True) + "\n")
+    with written(str(folder / _CONFIG_FILE), folder):
+        _write(folder, json.dumps(entries, indent=2, sort_keys=True) + "\n")
     print(f"{folder / _CONFIG_FILE} has the temperature {temperature:.4g} of {given.method}.")
     print(" ".join(served.data) or "What it was fitted on is not recorded.")
     print("It was fitted on the tokens of answers: check it on held-out text before you use it for anything else.")
@@ -97,7 +95,11 @@ def _model_folder(served: Served, given: str | None) -> Path:
             "model, which CalibratedModel.save_pretrained or --save-model of the recipe writes"
         )
     if not (folder / "config.json").is_file():
-        raise ValueError(f"{folder} is no model folder: it has no config.json")
+        found = "has no config.json" if folder.is_dir() else "is no folder"
+        raise ValueError(
+            f"{'' if given is None else '--model '}{folder} {found}; give --model with the folder of a model in the "
+            "format of transformers"
+        )
     return folder
 
 

@@ -91,7 +91,9 @@ def _parser() -> argparse.ArgumentParser:
         "--device", default="auto", metavar="NAME", help="cpu, cuda, ...; default: a GPU if there is one"
     )
     predict.add_argument("--overwrite", action="store_true", help="replace the output, and do not resume")
-    predict.add_argument("--quiet", action="store_true", help="no progress")
+    predict.add_argument(
+        "--quiet", action="store_true", help="no progress; results and warnings are printed all the same"
+    )
     export = commands.add_parser(
         "export-temperature",
         help="write a fitted temperature into generation_config.json, which every server reads",

@@ -8,33 +8,36 @@ import math
 import os
 import sys
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+import warnings
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
-from itertools import islice, takewhile, tee
+from itertools import islice, tee
 from pathlib import Path
 from typing import Any
 
 import torch
 from transformers.utils import logging as transformers_logging
 
+from bmoe_lightning.command.given import served_run, written
+from bmoe_lightning.command.partial_file import finished_rows, locked, partial_of, resumed
 from bmoe_lightning.data.files import file_rows
 from bmoe_lightning.data.questions import LETTERS, Question
-from bmoe_lightning.data.tasks.registry import get_task
+from bmoe_lightning.data.tasks.base import Row
+from bmoe_lightning.data.tasks.registry import get_task, recognise_task
+from bmoe_lightning.data.truncation import TRUNCATED, TruncationWarning
 from bmoe_lightning.methods.base import Method
 from bmoe_lightning.metrics import calibration_values
 from bmoe_lightning.metrics.conformal import ConformalScore
 from bmoe_lightning.models.loading import load_tokenizer
 from bmoe_lightning.serving import CalibratedModel, method_entry
-from bmoe_lightning.serving.loading import digest_of, load_served
-from bmoe_lightning.serving.manifest import MANIFEST_FILE
+from bmoe_lightning.serving.calibrated_model import method_of
+from bmoe_lightning.serving.loading import Served, digest_of
 from bmoe_lightning.serving.prediction_files import PREDICTION_SUFFIXES, write_prediction_file
 from bmoe_lightning.serving.predictions import SET_COLUMN
 from bmoe_lightning.serving.questions import question_of
-from bmoe_lightning.utils.folder_lock import FolderInUseError, locked_folder
 
 _READ = (*PREDICTION_SUFFIXES, ".json")
-_PARTIAL = "partial"
 _COVERAGE: float = 0.9
 _SCORE: ConformalScore = "lac"
 _ROUNDING = 1e-9  # of .9 / (1 - .9), which is above 9
@@ -74,33 +77,32 @@ def predict_file(given: argparse.Namespace) -> None:
     labelled = _checked_labels(given)
     if given.quiet or not sys.stderr.isatty():
         transformers_logging.disable_progress_bar()
-    device = _device(given.device)
+    device, run = _device(given.device), Path(given.run)
+    served = served_run(run, verify=False)
+    method_of(served.methods, given.method)
     for asked in filter(None, (data, labelled)):
-        _check_encoded(asked, given.task, Path(given.run))
-    partial = output.with_name(f"{output.name}.{_PARTIAL}")
-    output.parent.mkdir(parents=True, exist_ok=True)
-    with _locked(partial):
+        _check_encoded(asked, given.task, served)
+    with locked(output) as partial, warnings.catch_warnings():
+        warnings.simplefilter("ignore", TruncationWarning)  # said above, for all rows
         _check_files(data, output, overwrite=given.overwrite)  # another process may have written it before the lock
-        served = CalibratedModel.from_pretrained(given.run, device=device)
-        method = served.method(given.method)
-        _predict(served, method, given, labelled, partial, total)
+        model = CalibratedModel.from_pretrained(run, device=device)
+        method = model.method(given.method)
+        _predict(model, method, given, labelled, partial, total)
         _write(output, partial)
-        partial.unlink()
-    if not given.quiet:
-        print(f"{total} predictions of {method.name} are in {output}", flush=True)
-        if num_answers == total:
-            print(_summary(output), flush=True)
+    print(f"{total} predictions of {method.name} are in {output}", flush=True)
+    if num_answers == total:
+        print(_summary(output), flush=True)
 
 
 def _predict(
-    served: CalibratedModel, method: Method, given: argparse.Namespace, labelled: Path | None, partial: Path, total: int
+    model: CalibratedModel, method: Method, given: argparse.Namespace, labelled: Path | None, partial: Path, total: int
 ) -> None:
     """Write the predictions that are not there yet into a partial file."""
-    data, size = Path(given.data), given.batch_size
+    data, output, size = Path(given.data), Path(given.output), given.batch_size
     identity = {
         "data": digest_of(data),
         "task": given.task,
-        "fit": served.fitted.fit_id,
+        "fit": model.fitted.fit_id,
         "method": method_entry(method),
         "batch_size": size,
     }
@@ -108,22 +110,22 @@ def _predict(
     if labelled is not None:
         identity["sets"] = [digest_of(labelled), _coverage(given), _set_score(given)]
         known = (entry.question for entry in _questions(labelled, given.task))
-        sets = served.prediction_sets(
+        sets = model.prediction_sets(
             known, method.name, coverage=_coverage(given), score=_set_score(given), batch_size=size
         )
-    if given.overwrite:
-        os.truncate(partial, 0)
-    done = _resumed(partial, json.loads(json.dumps(identity)), size)
+    with _written(output):
+        if given.overwrite:
+            os.truncate(partial, 0)
+        done = resumed(partial, json.loads(json.dumps(identity)), size)
     remaining, asked = tee(islice(_questions(data, given.task), done, None))
     questions = (entry.question for entry in remaining)
-    with partial.open("a", encoding="utf-8") as file, _progress(done, total, shown=not given.quiet) as advance:
-        for group, found in served.predict_batches(questions, method.name, batch_size=size):
+    with _progress(done, total, shown=not given.quiet) as advance:
+        for group, found in model.predict_batches(questions, method.name, batch_size=size):
             rows = list(found.rows(group, sets))
             for row, entry in zip(rows, islice(asked, len(rows)), strict=True):
                 if entry.has_answer:
                     row["answer"] = LETTERS[entry.question.answer]
-            file.write("".join(f"{json.dumps(row)}\n" for row in rows))
-            file.flush()
+            _append(partial, output, rows)
             advance(len(rows))
 
 
@@ -132,6 +134,19 @@ def _check_files(data: Path, output: Path, *, overwrite: bool) -> None:
         raise ValueError(f"--data {data} must be a file in JSON Lines (.jsonl) or parquet (.parquet)")
     if output.suffix not in PREDICTION_SUFFIXES:
         raise ValueError(f"--output {output} must end in {' or '.join(PREDICTION_SUFFIXES)}")
+    above = next(folder for folder in output.parents if folder.exists())
+    if not above.is_dir():
+        raise ValueError(
+            f"--output {output} cannot be written, since {above} is a file and no folder; give another name"
+        )
+    if output.is_dir():
+        raise ValueError(f"--output {output} is a folder; give the name of a file")
+    partial = partial_of(output)
+    if partial.exists() and not partial.is_file():
+        raise ValueError(
+            f"--output {output} has its unfinished predictions in {partial}, and there is a folder of that name; "
+            "rename that, or give another name"
+        )
     if output.exists() and data.exists() and output.samefile(data):
         raise ValueError(f"--output {output} is the file of --data; give another name")
     if output.exists() and not overwrite:
@@ -189,26 +204,9 @@ def _device(name: str) -> torch.device:
     try:
         return torch.empty(0, device=name).device
     except (AssertionError, RuntimeError) as error:  # of torch, for a name or a device that is not there
-        raise ValueError(f"--device {name} cannot be used ({str(error).splitlines()[0]})") from None
-
-
-@contextmanager
-def _locked(partial: Path) -> Iterator[None]:
-    """Lock the partial file, which is created if missing, so that an output has one writer; an empty one is removed."""
-    partial.touch()
-    before = partial.stat()
-    try:
-        with locked_folder(partial):
-            try:
-                if not partial.is_file() or not os.path.samestat(before, partial.stat()):  # its writer has finished
-                    raise FolderInUseError
-                yield
-            finally:
-                if partial.is_file() and not partial.stat().st_size:
-                    partial.unlink()
-    except FolderInUseError:
+        reason = str(error).splitlines()[0]
         raise ValueError(
-            f"another process is writing {partial}; wait for its end, or give another name with --output"
+            f"--device {name} cannot be used ({reason}); give another, such as cpu, or leave it out"
         ) from None
 
 
@@ -223,7 +221,21 @@ def _questions(data: Path, task: str | None) -> Iterator[_Asked]:
         if of_task is not None:
             yield _Asked(of_task.read(row, identity, where), True, where)
         else:
-            yield _Asked(question_of(row, identity, where), row.get("answer") is not None, where)
+            try:
+                question = question_of(row, identity, where)
+            except ValueError as error:
+                raise ValueError(f"{error}{_hint(row)}") from None
+            yield _Asked(question, row.get("answer") is not None, where)
+
+
+def _hint(row: Row) -> str:
+    """The option that reads a row with the columns of a data set."""
+    if {"question", "choices"} <= row.keys() and not isinstance(row["choices"], Mapping):
+        return ""
+    try:
+        return f"; --task {recognise_task(row).name} reads rows with these columns"
+    except ValueError:
+        return ""
 
 
 def _checked(data: Path, task: str | None) -> tuple[int, int]:
@@ -237,60 +249,40 @@ def _checked(data: Path, task: str | None) -> tuple[int, int]:
     return total, num_answers
 
 
-def _check_encoded(data: Path, task: str | None, run: Path) -> None:
-    """Refuse a question that the model cannot be asked, with its place in the file."""
-    served = load_served(run, verify=False)
-    if served is None:
-        raise ValueError(
-            f"--run {run} has no {MANIFEST_FILE}; give a folder of CalibratedModel.save_pretrained or of a run"
-        )
+def _check_encoded(data: Path, task: str | None, served: Served) -> None:
+    """Refuse a question that the model cannot be asked, with its place in the file; say which ones lose words."""
     tokenizer = load_tokenizer(served.tokenizer)
+    total, cut = 0, []
     for asked in _questions(data, task):
+        total += 1
         try:
-            served.questions.encoded(tokenizer, [asked.question])
+            cut += [asked.where] * served.questions.encoded(tokenizer, [asked.question])[1]
         except ValueError as error:
             raise ValueError(f"{asked.where}: {error}") from None
-
-
-def _resumed(partial: Path, identity: dict[str, Any], batch_size: int) -> int:
-    """The number of questions that an earlier process has predicted, of whole batches; begins an empty file.
-
-    Raises:
-        ValueError: If the file is that of another command, or nobody's that this one knows.
-    """
-    header = f"{json.dumps({_PARTIAL: identity})}\n".encode()
-    content = partial.read_bytes()
-    if header.startswith(content):  # empty, or the process was killed before it had written the header
-        partial.write_bytes(header)
-        return 0
-    if not content.startswith(header):
-        raise ValueError(
-            f"{partial} has predictions of another command, or something else; give --overwrite to replace it, or "
-            "another name with --output"
+    if cut:
+        print(
+            f"warning: {len(cut)} of {total} questions of {data} are longer than the {served.questions.max_length} "
+            f"tokens of prompts that the model was fine-tuned with; {TRUNCATED}; the first is {cut[0]}",
+            file=sys.stderr,
+            flush=True,
         )
-    rows = list(takewhile(_is_row, content.removeprefix(header).splitlines(keepends=True)))
-    done = len(rows) - len(rows) % batch_size
-    os.truncate(partial, len(header) + sum(map(len, rows[:done])))
-    return done
 
 
-def _is_row(line: bytes) -> bool:
-    """Whether a line is complete and undamaged."""
-    try:
-        return line.endswith(b"\n") and isinstance(json.loads(line), dict)
-    except ValueError:
-        return False
-
-
-def _rows(partial: Path) -> Iterator[str]:
-    """The finished rows of a partial file, as lines."""
-    with partial.open(encoding="utf-8") as file:
-        yield from islice(file, 1, None)
+def _append(partial: Path, output: Path, rows: list[dict[str, Any]]) -> None:
+    """Add finished rows to a partial file."""
+    with _written(output), partial.open("a", encoding="utf-8") as file:
+        file.write("".join(f"{json.dumps(row)}\n" for row in rows))
 
 
 def _write(output: Path, partial: Path) -> None:
-    """Write the output from the rows of a partial file."""
-    write_prediction_file(output, lambda: _rows(partial))
+    """Write the output from the rows of a partial file, which is removed."""
+    with _written(output):
+        write_prediction_file(output, lambda: finished_rows(partial))
+        partial.unlink()
+
+
+def _written(output: Path) -> AbstractContextManager[None]:
+    return written(f"--output {output}", output.parent)
 
 
 def _summary(output: Path) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import shutil
 
@@ -119,16 +120,35 @@ def test_methods_with_more_than_a_temperature_are_refused(copied, capsys, method
 
 def test_other_folders_are_refused(copied, tmp_path, capsys):
     assert export(tmp_path / "gone") == 1
+    assert f"--run {tmp_path / 'gone'} is not there" in capsys.readouterr().err
+    assert export(tmp_path) == 1
     assert "has no calibrated_model.json" in capsys.readouterr().err
     assert export(copied, "temperature", "--model", tmp_path / "gone") == 1
-    assert "it has no config.json" in capsys.readouterr().err
+    assert f"error: --model {tmp_path / 'gone'} is no folder; give --model with" in capsys.readouterr().err
+    assert export(copied, "temperature", "--model", copied / "bayesian_moe") == 1
+    assert "has no config.json; give --model with" in capsys.readouterr().err
     edit_manifest(copied, lambda content: content.update(sha256={}, weights="trained.safetensors"))
     assert export(copied) == 1
     assert "give --model with the folder of the fine-tuned model" in capsys.readouterr().err
+    for options in ((), ("--model", tmp_path / "gone")):  # what is wrong whatever the model
+        assert export(copied, "nope", *options) == 1
+        said = capsys.readouterr().err
+        assert "has no method 'nope'; its methods with one temperature are temperature, shrunk_temperature" in said
     edit_manifest(copied, lambda content: content.update(weights=None))
     (copied / CONFIG).write_text("{")
     assert export(copied) == 1
     assert (copied / CONFIG).read_text() == "{"
+
+
+def test_a_folder_that_cannot_be_written_to_is_named(copied, monkeypatch, capsys):
+    def refused(path, text):
+        raise PermissionError(errno.EACCES, "Permission denied", str(path.with_name(f".{path.name}.1-2.tmp")))
+
+    monkeypatch.setattr(command, "write_text", refused)
+    assert export(copied) == 1
+    said = capsys.readouterr().err
+    assert said.startswith(f"error: {copied / CONFIG} cannot be written (Permission denied); check the permissions")
+    assert ".tmp" not in said
 
 
 @pytest.mark.parametrize("stop_at", [1, 2, 3])

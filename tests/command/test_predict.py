@@ -61,9 +61,12 @@ def test_many_groups_of_parquet_have_one_schema(saved, data, tmp_path, monkeypat
     assert read(tmp_path / "out.parquet") == read(tmp_path / "out.jsonl")
 
 
-def test_the_numbers_of_labelled_questions_are_printed(saved, data, tmp_path, capsys):
+@pytest.mark.parametrize("options", [(), ("--quiet",)])
+def test_the_numbers_of_labelled_questions_are_printed_with_and_without_progress(
+    saved, data, tmp_path, capsys, options
+):
     arguments = ["--run", saved, "--data", data, "--output", tmp_path / "out.jsonl", "--method", "temperature"]
-    assert main(["predict", *map(str, arguments)]) == 0
+    assert main(["predict", *map(str, arguments), *options]) == 0
     said = capsys.readouterr().out
     assert f"{len(EVERY)} predictions of temperature are in {tmp_path / 'out.jsonl'}" in said
     assert "ACC 0." in said
@@ -316,7 +319,7 @@ def test_one_process_writes_an_output_and_a_killed_one_is_resumed(saved, data, w
     first = started(1.0, *options)
     wait_for(lambda: partial.exists() and partial.read_bytes().count(b"\n") > 4, first)
     assert run(saved, data, output, *same) == 1
-    assert f"another process is writing {partial}" in capsys.readouterr().err
+    assert f"another process is writing --output {output}" in capsys.readouterr().err
     assert run(saved, data, output, *same, "--overwrite") == 1
     assert run(saved, data, tmp_path / "beside.jsonl", *same) == 0  # in the same folder
     os.kill(first.pid, signal.SIGKILL)
@@ -329,13 +332,13 @@ def test_one_process_writes_an_output_and_a_killed_one_is_resumed(saved, data, w
 
 
 def test_an_output_that_appears_in_the_meantime_stays(saved, data, tmp_path, monkeypatch, capsys):
-    output, locked = tmp_path / "out.jsonl", command._locked
+    output, locked = tmp_path / "out.jsonl", command.locked
 
-    def late(partial):
+    def late(given):
         output.write_text("of another process")
-        return locked(partial)
+        return locked(given)
 
-    monkeypatch.setattr(command, "_locked", late)
+    monkeypatch.setattr(command, "locked", late)
     assert run(saved, data, output) == 1
     assert "exists; give --overwrite" in capsys.readouterr().err
     assert output.read_text() == "of another process"

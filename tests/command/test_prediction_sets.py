@@ -83,11 +83,16 @@ class TestSets:
 
 def whole_partial(saved, source, tmp_path, options):
     """The header and the first batch of a partial file of a command."""
-    kept = tmp_path / "kept.jsonl"
+    kept, write = [], command._write
+
+    def spy(output, partial):
+        kept.append(partial.read_bytes())
+        write(output, partial)
+
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(command, "_write", lambda output, partial: kept.write_bytes(partial.read_bytes()))
+        patch.setattr(command, "_write", spy)
         assert run(saved, source, tmp_path / "other.jsonl", *options) == 0
-    lines = kept.read_bytes().splitlines(keepends=True)
+    lines = kept[0].splitlines(keepends=True)
     return lines[0], b"".join(lines[1:3])
 
 
