@@ -18,7 +18,9 @@ class StudySettings:
 
     output_dir: str = option("runs/calibration_study", "output folder; fine-tunings found there are not repeated")
     data: tuple[str, ...] = option(
-        (), "hub ids or folders of real questions (train.jsonl and test.jsonl), beside the built-in task"
+        (),
+        "hub ids or folders of real questions (train.jsonl and test.jsonl), separated by commas, beside the built-in "
+        "task",
     )
     methods: tuple[str | dict[str, Any], ...] = option(
         ("all",),
@@ -27,7 +29,9 @@ class StudySettings:
     )
     seeds: int = option(5, "number of seeds, each with a pre-training of its own", least=1)
     first_seed: int = option(0, "first seed", least=0)
-    split_sizes: tuple[int, ...] = option((32, 64, 128, 256), "sizes of the calibration split, beside the whole of it")
+    split_sizes: tuple[int, ...] = option(
+        (32, 64, 128, 256), "sizes of the calibration split, separated by commas, beside the whole of it"
+    )
     draws: int = option(1, "calibration splits of each size that are drawn for each fine-tuning", least=1)
     label_draws: int = option(20, "draws of each number of labels for the temperatures", least=1)
     quiet: bool = option(False, "no progress bars")

@@ -208,7 +208,7 @@ def _add(parser: ArgumentParser, name: str, entry: Any, hint: Any) -> None:
             action="extend" if repeat else "store",
             type=_items(flag, split=not repeat),
             default=default,
-            metavar=_metavar(item),
+            metavar=_metavar(item) if repeat else f"{_metavar(item)},...",
             help=text,
         )
         return

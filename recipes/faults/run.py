@@ -21,7 +21,7 @@ from recipes.faults.forked import forked
 from recipes.faults.mutated_runs import mutated_runs
 from recipes.faults.outcomes import Outcome, faults_of, store, stored, table
 from recipes.faults.samples import fit_part, pass_part, run_part, served_part
-from recipes.faults.settings import STAGES, FaultSettings, Stage
+from recipes.faults.settings import SHARES, STAGES, FaultSettings, Stage
 from recipes.faults.subjects import ADAPTERS, RecipeRun, ScriptRun, Subject, draw_nothing
 from recipes.faults.trials import (
     Step,
@@ -43,8 +43,6 @@ _PACKAGES = (
 )  # fmt: skip
 """What a stored stage depends on; some are optional."""
 RESULTS, REPORT = "results.json", "report.md"
-_SHARES = {"fit": 50, "killed pass": 15, "served model": 15, "adapters": 17, "run again": 3}
-"""Percentages of the mutations; a command that is run again takes a hundred times as long as a file that is read."""
 
 
 def run(settings: FaultSettings) -> list[Outcome]:
@@ -133,7 +131,7 @@ def _signals(runs: _Runs, count: int, rng: random.Random, advance: Step) -> Iter
 
 
 def _mutations(runs: _Runs, count: int, rng: random.Random, advance: Step) -> Iterable[Outcome]:
-    shares = {name: count * share // 100 for name, share in _SHARES.items()}
+    shares = {name: count * share // 100 for name, share in SHARES.items()}
     if find_spec("peft") is None:
         del shares["adapters"]
     shares["fit"] += count - sum(shares.values())

@@ -9,6 +9,9 @@ from recipes.common.cli import UsageError, option
 
 Stage = Literal["kills", "disks", "read-only", "signals", "mutations"]
 STAGES: tuple[Stage, ...] = ("kills", "disks", "read-only", "signals", "mutations")
+SHARES = {"fit": 50, "killed pass": 15, "served model": 15, "adapters": 17, "run again": 3}
+"""Percentages of the mutations; a command that is run again takes a hundred times as long as a file that is read."""
+_PERCENTAGES = ", ".join(f"{share} % {kind}" for kind, share in SHARES.items())
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -24,7 +27,7 @@ class FaultSettings:
     kills: int = option(100, "killed runs, half of the recipe and half of a Lightning script", least=0)
     disks: int = option(40, "runs on a disk that becomes full, likewise", least=0)
     read_only: int = option(12, "runs with a folder that cannot be written to", least=0)
-    mutations: int = option(1000, "mutated files", least=0)
+    mutations: int = option(1000, f"mutated files, by kind: {_PERCENTAGES} (adapters need peft)", least=0)
     seed: int = option(0, "seed of places, times and mutations", least=0)
     overwrite: bool = option(False, "repeat finished stages")
     dry_run: bool = option(

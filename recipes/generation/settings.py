@@ -19,7 +19,7 @@ class GenerationSettings:
     """
 
     output_dir: str = option("runs/generation", "output folder; answers found there are not generated again")
-    tasks: tuple[str, ...] = option(TASKS, "generated tasks")
+    tasks: tuple[str, ...] = option(TASKS, "generated tasks, separated by commas")
     seeds: int = option(3, "number of seeds, each with a model of its own", least=1)
     first_seed: int = option(0, "first seed", least=0)
     steps: int = option(600, "training steps of each model", least=1)

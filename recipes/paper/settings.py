@@ -22,7 +22,7 @@ class PaperSettings(StudySettings):
     """
 
     table: tuple[int, ...] = option((), "tables to make, separated by commas: 1 to 7")
-    figure: tuple[int, ...] = option((), "figures to make: 1")
+    figure: tuple[int, ...] = option((), "figures to make, separated by commas: 1")
     all: bool = option(False, "all tables and figures")
     preset: PresetName = option(
         "small",

@@ -63,7 +63,7 @@ class FurtherRuns:
         if not agreed(has_weights(path, training.stage(index))):
             if is_rank_zero():
                 shutil.rmtree(self.fit_folder(index), ignore_errors=True)  # of weights that are trained again
-            training.say(f"fine-tuning member {index + 1} of {size} of an ensemble")
+            training.say(f"fine-tuning {_member(index, size)}")
             module, data = training.fresh(index)
             save = SaveTrained(path, training.stage(index))
             training.trainer([save], f"member-{index}", limit_val_batches=0).fit(module, datamodule=data)
@@ -74,9 +74,14 @@ class FurtherRuns:
         """The folder with the fit of some methods to the weights of one run, fitted now if it is missing."""
         training, folder = self.training, self.fit_folder(index)
         if missing := training.unfitted(methods, folder):
-            training.say(f"fitting {', '.join(missing)} to member {index + 1} of {size} of an ensemble")
+            training.say(f"fitting {', '.join(missing)} to {_member(index, size)}")
             training.fit(methods, self._trained(index, size), folder, *training.fresh(index))
         return folder
+
+
+def _member(index: int, size: int) -> str:
+    """What a further run is called; it may be fine-tuned before the run itself."""
+    return f"member {index + 1} of {size} of an ensemble (member 1 is the run itself)"
 
 
 def with_files(method: Method, weights: Callable[[int], Path], fit: Callable[[int], Path]) -> Method:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import re
 import subprocess
 import sys
 from dataclasses import dataclass, fields, is_dataclass
@@ -178,5 +179,10 @@ def test_help_names_every_option_without_torch(recipe):
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT, check=False)
     assert (done.returncode, done.stderr) == (0, "")
     for entry, line in zip(leaves(options), option_lines(options), strict=True):
-        assert f"  {line.split()[0]}" in done.stdout
+        flag, kind = line.split("  ")
+        assert f"  {flag}" in done.stdout
         assert entry.metadata["help"]
+        if kind.startswith("tuple["):  # whether it takes several values is seen without reading on
+            several = re.search(rf"^  {flag} (\S+)", done.stdout, re.MULTILINE)[1].endswith(",...")
+            assert several != entry.metadata["repeat"]
+            assert ("separated by commas" if several else "may be repeated") in entry.metadata["help"]

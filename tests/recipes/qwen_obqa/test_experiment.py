@@ -93,7 +93,7 @@ class TestOutput:
 
     def test_every_member_of_the_deep_ensemble_is_announced(self, finished):
         shown = (finished / "shown.txt").read_text()
-        assert "member 2 of 2 of an ensemble" in shown
+        assert "fine-tuning member 2 of 2 of an ensemble (member 1 is the run itself)" in shown
 
     def test_the_posterior_can_be_served(self, finished):
         posterior = LaplacePosterior.load(finished / "seed-0" / "bayesian_moe" / "posterior.safetensors")

@@ -54,12 +54,12 @@ def test_the_ensemble_s_members_have_fits(finished):
 def test_a_run_is_trained_once_and_the_same_with_and_without_a_fit(finished, tmp_path, monkeypatch):
     folder = tmp_path / "run"
     assert stages(monkeypatch, lambda: run(folder, "--methods", "map,deep_ensemble")) == [
-        "fine-tuning member 2 of 2 of an ensemble",
+        "fine-tuning member 2 of 2 of an ensemble (member 1 is the run itself)",
         "fine-tuning the experts, then curvature and calibration",
     ]
     alone = files(folder)
     assert stages(monkeypatch, lambda: run(folder, "--methods", METHODS)) == [
-        "fitting laplace_mixture to member 2 of 2 of an ensemble",
+        "fitting laplace_mixture to member 2 of 2 of an ensemble (member 1 is the run itself)",
         "fitting laplace_lpo, laplace_mixture to the fine-tuned weights",
     ]
     assert [path.name for path in alone] == ["member-1.safetensors", "trained.safetensors"]
@@ -117,6 +117,6 @@ def test_a_member_s_fit_that_is_missing_or_foreign_is_made_again(finished, tmp_p
     for path in folder.glob("seed-0/predictions/*laplace_mixture*"):
         path.unlink()
     made = stages(monkeypatch, lambda: run(folder, "--methods", METHODS))
-    assert "fitting laplace_mixture to member 2 of 2 of an ensemble" in made
+    assert "fitting laplace_mixture to member 2 of 2 of an ensemble (member 1 is the run itself)" in made
     assert not [what for what in made if what.startswith("fine-tuning")]
     assert predicted(folder) == predicted(finished)
