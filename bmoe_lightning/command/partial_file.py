@@ -17,8 +17,38 @@ _PARTIAL = "partial"
 
 
 def partial_of(output: Path) -> Path:
-    """The file in which the predictions of an output are until all are there."""
+    """The file in which the predictions of an output are until all are there.
+
+    Args:
+        output: The output.
+    """
     return output.with_name(f"{output.name}.{_PARTIAL}")
+
+
+def check_place(output: Path) -> None:
+    """Check that nothing else is where an output, its folder or its partial file goes.
+
+    Args:
+        output: The output.
+
+    Raises:
+        ValueError: If something is.
+        OSError: If its folder cannot be read.
+    """
+    partial = partial_of(output)
+    with written(f"--output {output}", output.parent):
+        above = next(folder for folder in output.parents if folder.exists())
+        if not above.is_dir():
+            raise ValueError(
+                f"--output {output} cannot be written, since {above} is a file and no folder; give another name"
+            )
+        if output.is_dir():
+            raise ValueError(f"--output {output} is a folder; give the name of a file")
+        if partial.exists() and not partial.is_file():
+            raise ValueError(
+                f"--output {output} has its unfinished predictions in {partial}, and there is a folder of that name; "
+                "rename that, or give another name"
+            )
 
 
 @contextmanager

@@ -20,7 +20,7 @@ import torch
 from transformers.utils import logging as transformers_logging
 
 from bmoe_lightning.command.given import served_run, written
-from bmoe_lightning.command.partial_file import finished_rows, locked, partial_of, resumed
+from bmoe_lightning.command.partial_file import check_place, finished_rows, locked, resumed
 from bmoe_lightning.data.files import file_rows
 from bmoe_lightning.data.questions import LETTERS, Question
 from bmoe_lightning.data.tasks.base import Row
@@ -134,19 +134,7 @@ def _check_files(data: Path, output: Path, *, overwrite: bool) -> None:
         raise ValueError(f"--data {data} must be a file in JSON Lines (.jsonl) or parquet (.parquet)")
     if output.suffix not in PREDICTION_SUFFIXES:
         raise ValueError(f"--output {output} must end in {' or '.join(PREDICTION_SUFFIXES)}")
-    above = next(folder for folder in output.parents if folder.exists())
-    if not above.is_dir():
-        raise ValueError(
-            f"--output {output} cannot be written, since {above} is a file and no folder; give another name"
-        )
-    if output.is_dir():
-        raise ValueError(f"--output {output} is a folder; give the name of a file")
-    partial = partial_of(output)
-    if partial.exists() and not partial.is_file():
-        raise ValueError(
-            f"--output {output} has its unfinished predictions in {partial}, and there is a folder of that name; "
-            "rename that, or give another name"
-        )
+    check_place(output)
     if output.exists() and data.exists() and output.samefile(data):
         raise ValueError(f"--output {output} is the file of --data; give another name")
     if output.exists() and not overwrite:

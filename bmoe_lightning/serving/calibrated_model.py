@@ -255,6 +255,9 @@ class CalibratedModel:
 
         Raises:
             ValueError: If there are no questions, one is malformed or does not fit, or the method is unknown.
+
+        Warns:
+            TruncationWarning: If questions lost words; see `predict_batches`.
         """
         parts = [found for _, found in self.predict_batches(questions, method, batch_size=batch_size)]
         if not parts:

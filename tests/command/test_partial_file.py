@@ -11,7 +11,7 @@ from serving_cases import rows_of, write_rows
 from unprivileged import unprivileged_folder
 
 from bmoe_lightning.command import predict as command
-from bmoe_lightning.command.partial_file import locked
+from bmoe_lightning.command.partial_file import check_place, locked
 
 
 @pytest.mark.parametrize("options", [(), ("--overwrite",)])
@@ -30,6 +30,15 @@ def test_folders_and_files_in_the_way_are_named(data, tmp_path, monkeypatch, cap
         assert run("gone", data, tmp_path / name, *options) == 1
         assert f"error: --output {tmp_path / name} {found}" in capsys.readouterr().err
     assert names_in(tmp_path) == before
+
+
+def test_a_folder_that_cannot_be_read_is_named():
+    with unprivileged_folder() as folder:
+        (folder / "closed").mkdir(mode=0o600)
+        output = folder / "closed" / "new" / "out.jsonl"
+        with pytest.raises(OSError, match="Permission denied") as error:
+            check_place(output)
+    assert str(error.value).startswith(f"--output {output} cannot be written (Permission denied); check")
 
 
 @pytest.mark.parametrize("name", ["out.jsonl", "new/out.jsonl"])
