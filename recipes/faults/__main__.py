@@ -19,6 +19,8 @@ has to be refused in a sentence that names it, or to change no number. All else 
 
   python -m recipes.faults
       100 kills, 40 full disks, 12 folders, 18 signals, 1000 mutations: 20 to 30 minutes of one core
+  python -m recipes.faults --dry-run
+      4 kills, 4 full disks, 2 folders, 6 signals, 60 mutations: about 2 minutes of one core
   python -m recipes.faults --kills 400 --stages kills
   python -m recipes.faults --write docs/faults.md
       (puts the table between `<!-- faults -->` and `<!-- end of faults -->`)

@@ -12,7 +12,7 @@ import pytest
 
 from recipes.common.cli import UsageError
 from recipes.faults.__main__ import main
-from recipes.faults.settings import STAGES, FaultSettings
+from recipes.faults.settings import SHARES, STAGES, FaultSettings
 
 ROOT = Path(__file__).parents[3]
 
@@ -41,6 +41,19 @@ def test_a_dry_run_bounds_the_counts():
     assert FaultSettings().counts == {"kills": 100, "disks": 40, "read-only": 12, "signals": None, "mutations": 1000}
     with pytest.raises(UsageError, match="--write"):
         FaultSettings(dry_run=True, write="page.md")
+
+
+def test_the_help_has_the_counts_of_the_settings(capsys):
+    with pytest.raises(SystemExit):
+        main(["--help"])
+    shown = " ".join(capsys.readouterr().out.split())
+    for settings in (FaultSettings(), FaultSettings(dry_run=True)):
+        counts = {**settings.counts, "signals": settings.counts["signals"] or 18}
+        kinds = zip(counts.values(), ("kills", "full disks", "folders", "signals", "mutations"), strict=True)
+        assert f" {', '.join(f'{count} {kind}' for count, kind in kinds)}: " in shown
+    assert sum(SHARES.values()) == 100
+    for kind, share in SHARES.items():
+        assert f"{share} % {kind}" in shown
 
 
 @pytest.mark.slow
