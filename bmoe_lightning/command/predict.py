@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import math
 import os
 import sys
 import time
@@ -28,7 +27,7 @@ from bmoe_lightning.data.tasks.registry import get_task, recognise_task
 from bmoe_lightning.data.truncation import TRUNCATED, TruncationWarning
 from bmoe_lightning.methods.base import Method
 from bmoe_lightning.metrics import calibration_values
-from bmoe_lightning.metrics.conformal import ConformalScore
+from bmoe_lightning.metrics.conformal import ConformalScore, check_num_labels
 from bmoe_lightning.models.loading import load_tokenizer
 from bmoe_lightning.serving import CalibratedModel, method_entry
 from bmoe_lightning.serving.calibrated_model import method_of
@@ -40,7 +39,6 @@ from bmoe_lightning.serving.questions import question_of
 _READ = (*PREDICTION_SUFFIXES, ".json")
 _COVERAGE: float = 0.9
 _SCORE: ConformalScore = "lac"
-_ROUNDING = 1e-9  # of .9 / (1 - .9), which is above 9
 _SECONDS_BETWEEN_LINES = 30.0
 
 
@@ -156,12 +154,10 @@ def _checked_labels(given: argparse.Namespace) -> Path | None:
             raise ValueError(f"{asked.where}: no answer; every question of --sets-from needs the right choice")
     if not count:
         raise ValueError(f"--sets-from {labelled} has no rows; give a file of questions with answers")
-    needed = math.ceil(coverage / (1 - coverage) - _ROUNDING)
-    if count < needed:
-        raise ValueError(
-            f"--sets-from {labelled} has {count} questions, with which every set of a coverage of {coverage} has all "
-            f"choices; give at least {needed}, or a lower --coverage"
-        )
+    try:
+        check_num_labels(count, coverage)
+    except ValueError as error:
+        raise ValueError(f"--sets-from {labelled}: {error}") from None
     return labelled
 
 

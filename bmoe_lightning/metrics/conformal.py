@@ -65,6 +65,25 @@ def conformal_threshold(
     return _thresholds(labels, torch.ones_like(labels)[None], coverage)[0]
 
 
+def check_num_labels(num_labels: int, coverage: float) -> None:
+    """Check that labels are enough for a finite threshold: with fewer, every set has all present classes.
+
+    Args:
+        num_labels: Number of labels that a threshold is to be taken from.
+        coverage: Probability in (0, 1) with which a set should contain the label.
+
+    Raises:
+        ValueError: If there are too few, or the coverage is not supported.
+    """
+    _check_coverage(coverage)
+    needed = math.ceil(coverage / (1 - coverage) - _ROUNDING)
+    if num_labels < needed:
+        raise ValueError(
+            f"{num_labels} labels are too few for a coverage of {coverage}: every set would have all classes; give at "
+            f"least {needed}, or a lower coverage"
+        )
+
+
 def prediction_sets(log_probs: Tensor, threshold: Tensor | float, *, score: ConformalScore) -> Tensor:
     """Sets of the classes whose score is at most the threshold.
 
@@ -229,6 +248,10 @@ class SetCoverage(_OfSets):
 
 def _check_settings(coverage: float, score: ConformalScore) -> None:
     _check_score(score)
+    _check_coverage(coverage)
+
+
+def _check_coverage(coverage: float) -> None:
     if not 0.0 < coverage < 1.0:
         raise ValueError(f"coverage must lie between 0 and 1, exclusive, found {coverage}")
 

@@ -326,11 +326,14 @@ class CalibratedModel:
             What gives the sets of `ServedPredictions.log_probs`.
 
         Raises:
-            ValueError: As `predict`, if a question has no answer, or a setting is not supported.
+            ValueError: As `predict`, if a question has no answer, there are too few for the coverage (see
+                `check_num_labels`), or a setting is not supported.
         """
         from bmoe_lightning.metrics import PredictionSets
+        from bmoe_lightning.metrics.conformal import check_num_labels
 
         labelled = list(labelled_questions(questions))
+        check_num_labels(len(labelled), coverage)
         found = self.predict(labelled, method, batch_size=batch_size)
         answers = torch.tensor([question.answer for question in labelled])
         return PredictionSets.fit(found.log_probs, answers, coverage=coverage, score=score)

@@ -61,7 +61,7 @@ class TestSets:
             (
                 rows_of(CALIBRATION[:3]),
                 (),
-                "has 3 questions, with which every set of a coverage of 0.9 has all choices; give at least 9",
+                "labelled.jsonl: 3 labels are too few for a coverage of 0.9: every set would have all classes; give at",
             ),
             ([*rows_of(CALIBRATION), {"question": "Which?", "choices": ["a", "b"]}], (), "no answer; every question"),
         ],

@@ -1,5 +1,6 @@
 import dataclasses
 import math
+from contextlib import nullcontext
 
 import pytest
 import torch
@@ -16,7 +17,7 @@ from bmoe_lightning.metrics import (
 )
 from bmoe_lightning.metrics.binning import Binning
 from bmoe_lightning.metrics.bootstrap import draw_resamples
-from bmoe_lightning.metrics.conformal import _of_labels, _scores
+from bmoe_lightning.metrics.conformal import _of_labels, _scores, check_num_labels
 
 SCORE = pytest.mark.parametrize("score", ["lac", "aps"])
 BINNING = Binning()
@@ -138,6 +139,15 @@ def test_too_few_labels_give_all_present_classes(score, predictions):
         assert torch.equal(prediction_sets(log_probs, found, score=score), log_probs > -torch.inf)
     one = cross_fitted_sets(log_probs[:1], target[:1], score=score)
     assert (one.size.item(), one.coverage.item()) == (3, 1)  # the other fold is empty, the fourth class is absent
+
+
+@pytest.mark.parametrize("coverage", [0.05, 0.5, 0.6, 2 / 3, 0.75, 0.8, 0.9, 0.95])
+def test_labels_are_refused_where_no_threshold_of_them_is_finite(coverage, predictions):
+    log_probs, target = predictions(40)
+    for number in range(1, 41):
+        threshold = conformal_threshold(log_probs[:number], target[:number], coverage=coverage)
+        with nullcontext() if threshold.isfinite() else pytest.raises(ValueError, match=f"{number} labels are too few"):
+            check_num_labels(number, coverage)
 
 
 @SCORE
@@ -286,6 +296,8 @@ def test_the_registered_metrics(predictions):
         (lambda lp, y: PredictionSets("lac", 0.9, 1.0, 0), ValueError, "num_labels must be at least 1"),
         (lambda lp, y: PredictionSets("raps", 0.9, 1.0, 5), ValueError, "score must be one of"),
         (lambda lp, y: PredictionSets.fit(lp, y, coverage=2.0), ValueError, "coverage must lie between 0 and 1"),
+        (lambda lp, y: check_num_labels(5, 1.0), ValueError, "coverage must lie between 0 and 1"),
+        (lambda lp, y: check_num_labels(8, 0.9), ValueError, "give at least 9, or a lower coverage"),
         (lambda lp, y: SetSize(coverage=1.5), ValueError, "coverage must lie between 0 and 1"),
         (lambda lp, y: SetCoverage("raps"), ValueError, "score must be one of"),
     ],

@@ -294,3 +294,14 @@ def test_questions_that_lose_words_are_counted_once(saved):
     next(several)
     with pytest.warns(TruncationWarning, match="1 of 1 questions were longer"):
         several.close()
+
+
+def test_sets_of_too_few_labels_are_refused_before_the_questions_are_predicted(saved, monkeypatch):
+    served = CalibratedModel.from_pretrained(saved, methods=["map"])
+    enough = served.prediction_sets(CALIBRATION[:3], coverage=0.75)
+    assert enough.num_labels == 3
+    monkeypatch.setattr(CalibratedModel, "predict", None)
+    with pytest.raises(ValueError, match=r"3 labels are too few for a coverage of 0.9: .* give at least 9"):
+        served.prediction_sets(CALIBRATION[:3])
+    with pytest.raises(ValueError, match="coverage must lie between 0 and 1"):
+        served.prediction_sets(CALIBRATION, coverage=1.0)
