@@ -26,6 +26,7 @@ from bmoe_lightning.curvature import Curvature
 from bmoe_lightning.laplace import WeightMismatchError
 from bmoe_lightning.methods import LeaveOneOutTemperature
 from bmoe_lightning.methods.storage import load_fit
+from bmoe_lightning.utils.checkpoint_io import UnsafeCheckpointError
 
 
 class TestWeights:
@@ -79,7 +80,7 @@ class TestWeights:
         run = trainer(
             tmp_path, [BayesianMoECallback(fit_at="best"), checkpoint], enable_checkpointing=True, max_epochs=3
         )
-        with pytest.raises(RuntimeError, match=r"objects of types.SimpleNamespace, and unpickling"):
+        with pytest.raises(UnsafeCheckpointError, match=r"objects of types.SimpleNamespace, and unpickling"):
             run.fit(module, train_loader(), calibration_loader())
         assert module.epochs == (0 if kept == "hyperparameters" else 1)
 

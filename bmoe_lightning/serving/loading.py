@@ -20,6 +20,7 @@ from bmoe_lightning.models.loading import load_causal_model, load_tokenizer
 from bmoe_lightning.serving.manifest import MANIFEST_FILE, LoRAShape, Manifest, check_precision, place
 from bmoe_lightning.serving.method_entries import methods_of_entries, paths_of, with_paths
 from bmoe_lightning.serving.question_format import QuestionFormat, ServedModule
+from bmoe_lightning.utils.checkpoint_io import STATE_DICT, read_checkpoint
 from bmoe_lightning.utils.file_header import DamagedFileError
 from bmoe_lightning.utils.messages import first_names
 
@@ -227,26 +228,15 @@ def _load_weights(module: ServedModule, path: Path) -> None:
 
 
 def _load_checkpoint(module: ServedModule, path: Path) -> None:
-    """Load the state dict of a Lightning checkpoint: tensors alone, no pickled object is created."""
+    """Load the state dict of a Lightning checkpoint."""
     if path.is_dir():
         raise ValueError(
             f"{path} is a sharded checkpoint; consolidate it first with python -m "
             "lightning.pytorch.utilities.consolidate_checkpoint"
         )
-    try:
-        content = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-        state: Mapping[str, Tensor] = dict(content["state_dict"])
-        if not all(isinstance(value, Tensor) for value in state.values()):
-            raise TypeError("its state_dict has other values than tensors")
-    except FileNotFoundError:
-        raise FileNotFoundError(f"there is no checkpoint at {path}; check the path") from None
-    except OSError:  # which names the path and the reason
-        raise
-    except Exception as error:  # noqa: BLE001  # whatever a file that is no such checkpoint makes it raise
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise ValueError(
-            f"{path} is no Lightning checkpoint with tensors alone ({reason}); save its weights again"
-        ) from None
+    state = read_checkpoint(path, remedy="save its weights again")[STATE_DICT]
+    if not all(isinstance(value, Tensor) for value in state.values()):
+        raise ValueError(f"the state_dict of {path} has other values than tensors; save its weights again")
     expected = {name: tuple(value.shape) for name, value in module.state_dict().items()}
     wrong = [name for name, value in state.items() if expected.get(name) != tuple(value.shape)]
     if wrong or not state:

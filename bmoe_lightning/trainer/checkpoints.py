@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import io
 import pickle
-import zipfile
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
 from typing import Any, Literal
@@ -14,7 +13,9 @@ import lightning as L
 import torch
 
 from bmoe_lightning.trainer.router_checkpoints import stored_routers
-from bmoe_lightning.utils.file_header import check_readable
+from bmoe_lightning.utils.checkpoint_io import STATE_DICT, check_safe, read_checkpoint
+
+_REMEDY = "use fit_at='last'"
 
 
 def weights_to_fit(
@@ -34,17 +35,14 @@ def weights_to_fit(
 def best_weights(trainer: L.Trainer, module: L.LightningModule) -> Iterator[None]:
     """Load the weights of the best checkpoint into the module within a context; the last ones are restored afterwards.
 
-    The file is loaded with `weights_only=True`: its path may come from another checkpoint, and unpickling could run
-    arbitrary code.
-
     Args:
         trainer: The trainer, whose checkpoint callback knows the file.
         module: The module, on its device.
 
     Raises:
-        RuntimeError: If the checkpoint callback has saved none, the file is damaged or contains objects that need
-            unpickling, or its tensors have other shapes.
-        OSError: If the file is missing or cannot be read.
+        RuntimeError: If the checkpoint callback has saved none, or its tensors have other shapes.
+        TypeError: If the checkpoint callback names something that is no path.
+        OSError, ValueError: If the file cannot be used; see `read_checkpoint`.
     """
     path = getattr(trainer.checkpoint_callback, "best_model_path", "")
     if not path:
@@ -64,29 +62,16 @@ def best_weights(trainer: L.Trainer, module: L.LightningModule) -> Iterator[None
 
 def _state_dict(path: str) -> dict[str, Any]:
     if not isinstance(path, str):
-        raise RuntimeError(f"the checkpoint callback names {path!r:.80} as its best checkpoint; use fit_at='last'")
-    check_readable(Path(path), "best checkpoint")
-    try:
-        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
-    except pickle.UnpicklingError as error:
-        damaged = not zipfile.is_zipfile(path)
-        classes = [] if damaged else torch.serialization.get_unsafe_globals_in_checkpoint(path)
-        if not classes:
-            raise _damaged(path) from error
-        raise _unsafe(f"the best checkpoint {path} contains", classes) from error
-    except (RuntimeError, EOFError, ValueError, LookupError, TypeError, AttributeError) as error:
-        raise _damaged(path) from error
-    state = checkpoint.get("state_dict") if isinstance(checkpoint, Mapping) else None
-    if not isinstance(state, Mapping):
-        raise _damaged(path)
-    return {**state, **stored_routers(checkpoint)}
+        raise TypeError(f"the checkpoint callback names {path!r:.80} as its best checkpoint; {_REMEDY}")
+    checkpoint = read_checkpoint(Path(path), "best checkpoint", remedy=_REMEDY)
+    return {**checkpoint[STATE_DICT], **stored_routers(checkpoint)}
 
 
 def check_hyperparameters(trainer: L.Trainer, module: L.LightningModule) -> None:
     """Check that checkpoints with the hyperparameters of module and DataModule need no unpickling of objects.
 
     Raises:
-        RuntimeError: If they contain objects that need it; the message names their classes.
+        UnsafeCheckpointError: If they contain objects that need it; the message names their classes.
     """
     given: tuple[Any, ...] = (module, getattr(trainer, "datamodule", None))
     owners = [owner for owner in given if getattr(owner, "hparams", None)]
@@ -97,33 +82,18 @@ def check_hyperparameters(trainer: L.Trainer, module: L.LightningModule) -> None
     except (pickle.PicklingError, AttributeError, TypeError, RuntimeError):
         return  # Lightning cannot write such a checkpoint either, and says so
     content.seek(0)
-    classes = torch.serialization.get_unsafe_globals_in_checkpoint(content)
-    if classes:
-        names = " and ".join(type(owner).__name__ for owner in owners)
-        raise _unsafe(f"the checkpoints of this run would contain hyperparameters of {names} that are", classes)
+    names = " and ".join(type(owner).__name__ for owner in owners)
+    check_safe(
+        content, f"the checkpoints of this run would contain hyperparameters of {names} that are", remedy=_REMEDY
+    )
 
 
 def check_best_so_far(trainer: L.Trainer) -> None:
     """Check that the best checkpoint so far, if there is one, can be loaded without unpickling objects.
 
     Raises:
-        RuntimeError: If it contains objects that need it; the message names their classes.
+        UnsafeCheckpointError: If it contains objects that need it; the message names their classes.
     """
     path = getattr(trainer.checkpoint_callback, "best_model_path", "")
-    if isinstance(path, str) and path and zipfile.is_zipfile(path):
-        classes = torch.serialization.get_unsafe_globals_in_checkpoint(path)
-        if classes:
-            raise _unsafe(f"the best checkpoint {path} contains", classes)
-
-
-def _unsafe(what: str, classes: Sequence[str]) -> RuntimeError:
-    return RuntimeError(
-        f"{what} objects of {', '.join(sorted(classes)[:3])}, and unpickling objects other than tensors and plain "
-        "values can run code. Exclude them from the checkpoint (save_hyperparameters(ignore=[...]), plain values in "
-        "state_dict and on_save_checkpoint), allow trusted classes with torch.serialization.add_safe_globals, or use "
-        "fit_at='last'."
-    )
-
-
-def _damaged(path: str) -> RuntimeError:
-    return RuntimeError(f"the best checkpoint {path} is damaged, or no checkpoint of Lightning; use fit_at='last'")
+    if isinstance(path, str) and path:
+        check_safe(Path(path), f"the best checkpoint {path} contains", remedy=_REMEDY)

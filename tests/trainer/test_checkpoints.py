@@ -16,6 +16,8 @@ from toy import trainer
 from unprivileged import unprivileged_folder
 
 from bmoe_lightning.trainer.checkpoints import best_weights
+from bmoe_lightning.utils.checkpoint_io import UnsafeCheckpointError
+from bmoe_lightning.utils.file_header import DamagedFileError
 
 
 class Harmful:
@@ -84,14 +86,14 @@ class TestBestWeights:
     def test_code_in_a_checkpoint_does_not_run(self, tmp_path):
         torch.save({"state_dict": {}, "callbacks": Harmful(tmp_path / "ran")}, tmp_path / "best.ckpt")
         said = r"best.ckpt contains objects of .*pathlib.Path.*add_safe_globals, or use fit_at='last'"
-        with pytest.raises(RuntimeError, match=said), best_weights(self.fake(tmp_path / "best.ckpt"), Plain()):
+        with pytest.raises(UnsafeCheckpointError, match=said), best_weights(self.fake(tmp_path / "best.ckpt"), Plain()):
             pass
         assert not (tmp_path / "ran").exists()
 
     def test_hyperparameters_that_are_objects_are_named(self, tmp_path):
         torch.save({"state_dict": {}, "hyper_parameters": {"optimizer": torch.optim.SGD}}, tmp_path / "best.ckpt")
         run = self.fake(tmp_path / "best.ckpt")
-        with pytest.raises(RuntimeError, match=r"objects of torch.optim.sgd.SGD"), best_weights(run, Plain()):
+        with pytest.raises(UnsafeCheckpointError, match=r"objects of torch.optim.sgd.SGD"), best_weights(run, Plain()):
             pass
         with torch.serialization.safe_globals([torch.optim.SGD]), best_weights(run, Plain()):
             pass
@@ -99,14 +101,17 @@ class TestBestWeights:
     def test_a_damaged_file_is_no_question_of_trust(self, tmp_path):
         (tmp_path / "best.ckpt").write_bytes(pickle.dumps({"a": 1}, 2)[:-3] + b"garbage")
         run = self.fake(tmp_path / "best.ckpt")
-        with pytest.raises(RuntimeError, match="is damaged"), best_weights(run, Plain()):
+        with pytest.raises(DamagedFileError, match="is damaged"), best_weights(run, Plain()):
             pass
 
     @pytest.mark.parametrize("content", [b"", b"PK\x03\x04 and then nothing", {"weights": 1}, [1], {"state_dict": [1]}])
     def test_what_is_no_checkpoint(self, tmp_path, content):
         path = tmp_path / "best.ckpt"
         path.write_bytes(content) if isinstance(content, bytes) else torch.save(content, path)
-        with pytest.raises(RuntimeError, match=r"best.ckpt is damaged, or no"), best_weights(self.fake(path), Plain()):
+        with (
+            pytest.raises(DamagedFileError, match=r"best.ckpt is damaged, or no"),
+            best_weights(self.fake(path), Plain()),
+        ):
             pass
 
     @pytest.mark.parametrize(
@@ -136,7 +141,7 @@ class TestBestWeights:
     @pytest.mark.parametrize("path", [5, ["best.ckpt"], {"path": "x"}])
     def test_what_is_no_path(self, path):
         run = FakeTrainer(checkpoint_callback=types.SimpleNamespace(best_model_path=path))
-        with pytest.raises(RuntimeError, match="as its best checkpoint; use fit_at='last'"):
+        with pytest.raises(TypeError, match="as its best checkpoint; use fit_at='last'"):
             best_weights(run, Plain()).__enter__()
 
     def test_a_checkpoint_of_lightning_with_hyperparameters(self, tmp_path):
