@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import types
 import warnings
 from dataclasses import replace
@@ -14,6 +15,8 @@ from bmoe_lightning import BayesianMoECallback
 from bmoe_lightning.curvature import Curvature
 from bmoe_lightning.data import MultipleChoiceDataModule, Splits, get_prompt_format, train_word_tokenizer
 from bmoe_lightning.methods import get_method, save_snapshot
+from bmoe_lightning.models.loading import load_tokenizer
+from bmoe_lightning.models.model_files import CONFIG_FILES, file_digests, tokenizer_files
 from bmoe_lightning.serving import MANIFEST_FILE, CalibratedModel
 from bmoe_lightning.utils.file_header import seal
 
@@ -81,6 +84,33 @@ def edit_manifest(folder, change, *, sealed=True):
     fields = json.loads(path.read_text())
     change(fields["description"])
     path.write_text(seal(fields)[0] if sealed else json.dumps(fields))
+
+
+def as_run(folder, name="../base"):
+    """Make a saved folder that of a run: its model lies elsewhere, and the manifest has digests of what is no weight.
+
+    Returns:
+        The folder of the model.
+    """
+    base = (folder / name).resolve()
+    base.mkdir(parents=True)
+    for path in (path for path in sorted(folder.iterdir()) if path.is_file() and path.name != MANIFEST_FILE):
+        shutil.move(path, base)
+    name_model(folder, str(base), name)
+    return base
+
+
+def name_model(folder, source, name):
+    """Have the manifest of a run name a model as it is now."""
+    digests = {
+        "model_sha256": file_digests(source, CONFIG_FILES),
+        "tokenizer_sha256": file_digests(source, tokenizer_files(load_tokenizer(source))),
+    }
+    edit_manifest(folder, lambda content: content.update(sha256={}, model=name, tokenizer=name, **digests))
+
+
+def edit_json(path, **changes):
+    path.write_text(json.dumps({**json.loads(path.read_text()), **changes}))
 
 
 def rows_of(questions=TEST, *, answers=True):

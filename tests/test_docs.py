@@ -14,11 +14,14 @@ from pathlib import Path
 import lightning as L
 import pytest
 import torch
+from finetuner_cases import CALIBRATION, TEST, TRAIN, qwen
+from serving_cases import data_of
 from torch.utils.data import DataLoader
 from toy import ANSWER_TOKENS, ToyData, toy_model
 
 from bmoe_lightning import BayesianMoECallback
 from bmoe_lightning.curvature import collect_factors
+from bmoe_lightning.data import Splits
 from bmoe_lightning.laplace import LaplacePosterior
 from bmoe_lightning.methods import get_method, method_names
 
@@ -141,6 +144,8 @@ def page_module(tmp_path, monkeypatch):
     posterior = LaplacePosterior(collect_factors(model, class_logits, batches, rank=2))
     (tmp_path / "bayesian_moe").mkdir()
     posterior.save(tmp_path / "bayesian_moe" / "posterior.safetensors")
+    qwen().save_pretrained(tmp_path / "model")
+    data_of().tokenizer.save_pretrained(tmp_path / "model")
     vars(page).update(
         YourModule=YourModule,
         module=MyModule(),
@@ -148,6 +153,8 @@ def page_module(tmp_path, monkeypatch):
         model=model,
         class_logits=class_logits,
         batch=batches[0],
+        checkpoint="model",
+        splits=Splits(TRAIN, CALIBRATION, TEST),
     )
     return page
 

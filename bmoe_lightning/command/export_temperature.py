@@ -15,10 +15,11 @@ from bmoe_lightning.methods.base import TEMPERATURE
 from bmoe_lightning.methods.fit_result import FitResult
 from bmoe_lightning.methods.storage import load_fit
 from bmoe_lightning.models.loading import load_causal_model
-from bmoe_lightning.serving.loading import Served, digest_of, fitted_methods
+from bmoe_lightning.serving.loading import Served, fitted_methods
 from bmoe_lightning.serving.manifest import MANIFEST_FILE, Manifest
 from bmoe_lightning.serving.question_format import ServedModule
 from bmoe_lightning.utils.atomic_io import write_text
+from bmoe_lightning.utils.file_digest import digest_of
 
 PROVENANCE = "calibration"
 """Entry of generation_config.json that says where the temperature is from; transformers keeps and ignores it."""

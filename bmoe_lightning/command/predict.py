@@ -31,10 +31,11 @@ from bmoe_lightning.metrics.conformal import ConformalScore, check_num_labels
 from bmoe_lightning.models.loading import load_tokenizer
 from bmoe_lightning.serving import CalibratedModel, method_entry
 from bmoe_lightning.serving.calibrated_model import method_of
-from bmoe_lightning.serving.loading import Served, digest_of
+from bmoe_lightning.serving.loading import Served, check_model_files
 from bmoe_lightning.serving.prediction_files import PREDICTION_SUFFIXES, write_prediction_file
 from bmoe_lightning.serving.predictions import SET_COLUMN
 from bmoe_lightning.serving.questions import question_of
+from bmoe_lightning.utils.file_digest import digest_of
 
 _READ = (*PREDICTION_SUFFIXES, ".json")
 _COVERAGE: float = 0.9
@@ -235,6 +236,7 @@ def _checked(data: Path, task: str | None) -> tuple[int, int]:
 
 def _check_encoded(data: Path, task: str | None, served: Served) -> None:
     """Refuse a question that the model cannot be asked, with its place in the file; say which ones lose words."""
+    check_model_files(served)  # before its tokenizer is read; all files are verified when the model is loaded
     tokenizer = load_tokenizer(served.tokenizer)
     total, cut = 0, []
     for asked in _questions(data, task):

@@ -21,7 +21,7 @@ from bmoe_lightning.methods.evaluation import Predictor
 from bmoe_lightning.methods.fit_result import FitResult, NotFittedError
 from bmoe_lightning.methods.registry import get_method, method_names
 from bmoe_lightning.methods.storage import load_fit
-from bmoe_lightning.serving.loading import Served, fitted_methods, load_served, read_model
+from bmoe_lightning.serving.loading import Served, check_model_files, fitted_methods, load_served, read_model
 from bmoe_lightning.serving.manifest import MANIFEST_FILE, check_precision
 from bmoe_lightning.serving.predictions import ServedPredictions
 from bmoe_lightning.serving.question_format import QuestionFormat, ServedModule
@@ -92,6 +92,7 @@ class CalibratedModel:
         methods: Sequence[str | Method] = (),
         precision: str = "32-true",
         device: torch.device | str = "cpu",
+        verify: bool = True,
     ) -> CalibratedModel:
         """Load a model, its fit and its methods.
 
@@ -106,16 +107,19 @@ class CalibratedModel:
                 an option of predictions had, such as a number of samples, is not known of it and has its default.
             precision: Lightning's name of the precision of the fit.
             device: Device of the model.
+            verify: Whether to compare the files of a saved folder with their digests, and the model's configuration
+                and tokenizer that a run's folder names with those of the fit. Weights are compared in any case.
 
         Raises:
             FileNotFoundError: If a file is missing.
             ModelUnavailableError: If the model cannot be loaded; see `load_causal_model`.
             WeightMismatchError: If the model has other weights than the methods were fitted to.
             NotFittedError: If a method was not fitted.
-            ValueError: If a file is damaged, arguments exclude each other, or something does not fit together.
+            ValueError: If a file is damaged or was changed, arguments exclude each other, or something does not fit
+                together.
         """
         given = {"fit": fit, "weights": weights, "questions": questions}
-        served = load_served(Path(source), methods)
+        served = load_served(Path(source), methods, verify=verify)
         if served is None:
             if not Path(source).is_dir() and fit is None:
                 raise FileNotFoundError(
@@ -132,6 +136,8 @@ class CalibratedModel:
                 f"{source} has a {MANIFEST_FILE}, which says what fit=, weights=, questions= and precision= would; "
                 "leave them out"
             )
+        if verify:
+            check_model_files(served)
         offload = [curvature.digest for m in served.methods for curvature in m.curvatures if curvature.offload]
         fitted, snapshots = load_fit(served.fit, offload=offload)
         module, tokenizer = read_model(served)

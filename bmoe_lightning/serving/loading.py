@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path, PurePath
 from typing import Any
 
@@ -17,10 +16,12 @@ from bmoe_lightning.methods.fit_result import FitResult
 from bmoe_lightning.methods.snapshots import apply_snapshot
 from bmoe_lightning.models.buffers import unrounded_buffers
 from bmoe_lightning.models.loading import load_causal_model, load_tokenizer
+from bmoe_lightning.models.model_files import CONFIG_FILES, TOKENIZER_FILES, file_of
 from bmoe_lightning.serving.manifest import MANIFEST_FILE, LoRAShape, Manifest, check_precision, place
 from bmoe_lightning.serving.method_entries import methods_of_entries, paths_of, with_paths
 from bmoe_lightning.serving.question_format import QuestionFormat, ServedModule
 from bmoe_lightning.utils.checkpoint_io import STATE_DICT, read_checkpoint
+from bmoe_lightning.utils.file_digest import digest_of
 from bmoe_lightning.utils.file_header import DamagedFileError
 from bmoe_lightning.utils.messages import first_names
 
@@ -43,6 +44,8 @@ class Served:
         lora: Adapters that the weights are of; None for none.
         data: Sentences on its data.
         results: Rows of its table.
+        model_sha256: Digests of the model's configuration as it was for the fit; none if they are not known.
+        tokenizer_sha256: Those of the tokenizer's files.
     """
 
     model: str
@@ -55,6 +58,8 @@ class Served:
     lora: LoRAShape | None = None
     data: tuple[str, ...] = ()
     results: tuple[Mapping[str, Any], ...] = ()
+    model_sha256: Mapping[str, str] = field(default_factory=dict)
+    tokenizer_sha256: Mapping[str, str] = field(default_factory=dict)
 
     @classmethod
     def of_model(
@@ -114,7 +119,38 @@ def load_served(folder: Path, wanted: Sequence[str | Method] = (), *, verify: bo
         lora=manifest.lora,
         data=manifest.data,
         results=manifest.results,
+        model_sha256=manifest.model_sha256,
+        tokenizer_sha256=manifest.tokenizer_sha256,
     )
+
+
+def check_model_files(served: Served) -> None:
+    """Compare the model's configuration and its tokenizer with those of the fit, where these are known.
+
+    Args:
+        served: The parts.
+
+    Raises:
+        FileNotFoundError: If a file is missing.
+        ModelUnavailableError: If the model is.
+        ValueError: If a file was changed, or was added.
+    """
+    remedy = (
+        "restore what the methods were fitted with, or pass verify=False to CalibratedModel.from_pretrained if you "
+        "know that predictions do not depend on it"
+    )
+    for source, fitted, names in (
+        (served.model, served.model_sha256, CONFIG_FILES),
+        (served.tokenizer, served.tokenizer_sha256, TOKENIZER_FILES),
+    ):
+        for name in dict.fromkeys((*fitted, *names)) if fitted else ():
+            path = file_of(source, name)
+            if path is None and name in fitted:
+                raise FileNotFoundError(f"{Path(source) / name} is missing, which was there for the fit; {remedy}")
+            if path is not None and name not in fitted:
+                raise DamagedFileError(f"{path} was added after the fit; {remedy}")
+            if path is not None and digest_of(path) != fitted[name]:
+                raise DamagedFileError(f"{path} is not the file of the fit: it was changed since; {remedy}")
 
 
 def read_model(served: Served) -> tuple[ServedModule, PreTrainedTokenizerBase]:
@@ -173,16 +209,6 @@ def fitted_methods(fitted: FitResult, wanted: Sequence[str | Method] = ()) -> li
     """
     entries = [{**found.options, "name": name} for name, found in fitted.methods.items()]
     return methods_of_entries(entries, wanted)
-
-
-def digest_of(path: Path) -> str:
-    """SHA-256 digest of a file, in hexadecimal digits.
-
-    Args:
-        path: The file.
-    """
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def _check_inside(folder: Path, manifest: Manifest, methods: Sequence[Method]) -> None:

@@ -76,6 +76,9 @@ class Manifest:
         results: Rows of its table on the test questions, for the model card: values by column.
         sha256: Digests of files of the folder, by relative path, for one that holds all of the model: its paths do not
             leave it then. None for the folder of a run, whose files have their own.
+        model_sha256: Digests of the model's files of `CONFIG_FILES` as they were for the fit, by name. None for a
+            folder that holds all of the model, and for one that an earlier release has written.
+        tokenizer_sha256: Those of the tokenizer's files, by name, likewise.
     """
 
     model: str
@@ -89,6 +92,8 @@ class Manifest:
     data: tuple[str, ...] = ()
     results: tuple[Mapping[str, Any], ...] = ()
     sha256: Mapping[str, str] = field(default_factory=dict)
+    model_sha256: Mapping[str, str] = field(default_factory=dict)
+    tokenizer_sha256: Mapping[str, str] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         for name in ("model", "tokenizer", "fit"):
@@ -101,8 +106,10 @@ class Manifest:
                 raise TypeError(f"{name} must be mappings, got {getattr(self, name)!r}")
         if not all(isinstance(sentence, str) for sentence in self.data):
             raise TypeError(f"data must be sentences, got {self.data!r}")
-        if not all(_is_path(name) and isinstance(digest, str) for name, digest in self.sha256.items()):
-            raise TypeError(f"sha256 must have a digest for each path, got {self.sha256!r}")
+        for name in ("sha256", "model_sha256", "tokenizer_sha256"):
+            digests = getattr(self, name)
+            if not all(_is_path(path) and isinstance(digest, str) for path, digest in digests.items()):
+                raise TypeError(f"{name} must have a digest for each path, got {digests!r}")
         check_precision(self.precision)
         if not self.methods:
             raise ValueError("there are no methods")

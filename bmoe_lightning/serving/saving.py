@@ -12,10 +12,10 @@ from bmoe_lightning.experts.wrappers.peft import is_adapter
 from bmoe_lightning.methods.base import Method
 from bmoe_lightning.methods.fit_index import SNAPSHOT_FOLDER
 from bmoe_lightning.methods.storage import load_fit, save_fit
-from bmoe_lightning.serving.loading import digest_of
 from bmoe_lightning.serving.manifest import Manifest
 from bmoe_lightning.serving.method_entries import FITS, RUNS, method_entry, paths_of, with_paths
 from bmoe_lightning.serving.model_card import model_card
+from bmoe_lightning.utils.file_digest import digest_of
 from bmoe_lightning.utils.new_folder import new_folder
 
 if TYPE_CHECKING:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import shutil
 import warnings
@@ -12,6 +11,7 @@ from pathlib import Path
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from bmoe_lightning.utils.file_digest import digest_of
 from bmoe_lightning.utils.new_folder import FolderFilledError, new_folder
 
 RECORD_FILE = "pretraining.json"
@@ -40,16 +40,10 @@ def damaged_file(folder: Path, record_file: str = RECORD_FILE) -> Path | None:
     record = folder / record_file
     try:
         expected = json.loads(record.read_text(encoding="utf-8"))["sha256"]
-        return next((folder / name for name, digest in expected.items() if _digest(folder / name) != digest), None)
+        paths = {folder / name: digest for name, digest in expected.items()}
+        return next((path for path, digest in paths.items() if not path.is_file() or digest_of(path) != digest), None)
     except (OSError, ValueError, LookupError, TypeError, AttributeError):
         return record
-
-
-def _digest(path: Path) -> str:
-    if not path.is_file():
-        return ""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def save_model(
@@ -74,6 +68,6 @@ def save_model(
     with suppress(FolderFilledError), new_folder(folder) as unfinished:
         model.save_pretrained(unfinished)
         tokenizer.save_pretrained(unfinished)
-        digests = {path.name: _digest(path) for path in sorted(unfinished.iterdir())}
+        digests = {path.name: digest_of(path) for path in sorted(unfinished.iterdir())}
         text = json.dumps({**record, "sha256": digests}, indent=2) + "\n"
         (unfinished / record_file).write_text(text, encoding="utf-8")

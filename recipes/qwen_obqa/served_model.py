@@ -10,6 +10,7 @@ from bmoe_lightning import LoRAFinetuner, MultipleChoiceDataModule
 from bmoe_lightning.base_finetuner import Finetuner
 from bmoe_lightning.methods import Method
 from bmoe_lightning.metrics import calibration_values
+from bmoe_lightning.models.model_files import CONFIG_FILES, file_digests, tokenizer_files
 from bmoe_lightning.report import MethodResult
 from bmoe_lightning.serving import Manifest, QuestionFormat, method_entry
 from bmoe_lightning.serving.calibrated_model import described_data
@@ -48,9 +49,11 @@ def write_manifest(
         lora = LoRAShape(module.rank, module.alpha, tuple(module.target_modules), module.dropout)
     name = settings.data or "the built-in task"
     values = {result.method: calibration_values(result.log_probs, result.target) for result in results}
+    assert not isinstance(data.tokenizer, str)
+    model, tokenizer = training.source.model_of(training.seed), training.source.tokenizer
     Manifest(
-        model=_relative(training.source.model_of(training.seed), folder),
-        tokenizer=_relative(training.source.tokenizer, folder),
+        model=_relative(model, folder),
+        tokenizer=_relative(tokenizer, folder),
         fit=FIT_FOLDER,
         questions=QuestionFormat.of_data(data),
         methods=tuple(method_entry(_relative_paths(method, folder)) for method in methods),
@@ -62,6 +65,8 @@ def write_manifest(
             {"method": result.label, **{metric: float(values[result.method][metric]) for metric in _METRICS}}
             for result in results
         ),
+        model_sha256=file_digests(model, CONFIG_FILES),
+        tokenizer_sha256=file_digests(tokenizer, tokenizer_files(data.tokenizer)),
     ).write(folder)
 
 

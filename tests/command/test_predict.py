@@ -15,7 +15,7 @@ import pyarrow.parquet as pq
 import pytest
 from finetuner_cases import TEST
 from predict_cases import EVERY, names_in, read, run, without_model
-from serving_cases import rows_of, write_rows
+from serving_cases import as_run, rows_of, write_rows
 
 from bmoe_lightning.command import predict as command
 from bmoe_lightning.command.main import main
@@ -254,6 +254,13 @@ def test_a_file_that_is_not_ours_stays(saved, data, tmp_path, capsys, content):
     assert run(saved, data, tmp_path / "out.jsonl") == 1
     assert "or something else; give --overwrite" in capsys.readouterr().err
     assert (tmp_path / "out.jsonl.partial").read_bytes() == content
+
+
+@pytest.mark.parametrize("content", ['{"added_tokens": []}', "no JSON"])
+def test_another_tokenizer_than_that_of_the_fit_is_named_before_it_is_read(copied, data, tmp_path, capsys, content):
+    (as_run(copied) / "tokenizer.json").write_text(content)
+    assert run(copied, data, tmp_path / "out.jsonl") == 1
+    assert "tokenizer.json is not the file of the fit" in capsys.readouterr().err
 
 
 def test_what_the_model_cannot_be_asked_is_named_before_it_is_loaded(saved, tmp_path, monkeypatch, capsys):

@@ -26,6 +26,8 @@ MANIFEST = Manifest(
     data=("Sätze.",),
     results=({"method": "MAP", "acc": 0.5},),
     sha256={"a/b": "0" * 64},
+    model_sha256={"config.json": "1" * 64},
+    tokenizer_sha256={"tokenizer.json": "2" * 64},
 )
 
 
@@ -44,7 +46,9 @@ def test_is_read_as_it_was_written(tmp_path):
         {"weights": ""}, {"precision": "8-true"}, {"precision": ["32-true"]}, {"methods": []}, {"methods": "map"},
         {"methods": ["map"]}, {"methods": {"map": {}}}, {"methods": [3]}, {"data": "text"}, {"data": [3]},
         {"results": [3]}, {"results": {"a": 1}}, {"sha256": ["a"]}, {"sha256": {"a": 3}}, {"sha256": {"": "0"}},
-        {"sha256": None}, {"lora": {}}, {"lora": []}, {"lora": {"rank": 8, "alpha": 16.0, "target_modules": "q_proj"}},
+        {"sha256": None}, {"model_sha256": ["a"]}, {"model_sha256": None}, {"tokenizer_sha256": {"tokenizer.json": 3}},
+        {"tokenizer_sha256": {"": "0"}}, {"lora": {}}, {"lora": []},
+        {"lora": {"rank": 8, "alpha": 16.0, "target_modules": "q_proj"}},
         {"lora": {"rank": "8", "alpha": 16.0, "target_modules": ["q"]}},
         {"lora": {"rank": 8, "alpha": "16", "target_modules": ["q"]}},
         {"lora": {"rank": 8, "alpha": 16.0, "target_modules": [3]}},
@@ -58,6 +62,16 @@ def test_other_values_are_refused_with_the_path(tmp_path, change):
     path.write_text(seal({**fields, "description": {**fields["description"], **change}})[0])
     with pytest.raises(DamagedFileError, match=str(path)):
         Manifest.read(tmp_path)
+
+
+@pytest.mark.parametrize("name", ["sha256", "model_sha256", "tokenizer_sha256", "lora", "data", "results"])
+def test_an_entry_that_an_earlier_release_lacked_has_its_default(tmp_path, name):
+    MANIFEST.write(tmp_path)
+    path = tmp_path / MANIFEST_FILE
+    fields = json.loads(path.read_text())
+    del fields["description"][name]
+    path.write_text(seal(fields)[0])
+    assert not getattr(Manifest.read(tmp_path), name)
 
 
 @pytest.mark.parametrize("name", ["model", "tokenizer", "fit", "questions"])

@@ -8,7 +8,7 @@ import pytest
 import torch
 from recipe_runs import run
 
-from bmoe_lightning.serving import CalibratedModel
+from bmoe_lightning.serving import CalibratedModel, Manifest
 from bmoe_lightning.utils.safetensors_io import read_tensor_file
 from recipes.qwen_obqa.methods import build_methods
 from recipes.qwen_obqa.settings import Settings
@@ -25,6 +25,9 @@ def check_served(folder, methods, tolerance, **chosen):
     questions, size = data.questions("test"), data.eval_batch_size
     moved = shutil.move(folder, folder.parent / "moved")
     served = CalibratedModel.from_pretrained(moved)
+    known = Manifest.read(moved / "seed-0")
+    assert set(known.model_sha256) == {"config.json"}
+    assert {"config.json", "tokenizer.json", "tokenizer_config.json"} <= set(known.tokenizer_sha256)
     assert [method.name for method in served.methods] == list(names)
     for name in names:
         path = moved / "seed-0" / "predictions" / f"{name}.safetensors"
