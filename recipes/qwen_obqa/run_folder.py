@@ -21,11 +21,13 @@ from bmoe_lightning.curvature.sketch import check_linear
 from bmoe_lightning.data import Question
 from bmoe_lightning.methods import Method
 from bmoe_lightning.methods.fit_index import remove_leftover_files
+from bmoe_lightning.models.model_files import TOKENIZER_FILES, file_digests
 from bmoe_lightning.optim import check_half_precision_updates
 from bmoe_lightning.utils.atomic_io import remove_all_leftovers, remove_leftovers
 from bmoe_lightning.utils.distributed import is_rank_zero, num_processes
 from bmoe_lightning.utils.folder_lock import FolderInUseError, locked_folder
 from bmoe_lightning.utils.json_io import read_json_file, write_json_file
+from bmoe_lightning.utils.messages import first_names
 from bmoe_lightning.utils.new_folder import UNFINISHED
 from recipes.common.errors import RecipeError
 from recipes.qwen_obqa.distributed import trainer_options
@@ -47,6 +49,7 @@ _VERSION = 1
 _TEST_QUESTIONS = "test_questions"
 _TEST_LIMIT = "limit_test"
 _PRETRAINED = "pretrained_weights"  # hash by seed
+_MODEL_FILES = "model_files"  # digests by seed and name
 # Settings that may change when a run is resumed, since they do not change trained weights. Seeds may be added: each has
 # a folder. Methods may be added: their options are compared with those that they were fitted and evaluated with. The
 # evaluation's batch size changes results by rounding alone, and has to be lowered where memory is not enough.
@@ -246,7 +249,7 @@ def run_identity(output: Path) -> str:
         output: Folder of a run that has begun. Its description has the options that there were when the run was first
             made, so that an option that is added later does not change the identity.
     """
-    free = (*_FREE, _TEST_QUESTIONS, _PRETRAINED)
+    free = (*_FREE, _TEST_QUESTIONS, _PRETRAINED, _MODEL_FILES)
     content = {name: value for name, value in _read_run(output / RUN_FILE).items() if name not in free}
     return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
@@ -264,15 +267,45 @@ def check_pretrained(output: Path, seed: int, weights: str) -> None:
     """
     if not is_rank_zero():
         return
-    content = _read_run(output / RUN_FILE)
-    known = content.get(_PRETRAINED, {})
-    if known.get(str(seed), weights) != weights:
+    known = _started_with(output, _PRETRAINED, seed, weights)
+    if known != weights:
         raise RecipeError(
-            f"seed {seed} of the earlier run in {output} started from the pre-trained weights {known[str(seed)]}, and "
-            f"the model now has {weights}; give --overwrite to replace that run, or another --output-dir"
+            f"seed {seed} of the earlier run in {output} started from the pre-trained weights {known}, and the model "
+            f"now has {weights}; give --overwrite to replace that run, or another --output-dir"
         )
+
+
+def check_files(output: Path, seed: int, model: str) -> None:
+    """Check that a model has the configuration and the tokenizer that a seed has started with; on rank zero alone.
+
+    Args:
+        output: Folder of a run that has begun; they are recorded there if the seed has not started yet.
+        seed: Seed of the fine-tuning.
+        model: Folder or hub id of the model.
+
+    Raises:
+        RecipeError: If a file was changed, added or removed.
+        ModelUnavailableError: If there is no such model.
+    """
+    if not is_rank_zero():
+        return
+    found = file_digests(model, TOKENIZER_FILES)
+    known = _started_with(output, _MODEL_FILES, seed, found)
+    changed = [name for name in sorted(known.keys() | found.keys()) if known.get(name) != found.get(name)]
+    if changed:
+        raise RecipeError(
+            f"{first_names(changed)} of {model} changed after seed {seed} of the earlier run in {output} had started; "
+            "restore it, give --overwrite to replace that run, or another --output-dir"
+        )
+
+
+def _started_with(output: Path, name: str, seed: int, value: Any) -> Any:
+    """What a seed has started with, which is recorded if it has not started yet."""
+    content = _read_run(output / RUN_FILE)
+    known = content.get(name, {})
     if str(seed) not in known:
-        _write_run(output / RUN_FILE, {**content, _PRETRAINED: {**known, str(seed): weights}})
+        _write_run(output / RUN_FILE, {**content, name: {**known, str(seed): value}})
+    return known.get(str(seed), value)
 
 
 def remove_leftovers_of_killed_runs(output: Path) -> None:

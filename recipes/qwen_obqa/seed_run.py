@@ -29,7 +29,7 @@ from bmoe_lightning.utils.distributed import barrier, is_rank_zero
 from recipes.qwen_obqa.distributed import agreed, first_then_others
 from recipes.qwen_obqa.exported_model import check_origin, export, export_folder, is_exported
 from recipes.qwen_obqa.further_runs import FurtherRuns, is_finished
-from recipes.qwen_obqa.run_folder import FIT_FOLDER, MEMBER_FITS, check_pretrained, fingerprint_of
+from recipes.qwen_obqa.run_folder import FIT_FOLDER, MEMBER_FITS, check_files, check_pretrained, fingerprint_of
 from recipes.qwen_obqa.seed_training import SeedTraining
 from recipes.qwen_obqa.served_model import lacks_manifest, write_manifest
 from recipes.qwen_obqa.settings import ResolvedSettings
@@ -127,9 +127,8 @@ class SeedRun:
         if not missing and agreed(is_rank_zero() and lacks_manifest(self._training)):
             missing = [self.methods[0]]  # how questions are asked is known after an evaluation
         zero_shot = self.settings.zero_shot and not agreed(self.zero_shot_predictions.has(ZERO_SHOT))
-        if (missing or zero_shot) and (weights := self._training.model()[1]):
-            self._training.say(f"pre-trained weights {weights}")
-            first_then_others(lambda: check_pretrained(self.output, self.seed, weights))
+        if missing or zero_shot:
+            self._check_model()
         if zero_shot:
             self._evaluate_zero_shot()
         if missing:
@@ -141,6 +140,15 @@ class SeedRun:
         folder = export_folder(self.settings, self.seed)
         if folder is not None:
             self._save_model(folder)
+
+    def _check_model(self) -> None:
+        """Refuse another model than the finished stages were made with."""
+        model, weights = self._training.model()
+        if weights:
+            self._training.say(f"pre-trained weights {weights}")
+            first_then_others(lambda: check_pretrained(self.output, self.seed, weights))
+        else:
+            first_then_others(lambda: check_files(self.output, self.seed, model))
 
     def check_export(self) -> None:
         """Refuse another run's model in the folder of this seed's; see `check_origin`."""

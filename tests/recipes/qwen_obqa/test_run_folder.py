@@ -20,6 +20,7 @@ from recipes.qwen_obqa import experiment
 from recipes.qwen_obqa.methods import build_methods
 from recipes.qwen_obqa.run_folder import (
     begin,
+    check_files,
     check_pretrained,
     check_start,
     plain_notes,
@@ -134,6 +135,27 @@ class TestEarlierRun:
         assert run_identity(earlier) == identity
         start(earlier, overwrite=True)
         check_pretrained(earlier, 1, "abc")
+
+    def test_a_seed_has_the_configuration_and_the_tokenizer_that_it_has_started_with(self, earlier, tmp_path):
+        identity, model = run_identity(earlier), tmp_path / "model"
+        model.mkdir()
+        for name in ("config.json", "tokenizer.json", "generation_config.json"):
+            (model / name).write_text("{}")
+        for _ in range(2):
+            check_files(earlier, 0, str(model))
+            assert start(earlier) is True
+        (model / "generation_config.json").write_text("{ }")
+        check_files(earlier, 0, str(model))
+        (model / "tokenizer.json").write_text("{ }")
+        (model / "added_tokens.json").write_text("{}")
+        with pytest.raises(
+            RecipeError, match=r"added_tokens.json, tokenizer.json of .*model changed after seed 0 .* --over"
+        ):
+            check_files(earlier, 0, str(model))
+        check_files(earlier, 1, str(model))
+        assert run_identity(earlier) == identity
+        start(earlier, overwrite=True)
+        check_files(earlier, 0, str(model))
 
     def test_other_questions_are_refused(self, earlier):
         before = content(earlier)
