@@ -18,6 +18,7 @@ from bmoe_lightning.methods import Method, evaluate, fit_index, fit_methods, get
 from bmoe_lightning.methods.base import CurvatureMethod
 from bmoe_lightning.methods.options import trial_options
 from bmoe_lightning.methods.registry import built_in_names
+from bmoe_lightning.models.model_files import TOKENIZER_FILES
 from bmoe_lightning.serving import CalibratedModel
 from recipes.faults.damaged_files import Part, checked_states
 from recipes.faults.lightning_script import Classifier, loader
@@ -123,13 +124,13 @@ def served_part(run: Path, folder: Path) -> Part:
 
 
 def run_part(name: str, run: Path) -> Part:
-    """The folder of a run's first seed as it is served, in that of the run with two seeds.
+    """The folder of a run's first seed as it is served, in that of the run with two seeds and their model.
 
     Args:
         name: Name for the table.
         run: Folder of a finished run of the recipe.
     """
-    chosen = ("seed-0/*.*", f"seed-0/{FIT_FOLDER}/**/*.*")
+    chosen = ("seed-0/*.*", f"seed-0/{FIT_FOLDER}/**/*.*", *(f"model/*/{name}" for name in TOKENIZER_FILES))
     return Part(name, run, lambda where: _answers(where / "seed-0"), chosen, run / "seed-1", _OF_SERVED)
 
 

@@ -4,17 +4,19 @@ from __future__ import annotations
 
 import json
 import random
+from dataclasses import replace
 
 import pytest
 import torch
 from safetensors.torch import load_file
+from serving_cases import as_run, fitted, served_of
 
 from bmoe_lightning.utils.json_io import read_json_file, write_json_file
 from bmoe_lightning.utils.safetensors_io import read_tensor_file, write_tensor_file
 from recipes.faults.damaged_files import Part, kind_of, mutated
 from recipes.faults.mutations import ALL, DAMAGES, edited_json, mutation
 from recipes.faults.outcomes import faults_of
-from recipes.faults.samples import fit_part, fitted_methods, pass_part
+from recipes.faults.samples import fit_part, fitted_methods, pass_part, run_part
 
 SAMPLE = {"format": "sample", "version": 1}
 
@@ -43,6 +45,18 @@ def test_a_killed_pass(tmp_path):
     outcomes = mutated(pass_part(tmp_path / "pass"), 15, random.Random(0), nothing, tmp_path / "copy")
     assert [outcome.kind for outcome in outcomes] == ["killed pass: sums of a curvature pass"]
     assert faults_of(outcomes) == []
+
+
+def test_the_configuration_and_the_tokenizer_of_a_run_are_verified(tmp_path):
+    fitted_run = fitted(tmp_path / "training", ("map", "temperature"))
+    folder = tmp_path / "run" / "seed-0"
+    served_of(fitted_run).save_pretrained(folder)
+    as_run(folder, "../model/small")
+    part = run_part("run", folder.parent)
+    assert {"config.json", "tokenizer.json", "tokenizer_config.json"} < {path.name for path in part.files(part.folder)}
+    part = replace(part, chosen=tuple(name for name in part.chosen if name.startswith("model/")), kinds=DAMAGES)
+    (outcome,) = mutated(part, 20, random.Random(0), nothing, tmp_path / "copy")
+    assert (outcome.kind, outcome.faults, outcome.counts) == ("run: files of the model", [], {"refused": 20})
 
 
 @pytest.fixture
