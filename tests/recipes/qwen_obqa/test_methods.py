@@ -4,17 +4,19 @@ from __future__ import annotations
 
 import sys
 from dataclasses import dataclass
+from pathlib import Path
 from types import ModuleType
 from typing import Literal
 
 import pytest
 
+import recipes.qwen_obqa
 from bmoe_lightning.curvature.spec import Curvature, ExpertLayers, LinearLayers
 from bmoe_lightning.methods.base import Method
 from bmoe_lightning.methods.needs import Needs
 from bmoe_lightning.methods.options import option
 from bmoe_lightning.methods.registry import get_method, method_names
-from recipes.common.cli import UsageError
+from recipes.common.cli import UsageError, parse
 from recipes.qwen_obqa.methods import build_methods
 from recipes.qwen_obqa.settings import CurvatureSettings, Settings
 
@@ -114,6 +116,16 @@ def test_options_of_a_file():
     assert mine == Mine(curvature=Curvature(rank=32))
     curvature = Curvature(rank=3, layers=LinearLayers("*.lora_A"))
     assert other == Mine(name="other", width=4.0, layers=(1,), curvature=curvature)
+
+
+def test_the_file_of_the_last_layer_has_it_beside_all_layers():
+    path = Path(recipes.qwen_obqa.__file__).with_name("last_layer.yaml")
+    settings = parse(Settings, ["--config", str(path)], program="program", description="")
+    methods = {method.name: method for method in build(*settings.methods)}
+    assert {name: method.curvatures[0].skip_layers for name, method in methods.items() if method.curvatures} == {
+        "laplace_lpo": (),
+        "last_layer": (0, 1),
+    }
 
 
 def test_prediction_has_the_dropout_of_training_unless_told_otherwise():
