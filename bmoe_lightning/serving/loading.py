@@ -23,6 +23,7 @@ from bmoe_lightning.serving.question_format import QuestionFormat, ServedModule
 from bmoe_lightning.utils.checkpoint_io import STATE_DICT, read_checkpoint
 from bmoe_lightning.utils.file_digest import digest_of
 from bmoe_lightning.utils.file_header import DamagedFileError
+from bmoe_lightning.utils.late_import import how_to_install
 from bmoe_lightning.utils.messages import first_names
 
 _DTYPES = {"64-true": torch.float64, "bf16-true": torch.bfloat16, "16-true": torch.float16}
@@ -194,7 +195,7 @@ def add_adapters(model: PreTrainedModel, shape: LoRAShape) -> None:
         from peft import LoraConfig
     except ImportError as error:
         raise ImportError(
-            "this model was fine-tuned with LoRA, and PEFT is not installed; run pip install 'bmoe-lightning[lora]'"
+            f"this model was fine-tuned with LoRA, and PEFT is not installed; {how_to_install('lora')}"
         ) from error
     rank: dict[str, Any] = {"r": shape.rank, "lora_alpha": shape.alpha, "lora_dropout": shape.dropout}
     model.add_adapter(LoraConfig(**rank, target_modules=list(shape.target_modules)))
