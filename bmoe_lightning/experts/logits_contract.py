@@ -105,7 +105,7 @@ def check_logits(logits: Tensor) -> None:
             f"class_logits must return logits of shape [B, K] with K >= 2, got {logits.dtype} {tuple(logits.shape)}"
         )
     values = logits.detach().float()
-    if bool(torch.isnan(values).any() | (values == torch.inf).any()):
+    if len(values) and not bool((values.amax(-1) < torch.inf).all()):  # NaN is no smaller either
         raise ValueError(
             "class_logits returned NaN or +inf, so the weights or the input are broken. If training diverged, lower "
             "the learning rate, clip gradients (gradient_clip_val=1.0 in the trainer), or use bfloat16 or float32 "
@@ -120,7 +120,7 @@ def check_logits(logits: Tensor) -> None:
         )
     # Rounding in the dtype of the probabilities; a single row of logits may sum to 1 by chance, several do not.
     tolerance = max(1e-3, torch.finfo(logits.dtype).eps) if len(logits) > 1 else 1e-5
-    if bool(((values >= 0) & (values <= 1)).all() & ((values.sum(-1) - 1).abs() < tolerance).all()):
+    if bool(values.amin() >= 0) and bool(((values.sum(-1) - 1).abs() < tolerance).all() & (values <= 1).all()):
         raise ValueError(
             "class_logits returned probabilities (every row is non-negative and sums to 1); return the logits before "
             "the softmax"

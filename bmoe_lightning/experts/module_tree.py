@@ -6,11 +6,30 @@ else that it does outside of the model. They read `Module._modules` and `Module.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+
 from torch import nn
+
+_collected: ContextVar[tuple[nn.Module, list[nn.Module]] | None] = ContextVar("modules of a model", default=None)
+
+
+@contextmanager
+def modules_collected(model: nn.Module) -> Iterator[None]:
+    """Within this context the modules of a model are collected once; nobody may add or remove one meanwhile."""
+    token = _collected.set((model, all_modules(model)))
+    try:
+        yield
+    finally:
+        _collected.reset(token)
 
 
 def all_modules(model: nn.Module) -> list[nn.Module]:
     """A model and the modules in it, each once, in the order of `nn.Module.modules`."""
+    collected = _collected.get()
+    if collected is not None and collected[0] is model:
+        return collected[1]
     found: list[nn.Module] = []
     seen: set[nn.Module | None] = {None}
     waiting: list[nn.Module | None] = [model]
@@ -25,6 +44,20 @@ def all_modules(model: nn.Module) -> list[nn.Module]:
     return found
 
 
+def module_at(model: nn.Module, name: str) -> nn.Module:
+    """The module of a qualified name, as `nn.Module.get_submodule`.
+
+    Raises:
+        AttributeError: If there is none.
+    """
+    found: nn.Module | None = model
+    for part in filter(None, name.split(".")):
+        found = None if found is None or part not in found._modules else found._modules[part]
+    if found is None:
+        raise AttributeError(f"{type(model).__name__} has no module {name!r}")
+    return found
+
+
 def own_parameters(module: nn.Module) -> list[nn.Parameter]:
     """The parameters that a module holds itself, without those of the modules in it."""
     return [parameter for parameter in module._parameters.values() if parameter is not None]
@@ -32,5 +65,10 @@ def own_parameters(module: nn.Module) -> list[nn.Parameter]:
 
 def all_parameters(model: nn.Module) -> list[nn.Parameter]:
     """The parameters of a model, each once, in the order of `nn.Module.parameters`."""
-    found = {id(parameter): parameter for module in all_modules(model) for parameter in own_parameters(module)}
+    found: dict[int, nn.Parameter] = {}
+    for module in all_modules(model):
+        if module._parameters:
+            for parameter in module._parameters.values():
+                if parameter is not None:
+                    found[id(parameter)] = parameter
     return list(found.values())

@@ -16,7 +16,7 @@ from bmoe_lightning.experts.fsdp import runs_in_lockstep, unsharded_roots
 from bmoe_lightning.experts.gradient_checkpointing import recomputed_activations
 from bmoe_lightning.experts.logits_contract import ClassLogits, present_classes, run_class_logits
 from bmoe_lightning.experts.model_state import evaluation_mode, frozen_parameters
-from bmoe_lightning.experts.module_tree import all_parameters
+from bmoe_lightning.experts.module_tree import all_parameters, modules_collected
 from bmoe_lightning.experts.sharded_calls import BackwardPasses
 from bmoe_lightning.experts.taps import Taps
 from bmoe_lightning.experts.threads import model_lock
@@ -93,15 +93,16 @@ def tapped_batch(
         # Inference tensors cannot be part of a graph, so inference mode is left and the batch copied.
         stack.enter_context(torch.inference_mode(False))
         stack.enter_context(torch.enable_grad())
-        stack.enter_context(evaluation_mode(model))
-        if frozen:
-            stack.enter_context(frozen_parameters(model))
-        stack.enter_context(unsharded_roots(model))
-        passes = BackwardPasses() if runs_in_lockstep(model) else None
-        taps = Taps(layers, passes)
-        stack.enter_context(taps.attach(model))
-        stack.enter_context(gradients_checked(model))
-        stack.enter_context(recomputed_activations(model))
+        with modules_collected(model):
+            stack.enter_context(evaluation_mode(model))
+            if frozen:
+                stack.enter_context(frozen_parameters(model))
+            stack.enter_context(unsharded_roots(model))
+            passes = BackwardPasses() if runs_in_lockstep(model) else None
+            taps = Taps(layers, passes)
+            stack.enter_context(taps.attach(model))
+            stack.enter_context(gradients_checked(model))
+            stack.enter_context(recomputed_activations(model))
         # Compiled code skips taps.
         stack.enter_context(eager_code())
         with nullcontext() if passes is None else passes.through(model):

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from bmoe_lightning.experts.gradient_scale import GradientScale, runs_float16
 from bmoe_lightning.experts.interception import intercepted_layers
+from bmoe_lightning.experts.module_tree import module_at
 from bmoe_lightning.experts.sharded_calls import BackwardPasses
 from bmoe_lightning.experts.streaming import Collector, Output, differentiated, joined
 from bmoe_lightning.experts.threads import in_this_thread
@@ -285,7 +286,7 @@ class Taps:
     def attach(self, model: nn.Module) -> ExitStack:
         """Register hooks in a model; closing the returned stack removes them."""
         stack = ExitStack()
-        self._modules = [model.get_submodule(layer.module_name) for layer in self.layers]
+        self._modules = [module_at(model, layer.module_name) for layer in self.layers]
         try:
             for owner in outermost_pretrained(model):
                 hook = in_this_thread(self._see_call)

@@ -2,19 +2,23 @@
 
 from __future__ import annotations
 
+import itertools
 from collections import Counter
 from collections.abc import Iterable, Sequence
 
 from torch import nn
 
 from bmoe_lightning.experts.layouts.registry import LAYOUTS
-from bmoe_lightning.experts.module_tree import all_modules, own_parameters
+from bmoe_lightning.experts.module_tree import all_modules, module_at, own_parameters
 from bmoe_lightning.experts.types import ExpertLayer
 
 
 def parameter_owners(model: nn.Module) -> Counter[int]:
     """The number of modules that hold each parameter directly, by the parameter's id."""
-    return Counter(key for module in all_modules(model) for key in set(map(id, own_parameters(module))))
+    held = [
+        {id(parameter) for parameter in own_parameters(module)} for module in all_modules(model) if module._parameters
+    ]
+    return Counter(itertools.chain.from_iterable(held))
 
 
 def tied_modules(model: nn.Module, layer: ExpertLayer, owners: Counter[int]) -> list[nn.Module]:
@@ -25,8 +29,8 @@ def tied_modules(model: nn.Module, layer: ExpertLayer, owners: Counter[int]) -> 
         layer: One of its expert layers.
         owners: The counts of `parameter_owners(model)`.
     """
-    module = model.get_submodule(layer.module_name)
-    if all(owners[id(parameter)] == 1 for parameter in module.parameters()):
+    module = module_at(model, layer.module_name)
+    if owners.total() == len(owners) or all(owners[id(parameter)] == 1 for parameter in module.parameters()):
         return [module]
     ids = weight_ids(module, layer)
     if all(owners[weight] == 1 for weight in ids):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from torch import Tensor, nn
 
-from bmoe_lightning.experts.fsdp import is_sharded, local_part
+from bmoe_lightning.experts.fsdp import local_part
 from bmoe_lightning.experts.module_tree import all_parameters
 from bmoe_lightning.experts.wrappers.quantised import unusable
 
@@ -23,5 +23,5 @@ def weights_state(module: nn.Module) -> tuple[tuple[int, int], ...]:
     Quantised weights are left out: packed ones may be rewritten during the forward pass.
     """
     usable = [parameter for parameter in all_parameters(module) if unusable(parameter) is None]
-    parts = [local_part(p).values if is_sharded(p) else p for p in usable]
+    parts = [p if type(p) is nn.Parameter else local_part(p).values for p in usable]
     return tuple((values.data_ptr(), write_count(values)) for values in parts)

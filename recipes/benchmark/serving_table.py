@@ -31,7 +31,7 @@ def serving_table(section: Section, machine: Mapping[str, str]) -> str:
     rows = [
         [
             label,
-            *(f"{ratios[time_name(label, size)].spread.median:.2f}" for size in BATCHES),
+            *(f"{ratios[time_name(label, size)].spread.median:.3g}" for size in BATCHES),
             *(f"{max(memory[memory_name(label, size)], 0.0):.0f} MB" for size in BATCHES),
         ]
         for label in labels
