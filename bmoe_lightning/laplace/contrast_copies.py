@@ -46,7 +46,7 @@ class _Known:
 
     Attributes:
         num_classes: Number of classes K of its logits; None before its first short example.
-        checked: Whether it was checked that the rows of the model's input are the copies in their order.
+        checked: Whether it was checked that no layer of the model mixes rows or changes their order.
         refused: Whether its examples are not copied.
     """
 
@@ -89,8 +89,8 @@ def terms_by_copies(
 ) -> list[BatchTerms] | None:
     """The terms of a batch of one short example within `copied_examples`, from one forward and one backward pass.
 
-    Before a model's first example the number of its classes is found by a plain forward pass, and gradients tell that
-    each copy has its own row of the model's input. Where copies do not have the same logits and routes, or anything
+    Before a model's first example the number of its classes is found by a plain forward pass. Gradients tell that each
+    copy has its own row of the model's input. Where copies do not have the same logits and routes, or anything
     fails, the example is left to the passes of `batch_terms`.
 
     Args:
@@ -140,9 +140,8 @@ def _terms(
         if tapped.logits.shape != (count, known.num_classes) or tapped.taps.num_rows != count:
             raise _NoCopiesError(f"{count} copies have logits of shape {tuple(tapped.logits.shape)}")
         slots = [tapped.taps.slots(position) for position in range(len(layers))]
-        if not known.checked:
-            _check_rows(tapped, slots)
-            known.checked = True
+        _check_rows(tapped, slots, thorough=not known.checked)
+        known.checked = True
         places = _places(tapped, slots, count)
         weights, embedding = contrasts(tapped.present[:1], True, tapped.most_classes)
         of_copies = torch.zeros_like(tapped.logits)
@@ -158,9 +157,13 @@ def _terms(
         return terms_of_posteriors(terms, posteriors, logits, labels, embedding)
 
 
-def _check_rows(tapped: TappedBatch, slots: Sequence[Slots]) -> None:
-    """Check by gradients that the logits of each copy depend on the row of its number, and on no other one."""
-    owners = slot_owners(tapped, slots, thorough=True)
+def _check_rows(tapped: TappedBatch, slots: Sequence[Slots], *, thorough: bool) -> None:
+    """Check by gradients that the logits of each copy depend on the row of its number, and on no other one.
+
+    Every time by the last layer, which is cheap and shows what `class_logits` does; once in all layers, where the
+    model's own code decides.
+    """
+    owners = slot_owners(tapped, slots, thorough=thorough)
     same = []
     for of_layer, owner in zip(slots, owners, strict=True):
         if of_layer.rows is None:
