@@ -24,7 +24,7 @@ from bmoe_lightning.experts.batch_copies import batch_rows
 from bmoe_lightning.experts.batch_parts import num_rows, tensor_sizes
 from bmoe_lightning.experts.counted_batch import CountedBatch
 from bmoe_lightning.experts.fsdp import runs_in_lockstep
-from bmoe_lightning.experts.logits_contract import ClassLogits, run_class_logits
+from bmoe_lightning.experts.logits_contract import ClassLogits, present_classes, run_class_logits
 from bmoe_lightning.experts.model_state import evaluation_mode
 from bmoe_lightning.experts.ownership import slot_owners
 from bmoe_lightning.experts.tapped_batches import TappedBatch, tapped_batch
@@ -37,29 +37,33 @@ from bmoe_lightning.utils.messages import first_line
 _most_tokens: ContextVar[int] = ContextVar("most tokens of a copied example", default=0)
 _logger = logging.getLogger(__name__)
 _FEWEST = 2  # contrasts: a single one takes a single pass anyway
-_LEAST_ERROR = 1e-3  # of the spread of the logits
+# Rounding relative to the spread of logits or the largest input; beyond these dtypes a multiple of eps.
+_ROUNDING = {torch.bfloat16: 0.06, torch.float16: 0.01}
+_EPS = 1000
 
 
 @dataclass
 class _Known:
-    """What is known of a model.
+    """What is known of a model and a function of its logits.
 
     Attributes:
         num_classes: Number of classes K of its logits; None before its first short example.
-        checked: Whether it was checked that no layer of the model mixes rows or changes their order.
+        checked: Names of the layers of which it was checked that they do not mix rows or change their order.
         refused: Whether its examples are not copied.
     """
 
     num_classes: int | None = None
-    checked: bool = False
+    checked: frozenset[str] = frozenset()
     refused: bool = False
 
 
-_known: weakref.WeakKeyDictionary[nn.Module, _Known] = weakref.WeakKeyDictionary()
+_Functions = weakref.WeakKeyDictionary[Any, dict[Any, _Known]]
+# By model, and by function or by instance and method.
+_known: weakref.WeakKeyDictionary[nn.Module, _Functions] = weakref.WeakKeyDictionary()
 
 
 class _NoCopiesError(Exception):
-    """The model does not treat copies alike."""
+    """The model, or the function of its logits, does not treat copies as it treats the example."""
 
 
 @contextmanager
@@ -89,9 +93,10 @@ def terms_by_copies(
 ) -> list[BatchTerms] | None:
     """The terms of a batch of one short example within `copied_examples`, from one forward and one backward pass.
 
-    Before a model's first example the number of its classes is found by a plain forward pass. Gradients tell that each
-    copy has its own row of the model's input. Where copies do not have the same logits and routes, or anything
-    fails, the example is left to the passes of `batch_terms`.
+    The first example of a model and a function of its logits also takes a plain forward pass, with whose logits those
+    of the copies are compared. Gradients tell that each copy has its own row of the model's input. Where copies have
+    other logits or routes, or anything fails, examples are left to the passes of `batch_terms`, with one line in the
+    log.
 
     Args:
         model: The model.
@@ -104,16 +109,26 @@ def terms_by_copies(
         Terms under each posterior, of the centred logits; None for other batches and models.
     """
     most = _most_tokens.get()
-    if not most or isinstance(batch, CountedBatch) or num_rows(batch) != 1 or max(tensor_sizes(batch)) > most:
+    if not most or isinstance(batch, CountedBatch) or num_rows(batch) != 1 or runs_in_lockstep(model):
         return None
-    known = _known.setdefault(model, _Known())
-    if known.refused or runs_in_lockstep(model):
+    known = _known_of(model, class_logits)
+    if known is None or known.refused or not 0 < max(tensor_sizes(batch), default=0) <= most:
         return None
     try:
         return _terms(known, model, posteriors, class_logits, batch, by_group=by_group)
     except Exception as error:  # noqa: BLE001  (whatever copies raise: the example itself comes next)
         known.refused = True
-        _logger.info("examples are not copied, and take one backward pass for each contrast: %s", first_line(error))
+        _logger.warning("examples are not copied, and take one backward pass for each contrast: %s", first_line(error))
+        return None
+
+
+def _known_of(model: nn.Module, class_logits: ClassLogits) -> _Known | None:
+    """What is known of a model and a function, neither of which is kept alive; None for one without weak references."""
+    functions = _known.setdefault(model, weakref.WeakKeyDictionary())
+    owner = getattr(class_logits, "__self__", class_logits)
+    try:
+        return functions.setdefault(owner, {}).setdefault(getattr(class_logits, "__func__", None), _Known())
+    except TypeError:  # it has no weak references, or no hash
         return None
 
 
@@ -126,23 +141,28 @@ def _terms(
     *,
     by_group: bool,
 ) -> list[BatchTerms] | None:
+    expected = None
     if known.num_classes is None:
         with torch.no_grad(), evaluation_mode(model):
-            logits, _ = run_class_logits(class_logits, model, batch)
-        if len(logits) != 1:
-            raise _NoCopiesError(f"a batch with one row has {len(logits)} examples")
-        known.num_classes = logits.shape[1]
+            expected, _ = run_class_logits(class_logits, model, batch)
+        if len(expected) != 1:
+            raise _NoCopiesError(f"a batch with one row has {len(expected)} examples")
+        known.num_classes = expected.shape[1]
     count = known.num_classes - 1
     if count < _FEWEST:
         return None
     layers = layers_of(model, posteriors)
     with tapped_batch(model, layers, class_logits, batch_rows(batch, [0] * count, 1)) as tapped, torch.no_grad():
-        if tapped.logits.shape != (count, known.num_classes) or tapped.taps.num_rows != count:
+        if len(tapped.logits) != count or tapped.taps.num_rows != count:
             raise _NoCopiesError(f"{count} copies have logits of shape {tuple(tapped.logits.shape)}")
+        if tapped.logits.shape[1] != known.num_classes:  # the next example gets as many copies
+            known.num_classes = tapped.logits.shape[1]
+            return None
         slots = [tapped.taps.slots(position) for position in range(len(layers))]
-        _check_rows(tapped, slots, thorough=not known.checked)
-        known.checked = True
-        places = _places(tapped, slots, count)
+        names = {layer.name for layer in layers}
+        _check_rows(tapped, slots, thorough=not names <= known.checked)
+        known.checked |= names
+        places = _places(tapped, slots, count, expected)
         weights, embedding = contrasts(tapped.present[:1], True, tapped.most_classes)
         of_copies = torch.zeros_like(tapped.logits)
         of_copies[: len(weights)] = weights[:, 0].to(of_copies)
@@ -173,27 +193,40 @@ def _check_rows(tapped: TappedBatch, slots: Sequence[Slots], *, thorough: bool) 
         raise _NoCopiesError("class_logits changes the order of rows")
 
 
-def _places(tapped: TappedBatch, slots: Sequence[Slots], count: int) -> list[Tensor]:
+def _places(tapped: TappedBatch, slots: Sequence[Slots], count: int, expected: Tensor | None) -> list[Tensor]:
     """Positions `[count, S]` of the slots of each copy, for each layer.
 
     Within a layer the slots of one row are in the order of its tokens, or in that of experts and then tokens.
 
+    Args:
+        tapped: The copies.
+        slots: The slots of each layer.
+        count: Number of copies.
+        expected: Logits `[1, K]` of the example itself, if they are compared.
+
     Raises:
-        _NoCopiesError: If the copies do not have the same logits, up to rounding, and the same routes.
+        _NoCopiesError: If the copies do not have the same logits and inputs of experts, up to rounding, and the same
+            routes.
     """
-    eps = max(torch.finfo(of_layer.inputs.dtype).eps for of_layer in slots)
-    values = torch.where(tapped.present, tapped.logits, tapped.logits.amax(1, keepdim=True))
-    spread = values.amax() - values.amin()
-    same = [((values - values[:1]).abs() <= max(_LEAST_ERROR, 8 * eps) * spread).all().view(1)]
+    allowed = max(_ROUNDING.get(of.inputs.dtype, _EPS * torch.finfo(of.inputs.dtype).eps) for of in slots)
+    values = tapped.logits.detach().double()
+    least = values.amin()
+    values = torch.where(tapped.present, values, least)
+    reference = values[:1]
+    same = [(tapped.present == tapped.present[:1]).all().view(1)]
+    if expected is not None:
+        reference = torch.where(present_classes(expected), expected.double().to(values.device), least)
+    same.append(((values - reference).abs() <= allowed * (values.amax() - least)).all().view(1))
     places = []
     for of_layer in slots:
         if of_layer.rows is None or len(of_layer.rows) % count:
             raise _NoCopiesError("slots have no rows, or copies not equally many")
         at = of_layer.rows.argsort(stable=True).view(count, -1)
         copies = torch.arange(count, device=at.device).unsqueeze(1)
-        experts = of_layer.experts[at]
-        same.append(((of_layer.rows[at] == copies) & (experts == experts[:1])).all().view(1))
+        experts, inputs = of_layer.experts[at], of_layer.inputs[at]
+        alike = (inputs - inputs[:1]).abs() <= allowed * inputs.abs().amax()
+        same.append(((of_layer.rows[at] == copies) & (experts == experts[:1]) & alike.all(2)).all().view(1))
         places.append(at)
     if not all(map(bool, to_cpu(same))):
-        raise _NoCopiesError("copies have other logits or routes")
+        raise _NoCopiesError("copies have other logits or routes than the example")
     return places

@@ -86,7 +86,7 @@ def test_absent_classes(passes):
     assert passes[-3:] == [3, 1, 1]
 
 
-def test_attribution_and_several_posteriors():
+def test_attribution_and_several_posteriors(passes):
     model = toy_model(num_layers=3)
     posterior = fitted(model)
     several = [posterior, posterior.without_layers([0]), fitted(model, data=taken(DATA, slice(5)))]
@@ -98,6 +98,8 @@ def test_attribution_and_several_posteriors():
 
     with copied_examples(64):
         found = parts()
+    assert 1 < max(passes[-6:]) == 3  # three of the last layer of both predictions, and one of all
+    del passes[:]
     for one, other in zip(found, parts(), strict=True):
         assert_same(one, other)
 
@@ -110,6 +112,16 @@ def reversed_rows(model, batch):
 def mixed_rows(model, batch):
     logits, labels = answer_logits(model, batch)
     return logits + logits.mean(0, keepdim=True), labels
+
+
+def scaled_rows(model, batch):
+    logits, labels = answer_logits(model, batch)
+    return logits * len(logits), labels
+
+
+def biased_rows(model, batch):
+    logits, labels = answer_logits(model, batch)
+    return logits + batch["mask"][:, -1:].sum(0) * torch.arange(4), labels
 
 
 def single_rows(model, batch):
@@ -128,7 +140,10 @@ def joined_rows(model, batch):
     return (logits[:1], labels[:1]) if len(logits) == 3 else (logits, labels)
 
 
-@pytest.mark.parametrize("class_logits", [reversed_rows, mixed_rows, single_rows, numbered_rows, joined_rows])
+@pytest.mark.parametrize(
+    "class_logits",
+    [reversed_rows, mixed_rows, scaled_rows, biased_rows, single_rows, numbered_rows, joined_rows],
+)
 def test_a_function_that_does_not_treat_copies_alike_gets_none(class_logits, passes):
     model = toy_model()
     posterior = fitted(model)
@@ -140,11 +155,43 @@ def test_a_function_that_does_not_treat_copies_alike_gets_none(class_logits, pas
     assert passes == [1, 1, 1]  # nor is it tried again
 
 
-def test_another_function_is_checked_too():
+@pytest.mark.parametrize("other", [reversed_rows, mixed_rows, scaled_rows, biased_rows])
+def test_another_function_is_checked_too(other):
     model = toy_model()
     posterior = fitted(model)
     assert_same(*both(posterior, model, QUESTION))
-    assert_same(*both(posterior, model, QUESTION, reversed_rows))
+    assert_same(*both(posterior, model, QUESTION, other))
+
+
+def test_layers_of_another_posterior_are_checked_too():
+    model = toy_model(num_layers=3)
+    posterior = fitted(model)
+    lowest = next(module for name, module in model.named_modules() if name.endswith("mixture"))
+    lowest.register_forward_hook(lambda _module, _inputs, output: output + 0.5 * output.mean(0, keepdim=True))
+    assert_same(*both(posterior.without_layers([0]), model, QUESTION))
+    assert_same(*both(posterior, model, QUESTION))
+
+
+def test_a_batch_without_tensors_is_not_copied():
+    def of_texts(model, texts):
+        return answer_logits(model, {name: QUESTION[name][: len(texts)] for name in QUESTION})
+
+    model = toy_model()
+    assert_same(*both(fitted(model), model, ["a text"], of_texts))
+
+
+def test_another_number_of_classes_gets_more_copies(passes):
+    model = toy_model()
+    posterior = fitted(model)
+
+    def some(model, batch):
+        logits, labels = answer_logits(model, batch)
+        return logits[:, : int(batch["labels"].max()) + 1], labels
+
+    questions = [{**QUESTION, "labels": torch.tensor([last])} for last in (2, 3, 3)]
+    for question in questions:
+        assert_same(*both(posterior, model, question, some))
+    assert passes[-4:] == [3, 1, 1, 1]
 
 
 @pytest.mark.parametrize("class_logits", [choices_by_example, choices_by_class])
@@ -204,14 +251,19 @@ def test_other_routes_of_a_copy_are_noticed(passes):
     assert passes[-6:] == [1] * 6
 
 
-def test_a_lack_of_memory_for_copies_is_no_error():
+def test_a_lack_of_memory_for_copies_is_no_error(caplog, passes):
     def scarce(model, batch):
         if len(batch["ids"]) == 3 and torch.is_grad_enabled():
             raise torch.OutOfMemoryError("XPU out of memory. Tried to allocate 2.00 GiB")
         return answer_logits(model, batch)
 
     model = toy_model()
-    assert_same(*both(fitted(model), model, QUESTION, scarce))
+    assert_same(*both(fitted(model), model, QUESTION, scarce, calls=2))
+    assert [record.message for record in caplog.records if "not copied" in record.message] == [
+        "examples are not copied, and take one backward pass for each contrast: XPU out of memory. Tried to allocate "
+        "2.00 GiB"
+    ]
+    assert passes[-9:] == [1] * 9
 
 
 def test_nothing_is_copied_unless_asked_for(passes):

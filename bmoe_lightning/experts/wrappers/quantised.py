@@ -67,7 +67,8 @@ def _is_quantised_linear(module: nn.Module) -> bool:
 def _is_unwrapped_linear(module: nn.Module) -> bool:
     if isinstance(module, nn.Linear):
         return True
-    if "in_features" not in vars(module) and not hasattr(type(module), "in_features"):
+    known = "in_features" in vars(module) or hasattr(type(module), "in_features")
+    if not known and not isinstance(module, torch.jit.ScriptModule):
         return False  # nearly all other modules, of which `getattr` takes long
     sizes = (getattr(module, name, None) for name in ("in_features", "out_features"))
     return all(isinstance(size, int) for size in sizes) and unusable(getattr(module, "weight", None)) is not None

@@ -12,7 +12,7 @@ from bmoe_lightning.experts import (
     find_linear_layers,
     weight_fingerprint,
 )
-from bmoe_lightning.experts.wrappers.quantised import is_packed, unusable
+from bmoe_lightning.experts.wrappers.quantised import has_quantised_linear, is_packed, unusable
 
 BATCH = toy_batch()
 
@@ -125,3 +125,18 @@ def test_tensors_that_store_values_in_others():
     packed = two_tensor.TwoTensor(torch.zeros(2), torch.zeros(2))
     assert is_packed(packed)
     assert unusable(packed) == "quantised (TwoTensor)"
+
+
+def test_a_quantised_layer_in_torchscript_is_one():
+    class Scripted(nn.Module):
+        """Sizes and packed weight, as a dynamically quantised layer of torch has them."""
+
+        def __init__(self):
+            super().__init__()
+            self.in_features, self.out_features = 4, 3
+            self.register_buffer("weight", torch.zeros(3, 4, dtype=torch.int8))
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return x @ self.weight.float().t()
+
+    assert has_quantised_linear(nn.Sequential(torch.jit.script(Scripted())))
