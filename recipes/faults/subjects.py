@@ -53,8 +53,12 @@ class Subject(ABC):
         """Run the command in this process; returns its exit status."""
 
     @abstractmethod
+    def numbers(self, folder: Path) -> dict[str, str]:
+        """Digests of the results and predictions of a finished run."""
+
+    @abstractmethod
     def content(self, folder: Path) -> dict[str, str]:
-        """Digests of everything that a finished run has computed; random ids and times are left out."""
+        """Those and digests of all else that it has computed; random ids and times are left out."""
 
     @abstractmethod
     def leftovers(self, folder: Path) -> list[Path]:
@@ -115,11 +119,7 @@ class RecipeRun(Subject):
 
     def content(self, folder: Path) -> dict[str, str]:
         """Results, figures, predictions, weights, fits and the saved model."""
-        found = {"results": json.dumps(json.loads((folder / "results.json").read_text())["rows"])}
-        for name in ("results.csv", "results.md", "predictions.jsonl"):
-            found[name] = (folder / name).read_text()
-        for path in sorted((folder / "figures").glob("*.png")):
-            found[path.name] = hashlib.sha256(path.read_bytes()).hexdigest()
+        found = self.numbers(folder)
         for seed in sorted(folder.glob("seed-*")):
             for path in sorted([*seed.glob("*.safetensors"), *seed.glob("predictions/*.safetensors")]):
                 kind = "predictions" if path.parent.name == "predictions" else "snapshot"
@@ -129,6 +129,15 @@ class RecipeRun(Subject):
             # The record names the model that was trained.
             content = path.read_bytes().replace(str(folder).encode(), b"")
             found[f"saved {path.name}"] = hashlib.sha256(content).hexdigest()
+        return found
+
+    def numbers(self, folder: Path) -> dict[str, str]:
+        """Results, figures and the predictions of the report."""
+        found = {"results": json.dumps(json.loads((folder / "results.json").read_text())["rows"])}
+        for name in ("results.csv", "results.md", "predictions.jsonl"):
+            found[name] = (folder / name).read_text()
+        for path in sorted((folder / "figures").glob("*.png")):
+            found[path.name] = hashlib.sha256(path.read_bytes()).hexdigest()
         return found
 
     def leftovers(self, folder: Path) -> list[Path]:
@@ -156,9 +165,12 @@ class ScriptRun(Subject):
 
     def content(self, folder: Path) -> dict[str, str]:
         """Metrics, predictions and the fit."""
+        return self.numbers(folder) | _fit(folder / lightning_script.FIT_FOLDER)
+
+    def numbers(self, folder: Path) -> dict[str, str]:
+        """Metrics and predictions."""
         predictions = load_file(folder / lightning_script.PREDICTIONS)
-        found = {"metrics": (folder / lightning_script.METRICS).read_text()} | _digests("predictions", predictions)
-        return found | _fit(folder / lightning_script.FIT_FOLDER)
+        return {"metrics": (folder / lightning_script.METRICS).read_text()} | _digests("predictions", predictions)
 
     def leftovers(self, folder: Path) -> list[Path]:
         """Temporary files, sums of curvature passes, and states of methods that no index names."""
