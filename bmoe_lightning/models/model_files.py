@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterable
 from pathlib import Path
 
@@ -17,10 +18,13 @@ from bmoe_lightning.utils.file_digest import digest_of
 
 CONFIG_FILES = ("config.json",)
 
+_TOKENIZER_CONFIG = "tokenizer_config.json"
+_VERSIONED = "fast_tokenizer_files"
+
 TOKENIZER_FILES = (
     *CONFIG_FILES,  # its model type may choose the class of the tokenizer
     "tokenizer.json",
-    "tokenizer_config.json",
+    _TOKENIZER_CONFIG,
     "special_tokens_map.json",
     "added_tokens.json",
     # Of a tokenizer without tokenizer.json.
@@ -67,8 +71,10 @@ def file_of(source: str, name: str) -> Path | None:
             return None
 
 
-def file_digests(source: str, names: Iterable[str]) -> dict[str, str]:
-    """SHA-256 digests of those files that a model has, by name.
+def with_versions(source: str, names: Iterable[str]) -> tuple[str, ...]:
+    """Names of files, and those of the files that tokenizer_config.json, if it is one of them, names.
+
+    transformers reads one of these in place of tokenizer.json; which one depends on its version.
 
     Args:
         source: Local folder or hub id.
@@ -76,7 +82,29 @@ def file_digests(source: str, names: Iterable[str]) -> dict[str, str]:
 
     Raises:
         ModelUnavailableError: As `file_of`.
+        OSError: If tokenizer_config.json cannot be read.
+    """
+    names = tuple(names)
+    path = file_of(source, _TOKENIZER_CONFIG) if _TOKENIZER_CONFIG in names else None
+    try:
+        content = {} if path is None else json.loads(path.read_bytes())
+    except ValueError:  # said where the tokenizer is loaded
+        content = {}
+    versions = content.get(_VERSIONED) if isinstance(content, dict) else None
+    more = versions if isinstance(versions, list) else []
+    return tuple(dict.fromkeys((*names, *(name for name in more if isinstance(name, str)))))
+
+
+def file_digests(source: str, names: Iterable[str]) -> dict[str, str]:
+    """SHA-256 digests of those files that a model has, by name.
+
+    Args:
+        source: Local folder or hub id.
+        names: Names of files; see `with_versions`.
+
+    Raises:
+        ModelUnavailableError: As `file_of`.
         OSError: If a file cannot be read.
     """
-    found = {name: file_of(source, name) for name in names}
+    found = {name: file_of(source, name) for name in with_versions(source, names)}
     return {name: digest_of(path) for name, path in found.items() if path is not None}

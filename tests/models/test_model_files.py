@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import types
 
 import pytest
@@ -23,6 +24,21 @@ def test_digests_are_those_of_the_files_that_are_there(tmp_path):
 def test_a_tokenizer_may_have_files_of_its_class():
     own = types.SimpleNamespace(vocab_files_names={"vocab_file": "entities.json", "tokenizer_file": "tokenizer.json"})
     assert tokenizer_files(own) == (*TOKENIZER_FILES, "entities.json")
+
+
+@pytest.mark.parametrize("named", [["tokenizer.4.0.0.json", "tokenizer.9.0.0.json", 3], "tokenizer.4.0.0.json", None])
+def test_files_that_the_tokenizer_s_configuration_names_have_digests(tmp_path, named):
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps({"fast_tokenizer_files": named}))
+    (tmp_path / "tokenizer.4.0.0.json").write_text("{}")
+    more = {"tokenizer.4.0.0.json"} if isinstance(named, list) else set()
+    assert set(file_digests(str(tmp_path), TOKENIZER_FILES)) == {"tokenizer_config.json"} | more
+    assert file_digests(str(tmp_path), CONFIG_FILES) == {}
+
+
+@pytest.mark.parametrize("text", ["[]", "{", "\u00ff"])
+def test_a_damaged_configuration_names_no_files(tmp_path, text):
+    (tmp_path / "tokenizer_config.json").write_text(text, encoding="latin-1")
+    assert set(file_digests(str(tmp_path), TOKENIZER_FILES)) == {"tokenizer_config.json"}
 
 
 @pytest.mark.parametrize("source", ["/no/such/folder", "no such model"])

@@ -76,6 +76,17 @@ def test_a_file_that_was_added_after_the_fit_is_named(copied, base, name):
         load(copied)
 
 
+def test_the_file_that_is_read_in_place_of_tokenizer_json_is_compared(copied, base):
+    versioned = base / "tokenizer.4.0.0.json"
+    shutil.copy(base / "tokenizer.json", versioned)
+    edit_json(base / "tokenizer_config.json", fast_tokenizer_files=[versioned.name])
+    name_model(copied, str(base), "../base")
+    assert load(copied).methods
+    edit_json(versioned, **CHANGED["tokenizer.json"])
+    with pytest.raises(DamagedFileError, match=r"tokenizer.4.0.0.json is not the file of the fit"):
+        load(copied)
+
+
 def test_what_predictions_do_not_depend_on_may_change(copied, base):
     edit_json(base / "generation_config.json", temperature=2.0)
     (base / "README.md").write_text("Another card.")
