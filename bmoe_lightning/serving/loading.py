@@ -16,7 +16,7 @@ from bmoe_lightning.methods.fit_result import FitResult
 from bmoe_lightning.methods.snapshots import apply_snapshot
 from bmoe_lightning.models.buffers import unrounded_buffers
 from bmoe_lightning.models.loading import load_causal_model, load_tokenizer
-from bmoe_lightning.models.model_files import CONFIG_FILES, TOKENIZER_FILES, file_of, with_versions
+from bmoe_lightning.models.model_files import CONFIG_FILES, TOKENIZER_FILES, FileChange, changed_files
 from bmoe_lightning.serving.manifest import MANIFEST_FILE, LoRAShape, Manifest, check_precision, place
 from bmoe_lightning.serving.method_entries import methods_of_entries, paths_of, with_paths
 from bmoe_lightning.serving.question_format import QuestionFormat, ServedModule
@@ -144,14 +144,13 @@ def check_model_files(served: Served) -> None:
         (served.model, served.model_sha256, CONFIG_FILES),
         (served.tokenizer, served.tokenizer_sha256, TOKENIZER_FILES),
     ):
-        for name in with_versions(source, (*fitted, *names)) if fitted else ():
-            path = file_of(source, name)
-            if path is None and name in fitted:
-                raise FileNotFoundError(f"{Path(source) / name} is missing, which was there for the fit; {remedy}")
-            if path is not None and name not in fitted:
-                raise DamagedFileError(f"{path} was added after the fit; {remedy}")
-            if path is not None and digest_of(path) != fitted[name]:
-                raise DamagedFileError(f"{path} is not the file of the fit: it was changed since; {remedy}")
+        for name, change in changed_files(source, fitted, names).items() if fitted else ():
+            where = Path(source) / name if Path(source).is_dir() else f"{name} of {source}"
+            if change is FileChange.CHANGED:
+                raise DamagedFileError(f"{where} is not the file of the fit: it was changed since; {remedy}")
+            if change is FileChange.ADDED:
+                raise DamagedFileError(f"{where} was added after the fit; {remedy}")
+            raise FileNotFoundError(f"{where} is {change.value}, which was there for the fit; {remedy}")
 
 
 def read_model(served: Served) -> tuple[ServedModule, PreTrainedTokenizerBase]:

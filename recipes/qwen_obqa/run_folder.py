@@ -21,7 +21,7 @@ from bmoe_lightning.curvature.sketch import check_linear
 from bmoe_lightning.data import Question
 from bmoe_lightning.methods import Method
 from bmoe_lightning.methods.fit_index import remove_leftover_files
-from bmoe_lightning.models.model_files import TOKENIZER_FILES, file_digests
+from bmoe_lightning.models.model_files import TOKENIZER_FILES, FileChange, changed_files, file_digests
 from bmoe_lightning.optim import check_half_precision_updates
 from bmoe_lightning.utils.atomic_io import remove_all_leftovers, remove_leftovers
 from bmoe_lightning.utils.distributed import is_rank_zero, num_processes
@@ -284,18 +284,20 @@ def check_files(output: Path, seed: int, model: str) -> None:
         model: Folder or hub id of the model.
 
     Raises:
-        RecipeError: If a file was changed, added or removed.
+        RecipeError: If a file was changed, added or removed; see `changed_files`.
         ModelUnavailableError: If there is no such model.
     """
     if not is_rank_zero():
         return
-    found = file_digests(model, TOKENIZER_FILES)
-    known = _started_with(output, _MODEL_FILES, seed, found)
-    changed = [name for name in sorted(known.keys() | found.keys()) if known.get(name) != found.get(name)]
+    known = _started_with(output, _MODEL_FILES, seed, file_digests(model, TOKENIZER_FILES))
+    changes = changed_files(model, known, TOKENIZER_FILES)
+    changed = [
+        f"{name} ({change.value})" if change is FileChange.NOT_CACHED else name for name, change in changes.items()
+    ]
     if changed:
         raise RecipeError(
-            f"{first_names(changed)} of {model} changed after seed {seed} of the earlier run in {output} had started; "
-            "restore it, give --overwrite to replace that run, or another --output-dir"
+            f"{first_names(sorted(changed))} of {model} changed after seed {seed} of the earlier run in {output} had "
+            "started; restore it, give --overwrite to replace that run, or another --output-dir"
         )
 
 

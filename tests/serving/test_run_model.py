@@ -116,10 +116,10 @@ def test_a_model_of_the_hub_is_compared_in_its_cache(copied, base, tmp_path, mon
     (cached / "refs" / "main").write_text("4567abcd")
     assert torch.equal(load(copied).predict(TEST).log_probs, expected)
     edit_json(moved / "tokenizer.json", **CHANGED["tokenizer.json"])
-    with pytest.raises(DamagedFileError, match=f"{moved / 'tokenizer.json'} is not the file of the fit"):
+    with pytest.raises(DamagedFileError, match=r"tokenizer.json of owner/base is not the file of the fit"):
         load(copied)
     (moved / "tokenizer.json").unlink()
-    with pytest.raises(FileNotFoundError, match=r"owner/base/tokenizer.json is missing"):
+    with pytest.raises(FileNotFoundError, match=r"tokenizer.json of owner/base is not in the cache of the hub"):
         load(copied)
     shutil.rmtree(cached)
     with pytest.raises((FileNotFoundError, ModelUnavailableError), match="owner/base"):
