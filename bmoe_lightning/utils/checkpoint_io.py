@@ -20,7 +20,7 @@ class UnsafeCheckpointError(ValueError):
 
 
 def read_checkpoint(path: Path, name: str = "checkpoint", *, remedy: str) -> dict[str, Any]:
-    """The content of a checkpoint, with a mapping as its `state_dict`; its tensors are mapped from the file.
+    """The content of a checkpoint, with a mapping as its `state_dict`; the tensors of a zip file are mapped from it.
 
     The file is loaded with `weights_only=True`: it may come from somewhere else, and unpickling could run arbitrary
     code.
@@ -39,7 +39,8 @@ def read_checkpoint(path: Path, name: str = "checkpoint", *, remedy: str) -> dic
     check_readable(path, name)
     damaged = DamagedFileError(f"the {name} {path} is damaged, or no checkpoint of Lightning; {remedy}")
     try:
-        content = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+        # torch cannot map files of the format that it had before 1.6.
+        content = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
     except pickle.UnpicklingError as error:
         check_safe(path, f"the {name} {path} contains", remedy=remedy)
         raise damaged from error

@@ -29,6 +29,15 @@ def test_is_read_as_it_was_saved(tmp_path):
     assert found["state_dict"]["_extra_state"] == {"rate": 0.5}
 
 
+def test_the_format_before_zip_files_is_read(tmp_path):
+    path = tmp_path / "last.ckpt"
+    torch.save({"state_dict": {"weight": torch.arange(3.0)}}, path, _use_new_zipfile_serialization=False)
+    assert torch.equal(read(path)["state_dict"]["weight"], torch.arange(3.0))
+    path.write_bytes(path.read_bytes()[:-4])
+    with pytest.raises(DamagedFileError, match="is damaged, or no checkpoint of Lightning"):
+        read(path)
+
+
 def test_objects_are_named_and_not_created(tmp_path):
     path = saved(tmp_path / "last.ckpt", {"state_dict": {}, "config": types.SimpleNamespace()})
     sentence = r"the checkpoint of a test .*last.ckpt contains objects of types.SimpleNamespace.*, or train again\.$"
