@@ -301,6 +301,16 @@ def check_files(output: Path, seed: int, model: str) -> None:
         )
 
 
+def files_at_start(output: Path, seed: int) -> dict[str, str] | None:
+    """The digests that `check_files` has recorded when a seed started; None if it has not.
+
+    Args:
+        output: Folder of a run that has begun.
+        seed: Seed of the fine-tuning.
+    """
+    return _read_run(output / RUN_FILE).get(_MODEL_FILES, {}).get(str(seed))
+
+
 def _started_with(output: Path, name: str, seed: int, value: Any) -> Any:
     """What a seed has started with, which is recorded if it has not started yet."""
     content = _read_run(output / RUN_FILE)

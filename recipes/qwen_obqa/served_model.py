@@ -6,17 +6,19 @@ import os
 from collections.abc import Sequence
 from pathlib import Path
 
+from transformers import PreTrainedTokenizerBase
+
 from bmoe_lightning import LoRAFinetuner, MultipleChoiceDataModule
 from bmoe_lightning.base_finetuner import Finetuner
 from bmoe_lightning.methods import Method
 from bmoe_lightning.metrics import calibration_values
-from bmoe_lightning.models.model_files import CONFIG_FILES, file_digests, tokenizer_files
+from bmoe_lightning.models.model_files import CONFIG_FILES, TOKENIZER_FILES, file_digests, tokenizer_files
 from bmoe_lightning.report import MethodResult
 from bmoe_lightning.serving import Manifest, QuestionFormat, method_entry
 from bmoe_lightning.serving.calibrated_model import described_data
 from bmoe_lightning.serving.manifest import MANIFEST_FILE, PRECISIONS, LoRAShape
 from bmoe_lightning.serving.method_entries import FITS, RUNS, paths_of, with_paths
-from recipes.qwen_obqa.run_folder import FIT_FOLDER
+from recipes.qwen_obqa.run_folder import FIT_FOLDER, files_at_start
 from recipes.qwen_obqa.seed_training import SeedTraining
 
 _METRICS = ("acc", "ece", "nll")
@@ -51,6 +53,7 @@ def write_manifest(
     values = {result.method: calibration_values(result.log_probs, result.target) for result in results}
     assert not isinstance(data.tokenizer, str)
     model, tokenizer = training.source.model_of(training.seed), training.source.tokenizer
+    model_sha256, tokenizer_sha256 = fitted_digests(training, data.tokenizer)
     Manifest(
         model=_relative(model, folder),
         tokenizer=_relative(tokenizer, folder),
@@ -65,9 +68,30 @@ def write_manifest(
             {"method": result.label, **{metric: float(values[result.method][metric]) for metric in _METRICS}}
             for result in results
         ),
-        model_sha256=file_digests(model, CONFIG_FILES),
-        tokenizer_sha256=file_digests(tokenizer, tokenizer_files(data.tokenizer)),
+        model_sha256=model_sha256,
+        tokenizer_sha256=tokenizer_sha256,
     ).write(folder)
+
+
+def fitted_digests(training: SeedTraining, tokenizer: PreTrainedTokenizerBase) -> tuple[dict[str, str], dict[str, str]]:
+    """Digests of the configuration of a seed's model, and of the files of its tokenizer, as the seed has started with.
+
+    They are those of now for a small model, whose folder has a record of its own, and for files that only the class of
+    the tokenizer reads.
+
+    Args:
+        training: The seed's trainings.
+        tokenizer: The tokenizer.
+    """
+    model, named = training.source.model_of(training.seed), training.source.tokenizer
+    started = files_at_start(training.output, training.seed)
+    if started is None:
+        return file_digests(model, CONFIG_FILES), file_digests(named, tokenizer_files(tokenizer))
+    of_class = [name for name in tokenizer_files(tokenizer) if name not in TOKENIZER_FILES]
+    return {name: started[name] for name in CONFIG_FILES if name in started}, {
+        **file_digests(named, of_class),
+        **started,
+    }
 
 
 def lacks_manifest(training: SeedTraining) -> bool:

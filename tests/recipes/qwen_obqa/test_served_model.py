@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import shutil
+import types
 
 import pytest
 import torch
 from recipe_runs import run
 
 from bmoe_lightning.serving import CalibratedModel, Manifest
+from bmoe_lightning.utils.json_io import write_json_file
 from bmoe_lightning.utils.safetensors_io import read_tensor_file
 from recipes.qwen_obqa.methods import build_methods
+from recipes.qwen_obqa.run_folder import RUN_FILE, check_files
+from recipes.qwen_obqa.served_model import fitted_digests
 from recipes.qwen_obqa.settings import Settings
 from recipes.qwen_obqa.sources import prepare_source
 
@@ -35,6 +39,23 @@ def check_served(folder, methods, tolerance, **chosen):
         found = served.predict(questions, name, batch_size=size).probabilities
         torch.testing.assert_close(found, stored.exp(), rtol=0, atol=tolerance)
     return served
+
+
+def test_digests_are_those_that_the_seed_has_started_with(tmp_path):
+    model = tmp_path / "model"
+    model.mkdir()
+    for name in ("config.json", "tokenizer.json", "entities.json"):
+        (model / name).write_text("{}")
+    write_json_file(tmp_path / RUN_FILE, format="description of a run", version=1, description={})
+    source = types.SimpleNamespace(model_of=lambda seed: str(model), tokenizer=str(model))
+    training = types.SimpleNamespace(source=source, output=tmp_path, seed=0)
+    tokenizer = types.SimpleNamespace(vocab_files_names={"vocab_file": "entities.json"})
+    expected = fitted_digests(training, tokenizer)
+    assert [set(found) for found in expected] == [{"config.json"}, {"config.json", "tokenizer.json", "entities.json"}]
+    check_files(tmp_path, 0, str(model))
+    for name in ("config.json", "tokenizer.json", "added_tokens.json"):  # while it trains
+        (model / name).write_text("[]")
+    assert fitted_digests(training, tokenizer) == expected
 
 
 @pytest.mark.slow
