@@ -9,7 +9,7 @@ from __future__ import annotations
 import shutil
 import warnings
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 
@@ -58,6 +58,7 @@ class SeedRun:
     output: Path
     seed: int
     identity: str
+    _model_checked: bool = field(default=False, init=False, repr=False)
 
     @cached_property
     def _training(self) -> SeedTraining:
@@ -136,13 +137,17 @@ class SeedRun:
         for other in self.source.others:
             stored = self.predictions_of(other)
             if missing := [method for method in self.methods if not agreed(stored.has(method))]:
+                self._check_model()
                 self._evaluate_other(missing, other)
         folder = export_folder(self.settings, self.seed)
         if folder is not None:
             self._save_model(folder)
 
     def _check_model(self) -> None:
-        """Refuse another model than the finished stages were made with."""
+        """Refuse another model than the finished stages were made with, before it is loaded for the first time."""
+        if self._model_checked:
+            return
+        self._model_checked = True
         model, weights = self._training.model()
         if weights:
             self._training.say(f"pre-trained weights {weights}")
@@ -212,10 +217,12 @@ class SeedRun:
     def _save_model(self, folder: Path) -> None:
         """Write the fine-tuned model for transformers, unless an earlier run has."""
         if not agreed(has_weights(self.trained_weights, self._training.stage(0))):
+            self._check_model()
             methods = [self._further.completed(method) for method in self.methods]
             self._train_and_fit(*self._training.fresh(0), methods)
         if agreed(first_then_others(lambda: is_rank_zero() and is_exported(folder, self.trained_weights))):
             return
+        self._check_model()
         self._training.say(f"saving the fine-tuned model in {folder}")
         module, trainer = self._training.fresh(0)[0], self._training.trainer([])
 

@@ -14,7 +14,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from bmoe_lightning.utils.new_folder import UNFINISHED
 from bmoe_lightning.utils.safetensors_io import read_tensor_file
-from recipes.qwen_obqa import experiment, exported_model
+from recipes.qwen_obqa import experiment, exported_model, seed_run
 
 
 @pytest.fixture(autouse=True)
@@ -57,9 +57,12 @@ def test_a_finished_run_is_saved_later_and_once(tmp_path, monkeypatch, capsys):
     assert run(folder, *METHODS, "--seeds", "2") == 0
     flags = [*METHODS, "--seeds", "2", "--save-model", str(saved)]
     capsys.readouterr()
+    checked = []
+    monkeypatch.setattr(seed_run, "check_pretrained", lambda output, seed, weights: checked.append(seed))
     assert run(folder, *flags) == 0
     shown = capsys.readouterr().out
     assert "fine-tuning" not in shown
+    assert checked == [0, 1]
     assert shown.count("saving the fine-tuned model") == 2
     weights = [json.loads((saved / f"seed-{seed}" / "fine_tuning.json").read_text())["weights"] for seed in (0, 1)]
     assert weights[0] != weights[1]
@@ -69,6 +72,7 @@ def test_a_finished_run_is_saved_later_and_once(tmp_path, monkeypatch, capsys):
 
     monkeypatch.setattr(exported_model, "save_model", never)
     assert run(folder, *flags) == 0
+    assert checked == [0, 1]
 
     config = saved / "seed-1" / "config.json"
     config.write_text(config.read_text() + " ")

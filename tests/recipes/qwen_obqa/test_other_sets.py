@@ -9,6 +9,7 @@ import torch
 
 from bmoe_lightning.data import Question
 from bmoe_lightning.data.questions import Splits
+from recipes.qwen_obqa import seed_run
 from recipes.qwen_obqa.experiment import completed_run
 from recipes.qwen_obqa.seed_run import SeedRun
 from recipes.qwen_obqa.settings import Settings
@@ -71,9 +72,12 @@ def test_a_method_that_is_added_alone_is_evaluated_on_them(tmp_path, monkeypatch
         evaluate(self, missing, module, data, stored)
 
     monkeypatch.setattr(SeedRun, "_evaluate", recorded)
+    checks = []
+    monkeypatch.setattr(seed_run, "check_pretrained", lambda *given: checks.append(len(evaluated)))
     completed(folder, methods=("map",))
     completed(folder, methods=("map", "temperature"))
     completed(folder, methods=("map", "temperature"))
+    assert checks == [0, 1]  # before the first evaluation of each run that has one
     assert evaluated == [
         (["map"], "predictions-pairs"),
         (["temperature"], "predictions"),
