@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager, nullcontext, suppress
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
@@ -292,7 +292,7 @@ class CalibratedModel:
         predictor, remaining = self.predictor(method), as_questions(questions)
         at_a_time = batch_size * (_BATCHES_OF_A_MEMBER if predictor.method.is_ensemble else 1)
         total = cut = 0
-        try:
+        with suppress(GeneratorExit):  # a caller may take some batches only
             while several := list(islice(remaining, at_a_time)):
                 groups = [several[begin : begin + batch_size] for begin in range(0, len(several), batch_size)]
                 encoded = [self.questions.encoded(self.tokenizer, group) for group in groups]
@@ -301,11 +301,10 @@ class CalibratedModel:
                 predicted = predictor.predict_batches(self.module, self.class_logits, batches)
                 for group, (log_probs, view) in zip(groups, predicted, strict=True):
                     yield group, ServedPredictions.of(log_probs, predictor.uncertainty(view))
-        finally:  # also for a caller that takes some batches only
-            if cut:
-                longest = f"the {self.questions.max_length} tokens of prompts that the model was fine-tuned with"
-                message = f"{cut} of {total} questions were longer than {longest}; {TRUNCATED}"
-                warnings.warn(message, TruncationWarning, stacklevel=2)
+        if cut:  # not after an error, whose place a warning that is one would take
+            longest = f"the {self.questions.max_length} tokens of prompts that the model was fine-tuned with"
+            message = f"{cut} of {total} questions were longer than {longest}; {TRUNCATED}"
+            warnings.warn(message, TruncationWarning, stacklevel=2)
 
     def prediction_sets(
         self,

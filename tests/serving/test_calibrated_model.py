@@ -297,6 +297,16 @@ def test_questions_that_lose_words_are_counted_once(saved):
         several.close()
 
 
+@pytest.mark.filterwarnings("error")
+def test_an_error_is_raised_rather_than_the_warning_of_lost_words(saved):
+    served = CalibratedModel.from_pretrained(saved, methods=["map"])
+    long = {"question": " ".join(["is"] * 3000), "choices": ["c0", "c1"]}
+    with pytest.raises(ValueError, match="choices"):
+        served.predict([long, {"question": "is", "choices": ["c0"]}], "map", batch_size=1)
+    with pytest.raises(TruncationWarning):
+        served.predict([long], "map")
+
+
 def test_sets_of_too_few_labels_are_refused_before_the_questions_are_predicted(saved, monkeypatch):
     served = CalibratedModel.from_pretrained(saved, methods=["map"])
     enough = served.prediction_sets(CALIBRATION[:3], coverage=0.75)
