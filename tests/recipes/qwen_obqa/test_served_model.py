@@ -8,8 +8,10 @@ import types
 import pytest
 import torch
 from recipe_runs import run
+from serving_cases import edit_json
 
 from bmoe_lightning.serving import CalibratedModel, Manifest
+from bmoe_lightning.utils.file_header import DamagedFileError
 from bmoe_lightning.utils.json_io import write_json_file
 from bmoe_lightning.utils.safetensors_io import read_tensor_file
 from recipes.qwen_obqa.methods import build_methods
@@ -28,6 +30,12 @@ def check_served(folder, methods, tolerance, **chosen):
     data = prepare_source(settings, build_methods(settings)).data(0)
     questions, size = data.questions("test"), data.eval_batch_size
     moved = shutil.move(folder, folder.parent / "moved")
+    config = next(moved.glob("model/*/config.json"))
+    before = config.read_bytes()
+    edit_json(config, rms_norm_eps=0.1)
+    with pytest.raises(DamagedFileError, match=r"config.json is not the file of the fit"):
+        CalibratedModel.from_pretrained(moved)
+    config.write_bytes(before)
     served = CalibratedModel.from_pretrained(moved)
     known = Manifest.read(moved / "seed-0")
     assert set(known.model_sha256) == {"config.json"}
