@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import textwrap
 from collections.abc import Mapping
 
 from recipes.benchmark.measure import Ratio, Section, Spread
 from recipes.benchmark.serving import BATCHES, memory_name, time_name
 from recipes.common.report_parts import markdown_table
+
+_WIDTH = 120
 
 
 def serving_table(section: Section, machine: Mapping[str, str]) -> str:
@@ -49,7 +52,7 @@ def serving_table(section: Section, machine: Mapping[str, str]) -> str:
         [
             markdown_table(head, rows),
             markdown_table(["ratio", "median", "bar"], [_cells(ratio) for ratio in others]),
-            caption,
+            textwrap.fill(caption, width=_WIDTH),
         ]
     )
 
