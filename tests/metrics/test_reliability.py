@@ -54,7 +54,7 @@ def test_plot_without_matplotlib_names_the_extra(monkeypatch, predictions):
     monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
     metric = ReliabilityDiagram()
     metric.update(*predictions())
-    with pytest.raises(ModuleNotFoundError, match=r"bmoe-lightning\[plots\]"):
+    with pytest.raises(ModuleNotFoundError, match="install the extra plots"):
         metric.plot()
 
 

@@ -159,5 +159,5 @@ def test_without_matplotlib(monkeypatch, results):
     monkeypatch.setattr(F.importlib.util, "find_spec", lambda name: None)
     assert not F.matplotlib_available()
     monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
-    with pytest.raises(ModuleNotFoundError, match=r"bmoe-lightning\[plots\]"):
+    with pytest.raises(ModuleNotFoundError, match="install the extra plots"):
         F.reliability_panels(results, summarise(results, SETTINGS))
