@@ -77,10 +77,10 @@ def copied_examples(most_tokens: int) -> Iterator[None]:
             batch. 0 for no copies.
 
     Raises:
-        ValueError: If it is negative.
+        ValueError: If it is no integer of at least 0.
     """
-    if most_tokens < 0:
-        raise ValueError(f"most_tokens must be at least 0, got {most_tokens}")
+    if type(most_tokens) is not int or most_tokens < 0:
+        raise ValueError(f"most_tokens must be an integer of at least 0, got {most_tokens!r}")
     token = _most_tokens.set(most_tokens)
     try:
         yield

@@ -274,5 +274,6 @@ def test_nothing_is_copied_unless_asked_for(passes):
         posterior.logit_covariance(model, answer_logits, QUESTION, centred=True)
     posterior.logit_covariance(model, answer_logits, QUESTION, centred=True)
     assert passes == [1] * 6
-    with pytest.raises(ValueError, match="at least 0, got -1"), copied_examples(-1):
-        pass
+    for wrong in (-1, 1.5, True, None):
+        with pytest.raises(ValueError, match=f"an integer of at least 0, got {wrong}"), copied_examples(wrong):
+            pass
