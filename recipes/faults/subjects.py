@@ -53,12 +53,12 @@ class Subject(ABC):
         """Run the command in this process; returns its exit status."""
 
     @abstractmethod
-    def numbers(self, folder: Path) -> dict[str, str]:
-        """Digests of the results and predictions of a finished run."""
-
-    @abstractmethod
     def content(self, folder: Path) -> dict[str, str]:
-        """Those and digests of all else that it has computed; random ids and times are left out."""
+        """Digests of everything that a finished run has computed; random ids and times are left out."""
+
+    def numbers(self, folder: Path) -> dict[str, str]:
+        """Those of the results and predictions alone; by default of everything."""
+        return self.content(folder)
 
     @abstractmethod
     def leftovers(self, folder: Path) -> list[Path]:
