@@ -10,8 +10,7 @@ from oracles.models import tiny_qwen
 from text_cases import packed, padded
 
 from bmoe_lightning.curvature import collect_text_factors
-from bmoe_lightning.laplace import AnswerScores, LaplacePosterior, score_answers
-from bmoe_lightning.laplace import posterior as posterior_module
+from bmoe_lightning.laplace import AnswerScores, LaplacePosterior, score_answers, shared_terms
 from bmoe_lightning.models import sequence_log_prob, sequence_logits, text_scores
 
 
@@ -52,7 +51,7 @@ def test_scores_of_a_batch_in_parts_are_those_of_the_batch(posterior, monkeypatc
         return scores
 
     expected = score_answers(model, batch, posterior)
-    count, covariance = len(batch["input_ids"]), posterior_module.batch_terms
+    count, covariance = len(batch["input_ids"]), shared_terms.batch_terms
 
     def without_memory(model, posteriors, class_logits, batch, **options):
         terms = covariance(model, posteriors, class_logits, batch, **options)
@@ -61,7 +60,7 @@ def test_scores_of_a_batch_in_parts_are_those_of_the_batch(posterior, monkeypatc
         return terms
 
     monkeypatch.setattr(sequence_logits, "text_scores", scarce)
-    monkeypatch.setattr(posterior_module, "batch_terms", without_memory)
+    monkeypatch.setattr(shared_terms, "batch_terms", without_memory)
     found = score_answers(model, batch, posterior)
     for name, value in vars(expected).items():
         torch.testing.assert_close(getattr(found, name), value, rtol=1e-4, atol=1e-6)
