@@ -136,8 +136,7 @@ def test_predictions_do_not_depend_on_the_batches(saved):
         for size in (1, 2, 100):
             found = served.predict(TEST, name, batch_size=size)
             torch.testing.assert_close(found.probabilities, expected.probabilities, rtol=0, atol=1e-6)
-            # Sums in float32, in an order that depends on the batch.
-            torch.testing.assert_close(found.logit_variance, expected.logit_variance, rtol=1e-4, atol=1e-5)
+            torch.testing.assert_close(found.logit_variance, expected.logit_variance, rtol=1e-5, atol=1e-5)
 
 
 def test_members_of_an_ensemble_are_set_up_once_for_several_batches(trained_run, monkeypatch):
